@@ -1,0 +1,1 @@
+"""One file per algorithm: hyper-parameters plus a pure loss."""

@@ -1,0 +1,101 @@
+"""The only tensor-carrying values.
+
+Axes: B rows (sequences), S prompt + response positions, T response positions, P pairs. A field's suffix names its axes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """A mean kept as sum and count, so that parts of a batch can be added up before dividing."""
+
+    total: Tensor
+    count: Tensor
+
+    @staticmethod
+    def of(values: Tensor, mask: Tensor | None = None) -> Mean:
+        """Mean of `values` where `mask` is true (everywhere if None); carries no gradient."""
+        values = values.detach().float()
+        if mask is None:
+            return Mean(total=values.sum(), count=torch.tensor(float(values.numel()), device=values.device))
+        mask = mask.to(values.dtype)
+        return Mean(total=(values * mask).sum(), count=mask.sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """What a loss returns: a SUM over its units, which the learner divides once by a global count."""
+
+    total: Tensor
+    """Scalar, with gradient."""
+    metrics: dict[str, Mean] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What the policy's forward pass gives a loss. All fp32; values at positions where mask_BT is false are undefined."""
+
+    logprobs_BT: Tensor
+    """Log-prob of each response token, at the temperature the algorithm asks for."""
+    values_BT: Tensor | None = None
+    """The critic's value of the state before each response token."""
+    entropy_BT: Tensor | None = None
+    """Entropy of the next-token distribution, in nats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A micro-batch. Right-padded; masks come from lengths, never from token values, so pad may equal eos (R-F3)."""
+
+    tokens_BS: Tensor
+    """int64, prompt then response then padding."""
+    prompt_lengths_B: Tensor
+    lengths_B: Tensor
+    """Response lengths."""
+    mask_BT: Tensor
+    """bool, true exactly on response tokens."""
+    scores_B: Tensor
+    win_rates_B: Tensor
+    pairs_P2: Tensor
+    """int64, row indices (chosen, rejected); empty where items are single samples."""
+    prob_P: Tensor
+    """P(chosen beats rejected)."""
+    weight_P: Tensor
+    weight_B: Tensor
+    reference_BT: Tensor | None = None
+    old_BT: Tensor | None = None
+    behaviour_BT: Tensor | None = None
+    values_BT: Tensor | None = None
+    advantages_BT: Tensor | None = None
+    returns_BT: Tensor | None = None
+
+    @property
+    def sequence_mask_BS(self) -> Tensor:
+        """bool[B, S], true on prompt and response tokens."""
+        positions = torch.arange(self.tokens_BS.shape[1], device=self.tokens_BS.device)
+        return positions[None, :] < (self.prompt_lengths_B + self.lengths_B)[:, None]
+
+    def need(self, name: str) -> Tensor:
+        """A field that the loss cannot do without.
+
+        Raises:
+            ValueError: if it was not filled in.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"this loss reads batch.{name}, which was not filled in; declare it in the algorithm's `needs`")
+        return value
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved: dict[str, Any] = {
+            f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)

@@ -1,0 +1,439 @@
+"""YAML plus dotted overrides -> one strict, typed, frozen configuration.
+
+`extends: other.yaml` takes another file as the base (paths relative to the file that says so). An unknown key is an error with a
+suggestion; a value of the wrong type is an error that names the key. Sections that select an implementation by `name`
+(algorithm, oracle, pairing) keep their remaining keys in the component's own class, which validates them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from onlinerl import registry
+from onlinerl.errors import ConfigError
+from onlinerl.protocols import Algorithm, Component, Oracle, PairBuilder
+from onlinerl.types import Sampling
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Section(BaseModel):
+    """Base of all configuration sections."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PromptsConfig(Section):
+    """Which prompts are trained on and held out."""
+
+    train: str
+    """Path of a JSONL file, or `package:NAME` for one that ships with onlinerl."""
+    heldout: str
+    """Prompts for evaluation; must not overlap with `train`."""
+    per_iteration: int = Field(64, ge=1)
+    """Fresh prompts taken in each iteration."""
+    max_tokens: int = Field(512, ge=1)
+    """Longest prompt accepted; longer ones are an error that counts them."""
+    reuse: bool = False
+    """Start over when the prompts run out; otherwise asking for more than there are is an error."""
+
+
+class SamplingConfig(Section):
+    """How responses are drawn."""
+
+    samples_per_prompt: int = Field(4, ge=1)
+    """K."""
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(-1, ge=-1)
+    max_new_tokens: int = Field(256, ge=1)
+
+    def spec(self) -> Sampling:
+        """The part that engine and learner share."""
+        return Sampling(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, max_new_tokens=self.max_new_tokens)
+
+
+class ReferenceConfig(Section):
+    """Which weights the reference log-probs come from."""
+
+    schedule: Literal["default", "fixed", "previous", "every_n", "none"] = "default"
+    """`default` is what the algorithm's paper uses; `fixed` the base model; `previous` the weights at the start of the iteration."""
+    every: int = Field(1, ge=1)
+    """For `every_n`: iterations between snapshots."""
+    allow_nonstandard: bool = False
+    """Permit a schedule other than the one the algorithm's theory asks for."""
+
+
+class TrainingConfig(Section):
+    """How the learner steps."""
+
+    items_per_step: int = Field(8, ge=1)
+    """Pairs (or samples) per optimizer step, over all ranks."""
+    epochs: int = Field(1, ge=1)
+    """Passes over the iteration's items."""
+    learning_rate: float = Field(5e-7, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape within one iteration."""
+    warmup: float = Field(0.0, ge=0, lt=1)
+    """Share of an iteration's steps with a rising learning rate."""
+    iteration_decay: float = Field(1.0, gt=0, le=1)
+    """The learning rate of iteration t is multiplied by this to the power t - 1."""
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    optimizer_state: Literal["keep", "reset"] = "keep"
+    """What happens to the moments between iterations (R-O1)."""
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_skipped_steps: int = Field(3, ge=0)
+    """Steps with a non-finite gradient that are dropped before the run stops (R-E6)."""
+    on_truncated: Literal["keep", "drop"] = "keep"
+    """Responses that hit max_new_tokens: train on them as they are, or leave them out (counted either way) (R-F4)."""
+
+
+class EvaluationConfig(Section):
+    """What is measured on the held-out prompts after each iteration."""
+
+    prompts: int | None = Field(None, ge=2)
+    """How many held-out prompts to use; all by default."""
+    canary: int = Field(4, ge=1)
+    """Sequences teacher-forced on learner and replicas after each sync."""
+    mismatch_sample: int = Field(32, ge=1)
+    """Fresh rollouts on which engine and learner log-probs are compared."""
+
+
+class EngineConfig(Section):
+    """The rollout engine."""
+
+    name: str = "vllm"
+    replicas: int = Field(1, ge=1)
+    tensor_parallel_size: int = Field(1, ge=1)
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    max_concurrent: int = Field(64, ge=1)
+    """Sequences that one replica works on at a time."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """Memory for the KV cache of one replica on CPU, in GiB."""
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    """Share of a GPU's memory that a replica may take."""
+    max_model_len: int | None = Field(None, ge=8)
+    """Longest prompt plus response; derived from the budgets by default."""
+    enforce_eager: bool | None = None
+    """Skip graph capture; by default on for CPU, off for GPU."""
+    cpus: int = Field(1, ge=0)
+    """CPUs reserved per replica."""
+    threads: int | None = Field(None, ge=1)
+    """Threads a CPU replica computes with; all cores by default (rollouts and training take turns)."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Extra Ray resources per replica, e.g. {rollout_node: 1} to choose a node."""
+    start_timeout_s: float = Field(900, gt=0)
+    generate_timeout_s: float = Field(1800, gt=0)
+    """Longest wait without any response finishing."""
+
+
+class LearnerConfig(Section):
+    """The learner."""
+
+    name: str = "deepspeed"
+    ranks: int = Field(1, ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    tokens_per_microbatch: int = Field(4096, ge=1)
+    """Prompt and response tokens of one forward pass of one rank; a single longer item goes alone."""
+    gradient_checkpointing: bool = False
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    cpus: int = Field(1, ge=0)
+    """CPUs reserved per rank."""
+    threads: int | None = Field(None, ge=1)
+    """Threads per CPU rank; the cores divided by the ranks by default."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Extra Ray resources per rank, e.g. {learner_node: 1} to choose a node."""
+    start_timeout_s: float = Field(900, gt=0)
+    step_timeout_s: float = Field(3600, gt=0)
+    """Longest single call to the learner."""
+
+
+class SyncConfig(Section):
+    """How weights get from the learner into the replicas."""
+
+    backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
+    """`auto`: gloo on CPU, ipc where learner and replica share a GPU, nccl otherwise."""
+    timeout_s: float = Field(300, gt=0)
+    """One deadline over the whole push: rendezvous, send, cache reset and proof (R-A1)."""
+    bucket_mib: int = Field(64, ge=1)
+    """Size of one message of the gloo backend: the most extra memory a transfer takes on either side (R-A2)."""
+    tensors_checked: int = Field(24, ge=1)
+    """Tensors whose checksum is compared after each push, in rotation; all of them at the first."""
+    canary_tolerance_nats: float = Field(0.1, gt=0)
+    """Largest accepted mean |log-prob difference| between learner and replica on the canary."""
+
+
+class ClusterConfig(Section):
+    """Where it runs."""
+
+    address: str | None = None
+    """Address of an existing Ray cluster (`auto` finds the one this machine belongs to); None starts one on this machine."""
+    device: Device = "auto"
+    """`auto` takes GPUs if there are any."""
+    colocate: bool = False
+    """Learner ranks and replicas share GPUs and take turns."""
+    wait_s: float = Field(60, ge=0)
+    """How long to wait for a cluster to become big enough."""
+
+
+class MetricsConfig(Section):
+    """Where figures go. metrics.jsonl in the run directory is always written."""
+
+    prometheus: bool = True
+    prometheus_host: str = "127.0.0.1"
+    prometheus_port: int = Field(9470, ge=0, le=65535)
+    """0 takes any free port."""
+    tensorboard: bool = False
+
+
+class CheckpointConfig(Section):
+    """What is kept on disk."""
+
+    keep: int = Field(2, ge=1)
+    """Resumable checkpoints kept; older ones are removed after a newer one is committed."""
+    exports: Literal["all", "last"] = "all"
+    """Hugging Face exports kept: every iterate, or the last one (the reference is always kept)."""
+    min_free_gib: float = Field(1.0, ge=0)
+    """Refuse to write a checkpoint that would leave less than this free."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: str
+    """Directory of a Hugging Face model, or a hub id."""
+    iterations: int = Field(ge=1)
+    seed: int = Field(0, ge=0)
+    runs: str = "runs"
+    """The run directory is `<runs>/<name>`."""
+    algorithm: dict[str, Any]
+    oracle: dict[str, Any]
+    pairing: dict[str, Any] = Field(default_factory=lambda: {"name": "best_worst"})
+    prompts: PromptsConfig
+    sampling: SamplingConfig = SamplingConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    engine: EngineConfig = EngineConfig()
+    learner: LearnerConfig = LearnerConfig()
+    sync: SyncConfig = SyncConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    max_failed_labels: float = Field(0.1, ge=0, le=1)
+    """Largest share of groups that the oracle may fail on before the run stops."""
+
+    @property
+    def directory(self) -> Path:
+        """Where everything about this run is kept."""
+        return Path(self.runs) / self.name
+
+
+# Keys that may differ between a run and its resume: where it runs and what is watched, not what is computed.
+RESUMABLE_CHANGES = (
+    "runs",
+    "iterations",
+    "metrics",
+    "cluster",
+    "checkpoints",
+    "sync",
+    "engine",
+    "learner.cpus",
+    "learner.threads",
+    "learner.resources",
+    "learner.tokens_per_microbatch",
+    "learner.start_timeout_s",
+    "learner.step_timeout_s",
+)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration file and apply `key=value` overrides.
+
+    Raises:
+        ConfigError: naming the field, the cause and the fix.
+    """
+    tree = _read(Path(path))
+    for override in overrides:
+        _apply(tree, override)
+    return parse(tree)
+
+
+def parse(tree: Mapping[str, Any]) -> RunConfig:
+    """Validate a configuration given as plain data, component sections included.
+
+    Raises:
+        ConfigError: naming the field, the cause and the fix.
+    """
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, RunConfig, "") from None
+    for section, role, base in _COMPONENTS:
+        component(getattr(config, section), section, role, base)
+    return config
+
+
+def component(spec: Mapping[str, Any], section: str, role: str, base: type[Component]) -> Any:
+    """Build the component a section describes: `name` selects the class, the other keys are its fields.
+
+    Raises:
+        ConfigError: if the name or a key is unknown, or a value has the wrong type.
+    """
+    options = dict(spec)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError("is missing", field=f"{section}.name", fix=f"choose one of {', '.join(registry.names(role))}")
+    cls = registry.load(role, name, base)
+    try:
+        # JSON mode: YAML knows no tuples or enums, so strictness is that of JSON (no "1" for 1, lists for tuples allowed).
+        return cls.model_validate_json(json.dumps(options))
+    except ValidationError as error:
+        raise _explain(error, cls, f"{section}.") from None
+
+
+def algorithm(config: RunConfig) -> Algorithm:
+    """The configured algorithm."""
+    return component(config.algorithm, "algorithm", "algorithms", Algorithm)
+
+
+def oracle(config: RunConfig) -> Oracle:
+    """The configured oracle."""
+    return component(config.oracle, "oracle", "oracles", Oracle)
+
+
+def pair_builder(config: RunConfig) -> PairBuilder:
+    """The configured pair builder."""
+    return component(config.pairing, "pairing", "pairing", PairBuilder)
+
+
+_COMPONENTS: tuple[tuple[str, str, type[Component]], ...] = (
+    ("algorithm", "algorithms", Algorithm),
+    ("oracle", "oracles", Oracle),
+    ("pairing", "pairing", PairBuilder),
+)
+
+
+def fingerprint(config: RunConfig) -> dict[str, Any]:
+    """The part of a configuration that a resume must not change, flattened to dotted keys."""
+    flat = flatten(config.model_dump(mode="json"))
+    return {k: v for k, v in flat.items() if not any(k == p or k.startswith(p + ".") for p in RESUMABLE_CHANGES)}
+
+
+def digest(config: RunConfig) -> str:
+    """Short hash of `fingerprint`."""
+    return hashlib.sha256(json.dumps(fingerprint(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings -> one mapping with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def dump(config: RunConfig) -> str:
+    """The whole configuration, defaults included, as YAML that `load` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path} extends itself", field="extends", fix="break the circle")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1) if path.parent.is_dir() else []
+        hint = (
+            f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file, e.g. configs/quickstart.yaml"
+        )
+        raise ConfigError(f"there is no file {path}", field="CONFIG", fix=hint) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{path} is not valid YAML: {error}", field="CONFIG", fix="check the indentation at that line"
+        ) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} does not hold a mapping", field="CONFIG", fix="start with `name: my-run`")
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    return _merge(_read(path.parent / base, (*seen, path.resolve())), tree)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and value.get("name", old.get("name")) == old.get("name"):
+            merged[key] = _merge(dict(old), value)
+        else:  # another implementation shares no knobs with the one it replaces
+            merged[key] = value
+    return merged
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(
+            f"{override!r} is not of the form key=value", field="override", fix="write e.g. training.learning_rate=1e-5"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{text!r} is not a YAML value: {error}", field=key, fix="quote it") from None
+    if isinstance(value, str):
+        try:  # YAML 1.1 reads 1e-5 as a string
+            value = float(text)
+        except ValueError:
+            pass
+    *parents, leaf = key.split(".")
+    node = tree
+    for part in parents:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{part!r} holds a value, not a section", field=key, fix="check the key")
+        node = child
+    if leaf == "name" and parents and node.get("name") != value:
+        node.clear()  # another implementation shares no knobs with the one it replaces
+    node[leaf] = value
+
+
+def _explain(error: ValidationError, model: type[BaseModel], prefix: str) -> ConfigError:
+    first = error.errors()[0]
+    path = [str(p) for p in first["loc"]]
+    field = prefix + ".".join(path)
+    more = f" (and {error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _keys(model, path[:-1])
+        close = get_close_matches(path[-1], known, n=1)
+        fix = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
+        return ConfigError(f"is not a known key{more}", field=field, fix=fix)
+    if first["type"] == "missing":
+        return ConfigError(f"is missing{more}", field=field, fix=f"add `{path[-1]}: ...`")
+    return ConfigError(
+        f"{first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}{more}", field=field, fix="correct the value"
+    )
+
+
+def _keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

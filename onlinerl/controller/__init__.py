@@ -1,0 +1,1 @@
+"""The loop: one iteration as a resumable object."""

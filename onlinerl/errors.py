@@ -1,0 +1,89 @@
+"""One exception per boundary.
+
+Every message says what was wrong (the field), why (the cause) and what to do (the fix). `OnlineRLError.__str__` lays the three
+out the same way everywhere, so a user who has read one has read them all.
+"""
+
+from __future__ import annotations
+
+
+class OnlineRLError(Exception):
+    """Base of every error that onlinerl raises on purpose.
+
+    Args:
+        cause: what is wrong, in one sentence.
+        field: the dotted configuration key or the object concerned, if there is one.
+        fix: what the user can do about it.
+    """
+
+    boundary = "onlinerl"
+
+    def __init__(self, cause: str, *, field: str | None = None, fix: str | None = None) -> None:
+        super().__init__(cause, field, fix)
+        self.cause, self.field, self.fix = cause, field, fix
+
+    def __str__(self) -> str:
+        head = f"{self.field}: {self.cause}" if self.field else self.cause
+        return f"{head}\n  fix: {self.fix}" if self.fix else head
+
+    def __reduce__(self) -> tuple:
+        # Keyword-only fields do not survive the default pickling, and errors cross process boundaries.
+        return _rebuild, (type(self), self.cause, self.field, self.fix)
+
+
+def _rebuild(cls: type[OnlineRLError], cause: str, field: str | None, fix: str | None) -> OnlineRLError:
+    return cls(cause, field=field, fix=fix)
+
+
+class ConfigError(OnlineRLError):
+    """The configuration is not usable as it stands."""
+
+    boundary = "config"
+
+
+class PromptError(OnlineRLError):
+    """A prompt file, a prompt or its rendering is not usable."""
+
+    boundary = "prompts"
+
+
+class EngineError(OnlineRLError):
+    """A rollout engine failed or answered something that may not reach training."""
+
+    boundary = "engine"
+
+
+class OracleError(OnlineRLError):
+    """The oracle cannot judge, or its judgements cannot be trained on."""
+
+    boundary = "oracle"
+
+
+class LearnerError(OnlineRLError):
+    """The learner failed or produced a non-finite number."""
+
+    boundary = "learner"
+
+
+class SyncError(OnlineRLError):
+    """Weights did not arrive, or could not be proved to have arrived."""
+
+    boundary = "sync"
+
+
+class StoreError(OnlineRLError):
+    """The run directory cannot be written, read or trusted."""
+
+    boundary = "store"
+
+
+class ClusterError(OnlineRLError):
+    """The cluster is too small, out of reach, or lost a member."""
+
+    boundary = "cluster"
+
+
+class Interrupted(OnlineRLError):
+    """SIGINT or SIGTERM asked the run to stop; everything finished so far is on disk."""
+
+    boundary = "signal"

@@ -1,0 +1,1 @@
+"""Pure tensor math used by two or more algorithms."""

@@ -1,0 +1,231 @@
+"""The roles. Each plural folder holds implementations of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from onlinerl.types import (
+    Failure,
+    Group,
+    Judged,
+    Metric,
+    Pair,
+    Prompt,
+    Query,
+    Request,
+    Sampling,
+    SyncReport,
+    TrainItem,
+    TrainSequence,
+    Unit,
+    UpdateReport,
+    Verdict,
+)
+
+if TYPE_CHECKING:  # torch stays out of everything that only passes batches along
+    from onlinerl.batch import Batch, LossOutput, Outputs
+
+
+class Component(BaseModel):
+    """Base of everything that a configuration selects by name: its fields are its knobs, an unknown one is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Needs(BaseModel):
+    """What an algorithm must be given; the controller computes nothing that nobody asked for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pairs: bool = False
+    """Pairs built by the configured pair builder."""
+    reference: bool = False
+    """Reference log-probs."""
+    old: bool = False
+    """Log-probs of the learner's own weights before the first step."""
+    values: bool = False
+    """A critic."""
+    entropy: bool = False
+    min_samples: int = 1
+    """Fewest responses per prompt that make sense."""
+
+
+class Algorithm(Component):
+    """An algorithm is its hyper-parameters plus a pure loss. It is stateless and frozen: the configuration is the algorithm.
+
+    Subclasses set the class attributes and implement `items` and `loss`; `prepare` is optional.
+    """
+
+    def needs(self) -> Needs:
+        """What must be computed before `loss` can run."""
+        raise NotImplementedError
+
+    @property
+    def unit(self) -> Unit:
+        """What the summed loss is divided by the global count of."""
+        raise NotImplementedError
+
+    @property
+    def default_reference(self) -> Literal["fixed", "previous", "none"]:
+        """The reference schedule its paper uses."""
+        raise NotImplementedError
+
+    @property
+    def policy_gradient(self) -> bool:
+        """True if log-probs must be taken at the sampling temperature; preference losses use temperature 1."""
+        return False
+
+    def items(self, judged: Judged, pairs: Sequence[Pair]) -> list[TrainItem]:
+        """Turn one judged group into what is trained. `pairs` is empty unless `needs().pairs`."""
+        raise NotImplementedError
+
+    def prepare(self, items: Sequence[TrainItem]) -> list[TrainItem]:
+        """See all items of the iteration at once, with log-probs and values filled in: advantages, whitening, weights."""
+        return list(items)
+
+    def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
+        """The loss of one micro-batch as a sum over units."""
+        raise NotImplementedError
+
+
+class Oracle(Component):
+    """Judges groups of responses. Configured like an algorithm; heavy state is loaded by `open`, never at import."""
+
+    def open(self) -> None:
+        """Load models, open connections. Called once in the process that will judge."""
+
+    def close(self) -> None:
+        """Release what `open` took."""
+
+    @property
+    def version(self) -> str:
+        """Hash or name of everything that could change a verdict."""
+        raise NotImplementedError
+
+    @property
+    def needs_reference_answer(self) -> bool:
+        """True if prompts must carry a reference answer."""
+        return False
+
+    def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
+        """One result per query, in order. Exceptions are bugs of the oracle and stop the run; a Failure is counted."""
+        raise NotImplementedError
+
+
+class PairBuilder(Component):
+    """Turns one judged group into pairs."""
+
+    def build(self, judged: Judged) -> tuple[list[Pair], Mapping[str, int]]:
+        """Pairs, and how many candidates were dropped for which reason."""
+        raise NotImplementedError
+
+
+class PromptSource(Protocol):
+    """Prompts with an explicit cursor: the same cursor gives the same prompts."""
+
+    def take(self, count: int, cursor: int) -> tuple[list[Prompt], int]:
+        """`count` prompts from `cursor` on, and the next cursor."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Samples responses."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
+        """Groups in the order in which they finish."""
+        ...
+
+    def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
+        """Teacher-forced log-probs of (prompt, response) tokens under the engine's weights: f32[T] each."""
+        ...
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """Holds the policy and its optimizer."""
+
+    def score(self, sequences: Sequence[TrainSequence], *, model: str, temperature: float) -> list[np.ndarray]:
+        """Log-probs f32[T] of each response under `model`: "policy", or the path of a saved model."""
+        ...
+
+    def values(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
+        """Critic values f32[T] of each response."""
+        ...
+
+    def update(self, steps: Sequence[Sequence[TrainItem]], learning_rates: Sequence[float]) -> Iterator[UpdateReport]:
+        """Take one optimizer step per element of `steps`, yielding a report after each."""
+        ...
+
+    def reset_optimizer(self) -> None:
+        """Forget the optimizer's moments."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Weights, optimizer and RNG states of all ranks, for exact continuation."""
+        ...
+
+    def load(self, path: Path) -> None:
+        """The reverse of `save`."""
+        ...
+
+    def export(self, path: Path) -> None:
+        """The policy in Hugging Face format."""
+        ...
+
+
+class WeightSync(Protocol):
+    """Moves the policy into every replica of the engine, and proves that it arrived."""
+
+    def push(self, version: int) -> SyncReport:
+        """Send, reset caches, prove. Returns only if everything was proved.
+
+        Raises:
+            SyncError: on any failure, with the replica's own error.
+        """
+        ...
+
+
+class Tracker(Protocol):
+    """Is told what happens. Trackers never influence the run."""
+
+    def phase_started(self, iteration: int, phase: str, total: int | None, unit: str) -> None: ...
+
+    def phase_advanced(self, iteration: int, phase: str, amount: int) -> None: ...
+
+    def phase_finished(self, iteration: int, phase: str, seconds: float) -> None: ...
+
+    def log(self, metrics: Iterable[Metric]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Store(Protocol):
+    """The run directory: everything that resume needs. Only the controller writes to it."""
+
+    def append(self, iteration: int, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Durable when it returns."""
+        ...
+
+    def read(self, iteration: int, table: str) -> list[dict[str, Any]]: ...
+
+    def seal(self, iteration: int, table: str) -> None:
+        """The table is complete: turn its journal into one Parquet file."""
+        ...
+
+    def finish_phase(self, iteration: int, phase: str, record: Mapping[str, Any]) -> None:
+        """Mark a phase of an iteration as done, with what later phases and `show` need to know about it."""
+        ...
+
+    def phases(self, iteration: int) -> dict[str, dict[str, Any]]:
+        """Finished phases of an iteration and their records, in the order in which they finished."""
+        ...

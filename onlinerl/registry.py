@@ -1,0 +1,82 @@
+"""(role, name) -> implementation.
+
+A name without a dot is a file of this package: `("algorithms", "dpo")` is `onlinerl/algorithms/dpo.py`. A name with a dot is a
+dotted path to a class anywhere on the Python path. Other packages can add names through the entry-point group
+`onlinerl.<role>`. Nothing is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from difflib import get_close_matches
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+from onlinerl.errors import ConfigError
+
+ROLES = ("algorithms", "oracles", "pairing", "prompts", "engines", "learners", "sync", "stores", "trackers")
+
+
+def names(role: str) -> list[str]:
+    """Names that can be selected for a role, without importing them."""
+    package = importlib.import_module(f"onlinerl.{role}")
+    own = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
+    return sorted({*own, *(e.name for e in metadata.entry_points(group=f"onlinerl.{role}"))})
+
+
+def load(role: str, name: str, base: type | None = None) -> type:
+    """The class that implements `name` for `role`.
+
+    A module's implementation is the one class defined in it that subclasses `base` (or, without `base`, the one named in the
+    module's `__all__`).
+
+    Raises:
+        ConfigError: if there is no such name; the message suggests close ones.
+    """
+    field = f"{role.removesuffix('s')}.name"
+    if "." in name:
+        return _dotted(name, field)
+    for entry in metadata.entry_points(group=f"onlinerl.{role}"):
+        if entry.name == name:
+            return entry.load()
+    if name not in names(role):
+        close = get_close_matches(name, names(role), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ConfigError(
+            f"there is no {name!r}",
+            field=field,
+            fix=f"{hint}choose one of {', '.join(names(role))}, or give a dotted path to a class",
+        )
+    return _implementation(importlib.import_module(f"onlinerl.{role}.{name}"), base)
+
+
+def _implementation(module: ModuleType, base: type | None) -> type:
+    own = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
+    if base is not None:
+        own = [c for c in own if issubclass(c, base) and not c.__name__.startswith("_")]
+    else:
+        own = [c for c in own if c.__name__ in getattr(module, "__all__", [])]
+    if len(own) != 1:
+        raise TypeError(f"{module.__name__} must define exactly one implementation, found {[c.__name__ for c in own]}")
+    return own[0]
+
+
+def _dotted(path: str, field: str) -> Any:
+    module_name, _, attribute = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"cannot import {module_name!r}: {error}",
+            field=field,
+            fix="put the package on the Python path, e.g. PYTHONPATH=. onlinerl ...",
+        ) from error
+    try:
+        return getattr(module, attribute)
+    except AttributeError as error:
+        raise ConfigError(
+            f"{module_name} has no {attribute!r}", field=field, fix="check the spelling of the dotted path"
+        ) from error

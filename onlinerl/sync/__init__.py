@@ -1,0 +1,1 @@
+"""Weight transport, sender and receiver halves together, and proof of delivery."""
