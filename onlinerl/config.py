@@ -102,7 +102,7 @@ class EvaluationConfig(Section):
 
     prompts: int | None = Field(None, ge=2)
     """How many held-out prompts to use; all by default."""
-    canary: int = Field(4, ge=1)
+    canary: int = Field(16, ge=1)
     """Sequences teacher-forced on learner and replicas after each sync."""
     mismatch_sample: int = Field(32, ge=1)
     """Fresh rollouts on which engine and learner log-probs are compared."""
@@ -248,7 +248,17 @@ RESUMABLE_CHANGES = (
     "cluster",
     "checkpoints",
     "sync",
-    "engine",
+    "engine.replicas",
+    "engine.tensor_parallel_size",
+    "engine.max_concurrent",
+    "engine.kv_cache_gib",
+    "engine.gpu_memory_utilization",
+    "engine.enforce_eager",
+    "engine.cpus",
+    "engine.threads",
+    "engine.resources",
+    "engine.start_timeout_s",
+    "engine.generate_timeout_s",
     "learner.cpus",
     "learner.threads",
     "learner.resources",

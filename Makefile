@@ -1,0 +1,37 @@
+# Everything runs from .venv, which `install` makes. No target needs a GPU, a model hub or root.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install install-dev fetch-model demo test check clean
+
+BIN := .venv/bin
+CONFIG ?= configs/quickstart.yaml
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+
+install:  ## make .venv with the locked CPU packages
+	@requirements/install.sh cpu
+
+install-dev:  ## and with what tests and checks need
+	@requirements/install.sh dev
+
+fetch-model: install  ## put SmolLM2-135M-Instruct into models/
+	@$(BIN)/python -m onlinerl.fetch
+
+demo: install fetch-model  ## one small real run on the CPU, from nothing (older runs of it are moved aside)
+	$(BIN)/onlinerl run $(CONFIG) --fresh
+
+test: install-dev fetch-model  ## all tests
+	$(BIN)/python -m pytest tests
+
+check: install-dev  ## format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:  ## remove caches and .venv (runs/ and models/ are kept)
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

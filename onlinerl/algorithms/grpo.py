@@ -1,0 +1,108 @@
+"""GRPO: "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from onlinerl.batch import Batch, LossOutput, Mean, Outputs
+from onlinerl.ops.advantages import group_advantages, unbiased_std
+from onlinerl.ops.items import need, sample_item, train_sequences, with_sequence
+from onlinerl.ops.kl import k3
+from onlinerl.ops.logprobs import lengths, token_log_ratios
+from onlinerl.ops.surrogate import policy_loss
+from onlinerl.protocols import Algorithm, Needs
+from onlinerl.types import Judged, Pair, TrainItem, Unit
+
+
+class Grpo(Algorithm):
+    """Clipped surrogate (equation 3) without a critic: the mean score of a prompt's own responses is the baseline.
+
+    `std_norm` and `agg` must be stated, because the published variants differ in them and neither choice is neutral.
+    """
+
+    std_norm: Literal["group", "batch", "none"]
+    """What centred scores are divided by: the group's standard deviation (the paper), that of all centred scores of the iteration,
+    or nothing. Dividing by the group's gives nearly solved and nearly failed prompts more weight."""
+    agg: Literal["seq_mean_token_mean", "token_mean"]
+    """Mean over the tokens of a response and then over responses (the paper), or over all tokens. The former favours short right and
+    long wrong answers."""
+    clip_low: float = Field(0.2, gt=0)
+    clip_high: float = Field(0.2, gt=0)
+    """Ratios outside [1 - clip_low, 1 + clip_high] earn nothing more."""
+    dual_clip: float | None = Field(None, gt=1)
+    kl: float = Field(0.0, ge=0)
+    """Weight of the KL to the reference in the loss (k3, equation 4); 0 needs no reference."""
+    sampler_cap: float | None = Field(2.0, gt=0)
+    """Cap of the weight that corrects for engine and learner disagreeing about probabilities; None applies no weight."""
+
+    def needs(self) -> Needs:
+        """Old log-probs, a group of at least two; the reference if the KL has a price."""
+        return Needs(reference=self.kl > 0, old=True, min_samples=2)
+
+    @property
+    def unit(self) -> Unit:
+        """What `agg` takes the outer mean over."""
+        return "token" if self.agg == "token_mean" else "sequence"
+
+    @property
+    def default_reference(self) -> Literal["fixed", "previous", "none"]:
+        """The initial policy, if there is a KL term."""
+        return "fixed" if self.kl > 0 else "none"
+
+    @property
+    def policy_gradient(self) -> bool:
+        """Ratios are between probabilities at the sampling temperature."""
+        return True
+
+    def items(self, judged: Judged, pairs: Sequence[Pair]) -> list[TrainItem]:
+        """Each response by itself, with advantages A = (r - mean) / std of its group on every token.
+
+        Raises:
+            ValueError: for a group of fewer than two.
+        """
+        # Here and not in `prepare`, because this is where a group is whole; a prompt may occur twice in an iteration.
+        sequences = train_sequences(judged)
+        advantages = group_advantages([s.score for s in sequences], normalise=self.std_norm == "group")
+        return [
+            sample_item(judged, s.with_(advantages=np.full(len(s.response_ids), a, dtype=np.float32)))
+            for s, a in zip(sequences, advantages, strict=True)
+        ]
+
+    def prepare(self, items: Sequence[TrainItem]) -> list[TrainItem]:
+        """For `std_norm: batch`, divide by the standard deviation of the iteration's centred scores."""
+        if self.std_norm != "batch":
+            return list(items)
+        sequences = [item.sequences[0] for item in items]
+        centred = [need(s, "advantages").astype(np.float32) for s in sequences]
+        std = unbiased_std(np.array([a[0] for a in centred if a.size]))
+        scale = np.float32(0.0 if std < 1e-8 else 1.0 / (std + 1e-6))
+        return [
+            with_sequence(item, s.with_(advantages=a * scale)) for item, s, a in zip(items, sequences, centred, strict=True)
+        ]
+
+    def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
+        """Sum over tokens, or over responses of their token mean.
+
+        Raises:
+            ValueError: if a field named by `needs` is missing.
+        """
+        loss_BT, metrics = policy_loss(
+            outputs,
+            batch,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            dual_clip=self.dual_clip,
+            sampler_cap=self.sampler_cap,
+        )
+        if self.kl > 0:
+            kl_BT = k3(token_log_ratios(outputs, batch))
+            metrics["kl_reference"] = Mean.of(kl_BT, batch.mask_BT)
+            loss_BT = loss_BT + self.kl * kl_BT
+        loss_B = loss_BT.sum(dim=1)
+        if self.agg == "seq_mean_token_mean":
+            loss_B = loss_B / lengths(batch)
+        return LossOutput(total=(loss_B * batch.weight_B).sum(), metrics=metrics)

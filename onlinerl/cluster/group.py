@@ -1,0 +1,177 @@
+"""The ranks of the learner as one Learner."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from onlinerl.cluster.runtime import Cluster, get
+from onlinerl.config import RunConfig
+from onlinerl.errors import LearnerError
+from onlinerl.learners import deepspeed as backend
+from onlinerl.learners.batching import plan_step
+from onlinerl.network import free_port
+from onlinerl.protocols import Algorithm
+from onlinerl.types import TrainItem, TrainSequence, UpdateReport
+
+
+@ray.remote
+class RankActor:
+    """A DeepSpeedRank in a process of its own."""
+
+    def host(self, timeout_s: float) -> tuple[str, int]:
+        """Rank 0 only: open the place where the ranks meet. Returns its address and port."""
+        from datetime import timedelta
+
+        from torch.distributed import TCPStore
+
+        self.address = ray.util.get_node_ip_address()
+        self._store = TCPStore(self.address, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+        return self.address, self._store.port
+
+    def start(self, address: str, port: int, rank: int, timeout_s: float, settings: dict[str, Any]) -> None:
+        """Meet the others and load the model."""
+        from datetime import timedelta
+
+        from torch.distributed import TCPStore
+
+        store = self._store if rank == 0 else TCPStore(address, port, timeout=timedelta(seconds=timeout_s))
+        self.address = address
+        self._rank = backend.DeepSpeedRank(rank=rank, store=store, address=address, timeout_s=timeout_s, **settings)
+
+    def free_port(self) -> int:
+        """A port that is free on this rank's machine."""
+        return free_port(self.address)
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Any method of the rank."""
+        return getattr(self._rank, method)(*args)
+
+
+class LearnerGroup:
+    """Cuts work up so that every rank gets its share and the same number of micro-batches; a `protocols.Learner`.
+
+    Args:
+        cluster: where the ranks run.
+        config: of the run.
+        algorithm: whose loss is minimised.
+        temperature: at which the loss takes log-probs.
+    """
+
+    def __init__(self, cluster: Cluster, config: RunConfig, algorithm: Algorithm, temperature: float) -> None:
+        self._config, self._algorithm = config.learner, algorithm
+        self._model = config.model
+        ranks = config.learner.ranks
+        threads = config.learner.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
+        env = backend.environment(config.learner, cluster.device, threads)
+        self.names = [f"learner rank {i}" for i in range(ranks)]
+        self.actors = [RankActor.options(**cluster.options(i, env)).remote() for i in range(ranks)]
+        timeout_s = config.learner.start_timeout_s
+        self.address, port = get(
+            self.actors[0].host.remote(timeout_s), timeout_s=timeout_s, error=LearnerError, what="starting"
+        )
+        settings = {
+            "model": config.model,
+            "algorithm": algorithm,
+            "config": config.learner,
+            "training": config.training,
+            "world_size": ranks,
+            "device": cluster.device,
+            "temperature": temperature,
+            "seed": config.seed,
+        }
+        self._started = {
+            n: a.start.remote(self.address, port, i, timeout_s, settings)
+            for i, (n, a) in enumerate(zip(self.names, self.actors, strict=True))
+        }
+
+    def wait_started(self) -> None:
+        """Return once every rank has loaded the model.
+
+        Raises:
+            LearnerError: with the rank's own error.
+        """
+        get(self._started, timeout_s=self._config.start_timeout_s, error=LearnerError, what="starting DeepSpeed")
+
+    def free_port(self) -> int:
+        """A port that is free on the machine of rank 0."""
+        return get(self.actors[0].free_port.remote(), timeout_s=60, error=LearnerError, what="finding a port")
+
+    def call(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
+        """The same method with the same arguments on every rank."""
+        return self.scatter(method, [args] * len(self.actors), timeout_s=timeout_s)
+
+    def scatter(self, method: str, arguments: Sequence[tuple], timeout_s: float | None = None) -> list[Any]:
+        """The same method on every rank, each with its own arguments."""
+        refs = {n: a.call.remote(method, *args) for n, a, args in zip(self.names, self.actors, arguments, strict=True)}
+        return get(refs, timeout_s=timeout_s or self._config.step_timeout_s, error=LearnerError, what=method)
+
+    def score(self, sequences: Sequence[TrainSequence], *, model: str = "policy", temperature: float = 1.0) -> list[np.ndarray]:
+        """Log-probs f32[T] of each response."""
+        return self._spread("score", sequences, model, temperature)
+
+    def values(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
+        """Critic values f32[T] of each response."""
+        return self._spread("values", sequences)
+
+    def _spread(self, method: str, sequences: Sequence[TrainSequence], *more: Any) -> list[np.ndarray]:
+        if not sequences:
+            return []
+        # The position travels as the item's id, so that results find their way back whatever the order of work.
+        items = [TrainItem(prompt_id=str(i), sequences=(_bare(s),)) for i, s in enumerate(sequences)]
+        # Without a backward pass a micro-batch takes a fraction of the memory.
+        work = plan_step(items, len(self.actors), 2 * self._config.tokens_per_microbatch)
+        arguments = [([[item.sequences[0] for item in micro] for micro in rank], *more) for rank in work]
+        results: list[np.ndarray | None] = [None] * len(items)
+        for rank, outputs in zip(work, self.scatter(method, arguments), strict=True):
+            for micro, arrays in zip(rank, outputs, strict=True):
+                for item, array in zip(micro, arrays, strict=True):
+                    results[int(item.prompt_id)] = array
+        return [r for r in results if r is not None]
+
+    def update(self, steps: Sequence[Sequence[TrainItem]], learning_rates: Sequence[float]) -> Iterator[UpdateReport]:
+        """One optimizer step per element of `steps`, a report after each."""
+        for items, learning_rate in zip(steps, learning_rates, strict=True):
+            work = plan_step(list(items), len(self.actors), self._config.tokens_per_microbatch)
+            count = sum(item.count(self._algorithm.unit) for item in items)
+            metrics = self.scatter("step", [(rank, count, learning_rate) for rank in work])[0]
+            yield UpdateReport(
+                steps=1, tokens=sum(i.tokens for i in items), metrics=(metrics,), skipped=int(metrics["skipped"])
+            )
+
+    def self_test(self, items: Sequence[TrainItem], reference: str) -> dict[str, float]:
+        """See `DeepSpeedRank.self_test`."""
+        return self.call("self_test", list(items), reference)[0]
+
+    def reset_optimizer(self) -> None:
+        """Forget the optimizer's moments."""
+        self.call("reset_optimizer")
+
+    def save(self, path: Path) -> None:
+        """Weights, optimizer and RNG states of all ranks."""
+        self.call("save", str(path))
+
+    def load(self, path: Path) -> None:
+        """The reverse of `save`."""
+        self.call("load", str(path))
+
+    def export(self, path: Path) -> None:
+        """The policy in Hugging Face format."""
+        self.call("export", str(path), self._model)
+
+    def shutdown(self) -> None:
+        """End all ranks."""
+        refs = [a.call.remote("shutdown") for a in self.actors]
+        ray.wait(refs, num_returns=len(refs), timeout=10)
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+def _bare(sequence: TrainSequence) -> TrainSequence:
+    """Only what scoring reads: arrays need not travel."""
+    return TrainSequence(prompt_ids=sequence.prompt_ids, response_ids=sequence.response_ids)

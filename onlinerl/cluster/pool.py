@@ -1,0 +1,136 @@
+"""Several vLLM replicas behind one pull queue: a RolloutEngine."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+
+from onlinerl.cluster.runtime import Cluster, get
+from onlinerl.config import EngineConfig
+from onlinerl.engines import vllm
+from onlinerl.errors import EngineError
+from onlinerl.types import Group, Request, Sampling
+
+TokenPair = tuple[Sequence[int], Sequence[int]]
+
+
+@ray.remote
+class ReplicaActor:
+    """A VLLMReplica in a process of its own."""
+
+    async def start(self, model: str, config: EngineConfig, settings: dict[str, Any]) -> None:
+        """Load the model; takes tens of seconds."""
+        self._replica = vllm.VLLMReplica(model, config, **settings)
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """Any method of the replica."""
+        result = getattr(self._replica, method)(*args)
+        return await result if hasattr(result, "__await__") else result
+
+    async def generate(self, request: Request, sampling: Sampling) -> Group:
+        """All responses to one prompt."""
+        return await self._replica.generate(request, sampling)
+
+    async def score(self, pairs: Sequence[TokenPair]) -> list[np.ndarray]:
+        """Teacher-forced log-probs."""
+        return [await self._replica.score(prompt, response) for prompt, response in pairs]
+
+
+class EnginePool:
+    """Replicas that pull prompts from one shared queue, so that no replica idles while another has a backlog (R-I1).
+
+    Args:
+        cluster: where they run.
+        first: index of the first replica's placement.
+        model: directory or hub id.
+        config: the engine section.
+        settings: `device`, `max_model_len`, `sync_backend` and `seed` of every replica.
+    """
+
+    def __init__(self, cluster: Cluster, first: int, model: str, config: EngineConfig, settings: dict[str, Any]) -> None:
+        self._config = config
+        self.names = [f"replica {i}" for i in range(config.replicas)]
+        self.actors = []
+        for i in range(config.replicas):
+            env = vllm.environment(config, settings["device"], _cores(config, i))
+            options = cluster.options(first + i, env, max_concurrency=1000)
+            self.actors.append(ReplicaActor.options(**options).remote())
+        started = {n: a.start.remote(model, config, settings) for n, a in zip(self.names, self.actors, strict=True)}
+        self._started = started
+
+    def wait_started(self) -> None:
+        """Return once every replica has loaded its model.
+
+        Raises:
+            EngineError: with the replica's own error.
+        """
+        get(self._started, timeout_s=self._config.start_timeout_s, error=EngineError, what="starting vLLM")
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
+        """Groups as they finish.
+
+        Raises:
+            EngineError: if a replica fails, or none answers for `engine.generate_timeout_s`.
+        """
+        queue = deque(requests)
+        running: dict[Any, tuple[int, Request]] = {}
+        # Enough to keep every slot of a replica busy, plus one prompt that waits at its door.
+        depth = [0] * len(self.actors)
+        limit = 1 + -(-self._config.max_concurrent // max(1, len(requests[0].seeds))) if requests else 0
+        try:
+            while queue or running:
+                for i in sorted(range(len(self.actors)), key=lambda i: depth[i]):
+                    while queue and depth[i] < limit and depth[i] <= min(depth):
+                        request = queue.popleft()
+                        running[self.actors[i].generate.remote(request, sampling)] = (i, request)
+                        depth[i] += 1
+                done, _ = ray.wait(list(running), num_returns=1, timeout=self._config.generate_timeout_s)
+                if not done:
+                    waiting = sorted({self.names[i] for i, _ in running.values()})
+                    raise EngineError(
+                        f"no response from {', '.join(waiting)} for {self._config.generate_timeout_s:.0f} s",
+                        field="engine.generate_timeout_s",
+                        fix="look at those replicas; raise the limit if single responses really take that long",
+                    )
+                i, _request = running.pop(done[0])
+                depth[i] -= 1
+                yield get({self.names[i]: done[0]}, timeout_s=60, error=EngineError, what="generating")[0]
+        finally:
+            for ref in running:  # the caller gave up: do not leave work behind
+                ray.cancel(ref, force=False)
+
+    def score(self, sequences: Sequence[TokenPair]) -> list[np.ndarray]:
+        """Log-probs by the first replica."""
+        return self.score_all(sequences)[0]
+
+    def score_all(self, sequences: Sequence[TokenPair]) -> list[list[np.ndarray]]:
+        """Log-probs by every replica."""
+        refs = {n: a.score.remote(sequences) for n, a in zip(self.names, self.actors, strict=True)}
+        return get(refs, timeout_s=self._config.generate_timeout_s, error=EngineError, what="scoring")
+
+    def call(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
+        """The same method on every replica; all must answer in time."""
+        refs = {n: a.call.remote(method, *args) for n, a in zip(self.names, self.actors, strict=True)}
+        return get(refs, timeout_s=timeout_s, error=EngineError, what=method)
+
+    def shutdown(self) -> None:
+        """End all replicas; one that does not answer is killed."""
+        refs = [a.call.remote("shutdown") for a in self.actors]
+        ray.wait(refs, num_returns=len(refs), timeout=20)
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+def _cores(config: EngineConfig, index: int) -> list[int]:
+    """Cores of a CPU replica: all of them for a single one, a fair share otherwise."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    if config.threads is None and config.replicas == 1:
+        return cores
+    width = config.threads or max(1, len(cores) // config.replicas)
+    start = index * width
+    return [cores[(start + i) % len(cores)] for i in range(min(width, len(cores)))]

@@ -1,0 +1,204 @@
+"""Joining or starting a Ray cluster, and asking it for room."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from onlinerl.config import RunConfig
+from onlinerl.errors import ClusterError, OnlineRLError
+
+OBJECT_STORE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """One actor's share of the cluster."""
+
+    role: str
+    """For people, e.g. "learner rank 0"."""
+    cpus: float
+    gpus: float
+    resources: Mapping[str, float]
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """As a Ray bundle; Ray wants at least one positive entry."""
+        wanted = {"CPU": float(self.cpus), "GPU": float(self.gpus), **self.resources}
+        return {k: v for k, v in wanted.items() if v > 0} or {"CPU": 0.001}
+
+
+def plan(config: RunConfig, device: str) -> list[Placement]:
+    """What a run asks of the cluster, learner ranks first. Colocated: rank i and replica i share one GPU."""
+    engine, learner = config.engine, config.learner
+    gpu = device == "cuda"
+    shared = gpu and config.cluster.colocate
+    ranks = [
+        Placement(role=f"learner rank {i}", cpus=learner.cpus, gpus=(0.5 if shared else 1) * gpu, resources=learner.resources)
+        for i in range(learner.ranks)
+    ]
+    replicas = [
+        Placement(
+            role=f"replica {i}",
+            cpus=engine.cpus,
+            gpus=(0.5 if shared else engine.tensor_parallel_size) * gpu,
+            resources=engine.resources,
+        )
+        for i in range(engine.replicas)
+    ]
+    return ranks + replicas
+
+
+def missing(placements: Sequence[Placement], available: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    """Resource -> (needed, there) for everything there is too little of."""
+    needed: Counter[str] = Counter()
+    for placement in placements:
+        needed.update(placement.bundle)
+    return {k: (v, available.get(k, 0.0)) for k, v in needed.items() if v > available.get(k, 0.0) + 1e-6}
+
+
+def explain_missing(placements: Sequence[Placement], available: Mapping[str, float]) -> ClusterError | None:
+    """The error to raise when a cluster with `available` resources can never hold `placements`, or None (R-J1)."""
+    short = missing(placements, available)
+    if not short:
+        return None
+    amounts = ", ".join(f"{need:g} {name} (there are {have:g})" for name, (need, have) in short.items())
+    table = "; ".join(f"{p.role}: {p.bundle}" for p in placements)
+    return ClusterError(
+        f"the run needs {amounts}. Wanted: {table}",
+        field="cluster",
+        fix="lower engine.replicas, learner.ranks or engine.tensor_parallel_size, add nodes, or set engine.cpus=0 learner.cpus=0 "
+        "to let them share cores",
+    )
+
+
+class Cluster:
+    """A Ray cluster for the time of one run; use as a context manager."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._group: PlacementGroup | None = None
+        self.device = "cpu"
+        self.placements: list[Placement] = []
+
+    def __enter__(self) -> Cluster:
+        self._connect()
+        try:
+            self.device = self._device()
+            self.placements = plan(self._config, self.device)
+            self._reserve()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+        ray.shutdown()
+
+    def _connect(self) -> None:
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+        address = self._config.cluster.address
+        try:
+            if address is None:
+                ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+            else:
+                ray.init(address=address, namespace="onlinerl", **quiet)
+        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+            raise ClusterError(
+                f"cannot reach or start a Ray cluster at {address or 'this machine'}: {error}",
+                field="cluster.address",
+                fix="start one (launchers/ray/head.sh), correct the address, or leave it out to run on this machine alone",
+            ) from error
+
+    def _device(self) -> str:
+        gpus = ray.cluster_resources().get("GPU", 0)
+        wanted = self._config.cluster.device
+        if wanted == "cuda" and gpus == 0:
+            raise ClusterError(
+                "the cluster has no GPU", field="cluster.device", fix="set cluster.device=cpu, or add a GPU node"
+            )
+        return wanted if wanted != "auto" else ("cuda" if gpus else "cpu")
+
+    def _reserve(self) -> None:
+        deadline = time.monotonic() + self._config.cluster.wait_s
+        # An existing cluster may still be growing; one that was started here will not.
+        while (error := explain_missing(self.placements, ray.cluster_resources())) is not None:
+            if self._config.cluster.address is None or time.monotonic() > deadline:
+                raise error
+            time.sleep(1)
+        self._group = placement_group([p.bundle for p in self.placements], strategy="PACK")
+        ready, _ = ray.wait([self._group.ready()], timeout=max(self._config.cluster.wait_s, 10))
+        if not ready:
+            free = {k: v for k, v in ray.available_resources().items() if k in {"CPU", "GPU"} or not k.startswith("node:")}
+            raise ClusterError(
+                f"the cluster is big enough but not free: available now are {free}",
+                field="cluster",
+                fix="wait for other jobs, or stop what is left over (`ray status`, `ray list actors`)",
+            )
+
+    def options(self, index: int, env: Mapping[str, str], **more: Any) -> dict[str, Any]:
+        """Ray actor options for the placement at `index`."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        placement = self.placements[index]
+        return {
+            "num_cpus": placement.cpus,
+            "num_gpus": placement.gpus,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
+            "runtime_env": {"env_vars": dict(env)},
+            "max_restarts": 0,
+            **more,
+        }
+
+
+def get(refs: Any, *, timeout_s: float, error: type[OnlineRLError], what: str) -> Any:
+    """`ray.get` with a deadline, and with the failing role's own error in the message (R-J5).
+
+    Args:
+        refs: one reference, or a mapping from role name to reference.
+        timeout_s: for all of them together.
+        error: the boundary's exception.
+        what: what was being done, for the message.
+
+    Raises:
+        OnlineRLError: of type `error`, naming the role, what it was doing and its own error.
+    """
+    named = refs if isinstance(refs, Mapping) else {"": refs}
+    deadline = time.monotonic() + timeout_s
+    results = {}
+    for role, ref in named.items():
+        where = f"{role}: " if role else ""
+        try:
+            results[role] = ray.get(ref, timeout=max(0.0, deadline - time.monotonic()))
+        except GetTimeoutError:
+            raise error(
+                f"{where}{what} did not finish within {timeout_s:.0f} s",
+                fix="look for a stuck or overloaded process on that node",
+            ) from None
+        except RayTaskError as failure:
+            cause = failure.cause
+            if isinstance(cause, OnlineRLError):
+                raise type(cause)(f"{where}{cause.cause}", field=cause.field, fix=cause.fix) from failure
+            raise error(
+                f"{where}{what} failed: {type(cause).__name__}: {cause}", fix="the traceback is below, or in the Ray logs"
+            ) from failure
+        except RayActorError as failure:
+            raise error(
+                f"{where}its process died during {what}: {failure}",
+                fix="often out of memory: see the end of the Ray logs; then `onlinerl resume`",
+            ) from failure
+    return list(results.values()) if isinstance(refs, Mapping) else results[""]

@@ -1,0 +1,117 @@
+"""Measuring an iterate on the held-out prompts: reward, divergence, win rate, length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onlinerl.controller.statistics import Divergence, Estimate, bootstrap, divergence, wilson
+from onlinerl.protocols import Learner, Oracle
+from onlinerl.types import Failure, Group, Query, TrainSequence, Verdict
+
+# Smallest numbers of prompts a figure may be trusted at; below, it is shown and marked.
+N_MIN = {"kl": 256, "reward": 400, "win_rate": 400}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """Responses of one iterate to the held-out prompts, judged."""
+
+    groups: Sequence[Group]
+    """One response each, at temperature 1, in the order of the prompts."""
+    verdicts: Mapping[str, Verdict | Failure]
+    """By prompt id."""
+
+    def score(self, prompt_id: str) -> float:
+        """The oracle's score, NaN if there is none."""
+        verdict = self.verdicts.get(prompt_id)
+        return verdict.scores[0] if isinstance(verdict, Verdict) and verdict.scores is not None else math.nan
+
+
+def sequences(groups: Sequence[Group]) -> list[TrainSequence]:
+    """Every response of every group, for scoring."""
+    return [
+        TrainSequence(prompt_ids=g.prompt.token_ids, response_ids=r.token_ids, behaviour=np.asarray(r.logprobs, np.float32))
+        for g in groups
+        for r in g.rollouts
+    ]
+
+
+def reward(evaluated: Evaluated) -> Estimate:
+    """Mean score over prompts."""
+    return bootstrap([evaluated.score(g.prompt.id) for g in evaluated.groups])
+
+
+def length(evaluated: Evaluated) -> Estimate:
+    """Mean response length in tokens."""
+    return bootstrap([len(r.token_ids) for g in evaluated.groups for r in g.rollouts])
+
+
+def truncated(evaluated: Evaluated) -> Estimate:
+    """Share of responses that hit the length limit."""
+    return wilson([float(r.finish_reason == "length") for g in evaluated.groups for r in g.rollouts])
+
+
+def win_rate(now: Evaluated, then: Evaluated, oracle: Oracle) -> tuple[Estimate, int]:
+    """How often an iterate beats another one on the same prompts, and how many more oracle calls that took.
+
+    An oracle that scores has said it all already. One that compares is asked about each pair, in both orders if it does that.
+    """
+    opponents = {g.prompt.id: g for g in then.groups}
+    common = [g for g in now.groups if g.prompt.id in opponents]
+    gaps = [now.score(g.prompt.id) - then.score(g.prompt.id) for g in common]
+    if common and not all(math.isnan(gap) for gap in gaps):
+        return wilson([_outcome(gap) for gap in gaps if not math.isnan(gap)]), 0
+    queries = [Query(prompt=g.prompt, responses=(g.rollouts[0].text, opponents[g.prompt.id].rollouts[0].text)) for g in common]
+    results = oracle.judge(queries)
+    wins = []
+    for result in results:
+        if isinstance(result, Verdict):
+            cells = [result.matrix()[0, 1]] if result.preferences is None else _orders(result)
+            wins.append(float(np.mean([_outcome(p - 0.5) for p in cells if not math.isnan(p)])))
+    return wilson(wins), len(queries)
+
+
+def _orders(verdict: Verdict) -> list[float]:
+    """P(first response wins) as said in each of the two orders; NaN where not asked."""
+    assert verdict.preferences is not None
+    return [verdict.preferences[0][1], 1.0 - verdict.preferences[1][0]]
+
+
+def _outcome(gap: float) -> float:
+    return 0.5 if gap == 0 else float(gap > 0)
+
+
+def drift(evaluated: Evaluated, learner: Learner, own: Sequence[np.ndarray], model: str | None) -> Divergence:
+    """KL of the iterate to a saved model, on the iterate's own fresh samples; None means the iterate itself."""
+    if model is None:
+        return divergence(own, own)
+    return divergence(own, learner.score(sequences(evaluated.groups), model=model, temperature=1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mismatch:
+    """Engine against learner on the same tokens with the same weights (R-E1), in nats per token."""
+
+    mean: float
+    p99: float
+    max: float
+    k3: float
+    tokens: int
+
+
+def mismatch(groups: Sequence[Group], own: Sequence[np.ndarray]) -> Mismatch:
+    """Compare the log-probs that came with the rollouts with the learner's."""
+    theirs = np.concatenate([np.asarray(r.logprobs, np.float64) for g in groups for r in g.rollouts])
+    e = np.concatenate([np.asarray(x, np.float64) for x in own]) - theirs
+    gap = np.abs(e)
+    return Mismatch(
+        mean=float(gap.mean()),
+        p99=float(np.percentile(gap, 99)),
+        max=float(gap.max()),
+        k3=float((np.exp(e) - 1 - e).mean()),
+        tokens=e.size,
+    )

@@ -1,0 +1,105 @@
+"""What must hold before anything is trained on, and what is said when it does not."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from onlinerl.errors import EngineError, LearnerError, OracleError
+from onlinerl.types import Failure, Group, Judged, Verdict
+
+
+def check_group(group: Group, policy_version: int) -> None:
+    """Refuse rollouts that cannot be trained on: missing or non-finite log-probs (R-E3), or a stale policy (R-B3).
+
+    Raises:
+        EngineError: naming the prompt.
+    """
+    for rollout in group.rollouts:
+        if len(rollout.logprobs) != len(rollout.token_ids) or not np.isfinite(rollout.logprobs).all():
+            raise EngineError(
+                f"prompt {group.prompt.id}: a response lacks a finite log-prob for every token",
+                fix="this is a bug of the engine; nothing was stored",
+            )
+        if rollout.policy_version != policy_version:
+            raise EngineError(
+                f"prompt {group.prompt.id}: sampled by version {rollout.policy_version}, expected {policy_version}",
+                fix="a replica missed a weight update; `onlinerl resume` starts fresh replicas",
+            )
+
+
+def check_failures(results: Sequence[Verdict | Failure], limit: float) -> None:
+    """Stop when the oracle fails on more than `limit` of the groups (R-G1).
+
+    Raises:
+        OracleError: with the kinds of failure and the first message of the commonest.
+    """
+    failures = [r for r in results if isinstance(r, Failure)]
+    if results and len(failures) > limit * len(results):
+        kinds = Counter(f.kind for f in failures)
+        top = kinds.most_common(1)[0][0]
+        message = next(f.message for f in failures if f.kind == top)
+        raise OracleError(
+            f"the oracle failed on {len(failures)} of {len(results)} groups ({', '.join(f'{n} {k}' for k, n in kinds.items())}); "
+            f"first {top}: {message}",
+            field="oracle",
+            fix="repair the oracle and `onlinerl resume`; verdicts already given are kept. max_failed_labels sets the limit",
+        )
+
+
+def check_spread(judged: Sequence[Judged]) -> None:
+    """Stop when the oracle never separates anything: nothing could be learned from it (R-G4).
+
+    Raises:
+        OracleError: if every group is tied.
+    """
+    if judged and all(_tied(j) for j in judged):
+        raise OracleError(
+            f"all {len(judged)} groups are ties: the oracle gives every response to a prompt the same judgement",
+            field="oracle",
+            fix="check that the oracle reads the response, and that responses differ (sampling.temperature > 0)",
+        )
+
+
+def check_items(items: int, judged: int, dropped: Mapping[str, int]) -> None:
+    """Stop when nothing is left to train on.
+
+    Raises:
+        OracleError: with what was dropped and why.
+    """
+    if items == 0:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "no reason recorded"
+        raise OracleError(
+            f"no training item is left of {judged} judged groups (dropped: {reasons})",
+            field="pairing",
+            fix="loosen the pairing filters, raise sampling.samples_per_prompt, or check the oracle",
+        )
+
+
+def check_self_test(result: Mapping[str, float], expected_loss: float | None, loss_tolerance: float, gap_limit: float) -> None:
+    """Step 0: the policy against itself must give the loss its formula says, and equal the reference it started from (R-E5).
+
+    Raises:
+        LearnerError: saying which of the two does not hold.
+    """
+    if expected_loss is not None and not abs(result["loss"] - expected_loss) <= loss_tolerance:
+        raise LearnerError(
+            f"with policy = reference the loss is {result['loss']:.6f} instead of {expected_loss:.6f}",
+            field="learner",
+            fix="something differs between two passes of one model: dropout, or a non-deterministic kernel",
+        )
+    gap = result["reference_gap"]
+    if not math.isnan(gap) and not gap <= gap_limit:
+        raise LearnerError(
+            f"before the first step, policy and reference differ by {gap:.4f} nats per token (limit {gap_limit})",
+            field="model",
+            fix="the reference is not the model that training started from; was it replaced on disk?",
+        )
+
+
+def _tied(judged: Judged) -> bool:
+    rates = judged.verdict.win_rates()
+    return bool(np.nanmax(rates) - np.nanmin(rates) < 1e-9)

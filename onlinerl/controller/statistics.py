@@ -1,0 +1,77 @@
+"""Error bars. The unit of independence is the prompt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Z = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over prompts with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    se: float
+    n: int
+
+
+def bootstrap(values: Sequence[float], *, draws: int = 1000, seed: int = 0) -> Estimate:
+    """Mean of one value per prompt; percentile bootstrap over prompts. Non-finite values are left out."""
+    array = np.asarray(values, dtype=np.float64)
+    array = array[np.isfinite(array)]
+    if array.size == 0:
+        return Estimate(value=math.nan, low=math.nan, high=math.nan, se=math.nan, n=0)
+    rng = np.random.default_rng(seed)
+    means = array[rng.integers(0, array.size, size=(draws, array.size))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    se = float(array.std(ddof=1) / math.sqrt(array.size)) if array.size > 1 else math.nan
+    return Estimate(value=float(array.mean()), low=float(low), high=float(high), se=se, n=int(array.size))
+
+
+def wilson(wins: Sequence[float]) -> Estimate:
+    """Mean of one result in [0, 1] per prompt (1 win, 0.5 tie, 0 loss) with the Wilson interval.
+
+    Conservative for ties: their variance is at most that of a coin with the same mean.
+    """
+    n = len(wins)
+    if n == 0:
+        return Estimate(value=math.nan, low=math.nan, high=math.nan, se=math.nan, n=0)
+    p = float(np.mean(wins))
+    centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    # The bounds contain p by construction; at p = 0 and 1 only up to rounding.
+    return Estimate(
+        value=p, low=max(0.0, min(p, centre - half)), high=min(1.0, max(p, centre + half)), se=math.sqrt(p * (1 - p) / n), n=n
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """KL(policy || other) in nats per sequence, two estimators of the same quantity."""
+
+    k1: Estimate
+    k3: Estimate
+    clamped: int
+    """Tokens whose log-ratio was outside [-20, 20]."""
+
+
+def divergence(policy: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> Divergence:
+    """KL of samples y ~ policy from log-probs f32[T] under both models, both from the learner's scorer.
+
+    k1 = sum_t d_t, k3 = sum_t (exp(-d_t) - 1 + d_t), d_t = log policy - log other.
+    """
+    k1, k3, clamped = [], [], 0
+    for p, q in zip(policy, other, strict=True):
+        d = np.asarray(p, dtype=np.float64) - np.asarray(q, dtype=np.float64)
+        clamped += int((np.abs(d) > 20).sum())
+        d = np.clip(d, -20, 20)
+        k1.append(float(d.sum()))
+        k3.append(float((np.exp(-d) - 1 + d).sum()))
+    return Divergence(k1=bootstrap(k1), k3=bootstrap(k3), clamped=clamped)

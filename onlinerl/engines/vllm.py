@@ -1,0 +1,223 @@
+"""One vLLM replica (AsyncLLM), on CPU or GPU. Several replicas behind one queue are the cluster's business."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from onlinerl.config import EngineConfig
+from onlinerl.errors import EngineError
+from onlinerl.types import FinishReason, Group, Request, Rollout, Sampling
+
+__all__ = ["VLLMReplica"]
+
+_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+def environment(config: EngineConfig, device: str, cores: Sequence[int]) -> dict[str, str]:
+    """Environment variables a replica's process must start with; vLLM reads them at import."""
+    env = {
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
+        "ONLINERL_DIE_WITH_PARENT": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if device == "cpu":
+        env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+        env["OMP_NUM_THREADS"] = str(len(cores))
+    return env
+
+
+class VLLMReplica:
+    """Samples, scores and receives weights. All methods run on one asyncio loop.
+
+    Args:
+        model: directory or hub id of the base model.
+        config: the engine section.
+        device: "cpu" or "cuda".
+        max_model_len: longest prompt plus response, in tokens.
+        sync_backend: vLLM weight-transfer backend.
+        seed: of the engine; every request carries its own on top.
+    """
+
+    def __init__(
+        self, model: str, config: EngineConfig, *, device: str, max_model_len: int, sync_backend: str, seed: int
+    ) -> None:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from onlinerl.sync import gloo
+
+        gloo.register()
+        eager = config.enforce_eager if config.enforce_eager is not None else device == "cpu"
+        memory: dict[str, Any] = (
+            {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
+            if device == "cpu"
+            else {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": sync_backend == "ipc"}
+        )
+        self._version = 0
+        self._ids = count()
+        self._engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=model,
+                dtype=config.dtype,
+                tensor_parallel_size=config.tensor_parallel_size,
+                max_model_len=max_model_len,
+                max_num_seqs=config.max_concurrent,
+                enforce_eager=eager,
+                seed=seed,
+                # The log-probs of the distribution that was really sampled from: temperature and truncation applied (R-E2).
+                logprobs_mode="processed_logprobs",
+                weight_transfer_config={"backend": sync_backend},
+                worker_extension_cls="onlinerl.sync.receiver.Receiver",
+                disable_log_stats=True,
+                **memory,
+            )
+        )
+
+    async def generate(self, request: Request, sampling: Sampling) -> Group:
+        """All responses to one prompt, each with its own seed.
+
+        Raises:
+            EngineError: if a response comes back without a usable log-prob for every token (R-E3).
+        """
+        rollouts = await asyncio.gather(*(self._one(request, seed, sampling) for seed in request.seeds))
+        return Group(prompt=request.prompt, rollouts=tuple(rollouts))
+
+    async def _one(self, request: Request, seed: int, sampling: Sampling) -> Rollout:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_new_tokens,
+            seed=seed,
+            logprobs=0,  # of the sampled token only
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        version = self._version
+        final = None
+        async for output in self._engine.generate(
+            {"prompt_token_ids": list(request.prompt.token_ids)}, params, f"generate-{next(self._ids)}"
+        ):
+            final = output
+        if final is None or not final.outputs:
+            raise EngineError(f"vLLM gave no output for prompt {request.prompt.id}", fix="look at the replica's log")
+        out = final.outputs[0]
+        tokens = tuple(out.token_ids)
+        logprobs = tuple(
+            entry[token].logprob for token, entry in zip(tokens, out.logprobs or (), strict=False) if token in entry
+        )
+        if len(logprobs) != len(tokens) or not np.isfinite(logprobs).all():
+            raise EngineError(
+                f"prompt {request.prompt.id}: {len(tokens)} tokens came with {len(logprobs)} log-probs, or some are not finite",
+                fix="this is a bug of the engine; nothing was stored for this prompt",
+            )
+        if out.finish_reason not in _FINISH:
+            raise EngineError(f"prompt {request.prompt.id} ended with {out.finish_reason!r}", fix="look at the replica's log")
+        return Rollout(
+            token_ids=tokens,
+            logprobs=logprobs,
+            text=out.text,
+            finish_reason=_FINISH[out.finish_reason],
+            policy_version=version,
+            sampler=sampling,
+            seed=seed,
+        )
+
+    async def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> np.ndarray:
+        """Log-probs f32[T] of given response tokens, by teacher forcing (vLLM's prompt log-probs)."""
+        from vllm import SamplingParams
+
+        tokens = [*prompt_ids, *response_ids]
+        params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0)
+        final = None
+        async for output in self._engine.generate({"prompt_token_ids": tokens}, params, f"score-{next(self._ids)}"):
+            final = output
+        if final is None or not final.prompt_logprobs:
+            raise EngineError("vLLM returned no prompt log-probs", fix="look at the replica's log")
+        entries = final.prompt_logprobs[len(prompt_ids) :]
+        return np.array([e[t].logprob for e, t in zip(entries, response_ids, strict=True)], dtype=np.float32)
+
+    # --- the control plane of a weight update: the four calls of vLLM's VLLMWeightSyncClient, plus ours ---
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Join the learner's transfer group."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def shutdown_weight_transfer_engine(self) -> None:
+        """Leave the learner's transfer group."""
+        await self._engine.shutdown_weight_transfer_engine()
+
+    async def start_weight_update(self) -> None:
+        """Open an update."""
+        await self._engine.start_weight_update()
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive weights."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+
+    async def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Close an update and take on its version."""
+        await self._engine.finish_weight_update(weight_version)
+        if weight_version is not None:
+            self._version = int(weight_version)
+
+    async def reset_caches(self) -> None:
+        """Forget everything computed with older weights; vLLM leaves this to its caller (R-B1).
+
+        Raises:
+            EngineError: if vLLM refuses, as it does while requests are running.
+        """
+        if not await self._engine.reset_prefix_cache():
+            raise EngineError("vLLM refused to reset its prefix cache", fix="no request may run during a weight update")
+
+    async def weight_version(self) -> str:
+        """The version the engine itself reports."""
+        return await self._engine.get_weight_version()
+
+    async def watch(self, names: list[str]) -> None:
+        """Record checksums of these tensors when they arrive."""
+        await self._engine.collective_rpc("onlinerl_watch", args=(names,))
+
+    async def received(self) -> dict[str, str]:
+        """Checksums recorded since `watch`; a tensor that differs between workers is reported as `differs`."""
+        workers = await self._engine.collective_rpc("onlinerl_received")
+        first = dict(workers[0])
+        for other in workers[1:]:
+            for name, value in other.items():
+                if first.get(name) != value:
+                    first[name] = "differs between workers"
+        return first
+
+    async def held(self) -> list[dict[str, str]]:
+        """Per worker, checksums of all parameters as the engine holds them."""
+        return await self._engine.collective_rpc("onlinerl_held")
+
+    async def sleep(self) -> None:
+        """Give GPU memory back; weights stay in host memory."""
+        await self._engine.sleep(level=1)
+
+    async def wake_up(self, tags: list[str] | None = None) -> None:
+        """Take GPU memory again: "weights" before a sync, "kv_cache" after it (R-C1)."""
+        await self._engine.wake_up(tags)
+
+    async def process_ids(self) -> list[int]:
+        """Process ids of the workers."""
+        return await self._engine.collective_rpc("onlinerl_pid")
+
+    def shutdown(self) -> None:
+        """End the engine's processes."""
+        self._engine.shutdown()

@@ -1,0 +1,121 @@
+"""Items -> optimizer steps -> micro-batches -> tensors. Pure: the same arguments give the same result on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onlinerl.batch import Batch
+from onlinerl.ops.schedule import schedule
+from onlinerl.types import TrainItem, TrainSequence
+
+__all__ = ["collate", "padded_tokens", "plan_step", "schedule"]
+
+_PER_TOKEN = ("reference", "old", "behaviour", "values", "advantages", "returns")
+_DUMMY = TrainSequence(prompt_ids=(0,), response_ids=()).with_(**{name: np.zeros(0, np.float32) for name in _PER_TOKEN})
+
+
+def collate(items: Sequence[TrainItem]) -> Batch:
+    """One micro-batch of tensors, right-padded with token 0; rows are the items' sequences in order, masks come from lengths.
+
+    Items of two sequences become rows of `pairs_P2`. Per-token fields are filled only if all sequences have them. No items give the
+    dummy that a rank without data runs so that collective operations stay aligned: one row of one prompt token and one masked
+    response position, all per-token fields zero, weight 0, no pairs; the loss of it is 0.
+
+    Raises:
+        ValueError: if a per-token field does not have one number per response token.
+    """
+    sequences = [sequence for item in items for sequence in item.sequences]
+    weights = [item.weight for item in items for _ in item.sequences]
+    starts = np.cumsum([0, *(len(item.sequences) for item in items)]).tolist()
+    pairs = [(item, start) for item, start in zip(items, starts, strict=False) if len(item.sequences) == 2]
+    if not sequences:
+        sequences, weights = [_DUMMY], [0.0]
+
+    T = max(1, *(len(s.response_ids) for s in sequences))
+    prompt_lengths = torch.tensor([len(s.prompt_ids) for s in sequences])
+    lengths = torch.tensor([len(s.response_ids) for s in sequences])
+    tokens = torch.zeros(
+        len(sequences), int(max(prompt_lengths.max() + 1, (prompt_lengths + lengths).max())), dtype=torch.int64
+    )
+    for row, s in enumerate(sequences):
+        ids = (*s.prompt_ids, *s.response_ids)
+        tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+
+    return Batch(
+        tokens_BS=tokens,
+        prompt_lengths_B=prompt_lengths,
+        lengths_B=lengths,
+        mask_BT=torch.arange(T)[None, :] < lengths[:, None],
+        scores_B=_floats(s.score for s in sequences),
+        win_rates_B=_floats(s.win_rate for s in sequences),
+        pairs_P2=torch.tensor([(start, start + 1) for _, start in pairs], dtype=torch.int64).reshape(-1, 2),
+        prob_P=_floats(item.prob for item, _ in pairs),
+        weight_P=_floats(item.weight for item, _ in pairs),
+        weight_B=_floats(weights),
+        **{f"{name}_BT": _per_token(sequences, name, T) for name in _PER_TOKEN},
+    )
+
+
+def padded_tokens(items: Sequence[TrainItem]) -> int:
+    """Positions of the rectangle that a micro-batch of these items fills, padding included: what its forward pass costs."""
+    rows = [len(s.prompt_ids) + len(s.response_ids) for item in items for s in item.sequences]
+    return len(rows) * max(rows, default=0)
+
+
+def plan_step(items: Sequence[TrainItem], ranks: int, tokens_per_microbatch: int) -> list[list[list[TrainItem]]]:
+    """Deal the items of one optimizer step out to ranks and micro-batches: `plan[rank][micro]` is a list of items.
+
+    Every item appears exactly once and stays whole. Ranks get about equal numbers of tokens. A micro-batch fills at most
+    `tokens_per_microbatch` positions, padding included, except that a bigger item goes alone. All ranks have the same number of
+    micro-batches, as collective operations demand: short ranks are filled up with empty ones, and with fewer items than ranks some
+    have nothing else. Without items the plan is empty for every rank.
+
+    Raises:
+        ValueError: if `ranks` or `tokens_per_microbatch` is below 1.
+    """
+    if ranks < 1 or tokens_per_microbatch < 1:
+        raise ValueError(f"need at least 1 rank and 1 token, got {ranks} ranks and {tokens_per_microbatch} tokens")
+    shares: list[list[TrainItem]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for item in sorted(items, key=lambda item: -item.tokens):  # longest first, each to the rank with the least work
+        rank = loads.index(min(loads))
+        shares[rank].append(item)
+        loads[rank] += item.tokens
+    plan = [_pack(share, tokens_per_microbatch) for share in shares]
+    depth = max(len(micros) for micros in plan)
+    return [micros + [[] for _ in range(depth - len(micros))] for micros in plan]
+
+
+def _pack(items: Sequence[TrainItem], budget: int) -> list[list[TrainItem]]:
+    """Fill micro-batches one after the other with items of falling length, so that neighbours need little padding."""
+    micros: list[list[TrainItem]] = []
+    for item in sorted(items, key=lambda item: -_longest(item)):
+        if micros and padded_tokens([*micros[-1], item]) <= budget:
+            micros[-1].append(item)
+        else:
+            micros.append([item])
+    return micros
+
+
+def _longest(item: TrainItem) -> int:
+    return max(len(s.prompt_ids) + len(s.response_ids) for s in item.sequences)
+
+
+def _floats(values: Iterable[float]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float32)
+
+
+def _per_token(sequences: Sequence[TrainSequence], name: str, width: int) -> Tensor | None:
+    columns = [getattr(s, name) for s in sequences]
+    if any(column is None for column in columns):
+        return None
+    padded = torch.zeros(len(sequences), width)
+    for row, (s, column) in enumerate(zip(sequences, columns, strict=True)):
+        if len(column) != len(s.response_ids):
+            raise ValueError(f"{name} has {len(column)} numbers for {len(s.response_ids)} response tokens")
+        padded[row, : len(column)] = torch.from_numpy(np.array(column, dtype=np.float32))
+    return padded

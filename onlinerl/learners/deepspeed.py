@@ -1,0 +1,416 @@
+"""One rank of the learner on DeepSpeed, ZeRO 0 to 3, on CPU over gloo or on GPUs over NCCL.
+
+The ranks are told what to do by one group (the cluster's business): each call is collective, and every rank gets the same number
+of micro-batches. Losses arrive as sums and are divided by the global count given with them, so the gradient does not depend on
+how the items were cut up.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from onlinerl.batch import Batch, Mean
+from onlinerl.config import LearnerConfig, TrainingConfig
+from onlinerl.errors import LearnerError
+from onlinerl.learners.batching import collate
+from onlinerl.learners.policy import Policy
+from onlinerl.network import interface_of, local_address
+from onlinerl.protocols import Algorithm
+from onlinerl.types import TrainItem, TrainSequence
+
+__all__ = ["DeepSpeedRank"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def environment(config: LearnerConfig, device: str, threads: int) -> dict[str, str]:
+    """Environment variables a rank's process must start with."""
+    env = {"TOKENIZERS_PARALLELISM": "false", "DEEPSPEED_LOG_LEVEL": "WARNING", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if device == "cpu":
+        env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads), "ONLINERL_DIE_WITH_PARENT": "1"}
+    return env
+
+
+class DeepSpeedRank:
+    """Holds this rank's share of the policy and its optimizer.
+
+    Args:
+        model: directory or hub id of the model to start from.
+        algorithm: whose loss is minimised.
+        config, training: their sections.
+        rank, world_size: of this process.
+        store, address: where the ranks meet; rank 0 hosts the store.
+        device: "cpu" or "cuda" (then the one visible GPU).
+        temperature: at which log-probs are taken in the loss: the sampling temperature for policy gradients, else 1.
+        seed: of everything random.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        algorithm: Algorithm,
+        config: LearnerConfig,
+        training: TrainingConfig,
+        *,
+        rank: int,
+        world_size: int,
+        store: dist.TCPStore,
+        address: str,
+        device: str,
+        temperature: float,
+        seed: int,
+        timeout_s: float = 1800,
+    ) -> None:
+        import deepspeed
+
+        self.algorithm, self.config, self.training = algorithm, config, training
+        self.rank, self.world_size, self.temperature = rank, world_size, temperature
+        self.device = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
+        seed_everything(seed)
+        interface = interface_of(local_address(address))
+        if interface is not None:  # the default is whatever the host name resolves to, often a loopback address
+            os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
+        os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
+        backend = "nccl" if device == "cuda" else "gloo"
+        timeout = timedelta(seconds=timeout_s)
+        # The object collectives of metrics and the barriers of CPU work go over gloo on GPU machines too.
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+        self.needs = algorithm.needs()
+        critic = getattr(algorithm, "critic", "shared") if self.needs.values else None
+        self._policy = Policy(self._read(model), critic)
+        if config.gradient_checkpointing:
+            self._policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Dropout stays off: log-probs of one and the same policy must not differ from pass to pass (R-E5).
+        self._policy.eval()
+        if config.zero_stage == 3:
+            deepspeed.zero.register_external_parameter(self._policy.head, self._policy.head.weight)
+        self._engine, *_ = deepspeed.initialize(
+            model=self._policy, optimizer=self._optimizer(), config=self._deepspeed_config(), dist_init_required=False
+        )
+        self._engine.eval()
+        self._frozen: tuple[str, Policy] | None = None
+        self._sender: Any = None
+
+    def _read(self, model: str) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(
+            model, dtype=DTYPES[self.config.dtype], attn_implementation=self.config.attention
+        ).to(self.device)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        critic_lr = getattr(self.algorithm, "critic_learning_rate", None)
+        named = list(self._policy.named_parameters())
+        of_critic = [p for n, p in named if n.startswith(("critic.", "value_head."))]
+        of_policy = [p for n, p in named if not n.startswith(("critic.", "value_head."))]
+        groups = [{"params": of_policy, "scale": 1.0}]
+        if of_critic:
+            relative = critic_lr / self.training.learning_rate if critic_lr and self.training.learning_rate else 1.0
+            groups.append({"params": of_critic, "scale": relative})
+        if self.training.optimizer == "rmsprop":
+            return torch.optim.RMSprop(groups, lr=self.training.learning_rate, weight_decay=self.training.weight_decay)
+        # One fused kernel instead of dozens of small ones per tensor: several times faster, on CPU too.
+        return torch.optim.AdamW(
+            groups, lr=self.training.learning_rate, weight_decay=self.training.weight_decay, fused=True
+        )
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            # Steps hold as many micro-batches as their tokens need: backward() accumulates, step() reduces and updates.
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": self.training.max_grad_norm,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": self.config.zero_stage,
+                "overlap_comm": False,
+                "reduce_scatter": self.device.type == "cuda",  # gloo has none
+                "stage3_param_persistence_threshold": 0 if self.device.type == "cpu" else 100_000,
+            },
+            "bf16": {"enabled": self.config.dtype == "bfloat16"},
+            "steps_per_print": 10**9,
+            "wall_clock_breakdown": False,
+        }
+
+    # --- scoring ---
+
+    def score(self, micro: Sequence[Sequence[TrainSequence]], model: str, temperature: float) -> list[list[np.ndarray]]:
+        """Log-probs f32[T] per sequence per micro-batch, under "policy" or a saved model."""
+        return [out for out, _ in self._infer(micro, model, temperature, values=False)]
+
+    def values(self, micro: Sequence[Sequence[TrainSequence]]) -> list[list[np.ndarray]]:
+        """Critic values f32[T] per sequence per micro-batch."""
+        return [values for _, values in self._infer(micro, "policy", self.temperature, values=True)]
+
+    @torch.no_grad()
+    def _infer(
+        self, micro: Any, model: str, temperature: float, values: bool
+    ) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
+        network = self._engine if model == "policy" else self._load_frozen(model)
+        results = []
+        for sequences in micro:
+            items = [TrainItem(prompt_id="", sequences=(s,)) for s in sequences]
+            batch = collate(items).to(self.device)
+            outputs = network(batch, temperature=temperature, values=values)
+            results.append((_rows(outputs.logprobs_BT, sequences), _rows(outputs.values_BT, sequences) if values else []))
+        return results
+
+    def _load_frozen(self, model: str) -> Policy:
+        """A saved model without gradients. One at a time is kept: base and previous take turns."""
+        if self._frozen is None or self._frozen[0] != model:
+            self._frozen = None  # free the old one before reading the new one
+            self._frozen = (model, Policy(self._read(model)).eval().requires_grad_(False))
+        return self._frozen[1]
+
+    # --- training ---
+
+    def step(self, micro: Sequence[Sequence[TrainItem]], count: int, learning_rate: float) -> dict[str, float]:
+        """One optimizer step over this rank's micro-batches.
+
+        Args:
+            micro: micro-batches of this rank; an empty one only takes part in collectives.
+            count: units of the loss in the whole step, all ranks.
+            learning_rate: for this step.
+
+        Returns:
+            Loss, gradient norm and the algorithm's metrics, averaged over all ranks; "skipped" is 1 if nothing was updated.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("scale", 1.0)
+        totals: dict[str, Tensor] = {}
+        for items in micro:
+            batch = collate(items).to(self.device)
+            outputs = self._engine(batch, temperature=self.temperature, values=self.needs.values, entropy=self.needs.entropy)
+            loss = self.algorithm.loss(outputs, batch) if items else None
+            total = loss.total if loss is not None else outputs.logprobs_BT.sum() * 0.0 + _zero(outputs.values_BT)
+            # DeepSpeed averages over ranks; a sum divided by the global count needs the sum over ranks.
+            self._engine.backward(total * (self.world_size / count))
+            _add(totals, "loss", Mean(total=total.detach().float(), count=torch.tensor(float(0))))
+            for name, mean in (loss.metrics if loss else {}).items():
+                _add(totals, name, mean)
+        skipped_before = self._engine.skipped_steps
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        metrics = self._reduce(totals, count)
+        metrics["grad_norm"] = float(norm) if norm is not None else float("nan")
+        metrics["learning_rate"] = learning_rate
+        metrics["skipped"] = float(self._engine.skipped_steps > skipped_before or not np.isfinite(metrics["grad_norm"]))
+        return metrics
+
+    def _reduce(self, totals: dict[str, Tensor], count: int) -> dict[str, float]:
+        """Sums and counts of all ranks -> means. Ranks without items know no metric names, so the names travel first."""
+        names: list[list[str]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(names, sorted(totals))
+        union = sorted({n for part in names for n in part})
+        table = torch.stack([totals.get(n, torch.zeros(2)) for n in union]).double()
+        table = table.to(self.device) if self.device.type == "cuda" else table
+        dist.all_reduce(table)
+        means = {n: (row[0] / row[1]).item() if row[1] > 0 else float("nan") for n, row in zip(union, table.cpu(), strict=True)}
+        means["loss"] = table[union.index("loss"), 0].item() / count
+        return means
+
+    def gradients(self, micro: Sequence[Sequence[TrainItem]], count: int) -> dict[str, np.ndarray]:
+        """The gradient that `step` would use, by parameter name, and no step: for parity tests (R-E7)."""
+        from deepspeed.utils import safe_get_full_grad
+
+        for items in micro:
+            batch = collate(items).to(self.device)
+            outputs = self._engine(batch, temperature=self.temperature, values=self.needs.values, entropy=self.needs.entropy)
+            total = (
+                self.algorithm.loss(outputs, batch).total
+                if items
+                else outputs.logprobs_BT.sum() * 0.0 + _zero(outputs.values_BT)
+            )
+            self._engine.backward(total * (self.world_size / count))
+        grads: dict[str, np.ndarray] = {}
+        original = self._engine.optimizer.step
+
+        def capture(*args: Any, **kwargs: Any) -> None:
+            for name, parameter in self._policy.named_parameters():
+                grad = safe_get_full_grad(parameter)
+                if grad is not None:
+                    grads[name] = grad.detach().float().cpu().numpy().copy()
+
+        self._engine.optimizer.step = capture
+        try:
+            self._engine.step()
+        finally:
+            self._engine.optimizer.step = original
+        return grads
+
+    def reset_optimizer(self) -> None:
+        """Forget the optimizer's moments; torch optimizers create fresh ones at the next step."""
+        inner = self._engine.optimizer
+        while hasattr(inner, "optimizer"):
+            inner = inner.optimizer
+        for state in inner.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
+    @torch.no_grad()
+    def self_test(self, items: Sequence[TrainItem], reference: str) -> dict[str, float]:
+        """Policy against itself and against the reference it started from, before the first step (R-E5).
+
+        Returns:
+            "loss": the algorithm's loss with reference = old = policy, per unit; "reference_gap": mean |log-prob difference|
+            between policy and reference, in nats per token; "count": units in it.
+        """
+        batch = collate(items).to(self.device)
+        outputs = self._engine(batch, temperature=self.temperature, values=self.needs.values, entropy=self.needs.entropy)
+        lp = outputs.logprobs_BT
+        same = _replace(batch, reference_BT=lp, old_BT=lp, values_BT=outputs.values_BT)
+        again = self._engine(batch, temperature=self.temperature, values=self.needs.values, entropy=self.needs.entropy)
+        loss = self.algorithm.loss(again, same).total.item() / sum(i.count(self.algorithm.unit) for i in items)
+        gap = float("nan")
+        if reference != "policy":
+            other = self._load_frozen(reference)(batch, temperature=self.temperature).logprobs_BT
+            gap = ((lp - other).abs() * batch.mask_BT).sum().item() / batch.mask_BT.sum().item()
+        kl = ((again.logprobs_BT - lp) * batch.mask_BT).sum().item() / len(items)
+        return {"loss": loss, "reference_gap": gap, "kl": kl}
+
+    # --- weights out ---
+
+    def weight_source(self, dtype: torch.dtype) -> Any:
+        """The policy as a vLLM WeightSource in the engine's dtype."""
+        from onlinerl.learners.weights import PolicySource
+
+        return PolicySource(self._policy.model, dtype)
+
+    def open_sync(self, init_info: Any, client: Any, dtype: str) -> None:
+        """Meet the replicas. Called on every rank; `init_info` says which transport."""
+        from onlinerl.sync import gloo
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+        gloo.register()
+        self.source = self.weight_source(getattr(torch, dtype))
+        self._sender = WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=self.source)
+
+    def send_weights(self, version: int) -> None:
+        """Send everything to everyone. No training collective may be in flight, so the ranks meet before and after (R-A2)."""
+        dist.barrier()
+        self._sender.client.version = version
+        self._sender.send_weights()
+        dist.barrier()
+
+    def parameter_names(self) -> list[str]:
+        """Names on the wire, in order."""
+        return [m.name for m in self.source.metadata()]
+
+    def wire_bytes(self) -> int:
+        """Size of one full transfer."""
+        return sum(int(np.prod(m.shape)) * m.dtype.itemsize for m in self.source.metadata())
+
+    def digests(self, names: Sequence[str]) -> dict[str, str]:
+        """Checksums of these tensors as this learner holds them, in the wire dtype. Collective under ZeRO-3."""
+        from onlinerl.sync.proof import digest
+
+        wanted = set(names)
+        return {name: digest(tensor) for name, tensor in self.source if name in wanted}
+
+    # --- disk ---
+
+    def save(self, path: str) -> None:
+        """Weights, optimizer state and RNG states, one file per rank."""
+        self._engine.save_checkpoint(path, tag="state", client_state={}, exclude_frozen_parameters=False)
+        torch.save(rng_state(), Path(path) / f"rng_{self.rank}.pt")
+        dist.barrier()
+
+    def load(self, path: str) -> None:
+        """The reverse of `save`.
+
+        Raises:
+            LearnerError: if the checkpoint is not complete for this number of ranks.
+        """
+        mine = Path(path) / f"rng_{self.rank}.pt"
+        count = len(list(Path(path).glob("rng_*.pt")))
+        if count != self.world_size or not mine.exists():
+            raise LearnerError(
+                f"{path} was written by {count} ranks, and this run has {self.world_size}",
+                field="learner.ranks",
+                fix=f"resume with learner.ranks={count}",
+            )
+        loaded, _ = self._engine.load_checkpoint(path, tag="state")
+        if loaded is None:
+            raise LearnerError(f"DeepSpeed found nothing to load in {path}", fix="resume from an older checkpoint")
+        set_rng_state(torch.load(mine, weights_only=False))
+        self._engine.eval()
+
+    def export(self, path: str, tokenizer: str) -> None:
+        """The policy as a Hugging Face model with its tokenizer. Collective; rank 0 writes."""
+        state = {
+            name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.weight_source(DTYPES[self.config.dtype])
+        }
+        if self.rank == 0:
+            from transformers import AutoTokenizer
+
+            model = self._policy.model
+            model.config.save_pretrained(path)
+            if model.can_generate():
+                model.generation_config.save_pretrained(path)
+            from safetensors.torch import save_file
+
+            save_file(state, Path(path) / "model.safetensors", metadata={"format": "pt"})
+            AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path)
+        dist.barrier()
+
+    def shutdown(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """States of every generator of this process."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """The reverse of `rng_state`."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _rows(values_BT: Tensor, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
+    table = values_BT.float().cpu().numpy()
+    return [table[b, : len(s.response_ids)].copy() for b, s in enumerate(sequences)]
+
+
+def _zero(values: Tensor | None) -> Tensor | float:
+    return 0.0 if values is None else values.sum() * 0.0
+
+
+def _add(totals: dict[str, Tensor], name: str, mean: Mean) -> None:
+    part = torch.stack([mean.total.detach().float().cpu(), mean.count.detach().float().cpu()])
+    totals[name] = totals[name] + part if name in totals else part
+
+
+def _replace(batch: Batch, **changes: Any) -> Batch:
+    from dataclasses import replace
+
+    return replace(batch, **changes)

@@ -1,0 +1,119 @@
+"""The trained network: a causal language model, its per-token log-probs in bounded memory, and an optional critic."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from onlinerl.batch import Batch, Outputs
+from onlinerl.errors import LearnerError
+
+# Logits of so many response tokens exist at a time: 1024 x 150k x 4 bytes is 0.6 GB, whatever the length of the batch (R-C4).
+CHUNK = 1024
+
+# These rescale logits after the output matrix; applying that matrix ourselves would be silently wrong.
+_LOGIT_TRICKS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class LogProbHead(nn.Module):
+    """Hidden states -> log-probs of given tokens, chunk by chunk, recomputed in the backward pass."""
+
+    def __init__(self, output: nn.Module) -> None:
+        super().__init__()
+        self._output = [output]  # in a list: the matrix belongs to the language model, and must not be registered twice
+
+    @property
+    def weight(self) -> Tensor:
+        """The output matrix [vocabulary, hidden]."""
+        return self._output[0].weight
+
+    def forward(self, hidden_NH: Tensor, targets_N: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """Log-probs [N] of `targets_N` and, if asked for, entropies [N]; fp32, of logits divided by `temperature`."""
+        weight, bias = self.weight, getattr(self._output[0], "bias", None)
+
+        def piece(hidden: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            logits = nn.functional.linear(hidden, weight, bias).float() / temperature
+            log_z = torch.logsumexp(logits, dim=-1)
+            chosen = logits.gather(-1, targets[:, None]).squeeze(-1) - log_z
+            if not entropy:
+                return chosen, log_z
+            return chosen, log_z - (torch.softmax(logits, dim=-1) * logits).sum(-1)
+
+        parts = []
+        for start in range(0, len(targets_N), CHUNK):
+            args = (hidden_NH[start : start + CHUNK], targets_N[start : start + CHUNK], weight)
+            if torch.is_grad_enabled() and len(targets_N) > CHUNK:
+                parts.append(checkpoint(piece, *args, use_reentrant=False))
+            else:
+                parts.append(piece(*args))
+        logprobs = torch.cat([p[0] for p in parts])
+        return logprobs, torch.cat([p[1] for p in parts]) if entropy else None
+
+
+class Policy(nn.Module):
+    """A causal language model that answers with log-probs instead of logits.
+
+    Args:
+        model: a Hugging Face causal language model.
+        critic: "separate" adds a second backbone with a value head, "shared" a head on the policy's own trunk, None nothing.
+
+    Raises:
+        LearnerError: for model families that rescale their logits.
+    """
+
+    def __init__(self, model: nn.Module, critic: Literal["separate", "shared"] | None = None) -> None:
+        super().__init__()
+        tricks = [t for t in _LOGIT_TRICKS if getattr(model.config, t, None) not in (None, 1, 1.0)]
+        if tricks:
+            raise LearnerError(
+                f"{type(model).__name__} rescales its logits ({tricks[0]}), which is not supported",
+                field="model",
+                fix="use another model family",
+            )
+        self.model = model
+        self.head = LogProbHead(model.get_output_embeddings())
+        self.critic: nn.Module | None = None
+        self.value_head: nn.Linear | None = None
+        if critic is not None:
+            self.critic = copy.deepcopy(model.base_model) if critic == "separate" else None
+            parameter = next(model.parameters())
+            self.value_head = nn.Linear(model.config.hidden_size, 1, dtype=parameter.dtype, device=parameter.device)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+
+    def forward(self, batch: Batch, temperature: float = 1.0, values: bool = False, entropy: bool = False) -> Outputs:
+        """One pass over all rows; see `Outputs`. Positions where mask_BT is false hold zeros."""
+        mask_BT = batch.mask_BT
+        rows, steps = mask_BT.nonzero(as_tuple=True)
+        if len(rows) == 0:  # a rank that ran short still has to take part in every collective
+            rows = steps = torch.zeros(1, dtype=torch.long, device=mask_BT.device)
+        # The state before response token t of row b sits at position prompt_length + t - 1.
+        positions = batch.prompt_lengths_B[rows] + steps - 1
+        hidden_BSH = self._run(self.model.base_model, batch)
+        targets_N = batch.tokens_BS[rows, positions + 1]
+        logprobs_N, entropy_N = self.head(hidden_BSH[rows, positions], targets_N, temperature, entropy)
+
+        def spread(flat: Tensor) -> Tensor:
+            return torch.zeros(mask_BT.shape, dtype=torch.float32, device=flat.device).index_put((rows, steps), flat)
+
+        values_BT = None
+        if values:
+            assert self.value_head is not None, "this policy was built without a critic"
+            state_BSH = hidden_BSH if self.critic is None else self._run(self.critic, batch)
+            values_BT = spread(self.value_head(state_BSH[rows, positions]).squeeze(-1).float())
+        return Outputs(
+            logprobs_BT=spread(logprobs_N),
+            values_BT=values_BT,
+            entropy_BT=None if entropy_N is None else spread(entropy_N),
+        )
+
+    @staticmethod
+    def _run(backbone: nn.Module, batch: Batch) -> Tensor:
+        mask_BS = batch.sequence_mask_BS
+        # Without padding no mask is needed, and attention kernels are faster without one.
+        attention = None if bool(mask_BS.all()) else mask_BS.long()
+        return backbone(input_ids=batch.tokens_BS, attention_mask=attention, use_cache=False).last_hidden_state

@@ -1,0 +1,29 @@
+"""Addresses that other machines can reach (R-A5)."""
+
+from __future__ import annotations
+
+import socket
+
+import psutil
+
+
+def local_address(peer: str) -> str:
+    """The address of this machine that packets to `peer` leave from."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting a datagram socket sends nothing
+        probe.connect((peer, 9))
+        return probe.getsockname()[0]
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the network interface that holds `address`, e.g. "eth0"."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
+            return name
+    return None
+
+
+def free_port(address: str) -> int:
+    """A port that is free on `address` right now. Prefer handing over a bound socket where the other side can take one."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,62 @@
+"""What the pair losses share. Axes: B rows, T response positions, P pairs (w the chosen response, l the rejected one)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from onlinerl.batch import Batch, Mean, Outputs
+from onlinerl.ops.logprobs import lengths, log_ratios, sequence_logprobs
+
+
+def by_pair(values_B: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """A value per row -> its values of the chosen and of the rejected responses, [P] each."""
+    chosen, rejected = batch.pairs_P2.unbind(dim=1)
+    return values_B[chosen], values_B[rejected]
+
+
+def margin(outputs: Outputs, batch: Batch, *, length_norm: bool = False) -> Tensor:
+    """h[P] = D_w - D_l, in nats; with `length_norm` each D is divided by its response's length.
+
+    Raises:
+        ValueError: if the batch carries no reference log-probs.
+    """
+    ratios_B = log_ratios(outputs, batch)
+    chosen, rejected = by_pair(ratios_B / lengths(batch) if length_norm else ratios_B, batch)
+    return chosen - rejected
+
+
+def logistic(z: Tensor, prob: Tensor | float) -> Tensor:
+    """p f(z) + (1 - p) f(-z) per pair, f(z) = -log sigmoid(z); slope sigmoid(z) - p, so the optimum is z = logit(p).
+
+    p = 1 is the loss of "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", equation 7; p < 1 that of
+    "A Note on DPO with Noisy Preferences & Relationship to IPO".
+    """
+    return -prob * logsigmoid(z) - (1.0 - prob) * logsigmoid(-z)
+
+
+def smoothed(prob: Tensor, label_smoothing: float) -> Tensor:
+    """(1 - ls) p + ls (1 - p): the probability that the label is right if it is flipped with probability ls."""
+    return (1.0 - label_smoothing) * prob + label_smoothing * (1.0 - prob)
+
+
+def pair_metrics(outputs: Outputs, batch: Batch, z: Tensor) -> dict[str, Mean]:
+    """What every pair loss reports: the two sides apart (the loss sees only their difference), accuracies, lengths."""
+    sums_B, lengths_B = sequence_logprobs(outputs, batch).detach(), lengths(batch)
+    ratio_w, ratio_l = by_pair(log_ratios(outputs, batch).detach(), batch)
+    sum_w, sum_l = by_pair(sums_B, batch)
+    mean_w, mean_l = by_pair(sums_B / lengths_B, batch)
+    length_w, length_l = by_pair(lengths_B, batch)
+    return {
+        "chosen_log_ratio": Mean.of(ratio_w),
+        "rejected_log_ratio": Mean.of(ratio_l),
+        "margin": Mean.of(ratio_w - ratio_l),
+        "z": Mean.of(z),
+        "accuracy": Mean.of(z > 0),  # does the policy prefer the chosen response more than the reference does
+        "ranking_accuracy": Mean.of(sum_w > sum_l),  # does it prefer it at all
+        "ranking_accuracy_per_token": Mean.of(mean_w > mean_l),
+        "chosen_fell": Mean.of(ratio_w < 0),  # share of chosen responses that lost probability
+        "chosen_length": Mean.of(length_w),
+        "rejected_length": Mean.of(length_l),
+        "length_ratio": Mean.of(length_w / length_l),
+    }

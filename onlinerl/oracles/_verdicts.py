@@ -1,0 +1,85 @@
+"""The only way oracles of this package make a Verdict: numbers are checked first, so a bad one can only become a Failure (R-G1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from onlinerl.types import Cost, Failure, Verdict
+
+
+def from_scores(
+    scores: object, count: int, *, annotator: str, oracle_version: str, cost: Cost | None = None, raw: str | None = None
+) -> Verdict | Failure:
+    """A Verdict of `count` finite scores, higher is better; anything else is a Failure.
+
+    Args:
+        scores: the K numbers; anything with `tolist()` (numpy, torch) or any sequence. Booleans count as 0 and 1.
+        count: K, how many responses were asked about.
+        annotator, oracle_version, cost, raw: copied into the Verdict.
+    """
+    values = _numbers(scores, count, "scores")
+    if isinstance(values, Failure):
+        return values
+    return Verdict(annotator=annotator, oracle_version=oracle_version, scores=values, cost=cost or Cost(), raw=raw)
+
+
+def from_matrix(
+    matrix: object, count: int, *, annotator: str, oracle_version: str, cost: Cost | None = None, raw: str | None = None
+) -> Verdict | Failure:
+    """A Verdict of `count` x `count` probabilities; anything else is a Failure.
+
+    Cell [i][j] is P(i beats j) with i shown first, within [0, 1]. None means "not asked in this order"; every pair must have been
+    asked in at least one order, because a response that was never compared would look like an average one. The diagonal is
+    ignored.
+    """
+    rows = _listed(matrix)
+    if not isinstance(rows, Sequence) or isinstance(rows, str):
+        return Failure(kind="parse_fail", message=f"preferences must be a {count} x {count} list, got {_shown(matrix)}")
+    if len(rows) != count:
+        return Failure(kind="wrong_length", message=f"{len(rows)} rows of preferences for {count} responses")
+    cells: list[tuple[float, ...]] = []
+    for i, row in enumerate(rows):
+        listed = _listed(row)
+        if isinstance(listed, Sequence) and not isinstance(listed, str):
+            listed = [0.5 if i == j or cell is None else cell for j, cell in enumerate(listed)]
+        values = _numbers(listed, count, f"row {i} of preferences")
+        if isinstance(values, Failure):
+            return values
+        wrong = next((v for v in values if not 0 <= v <= 1), None)
+        if wrong is not None:
+            return Failure(kind="parse_fail", message=f"row {i} of preferences holds {wrong}, which is not a probability")
+        # A Verdict marks cells that were not asked, the diagonal among them, as NaN.
+        cells.append(tuple(math.nan if i == j or _listed(row)[j] is None else v for j, v in enumerate(values)))
+    for i in range(count):
+        for j in range(i):
+            if math.isnan(cells[i][j]) and math.isnan(cells[j][i]):
+                return Failure(kind="error", message=f"responses {j} and {i} were compared in neither order")
+    return Verdict(annotator=annotator, oracle_version=oracle_version, preferences=tuple(cells), cost=cost or Cost(), raw=raw)
+
+
+def _numbers(values: object, count: int, what: str) -> tuple[float, ...] | Failure:
+    listed = _listed(values)
+    if not isinstance(listed, Sequence) or isinstance(listed, str):
+        return Failure(kind="parse_fail", message=f"{what} must be a list of {count} numbers, got {_shown(values)}")
+    if len(listed) != count:
+        return Failure(kind="wrong_length", message=f"{what}: {len(listed)} numbers for {count} responses")
+    numbers: list[float] = []
+    for index, value in enumerate(listed):
+        value = _listed(value)  # numpy and torch scalars become Python numbers
+        if not isinstance(value, int | float):
+            return Failure(kind="parse_fail", message=f"{what}: entry {index} is {_shown(value)}, not a number")
+        if not math.isfinite(value):
+            return Failure(kind="non_finite", message=f"{what}: entry {index} is {value}")
+        numbers.append(float(value))
+    return tuple(numbers)
+
+
+def _listed(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"

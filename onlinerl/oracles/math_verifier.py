@@ -1,0 +1,142 @@
+"""Is the final answer right? Extracts it from the response and compares it with the prompt's reference answer symbolically.
+
+Library: math-verify (Hugging Face). Reference answers may be plain ("72"), LaTeX, boxed, or whole GSM8K solutions ("... #### 72").
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from pydantic import Field, PrivateAttr
+
+from onlinerl.errors import OracleError
+from onlinerl.oracles import _verdicts
+from onlinerl.protocols import Oracle
+from onlinerl.types import Cost, Failure, Query, Verdict
+
+_START_TIMEOUT_S = 120.0
+
+
+class MathVerifier(Oracle):
+    """Scores 1 for the right answer, 0 for a wrong one or none. A response that cannot be compared in time fails its group."""
+
+    timeout_s: float = Field(5.0, gt=0)
+    """Longest comparison of one response with the reference answer, in seconds."""
+
+    _worker: subprocess.Popen[bytes] | None = PrivateAttr(None)
+
+    def open(self) -> None:
+        """Start the process that compares. Idempotent; `judge` calls it too.
+
+        Raises:
+            OracleError: if the process does not start.
+        """
+        if self._worker is not None and self._worker.poll() is None:
+            return
+        self.close()
+        # -P: this folder must not be searched for modules. By file, so that the path of this package does not matter.
+        script = Path(__file__).with_name("_math_worker.py")
+        self._worker = subprocess.Popen(
+            [sys.executable, "-P", str(script), str(math.ceil(self.timeout_s) + 60)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the run, which then closes its oracle
+        )
+        if self._answer(_START_TIMEOUT_S) is None:
+            self.close()
+            raise OracleError(
+                "the process that compares answers did not start",
+                field="oracle.name",
+                fix="see its error above; `pip install math-verify` if it is missing",
+            )
+
+    def close(self) -> None:
+        """Stop the process."""
+        if self._worker is None:
+            return
+        self._worker.kill()
+        self._worker.wait()
+        for pipe in (self._worker.stdin, self._worker.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):  # a request it never read
+                    pipe.close()
+        self._worker = None
+
+    @property
+    def version(self) -> str:
+        """Version of math-verify; the timeout decides which groups fail, not how they are scored."""
+        return f"math-verify-{metadata.version('math-verify')}"
+
+    @property
+    def needs_reference_answer(self) -> bool:
+        """Nothing to compare with otherwise."""
+        return True
+
+    def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
+        """One Verdict with K scores of 0 or 1 per query, in order.
+
+        Raises:
+            OracleError: if a prompt has no reference answer.
+        """
+        for query in queries:
+            if query.prompt.reference_answer is None:
+                raise OracleError(
+                    f"prompt {query.prompt.id!r} has no reference answer to compare with",
+                    field="prompts",
+                    fix='add "reference_answer": "..." to its line in the prompt file',
+                )
+        return [self._judge(query) for query in queries]
+
+    def _judge(self, query: Query) -> Verdict | Failure:
+        started = time.perf_counter()
+        scores: list[int] = []
+        for index, response in enumerate(query.responses):
+            score = self._compare(str(query.prompt.reference_answer), response)
+            if isinstance(score, Failure):
+                return Failure(kind=score.kind, message=f"prompt {query.prompt.id!r}, response {index}: {score.message}")
+            scores.append(score)
+        cost = Cost(calls=len(scores), seconds=time.perf_counter() - started)
+        return _verdicts.from_scores(
+            scores, len(query.responses), annotator="math_verify", oracle_version=self.version, cost=cost
+        )
+
+    def _compare(self, reference: str, response: str) -> int | Failure:
+        self.open()
+        assert self._worker is not None
+        assert self._worker.stdin is not None
+        self._worker.stdin.write(json.dumps({"reference": reference, "response": response}).encode() + b"\n")
+        self._worker.stdin.flush()
+        answer = self._answer(self.timeout_s)
+        if answer is None:
+            crashed = self._worker.poll() is not None
+            self.close()  # the next comparison starts a fresh process
+            if crashed:
+                return Failure(kind="error", message="the process that compares answers died, perhaps out of memory")
+            return Failure(kind="timeout", message=f"not compared within {self.timeout_s:g} s")
+        if "unreadable" in answer:
+            return Failure(kind="parse_fail", message=f"the reference answer {reference!r} is not a mathematical expression")
+        return int(answer["score"])
+
+    def _answer(self, timeout_s: float) -> dict | None:
+        """The next line of the process; None if it is late or the process is dead."""
+        assert self._worker is not None
+        assert self._worker.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._worker.stdout, selectors.EVENT_READ)
+            if not selector.select(timeout_s):
+                return None
+        # One short line per request is written at once, so it is complete when its first byte is there.
+        line = self._worker.stdout.readline()
+        if not line:
+            self._worker.wait()  # end of file: it is dead or dying
+            return None
+        return json.loads(line)

@@ -1,0 +1,141 @@
+"""Judge with a Python function of your own.
+
+The function gets a list of dicts with the keys `prompt` (str), `messages` (list of {role, content}, empty for plain text),
+`responses` (list of K str) and `reference_answer` (str or None). It returns a list with one entry per dict:
+
+- a list of K numbers, higher is better: scores;
+- a K x K list: cell [i][j] is the probability that response i beats response j, None where not asked, the diagonal is ignored;
+- None: refused to judge.
+
+An entry that is none of these, or that holds NaN or infinity, is a Failure and never reaches training (R-G1).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, PrivateAttr
+
+from onlinerl.errors import OracleError
+from onlinerl.oracles import _verdicts
+from onlinerl.protocols import Oracle
+from onlinerl.types import Cost, Failure, Query, Verdict
+
+
+class PythonFunction(Oracle):
+    """Calls a function given by its dotted path."""
+
+    function: str = Field(pattern=r"^\w+(\.\w+)+$")
+    """Dotted path of the function, e.g. `my_package.my_module.my_function`."""
+    revision: str = ""
+    """Part of the oracle's version. Change it when something that the function depends on changes; its own file is noticed."""
+
+    _loaded: Callable[[list[dict[str, Any]]], Any] | None = PrivateAttr(None)
+    _source_hash: str = PrivateAttr("")
+
+    def open(self) -> None:
+        """Import the function. Idempotent; `judge` calls it too.
+
+        Raises:
+            OracleError: if it cannot be imported or called.
+        """
+        if self._loaded is not None:
+            return
+        module_name, _, name = self.function.rpartition(".")
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:  # an import runs the user's code, which may raise anything
+            raise OracleError(
+                f"cannot import {module_name!r}: {_traceback(error)}",
+                field="oracle.function",
+                fix="put it on the Python path, e.g. PYTHONPATH=. onlinerl run ..., or correct the error above",
+            ) from error
+        function = getattr(module, name, None)
+        if not callable(function):
+            problem = f"has no {name!r}" if function is None else f"has {name!r}, which is not a function"
+            raise OracleError(f"{module_name} {problem}", field="oracle.function", fix="check the spelling of the dotted path")
+        file = inspect.getsourcefile(module)
+        self._source_hash = hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()[:12]
+        self._loaded = function
+
+    @property
+    def version(self) -> str:
+        """Dotted path, hash of the file that defines the function, and revision."""
+        self.open()
+        return "-".join(part for part in (self.function, self._source_hash, self.revision) if part)
+
+    def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
+        """One result per query, in order.
+
+        Raises:
+            OracleError: if the function raises; the message holds its traceback.
+        """
+        if not queries:
+            return []
+        self.open()
+        assert self._loaded is not None
+        started = time.perf_counter()
+        try:
+            entries = self._loaded([_as_dict(query) for query in queries])
+        except Exception as error:
+            raise OracleError(
+                f"{self.function} raised {type(error).__name__}:\n{_traceback(error)}",
+                field="oracle.function",
+                fix="correct the function; where it cannot judge, it should return None for that prompt",
+            ) from error
+        seconds = (time.perf_counter() - started) / len(queries)
+        if not isinstance(entries, Sequence) or isinstance(entries, str):
+            message = f"{self.function} returned {type(entries).__name__}, not a list with one entry per prompt"
+            return [Failure(kind="parse_fail", message=message) for _ in queries]
+        if len(entries) != len(queries):  # no telling which entry belongs to which prompt
+            message = f"{self.function} returned {len(entries)} entries for {len(queries)} prompts"
+            return [Failure(kind="wrong_length", message=message) for _ in queries]
+        return [self._check(query, entry, seconds) for query, entry in zip(queries, entries, strict=True)]
+
+    def _check(self, query: Query, entry: object, seconds: float) -> Verdict | Failure:
+        if entry is None:
+            return Failure(kind="refused", message=f"{self.function} returned None for prompt {query.prompt.id!r}")
+        build = _verdicts.from_matrix if _is_nested(entry) else _verdicts.from_scores
+        result = build(
+            entry,
+            len(query.responses),
+            annotator=self.function,
+            oracle_version=self.version,
+            cost=Cost(calls=1, seconds=seconds),
+        )
+        if isinstance(result, Failure):
+            return Failure(kind=result.kind, message=f"{self.function}, prompt {query.prompt.id!r}: {result.message}")
+        return result
+
+
+def _as_dict(query: Query) -> dict[str, Any]:
+    return {
+        "prompt": query.prompt.text,
+        "messages": [{"role": message.role, "content": message.content} for message in query.prompt.messages],
+        "responses": list(query.responses),
+        "reference_answer": query.prompt.reference_answer,
+    }
+
+
+def _is_nested(entry: object) -> bool:
+    listed = _plain(entry)
+    return _is_list(listed) and len(listed) > 0 and _is_list(_plain(listed[0]))
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _traceback(error: Exception) -> str:
+    return "".join(traceback.format_exception(error)).rstrip()

@@ -1,0 +1,344 @@
+"""Everything that can be found wrong before anything expensive starts (R-L3). Needs no vLLM, Ray or DeepSpeed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from onlinerl import config as configuration
+from onlinerl.config import RunConfig
+from onlinerl.errors import ConfigError, OnlineRLError, OracleError
+from onlinerl.prompts.jsonl import JsonlPrompts, check_answers, check_overlap, load_prompts, read_prompts
+from onlinerl.protocols import Algorithm, Oracle, PairBuilder
+from onlinerl.types import Failure, Prompt, Query
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A configuration that has passed, with what was built on the way."""
+
+    config: RunConfig
+    algorithm: Algorithm
+    oracle: Oracle
+    pairing: PairBuilder
+    train: JsonlPrompts | None
+    """None if the model is not on this machine, so that prompts could not be tokenised."""
+    heldout: Sequence[Prompt]
+    parameters: float | None
+    """Number of parameters of the model, if it could be found out."""
+    notes: Sequence[str]
+    """The derived numbers, and what could not be checked."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus response that the engine must hold, rounded up to a KV-cache block."""
+        if self.config.engine.max_model_len is not None:
+            return self.config.engine.max_model_len
+        prompts = [*(self.train or []), *self.heldout]
+        longest = max((len(p.token_ids) for p in prompts), default=self.config.prompts.max_tokens)
+        return ceil((longest + self.config.sampling.max_new_tokens + 1) / 16) * 16
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of one checkpoint (fp32 weights, two moments, weights as trained) and one export."""
+        return int((self.parameters or 0) * (12 + 2 * self.bytes_per_weight))
+
+    @property
+    def bytes_per_weight(self) -> int:
+        """Of the learner's weights."""
+        return 4 if self.config.learner.dtype == "float32" else 2
+
+
+def check(config: RunConfig) -> Checked:
+    """Validate everything that does not need the cluster.
+
+    Raises:
+        OnlineRLError: naming field, cause and fix.
+    """
+    algorithm, oracle, pairing = (
+        configuration.algorithm(config),
+        configuration.oracle(config),
+        configuration.pair_builder(config),
+    )
+    _check_algorithm(config, algorithm)
+    _check_layout(config)
+    _check_port(config)
+    _check_writable(config)
+    notes = [derived(config, algorithm)]
+    local = _check_model(config.model)
+    train: JsonlPrompts | None = None
+    heldout: Sequence[Prompt] = ()
+    if local is not None:
+        train, heldout = load_prompts(
+            config.prompts, _tokenizer(config.model), config.seed, needs_answers=oracle.needs_reference_answer
+        )
+        total = len(train)
+    else:
+        raw = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout, "prompts.heldout")
+        check_overlap(*raw)
+        if oracle.needs_reference_answer:
+            check_answers(raw[0])
+        total = len(raw[0])
+        notes.append(f"{config.model} is not on this machine: prompt lengths and templates were not checked")
+    wanted = config.prompts.per_iteration * config.iterations
+    if wanted > total and not config.prompts.reuse:
+        raise ConfigError(
+            f"{config.iterations} iterations of {config.prompts.per_iteration} fresh prompts need {wanted}, and there are {total}",
+            field="prompts.per_iteration",
+            fix=f"lower it to {total // config.iterations}, add prompts, or set prompts.reuse=true",
+        )
+    if config.evaluation.prompts is not None:
+        if local is not None and config.evaluation.prompts > len(heldout):
+            raise ConfigError(
+                f"asks for {config.evaluation.prompts} held-out prompts, and there are {len(heldout)}",
+                field="evaluation.prompts",
+                fix=f"lower it to {len(heldout)}",
+            )
+        heldout = heldout[: config.evaluation.prompts]
+    parameters = _parameters(config.model, local)
+    notes.append(memory(config, parameters))
+    return Checked(
+        config=config,
+        algorithm=algorithm,
+        oracle=oracle,
+        pairing=pairing,
+        train=train,
+        heldout=heldout,
+        parameters=parameters,
+        notes=notes,
+    )
+
+
+def probe_oracle(oracle: Oracle, prompt: Prompt) -> None:
+    """Ask the oracle once, about two plainly different responses, before anything heavy starts.
+
+    Raises:
+        OracleError: if it raises, fails, or answers in the wrong shape.
+    """
+    oracle.open()
+    results = oracle.judge([Query(prompt=prompt, responses=(" It was good.", " It was bad, the answer is 7."))])
+    if len(results) != 1:
+        raise OracleError(
+            f"returned {len(results)} results for one query", field="oracle", fix="return one result per query, in order"
+        )
+    if isinstance(results[0], Failure):
+        raise OracleError(
+            f"failed on a trial query ({results[0].kind}): {results[0].message}", field="oracle", fix="repair the oracle"
+        )
+
+
+def derived(config: RunConfig, algorithm: Algorithm) -> str:
+    """The batch-like numbers that follow from the ones that were set (R-L1)."""
+    prompts, k, per_step = config.prompts.per_iteration, config.sampling.samples_per_prompt, config.training.items_per_step
+    most = {"best_worst": 1, "ranked": k // 2}.get(config.pairing.get("name", ""), k * (k - 1) // 2)
+    if algorithm.needs().pairs:
+        items, what = prompts * most, "pairs"
+    else:
+        items, what = prompts * k, "samples"
+    steps = ceil(items / per_step) * config.training.epochs
+    return (
+        f"{prompts} prompts x {k} samples -> at most {items} {what} -> at most {steps} optimizer steps an iteration "
+        f"({per_step} {what} a step, {config.training.epochs} epoch{'s' if config.training.epochs > 1 else ''}); "
+        f"{config.iterations} iterations"
+    )
+
+
+def memory(config: RunConfig, parameters: float | None) -> str:
+    """What each role keeps in memory, from the number of parameters: an estimate without activations."""
+    if parameters is None:
+        return "memory: the size of the model is not known, so nothing was estimated"
+    ranks, stage = config.learner.ranks, config.learner.zero_stage
+    weight = 4 if config.learner.dtype == "float32" else 2
+    master = 0 if weight == 4 else 4
+    share = {
+        "weights": weight / (ranks if stage == 3 else 1),
+        "gradients": weight / (ranks if stage >= 2 else 1),
+        "optimizer": (8 + master) / (ranks if stage >= 1 else 1),
+        "reference": weight,
+    }
+    learner = parameters * sum(share.values()) / GIB
+    engine_weight = 4 if config.engine.dtype == "float32" else 2
+    replica = parameters * engine_weight / config.engine.tensor_parallel_size / GIB
+    return (
+        f"memory (estimate, {parameters / 1e9:.2f} B parameters): learner {ranks} rank{'s' if ranks > 1 else ''} x {learner:.1f} GiB "
+        f"(ZeRO-{stage}, {config.learner.dtype}, reference included, activations not); engine {config.engine.replicas} replica"
+        f"{'s' if config.engine.replicas > 1 else ''} x {config.engine.tensor_parallel_size} x {replica:.1f} GiB of weights plus KV cache"
+    )
+
+
+def placement(config: RunConfig, device: str) -> list[tuple[str, str]]:
+    """(role, what it asks of the cluster) for every actor."""
+    gpu = device == "cuda"
+    rows = []
+    for i in range(config.learner.ranks):
+        rows.append(
+            (
+                f"learner rank {i}",
+                _wants(config.learner.cpus, gpu * (0.5 if config.cluster.colocate else 1), config.learner.resources),
+            )
+        )
+    for i in range(config.engine.replicas):
+        width = 0.5 if config.cluster.colocate else config.engine.tensor_parallel_size
+        rows.append((f"replica {i}", _wants(config.engine.cpus, gpu * width, config.engine.resources)))
+    return rows
+
+
+def _wants(cpus: float, gpus: float, resources: dict[str, float]) -> str:
+    parts = [f"{cpus:g} CPU", *([f"{gpus:g} GPU"] if gpus else []), *(f"{v:g} {k}" for k, v in resources.items())]
+    return ", ".join(parts)
+
+
+def identity(model: str) -> dict[str, str]:
+    """What a model is, cheaply: names, sizes, and the first and last MiB of its files (R-D3)."""
+    path = Path(model)
+    if not path.is_dir():
+        return {"model": model}
+    hasher = hashlib.sha256()
+    for file in sorted(p for p in path.iterdir() if p.suffix in {".json", ".safetensors", ".bin", ".jinja", ".model"}):
+        if file.name == "onlinerl_source.json":
+            continue
+        size = file.stat().st_size
+        hasher.update(f"{file.name}:{size}:".encode())
+        with file.open("rb") as data:
+            hasher.update(data.read(2**20))
+            if size > 2**21:
+                data.seek(-(2**20), 2)
+                hasher.update(data.read())
+    return {"model": model, "checksum": hasher.hexdigest()}
+
+
+def _check_algorithm(config: RunConfig, algorithm: Algorithm) -> None:
+    needs, k = algorithm.needs(), config.sampling.samples_per_prompt
+    if k < needs.min_samples:
+        raise ConfigError(
+            f"{config.algorithm['name']} compares responses and needs at least {needs.min_samples} per prompt, got {k}",
+            field="sampling.samples_per_prompt",
+            fix=f"set it to {needs.min_samples} or more",
+        )
+    schedule, default = config.reference.schedule, algorithm.default_reference
+    if needs.reference and schedule == "none":
+        raise ConfigError(
+            f"{config.algorithm['name']} needs a reference",
+            field="reference.schedule",
+            fix=f"set it to {default}, or leave it out",
+        )
+    strict = default == "previous" and schedule not in ("default", "previous")
+    if strict and not config.reference.allow_nonstandard:
+        raise ConfigError(
+            f"{config.algorithm['name']} is defined against the previous iterate, not {schedule!r}",
+            field="reference.schedule",
+            fix="leave it out, or set reference.allow_nonstandard=true if you mean it",
+        )
+    sampling = config.sampling
+    if algorithm.policy_gradient and (sampling.top_p < 1 or sampling.top_k > 0):
+        raise ConfigError(
+            f"{config.algorithm['name']} weighs samples by their probability, which top_p and top_k change in a way the learner cannot score",
+            field="sampling.top_p" if sampling.top_p < 1 else "sampling.top_k",
+            fix="set top_p to 1.0 and top_k to -1",
+        )
+
+
+def _check_layout(config: RunConfig) -> None:
+    if config.cluster.colocate and config.learner.ranks != config.engine.replicas:
+        raise ConfigError(
+            f"colocated, each learner rank shares a GPU with one replica, but there are {config.learner.ranks} ranks and {config.engine.replicas} replicas",
+            field="cluster.colocate",
+            fix="make learner.ranks and engine.replicas equal",
+        )
+    if config.cluster.colocate and config.engine.tensor_parallel_size > 1:
+        raise ConfigError(
+            "colocated replicas cannot span GPUs",
+            field="engine.tensor_parallel_size",
+            fix="set it to 1, or cluster.colocate=false",
+        )
+
+
+def _check_port(config: RunConfig) -> None:
+    metrics = config.metrics
+    if not metrics.prometheus or metrics.prometheus_port == 0:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((metrics.prometheus_host, metrics.prometheus_port))
+        except OSError as error:
+            raise ConfigError(
+                f"{metrics.prometheus_host}:{metrics.prometheus_port} cannot be listened on: {error.strerror}",
+                field="metrics.prometheus_port",
+                fix="choose another port, 0 for any free one, or set metrics.prometheus=false",
+            ) from None
+
+
+def _check_writable(config: RunConfig) -> None:
+    folder = config.directory.parent.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    probe = folder / f".onlinerl-{socket.gethostname()}-write-test"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written: {error.strerror}", field="runs", fix="choose another directory"
+        ) from None
+
+
+def _check_model(model: str) -> Path | None:
+    """The model's directory, or None for a hub id that is not on this machine."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{path} holds no config.json", field="model", fix="give the directory of a Hugging Face model")
+        return path
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith(("models/", "."))
+    if not is_hub_id:
+        raise ConfigError(
+            f"there is no directory {model}",
+            field="model",
+            fix="correct the path; `onlinerl fetch-model` brings the quickstart's model"
+            if "SmolLM2" in model
+            else "correct the path, or give a hub id such as org/name",
+        )
+    return None
+
+
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"its tokenizer cannot be loaded: {error}", field="model", fix="put the tokenizer's files beside the weights"
+        ) from None
+
+
+def _parameters(model: str, local: Path | None) -> float | None:
+    if local is None:
+        match = re.search(r"(\d+(?:\.\d+)?)([bm])\b", model.lower())  # as names have it: 7B, 0.5b, 135M
+        return float(match[1]) * (1e9 if match[2] == "b" else 1e6) if match else None
+    total = 0.0
+    for file in local.glob("*.safetensors"):
+        with file.open("rb") as data:
+            header = json.loads(data.read(int.from_bytes(data.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                count = 1
+                for dim in entry["shape"]:
+                    count *= dim
+                total += count
+    return total or None
+
+
+def explain(error: OnlineRLError) -> str:
+    """One error as text for the terminal."""
+    return f"{error.boundary}: {error}"

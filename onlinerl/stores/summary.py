@@ -1,0 +1,125 @@
+"""A finished or running run, read without its lock: the figures of every iteration, and samples for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from onlinerl.errors import StoreError
+from onlinerl.stores import _files, _lock, _tables
+from onlinerl.stores.rows import PAIRS, ROLLOUTS, VERDICTS, result_from_row
+from onlinerl.types import Failure, Verdict
+
+
+def summarise(path: str | Path, *, extras: bool = False) -> dict[str, Any]:
+    """What a run has reached, as plain JSON: every number is finite, a missing value is None.
+
+    Returns `{"run", "algorithm", "iterations": [{"iteration", "reward", "kl_ref", "kl_prev", "win_rate": {"value", "low", "high",
+    "n"}, "phases": {name: seconds}, "sync": {"seconds", "bytes", "proved"}, "samples", "oracle_calls", "status"}]}`. Iteration 0
+    is the base model: its KL is 0 and its win rate None. `sync` and `win_rate` are None until they are known. `status` is what
+    the iteration was committed as; before that "running", or "unfinished" if no process is working on the run.
+    With `extras`, each iteration also has "length" (mean response tokens) and "oracle_failures".
+
+    Raises:
+        StoreError: if there is no run or it is damaged.
+    """
+    path = Path(path)
+    manifest = _run_manifest(path)
+    fingerprint = manifest.get("fingerprint") or {}
+    active = manifest.get("status") == "running" and _lock.held(path / "lock")
+    folders = sorted((p for p in (path / "iterations").glob("[0-9]*") if p.name.isdigit()), key=lambda p: int(p.name))
+    return _files.finite(
+        {
+            "run": manifest.get("name"),
+            "algorithm": fingerprint.get("algorithm.name"),
+            "iterations": [_iteration(int(f.name), _phases(f), active=active, extras=extras) for f in folders],
+        }
+    )
+
+
+def samples(path: str | Path, iteration: int, limit: int) -> list[dict[str, Any]]:
+    """The first `limit` prompts of an iteration with their responses, scores and pairs, for people.
+
+    Raises:
+        StoreError: if there is no run, or nothing was sampled in that iteration.
+    """
+    path = Path(path)
+    _run_manifest(path)
+    folder = path / "iterations" / f"{iteration:04d}"
+    groups = _tables.read(folder, ROLLOUTS)
+    if not groups:
+        known = [int(p.name) for p in sorted((path / "iterations").glob("[0-9]*")) if _tables.read(p, ROLLOUTS)]
+        raise StoreError(
+            f"{path} has no samples of iteration {iteration}",
+            field="iteration",
+            fix=f"choose one of {', '.join(map(str, known))}" if known else "wait until the first iteration has sampled",
+        )
+    results = dict(result_from_row(row) for row in _tables.read(folder, VERDICTS))
+    pairs: dict[str, list[dict[str, Any]]] = {}
+    for row in _tables.read(folder, PAIRS):
+        pairs.setdefault(row["prompt_id"], []).append({k: row[k] for k in ("chosen", "rejected", "prob", "gap")})
+    return _files.finite([_sample(row, results.get(row["prompt_id"]), pairs) for row in groups[: max(0, limit)]])
+
+
+def _run_manifest(path: Path) -> dict[str, Any]:
+    try:
+        return _files.read_json(path / "manifest.json")
+    except FileNotFoundError:
+        raise StoreError(
+            f"{path} holds no run", field="name", fix=f"check the path; `ls {path.parent}` lists the runs there"
+        ) from None
+
+
+def _phases(folder: Path) -> dict[str, dict[str, Any]]:
+    try:
+        return _files.read_json(folder / "manifest.json").get("phases", {})
+    except FileNotFoundError:
+        return {}
+
+
+def _iteration(number: int, phases: Mapping[str, Mapping[str, Any]], *, active: bool, extras: bool) -> dict[str, Any]:
+    label, sync, evaluate = (phases.get(name, {}) for name in ("label", "sync", "evaluate"))
+    rate = evaluate.get("win_rate") if number > 0 else None
+    calls = [record["oracle_calls"] for record in (label, evaluate) if record.get("oracle_calls") is not None]
+    row: dict[str, Any] = {
+        "iteration": number,
+        "reward": evaluate.get("reward"),
+        "kl_ref": evaluate.get("kl_ref") if number > 0 else 0.0,
+        "kl_prev": evaluate.get("kl_prev") if number > 0 else 0.0,
+        "win_rate": {key: rate.get(key) for key in ("value", "low", "high", "n")} if rate else None,
+        "phases": {name: record["seconds"] for name, record in phases.items() if record.get("seconds") is not None},
+        "sync": {key: sync.get(key) for key in ("seconds", "bytes", "proved")} if sync else None,
+        "samples": phases.get("sample", {}).get("samples"),
+        "oracle_calls": sum(calls) if calls else None,
+        "status": phases.get("commit", {}).get("status") or ("running" if active else "unfinished"),
+    }
+    if extras:
+        row |= {"length": evaluate.get("length"), "oracle_failures": label.get("failures")}
+    return row
+
+
+def _sample(
+    row: Mapping[str, Any], result: Verdict | Failure | None, pairs: Mapping[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    verdict = result if isinstance(result, Verdict) else None
+    win_rates = verdict.win_rates().tolist() if verdict and (verdict.scores or verdict.preferences) else None
+    return {
+        "prompt_id": row["prompt_id"],
+        "prompt": row["prompt"],
+        "responses": [
+            {
+                "text": text,
+                "score": verdict.scores[k] if verdict and verdict.scores else None,
+                "win_rate": win_rates[k] if win_rates else None,
+                "tokens": len(row["token_ids"][k]),
+                "finish_reason": row["finish_reasons"][k],
+                "policy_version": row["policy_versions"][k],
+            }
+            for k, text in enumerate(row["texts"])
+        ],
+        "oracle": verdict.annotator if verdict else None,
+        "failure": f"{result.kind}: {result.message}" if isinstance(result, Failure) else None,
+        "raw": verdict.raw if verdict else None,
+        "pairs": pairs.get(row["prompt_id"], []),
+    }

@@ -1,0 +1,54 @@
+"""What onlinerl adds to a vLLM worker (`worker_extension_cls`): a record of what arrived, and a look at what is there.
+
+The recorder sits where a tensor is handed to the model's own loader, so it works for every transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from onlinerl.sync import gloo
+from onlinerl.sync.proof import digest
+
+gloo.register()  # the module is imported in the worker process, also where entry points are not installed
+
+
+class Receiver:
+    """Mixed into vLLM's worker class by vLLM; its methods are called through `collective_rpc`."""
+
+    def onlinerl_watch(self, names: list[str]) -> None:
+        """From now on, keep the checksum of each of these tensors as it arrives."""
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        watched, seen = set(names), {}
+        original = getattr(model, "_onlinerl_load_weights", model.load_weights)
+
+        def load_weights(weights: Iterable[tuple[str, Tensor]]) -> Any:
+            def recorded() -> Iterable[tuple[str, Tensor]]:
+                for name, tensor in weights:
+                    if name in watched:
+                        seen[name] = digest(tensor)
+                    yield name, tensor
+
+            return original(recorded())
+
+        model._onlinerl_load_weights = original
+        model._onlinerl_seen = seen
+        model.load_weights = load_weights
+
+    def onlinerl_received(self) -> dict[str, str]:
+        """Checksums of the watched tensors that have arrived since `onlinerl_watch`."""
+        return dict(getattr(self.model_runner.get_model(), "_onlinerl_seen", {}))  # type: ignore[attr-defined]
+
+    def onlinerl_held(self) -> dict[str, str]:
+        """Checksums of every parameter as the model holds it now, under vLLM's own names (fused and repacked as it likes)."""
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        return {name: digest(tensor) for name, tensor in model.named_parameters()}
+
+    def onlinerl_pid(self) -> int:
+        """Process id of this worker."""
+        import os
+
+        return os.getpid()

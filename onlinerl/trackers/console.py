@@ -1,0 +1,179 @@
+"""What a person sees: a progress bar per phase with its throughput, one line per finished phase, and the table of iterations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from onlinerl.protocols import Tracker
+from onlinerl.types import Metric
+
+__all__ = ["ConsoleTracker", "render_table"]
+
+QUIET_S = 30.0
+"""Without a terminal, a long phase says how far it is this often."""
+
+
+class ConsoleTracker(Tracker):
+    """Live bars on a terminal, plain lines anywhere else."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._progress: Progress | None = None
+        self._running: _Running | None = None
+
+    def phase_started(self, iteration: int, phase: str, total: int | None, unit: str) -> None:
+        """Show a bar."""
+        self._stop()
+        now = time.monotonic()
+        self._running = _Running(iteration=iteration, phase=phase, total=total, unit=unit, started=now, reported=now)
+        if self._console.is_terminal:
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                _RateColumn(unit),
+                TimeElapsedColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._progress.add_task(_head(iteration, phase), total=total)
+            self._progress.start()
+
+    def phase_advanced(self, iteration: int, phase: str, amount: int) -> None:
+        """Move the bar."""
+        running, now = self._running, time.monotonic()
+        if running is None:
+            return
+        running.done += amount
+        if self._progress is not None:
+            self._progress.advance(self._progress.task_ids[0], amount)
+        elif now - running.reported >= QUIET_S:
+            running.reported = now
+            of = f" of {running.total}" if running.total else ""
+            self._line(f"{_head(iteration, phase)}  {running.done}{of} {running.unit} after {now - running.started:.0f} s")
+
+    def phase_finished(self, iteration: int, phase: str, seconds: float) -> None:
+        """Replace the bar by one line."""
+        running = self._running
+        self._stop()
+        work = ""
+        if running is not None and running.phase == phase and running.done:
+            work = f"{running.done:>8} {running.unit}  {_rate(running.done, seconds, running.unit)}"
+        self._line(f"{_head(iteration, phase)}  {seconds:>8.1f} s  {work}".rstrip())
+
+    def log(self, metrics: Iterable[Metric]) -> None:
+        """Show the headline figures, if they are among the metrics."""
+        shown = [text for text in map(_headline, metrics) if text]
+        if shown:
+            self._line("  ".join(shown))
+
+    def note(self, text: str) -> None:
+        """Show a line."""
+        self._line(text)
+
+    def close(self) -> None:
+        """Remove the bar. May be called twice."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress = self._running = None
+
+    def _line(self, text: str) -> None:
+        # Texts may hold square brackets and paths: no markup, no colours guessed from content, no wrapping in log files.
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def render_table(summary: Mapping[str, Any]) -> Table:
+    """The iterations of a run (see `stores.summary.summarise`) as a table; `length` is shown where the summary has it."""
+    title = " ".join(filter(None, (summary["run"], f"({summary['algorithm']})" if summary["algorithm"] else None)))
+    table = Table(title=Text(title))
+    table.add_column("iteration", justify="right")
+    table.add_column("reward", justify="right")
+    table.add_column("KL to base", justify="right")
+    table.add_column("win rate vs base [95 %]", justify="right")
+    table.add_column("length", justify="right")
+    table.add_column("seconds per phase")
+    table.add_column("status")
+    for row in summary["iterations"]:
+        cells = (
+            str(row["iteration"]),
+            _number(row["reward"], ".3f"),
+            _number(row["kl_ref"], ".2f"),
+            _win_rate(row["win_rate"]),
+            _number(row.get("length"), ".1f"),
+            ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["phases"].items()) or "-",
+            str(row["status"]),
+        )
+        table.add_row(*map(Text, cells))
+    return table
+
+
+@dataclass(kw_only=True, slots=True)
+class _Running:
+    iteration: int
+    phase: str
+    total: int | None
+    unit: str
+    started: float
+    reported: float
+    done: int = 0
+
+
+class _RateColumn(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        """E.g. 12.3 prompts/s."""
+        return Text(_rate(task.completed, task.elapsed or 0.0, self._unit))
+
+
+def _head(iteration: int, phase: str) -> str:
+    return f"iteration {iteration}  {phase:<10}"
+
+
+def _rate(done: float, seconds: float, unit: str) -> str:
+    return f"{done / seconds:.1f} {unit}/s" if done and seconds > 0 else ""
+
+
+def _headline(metric: Metric) -> str | None:
+    if metric.name == "win_rate" and metric.labels.get("opponent", "base") == "base":
+        interval = {"value": metric.value, "low": metric.ci_low, "high": metric.ci_high}
+        return f"win rate vs base {_win_rate(interval)}"
+    if metric.name == "reward":
+        return f"reward {metric.value:.3f}"
+    if metric.name == "kl_ref" and metric.labels.get("estimator", "k3") == "k3":
+        return f"KL to base {metric.value:.2f} nats"
+    return None
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _win_rate(rate: Mapping[str, float | None] | None) -> str:
+    if rate is None or rate["value"] is None:
+        return "-"
+    low, high = rate["low"], rate["high"]
+    return f"{rate['value']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else "")

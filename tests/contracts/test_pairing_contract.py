@@ -1,0 +1,94 @@
+"""What every pair builder promises; a new file under onlinerl/pairing is found and tested by its name."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from onlinerl import registry
+from onlinerl.config import component
+from onlinerl.protocols import PairBuilder
+from onlinerl.types import Group, Judged, Prompt, Rollout, Sampling, Verdict
+
+# Knobs that let a builder accept pairs on a scale from 0 to 9.
+KNOBS = {"floor_margin": {"floor": 2.0, "margin": 1.0}}
+
+
+@pytest.fixture(params=registry.names("pairing"))
+def builder(request):
+    """Every pair builder."""
+    return component({"name": request.param, **KNOBS.get(request.param, {})}, "pairing", "pairing", PairBuilder)
+
+
+def judged(texts: list[str], scores: list[float]) -> Judged:
+    rollouts = tuple(
+        Rollout(
+            token_ids=tuple(text.encode()),
+            logprobs=(-1.0,) * len(text.encode()),
+            text=text,
+            finish_reason="stop",
+            policy_version=0,
+            sampler=Sampling(),
+            seed=hash_of(text),
+        )
+        for text in texts
+    )
+    verdict = Verdict(annotator="a", oracle_version="v", scores=tuple(scores))
+    return Judged(group=Group(prompt=Prompt(id="p", text="x", token_ids=(1,)), rollouts=rollouts), verdict=verdict)
+
+
+def hash_of(text: str) -> int:
+    return sum(text.encode())
+
+
+def described(group: Judged, builder: PairBuilder) -> set[tuple]:
+    texts = [rollout.text for rollout in group.group.rollouts]
+    pairs, _ = builder.build(group)
+    return {(texts[pair.chosen], texts[pair.rejected], round(pair.prob, 9), round(pair.gap, 9)) for pair in pairs}
+
+
+@pytest.mark.parametrize("count", range(2, 10))
+def test_ties_yield_nothing_and_are_counted(builder, count):
+    """R-G4: a constant oracle gives no pairs."""
+    pairs, dropped = builder.build(judged([f"text {i}" for i in range(count)], [5.0] * count))
+    assert pairs == []
+    assert sum(dropped.values()) > 0
+    assert set(dropped) == {"tie"}
+
+
+@pytest.mark.parametrize("count", range(2, 10))
+def test_identical_texts_yield_nothing_and_are_counted(builder, count):
+    """R-G4: whatever an inconsistent oracle says about them."""
+    pairs, dropped = builder.build(judged(["same"] * count, [float(i) for i in range(count)]))
+    assert pairs == []
+    assert set(dropped) == {"identical"}
+
+
+@pytest.mark.parametrize("count", range(2, 10))
+def test_invariant_to_the_order_of_responses(builder, count):
+    rng = random.Random(count)
+    texts = [f"text {i}" for i in range(count)]
+    scores = [float(rng.randrange(0, 10)) for _ in texts]  # ties among them included
+    expected = described(judged(texts, scores), builder)
+    for _ in range(5):
+        order = rng.sample(range(count), count)
+        assert described(judged([texts[i] for i in order], [scores[i] for i in order]), builder) == expected
+
+
+@pytest.mark.parametrize("count", range(2, 10))
+def test_accepts_any_group_size_and_orients_pairs(builder, count):
+    group = judged([f"text {i}" for i in range(count)], [float(i) for i in range(count)])
+    pairs, dropped = builder.build(group)
+    if count > 2:  # with two, the better one may be below a builder's floor
+        assert pairs
+    for pair in pairs:
+        assert pair.chosen > pair.rejected
+        assert 0.5 < pair.prob <= 1
+        assert pair.gap > 0
+    assert len({(pair.chosen, pair.rejected) for pair in pairs}) == len(pairs)
+    assert all(number > 0 for number in dropped.values())
+
+
+def test_a_single_response_yields_nothing(builder):
+    assert builder.build(judged(["alone"], [5.0]))[0] == []

@@ -1,0 +1,80 @@
+"""Small hand-made groups and batches for the algorithm tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onlinerl.batch import Batch, LossOutput, Outputs
+from onlinerl.learners.batching import collate
+from onlinerl.protocols import Algorithm
+from onlinerl.types import Group, Judged, Prompt, Rollout, Sampling, TrainItem, TrainSequence, Verdict
+
+PER_TOKEN = ("behaviour", "old", "reference", "values", "advantages", "returns")
+
+
+def sequence(length: int, first_token: int = 10, **changes) -> TrainSequence:
+    """A response of `length` tokens whose per-token fields are zero unless given as number or list."""
+    fields = {name: np.full(length, 0.0, np.float32) for name in PER_TOKEN}
+    for name, value in changes.items():
+        fields[name] = np.broadcast_to(np.asarray(value, np.float32), length) if name in PER_TOKEN else value
+    return TrainSequence(prompt_ids=(1, 2), response_ids=tuple(range(first_token, first_token + length)), **fields)
+
+
+def pair(chosen: TrainSequence, rejected: TrainSequence, **changes) -> TrainItem:
+    return TrainItem(prompt_id="p", sequences=(chosen, rejected), **changes)
+
+
+def single(only: TrainSequence, **changes) -> TrainItem:
+    return TrainItem(prompt_id="p", sequences=(only,), **changes)
+
+
+def evaluate(
+    algorithm: Algorithm, items: Sequence[TrainItem], rows: Sequence[float | Sequence[float]], **outputs
+) -> tuple[float, Tensor, LossOutput, Batch]:
+    """Loss over the items divided by their units, its gradient per token [B, T], the raw output and the batch.
+
+    `rows` are log-probs per sequence: a list of T, or one number for all tokens. Padding holds NaN, as nothing may read it.
+    """
+    batch = collate(items)
+    logprobs_BT = spread(rows, batch).requires_grad_()
+    out = algorithm.loss(Outputs(logprobs_BT=logprobs_BT, **outputs), batch)
+    mean = out.total / sum(item.count(algorithm.unit) for item in items)
+    (gradient_BT,) = torch.autograd.grad(mean, logprobs_BT, retain_graph=True)
+    return mean.item(), gradient_BT, out, batch
+
+
+def spread(rows: Sequence[float | Sequence[float]], batch: Batch) -> Tensor:
+    """Rows of different lengths -> fp64 [B, T] with NaN in the padding."""
+    padded = torch.full(batch.mask_BT.shape, float("nan"), dtype=torch.float64)
+    for row, (values, length) in enumerate(zip(rows, batch.lengths_B.tolist(), strict=True)):
+        padded[row, :length] = torch.as_tensor(values, dtype=torch.float64)
+    return padded
+
+
+def judged(lengths: Sequence[int], **verdict) -> Judged:
+    """A group with one distinct response per length, judged as given."""
+    rollouts = tuple(
+        Rollout(
+            token_ids=tuple(range(10 * (k + 1), 10 * (k + 1) + length)),
+            logprobs=(-1.0,) * length,
+            text=str(k),
+            finish_reason="stop",
+            policy_version=3,
+            sampler=Sampling(),
+            seed=k,
+        )
+        for k, length in enumerate(lengths)
+    )
+    prompt = Prompt(id="p", text="x", token_ids=(1, 2))
+    return Judged(
+        group=Group(prompt=prompt, rollouts=rollouts), verdict=Verdict(annotator="test", oracle_version="1", **verdict)
+    )
+
+
+def values(out: LossOutput) -> dict[str, float]:
+    """Metrics as plain means."""
+    return {name: float(mean.total / mean.count) for name, mean in out.metrics.items() if mean.count > 0}

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from algorithm_batches import evaluate, judged, sequence, single, spread, values
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from trl_losses import grpo_loss
+
+from onlinerl.algorithms.grpo import Grpo
+
+AGGREGATIONS = ("seq_mean_token_mean", "token_mean")
+
+
+def grpo(std_norm="group", agg="seq_mean_token_mean", **knobs) -> Grpo:
+    return Grpo(std_norm=std_norm, agg=agg, **knobs)
+
+
+def advantages(algorithm: Grpo, *groups) -> list[float]:
+    items = [item for scores in groups for item in algorithm.items(judged([2] * len(scores), scores=scores), [])]
+    prepared = algorithm.prepare(items)
+    assert all(len(set(item.sequences[0].advantages.tolist())) == 1 for item in prepared)  # the same on every token
+    return [float(item.sequences[0].advantages[0]) for item in prepared]
+
+
+def test_advantages_by_hand():
+    assert advantages(grpo(), (1.0, 0.0)) == pytest.approx([0.70711, -0.70711], abs=1e-5)
+    assert advantages(grpo(), (1.0, 0.0, 0.0, 0.0)) == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
+    assert advantages(grpo(std_norm="none"), (1.0, 0.0, 0.0, 0.0)) == pytest.approx([0.75, -0.25, -0.25, -0.25])
+
+
+def test_batch_std_is_that_of_all_centred_scores():
+    # Centred: +-0.5 and +-1.5; their sum of squares is 5, so the unbiased std is sqrt(5 / 3)
+    std = (5 / 3) ** 0.5
+    assert advantages(grpo(std_norm="batch"), (11.0, 10.0), (3.0, 0.0)) == pytest.approx(
+        [0.5 / std, -0.5 / std, 1.5 / std, -1.5 / std], rel=1e-5
+    )
+    # With one group it is the group's
+    assert advantages(grpo(std_norm="batch"), (1.0, 0.0, 0.0)) == pytest.approx(advantages(grpo(), (1.0, 0.0, 0.0)), rel=1e-5)
+
+
+@given(
+    scores=st.lists(st.integers(-50, 50), min_size=2, max_size=8).filter(lambda s: len(set(s)) > 1),
+    scale=st.floats(0.5, 50),
+    shift=st.floats(-100, 100),
+)
+@settings(max_examples=50, deadline=None)
+def test_advantages_sum_to_zero_and_do_not_see_scale_or_shift(scores, scale, shift):
+    plain = advantages(grpo(), scores)
+    assert sum(plain) == pytest.approx(0, abs=1e-4)
+    assert advantages(grpo(), [scale * s + shift for s in scores]) == pytest.approx(plain, abs=1e-4)
+
+
+@pytest.mark.parametrize("std_norm", ["group", "batch", "none"])
+def test_equal_scores_teach_nothing(std_norm):
+    algorithm = grpo(std_norm=std_norm)
+    items = algorithm.prepare(algorithm.items(judged([2, 3], scores=(0.1, 0.1)), []))
+    items = [single(item.sequences[0].with_(old=item.sequences[0].behaviour)) for item in items]
+    loss, gradient, out, _ = evaluate(algorithm, items, [-1.0, -1.2])
+    assert loss == 0
+    assert gradient.abs().max() == 0
+    assert values(out)["zero_advantage"] == 1.0
+
+
+def test_a_prompt_that_occurs_twice_makes_two_groups():
+    algorithm = grpo()
+    items = algorithm.items(judged([1, 1], scores=(1.0, 0.0)), []) + algorithm.items(judged([1, 1], scores=(9.0, 5.0)), [])
+    got = [float(item.sequences[0].advantages[0]) for item in algorithm.prepare(items)]
+    assert got == pytest.approx([0.70711, -0.70711] * 2, abs=1e-5)
+
+
+def test_one_response_has_no_baseline():
+    with pytest.raises(ValueError, match="at least 2"):
+        grpo().items(judged([1], scores=(1.0,)), [])
+
+
+def test_normalisation_and_aggregation_must_be_stated():
+    for knobs in ({}, {"std_norm": "group"}, {"agg": "token_mean"}, {"std_norm": "group", "agg": "sum"}):
+        with pytest.raises(ValidationError):
+            Grpo(**knobs)
+
+
+def test_on_policy_the_loss_is_minus_the_mean_advantage():
+    items = [
+        single(sequence(4, old=-1.0, behaviour=-1.0, advantages=1.0)),
+        single(sequence(2, old=-1.0, behaviour=-1.0, advantages=-2.0)),
+    ]
+    by_sequence, gradient, _, _ = evaluate(grpo(), items, [-1.0, -1.0])
+    assert by_sequence == pytest.approx(0.5)  # -(1 - 2) / 2
+    assert gradient[0].tolist() == pytest.approx([-1.0 / 8] * 4)
+    assert gradient[1].tolist() == pytest.approx([0.5, 0.5, 0.0, 0.0])
+    by_token, gradient, _, _ = evaluate(grpo(agg="token_mean"), items, [-1.0, -1.0])
+    assert by_token == pytest.approx(0.0)  # -(4 * 1 - 2 * 2) / 6
+    assert gradient[0].tolist() == pytest.approx([-1.0 / 6] * 4)
+
+
+def test_clipping():
+    def one(advantage, log_ratio, **knobs):
+        item = single(sequence(1, old=-1.0, behaviour=-1.0, advantages=advantage))
+        loss, gradient, out, _ = evaluate(grpo(**knobs), [item], [-1.0 + log_ratio])
+        return loss, gradient.item(), values(out)
+
+    high, low = np.log(1.5), np.log(0.5)
+    loss, gradient, metrics = one(1.0, high)
+    assert (loss, gradient) == (pytest.approx(-1.2), 0.0)
+    assert (metrics["clip_high"], metrics["clip_low"]) == (1.0, 0.0)
+    loss, gradient, _ = one(-1.0, high)  # a bad token that became likelier is pushed down in full
+    assert (loss, gradient) == (pytest.approx(1.5), pytest.approx(1.5))
+    loss, gradient, metrics = one(-1.0, low)
+    assert (loss, gradient) == (pytest.approx(0.8), 0.0)
+    assert (metrics["clip_high"], metrics["clip_low"]) == (0.0, 1.0)
+    assert one(1.0, high, clip_high=0.6)[0] == pytest.approx(-1.5)
+    loss, gradient, _ = one(-1.0, np.log(8.0), dual_clip=3.0)
+    assert (loss, gradient) == (pytest.approx(3.0), 0.0)
+
+
+def test_kl_at_the_reference_is_zero_and_away_from_it_k3():
+    item = single(sequence(2, old=-1.0, behaviour=-1.0, reference=-1.0))
+    assert evaluate(grpo(kl=0.5), [item], [-1.0])[0] == pytest.approx(0.0)
+    # d = 1: exp(-1) - 1 + 1
+    assert evaluate(grpo(kl=0.5), [item], [0.0])[0] == pytest.approx(0.5 * 0.36787944, rel=1e-6)
+    assert (grpo(kl=0.5).needs().reference, grpo(kl=0.5).default_reference) == (True, "fixed")
+    assert (grpo().needs().reference, grpo().default_reference) == (False, "none")
+
+
+def test_sampler_weight_is_capped_and_carries_no_gradient():
+    # old - behaviour = log 1.5 and log 5: weights 1.5 and the cap 2
+    item = single(sequence(2, old=-1.0, behaviour=[-1.0 - np.log(1.5), -1.0 - np.log(5.0)], advantages=1.0))
+    loss, gradient, out, _ = evaluate(grpo(), [item], [-1.0])
+    assert loss == pytest.approx(-(1.5 + 2.0) / 2, rel=1e-6)
+    assert gradient[0].tolist() == pytest.approx([-0.75, -1.0], rel=1e-6)
+    assert values(out)["sampler_gap"] == pytest.approx((np.log(1.5) + np.log(5.0)) / 2, rel=1e-6)
+    assert values(out)["sampler_capped"] == 0.5
+    assert evaluate(grpo(sampler_cap=None), [item], [-1.0])[0] == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize("agg", AGGREGATIONS)
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_agrees_with_trl(agg, kl):
+    rng, lengths = np.random.default_rng(1), (5, 2, 3)
+
+    def draw(n):
+        return -1.0 + 0.4 * rng.standard_normal(n)
+
+    algorithm = grpo(agg=agg, kl=kl, clip_high=0.28)
+    group = judged(lengths, scores=(1.0, -0.5, 0.25))
+    items = [
+        single(
+            item.sequences[0].with_(old=draw(n).astype("f4"), reference=draw(n).astype("f4"), behaviour=draw(n).astype("f4"))
+        )
+        for item, n in zip(algorithm.prepare(algorithm.items(group, [])), lengths, strict=True)
+    ]
+    rows = [draw(n) for n in lengths]
+    loss, gradient, out, batch = evaluate(algorithm, items, rows)
+    assert values(out)["clip_high"] + values(out)["clip_low"] > 0  # otherwise clipping is not compared
+
+    logprobs = spread(rows, batch).nan_to_num().requires_grad_()
+    expected = grpo_loss(
+        logprobs,
+        batch.old_BT.double(),
+        batch.advantages_BT[:, 0].double(),
+        batch.mask_BT,
+        agg=agg,
+        clip_high=0.28,
+        reference_BT=batch.reference_BT.double(),
+        kl=kl,
+        sampler_weight_BT=(batch.old_BT - batch.behaviour_BT).double().exp().clamp(max=2.0),
+    )
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.allclose(gradient, torch.autograd.grad(expected, logprobs)[0], atol=1e-7)

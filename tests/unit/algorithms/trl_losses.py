@@ -1,0 +1,96 @@
+"""TRL's loss functions called on given log-probs: an independent implementation to agree with.
+
+TRL computes losses in methods of its trainers. They are called here on a stand-in that has only what the method reads, so that no
+model, tokenizer or dataset takes part and any difference is one of the loss.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def dpo_loss(
+    logprobs_BT: Tensor, reference_BT: Tensor, mask_BT: Tensor, *, beta: float, label_smoothing: float = 0.0, **mix: float
+) -> Tensor:
+    """Mean over pairs. Rows: all chosen responses, then all rejected ones. `mix`: TRL's loss types and their weights."""
+    trainer = pytest.importorskip("trl.trainer.dpo_trainer", reason="trl is not installed").DPOTrainer
+    mix = mix or {"sigmoid": 1.0}
+    pad = torch.zeros_like(mask_BT[:, :1])  # TRL shifts by one: the first position predicts nothing
+    logprobs, reference = logprobs_BT.masked_fill(~mask_BT, 0.0), reference_BT.masked_fill(~mask_BT, 0.0)
+    chosen, rejected = reference.sum(dim=1).chunk(2)
+    outputs = SimpleNamespace(log_probs=logprobs, entropy=logprobs, mean_logits=logprobs, is_top1=mask_BT)
+    inputs = {
+        "input_ids": torch.zeros(mask_BT.shape[0], mask_BT.shape[1] + 1, dtype=torch.int64),
+        "attention_mask": torch.cat([~pad, mask_BT], dim=1).long(),
+        "completion_mask": torch.cat([pad, mask_BT], dim=1).long(),
+        "ref_chosen_logps": chosen,
+        "ref_rejected_logps": rejected,
+    }
+    stand_in = SimpleNamespace(
+        model=SimpleNamespace(training=False),
+        accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=list(mix),
+        loss_weights=list(mix.values()),
+        beta=beta,
+        label_smoothing=label_smoothing,
+        use_weighting=False,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+    )
+    return trainer._compute_loss(stand_in, lambda **_: outputs, inputs, return_outputs=False)
+
+
+def grpo_loss(
+    logprobs_BT: Tensor,
+    old_BT: Tensor,
+    advantages: Tensor,
+    mask_BT: Tensor,
+    *,
+    agg: str,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    reference_BT: Tensor | None = None,
+    kl: float = 0.0,
+    sampler_weight_BT: Tensor | None = None,
+) -> Tensor:
+    """`agg`: seq_mean_token_mean or token_mean. `advantages`: [B], or [B, T]."""
+    trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="trl is not installed").GRPOTrainer
+    logprobs = logprobs_BT.masked_fill(~mask_BT, 0.0)
+    inputs = {
+        "prompt_ids": torch.zeros(len(mask_BT), 1, dtype=torch.int64),
+        "prompt_mask": torch.ones(len(mask_BT), 1, dtype=torch.int64),
+        "completion_ids": torch.zeros(mask_BT.shape, dtype=torch.int64),
+        "completion_mask": mask_BT.long(),
+        "advantages": advantages,
+        "old_per_token_logps": old_BT,
+        "ref_per_token_logps": reference_BT,
+        "importance_sampling_ratio": torch.ones_like(logprobs) if sampler_weight_BT is None else sampler_weight_BT,
+    }
+    stand_in = SimpleNamespace(
+        model=SimpleNamespace(training=False),
+        accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x),
+        args=SimpleNamespace(delta=None, use_bias_correction_kl=False),
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level="token",
+        beta=kl,
+        loss_type={"seq_mean_token_mean": "grpo", "token_mean": "bnpo"}[agg],
+        epsilon_low=clip_low,
+        epsilon_high=clip_high,
+        use_vllm=True,
+        vllm_importance_sampling_correction=True,
+        _entropy_bonus_enabled=False,
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, torch.zeros_like(logprobs), None),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+    )
+    return trainer._compute_loss(stand_in, None, inputs)

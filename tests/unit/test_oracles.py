@@ -1,0 +1,385 @@
+"""Oracles on hand-made fixtures: right numbers where there is an answer, Failures where there is none (R-G1, R-F6)."""
+
+from __future__ import annotations
+
+import math
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from onlinerl.errors import ConfigError, OracleError
+from onlinerl.oracles import _verdicts
+from onlinerl.oracles.math_verifier import MathVerifier
+from onlinerl.oracles.python import PythonFunction
+from onlinerl.oracles.reward_model import RewardModel
+from onlinerl.oracles.sentiment import Sentiment
+from onlinerl.types import Failure, Message, Prompt, Query, Verdict
+
+
+def query(*responses: str, text: str = "The film was", answer: str | None = None, messages: tuple[Message, ...] = ()) -> Query:
+    prompt = Prompt(id="p", text=text, token_ids=(1,), reference_answer=answer, messages=messages)
+    return Query(prompt=prompt, responses=responses)
+
+
+class TestVerdicts:
+    def checked(self, values, count=2, build=_verdicts.from_scores):
+        return build(values, count, annotator="a", oracle_version="v")
+
+    @pytest.mark.parametrize(
+        ("scores", "kind"),
+        [
+            ([1.0], "wrong_length"),
+            ([1.0, math.nan], "non_finite"),
+            ([1.0, math.inf], "non_finite"),
+            (np.array([1.0, -np.inf]), "non_finite"),
+            ([1.0, None], "parse_fail"),
+            ([1.0, "2"], "parse_fail"),
+            ("12", "parse_fail"),
+            (None, "parse_fail"),
+            ({0: 1.0, 1: 2.0}, "parse_fail"),
+        ],
+    )
+    def test_bad_scores_become_failures(self, scores, kind):
+        result = self.checked(scores)
+        assert isinstance(result, Failure)
+        assert result.kind == kind
+
+    def test_numpy_and_booleans_are_numbers(self):
+        assert self.checked(np.array([1, 2], dtype=np.int32)).scores == (1.0, 2.0)
+        assert self.checked([np.float32(0.5), True]).scores == (0.5, 1.0)
+
+    @pytest.mark.parametrize(
+        ("matrix", "kind"),
+        [
+            ([[0.5, 0.7]], "wrong_length"),
+            ([[0.5, 0.7], [0.3]], "wrong_length"),
+            ([[0.5, 1.7], [0.3, 0.5]], "parse_fail"),
+            ([[0.5, math.nan], [0.3, 0.5]], "non_finite"),
+            ([[0.5, None], [None, 0.5]], "error"),
+            ([0.5, 0.5], "parse_fail"),
+        ],
+    )
+    def test_bad_matrices_become_failures(self, matrix, kind):
+        result = self.checked(matrix, build=_verdicts.from_matrix)
+        assert isinstance(result, Failure)
+        assert result.kind == kind
+
+    def test_both_orders_are_kept_as_returned(self):
+        verdict = self.checked([[math.nan, 0.9], [0.3, None]], build=_verdicts.from_matrix)
+        assert (verdict.preferences[0][1], verdict.preferences[1][0]) == (0.9, 0.3)
+        assert verdict.matrix()[0, 1] == pytest.approx(0.8)  # (0.9 + 1 - 0.3) / 2
+
+    def test_one_order_alone_is_enough(self):
+        verdict = self.checked([[None, 0.9], [None, None]], build=_verdicts.from_matrix)
+        assert verdict.matrix()[1, 0] == pytest.approx(0.1)
+
+
+class TestSentiment:
+    def test_orders_texts_as_people_would(self):
+        (verdict,) = Sentiment().judge([query(" wonderful and moving", " dull", " terrible, a horrible mess")])
+        assert verdict.scores[0] > verdict.scores[1] > verdict.scores[2]
+        assert verdict.cost.calls == 3
+
+    def test_reads_across_the_seam_unless_told_otherwise(self):
+        together, alone = query(" good", text="The film was not"), query(" good", text="The film was not")
+        assert Sentiment().judge([together])[0].scores[0] < 0 < Sentiment(include_prompt=False).judge([alone])[0].scores[0]
+        assert Sentiment().version != Sentiment(include_prompt=False).version
+
+    def test_conversations_are_judged_without_template_markers(self):
+        messages = (Message(role="user", content="Was it good?"),)
+        chat = query("No.", text="<template>love love love</template>", messages=messages)
+        plain = query("No.", text="Was it good?\n")
+        assert Sentiment().judge([chat])[0].scores == Sentiment().judge([plain])[0].scores
+
+
+class TestMathVerifier:
+    @pytest.fixture(scope="class")
+    def oracle(self):
+        oracle = MathVerifier(timeout_s=20)
+        oracle.open()
+        yield oracle
+        oracle.close()
+
+    @pytest.mark.parametrize(
+        ("answer", "response", "score"),
+        [
+            ("72", "She sold 48 + 24 = 72 clips.", 1),
+            ("72", "She sold 71 clips.", 0),
+            ("72", "I do not know.", 0),
+            ("72", "", 0),
+            ("48 / 2 = 24 in May.\n#### 72", "Together that is \\boxed{72}", 1),
+            ("#### 1,234", "The total is 1234", 1),
+            ("72", "First 24, then 48.\n#### 72\nThat took 3 steps.", 1),
+            ("72", "### Step 2\nthe result is $72$.", 1),
+            ("\\frac{1}{2}", "So the answer is \\boxed{0.5}.", 1),
+            ("$\\frac{3}{4}$", "The probability is $\\frac{6}{8}$", 1),
+            ("\\boxed{x^2+2x+1}", "We get $\\boxed{(x+1)^2}$", 1),
+            ("-5", "Therefore \\boxed{5}", 0),
+        ],
+    )
+    def test_fixtures(self, oracle, answer, response, score):
+        (verdict,) = oracle.judge([query(response, answer=answer)])
+        assert isinstance(verdict, Verdict), verdict
+        assert verdict.scores == (score,)
+
+    def test_needs_reference_answers(self, oracle):
+        assert oracle.needs_reference_answer
+        with pytest.raises(OracleError, match=r"'p' has no reference answer"):
+            oracle.judge([query("72")])
+
+    def test_an_unreadable_reference_is_a_failure(self, oracle):
+        (failure,) = oracle.judge([query("72", answer="?!")])
+        assert failure.kind == "parse_fail"
+
+    def test_too_slow_is_a_failure_and_the_next_one_is_judged(self):
+        oracle = MathVerifier(timeout_s=2)
+        oracle.open()
+        try:
+            slow = query("It is $9^{9^{9^{9}}}$", "4", answer="4")
+            (failure,) = oracle.judge([slow])
+            assert isinstance(failure, Failure)
+            assert failure.kind in ("timeout", "error")  # out of time, or out of memory before that
+            assert "response 0" in failure.message
+        finally:
+            oracle.close()
+        oracle = MathVerifier(timeout_s=30)
+        oracle.open()
+        oracle._worker.kill()
+        oracle._worker.wait()
+        assert oracle.judge([query("4", answer="4")])[0].scores == (1.0,)
+        oracle.close()
+
+
+class TestPythonFunction:
+    @pytest.fixture
+    def oracle(self, tmp_path, monkeypatch):
+        """Builds an oracle from the body of its function."""
+        (tmp_path / "judges").mkdir()
+        (tmp_path / "judges" / "__init__.py").touch()
+        monkeypatch.syspath_prepend(tmp_path)
+
+        def build(body: str) -> PythonFunction:
+            for name in [name for name in sys.modules if name.split(".")[0] == "judges"]:
+                del sys.modules[name]
+            source = "import math\ndef judge(queries):\n" + textwrap.indent(textwrap.dedent(body), "    ")
+            (tmp_path / "judges" / "mine.py").write_text(source)
+            sys.path_importer_cache.clear()
+            return PythonFunction(function="judges.mine.judge")
+
+        sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
+        yield build
+        sys.dont_write_bytecode = before
+        for name in [name for name in sys.modules if name.split(".")[0] == "judges"]:
+            del sys.modules[name]
+
+    def test_scores(self, oracle):
+        (verdict,) = oracle("return [[len(r) for r in q['responses']] for q in queries]").judge([query("a", "bbb")])
+        assert verdict.scores == (1.0, 3.0)
+        assert verdict.annotator == "judges.mine.judge"
+
+    def test_preferences(self, oracle):
+        (verdict,) = oracle("return [[[None, 0.8], [0.4, None]] for q in queries]").judge([query("a", "b")])
+        assert verdict.matrix()[0, 1] == pytest.approx(0.7)
+
+    def test_sees_what_is_documented(self, oracle):
+        build = oracle("""
+            (q,) = queries
+            assert sorted(q) == ['messages', 'prompt', 'reference_answer', 'responses'], sorted(q)
+            assert q['messages'] == [{'role': 'user', 'content': 'hi'}]
+            return [[float(q['reference_answer']), q['prompt'] == 'The film was']]
+        """)
+        (verdict,) = build.judge([query("a", "b", answer="7", messages=(Message(role="user", content="hi"),))])
+        assert verdict.scores == (7.0, 1.0)
+
+    @pytest.mark.parametrize(
+        ("body", "kind"),
+        [
+            ("return [None for q in queries]", "refused"),
+            ("return [[math.nan, 1.0] for q in queries]", "non_finite"),
+            ("return [[1.0] for q in queries]", "wrong_length"),
+            ("return [['good', 'bad'] for q in queries]", "parse_fail"),
+            ("return ['ab' for q in queries]", "parse_fail"),
+            ("return [1.0 for q in queries]", "parse_fail"),
+            ("return []", "wrong_length"),
+            ("return None", "parse_fail"),
+            ("return [[] for q in queries]", "wrong_length"),
+        ],
+    )
+    def test_what_is_no_judgement_is_a_failure(self, oracle, body, kind):
+        results = oracle(body).judge([query("a", "b"), query("c", "d")])
+        assert [result.kind for result in results] == [kind, kind]
+        assert "judges.mine.judge" in results[0].message
+
+    def test_one_failure_leaves_the_others_alone(self, oracle):
+        results = oracle("return [None, [1, 2]]").judge([query("a", "b"), query("c", "d")])
+        assert isinstance(results[0], Failure)
+        assert results[1].scores == (1.0, 2.0)
+
+    def test_an_exception_stops_with_the_users_traceback(self, oracle):
+        with pytest.raises(OracleError, match=r"judges\.mine\.judge raised ZeroDivisionError") as caught:
+            oracle("return [[1 / 0]]").judge([query("a")])
+        assert "mine.py" in caught.value.cause
+        assert "line 3" in caught.value.cause
+        assert caught.value.field == "oracle.function"
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+    @pytest.mark.parametrize("path", ["no_such_package.fn", "math.no_such_function", "math.pi"])
+    def test_a_wrong_path_is_an_error(self, path):
+        with pytest.raises(OracleError) as caught:
+            PythonFunction(function=path).open()
+        assert caught.value.field == "oracle.function"
+        assert caught.value.fix
+
+    def test_version_follows_the_source_and_the_revision(self, oracle):
+        first = oracle("return 1")
+        one = first.version
+        second = oracle("return 2")
+        assert one != second.version
+        assert PythonFunction(function="judges.mine.judge", revision="b").version != second.version
+
+
+VOCABULARY = ["<unk>", "<s>", "</s>", "user", "assistant", "the", "film", "was", "good", "bad", "dull", "not", "it", "is", ":"]
+
+
+def save_reward_model(folder, *, padding_side="right", labels=1, template=True, causal=False, double_bos=False):
+    """A tiny random reward model whose tokenizer pads with end-of-sequence, saved as a user would."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>", padding_side=padding_side
+    )
+    if template:
+        start = "{{ bos_token }} {{ bos_token }} " if double_bos else "{{ bos_token }} "
+        tokenizer.chat_template = start + "{% for m in messages %}{{ m.role }} : {{ m.content }} {{ eos_token }} {% endfor %}"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        num_labels=labels,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.5,
+    )
+    model = LlamaForCausalLM(config) if causal else LlamaForSequenceClassification(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+USER = (Message(role="user", content="the film was good"),)
+
+
+class TestRewardModel:
+    @pytest.mark.parametrize("padding_side", ["left", "right"])
+    @pytest.mark.parametrize("messages", [(), USER], ids=["text", "chat"])
+    def test_batched_equals_single(self, tmp_path, padding_side, messages):
+        path = save_reward_model(tmp_path, padding_side=padding_side)
+        responses = (" good", " not good it is dull and bad </s>", "", " it is the film </s> </s>")
+        queries = [query(*responses, text="the film was", messages=messages), query(" bad", text="it is", messages=messages)]
+        batched = RewardModel(path=path, device="cpu", batch_size=8).judge(queries)
+        single = RewardModel(path=path, device="cpu", batch_size=1).judge(queries)
+        for one, other in zip(batched, single, strict=True):
+            assert one.scores == pytest.approx(other.scores, abs=1e-4)
+        assert len(set(batched[0].scores)) == 4
+
+    def test_score_is_the_head_at_the_true_last_token(self, tmp_path):
+        """Against the model's own layers, end-of-sequence included although it is also the pad token (R-F3)."""
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        path = save_reward_model(tmp_path)
+        oracle = RewardModel(path=path, device="cpu")
+        (verdict, _) = oracle.judge([query(" good </s>", text="the film was"), query(" it is the film was bad", text="the")])
+        ids = [VOCABULARY.index(word) for word in ["<s>", "the", "film", "was", "good", "</s>"]]
+        model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+        with torch.inference_mode():
+            expected = model.score(model.model(torch.tensor([ids])).last_hidden_state[0, -1]).item()
+        assert verdict.scores[0] == pytest.approx(expected, abs=1e-4)
+        assert verdict.cost.tokens == len(ids)
+
+    def test_reads_conversations_through_its_own_template(self, tmp_path):
+        """R-F6: the policy's rendering of the prompt is not looked at."""
+        path = save_reward_model(tmp_path)
+        oracle = RewardModel(path=path, device="cpu")
+        (one, other) = oracle.judge([query("it", text="X", messages=USER), query("it", text="Y", messages=USER)])
+        assert one.scores == other.scores
+        words = ["<s>", "user", ":", "the", "film", "was", "good", "</s>", "assistant", ":", "it", "</s>"]
+        assert oracle._encode(query("it", messages=USER), "it") == [VOCABULARY.index(word) for word in words]
+
+    def test_too_long_is_dropped_or_stops(self, tmp_path):
+        path = save_reward_model(tmp_path)
+        long, short = query(" good" * 70, " bad", text="the film"), query(" bad", text="the film")
+        for limit in (8, 4096):  # the model itself knows 64 positions
+            results = RewardModel(path=path, device="cpu", max_length=limit).judge([long, short])
+            assert isinstance(results[0], Failure)
+            assert "73 tokens" in results[0].message
+            assert isinstance(results[1], Verdict)
+        with pytest.raises(OracleError, match="73 tokens"):
+            RewardModel(path=path, device="cpu", max_length=8, on_truncate="error").judge([long])
+
+    def test_conversation_without_template_is_an_error(self, tmp_path):
+        oracle = RewardModel(path=save_reward_model(tmp_path, template=False), device="cpu")
+        with pytest.raises(OracleError, match="no chat template"):
+            oracle.judge([query("it", messages=USER)])
+
+    def test_double_bos_is_an_error(self, tmp_path):
+        oracle = RewardModel(path=save_reward_model(tmp_path, double_bos=True), device="cpu")
+        with pytest.raises(OracleError, match="two <s> tokens"):  # R-F2
+            oracle.judge([query("it", messages=USER)])
+
+    def test_what_is_no_reward_model_is_refused(self, tmp_path):
+        with pytest.raises(OracleError, match="3 labels"):
+            RewardModel(path=save_reward_model(tmp_path / "three", labels=3), device="cpu").open()
+        with pytest.raises(OracleError, match=r"lacks trained weights for score\.weight"):
+            RewardModel(path=save_reward_model(tmp_path / "lm", causal=True), device="cpu").open()
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(OracleError, match="cannot load"):
+            RewardModel(path=str(tmp_path / "empty"), device="cpu").open()
+
+    def test_a_missing_path_is_named(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(OracleError, match="neither a directory nor a model") as caught:
+            RewardModel(path=str(tmp_path / "nowhere"), device="cpu").open()
+        assert caught.value.field == "oracle.path"
+
+    def test_version_follows_the_weights_not_the_place(self, tmp_path):
+        import shutil
+
+        path = save_reward_model(tmp_path / "model")
+        first = RewardModel(path=path).version
+        shutil.copytree(path, tmp_path / "copy" / "model")
+        assert RewardModel(path=str(tmp_path / "copy" / "model")).version == first
+        weights = tmp_path / "copy" / "model" / "model.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+        assert RewardModel(path=str(tmp_path / "copy" / "model")).version != first
+        assert RewardModel(path=path, dtype="bfloat16").version != first
+
+    def test_close_lets_go_of_the_model(self, tmp_path):
+        oracle = RewardModel(path=save_reward_model(tmp_path), device="cpu")
+        before = oracle.judge([query(" good")])[0].scores
+        oracle.close()
+        assert oracle._model is None
+        assert oracle.judge([query(" good")])[0].scores == before
+
+
+def test_unknown_knobs_are_named():
+    from onlinerl.config import component
+    from onlinerl.protocols import Oracle
+
+    with pytest.raises(ConfigError, match="include_promt"):
+        component({"name": "sentiment", "include_promt": False}, "oracle", "oracles", Oracle)

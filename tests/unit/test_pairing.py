@@ -1,0 +1,175 @@
+"""Pair builders on small groups with known answers (E1, E2, E5, E11)."""
+
+from __future__ import annotations
+
+import math
+from math import comb
+
+import numpy as np
+import pytest
+
+from onlinerl.errors import OracleError
+from onlinerl.pairing.all_pairs import AllPairs
+from onlinerl.pairing.best_worst import BestWorst
+from onlinerl.pairing.floor_margin import FloorMargin
+from onlinerl.pairing.ranked import Ranked
+from onlinerl.types import Group, Judged, Prompt, Rollout, Sampling, Verdict
+
+NAN = math.nan
+
+
+def judged(scores=None, preferences=None, texts=None, tokens=None) -> Judged:
+    """A group with one response per score or row; texts are r0, r1, ... unless given."""
+    count = len(scores if scores is not None else preferences)
+    texts = texts or [f"r{i}" for i in range(count)]
+    tokens = tokens or [(hash_of(text),) for text in texts]
+    rollouts = tuple(
+        Rollout(
+            token_ids=ids,
+            logprobs=(-1.0,) * len(ids),
+            text=text,
+            finish_reason="stop",
+            policy_version=0,
+            sampler=Sampling(),
+            seed=seed,
+        )
+        for seed, (text, ids) in enumerate(zip(texts, tokens, strict=True))
+    )
+    verdict = Verdict(annotator="a", oracle_version="v", scores=scores, preferences=preferences)
+    return Judged(group=Group(prompt=Prompt(id="p", text="x", token_ids=(1,)), rollouts=rollouts), verdict=verdict)
+
+
+def hash_of(text: str) -> int:
+    return int.from_bytes(text.encode(), "big")
+
+
+def indices(pairs) -> list[tuple[int, int]]:
+    return [(pair.chosen, pair.rejected) for pair in pairs]
+
+
+# r2 beats everyone by win rate, r0 loses to everyone; both orders as returned, with a position bias of 0.1 for the first shown.
+MATRIX = (
+    (NAN, 0.4, 0.2, 0.3),
+    (0.8, NAN, 0.4, 0.6),
+    (1.0, 0.8, NAN, 0.9),
+    (0.95, 0.6, 0.3, NAN),
+)
+
+
+class TestBestWorst:
+    def test_by_score(self):
+        pairs, dropped = BestWorst().build(judged(scores=(0.0, 2.0, -1.0, 1.0)))
+        assert indices(pairs) == [(1, 2)]
+        assert pairs[0].gap == 3.0
+        assert pairs[0].prob == pytest.approx(1 / (1 + math.exp(-3)))
+        assert not dropped
+
+    def test_by_win_rate_even_if_there_are_scores(self):
+        pairs, _ = BestWorst().build(judged(scores=(9.0, 0.0, 0.0, 0.0), preferences=MATRIX))
+        assert indices(pairs) == [(2, 0)]
+        assert pairs[0].prob == pytest.approx(0.9)  # (1.0 + 1 - 0.2) / 2
+        rates = judged(preferences=MATRIX).verdict.win_rates()
+        assert pairs[0].gap == pytest.approx(rates[2] - rates[0], abs=1e-8)
+
+    def test_a_cycle_is_a_tie(self):
+        """Rock, paper, scissors: nobody is best."""
+        cycle = ((NAN, 0.9, 0.1), (0.1, NAN, 0.9), (0.9, 0.1, NAN))
+        assert BestWorst().build(judged(preferences=cycle)) == ([], {"tie": 1})
+
+    def test_min_gap_must_be_exceeded(self):
+        group = judged(scores=(0.0, 1.0))
+        assert BestWorst(min_gap=1.0).build(group) == ([], {"gap": 1})
+        assert indices(BestWorst(min_gap=0.99).build(group)[0]) == [(1, 0)]
+
+    def test_reasons_for_nothing(self):
+        assert BestWorst().build(judged(scores=(1.0, 1.0))) == ([], {"tie": 1})
+        assert BestWorst().build(judged(scores=(1.0,))) == ([], {"single": 1})
+        assert BestWorst().build(judged(scores=(1.0, 2.0), texts=["x", "x"])) == ([], {"identical": 1})
+        assert BestWorst().build(judged(scores=(1.0, 2.0), tokens=[(5,), (5,)])) == ([], {"identical": 1})
+
+    def test_copies_are_not_opponents(self):
+        """E11: three copies of the response that r1 loses to must not make r1 the worst."""
+        wins = [[0.5] * 5 for _ in range(5)]
+        for copy in (2, 3, 4):
+            wins[copy][1], wins[1][copy] = 0.6, 0.4  # r1 loses a little to each copy
+        wins[1][0], wins[0][1] = 0.7, 0.3  # and beats r0 clearly
+        group = judged(preferences=tuple(map(tuple, wins)), texts=["r0", "r1", "copy", "copy", "copy"])
+        pairs, _ = BestWorst().build(group)
+        assert indices(pairs)[0][1] == 0
+
+    def test_what_was_never_compared_is_not_average(self):
+        """R-G1: a missing judgement is no judgement."""
+        matrix = ((NAN, 0.2, NAN), (0.8, NAN, NAN), (NAN, NAN, NAN))
+        pairs, _ = BestWorst().build(judged(preferences=matrix))
+        assert indices(pairs) == [(1, 0)]
+        nothing = tuple((NAN,) * 3 for _ in range(3))
+        assert BestWorst().build(judged(preferences=nothing)) == ([], {"unknown": 1})
+
+    def test_an_unknown_pair_is_dropped(self):
+        matrix = ((NAN, 0.9, NAN), (0.1, NAN, 0.9), (NAN, 0.1, NAN))  # best and worst never met
+        assert BestWorst().build(judged(preferences=matrix)) == ([], {"unknown": 1})
+
+    def test_a_verdict_that_does_not_fit_is_an_error(self):
+        group = judged(scores=(1.0, 2.0, 3.0))
+        short = Verdict(annotator="a", oracle_version="v", scores=(1.0, 2.0))
+        with pytest.raises(OracleError, match=r"judged 2 responses .* which has 3"):
+            BestWorst().build(Judged(group=group.group, verdict=short))
+        with pytest.raises(OracleError, match="not finite"):
+            BestWorst().build(judged(scores=(1.0, NAN)))
+
+
+class TestAllPairs:
+    def test_every_pair_best_gap_first(self):
+        pairs, dropped = AllPairs().build(judged(scores=(0.0, 1.0, 3.0)))
+        assert indices(pairs) == [(2, 0), (2, 1), (1, 0)]
+        assert not dropped
+
+    def test_every_candidate_is_accounted_for(self):
+        rng = np.random.default_rng(0)
+        for count in range(2, 10):
+            scores = tuple(float(s) for s in rng.integers(0, 4, count))
+            texts = [f"r{i}" for i in rng.integers(0, 6, count)]
+            pairs, dropped = AllPairs(min_gap=1.0, max_pairs=3).build(judged(scores=scores, texts=texts))
+            assert len(pairs) + sum(dropped.values()) == comb(count, 2)
+            assert len(pairs) <= 3
+            assert all(pair.gap > 1.0 for pair in pairs)
+
+    def test_max_pairs_keeps_the_largest_gaps(self):
+        pairs, dropped = AllPairs(max_pairs=2).build(judged(scores=(0.0, 1.0, 3.0, 7.0)))
+        assert indices(pairs) == [(3, 0), (3, 1)]
+        assert dropped == {"max_pairs": 4}
+
+
+class TestRanked:
+    def test_halves_are_paired_rank_by_rank(self):
+        pairs, _ = Ranked().build(judged(scores=(1.0, 4.0, 2.0, 3.0)))
+        assert indices(pairs) == [(1, 2), (3, 0)]
+
+    @pytest.mark.parametrize("count", range(2, 10))
+    def test_each_is_used_once_and_odd_leaves_the_median_out(self, count):
+        pairs, _ = Ranked().build(judged(scores=tuple(float(i) for i in range(count))))
+        used = [index for pair in indices(pairs) for index in pair]
+        assert len(used) == len(set(used)) == count - count % 2
+        if count % 2:
+            assert count // 2 not in used
+
+    def test_by_win_rate(self):
+        pairs, _ = Ranked().build(judged(preferences=MATRIX))
+        assert indices(pairs) == [(2, 1), (3, 0)]
+
+
+class TestFloorMargin:
+    def test_every_kept_pair_satisfies_both(self):
+        pairs, dropped = FloorMargin().build(judged(scores=(6.0, 5.0, 4.0, 3.0, 1.0)))
+        assert sorted(indices(pairs)) == [(0, 2), (0, 3), (0, 4), (1, 3), (1, 4)]
+        assert dropped == {"gap": 3, "floor": 2}
+
+    def test_lowering_the_margin_is_monotone(self):
+        group = judged(scores=(6.0, 5.5, 5.0, 4.0, 2.0, 1.0))
+        kept = [set(indices(FloorMargin(margin=margin).build(group)[0])) for margin in (0.5, 1.0, 2.0, 4.0)]
+        assert kept[0] >= kept[1] >= kept[2] >= kept[3]
+
+    def test_needs_scores(self):
+        with pytest.raises(OracleError, match="without scores") as caught:
+            FloorMargin().build(judged(preferences=MATRIX))
+        assert caught.value.field == "pairing.name"

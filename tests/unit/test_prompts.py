@@ -1,0 +1,306 @@
+"""Prompt files: what is accepted, what is refused and with which words (R-F1, R-F2, R-F5, R-F7, R-F8)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from onlinerl import registry
+from onlinerl.config import PromptsConfig
+from onlinerl.errors import PromptError
+from onlinerl.prompts.jsonl import JsonlPrompts, check_answers, check_overlap, load_prompts, read_prompts, render
+from onlinerl.types import Prompt
+
+
+def write(folder: Path, *rows: object, name: str = "prompts.jsonl") -> str:
+    """Rows that are strings are written as they are."""
+    file = folder / name
+    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(file)
+
+
+class WordTokenizer:
+    """One token per word; beginning of sequence is 1, end of sequence 2."""
+
+    bos_token_id, eos_token_id = 1, 2
+
+    def __init__(self, template: str | None = "<bos> user: {} assistant:", end: bool = False) -> None:
+        self.chat_template, self.end, self.calls = template, end, 0
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        self.calls += 1
+        ids = [1 if word == "<bos>" else 10 + len(word) for word in text.split()]
+        return {"input_ids": ([1] if add_special_tokens else []) + ids + ([2] if add_special_tokens and self.end else [])}
+
+    def apply_chat_template(self, messages: list[dict], *, tokenize: bool, add_generation_prompt: bool) -> str:
+        assert not tokenize
+        assert add_generation_prompt
+        if messages[0]["role"] == "system":
+            raise RuntimeError("system role not supported")
+        return self.chat_template.format(messages[-1]["content"])
+
+
+CHAT = {"messages": [{"role": "user", "content": "What is 6 times 7?"}], "reference_answer": "42"}
+
+
+class TestReading:
+    def test_both_forms(self, tmp_path):
+        plain, chat = read_prompts(write(tmp_path, {"id": "a", "text": "Once"}, "", CHAT, name="mine.jsonl"))
+        assert (plain.id, plain.text, plain.messages, plain.reference_answer, plain.source) == ("a", "Once", (), None, "mine")
+        assert (chat.text, chat.messages[0].content, chat.reference_answer) == ("", "What is 6 times 7?", "42")
+
+    def test_numbers_are_answers_and_answer_is_an_alias(self, tmp_path):
+        (prompt,) = read_prompts(write(tmp_path, {"id": 3, "text": "x", "answer": 42, "source": "gsm8k"}))
+        assert (prompt.id, prompt.reference_answer, prompt.source) == ("3", "42", "gsm8k")
+
+    def test_ids_come_from_the_content_not_the_line(self, tmp_path):
+        first = read_prompts(write(tmp_path, {"text": "one"}, {"text": "two"}))
+        second = read_prompts(write(tmp_path, {"text": "two"}, {"text": "three"}, {"text": "one"}))
+        assert {p.text: p.id for p in first}.items() <= {p.text: p.id for p in second}.items()
+
+    def test_line_separators_inside_strings_are_text(self, tmp_path):
+        (prompt,) = read_prompts(write(tmp_path, '{"text": "one\u2028two"}'))
+        assert prompt.text == "one\u2028two"
+
+    @pytest.mark.parametrize(
+        ("row", "words"),
+        [
+            ('{"text": "cut off', ["line 2", "not JSON"]),
+            ("[1, 2]", ["line 2", "JSON list"]),
+            ({"id": "b"}, ["line 2", "neither text nor messages"]),
+            ({"text": "x", **CHAT}, ["line 2", "both text and messages"]),
+            ({"id": "first", "text": "x"}, ["line 2", "same id as line 1", "'first'"]),
+            ({"prompt": "x"}, ["line 2", "unknown key 'prompt'", "did you mean text or messages"]),
+            ({"text": "x", "reference_anwser": "1"}, ["unknown key", "did you mean reference_answer"]),
+            ({"text": "  "}, ["line 2", "text must be a string that is not empty"]),
+            ({"text": 7}, ["text must be a string"]),
+            ({"messages": []}, ["messages must be a list"]),
+            ({"messages": [{"role": "user"}]}, ["role and content"]),
+            ({"messages": [{"role": "user", "content": None}]}, ["must be strings"]),
+            ({"messages": [{"role": "assistant", "content": "x"}]}, ["nothing to answer"]),
+            ({"text": "x", "answer": "1", "reference_answer": "1"}, ["both reference_answer and answer"]),
+            ({"text": "x", "answer": ["1"]}, ["must be a string or a number"]),
+        ],
+    )
+    def test_a_bad_line_is_named(self, tmp_path, row, words):
+        path = write(tmp_path, {"id": "first", "text": "fine"}, row)
+        with pytest.raises(PromptError) as caught:
+            read_prompts(path, "prompts.heldout")
+        for word in [*words, path]:
+            assert word in str(caught.value)
+        assert caught.value.field == "prompts.heldout"
+        assert caught.value.fix
+
+    @pytest.mark.parametrize("marker", ["<|im_start|>user", "[INST] hi", "<|start_header_id|>", "<s>hello", "<start_of_turn>"])
+    def test_what_is_templated_already_is_refused(self, tmp_path, marker):
+        """R-F7."""
+        for row in ({"text": marker}, {"messages": [{"role": "user", "content": marker}]}):
+            with pytest.raises(PromptError, match="a template was applied to it already") as caught:
+                read_prompts(write(tmp_path, row))
+            assert "messages" in caught.value.fix
+
+    def test_the_same_text_twice_without_ids_is_refused(self, tmp_path):
+        with pytest.raises(PromptError, match="same id as line 1"):
+            read_prompts(write(tmp_path, {"text": "x"}, {"text": "x"}))
+
+    def test_missing_empty_and_foreign_files(self, tmp_path):
+        with pytest.raises(PromptError, match="there is no file"):
+            read_prompts(str(tmp_path / "no.jsonl"))
+        with pytest.raises(PromptError, match="holds no prompts"):
+            read_prompts(write(tmp_path, "", ""))
+        (tmp_path / "latin.jsonl").write_bytes('{"text": "caf\xe9"}'.encode("latin-1"))
+        with pytest.raises(PromptError, match="line 1: is not UTF-8"):
+            read_prompts(str(tmp_path / "latin.jsonl"))
+        with pytest.raises(PromptError, match="no prompts 'film' ship") as caught:
+            read_prompts("package:film")
+        assert "film_reviews_train" in caught.value.fix
+
+
+class TestRendering:
+    def raw(self, tmp_path, *rows):
+        return read_prompts(write(tmp_path, *rows))
+
+    def test_tokenised_once(self, tmp_path):
+        """R-F1: what is stored is what the tokenizer said, the one time it was asked."""
+        tokenizer = WordTokenizer()
+        plain, chat = render(self.raw(tmp_path, {"text": "This film"}, CHAT), tokenizer, 64)
+        assert tokenizer.calls == 2
+        assert (plain.text, plain.token_ids) == ("This film", (1, 14, 14))
+        assert chat.text == "<bos> user: What is 6 times 7? assistant:"
+        assert chat.token_ids[0] == 1
+        assert chat.token_ids[1] != 1
+        assert chat.messages[0].role == "user"
+        assert chat.reference_answer == "42"
+
+    def test_conversation_needs_a_chat_template(self, tmp_path):
+        with pytest.raises(PromptError, match="no chat template"):
+            render(self.raw(tmp_path, CHAT), WordTokenizer(template=None), 64)
+
+    def test_a_template_that_refuses_is_quoted(self, tmp_path):
+        row = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]}
+        with pytest.raises(PromptError, match=r"rejects prompt .* system role not supported"):
+            render(self.raw(tmp_path, row), WordTokenizer(), 64)
+
+    def test_double_bos_is_an_error(self, tmp_path):
+        """R-F2."""
+        with pytest.raises(PromptError, match="two beginning-of-sequence tokens"):
+            render(self.raw(tmp_path, CHAT), WordTokenizer(template="<bos> <bos> {}"), 64)
+
+    def test_a_prompt_that_is_over_is_an_error(self, tmp_path):
+        """R-F2."""
+        with pytest.raises(PromptError, match="nothing to continue"):
+            render(self.raw(tmp_path, {"text": "This film"}), WordTokenizer(end=True), 64)
+
+    def test_long_prompts_are_counted(self, tmp_path):
+        """R-F5."""
+        rows = [{"id": str(n), "text": "word " * n} for n in (2, 5, 9)]
+        with pytest.raises(PromptError, match=r"2 of 3 prompts are longer than 4 tokens; the longest, '9', has 10") as caught:
+            render(self.raw(tmp_path, *rows), WordTokenizer(), 4)
+        assert "prompts.max_tokens to 10" in caught.value.fix
+        assert len(render(self.raw(tmp_path, *rows), WordTokenizer(), 10)) == 3
+
+    def test_with_a_real_tokenizer(self, tmp_path):
+        transformers = pytest.importorskip("transformers")
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+        words = ["<unk>", "<s>", "</s>", "user", "assistant", ":", "hello", "this", "film"]
+        core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+        )
+        tokenizer.chat_template = (
+            "{{ bos_token }} {% for m in messages %}{{ m.role }} : {{ m.content }} {{ eos_token }} {% endfor %}"
+            "{% if add_generation_prompt %}assistant :{% endif %}"
+        )
+        raw = self.raw(tmp_path, {"text": "this film"}, {"messages": [{"role": "user", "content": "hello"}]})
+        plain, chat = render(raw, tokenizer, 64)
+        assert plain.token_ids == (1, 7, 8)
+        assert [words[i] for i in chat.token_ids] == ["<s>", "user", ":", "hello", "</s>", "assistant", ":"]
+
+
+class TestOverlap:
+    def test_the_same_words_in_both_are_refused(self, tmp_path):
+        train = read_prompts(write(tmp_path, {"id": "t", "text": "Once upon a time"}, {"text": "y"}, name="t.jsonl"))
+        heldout = read_prompts(write(tmp_path, {"id": "h", "text": "once  upon a time"}, {"text": "z"}, name="h.jsonl"))
+        with pytest.raises(PromptError, match=r"1 of 2 held-out prompts are also training prompts, e\.g\. 'h', which is 't'"):
+            check_overlap(train, heldout)
+        check_overlap(train, heldout[1:])
+
+    def test_missing_answers_are_counted(self, tmp_path):
+        prompts = read_prompts(write(tmp_path, {"text": "x", "answer": "1"}, {"id": "y", "text": "y"}))
+        with pytest.raises(PromptError, match=r"1 of 2 prompts have no reference answer.*'y'"):
+            check_answers(prompts)
+
+
+def prompts(*names: str) -> list[Prompt]:
+    return [Prompt(id=name, text=name, token_ids=(1,)) for name in names]
+
+
+def ids(taken: list[Prompt]) -> list[str]:
+    return [prompt.id for prompt in taken]
+
+
+class TestTaking:
+    names = tuple(f"p{i}" for i in range(20))
+
+    def test_the_cursor_decides(self):
+        source = JsonlPrompts(prompts(*self.names), seed=3)
+        first, cursor = source.take(8, 0)
+        second, end = source.take(8, cursor)
+        assert (cursor, end, len(source)) == (8, 16, 20)
+        assert not set(ids(first)) & set(ids(second))  # fresh prompts are disjoint
+        again = JsonlPrompts(prompts(*reversed(self.names)), seed=3)  # whatever the order in the file
+        assert ids(again.take(8, 8)[0]) == ids(second)
+        assert ids(JsonlPrompts(prompts(*self.names), seed=4).take(8, 0)[0]) != ids(first)
+
+    def test_more_prompts_leave_the_order_of_the_others_alone(self):
+        few = ids(JsonlPrompts(prompts(*self.names), seed=3).take(20, 0)[0])
+        more = ids(JsonlPrompts(prompts(*self.names, "new", "newer"), seed=3).take(22, 0)[0])
+        assert [name for name in more if name in few] == few
+
+    def test_running_out_is_an_error_that_counts(self):
+        source = JsonlPrompts(prompts(*self.names), seed=0)
+        with pytest.raises(PromptError, match="8 more prompts are wanted, but 4 of 20 are left") as caught:
+            source.take(8, 16)
+        assert "prompts.reuse" in caught.value.fix
+        with pytest.raises(PromptError, match="21 prompts are wanted at once, but there are 20"):
+            JsonlPrompts(prompts(*self.names), seed=0, reuse=True).take(21, 0)
+
+    def test_reuse_starts_over_in_a_new_order(self):
+        source = JsonlPrompts(prompts(*self.names), seed=0, reuse=True)
+        first, cursor = source.take(20, 0)
+        second, _ = source.take(20, cursor)
+        assert set(ids(first)) == set(ids(second))
+        assert ids(first) != ids(second)
+
+    def test_no_prompt_twice_in_one_take(self):
+        """R-F8: the same prompt twice in an iteration would draw the same seeds."""
+        for seed in range(10):
+            source = JsonlPrompts(prompts(*self.names), seed=seed, reuse=True)
+            cursor, seen = 0, set()
+            for _ in range(12):
+                taken, cursor = source.take(7, cursor)
+                assert len(set(ids(taken))) == 7
+                seen |= set(ids(taken))
+            assert seen == set(self.names)
+
+    def test_found_by_name(self):
+        assert registry.load("prompts", "jsonl") is JsonlPrompts
+
+
+class TestFilmReviews:
+    """The task of the quickstart."""
+
+    @pytest.fixture(scope="class")
+    def generator(self):
+        file = Path(__file__).parents[2] / "benchmarks" / "make_film_reviews.py"
+        spec = importlib.util.spec_from_file_location("make_film_reviews", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def test_the_generator_reproduces_the_files(self, generator, tmp_path):
+        generator.main(tmp_path)
+        for name in generator.SIZES:
+            assert (tmp_path / f"{name}.jsonl").read_bytes() == (generator.FOLDER / f"{name}.jsonl").read_bytes()
+
+    def test_the_files_are_fit_for_use(self):
+        config = PromptsConfig(train="package:film_reviews_train", heldout="package:film_reviews_heldout")
+        source, heldout = load_prompts(config, WordTokenizer(), seed=0)
+        assert len(source) >= 480
+        assert len(heldout) >= 120
+        everything = source.take(len(source), 0)[0] + heldout
+        texts = [prompt.text for prompt in everything]
+        assert len(set(texts)) == len(texts)
+        assert len({prompt.id for prompt in everything}) == len(texts)
+        for text in texts:
+            assert 8 <= len(text.split()) <= 14
+            assert text == text.strip()
+            assert text[-1] not in ".!?,"
+        starts = {" ".join(text.split()[:4]) for text in texts}
+        assert len(starts) > 150
+
+    def test_the_openings_are_neutral(self):
+        from onlinerl.oracles.sentiment import Sentiment
+        from onlinerl.types import Query
+
+        raw = read_prompts("package:film_reviews_train") + read_prompts("package:film_reviews_heldout")
+        queries = [Query(prompt=Prompt(id=p.id, text=p.text, token_ids=(1,)), responses=("",)) for p in raw]
+        assert max(abs(verdict.scores[0]) for verdict in Sentiment().judge(queries)) < 0.05
+
+
+def test_load_prompts_checks_everything(tmp_path):
+    train = write(tmp_path, {"text": "one"}, {"text": "two"}, name="train.jsonl")
+    heldout = write(tmp_path, {"text": "three"}, {"text": "two"}, name="heldout.jsonl")
+    with pytest.raises(PromptError, match="also training prompts"):
+        load_prompts(PromptsConfig(train=train, heldout=heldout), WordTokenizer(), seed=0)
+    heldout = write(tmp_path, {"text": "three"}, name="heldout.jsonl")
+    with pytest.raises(PromptError, match="2 of 2 prompts have no reference answer"):
+        load_prompts(PromptsConfig(train=train, heldout=heldout), WordTokenizer(), seed=0, needs_answers=True)
+    source, rendered = load_prompts(PromptsConfig(train=train, heldout=heldout), WordTokenizer(), seed=0)
+    assert (len(source), len(rendered)) == (2, 1)

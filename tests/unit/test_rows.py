@@ -1,0 +1,157 @@
+"""Values survive the way through a row, a journal and a Parquet file exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from onlinerl.errors import StoreError
+from onlinerl.stores import _files, _tables
+from onlinerl.stores.rows import group_from_row, group_row, pair_rows, result_from_row, result_row
+from onlinerl.types import Cost, Failure, FinishReason, Group, Pair, Prompt, Rollout, Sampling, Verdict
+
+texts = st.text(max_size=12)
+ids = st.lists(st.integers(0, 2**31), max_size=5).map(tuple)
+logprobs = st.floats(max_value=0, allow_nan=False, width=64)
+cells = st.floats(allow_nan=True, allow_infinity=False)
+
+
+@st.composite
+def rollouts(draw):
+    token_ids = draw(ids)
+    return Rollout(
+        token_ids=token_ids,
+        logprobs=tuple(draw(st.lists(logprobs, min_size=len(token_ids), max_size=len(token_ids)))),
+        text=draw(texts),
+        finish_reason=draw(st.sampled_from(get_args(FinishReason))),
+        policy_version=draw(st.integers(0, 99)),
+        sampler=Sampling(
+            temperature=draw(st.floats(0.1, 2)),
+            top_p=draw(st.floats(0.1, 1)),
+            top_k=draw(st.integers(-1, 99)),
+            max_new_tokens=draw(st.integers(1, 512)),
+        ),
+        seed=draw(st.integers(0, 2**31 - 1)),
+        source=draw(st.sampled_from(("policy", "teacher"))),
+    )
+
+
+prompts = st.builds(Prompt, id=texts, text=texts, token_ids=ids)
+groups = st.builds(Group, prompt=prompts, rollouts=st.lists(rollouts(), max_size=3).map(tuple))
+
+
+@st.composite
+def verdicts(draw):
+    k = draw(st.integers(1, 3))
+    vector = st.lists(cells, min_size=k, max_size=k).map(tuple)
+    matrix = st.lists(vector, min_size=k, max_size=k).map(tuple)
+    return Verdict(
+        annotator=draw(texts),
+        oracle_version=draw(texts),
+        scores=draw(st.none() | vector),
+        preferences=draw(st.none() | matrix),
+        strength=draw(st.none() | matrix),
+        raw=draw(st.none() | texts),
+        cost=draw(
+            st.builds(Cost, calls=st.integers(0, 99), seconds=st.floats(0, 9), usd=st.floats(0, 9), tokens=st.integers(0, 99))
+        ),
+    )
+
+
+failures = st.builds(Failure, kind=st.sampled_from(("error", "timeout", "refused", "parse_fail", "budget")), message=texts)
+
+
+def through_disk(rows):
+    """The rows as read from a journal, and as read from a Parquet file."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _files.append_lines(folder / "t.jsonl", rows)
+        journal = _tables.read(folder, "t")
+        _tables.seal(folder, "t")
+        assert not (folder / "t.jsonl").exists()
+        return journal, _tables.read(folder, "t")
+
+
+quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+@quick
+@given(st.lists(groups, min_size=1, max_size=3))
+def test_groups_survive(stored):
+    for rows in through_disk([group_row(g) for g in stored]):
+        assert [group_from_row(row, {g.prompt.id: g.prompt}) for row, g in zip(rows, stored, strict=True)] == stored
+
+
+@quick
+@given(st.lists(verdicts() | failures, min_size=1, max_size=4))
+def test_results_survive_with_their_unknown_cells(stored):
+    for rows in through_disk([result_row(f"p{i}", r) for i, r in enumerate(stored)]):
+        found = [result_from_row(row) for row in rows]
+        assert [prompt_id for prompt_id, _ in found] == [f"p{i}" for i in range(len(stored))]
+        assert repr([r for _, r in found]) == repr(stored)  # repr tells every float from every other, and NaN equals itself
+
+
+def group(**changes) -> Group:
+    sampler = Sampling(temperature=1, top_p=1)
+    made = [
+        Rollout(
+            token_ids=(1, 2),
+            logprobs=(-0.5, -1.0),
+            text=f"t{i}",
+            finish_reason="stop",
+            policy_version=2,
+            sampler=sampler,
+            seed=i,
+        )
+        for i in range(2)
+    ]
+    return Group(prompt=Prompt(**{"id": "p", "text": "hello", "token_ids": (5, 6), **changes}), rollouts=tuple(made))
+
+
+def test_numpy_values_and_whole_numbers_become_plain_ones():
+    verdict = Verdict(annotator="a", oracle_version="1", scores=(np.float32(1), 2), preferences=((np.nan, 1), (0, np.nan)))
+    row = result_row("p", verdict)
+    assert json.dumps(row["scores"], allow_nan=False) == "[1.0, 2.0]"
+    assert json.dumps(row["preferences"], allow_nan=False) == "[[null, 1.0], [0.0, null]]"
+    _, back = result_from_row(row)
+    assert math.isnan(back.preferences[0][0])
+    assert np.array_equal(back.matrix(), [[0.5, 1.0], [0.0, 0.5]])
+
+
+def test_a_prompt_that_is_gone_or_has_changed_is_an_error():
+    row = group_row(group())
+    with pytest.raises(StoreError, match="'p' is not in the prompt file"):
+        group_from_row(row, {})
+    with pytest.raises(StoreError, match="rendered to other tokens"):
+        group_from_row(row, {"p": group(token_ids=(5, 7)).prompt})
+
+
+def test_every_column_of_a_usual_table_is_native_in_parquet():
+    matrix = ((math.nan, 0.75), (0.25, math.nan))
+    verdict = Verdict(annotator="a", oracle_version="1", scores=(0.5, 1.0), preferences=matrix, cost=Cost(calls=2))
+    results = [result_row("p", verdict), result_row("q", Failure(kind="timeout", message="slow"))]
+    for rows in ([group_row(group())], results, pair_rows(group(), [Pair(chosen=1, rejected=0, prob=1, gap=0.5)])):
+        assert not [f.name for f in _tables._to_arrow(rows).schema if f.metadata], "columns stored as JSON text"
+
+
+def test_pairs_are_kept_with_their_texts():
+    assert pair_rows(group(), [Pair(chosen=1, rejected=0, prob=0.75, gap=0.5)]) == [
+        {
+            "prompt_id": "p",
+            "chosen": 1,
+            "rejected": 0,
+            "prob": 0.75,
+            "gap": 0.5,
+            "chosen_text": "t1",
+            "rejected_text": "t0",
+            "policy_version": 2,
+        }
+    ]

@@ -1,0 +1,153 @@
+"""The summary says what the manifests say, in exactly the agreed shape."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from onlinerl.errors import StoreError
+from onlinerl.stores.directory import RunDirectory
+from onlinerl.stores.rows import group_row, pair_rows, result_row
+from onlinerl.stores.summary import samples, summarise
+from onlinerl.types import Failure, Group, Pair, Prompt, Rollout, Sampling, Verdict
+
+RATE = {"value": 0.6, "low": 0.5, "high": 0.7, "n": 100}
+
+
+@pytest.fixture
+def run(tmp_path):
+    manifest = {"name": "demo", "config_digest": "x", "fingerprint": {"algorithm.name": "dpo"}}
+    with RunDirectory.create(tmp_path / "demo", config_yaml="", manifest=manifest) as run:
+        yield run
+
+
+def test_a_committed_iteration(run):
+    run.finish_phase(0, "evaluate", {"seconds": 2.0, "reward": 0.1, "kl_ref": 1e-9, "win_rate": RATE, "length": 20.0})
+    run.finish_phase(0, "commit", {"status": "promoted"})
+    run.finish_phase(1, "sample", {"seconds": 1.0, "samples": 256, "tokens": 9})
+    run.finish_phase(1, "label", {"seconds": 0.5, "oracle_calls": 64, "failures": 1})
+    run.finish_phase(1, "train", {"seconds": 3.0, "steps": 8, "tokens": 99})
+    run.finish_phase(1, "checkpoint", {"seconds": 0.1})
+    run.finish_phase(1, "sync", {"seconds": 0.2, "bytes": 1000, "proved": True, "replicas": 2})
+    evaluated = {
+        "seconds": 2.5,
+        "reward": 0.4,
+        "kl_ref": 1.5,
+        "kl_prev": math.nan,
+        "win_rate": RATE,
+        "length": 21.5,
+        "oracle_calls": 10,
+    }
+    run.finish_phase(1, "evaluate", evaluated)
+    run.finish_phase(1, "commit", {"status": "promoted"})
+    summary = summarise(run.path)
+    assert summary == {
+        "run": "demo",
+        "algorithm": "dpo",
+        "iterations": [
+            {
+                "iteration": 0,
+                "reward": 0.1,
+                "kl_ref": 0.0,
+                "kl_prev": 0.0,
+                "win_rate": None,
+                "phases": {"evaluate": 2.0},
+                "sync": None,
+                "samples": None,
+                "oracle_calls": None,
+                "status": "promoted",
+            },
+            {
+                "iteration": 1,
+                "reward": 0.4,
+                "kl_ref": 1.5,
+                "kl_prev": None,
+                "win_rate": RATE,
+                "phases": {"sample": 1.0, "label": 0.5, "train": 3.0, "checkpoint": 0.1, "sync": 0.2, "evaluate": 2.5},
+                "sync": {"seconds": 0.2, "bytes": 1000, "proved": True},
+                "samples": 256,
+                "oracle_calls": 74,
+                "status": "promoted",
+            },
+        ],
+    }
+    json.dumps(summary, allow_nan=False)
+    extra = summarise(run.path, extras=True)["iterations"]
+    assert [row["length"] for row in extra] == [20.0, 21.5]
+    assert extra[1]["oracle_failures"] == 1
+
+
+def test_an_iteration_is_running_only_while_somebody_works_on_it(run):
+    run.append(1, "rollouts", [{"a": 1}])
+    run.finish_phase(10, "sample", {"seconds": 1.0, "samples": 4})
+    statuses = {row["iteration"]: row["status"] for row in summarise(run.path)["iterations"]}
+    assert statuses == {1: "running", 10: "running"}
+    run.close()  # as if killed: the manifest still says "running"
+    assert summarise(run.path)["iterations"][0] == {
+        "iteration": 1,
+        "reward": None,
+        "kl_ref": None,
+        "kl_prev": None,
+        "win_rate": None,
+        "phases": {},
+        "sync": None,
+        "samples": None,
+        "oracle_calls": None,
+        "status": "unfinished",
+    }
+
+
+def test_a_run_without_iterations_and_no_run(run, tmp_path):
+    assert summarise(run.path)["iterations"] == []
+    with pytest.raises(StoreError, match="holds no run"):
+        summarise(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_samples_for_people(run, sealed):
+    groups = [
+        Group(
+            prompt=Prompt(id=f"p{i}", text=f"prompt {i}", token_ids=(i,)),
+            rollouts=tuple(
+                Rollout(
+                    token_ids=(1,) * (k + 1),
+                    logprobs=(-1.0,) * (k + 1),
+                    text=f"answer {k}",
+                    finish_reason="stop",
+                    policy_version=0,
+                    sampler=Sampling(),
+                    seed=k,
+                )
+                for k in range(2)
+            ),
+        )
+        for i in range(3)
+    ]
+    verdict = Verdict(annotator="judge", oracle_version="1", scores=(0.0, 100.0), raw="the second")
+    run.append(1, "rollouts", [group_row(g) for g in groups])
+    run.append(1, "verdicts", [result_row("p1", Failure(kind="timeout", message="60 s")), result_row("p0", verdict)])
+    run.append(1, "pairs", pair_rows(groups[0], [Pair(chosen=1, rejected=0, prob=1.0, gap=0.5)]))
+    if sealed:
+        for table in ("rollouts", "verdicts", "pairs"):
+            run.seal(1, table)
+    shown = samples(run.path, 1, 3)
+    json.dumps(shown, allow_nan=False)
+    assert shown[0]["prompt"] == "prompt 0"
+    assert shown[0]["responses"][1] == {
+        "text": "answer 1",
+        "score": 100.0,
+        "win_rate": 0.75,
+        "tokens": 2,
+        "finish_reason": "stop",
+        "policy_version": 0,
+    }
+    assert shown[0]["pairs"] == [{"chosen": 1, "rejected": 0, "prob": 1.0, "gap": 0.5}]
+    assert (shown[0]["oracle"], shown[0]["raw"], shown[0]["failure"]) == ("judge", "the second", None)
+    assert (shown[1]["failure"], shown[1]["responses"][0]["score"]) == ("timeout: 60 s", None)
+    assert (shown[2]["failure"], shown[2]["oracle"], shown[2]["pairs"]) == (None, None, [])
+    assert len(samples(run.path, 1, 1)) == 1
+    with pytest.raises(StoreError, match="no samples of iteration 7") as caught:
+        samples(run.path, 7, 1)
+    assert "choose one of 1" in caught.value.fix

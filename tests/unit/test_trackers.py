@@ -1,0 +1,381 @@
+"""Trackers show what they are told, and the metrics file is the truth."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import io
+import json
+import math
+import socket
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+
+from onlinerl import registry
+from onlinerl.errors import ConfigError, StoreError
+from onlinerl.protocols import Tracker
+from onlinerl.trackers import console as console_module
+from onlinerl.trackers._fanout import FanoutTracker
+from onlinerl.trackers.console import ConsoleTracker, render_table
+from onlinerl.trackers.jsonl import JsonlTracker, read_metrics
+from onlinerl.trackers.prometheus import TABLE, PrometheusTracker, totals
+from onlinerl.trackers.tensorboard import TensorboardTracker
+from onlinerl.types import Metric
+
+DASHBOARDS = Path(__file__).parents[2] / "dashboards"
+
+
+def metric(name="reward", value=0.5, iteration=1, **more):
+    return Metric(name=name, value=value, unit="u", iteration=iteration, **more)
+
+
+def drive(tracker: Tracker) -> None:
+    """What the controller does with a tracker in one iteration."""
+    tracker.note("hello [bold] /a/path")
+    tracker.phase_started(1, "sample", 4, "prompts")
+    tracker.phase_advanced(1, "sample", 3)
+    tracker.phase_finished(1, "sample", 2.0)
+    tracker.phase_started(1, "train", None, "")
+    tracker.phase_finished(1, "train", 1.0)
+    tracker.log([metric(), metric("win_rate", 0.6, ci_low=0.5, ci_high=0.7, labels={"opponent": "base"})])
+    tracker.log([metric("kl_ref", math.nan, labels={"estimator": "k3"})])
+    tracker.close()
+    tracker.close()
+
+
+@pytest.mark.parametrize("name", ["jsonl", "prometheus", "tensorboard", "console"])
+def test_every_tracker_takes_what_a_run_tells_it(name, tmp_path):
+    made = {
+        "jsonl": lambda: JsonlTracker(tmp_path / "m.jsonl"),
+        "prometheus": lambda: PrometheusTracker("r", port=0),
+        "tensorboard": lambda: TensorboardTracker(tmp_path / "tb"),
+        "console": lambda: ConsoleTracker(Console(file=io.StringIO())),
+    }[name]()
+    assert type(made) is registry.load("trackers", name)
+    drive(made)
+
+
+def test_fanout_tells_everybody_even_from_a_generator(tmp_path):
+    paths = [tmp_path / "a", tmp_path / "b"]
+    tracker = FanoutTracker([JsonlTracker(p) for p in paths])
+    tracker.log(m for m in [metric()])
+    drive(tracker)
+    assert paths[0].read_text() == paths[1].read_text() != ""
+
+
+# --- metrics.jsonl ---
+
+
+def test_records_hold_every_field_and_nan_is_null(tmp_path):
+    tracker = JsonlTracker(tmp_path / "run" / "metrics.jsonl")
+    tracker.log([metric(value=math.nan, n=7, se=math.inf, labels={"oracle": "proxy"})])
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text()) == {
+        "name": "reward",
+        "value": None,
+        "unit": "u",
+        "iteration": 1,
+        "n": 7,
+        "se": None,
+        "ci_low": None,
+        "ci_high": None,
+        "estimator": "mean",
+        "policy_version": None,
+        "oracle_version": None,
+        "set": None,
+        "attempt": 0,
+        "insufficient": False,
+        "labels": {"oracle": "proxy"},
+    }
+    tracker.close()
+
+
+def test_a_resumed_run_supersedes_what_it_measures_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for attempt, value in ((0, 1.0), (2, 3.0), (1, 2.0)):
+        tracker = JsonlTracker(path)
+        tracker.log(
+            [metric(value=value, attempt=attempt), metric("kl_ref", value, attempt=attempt, labels={"estimator": "k3"})]
+        )
+        tracker.log([metric(value=value, iteration=2 + attempt)])
+        tracker.close()
+    found = {(r["name"], r["iteration"]): r["value"] for r in read_metrics(path)}
+    assert found == {("reward", 1): 3.0, ("kl_ref", 1): 3.0, ("reward", 2): 1.0, ("reward", 3): 2.0, ("reward", 4): 3.0}
+    assert len(path.read_text().splitlines()) == 9, "append-only"
+
+
+def test_a_file_torn_at_any_byte_stays_readable(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path)
+    tracker.log([metric(iteration=i, labels={"reason": "é\n"}) for i in range(3)])
+    tracker.close()
+    whole = path.read_bytes()
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        tracker = JsonlTracker(path)
+        tracker.log([metric(iteration=99)])
+        tracker.close()
+        # A line that lacks nothing but its end counts as a line.
+        complete = sum(1 for end in (i for i, b in enumerate(whole) if b == ord("\n")) if end <= cut)
+        assert [r["iteration"] for r in read_metrics(path)] == [*range(complete), 99], cut
+
+
+def test_no_file_is_no_metrics(tmp_path):
+    assert read_metrics(tmp_path / "none") == []
+
+
+def test_a_metrics_file_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot be written"):
+        JsonlTracker(tmp_path / "file" / "metrics.jsonl")
+    tracker = JsonlTracker(tmp_path / "metrics.jsonl")
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StoreError, match="No space left"):
+        tracker.phase_finished(1, "sample", 1.0)
+    tracker.close()
+
+
+# --- prometheus ---
+
+
+def scrape(tracker):
+    """{(series, labels without run): value}; asserts that `run` is everywhere."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{tracker.port}/metrics", timeout=5) as reply:
+        text = reply.read().decode()
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            assert sample.labels["run"] == "demo", sample
+            labels = tuple(sorted((k, v) for k, v in sample.labels.items() if k != "run"))
+            found[sample.name, labels] = sample.value
+    return found
+
+
+@pytest.fixture
+def exporter():
+    tracker = PrometheusTracker("demo", port=0, oracle_kinds=["reward_model"], drop_reasons=["tie"])
+    yield tracker
+    tracker.close()
+
+
+@pytest.mark.parametrize("series", TABLE, ids=lambda s: f"{s.metric}-{s.name}")
+def test_every_metric_of_the_table_arrives(exporter, series):
+    labels = {label: "x" for label in series.labels}
+    exporter.log([metric(series.metric, 3.25, ci_low=3.0, ci_high=3.5, labels={**labels, "step": "7"})])
+    found = scrape(exporter)
+    key = tuple(sorted(labels.items()))
+    name = f"{series.name}_sum" if series.kind == "histogram" else series.name
+    assert found[name, key] == 3.25
+    if series.bounds:
+        assert found[series.bounds, tuple(sorted({**labels, "bound": "lower"}.items()))] == 3.0
+        assert found[series.bounds, tuple(sorted({**labels, "bound": "upper"}.items()))] == 3.5
+
+
+def test_names_and_labels_follow_the_conventions():
+    allowed = {"phase", "opponent", "control", "oracle", "reason", "kind", "status", "stat", "reference", "estimator"}
+    for series in TABLE:
+        assert series.name.startswith("onlinerl_")
+        assert (series.kind == "counter") == series.name.endswith("_total")
+        assert set(series.labels) <= allowed
+    by_name: dict[str, set] = {}
+    for series in TABLE:
+        by_name.setdefault(series.name, set()).add((series.kind, tuple(series.labels), series.help))
+    assert all(len(shapes) == 1 for shapes in by_name.values()), "series that share a name share labels and type"
+
+
+def test_missing_labels_take_the_default_and_unknown_metrics_are_not_exported(exporter):
+    exporter.log([metric("kl_ref", 1.5), metric("kl_prev", 0.5, labels={"estimator": "k1"}), metric("no_such_metric")])
+    exporter.log([metric("pairs_dropped", 5.0)])  # lacks the reason: counted nowhere
+    found = scrape(exporter)
+    assert found["onlinerl_kl_nats", (("estimator", "k3"), ("reference", "initial"), ("stat", "mean"))] == 1.5
+    assert found["onlinerl_kl_nats", (("estimator", "k1"), ("reference", "prev_iter"), ("stat", "mean"))] == 0.5
+    assert not [key for key in found if "no_such" in str(key)]
+    assert found["onlinerl_pairs_dropped_total", (("reason", "tie"),)] == 0.0
+
+
+def test_insufficient_values_are_exported_and_flagged(exporter):
+    exporter.log([metric(value=0.7, insufficient=True), metric("length", 20.0)])
+    found = scrape(exporter)
+    assert found["onlinerl_reward", (("oracle", "proxy"), ("stat", "mean"))] == 0.7
+    assert found["onlinerl_metric_insufficient", (("name", "reward"),)] == 1
+    assert found["onlinerl_metric_insufficient", (("name", "length"),)] == 0
+
+
+def test_values_that_are_not_finite_are_counted_and_never_become_zero(exporter):
+    exporter.log([metric(value=math.nan), metric("generated_tokens", math.nan), metric("generated_tokens", 5.0)])
+    found = scrape(exporter)
+    assert math.isnan(found["onlinerl_reward", (("oracle", "proxy"), ("stat", "mean"))])
+    assert math.isnan(found["onlinerl_reward_bound", (("bound", "lower"), ("oracle", "proxy"), ("stat", "mean"))])
+    assert found["onlinerl_generated_tokens_total", ()] == 5.0
+    assert found["onlinerl_nonfinite_total", (("reason", "reward"),)] == 1
+
+
+def test_counters_start_at_zero_add_up_and_continue_after_a_restart(exporter, tmp_path):
+    labels = {"kind": "reward_model", "status": "failed"}
+    key = tuple(sorted(labels.items()))
+    assert scrape(exporter)["onlinerl_oracle_calls_total", key] == 0.0
+    assert scrape(exporter)["onlinerl_generated_tokens_total", ()] == 0.0
+    logged = [metric("oracle_calls", 2.0, labels=labels), metric("oracle_calls", 3.0, iteration=2, labels=labels)]
+    logged += [metric("generated_tokens", 10.0), metric("pairs_dropped", 1.0, labels={"reason": 'a "b"\\\n'}), metric()]
+    exporter.log(logged)
+    truth = JsonlTracker(tmp_path / "metrics.jsonl")
+    truth.log(logged)
+    truth.close()
+    kept = exporter.counters()
+    assert kept['onlinerl_oracle_calls_total{kind="reward_model",status="failed"}'] == 5.0
+    recomputed = totals(read_metrics(tmp_path / "metrics.jsonl"))
+    assert recomputed == {k: v for k, v in kept.items() if v > 0}
+    for counters in (kept, recomputed):
+        again = PrometheusTracker("demo", port=0)
+        again.restore({**json.loads(json.dumps(counters)), "onlinerl_of_an_older_version_total": 4.0})
+        again.log([metric("generated_tokens", 1.0)])
+        found = scrape(again)
+        again.close()
+        assert found["onlinerl_oracle_calls_total", key] == 5.0
+        assert found["onlinerl_generated_tokens_total", ()] == 11.0
+        assert found["onlinerl_pairs_dropped_total", (("reason", 'a "b"\\\n'),)] == 1.0
+
+
+def test_the_running_phase_and_the_last_progress_are_shown(exporter):
+    def phases():
+        return {dict(labels)["phase"]: v for (name, labels), v in scrape(exporter).items() if name == "onlinerl_phase"}
+
+    def progress():
+        return scrape(exporter)["onlinerl_last_progress_timestamp_seconds", (("role", "controller"),)]
+
+    assert set(phases().values()) == {0.0}
+    started = progress()
+    exporter.phase_started(3, "train", 10, "items")
+    assert [p for p, v in phases().items() if v] == ["train"]
+    exporter.phase_advanced(3, "train", 1)
+    assert progress() > started
+    exporter.phase_started(3, "my_phase", None, "")
+    assert [p for p, v in phases().items() if v] == ["my_phase"]
+    exporter.phase_finished(3, "my_phase", 1.0)
+    assert set(phases().values()) == {0.0}
+    found = scrape(exporter)
+    assert found["onlinerl_iteration", ()] == 3.0
+    assert ("onlinerl_iteration_end_timestamp_seconds", ()) not in found, "1970 is not when an iteration ended"
+    exporter.phase_finished(3, "commit", 0.1)
+    assert scrape(exporter)["onlinerl_iteration_end_timestamp_seconds", ()] > started
+
+
+def test_a_taken_port_and_a_foreign_address_are_explained():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigError, match="in use") as caught:
+            PrometheusTracker("demo", port=taken.getsockname()[1])
+    assert caught.value.field == "metrics.prometheus_port"
+    assert "another port" in caught.value.fix
+    with pytest.raises(ConfigError, match="cannot listen") as caught:
+        PrometheusTracker("demo", host="192.0.2.1", port=0)
+    assert caught.value.field == "metrics.prometheus_host"
+
+
+def test_the_port_is_free_again_after_close():
+    first = PrometheusTracker("demo", port=0)
+    first.close()
+    PrometheusTracker("demo", port=first.port).close()
+
+
+# --- tensorboard ---
+
+
+def test_tensorboard_holds_the_values(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tracker = TensorboardTracker(tmp_path)
+    tracker.log([metric("kl_ref", 1.5, iteration=2, labels={"estimator": "k3"}), metric("loss", 0.5, labels={"step": "40"})])
+    tracker.log([metric("reward", 0.25, ci_low=0.125, ci_high=0.5)])
+    tracker.close()
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+
+    def points(tag):
+        return [(e.step, e.value) for e in events.Scalars(tag)]
+
+    assert points("kl_ref/estimator=k3") == [(2, 1.5)]
+    assert points("loss") == [(40, 0.5)]
+    assert points("reward/low") + points("reward") + points("reward/high") == [(1, 0.125), (1, 0.25), (1, 0.5)]
+
+
+def test_without_tensorboard_the_fix_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.event_file_writer", None)
+    with pytest.raises(ConfigError, match="TensorBoard") as caught:
+        TensorboardTracker(tmp_path)
+    assert caught.value.field == "metrics.tensorboard"
+    assert "onlinerl[tensorboard]" in caught.value.fix
+
+
+# --- console ---
+
+
+def test_plain_lines_when_there_is_no_terminal(monkeypatch):
+    out = io.StringIO()
+    drive(ConsoleTracker(Console(file=out)))
+    lines = out.getvalue().splitlines()
+    assert "\x1b" not in out.getvalue()
+    assert lines[0] == "hello [bold] /a/path"
+    assert lines[1].split() == ["iteration", "1", "sample", "2.0", "s", "3", "prompts", "1.5", "prompts/s"]
+    assert lines[2].split() == ["iteration", "1", "train", "1.0", "s"]
+    assert lines[3] == "reward 0.500  win rate vs base 0.600 [0.500, 0.700]"
+
+
+def test_a_long_phase_reports_without_a_terminal(monkeypatch):
+    monkeypatch.setattr(console_module, "QUIET_S", 0.0)
+    out = io.StringIO()
+    tracker = ConsoleTracker(Console(file=out))
+    tracker.phase_started(1, "sample", 8, "prompts")
+    tracker.phase_advanced(1, "sample", 3)
+    assert out.getvalue().split() == ["iteration", "1", "sample", "3", "of", "8", "prompts", "after", "0", "s"]
+
+
+def test_a_terminal_shows_bars_and_keeps_one_line_per_phase():
+    out = io.StringIO()
+    drive(ConsoleTracker(Console(file=out, force_terminal=True, width=120)))
+    assert "3/4" in out.getvalue()
+    assert "prompts/s" in out.getvalue()
+    assert "iteration 1  sample           2.0 s         3 prompts  1.5 prompts/s" in out.getvalue()
+
+
+def test_the_table_of_iterations():
+    def row(iteration, **more):
+        base = dict.fromkeys(("reward", "kl_ref", "kl_prev", "win_rate", "sync", "samples", "oracle_calls"))
+        return {"iteration": iteration, **base, "phases": {}, "status": "unfinished", **more}
+
+    rate = {"value": 0.61, "low": 0.51, "high": 0.7, "n": 100}
+    done = row(1, reward=0.5, kl_ref=1.25, win_rate=rate, length=20.0, phases={"sample": 1.0, "train": 3.04}, status="promoted")
+    out = io.StringIO()
+    Console(file=out, width=140).print(render_table({"run": "demo", "algorithm": "dpo", "iterations": [row(0), done]}))
+    text = out.getvalue()
+    for expected in (
+        "demo (dpo)",
+        "KL to base",
+        "0.610 [0.510, 0.700]",
+        "1.25",
+        "20.0",
+        "sample 1.0, train 3.0",
+        "promoted",
+        "unfinished",
+    ):
+        assert expected in text
+    render_table({"run": "demo", "algorithm": None, "iterations": []})
+
+
+# --- the dashboard file ---
+
+
+def test_the_dashboard_is_what_its_generator_writes():
+    spec = importlib.util.spec_from_file_location("make_grafana", DASHBOARDS / "make_grafana.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (DASHBOARDS / "onlinerl.json").read_text() == module.text(), "run python dashboards/make_grafana.py"
+    ids = [panel["id"] for panel in module.dashboard()["panels"]]
+    assert len(ids) == len(set(ids))
