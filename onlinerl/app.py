@@ -6,7 +6,7 @@ import json
 import signal
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -136,8 +136,22 @@ def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
         _say_how_it_went(config, status, console)
 
 
+def _started(checked: Checked, store: RunDirectory, tracker: Tracker) -> AbstractContextManager[Parts]:
+    """Engine, learner and what connects them, as the configuration names them."""
+    names = checked.config.engine.name, checked.config.learner.name
+    if names == ("vllm", "deepspeed"):
+        return _on_cluster(checked, store, tracker)
+    if names == ("toy", "toy"):
+        return _toy(checked, store, tracker)
+    raise ConfigError(
+        f"engine {names[0]!r} and learner {names[1]!r} do not go together",
+        field="engine.name",
+        fix="use vllm with deepspeed (toy with toy in tests)",
+    )
+
+
 @contextmanager
-def _started(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterator[Parts]:
+def _on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterator[Parts]:
     """Start the cluster and everything on it; end all of it, whatever happens."""
     from onlinerl.cluster.group import LearnerGroup
     from onlinerl.cluster.pool import EnginePool
@@ -145,7 +159,6 @@ def _started(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterato
     from onlinerl.cluster.sync import WeightPush, choose_backend
 
     config, algorithm = checked.config, checked.algorithm
-    assert checked.train is not None
     tracker.phase_started(0, "start", None, "")
     with Cluster(config) as cluster:
         backend = choose_backend(config.sync.backend, cluster.device, config.cluster.colocate)
@@ -166,25 +179,43 @@ def _started(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterato
             # The canary: second halves of held-out prompts, given the first; fixed for the whole run.
             halves = [(p.token_ids[: len(p.token_ids) // 2], p.token_ids[len(p.token_ids) // 2 :]) for p in checked.heldout]
             canary = [(first, second) for first, second in halves if first][: config.evaluation.canary]
-            yield Parts(
-                config=config,
-                algorithm=algorithm,
-                oracle=checked.oracle,
-                pairing=checked.pairing,
-                train_prompts=checked.train,
-                heldout=checked.heldout,
-                engine=pool,
-                learner=learner,
-                sync=WeightPush(learner, pool, config.sync, config.engine, backend, canary),
-                store=store,
-                tracker=tracker,
-                base_model=config.model,
-                state_bytes=checked.state_bytes,
-            )
+            sync = WeightPush(learner, pool, config.sync, config.engine, backend, canary)
+            yield _wire(checked, store, tracker, engine=pool, learner=learner, sync=sync)
         finally:
             for part in (pool, learner):
                 if part is not None:
                     part.shutdown()
+
+
+@contextmanager
+def _toy(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterator[Parts]:
+    """Everything in this process, for fast tests of the loop."""
+    from onlinerl.engines.toy import ToyEngine
+    from onlinerl.learners.toy import ToyLearner
+    from onlinerl.sync.toy import ToySync
+
+    tokenizer = preflight.tokenizer(checked.config.model)
+    engine = ToyEngine(len(tokenizer), tokenizer.decode)
+    learner = ToyLearner(len(tokenizer), checked.algorithm, checked.config.model)
+    sync = ToySync(lambda: learner.logits.detach().numpy(), engine.load, lambda: engine.logits)
+    yield _wire(checked, store, tracker, engine=engine, learner=learner, sync=sync)
+
+
+def _wire(checked: Checked, store: RunDirectory, tracker: Tracker, **connected: Any) -> Parts:
+    assert checked.train is not None
+    return Parts(
+        config=checked.config,
+        algorithm=checked.algorithm,
+        oracle=checked.oracle,
+        pairing=checked.pairing,
+        train_prompts=checked.train,
+        heldout=checked.heldout,
+        store=store,
+        tracker=tracker,
+        base_model=checked.config.model,
+        state_bytes=checked.state_bytes,
+        **connected,
+    )
 
 
 def _trackers(config: RunConfig, console: Console) -> list[Tracker]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from onlinerl import config as configuration
 from onlinerl.config import RunConfig
-from onlinerl.errors import ConfigError, OnlineRLError, OracleError
+from onlinerl.errors import ConfigError, OracleError
 from onlinerl.prompts.jsonl import JsonlPrompts, check_answers, check_overlap, load_prompts, read_prompts
 from onlinerl.protocols import Algorithm, Oracle, PairBuilder
 from onlinerl.types import Failure, Prompt, Query
@@ -79,7 +79,7 @@ def check(config: RunConfig) -> Checked:
     heldout: Sequence[Prompt] = ()
     if local is not None:
         train, heldout = load_prompts(
-            config.prompts, _tokenizer(config.model), config.seed, needs_answers=oracle.needs_reference_answer
+            config.prompts, tokenizer(config.model), config.seed, needs_answers=oracle.needs_reference_answer
         )
         total = len(train)
     else:
@@ -311,7 +311,12 @@ def _check_model(model: str) -> Path | None:
     return None
 
 
-def _tokenizer(model: str) -> Any:
+def tokenizer(model: str) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        ConfigError: if it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -337,8 +342,3 @@ def _parameters(model: str, local: Path | None) -> float | None:
                     count *= dim
                 total += count
     return total or None
-
-
-def explain(error: OnlineRLError) -> str:
-    """One error as text for the terminal."""
-    return f"{error.boundary}: {error}"

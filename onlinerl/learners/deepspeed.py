@@ -123,9 +123,7 @@ class DeepSpeedRank:
         if self.training.optimizer == "rmsprop":
             return torch.optim.RMSprop(groups, lr=self.training.learning_rate, weight_decay=self.training.weight_decay)
         # One fused kernel instead of dozens of small ones per tensor: several times faster, on CPU too.
-        return torch.optim.AdamW(
-            groups, lr=self.training.learning_rate, weight_decay=self.training.weight_decay, fused=True
-        )
+        return torch.optim.AdamW(groups, lr=self.training.learning_rate, weight_decay=self.training.weight_decay, fused=True)
 
     def _deepspeed_config(self) -> dict[str, Any]:
         return {
@@ -293,8 +291,9 @@ class DeepSpeedRank:
 
     def open_sync(self, init_info: Any, client: Any, dtype: str) -> None:
         """Meet the replicas. Called on every rank; `init_info` says which transport."""
-        from onlinerl.sync import gloo
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+        from onlinerl.sync import gloo
 
         gloo.register()
         self.source = self.weight_source(getattr(torch, dtype))

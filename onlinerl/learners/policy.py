@@ -36,12 +36,13 @@ class LogProbHead(nn.Module):
         weight, bias = self.weight, getattr(self._output[0], "bias", None)
 
         def piece(hidden: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            logits = nn.functional.linear(hidden, weight, bias).float() / temperature
-            log_z = torch.logsumexp(logits, dim=-1)
-            chosen = logits.gather(-1, targets[:, None]).squeeze(-1) - log_z
+            logits = nn.functional.linear(hidden, weight, bias).float()
+            if temperature != 1.0:
+                logits = logits / temperature
+            chosen = -nn.functional.cross_entropy(logits, targets, reduction="none")
             if not entropy:
-                return chosen, log_z
-            return chosen, log_z - (torch.softmax(logits, dim=-1) * logits).sum(-1)
+                return chosen, chosen
+            return chosen, torch.logsumexp(logits, dim=-1) - (torch.softmax(logits, dim=-1) * logits).sum(-1)
 
         parts = []
         for start in range(0, len(targets_N), CHUNK):

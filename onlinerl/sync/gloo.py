@@ -221,7 +221,8 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         self.client.finish_weight_update()
 
     def _broadcast(self, metas: list[ParamMeta], received: Any) -> None:
-        assert self.source is not None and self._group is not None
+        assert self.source is not None
+        assert self._group is not None
         tensors = iter(self.source)
         for run in buckets(metas, self._bucket_bytes):
             if received.done():  # a replica that has already failed will never take part: say why instead of waiting for it

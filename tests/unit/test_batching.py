@@ -111,6 +111,11 @@ def test_plan_keeps_similar_lengths_together():
     assert [[i.tokens for i in micro] for micro in plan[0]] == [[100, 100], [10] * 20]
 
 
+def test_plan_pairs_up_by_their_longest_response_not_by_their_sum():
+    even, long, small, lanky = item((1, 9), (1, 9)), item((1, 15), (1, 0)), item((1, 8), (1, 7)), item((1, 14), (1, 0))
+    assert plan_step([even, long, small, lanky], 1, 64) == [[[long, lanky], [even, small]]]
+
+
 def test_plan_with_fewer_items_than_ranks():
     only = item((1, 3), (1, 2))
     assert plan_step([only], 3, 100) == [[[only]], [[]], [[]]]

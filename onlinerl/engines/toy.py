@@ -1,0 +1,61 @@
+"""A toy engine for fast contract tests of the loop: it draws tokens from one distribution, whatever the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from onlinerl.types import Group, Request, Rollout, Sampling
+
+__all__ = ["ToyEngine"]
+
+
+class ToyEngine:
+    """Samples each token independently from softmax(logits); the last token of the vocabulary ends a response.
+
+    Args:
+        vocabulary: number of tokens.
+        decode: token ids -> text.
+    """
+
+    def __init__(self, vocabulary: int, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self.logits = np.zeros(vocabulary, dtype=np.float64)
+        self.version = 0
+
+    def load(self, logits: np.ndarray, version: int) -> None:
+        """Take on new weights."""
+        self.logits, self.version = logits.astype(np.float64).copy(), version
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
+        """One group per request, in order."""
+        for request in requests:
+            yield Group(prompt=request.prompt, rollouts=tuple(self._one(seed, sampling) for seed in request.seeds))
+
+    def _one(self, seed: int, sampling: Sampling) -> Rollout:
+        rng = np.random.default_rng(seed)
+        logprobs = _log_softmax(self.logits / sampling.temperature)
+        end = len(self.logits) - 1
+        tokens: list[int] = []
+        while len(tokens) < sampling.max_new_tokens and end not in tokens:
+            tokens.append(int(rng.choice(len(logprobs), p=np.exp(logprobs))))
+        return Rollout(
+            token_ids=tuple(tokens),
+            logprobs=tuple(float(logprobs[t]) for t in tokens),
+            text=" " + self._decode([t for t in tokens if t != end]),
+            finish_reason="stop" if tokens[-1] == end else "length",
+            policy_version=self.version,
+            sampler=sampling,
+            seed=seed,
+        )
+
+    def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
+        """Log-probs f32[T] of each response."""
+        logprobs = _log_softmax(self.logits)
+        return [logprobs[list(response)].astype(np.float32) for _, response in sequences]
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())

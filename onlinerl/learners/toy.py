@@ -1,0 +1,108 @@
+"""A toy learner for fast contract tests of the loop: one vector of logits, trained with the real losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onlinerl.batch import Batch, Outputs
+from onlinerl.learners.batching import collate
+from onlinerl.protocols import Algorithm
+from onlinerl.types import TrainItem, TrainSequence, UpdateReport
+
+__all__ = ["ToyLearner"]
+
+
+class ToyLearner:
+    """Softmax over a vocabulary, the same at every position, plus a constant value.
+
+    Args:
+        vocabulary: number of tokens.
+        algorithm: whose loss is minimised.
+        learning_rate: of Adam; the one given with each step is multiplied in.
+    """
+
+    def __init__(self, vocabulary: int, algorithm: Algorithm, base: str) -> None:
+        self._algorithm, self._base = algorithm, base
+        self.logits = torch.zeros(vocabulary, dtype=torch.float64, requires_grad=True)
+        self.value = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        self._optimizer = torch.optim.Adam([self.logits, self.value], lr=1.0)
+
+    def score(self, sequences: Sequence[TrainSequence], *, model: str = "policy", temperature: float = 1.0) -> list[np.ndarray]:
+        """Log-probs f32[T]; `model` is "policy", the base model, or a file written by `export`."""
+        if model == "policy":
+            logits = self.logits.detach().numpy()
+        elif model == self._base:
+            logits = np.zeros(len(self.logits))
+        else:
+            logits = np.load(Path(model) / "logits.npy")
+        logprobs = torch.log_softmax(torch.tensor(logits) / temperature, dim=-1).numpy()
+        return [logprobs[list(s.response_ids)].astype(np.float32) for s in sequences]
+
+    def values(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
+        """The same value everywhere, f32[T]."""
+        return [np.full(len(s.response_ids), self.value.item(), dtype=np.float32) for s in sequences]
+
+    def update(self, steps: Sequence[Sequence[TrainItem]], learning_rates: Sequence[float]) -> Iterator[UpdateReport]:
+        """One Adam step per element of `steps`."""
+        for items, learning_rate in zip(steps, learning_rates, strict=True):
+            batch = collate(items)
+            loss = self._algorithm.loss(self._outputs(batch), batch)
+            mean = loss.total / sum(i.count(self._algorithm.unit) for i in items)
+            self._optimizer.param_groups[0]["lr"] = learning_rate
+            self._optimizer.zero_grad()
+            mean.backward()
+            self._optimizer.step()
+            yield UpdateReport(steps=1, tokens=sum(i.tokens for i in items), metrics=({"loss": mean.item()},))
+
+    def _outputs(self, batch: Batch) -> Outputs:
+        logprobs = torch.log_softmax(self.logits, dim=-1)
+        columns = torch.arange(batch.mask_BT.shape[1])
+        targets_BT = batch.tokens_BS.gather(
+            1, (batch.prompt_lengths_B[:, None] + columns).clamp(max=batch.tokens_BS.shape[1] - 1)
+        )
+        entropy: Tensor = -(logprobs.exp() * logprobs).sum()
+        return Outputs(
+            logprobs_BT=logprobs[targets_BT].float() * batch.mask_BT,
+            values_BT=self.value.float().expand(batch.mask_BT.shape),
+            entropy_BT=entropy.float().expand(batch.mask_BT.shape),
+        )
+
+    def self_test(self, items: Sequence[TrainItem], reference: str) -> dict[str, float]:
+        """Loss with reference = old = policy, per unit."""
+        batch = collate(items)
+        outputs = self._outputs(batch)
+        lp = outputs.logprobs_BT.detach()
+        same = replace(batch, reference_BT=lp, old_BT=lp, values_BT=outputs.values_BT)
+        loss = self._algorithm.loss(outputs, same).total.item() / sum(i.count(self._algorithm.unit) for i in items)
+        flat = [s for i in items for s in i.sequences]
+        pairs = zip(self.score(flat), self.score(flat, model=reference), strict=True)
+        return {"loss": loss, "kl": 0.0, "reference_gap": float(np.mean([np.abs(a - b).mean() for a, b in pairs]))}
+
+    def reset_optimizer(self) -> None:
+        """Forget Adam's moments."""
+        self._optimizer.state.clear()
+
+    def save(self, path: Path) -> None:
+        """Weights and optimizer."""
+        torch.save(
+            {"logits": self.logits.detach(), "value": self.value.detach(), "optimizer": self._optimizer.state_dict()},
+            path / "toy.pt",
+        )
+
+    def load(self, path: Path) -> None:
+        """The reverse of `save`."""
+        state = torch.load(path / "toy.pt", weights_only=False)
+        with torch.no_grad():
+            self.logits.copy_(state["logits"])
+            self.value.copy_(state["value"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def export(self, path: Path) -> None:
+        """The logits."""
+        np.save(path / "logits.npy", self.logits.detach().numpy())
