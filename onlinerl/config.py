@@ -7,6 +7,7 @@ suggestion; a value of the wrong type is an error that names the key. Sections t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -337,7 +338,7 @@ _COMPONENTS: tuple[tuple[str, str, type[Component]], ...] = (
 
 def fingerprint(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that a resume must not change, flattened to dotted keys."""
-    flat = flatten(config.model_dump(mode="json"))
+    flat = flatten(_resolved(config))
     return {k: v for k, v in flat.items() if not any(k == p or k.startswith(p + ".") for p in RESUMABLE_CHANGES)}
 
 
@@ -358,8 +359,16 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def dump(config: RunConfig) -> str:
-    """The whole configuration, defaults included, as YAML that `load` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The whole configuration, defaults of every section and component included, as YAML that `load` reads back."""
+    return yaml.safe_dump(_resolved(config), sort_keys=False)
+
+
+def _resolved(config: RunConfig) -> dict[str, Any]:
+    tree = config.model_dump(mode="json")
+    for section, role, base in _COMPONENTS:
+        built = component(getattr(config, section), section, role, base)
+        tree[section] = {"name": tree[section]["name"], **built.model_dump(mode="json")}
+    return tree
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -407,10 +416,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"{text!r} is not a YAML value: {error}", field=key, fix="quote it") from None
     if isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-5 as a string
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-5 as a string
             value = float(text)
-        except ValueError:
-            pass
     *parents, leaf = key.split(".")
     node = tree
     for part in parents:

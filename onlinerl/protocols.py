@@ -76,6 +76,11 @@ class Algorithm(Component):
         raise NotImplementedError
 
     @property
+    def loss_at_reference(self) -> float | None:
+        """The loss per unit when policy and reference are the same, if the formula fixes it; the step-0 self-test checks it."""
+        return None
+
+    @property
     def policy_gradient(self) -> bool:
         """True if log-probs must be taken at the sampling temperature; preference losses use temperature 1."""
         return False
@@ -196,17 +201,29 @@ class WeightSync(Protocol):
 class Tracker(Protocol):
     """Is told what happens. Trackers never influence the run."""
 
-    def phase_started(self, iteration: int, phase: str, total: int | None, unit: str) -> None: ...
+    def phase_started(self, iteration: int, phase: str, total: int | None, unit: str) -> None:
+        """Work of `total` `unit`s begins; None if the amount is not known."""
+        ...
 
-    def phase_advanced(self, iteration: int, phase: str, amount: int) -> None: ...
+    def phase_advanced(self, iteration: int, phase: str, amount: int) -> None:
+        """`amount` more is done."""
+        ...
 
-    def phase_finished(self, iteration: int, phase: str, seconds: float) -> None: ...
+    def phase_finished(self, iteration: int, phase: str, seconds: float) -> None:
+        """The phase is over and on disk."""
+        ...
 
-    def log(self, metrics: Iterable[Metric]) -> None: ...
+    def log(self, metrics: Iterable[Metric]) -> None:
+        """Figures."""
+        ...
 
-    def note(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        """A sentence for people."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nothing more will come."""
+        ...
 
 
 class Store(Protocol):
@@ -216,7 +233,9 @@ class Store(Protocol):
         """Durable when it returns."""
         ...
 
-    def read(self, iteration: int, table: str) -> list[dict[str, Any]]: ...
+    def read(self, iteration: int, table: str) -> list[dict[str, Any]]:
+        """All rows, in the order of `append`."""
+        ...
 
     def seal(self, iteration: int, table: str) -> None:
         """The table is complete: turn its journal into one Parquet file."""

@@ -17,8 +17,6 @@ from typing import Any
 
 from onlinerl.errors import ConfigError
 
-ROLES = ("algorithms", "oracles", "pairing", "prompts", "engines", "learners", "sync", "stores", "trackers")
-
 
 def names(role: str) -> list[str]:
     """Names that can be selected for a role, without importing them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -39,6 +40,11 @@ class Dno(Algorithm):
     def default_reference(self) -> Literal["fixed", "previous", "none"]:
         """The policy at the iteration's start."""
         return "previous"
+
+    @property
+    def loss_at_reference(self) -> float | None:
+        """With z = 0 both orientations give ln 2, whatever q."""
+        return math.log(2)
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> list[TrainItem]:
         """The pairs, without those of identical responses."""

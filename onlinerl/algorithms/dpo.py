@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -44,6 +45,11 @@ class Dpo(Algorithm):
     def default_reference(self) -> Literal["fixed", "previous", "none"]:
         """The initial policy."""
         return "fixed"
+
+    @property
+    def loss_at_reference(self) -> float | None:
+        """With h = 0 both orientations give ln 2, whatever the label."""
+        return None if self.nll_coef > 0 else math.log(2)
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> list[TrainItem]:
         """The pairs, without those of identical responses."""

@@ -21,13 +21,14 @@ from onlinerl.types import Judged, Pair, TrainItem, Unit
 class Grpo(Algorithm):
     """Clipped surrogate (equation 3) without a critic: the mean score of a prompt's own responses is the baseline.
 
-    `std_norm` and `agg` must be stated, because the published variants differ in them and neither choice is neutral.
+    The published variants differ in `std_norm` and `agg`, and neither choice is neutral: the defaults are the paper's, and a run's
+    stored configuration always states them.
     """
 
-    std_norm: Literal["group", "batch", "none"]
+    std_norm: Literal["group", "batch", "none"] = "group"
     """What centred scores are divided by: the group's standard deviation (the paper), that of all centred scores of the iteration,
     or nothing. Dividing by the group's gives nearly solved and nearly failed prompts more weight."""
-    agg: Literal["seq_mean_token_mean", "token_mean"]
+    agg: Literal["seq_mean_token_mean", "token_mean"] = "seq_mean_token_mean"
     """Mean over the tokens of a response and then over responses (the paper), or over all tokens. The former favours short right and
     long wrong answers."""
     clip_low: float = Field(0.2, gt=0)

@@ -14,8 +14,8 @@ from onlinerl.cluster.runtime import Cluster, get
 from onlinerl.config import RunConfig
 from onlinerl.errors import LearnerError
 from onlinerl.learners import deepspeed as backend
-from onlinerl.learners.batching import plan_step
 from onlinerl.network import free_port
+from onlinerl.ops.batching import plan_step
 from onlinerl.protocols import Algorithm
 from onlinerl.types import TrainItem, TrainSequence, UpdateReport
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -112,6 +113,7 @@ class Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
         address = self._config.cluster.address
+        handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
         try:
             if address is None:
                 ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
@@ -123,6 +125,9 @@ class Cluster:
                 field="cluster.address",
                 fix="start one (launchers/ray/head.sh), correct the address, or leave it out to run on this machine alone",
             ) from error
+        finally:
+            for each, handler in handlers.items():  # Ray installs its own, which would end the run without a clean-up
+                signal.signal(each, handler)
 
     def _device(self) -> str:
         gpus = ray.cluster_resources().get("GPU", 0)

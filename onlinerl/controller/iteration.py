@@ -267,7 +267,7 @@ class Iteration:
     def _self_test(self, items: Sequence[TrainItem]) -> None:
         """Before the very first step (R-E5)."""
         result = self.parts.learner.self_test(items[:SELF_TEST_ITEMS], self.parts.base_model)
-        expected = getattr(self.parts.algorithm, "loss_at_reference", None)
+        expected = self.parts.algorithm.loss_at_reference
         # bfloat16 keeps three digits; the reference is read from disk and must agree to that.
         health.check_self_test(result, expected, loss_tolerance=1e-3, gap_limit=0.02)
         self.report.self_test(result)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from onlinerl.batch import Batch, Mean
 from onlinerl.config import LearnerConfig, TrainingConfig
 from onlinerl.errors import LearnerError
-from onlinerl.learners.batching import collate
-from onlinerl.learners.policy import Policy
+from onlinerl.learners._policy import Policy
 from onlinerl.network import interface_of, local_address
+from onlinerl.ops.batching import collate
 from onlinerl.protocols import Algorithm
 from onlinerl.types import TrainItem, TrainSequence
 
@@ -285,7 +285,7 @@ class DeepSpeedRank:
 
     def weight_source(self, dtype: torch.dtype) -> Any:
         """The policy as a vLLM WeightSource in the engine's dtype."""
-        from onlinerl.learners.weights import PolicySource
+        from onlinerl.learners._weights import PolicySource
 
         return PolicySource(self._policy.model, dtype)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from onlinerl.batch import Batch, Outputs
-from onlinerl.learners.batching import collate
+from onlinerl.ops.batching import collate
 from onlinerl.protocols import Algorithm
 from onlinerl.types import TrainItem, TrainSequence, UpdateReport
 

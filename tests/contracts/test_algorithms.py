@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from onlinerl import registry
 from onlinerl.batch import Batch, Outputs
-from onlinerl.learners.batching import collate, plan_step
+from onlinerl.ops.batching import collate, plan_step
 from onlinerl.protocols import Algorithm
 from onlinerl.types import Group, Judged, Pair, Prompt, Rollout, Sampling, TrainItem, TrainSequence, Verdict
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onlinerl.learners.batching import collate, padded_tokens, plan_step, schedule
+from onlinerl.ops.batching import collate, padded_tokens, plan_step, schedule
 from onlinerl.types import TrainItem, TrainSequence
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from onlinerl.batch import Batch, LossOutput, Outputs
-from onlinerl.learners.batching import collate
+from onlinerl.ops.batching import collate
 from onlinerl.protocols import Algorithm
 from onlinerl.types import Group, Judged, Prompt, Rollout, Sampling, TrainItem, TrainSequence, Verdict
 

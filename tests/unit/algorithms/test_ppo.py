@@ -14,7 +14,7 @@ def prepared(algorithm: Ppo, *sequences) -> list:
 
 
 def loss_of(algorithm: Ppo, items, rows, value_rows, **outputs):
-    from onlinerl.learners.batching import collate
+    from onlinerl.ops.batching import collate
 
     value = spread(value_rows, collate(items)).requires_grad_()
     mean, gradient, out, batch = evaluate(algorithm, items, rows, values_BT=value, **outputs)
