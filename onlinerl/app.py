@@ -35,7 +35,7 @@ def check(config: RunConfig, console: Console) -> Checked:
     """Run all checks and print the derived numbers."""
     checked = preflight.check(config)
     for note in checked.notes:
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, soft_wrap=True)
     if checked.train is not None:
         preflight.probe_oracle(checked.oracle, checked.heldout[0])
     return checked

@@ -139,11 +139,8 @@ def probe_oracle(oracle: Oracle, prompt: Prompt) -> None:
 def derived(config: RunConfig, algorithm: Algorithm) -> str:
     """The batch-like numbers that follow from the ones that were set (R-L1)."""
     prompts, k, per_step = config.prompts.per_iteration, config.sampling.samples_per_prompt, config.training.items_per_step
-    most = {"best_worst": 1, "ranked": k // 2}.get(config.pairing.get("name", ""), k * (k - 1) // 2)
-    if algorithm.needs().pairs:
-        items, what = prompts * most, "pairs"
-    else:
-        items, what = prompts * k, "samples"
+    items = prompts * algorithm.most_items(k, configuration.pair_builder(config).most(k))
+    what = "pairs" if algorithm.needs().pairs else "items"
     steps = ceil(items / per_step) * config.training.epochs
     return (
         f"{prompts} prompts x {k} samples -> at most {items} {what} -> at most {steps} optimizer steps an iteration "

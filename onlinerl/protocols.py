@@ -85,6 +85,10 @@ class Algorithm(Component):
         """True if log-probs must be taken at the sampling temperature; preference losses use temperature 1."""
         return False
 
+    def most_items(self, samples: int, pairs: int) -> int:
+        """Upper bound of what `items` returns for a group of `samples` responses of which the builder makes at most `pairs`."""
+        return pairs if self.needs().pairs else samples
+
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> list[TrainItem]:
         """Turn one judged group into what is trained. `pairs` is empty unless `needs().pairs`."""
         raise NotImplementedError
@@ -125,6 +129,10 @@ class Oracle(Component):
 class PairBuilder(Component):
     """Turns one judged group into pairs."""
 
+    def most(self, samples: int) -> int:
+        """Upper bound of the pairs built from `samples` responses."""
+        return samples * (samples - 1) // 2
+
     def build(self, judged: Judged) -> tuple[list[Pair], Mapping[str, int]]:
         """Pairs, and how many candidates were dropped for which reason."""
         raise NotImplementedError
@@ -150,6 +158,10 @@ class RolloutEngine(Protocol):
 
     def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
         """Teacher-forced log-probs of (prompt, response) tokens under the engine's weights: f32[T] each."""
+        ...
+
+    def rest(self) -> None:
+        """Nothing will be asked before the next weight update: give shared memory to the learner. Nothing to do where none is."""
         ...
 
 

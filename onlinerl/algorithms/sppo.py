@@ -42,6 +42,10 @@ class Sppo(Algorithm):
         """The policy at the iteration's start: win rates are against its own responses."""
         return "previous"
 
+    def most_items(self, samples: int, pairs: int) -> int:
+        """`best_worst` makes one item of the two."""
+        return 1 if self.train == "best_worst" else samples
+
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> list[TrainItem]:
         """Best and worst of the group as one item, or each response by itself.
 

@@ -53,7 +53,7 @@ class EnginePool:
     """
 
     def __init__(self, cluster: Cluster, first: int, model: str, config: EngineConfig, settings: dict[str, Any]) -> None:
-        self._config = config
+        self._config, self._settings = config, settings
         self.names = [f"replica {i}" for i in range(config.replicas)]
         self.actors = []
         for i in range(config.replicas):
@@ -112,6 +112,11 @@ class EnginePool:
         """Log-probs by every replica."""
         refs = {n: a.score.remote(sequences) for n, a in zip(self.names, self.actors, strict=True)}
         return get(refs, timeout_s=self._config.generate_timeout_s, error=EngineError, what="scoring")
+
+    def rest(self) -> None:
+        """Where replicas share GPUs with the learner, move their weights to host memory and drop their KV caches."""
+        if self._settings["sync_backend"] == "ipc":
+            self.call("sleep", timeout_s=self._config.start_timeout_s)
 
     def call(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
         """The same method on every replica; all must answer in time."""

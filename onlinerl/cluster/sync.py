@@ -113,8 +113,14 @@ class WeightPush:
                 self._connect(remaining)
             names = self._learner.call("parameter_names", timeout_s=remaining)[0]
             sample = proof.rotation(names, self._config.tensors_checked, version, everything=self._first)
+            # Memory comes back in this order, or old weights, new weights and KV cache would have to fit at once (R-C1).
+            shared = self._backend == "ipc" and not self._first
+            if shared:
+                self._pool.call("wake_up", ["weights"], timeout_s=left("push"))
             self._pool.call("watch", sample, timeout_s=left("push"))
             self._learner.call("send_weights", version, timeout_s=left("push"))
+            if shared:
+                self._pool.call("wake_up", ["kv_cache"], timeout_s=left("push"))
             self._pool.call("reset_caches", timeout_s=left("cache_reset"))
             canary_gap = self._prove(version, sample, left("proof"))
         except OnlineRLError as error:

@@ -150,6 +150,8 @@ class Iteration:
         config, learner, tracker = self.parts.config, self.parts.learner, self.parts.tracker
         groups = self._groups()
         results = dict(result_from_row(row) for row in self.parts.store.read(self.number, "verdicts"))
+        self.parts.engine.rest()
+        self.weights.engine = None
         built_at = time.monotonic()
         items, dropped = self._items(_judged(groups, results))
         reference_at = time.monotonic()

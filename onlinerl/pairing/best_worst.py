@@ -20,6 +20,10 @@ class BestWorst(PairBuilder):
     min_gap: float = Field(0.0, ge=0)
     """The gap between the two must exceed this; in win rate (0 to 1), or in the oracle's score."""
 
+    def most(self, samples: int) -> int:
+        """One pair."""
+        return 1
+
     def build(self, judged: Judged) -> tuple[list[Pair], Mapping[str, int]]:
         """One pair or none; counts of the reasons for none: `single` (K is 1), `identical`, `tie`, `gap`, `unknown`."""
         candidates = _candidates.by_preference(judged)

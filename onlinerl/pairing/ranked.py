@@ -20,6 +20,10 @@ class Ranked(PairBuilder):
     min_gap: float = Field(0.0, ge=0)
     """The gap of a pair must exceed this; in win rate (0 to 1), or in the oracle's score."""
 
+    def most(self, samples: int) -> int:
+        """Every response is in at most one pair."""
+        return samples // 2
+
     def build(self, judged: Judged) -> tuple[list[Pair], Mapping[str, int]]:
         """Up to D // 2 pairs for D distinct responses, and how many were dropped for which reason (see BestWorst)."""
         candidates = _candidates.by_preference(judged)

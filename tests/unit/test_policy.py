@@ -1,0 +1,294 @@
+"""The policy's log-probs against a plain computation over all logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from onlinerl.batch import Batch, Outputs
+from onlinerl.errors import LearnerError
+from onlinerl.learners import _policy
+from onlinerl.learners._policy import Policy
+from onlinerl.ops.batching import collate
+from onlinerl.types import TrainItem, TrainSequence
+
+VOCABULARY = 97
+
+
+def llama(tied: bool = True, **more: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        initializer_range=0.3,  # peaked distributions: a flat one hides mistakes
+        tie_word_embeddings=tied,
+        **more,
+    )
+    return LlamaForCausalLM(config).float().eval()
+
+
+def sequences(lengths: Sequence[tuple[int, int]], seed: int = 0) -> list[TrainSequence]:
+    """Random tokens; (prompt, response) lengths."""
+    rng = np.random.default_rng(seed)
+    return [
+        TrainSequence(
+            prompt_ids=tuple(map(int, rng.integers(1, VOCABULARY, p))),
+            response_ids=tuple(map(int, rng.integers(0, VOCABULARY, t))),  # 0, the padding, is an ordinary token too
+        )
+        for p, t in lengths
+    ]
+
+
+def batch_of(rows: Sequence[TrainSequence]) -> Batch:
+    return collate([TrainItem(prompt_id=str(i), sequences=(row,)) for i, row in enumerate(rows)])
+
+
+ROWS = sequences([(3, 9), (5, 4), (1, 1), (7, 6)])
+
+
+def naive(model: LlamaForCausalLM, rows: Sequence[TrainSequence], temperature: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
+    """Row by row, unpadded, from all logits: log-probs and entropies of the response tokens."""
+    logprobs, entropies = [], []
+    for row in rows:
+        ids = torch.tensor([[*row.prompt_ids, *row.response_ids]])
+        table = torch.log_softmax(model(input_ids=ids).logits[0].float() / temperature, dim=-1)
+        before = table[len(row.prompt_ids) - 1 : -1]
+        logprobs.append(before[torch.arange(len(row.response_ids)), torch.tensor(row.response_ids)])
+        entropies.append(-(before.exp() * before).sum(-1))
+    return logprobs, entropies
+
+
+def rows_of(table_BT: Tensor, rows: Sequence[TrainSequence]) -> list[Tensor]:
+    return [table_BT[b, : len(row.response_ids)] for b, row in enumerate(rows)]
+
+
+def gradients(model: LlamaForCausalLM, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float = 1e-5) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 1024])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logprobs_entropies_and_gradients_equal_the_plain_computation(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, tied: bool
+) -> None:
+    monkeypatch.setattr(_policy, "CHUNK", chunk)
+    model = llama(tied)
+    policy = Policy(model)
+    batch = batch_of(ROWS)
+
+    outputs = policy(batch, entropy=True)
+    plain, plain_entropy = naive(model, ROWS)
+
+    assert outputs.entropy_BT is not None
+    assert_same(rows_of(outputs.logprobs_BT, ROWS), plain)
+    assert_same(rows_of(outputs.entropy_BT, ROWS), plain_entropy)
+    weights = [torch.linspace(-1, 2, len(row.response_ids)) for row in ROWS]  # a sum with weights: position mix-ups show
+
+    def total(parts: Sequence[Tensor], entropies: Sequence[Tensor]) -> Tensor:
+        return sum(((w * p).sum() + 0.3 * (w * e).sum() for w, p, e in zip(weights, parts, entropies, strict=True)), torch.zeros(()))
+
+    ours = gradients(model, total(rows_of(outputs.logprobs_BT, ROWS), rows_of(outputs.entropy_BT, ROWS)))
+    theirs = gradients(model, total(plain, plain_entropy))
+    assert ours.keys() == theirs.keys()
+    assert_same([*ours.values()], [theirs[name] for name in ours], tolerance=2e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
+def test_temperature_divides_the_logits(temperature: float) -> None:
+    model = llama()
+
+    outputs = Policy(model)(batch_of(ROWS), temperature=temperature, entropy=True)
+
+    plain, plain_entropy = naive(model, ROWS, temperature)
+    assert outputs.entropy_BT is not None
+    assert_same(rows_of(outputs.logprobs_BT, ROWS), plain)
+    assert_same(rows_of(outputs.entropy_BT, ROWS), plain_entropy)
+
+
+def test_entropy_only_when_asked_for() -> None:
+    assert Policy(llama())(batch_of(ROWS)).entropy_BT is None
+
+
+def test_a_row_does_not_depend_on_its_neighbours_or_on_padding() -> None:
+    policy = Policy(llama())
+    alone = [policy(batch_of([row])).logprobs_BT[0] for row in ROWS]
+
+    together = policy(batch_of(ROWS)).logprobs_BT
+    beside_a_long_one = policy(batch_of([*ROWS, *sequences([(20, 30)], seed=9)])).logprobs_BT
+
+    assert_same(rows_of(together, ROWS), alone)
+    assert_same(rows_of(beside_a_long_one, ROWS), alone)
+
+
+def test_positions_outside_the_mask_hold_zeros() -> None:
+    batch = batch_of(ROWS)
+
+    outputs = Policy(llama(), critic="shared")(batch, values=True, entropy=True)
+
+    for table in (outputs.logprobs_BT, outputs.values_BT, outputs.entropy_BT):
+        assert table is not None
+        assert table.shape == batch.mask_BT.shape
+        assert table.dtype == torch.float32
+        assert (table[~batch.mask_BT] == 0).all()
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_a_value_is_that_of_the_state_before_the_token(critic: Any) -> None:
+    policy = Policy(llama(), critic)
+    assert policy.value_head is not None
+    torch.nn.init.normal_(policy.value_head.weight)
+    backbone = policy.model.base_model if policy.critic is None else policy.critic
+
+    outputs = policy(batch_of(ROWS), values=True)
+
+    assert outputs.values_BT is not None
+    for values, row in zip(rows_of(outputs.values_BT, ROWS), ROWS, strict=True):
+        for t in range(len(row.response_ids)):  # nothing from token t on may be known
+            state = torch.tensor([[*row.prompt_ids, *row.response_ids[:t]]])
+            expected = policy.value_head(backbone(input_ids=state).last_hidden_state[0, -1])
+            torch.testing.assert_close(values[t : t + 1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_new_critic_says_zero_and_starts_from_the_policy() -> None:
+    policy = Policy(llama(), "separate")
+
+    outputs = policy(batch_of(ROWS), values=True)
+
+    assert outputs.values_BT is not None
+    assert (outputs.values_BT == 0).all()
+    assert policy.critic is not None
+    theirs = dict(policy.critic.named_parameters())
+    for name, parameter in policy.model.base_model.named_parameters():
+        assert torch.equal(parameter, theirs[name])
+        assert parameter is not theirs[name]
+
+
+def test_the_separate_critic_gets_no_gradient_from_log_probs_nor_the_policy_from_values() -> None:
+    policy = Policy(llama(), "separate")
+    assert policy.critic is not None
+    assert policy.value_head is not None
+    torch.nn.init.normal_(policy.value_head.weight)
+
+    outputs = policy(batch_of(ROWS), values=True)
+    assert outputs.values_BT is not None
+    outputs.values_BT.sum().backward()
+
+    assert all(p.grad is None or not p.grad.any() for p in policy.model.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in policy.critic.parameters())
+
+
+@pytest.mark.parametrize("critic", [None, "shared", "separate"])
+def test_an_empty_micro_batch_reaches_every_parameter_with_a_zero_gradient(critic: Any) -> None:
+    policy = Policy(llama(), critic)
+
+    outputs: Outputs = policy(collate([]), values=critic is not None)
+    assert outputs.logprobs_BT.isfinite().all()
+    (outputs.logprobs_BT.sum() * 0 + (0 if outputs.values_BT is None else outputs.values_BT.sum() * 0)).backward()
+
+    for name, parameter in policy.named_parameters():
+        assert parameter.grad is not None, name  # a collective waits for every one of them
+        assert not parameter.grad.any(), name
+
+
+def test_a_row_without_a_response_counts_nothing() -> None:
+    rows = [*ROWS, *sequences([(4, 0)], seed=5)]
+    policy = Policy(llama())
+
+    table = policy(batch_of(rows)).logprobs_BT
+
+    assert (table[-1] == 0).all()
+    assert_same(rows_of(table, ROWS), rows_of(policy(batch_of(ROWS)).logprobs_BT, ROWS))
+
+
+@pytest.mark.parametrize("trick", ["final_logit_softcapping", "logit_scale", "logits_scaling"])
+def test_models_that_rescale_their_logits_are_refused(trick: str) -> None:
+    model = llama()
+    setattr(model.config, trick, 0.5)
+
+    with pytest.raises(LearnerError, match=trick):
+        Policy(model)
+
+
+@pytest.mark.parametrize("trick", ["final_logit_softcapping", "logits_scaling"])
+def test_a_scale_of_one_is_none(trick: str) -> None:
+    model = llama()
+    setattr(model.config, trick, None if trick == "final_logit_softcapping" else 1.0)
+
+    Policy(model)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest tensor with a vocabulary axis that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.ndim >= 2 and leaf.shape[-1] == VOCABULARY:
+                self.rows = max(self.rows, leaf.numel() // VOCABULARY)
+        return result
+
+
+def test_logits_of_the_whole_batch_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = sequences([(4, 60)] * 8)
+    # The gradient of the output matrix is [vocabulary, hidden]: no logits, and told apart by its last axis.
+    policy = Policy(llama())
+    monkeypatch.setattr(_policy, "CHUNK", 16)
+
+    with LargestTensor() as largest:
+        outputs = policy(batch_of(rows), entropy=True)
+        assert outputs.entropy_BT is not None
+        (outputs.logprobs_BT.sum() + outputs.entropy_BT.sum()).backward()
+
+    assert 0 < largest.rows <= 16
+
+
+def test_no_logits_are_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = sequences([(4, 60)] * 8)
+    policy = Policy(llama())
+    monkeypatch.setattr(_policy, "CHUNK", 16)
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.ndim >= 2 and tensor.shape[-1] == VOCABULARY:
+            saved.append(tensor.numel() // VOCABULARY)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        policy(batch_of(rows)).logprobs_BT.sum()
+
+    assert sum(saved) <= 16 * VOCABULARY  # the transposed matrix itself may be among them, 480 rows of logits may not
+    assert all(n <= VOCABULARY for n in saved)
+
+
+def test_scoring_without_gradients_is_chunked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy(llama())
+    monkeypatch.setattr(_policy, "CHUNK", 16)
+
+    with torch.no_grad(), LargestTensor() as largest:
+        policy(batch_of(sequences([(4, 60)] * 8)))
+
+    assert 0 < largest.rows <= 16
