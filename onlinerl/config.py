@@ -306,7 +306,7 @@ def component(spec: Mapping[str, Any], section: str, role: str, base: type[Compo
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise ConfigError("is missing", field=f"{section}.name", fix=f"choose one of {', '.join(registry.names(role))}")
-    cls = registry.load(role, name, base)
+    cls: type[Component] = registry.load(role, name, base)
     try:
         # JSON mode: YAML knows no tuples or enums, so strictness is that of JSON (no "1" for 1, lists for tuples allowed).
         return cls.model_validate_json(json.dumps(options))

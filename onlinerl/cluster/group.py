@@ -70,7 +70,10 @@ class LearnerGroup:
         threads = config.learner.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
         env = backend.environment(config.learner, cluster.device, threads)
         self.names = [f"learner rank {i}" for i in range(ranks)]
-        self.actors = [RankActor.options(**cluster.options(i, env)).remote() for i in range(ranks)]
+        self.actors = [
+            RankActor.options(**cluster.options(i, env)).remote()  # type: ignore[attr-defined]
+            for i in range(ranks)
+        ]
         timeout_s = config.learner.start_timeout_s
         self.address, port = get(
             self.actors[0].host.remote(timeout_s), timeout_s=timeout_s, error=LearnerError, what="starting"

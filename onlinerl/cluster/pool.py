@@ -59,7 +59,8 @@ class EnginePool:
         for i in range(config.replicas):
             env = vllm.environment(config, settings["device"], _cores(config, i))
             options = cluster.options(first + i, env, max_concurrency=1000)
-            self.actors.append(ReplicaActor.options(**options).remote())
+            actor = ReplicaActor.options(**options).remote()  # type: ignore[attr-defined]
+            self.actors.append(actor)
         started = {n: a.start.remote(model, config, settings) for n, a in zip(self.names, self.actors, strict=True)}
         self._started = started
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from onlinerl.controller.report import Reporter
 from onlinerl.errors import LearnerError, StoreError
 from onlinerl.ops.schedule import schedule
 from onlinerl.stores.rows import group_from_row, group_row, pair_rows, result_from_row, result_row
-from onlinerl.types import Failure, Group, Judged, Prompt, Query, Request, Sampling, TrainItem, Verdict, derive_seed
+from onlinerl.types import Failure, Group, Judged, Pair, Prompt, Query, Request, Sampling, TrainItem, Verdict, derive_seed
 
 LABEL_BATCH = 16
 SELF_TEST_ITEMS = 4
@@ -172,7 +172,8 @@ class Iteration:
         )
         rates = learning_rates(config, self.number, len(indices))
         tracker.phase_started(self.number, "train", sum(len(s) for s in indices), "items")
-        steps, tokens, skipped = [], 0, 0
+        steps: list[Mapping[str, float]] = []
+        tokens = skipped = 0
         for chosen, report in zip(
             indices, learner.update([[prepared[i] for i in step] for step in indices], rates), strict=True
         ):
@@ -208,7 +209,7 @@ class Iteration:
         items: list[TrainItem] = []
         rows: list[dict[str, Any]] = []
         for one in judged:
-            pairs = []
+            pairs: Sequence[Pair] = []
             if algorithm.needs().pairs:
                 pairs, reasons = self.parts.pairing.build(one)
                 dropped.update(reasons)

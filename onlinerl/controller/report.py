@@ -102,7 +102,7 @@ class Reporter:
         reward, length, cut = evaluation.reward(now), evaluation.length(now), evaluation.truncated(now)
         n_min = evaluation.N_MIN
         oracle_version = next((v.oracle_version for v in now.verdicts.values() if isinstance(v, Verdict)), None)
-        common = {"set": "heldout", "policy_version": iteration, "oracle_version": oracle_version}
+        common: dict[str, Any] = {"set": "heldout", "policy_version": iteration, "oracle_version": oracle_version}
         metrics = [
             self._estimate("reward", reward, "reward", n_min=n_min["reward"], labels={"oracle": "proxy"}, **common),
             self._estimate("length", length, "tokens", n_min=400, **common),

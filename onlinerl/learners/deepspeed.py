@@ -89,7 +89,7 @@ class DeepSpeedRank:
         )
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         self.needs = algorithm.needs()
-        critic = getattr(algorithm, "critic", "shared") if self.needs.values else None
+        critic: Any = getattr(algorithm, "critic", "shared") if self.needs.values else None
         self._policy = Policy(self._read(model), critic)
         if config.gradient_checkpointing:
             self._policy.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -266,9 +266,8 @@ class _Background(ThreadPoolExecutor):
     def __init__(self) -> None:
         super().__init__(max_workers=1)
 
-    def __exit__(self, kind: Any, value: Any, trace: Any) -> bool:
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         self.shutdown(wait=kind is None)
-        return False
 
 
 def register() -> None:

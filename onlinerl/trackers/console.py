@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -103,17 +104,29 @@ class ConsoleTracker(Tracker):
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+_PHASES = ("sample", "label", "train", "checkpoint", "sync", "evaluate", "commit")
+_SHORT = {"checkpoint": "save", "evaluate": "eval"}
+
+
 def render_table(summary: Mapping[str, Any]) -> Table:
     """The iterations of a run (see `stores.summary.summarise`) as a table; `length` is shown where the summary has it."""
     title = " ".join(filter(None, (summary["run"], f"({summary['algorithm']})" if summary["algorithm"] else None)))
-    table = Table(title=Text(title))
-    table.add_column("iteration", justify="right")
+    unfinished = [
+        f"iteration {row['iteration']} is {row['status']}" for row in summary["iterations"] if row["status"] != "promoted"
+    ]
+    table = Table(
+        title=Text(title), caption=Text("; ".join(["phases in seconds", *unfinished])), box=SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column("it", justify="right")
     table.add_column("reward", justify="right")
-    table.add_column("KL to base", justify="right")
-    table.add_column("win rate vs base [95 %]", justify="right")
+    table.add_column("KL base", justify="right")
+    table.add_column("win rate vs base", justify="right", no_wrap=True)
     table.add_column("length", justify="right")
-    table.add_column("seconds per phase")
-    table.add_column("status")
+    # One narrow column per phase that took any time: the whole table fits a terminal of 80 columns.
+    names = list(dict.fromkeys(n for row in summary["iterations"] for n, s in row["phases"].items() if s >= 0.5))
+    order = [n for n in _PHASES if n in names] + [n for n in names if n not in _PHASES]
+    for name in order:
+        table.add_column(_SHORT.get(name, name), justify="right")
     for row in summary["iterations"]:
         cells = (
             str(row["iteration"]),
@@ -121,8 +134,7 @@ def render_table(summary: Mapping[str, Any]) -> Table:
             _number(row["kl_ref"], ".2f"),
             _win_rate(row["win_rate"]),
             _number(row.get("length"), ".1f"),
-            ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["phases"].items()) or "-",
-            str(row["status"]),
+            *(_number(row["phases"].get(name), ".0f") for name in order),
         )
         table.add_row(*map(Text, cells))
     return table

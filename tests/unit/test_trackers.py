@@ -357,13 +357,13 @@ def test_the_table_of_iterations():
     text = out.getvalue()
     for expected in (
         "demo (dpo)",
-        "KL to base",
+        "KL base",
         "0.610 [0.510, 0.700]",
         "1.25",
         "20.0",
-        "sample 1.0, train 3.0",
-        "promoted",
-        "unfinished",
+        "sample",
+        "train",
+        "iteration 0 is unfinished",
     ):
         assert expected in text
     render_table({"run": "demo", "algorithm": None, "iterations": []})

@@ -1,0 +1,361 @@
+"""What several test files share: a tiny model made in code, toy configurations, and ways to run the command line.
+
+`cli` is the real thing, a new interpreter. `warm_cli` runs the same entry point in a process forked from one that has imported
+everything already, so a test can afford dozens of runs; it can also install hooks in that process (see `HOOKS`) that log what is
+generated and judged, and kill it at a chosen point.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+POSITIVE = ["good", "great", "wonderful", "excellent", "lovely", "superb", "happy", "best"]
+NEGATIVE = ["bad", "awful", "terrible", "horrible", "worst", "sad", "hate", "dreadful"]
+NEUTRAL = ["the", "a", "film", "movie", "story", "plot", "actor", "scene", "was", "is", "and", "with", "it", "that", "in", "on"]
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+ROLES = ["user", "assistant", "system", ":"]
+END = "[end]"
+WORDS = ["[unk]", *POSITIVE, *NEGATIVE, *NEUTRAL, *NUMBERS, *ROLES, END]
+"""The end token comes last, where the toy engine expects it; it is the padding token too (R-F3)."""
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' [end] ' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant :{% endif %}"
+)
+
+
+def save_tokenizer(path: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> None:
+    """One token per word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[unk]"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[unk]", eos_token=END, pad_token=END)
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """Directory of a randomly initialised two-layer Llama over `WORDS`. Read only: a test that alters it must copy it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    save_tokenizer(path)
+    torch.manual_seed(0)
+    end = len(WORDS) - 1
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def write_prompts(path: Path, count: int, *, start: int = 0) -> Path:
+    """`count` different prompts of words without sentiment, numbered from `start`."""
+    with path.open("w") as file:
+        for i in range(start, start + count):
+            tens, ones = divmod(i, len(NUMBERS))
+            words = f"the {NEUTRAL[2 + tens % 6]} {NUMBERS[ones]} was"
+            file.write(json.dumps({"id": f"p{i:03d}", "text": words if tens < 6 else f"in {words}"}) + "\n")
+    return path
+
+
+def nested(flat: Mapping[str, object]) -> dict:
+    """Dotted keys -> nested mappings."""
+    tree: dict = {}
+    for key, value in flat.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[leaf] = value
+    return tree
+
+
+@pytest.fixture
+def toy_config(tiny_model):
+    """Makes a configuration of the toy engine and learner, and its prompts, in a folder; returns the path of the YAML file.
+
+    Keyword arguments and `overrides` (dotted keys) replace the defaults below; a value of None leaves the key out.
+    """
+
+    def make(folder: Path, overrides: Mapping[str, object] | None = None, *, file: str = "toy.yaml", **more: object) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "train.jsonl").exists():
+            write_prompts(folder / "train.jsonl", 40)
+            write_prompts(folder / "heldout.jsonl", 10, start=60)
+        flat: dict[str, object] = {
+            "name": "toy",
+            "model": str(tiny_model),
+            "iterations": 3,
+            "seed": 0,
+            "runs": str(folder / "runs"),
+            "algorithm.name": "dpo",
+            "oracle.name": "sentiment",
+            "prompts.train": str(folder / "train.jsonl"),
+            "prompts.heldout": str(folder / "heldout.jsonl"),
+            "prompts.per_iteration": 8,
+            "prompts.max_tokens": 16,
+            "sampling.samples_per_prompt": 4,
+            "sampling.max_new_tokens": 12,
+            "training.items_per_step": 4,
+            "training.learning_rate": 0.2,
+            "engine.name": "toy",
+            "learner.name": "toy",
+            "metrics.prometheus_port": 0,
+            "checkpoints.min_free_gib": 0.0,
+        }
+        flat |= {**(overrides or {}), **more}
+        path = folder / file
+        path.write_text(yaml.safe_dump(nested({k: v for k, v in flat.items() if v is not None}), sort_keys=False))
+        return path
+
+    return make
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """How a run of the command line ended."""
+
+    returncode: int
+    """Negative: the number of the signal that ended it."""
+    stdout: str
+    stderr: str
+
+    @property
+    def message(self) -> str:
+        """Everything it said, for the message of a failed assertion."""
+        return f"exit code {self.returncode}\n{self.stdout}\n{self.stderr}"
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """Runs `onlinerl ARGUMENTS` in a new interpreter, in the test's folder."""
+
+    def run(*arguments: object, python: tuple[str, ...] = ("-m", "onlinerl.cli"), timeout: float = 120) -> Finished:
+        command = [sys.executable, *python, *map(str, arguments)]
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout, env=environment(tmp_path), check=False
+        )
+        return Finished(returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)
+
+    return run
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """The environment of a test's process: modules in its folder can be imported, and output is not wrapped."""
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "PYTHONPATH": path, "COLUMNS": "200", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
+
+
+# What every warm process has imported before it starts.
+PRELOADED = [
+    "onlinerl.cli",
+    "onlinerl.app",
+    "onlinerl.engines.toy",
+    "onlinerl.learners.toy",
+    "onlinerl.sync.toy",
+    "onlinerl.trackers.prometheus",
+    "onlinerl.oracles.python",
+    "onlinerl.oracles.sentiment",
+    "onlinerl.pairing.best_worst",
+    *(f"onlinerl.algorithms.{name}" for name in ("ppo", "grpo", "dpo", "sppo", "dno", "dno_prct")),
+    "pyarrow.parquet",
+    "transformers.models.auto.tokenization_auto",
+    "vaderSentiment.vaderSentiment",
+]
+
+# The child's side of `warm_cli`: a module of its own, because the forked process imports it by name.
+HOOKS = '''
+"""Runs the command line in this process, with hooks that log what happens and can kill it anywhere."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+
+EVENTS = Counter()
+SPEC = {}
+
+
+def event(kind, **facts):
+    """One thing happened: log it durably, then die or wait here if that is asked for."""
+    EVENTS[kind] += 1
+    line = json.dumps({"pid": os.getpid(), "kind": kind, **facts}) + "\\n"
+    with open(SPEC["log"], "a") as file:
+        file.write(line)
+    if SPEC.get("kill") == [kind, EVENTS[kind]]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if SPEC.get("wait") == [kind, EVENTS[kind]]:
+        with open(SPEC["log"], "a") as file:
+            file.write(json.dumps({"kind": "waiting"}) + "\\n")
+        time.sleep(60)
+
+
+def judge(queries):
+    """An oracle that counts: VADER on the response, as the sentiment oracle with include_prompt=false."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    event("judge", asked=[[q["prompt"], *q["responses"]] for q in queries])
+    analyzer = SentimentIntensityAnalyzer()
+    return [[analyzer.polarity_scores(r)["compound"] for r in q["responses"]] for q in queries]
+
+
+def install():
+    """Wrap what the loop works with."""
+    from onlinerl.controller import iteration
+    from onlinerl.engines.toy import ToyEngine
+    from onlinerl.learners.toy import ToyLearner
+    from onlinerl.stores.directory import RunDirectory
+    from onlinerl.sync.toy import ToySync
+
+    def generate(self, requests, sampling, original=ToyEngine.generate):
+        for group in original(self, requests, sampling):
+            event("generate", prompt=group.prompt.id, seeds=[r.seed for r in group.rollouts], version=self.version)
+            yield group
+
+    def update(self, steps, rates, original=ToyLearner.update):
+        for report in original(self, steps, rates):
+            event("step")
+            yield report
+
+    def save(self, path, original=ToyLearner.save):
+        original(self, path)
+        event("save")
+
+    def push(self, version, original=ToySync.push):
+        report = original(self, version)
+        event("push", version=version)
+        return report
+
+    def retain(self, kind, keep, original=RunDirectory.retain):
+        event("retain")
+        original(self, kind, keep)
+
+    def finish_phase(self, iteration, phase, record, original=RunDirectory.finish_phase):
+        event(f"before {iteration} {phase}")
+        original(self, iteration, phase, record)
+        event(f"after {iteration} {phase}")
+
+    ToyEngine.generate, ToyLearner.update, ToyLearner.save, ToySync.push = generate, update, save, push
+    RunDirectory.retain, RunDirectory.finish_phase = retain, finish_phase
+    iteration.LABEL_BATCH = SPEC.get("label_batch", iteration.LABEL_BATCH)
+
+
+def main(arguments, folder, spec):
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        file = os.open(os.path.join(folder, spec["out"] + name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, descriptor)
+        os.close(file)
+        setattr(sys, name, os.fdopen(descriptor, "w", buffering=1, closefd=False))
+    os.environ.update(COLUMNS="200", NO_COLOR="1", HF_HUB_OFFLINE="1")
+    from onlinerl import cli
+
+    SPEC.update(spec)
+    if "log" in spec:
+        sys.modules["hooks"] = sys.modules[__name__]
+        install()
+    sys.argv = ["onlinerl", *arguments]
+    cli.main()
+'''
+
+
+class WarmCli:
+    """The command line in forked processes, in one folder."""
+
+    def __init__(self, context: multiprocessing.context.ForkServerContext, folder: Path) -> None:
+        self._context, self._folder = context, folder
+        self._started: list[multiprocessing.process.BaseProcess] = []
+
+    def start(self, *arguments: object, **spec: object) -> tuple[multiprocessing.process.BaseProcess, str]:
+        """Start a command; returns its process and the prefix of its output files. `log=PATH` installs the hooks."""
+        import onlinerl_test_hooks
+
+        out = f"out{len(self._started)}."
+        settings = {"out": out, **{k: str(v) if isinstance(v, Path) else v for k, v in spec.items()}}
+        process = self._context.Process(
+            target=onlinerl_test_hooks.main, args=([str(a) for a in arguments], str(self._folder), settings)
+        )
+        process.start()
+        self._started.append(process)
+        return process, out
+
+    def finish(self, process: multiprocessing.process.BaseProcess, out: str, timeout: float = 60) -> Finished:
+        """Wait for its end."""
+        process.join(timeout)
+        assert process.exitcode is not None, f"still running after {timeout} s"
+        said = {name: (self._folder / f"{out}{name}").read_text() for name in ("stdout", "stderr")}
+        return Finished(returncode=process.exitcode, **said)
+
+    def __call__(self, *arguments: object, **spec: object) -> Finished:
+        """Run a command to its end."""
+        return self.finish(*self.start(*arguments, **spec))
+
+    def wait_for(self, log: Path, kind: str, timeout: float = 30) -> None:
+        """Until an event of this kind is in the log."""
+        deadline = time.monotonic() + timeout
+        while not any(e["kind"] == kind for e in read_events(log)):
+            assert time.monotonic() < deadline, f"no {kind!r} in {log} after {timeout} s"
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """End what is left of our own processes."""
+        for process in self._started:
+            if process.is_alive():
+                process.kill()
+            process.join(10)
+
+
+def read_events(log: Path) -> list[dict]:
+    """What the hooks logged; a half-written last line is left out."""
+    if not log.exists():
+        return []
+    lines = log.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="session")
+def warm_context(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hooks")
+    (folder / "onlinerl_test_hooks.py").write_text(HOOKS)
+    sys.path.insert(0, str(folder))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    yield context
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture
+def warm_cli(warm_context, tmp_path):
+    """Runs `onlinerl ARGUMENTS` in a warm forked process, in the test's folder; see `WarmCli`."""
+    runner = WarmCli(warm_context, tmp_path)
+    yield runner
+    runner.close()
