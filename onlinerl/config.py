@@ -7,9 +7,9 @@ suggestion; a value of the wrong type is an error that names the key. Sections t
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -29,7 +29,7 @@ Device = Literal["auto", "cpu", "cuda"]
 class Section(BaseModel):
     """Base of all configuration sections."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class PromptsConfig(Section):
@@ -288,7 +288,8 @@ def parse(tree: Mapping[str, Any]) -> RunConfig:
         ConfigError: naming the field, the cause and the fix.
     """
     try:
-        config = RunConfig.model_validate(tree)
+        # JSON mode: YAML knows no tuples or enums, so strictness is that of JSON (no "1" for 1, lists for tuples allowed).
+        config = RunConfig.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         raise _explain(error, RunConfig, "") from None
     for section, role, base in _COMPONENTS:
@@ -308,8 +309,7 @@ def component(spec: Mapping[str, Any], section: str, role: str, base: type[Compo
         raise ConfigError("is missing", field=f"{section}.name", fix=f"choose one of {', '.join(registry.names(role))}")
     cls: type[Component] = registry.load(role, name, base)
     try:
-        # JSON mode: YAML knows no tuples or enums, so strictness is that of JSON (no "1" for 1, lists for tuples allowed).
-        return cls.model_validate_json(json.dumps(options))
+        return cls.model_validate_json(json.dumps(options, default=str))
     except ValidationError as error:
         raise _explain(error, cls, f"{section}.") from None
 
@@ -371,11 +371,20 @@ def _resolved(config: RunConfig) -> dict[str, Any]:
     return tree
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-5 is a number, as it is in YAML 1.2 and everywhere else; YAML 1.1 wants 1.0e-5."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path} extends itself", field="extends", fix="break the circle")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1) if path.parent.is_dir() else []
         hint = (
@@ -412,12 +421,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             f"{override!r} is not of the form key=value", field="override", fix="write e.g. training.learning_rate=1e-5"
         )
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{text!r} is not a YAML value: {error}", field=key, fix="quote it") from None
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-5 as a string
-            value = float(text)
     *parents, leaf = key.split(".")
     node = tree
     for part in parents:

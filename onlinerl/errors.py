@@ -17,6 +17,8 @@ class OnlineRLError(Exception):
     """
 
     boundary = "onlinerl"
+    started = False
+    """True if a run was under way; otherwise nothing had been started."""
 
     def __init__(self, cause: str, *, field: str | None = None, fix: str | None = None) -> None:
         super().__init__(cause, field, fix)
@@ -83,7 +85,16 @@ class ClusterError(OnlineRLError):
     boundary = "cluster"
 
 
-class Interrupted(OnlineRLError):
-    """SIGINT or SIGTERM asked the run to stop; everything finished so far is on disk."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM asked the run to stop; everything finished so far is on disk.
 
-    boundary = "signal"
+    Not an Exception: it is raised wherever the process happens to be, and code that handles the errors of an oracle's or a
+    template's own code must not take it for one of them.
+    """
+
+    def __init__(self, cause: str, *, fix: str) -> None:
+        super().__init__(cause, fix)
+        self.cause, self.fix = cause, fix
+
+    def __str__(self) -> str:
+        return f"{self.cause}\n  fix: {self.fix}"

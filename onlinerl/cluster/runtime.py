@@ -123,7 +123,8 @@ class Cluster:
             raise ClusterError(
                 f"cannot reach or start a Ray cluster at {address or 'this machine'}: {error}",
                 field="cluster.address",
-                fix="start one (launchers/ray/head.sh), correct the address, or leave it out to run on this machine alone",
+                fix="start one (launchers/ray/head.sh), correct the address, use the RAY_AUTH_MODE and RAY_AUTH_TOKEN it was started "
+                "with, or leave cluster.address out to run on this machine alone",
             ) from error
         finally:
             for each, handler in handlers.items():  # Ray installs its own, which would end the run without a clean-up

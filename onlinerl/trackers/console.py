@@ -115,7 +115,7 @@ def render_table(summary: Mapping[str, Any]) -> Table:
         f"iteration {row['iteration']} is {row['status']}" for row in summary["iterations"] if row["status"] != "promoted"
     ]
     table = Table(
-        title=Text(title), caption=Text("; ".join(["phases in seconds", *unfinished])), box=SIMPLE_HEAD, pad_edge=False
+        title=Text(title), caption=Text("; ".join(["phases in seconds", *unfinished])), box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     table.add_column("it", justify="right")
     table.add_column("reward", justify="right")
@@ -126,7 +126,7 @@ def render_table(summary: Mapping[str, Any]) -> Table:
     names = list(dict.fromkeys(n for row in summary["iterations"] for n, s in row["phases"].items() if s >= 0.5))
     order = [n for n in _PHASES if n in names] + [n for n in names if n not in _PHASES]
     for name in order:
-        table.add_column(_SHORT.get(name, name), justify="right")
+        table.add_column(str(_SHORT.get(name, name)), justify="right")
     for row in summary["iterations"]:
         cells = (
             str(row["iteration"]),
