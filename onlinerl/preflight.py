@@ -96,6 +96,12 @@ def check(config: RunConfig) -> Checked:
             field="prompts.per_iteration",
             fix=f"lower it to {total // config.iterations}, add prompts, or set prompts.reuse=true",
         )
+    if config.prompts.per_iteration > total:  # even with reuse, no prompt comes twice in one iteration
+        raise ConfigError(
+            f"asks for {config.prompts.per_iteration} different prompts at once, and there are {total}",
+            field="prompts.per_iteration",
+            fix=f"lower it to {total}, or add prompts",
+        )
     if config.evaluation.prompts is not None:
         if local is not None and config.evaluation.prompts > len(heldout):
             raise ConfigError(

@@ -96,7 +96,7 @@ def nested(flat: Mapping[str, object]) -> dict:
     return tree
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def toy_config(tiny_model):
     """Makes a configuration of the toy engine and learner, and its prompts, in a folder; returns the path of the YAML file.
 
@@ -277,8 +277,11 @@ def main(arguments, folder, spec):
         os.close(file)
         setattr(sys, name, os.fdopen(descriptor, "w", buffering=1, closefd=False))
     os.environ.update(COLUMNS="200", NO_COLOR="1", HF_HUB_OFFLINE="1")
+    import torch
+
     from onlinerl import cli
 
+    torch.set_num_threads(1)
     SPEC.update(spec)
     if "log" in spec:
         sys.modules["hooks"] = sys.modules[__name__]
@@ -353,9 +356,23 @@ def warm_context(tmp_path_factory):
     sys.path.remove(str(folder))
 
 
+@pytest.fixture(scope="session")
+def warm_cli_in(warm_context):
+    """Makes a `WarmCli` for a folder."""
+    runners: list[WarmCli] = []
+
+    def make(folder: Path) -> WarmCli:
+        runners.append(WarmCli(warm_context, folder))
+        return runners[-1]
+
+    yield make
+    for runner in runners:
+        runner.close()
+
+
 @pytest.fixture
-def warm_cli(warm_context, tmp_path):
+def warm_cli(warm_cli_in, tmp_path):
     """Runs `onlinerl ARGUMENTS` in a warm forked process, in the test's folder; see `WarmCli`."""
-    runner = WarmCli(warm_context, tmp_path)
+    runner = warm_cli_in(tmp_path)
     yield runner
     runner.close()

@@ -153,13 +153,13 @@ class Iteration:
         self.parts.engine.rest()
         self.weights.engine = None
         built_at = time.monotonic()
-        items, dropped = self._items(_judged(groups, results))
+        items, dropped, useful = self._items(_judged(groups, results))
         reference_at = time.monotonic()
         tracker.phase_started(self.number, "reference", None, "")
         items = self._annotate(items)
-        if self.number == 1:
-            self._self_test(items)
         prepared = self.parts.algorithm.prepare(items)
+        if self.number == 1:
+            self._self_test(prepared)
         tracker.phase_finished(self.number, "reference", time.monotonic() - reference_at)
         train_at = time.monotonic()
         if config.training.optimizer_state == "reset" and self.number > 1:
@@ -188,7 +188,7 @@ class Iteration:
                     fix="lower the learning rate or training.max_grad_norm; the last checkpoint is sound and `resume` starts from it",
                 )
         self.weights.learner = self.number
-        self.report.trained(self.number, steps, tokens, dropped, len(items), len(groups))
+        self.report.trained(self.number, steps, tokens, dropped, len(items), useful, len(groups))
         return {
             "steps": len(steps),
             "tokens": tokens,
@@ -202,10 +202,11 @@ class Iteration:
             "ref_logprob_seconds": train_at - reference_at,
         }
 
-    def _items(self, judged: Sequence[Judged]) -> tuple[list[TrainItem], Counter[str]]:
-        """What is trained, and what was left out and why."""
+    def _items(self, judged: Sequence[Judged]) -> tuple[list[TrainItem], Counter[str], int]:
+        """What is trained, what was left out and why, and how many groups gave anything."""
         config, algorithm = self.parts.config, self.parts.algorithm
         dropped: Counter[str] = Counter()
+        useful = 0
         items: list[TrainItem] = []
         rows: list[dict[str, Any]] = []
         for one in judged:
@@ -220,11 +221,12 @@ class Iteration:
                 dropped["truncated"] += len(built) - len(kept)
                 built = kept
             items.extend(built)
+            useful += bool(built)
         health.check_items(len(items), len(judged), dropped)
         if rows and not self.parts.store.read(self.number, "pairs"):
             self.parts.store.append(self.number, "pairs", rows)
             self.parts.store.seal(self.number, "pairs")
-        return items, dropped
+        return items, dropped, useful
 
     def _reference(self) -> int | None:
         """Which iterate the reference is; None if the algorithm needs none."""

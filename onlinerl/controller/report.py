@@ -65,12 +65,14 @@ class Reporter:
         tokens: int,
         dropped: Mapping[str, int],
         items: int,
+        useful: int,
         groups: int,
     ) -> None:
         """What the learner reported, averaged over the iteration's steps."""
         metrics = [
             self._one("trained_tokens", float(tokens), "tokens"),
             self._one("pairs_per_prompt", items / max(1, groups), "ratio", n=groups),
+            self._one("pair_yield", useful / max(1, groups), "ratio", n=groups),
             *(self._one("pairs_dropped", float(n), "pairs", labels={"reason": r}) for r, n in dropped.items()),
         ]
         for name in sorted({k for step in steps for k in step}):

@@ -73,5 +73,5 @@ def divergence(policy: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> Div
         clamped += int((np.abs(d) > 20).sum())
         d = np.clip(d, -20, 20)
         k1.append(float(d.sum()))
-        k3.append(float((np.exp(-d) - 1 + d).sum()))
+        k3.append(float(np.maximum(np.expm1(-d) + d, 0.0).sum()))  # expm1 and the bound: no rounding below 0
     return Divergence(k1=bootstrap(k1), k3=bootstrap(k3), clamped=clamped)

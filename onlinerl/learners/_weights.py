@@ -35,9 +35,9 @@ class PolicySource(WeightSource):
             if not hasattr(parameter, "ds_id"):
                 yield name, parameter.detach().to(self._dtype)
                 continue
-            from deepspeed.zero import GatheredParameters
+            import deepspeed
 
-            with GatheredParameters([parameter], modifier_rank=None):
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
                 # A copy, because the gathered storage is given back before the bytes may have been sent (R-B4).
                 whole = parameter.detach().to(self._dtype, copy=True)
             yield name, whole

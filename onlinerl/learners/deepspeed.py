@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from onlinerl.batch import Batch, Mean
 from onlinerl.config import LearnerConfig, TrainingConfig
 from onlinerl.errors import LearnerError
+from onlinerl.learners._optimizer import build_optimizer
 from onlinerl.learners._policy import Policy
 from onlinerl.network import interface_of, local_address
 from onlinerl.ops.batching import collate
@@ -101,6 +102,7 @@ class DeepSpeedRank:
             model=self._policy, optimizer=self._optimizer(), config=self._deepspeed_config(), dist_init_required=False
         )
         self._engine.eval()
+        self.reset_optimizer()  # a wrapper's trial step counts as one for Adam
         self._frozen: tuple[str, Policy] | None = None
         self._sender: Any = None
 
@@ -120,10 +122,12 @@ class DeepSpeedRank:
         if of_critic:
             relative = critic_lr / self.training.learning_rate if critic_lr and self.training.learning_rate else 1.0
             groups.append({"params": of_critic, "scale": relative})
-        if self.training.optimizer == "rmsprop":
-            return torch.optim.RMSprop(groups, lr=self.training.learning_rate, weight_decay=self.training.weight_decay)
-        # One fused kernel instead of dozens of small ones per tensor: several times faster, on CPU too.
-        return torch.optim.AdamW(groups, lr=self.training.learning_rate, weight_decay=self.training.weight_decay, fused=True)
+        return build_optimizer(groups, self.training, checked=self._bare)
+
+    @property
+    def _bare(self) -> bool:
+        """True where DeepSpeed calls the optimizer itself, without a wrapper that clips and looks for non-finite gradients."""
+        return self.config.zero_stage == 0 and self.config.dtype == "float32"
 
     def _deepspeed_config(self) -> dict[str, Any]:
         return {
@@ -131,7 +135,7 @@ class DeepSpeedRank:
             "gradient_accumulation_steps": 1,
             # Steps hold as many micro-batches as their tokens need: backward() accumulates, step() reduces and updates.
             "managed_gradient_accumulation": False,
-            "gradient_clipping": self.training.max_grad_norm,
+            "gradient_clipping": 0.0 if self._bare else self.training.max_grad_norm,
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": self.config.zero_stage,
@@ -189,6 +193,21 @@ class DeepSpeedRank:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("scale", 1.0)
+        totals = self._backward(micro, count)
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        metrics = self._reduce(totals, count)
+        metrics["grad_norm"] = float(norm)
+        metrics["learning_rate"] = learning_rate
+        metrics["skipped"] = float(not self._engine.was_step_applied())
+        return metrics
+
+    def _backward(self, micro: Sequence[Sequence[TrainItem]], count: int) -> dict[str, Tensor]:
+        """Accumulate the gradient of this rank's share; returns sum and count of each metric.
+
+        A loss that is not finite gets a gradient that is not finite either, whatever its formula says: the optimizer then drops the
+        whole step, on all ranks (R-E6).
+        """
         totals: dict[str, Tensor] = {}
         for items in micro:
             batch = collate(items).to(self.device)
@@ -196,18 +215,12 @@ class DeepSpeedRank:
             loss = self.algorithm.loss(outputs, batch) if items else None
             total = loss.total if loss is not None else outputs.logprobs_BT.sum() * 0.0 + _zero(outputs.values_BT)
             # DeepSpeed averages over ranks; a sum divided by the global count needs the sum over ranks.
-            self._engine.backward(total * (self.world_size / count))
+            scale = self.world_size / count if total.isfinite() else float("nan")
+            self._engine.backward(total * scale)
             _add(totals, "loss", Mean(total=total.detach().float(), count=torch.tensor(float(0))))
             for name, mean in (loss.metrics if loss else {}).items():
                 _add(totals, name, mean)
-        skipped_before = self._engine.skipped_steps
-        self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        metrics = self._reduce(totals, count)
-        metrics["grad_norm"] = float(norm) if norm is not None else float("nan")
-        metrics["learning_rate"] = learning_rate
-        metrics["skipped"] = float(self._engine.skipped_steps > skipped_before or not np.isfinite(metrics["grad_norm"]))
-        return metrics
+        return totals
 
     def _reduce(self, totals: dict[str, Tensor], count: int) -> dict[str, float]:
         """Sums and counts of all ranks -> means. Ranks without items know no metric names, so the names travel first."""
@@ -225,15 +238,7 @@ class DeepSpeedRank:
         """The gradient that `step` would use, by parameter name, and no step: for parity tests (R-E7)."""
         from deepspeed.utils import safe_get_full_grad
 
-        for items in micro:
-            batch = collate(items).to(self.device)
-            outputs = self._engine(batch, temperature=self.temperature, values=self.needs.values, entropy=self.needs.entropy)
-            total = (
-                self.algorithm.loss(outputs, batch).total
-                if items
-                else outputs.logprobs_BT.sum() * 0.0 + _zero(outputs.values_BT)
-            )
-            self._engine.backward(total * (self.world_size / count))
+        self._backward(micro, count)
         grads: dict[str, np.ndarray] = {}
         original = self._engine.optimizer.step
 
@@ -251,7 +256,7 @@ class DeepSpeedRank:
         return grads
 
     def reset_optimizer(self) -> None:
-        """Forget the optimizer's moments; torch optimizers create fresh ones at the next step."""
+        """Forget the optimizer's moments and how many steps it took. In place: ZeRO's wrappers hold on to these tensors."""
         inner = self._engine.optimizer
         while hasattr(inner, "optimizer"):
             inner = inner.optimizer

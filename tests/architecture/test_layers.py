@@ -1,0 +1,133 @@
+"""The layers hold: as the linter reads them, and as an interpreter sees them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from onlinerl import registry
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "ray", "vllm", "deepspeed")
+LINT = Path(sys.executable).with_name("lint-imports")
+
+# No finder finds these packages, as if they were not installed.
+BLOCK = """
+import sys
+
+class Blind:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {blocked!r} else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Blind(finder) for finder in sys.meta_path]
+"""
+
+needs_linter = pytest.mark.skipif(not LINT.exists(), reason="import-linter is not installed beside this interpreter")
+
+
+def python(code: str, *arguments: str, cwd: Path | None = None) -> str:
+    """Run code in a new interpreter; returns what it printed."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def imported_by(*modules: str) -> set[str]:
+    """Which of the heavy libraries importing these modules pulls in."""
+    code = f"import sys\n{''.join(f'import {m}' + chr(10) for m in modules)}print(*({HEAVY!r} & sys.modules.keys()))"
+    return set(python(code.replace(repr(HEAVY), repr(set(HEAVY)))).split())
+
+
+# --- as the linter reads them ---
+
+
+@needs_linter
+def test_the_contracts_are_kept():
+    done = subprocess.run([LINT, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "0 broken" in done.stdout
+
+
+@needs_linter
+@pytest.mark.parametrize(
+    ("module", "line", "broken"),
+    [
+        ("controller/loop.py", "from onlinerl import app", "Imports only go down"),
+        ("pairing/ranked.py", "from onlinerl.prompts import jsonl", "Imports only go down"),
+        ("stores/rows.py", "import torch", "reach no heavy library"),
+        ("algorithms/dpo.py", "import deepspeed", "need torch at most"),
+        ("engines/toy.py", "import ray", "Ray has one home"),
+        ("cluster/pool.py", "import deepspeed", "DeepSpeed has one home"),
+        ("cluster/sync.py", "import vllm", "vLLM has two homes"),
+    ],
+    ids=lambda value: value if "/" in value else "",
+)
+def test_a_wrong_import_is_noticed(tmp_path, module, line, broken):
+    """The contracts are not empty words: each is broken by the import it is there to forbid."""
+    shutil.copytree(ROOT / "onlinerl", tmp_path / "onlinerl", ignore=shutil.ignore_patterns("__pycache__", "data"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / "onlinerl" / module).open("a") as file:
+        file.write(f"\n{line}\n")
+    done = subprocess.run([LINT, "--no-cache"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    verdicts = [
+        text for text in " ".join(done.stdout.split()).split("Contracts:")[0].split("dependencies.")[1].split("BROKEN")[:-1]
+    ]
+    assert any(broken in text for text in verdicts), done.stdout
+
+
+# --- as an interpreter sees them ---
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "onlinerl.config",
+        "onlinerl.controller.loop",
+        "onlinerl.preflight",
+        "onlinerl.app",
+        "onlinerl.cli",
+        "onlinerl.stores.directory",
+        "onlinerl.trackers.prometheus",
+    ],
+)
+def test_the_core_imports_nothing_heavy(module):
+    assert imported_by(module) == set()
+
+
+def test_algorithms_import_torch_and_nothing_else_that_is_heavy():
+    names = registry.names("algorithms")
+    assert {"ppo", "grpo", "dpo", "sppo", "dno", "dno_prct"} <= set(names)
+    assert imported_by(*(f"onlinerl.algorithms.{name}" for name in names)) == {"torch"}
+
+
+@pytest.mark.parametrize("role", ["oracles", "pairing", "prompts", "trackers"])
+def test_what_is_configured_imports_nothing_heavy(role):
+    names = [name for name in registry.names(role) if name != "tensorboard"]  # its package may not be installed
+    assert imported_by(*(f"onlinerl.{role}.{name}" for name in names)) == set()
+
+
+def test_check_needs_no_engine_learner_or_cluster(toy_config, tmp_path):
+    """R-M1: `onlinerl check` of a configuration for vLLM and DeepSpeed, on a machine that has neither of them, nor Ray."""
+    config = toy_config(tmp_path, {"engine.name": "vllm", "learner.name": "deepspeed"})
+    code = BLOCK.format(blocked={"vllm", "ray", "deepspeed"}) + "from onlinerl.cli import main\nmain()"
+    said = python(code, "check", str(config), cwd=tmp_path)
+    assert "8 prompts x 4 samples -> at most 8 pairs" in said
+    assert "placement" in said
+    assert said.rstrip().endswith("ok")
+
+
+def test_a_toy_run_needs_no_engine_learner_or_cluster(toy_config, tmp_path):
+    config = toy_config(tmp_path, iterations=1)
+    code = BLOCK.format(blocked={"vllm", "ray", "deepspeed"}) + "from onlinerl.cli import main\nmain()"
+    assert "win rate vs base" in python(code, "run", str(config), cwd=tmp_path)

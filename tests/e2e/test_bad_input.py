@@ -1,0 +1,489 @@
+"""What a user can get wrong: each is refused with the field, the cause and the fix, before anything is started (R-L3)."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from onlinerl import app as application
+from onlinerl import cli as command_line
+from onlinerl import config as configuration
+from onlinerl.learners.toy import ToyLearner
+from onlinerl.stores import _files, directory
+from onlinerl.stores.summary import summarise
+
+FAILED, REFUSED = 1, 2
+
+
+@pytest.fixture
+def onlinerl(monkeypatch, capsys, tmp_path):
+    """The command line in this process; returns its exit code and what it wrote to stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["onlinerl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            command_line.main()
+        return int(ended.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def refused(onlinerl, monkeypatch, tmp_path):
+    """Runs a configuration that must be refused before anything is started; returns the message."""
+
+    def started(*_: object) -> None:
+        raise AssertionError("something heavy was started")
+
+    def run(*arguments: object) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(application, "_started", started)
+            code, message = onlinerl("run", *arguments)
+        assert code == REFUSED, message
+        assert not (tmp_path / "runs/toy").exists()
+        assert not [p for p in tmp_path.rglob(".onlinerl-*")], "a leftover of a check"
+        return message
+
+    return run
+
+
+@pytest.fixture
+def oracle(tmp_path, monkeypatch):
+    """Writes an oracle of the user's own; returns the overrides that select it."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = iter(range(100))
+
+    def make(body: str) -> dict[str, object]:
+        name = f"oracle_{tmp_path.name}_{next(names)}"
+        lines = [
+            "calls = 0",
+            "def judge(queries):",
+            "    global calls",
+            "    calls += 1",
+            *(f"    {x}" for x in body.splitlines()),
+        ]
+        (tmp_path / f"{name}.py").write_text("\n".join(lines) + "\n")
+        return {"oracle.name": "python", "oracle.function": f"{name}.judge"}
+
+    return make
+
+
+def says(message: str, *parts: str) -> None:
+    """Field, cause and fix."""
+    assert message.startswith("error: ")
+    assert "\n  fix: " in message
+    for part in parts:
+        assert part in message, message
+
+
+# --- the configuration ---
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("training.learning_rat=1e-5", ("training.learning_rat: is not a known key", "did you mean 'learning_rate'?")),
+        ("trainin.learning_rate=1e-5", ("trainin: is not a known key", "did you mean 'training'?")),
+        ("algorithm.betta=0.1", ("algorithm.betta: is not a known key", "did you mean 'beta'?")),
+        ("oracle.lexicon=x", ("oracle.lexicon: is not a known key", "known keys: include_prompt")),
+        ("sampling.zzz=1", ("sampling.zzz: is not a known key", "known keys: max_new_tokens, samples_per_prompt")),
+        ("algorithm.name=dpoo", ("algorithm.name: there is no 'dpoo'", "did you mean 'dpo'? choose one of")),
+        ("oracle.name=sentimental", ("oracle.name: there is no 'sentimental'", "did you mean 'sentiment'?")),
+        ("iterations=four", ("iterations: input should be a valid integer, got 'four'", "correct the value")),
+        ("iterations=2.5", ("iterations: input should be a valid integer", "got 2.5")),
+        ("iterations='2'", ("iterations: input should be a valid integer, got '2'",)),
+        ("iterations=0", ("iterations: input should be greater than or equal to 1, got 0",)),
+        ("prompts.reuse='yes'", ("prompts.reuse: input should be a valid boolean, got 'yes'",)),
+        ("training.learning_rate=fast", ("training.learning_rate: input should be a valid number, got 'fast'",)),
+        ("algorithm.beta=much", ("algorithm.beta: input should be a valid number, got 'much'",)),
+        ("learner.zero_stage=4", ("learner.zero_stage: input should be 0, 1, 2 or 3, got 4",)),
+        ("name=a/b", ("name: string should match pattern", "got 'a/b'")),
+        ("training", ("override: 'training' is not of the form key=value", "training.learning_rate=1e-5")),
+        ("name.first=x", ("name.first: 'name' holds a value, not a section",)),
+    ],
+)
+def test_keys_and_types(toy_config, refused, tmp_path, override, parts):
+    """R-L2."""
+    says(refused(toy_config(tmp_path), override), "config: ", *parts)
+
+
+def test_a_typo_in_the_file(toy_config, cli, tmp_path):
+    """In a process of its own: the message comes without a traceback and the exit code is that of a refusal."""
+    done = cli("run", toy_config(tmp_path, {"training.learning_rat": 0.1}))
+    assert done.returncode == REFUSED
+    says(done.stderr, "config: training.learning_rat: is not a known key", "fix: did you mean 'learning_rate'?")
+    assert "Traceback" not in done.message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_that_is_not_there(toy_config, refused, tmp_path):
+    toy_config(tmp_path)
+    says(refused(tmp_path / "toi.yaml"), f"CONFIG: there is no file {tmp_path}/toi.yaml", f"did you mean {tmp_path}/toy.yaml?")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    says(refused(tmp_path / "list.yaml"), "does not hold a mapping", "start with `name: my-run`")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    says(refused(tmp_path / "broken.yaml"), "is not valid YAML", "line 2")
+
+
+def test_a_missing_key(toy_config, refused, tmp_path):
+    says(refused(toy_config(tmp_path, {"prompts.heldout": None})), "prompts.heldout: is missing", "add `heldout: ...`")
+    says(refused(toy_config(tmp_path, {"algorithm.name": None, "algorithm.beta": 0.1})), "algorithm.name: is missing")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            {"sampling.samples_per_prompt": 1},
+            (
+                "sampling.samples_per_prompt: dpo compares responses and needs at least 2 per prompt, got 1",
+                "set it to 2 or more",
+            ),
+        ),
+        ({"reference.schedule": "none"}, ("reference.schedule: dpo needs a reference", "set it to fixed")),
+        ({"algorithm.name": "sppo", "reference.schedule": "fixed"}, ("reference.schedule: sppo", "allow_nonstandard=true")),
+        ({"algorithm.name": "grpo", "sampling.top_p": 0.9}, ("sampling.top_p: grpo weighs samples", "set top_p to 1.0")),
+        (
+            {"engine.name": "vllm"},
+            ("engine.name: engine 'vllm' and learner 'toy' do not go together", "use vllm with deepspeed"),
+        ),
+        ({"cluster.colocate": True, "learner.ranks": 2}, ("cluster.colocate: ", "2 ranks and 1 replicas")),
+        (
+            {"prompts.per_iteration": 20},
+            (
+                "prompts.per_iteration: 3 iterations of 20 fresh prompts need 60, and there are 40",
+                "lower it to 13",
+                "reuse=true",
+            ),
+        ),
+        (
+            {"prompts.per_iteration": 41, "prompts.reuse": True},
+            ("prompts.per_iteration: asks for 41 different prompts at once, and there are 40", "lower it to 40"),
+        ),
+        ({"evaluation.prompts": 11}, ("evaluation.prompts: asks for 11 held-out prompts, and there are 10", "lower it to 10")),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_together(toy_config, refused, tmp_path, overrides, parts):
+    says(refused(toy_config(tmp_path, overrides)), "config: ", *parts)
+
+
+# --- prompts ---
+
+
+def lines(*rows: object) -> str:
+    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+
+
+GOOD = [{"text": f"the film {i} was"} for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (None, ("there is no file", "check the path")),
+        ("", ("holds no prompts", 'write one per line, e.g. {"text"')),
+        ("\n\n", ("holds no prompts",)),
+        (lines(*GOOD, '{"text": "the film'), ("line 4: is not JSON", "write one JSON object per line")),
+        (lines(GOOD[0], {"prompt": "x"}), ("line 2: has the unknown key 'prompt'", "did you mean text or messages?")),
+        (lines(GOOD[0], {"text": 7}), ("line 2: text must be a string",)),
+        (lines(GOOD[0], GOOD[1], GOOD[0]), ("line 3: has the same id as line 1", "remove one")),
+        (
+            lines(GOOD[0], {"text": "<|im_start|>user\nthe film<|im_end|>"}),
+            ("line 2: holds '<|im_start|>', so a template was applied to it already", "give the raw words"),
+        ),
+        (
+            lines(*GOOD, {"id": "long", "text": "the " * 20}, {"text": "a " * 18}),
+            ("2 of 5 prompts are longer than 16 tokens; the longest, 'long', has 20", "set prompts.max_tokens to 20 or more"),
+        ),
+    ],
+    ids=["missing", "empty", "blank", "json", "key", "type", "twice", "templated", "long"],
+)
+def test_prompt_files(toy_config, refused, tmp_path, content, parts):
+    """R-F5, R-F7, R-F2."""
+    config = toy_config(tmp_path, {"prompts.train": str(tmp_path / "mine.jsonl")})
+    if content is not None:
+        (tmp_path / "mine.jsonl").write_text(content)
+    says(refused(config), "error: prompts: prompts.train: ", *parts)
+
+
+def test_held_out_prompts_that_are_trained_on(toy_config, refused, tmp_path):
+    config = toy_config(tmp_path)
+    (tmp_path / "heldout.jsonl").write_text(lines({"text": "The FILM one  was"}, {"text": "two"}))
+    message = refused(config)
+    says(message, "prompts.heldout: 1 of 2 held-out prompts are also training prompts", "remove them from one of the two files")
+
+
+def test_a_conversation_without_a_chat_template(toy_config, refused, tiny_model, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / "chat_template.jinja").unlink()
+    (tmp_path / "chat.jsonl").write_text(lines({"id": "hello", "messages": [{"role": "user", "content": "the film"}]}))
+    config = toy_config(tmp_path, {"prompts.train": str(tmp_path / "chat.jsonl"), "model": str(model)})
+    message = refused(config)
+    says(message, "prompts.train: prompt 'hello' is a conversation, but the model's tokenizer has no chat template")
+    says(message, "use an instruction-tuned model, or give prompts as text")
+
+
+# --- the model ---
+
+
+def test_models(toy_config, refused, tiny_model, tmp_path):
+    def attempt(model: object) -> str:
+        return refused(toy_config(tmp_path, model=str(model)))
+
+    says(attempt(tmp_path / "nowhere"), f"config: model: there is no directory {tmp_path}/nowhere", "correct the path")
+    says(attempt("models/SmolLM2-135M-Instruct"), "there is no directory", "onlinerl fetch-model")
+    says(attempt("org/name-7B"), "model: org/name-7B is not on this machine", "download it first")
+    (tmp_path / "empty").mkdir()
+    says(attempt(tmp_path / "empty"), "model: ", "holds no config.json", "give the directory of a Hugging Face model")
+    shutil.copytree(tiny_model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "chat*"))
+    says(attempt(tmp_path / "bare"), "model: its tokenizer cannot be loaded", "put the tokenizer's files beside the weights")
+
+
+# --- the surroundings ---
+
+
+def test_a_port_in_use(toy_config, refused, tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        message = refused(toy_config(tmp_path, {"metrics.prometheus_port": port}))
+    says(message, f"config: metrics.prometheus_port: 127.0.0.1:{port} cannot be listened on", "0 for any free one")
+
+
+def test_a_directory_that_holds_another_run(toy_config, onlinerl, tmp_path):
+    config = toy_config(tmp_path, iterations=1)
+    assert onlinerl("run", config)[0] == 0
+    before = sorted(str(p) for p in (tmp_path / "runs").rglob("*"))
+    code, message = onlinerl("run", config, "training.learning_rate=0.1")
+    assert code == REFUSED
+    says(message, "store: name: ", "already holds a run", "onlinerl resume", "--fresh")
+    assert sorted(str(p) for p in (tmp_path / "runs").rglob("*")) == before
+    assert onlinerl("run", config, "--fresh")[0] == 0
+    assert (tmp_path / "runs/toy.1/manifest.json").exists()
+
+
+def test_a_directory_that_holds_other_files(toy_config, onlinerl, tmp_path):
+    (tmp_path / "runs/toy").mkdir(parents=True)
+    (tmp_path / "runs/toy/thesis.tex").write_text("x")
+    code, message = onlinerl("run", toy_config(tmp_path))
+    assert code == REFUSED
+    says(message, "holds files but no run (thesis.tex)", "give the run another `name`")
+
+
+@pytest.mark.parametrize("place", ["file", "below a file", "system", "read-only"])
+def test_an_unwritable_directory(toy_config, refused, tmp_path, place):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    runs = {
+        "file": tmp_path / "file",
+        "below a file": tmp_path / "file/runs",
+        "system": Path("/proc"),
+        "read-only": tmp_path / "closed",
+    }
+    if place == "system" and not runs[place].is_dir():
+        pytest.skip("this system has no /proc")
+    if place == "read-only" and os.access(runs[place], os.W_OK):
+        pytest.skip("this user may write everywhere")
+    message = refused(toy_config(tmp_path, runs=str(runs[place])))
+    says(message, "config: runs: ", "cannot be written", "choose another directory")
+
+
+# --- resuming something else ---
+
+
+def test_a_resume_with_a_change_that_matters(toy_config, onlinerl, tmp_path):
+    assert onlinerl("run", toy_config(tmp_path, iterations=1))[0] == 0
+    run = tmp_path / "runs/toy"
+    code, message = onlinerl("resume", run, "iterations=2", "training.learning_rate=0.1", "seed=3")
+    assert code == REFUSED
+    says(
+        message,
+        "config: seed: was 0 when the run started and is now 3",
+        "also changed: training.learning_rate",
+        "start a new run",
+    )
+    stored = yaml.safe_load((run / "config.yaml").read_text())
+    stored["algorithm"]["beta"] = 0.3
+    (run / "config.yaml").write_text(yaml.safe_dump(stored))
+    code, message = onlinerl("resume", run, "iterations=2")
+    assert code == REFUSED
+    says(message, "algorithm.beta: was 0.1 when the run started and is now 0.3")
+    assert len(summarise(run)["iterations"]) == 2
+
+
+def test_a_resume_may_change_where_it_runs(toy_config, onlinerl, tmp_path):
+    assert onlinerl("run", toy_config(tmp_path, iterations=1))[0] == 0
+    code, message = onlinerl("resume", tmp_path / "runs/toy", "iterations=2", "checkpoints.keep=1", "engine.replicas=2")
+    assert code == 0, message
+
+
+def test_a_resume_of_nothing(onlinerl, tmp_path):
+    (tmp_path / "runs/other").mkdir(parents=True)
+    (tmp_path / "runs/other/manifest.json").write_text("{}")
+    code, message = onlinerl("resume", tmp_path / "runs/toy")
+    assert code == REFUSED
+    says(message, "store: name: ", "holds no run", "runs in", "other")
+
+
+# --- oracles ---
+
+
+@pytest.mark.parametrize(
+    ("body", "parts"),
+    [
+        ("raise RuntimeError('no credit left')", ("raised RuntimeError", "no credit left", "correct the function")),
+        ("return [[float('nan')] * len(q['responses']) for q in queries]", ("non_finite", "is nan", "repair the oracle")),
+        ("return []", ("wrong_length", "returned 0 entries for 1 prompts")),
+        ("return [[1.0] for q in queries]", ("wrong_length", "1 numbers for 2 responses")),
+        ("return 'fine'", ("parse_fail", "returned str, not a list")),
+        ("return [None for q in queries]", ("refused", "returned None")),
+    ],
+    ids=["raises", "nan", "no-entries", "short", "text", "none"],
+)
+def test_an_oracle_that_cannot_judge(toy_config, refused, oracle, tmp_path, body, parts):
+    """R-G1: found out with one question, before anything is started."""
+    says(refused(toy_config(tmp_path, oracle(body))), "error: oracle: oracle", *parts)
+
+
+def test_an_oracle_that_is_not_there(toy_config, refused, tmp_path):
+    overrides = {"oracle.name": "python", "oracle.function": "no_such_module_at_all.judge"}
+    says(refused(toy_config(tmp_path, overrides)), "oracle.function: cannot import 'no_such_module_at_all'", "PYTHONPATH=.")
+
+
+SCORES = "[[len(r) for r in q['responses']] for q in queries]"
+
+
+@pytest.mark.parametrize(
+    ("body", "parts"),
+    [
+        (f"if calls > 2: raise RuntimeError('no credit left')\nreturn {SCORES}", ("raised RuntimeError", "no credit left")),
+        (
+            f"return {SCORES} if calls < 3 else [[float('nan')] * 4 for q in queries]",
+            ("the oracle failed on 8 of 8 groups (8 non_finite)", "max_failed_labels sets the limit"),
+        ),
+        (
+            f"return {SCORES} if calls < 3 else [[1.0]] * 8",
+            ("8 of 8 groups (8 wrong_length)", "verdicts already given are kept"),
+        ),
+        (
+            f"return {SCORES} if calls < 3 else {SCORES}[1:]",
+            ("8 of 8 groups (8 wrong_length)", "returned 7 entries for 8 prompts"),
+        ),
+        (
+            "return [[0.5] * len(q['responses']) for q in queries]",
+            ("all 8 groups are ties", "check that the oracle reads the response"),
+        ),
+    ],
+    ids=["raises", "nan", "short", "missing-entry", "never-separates"],
+)
+def test_an_oracle_that_goes_wrong_later(toy_config, onlinerl, oracle, tmp_path, body, parts):
+    """R-G1, R-G4: a clear stop of its own boundary; nothing was trained and all that was generated is kept."""
+    code, message = onlinerl("run", toy_config(tmp_path, oracle(body)))
+    assert code == FAILED
+    says(message, "error: oracle: oracle", *parts)
+    run = tmp_path / "runs/toy"
+    failure = json.loads((run / "failure.json").read_text())
+    assert failure["boundary"] == "oracle"
+    assert list(summarise(run)["iterations"][-1]["phases"]) == ["sample"]
+    assert summarise(run)["iterations"][-1]["status"] == "unfinished"
+
+
+def test_a_few_failures_are_left_out(toy_config, onlinerl, oracle, tmp_path):
+    """A failure below the limit is counted and trains nothing."""
+    body = f"scores = {SCORES}\nif calls > 2 and len(scores) == 8: scores[0] = None\nreturn scores"
+    code, message = onlinerl("run", toy_config(tmp_path, oracle(body), iterations=1, max_failed_labels=0.2))
+    assert code == 0, message
+    last = summarise(tmp_path / "runs/toy", extras=True)["iterations"][-1]
+    assert last["oracle_failures"] >= 1
+
+
+# --- the disk ---
+
+
+def test_too_little_space(toy_config, onlinerl, monkeypatch, tmp_path):
+    """R-D4: refused before anything of the checkpoint is written, and the run goes on when there is room."""
+    config = toy_config(tmp_path, {"iterations": 1, "checkpoints.min_free_gib": 2.0})
+    with monkeypatch.context() as patch:
+        usage = shutil.disk_usage(tmp_path)._replace(free=2**30)
+        patch.setattr(directory.shutil, "disk_usage", lambda path: usage)
+        code, message = onlinerl("run", config)
+    assert code == FAILED
+    says(message, "store: checkpoints.min_free_gib: ", "has 1.00 GiB free", "2.00 GiB must stay free", "then resume")
+    assert not list((tmp_path / "runs/toy").glob("*ports/0*"))
+    assert onlinerl("resume", tmp_path / "runs/toy", "checkpoints.min_free_gib=0.0")[0] == 0
+
+
+def full(*_: object) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["journal", "checkpoint"])
+def test_a_full_disk(toy_config, onlinerl, monkeypatch, tmp_path, where):
+    """R-D4: the message says what to do, what was finished stays readable, and a resume finishes the run."""
+    config = toy_config(tmp_path, iterations=2)
+    with monkeypatch.context() as patch:
+        if where == "checkpoint":
+            patch.setattr(ToyLearner, "save", full)
+        else:
+            rows = iter(range(1000))
+            patch.setattr(
+                _files, "append_lines", lambda p, r, do=_files.append_lines: do(p, r) if next(rows) < 30 else _no_room(p)
+            )
+        code, message = onlinerl("run", config)
+    assert code == FAILED
+    says(message, "store: runs: the disk is full while writing", "free some space", "then resume")
+    run = tmp_path / "runs/toy"
+    assert summarise(run)["iterations"][0]["status"] == "promoted"
+    assert onlinerl("resume", run)[0] == 0
+    assert [row["status"] for row in summarise(run)["iterations"]] == ["promoted"] * 3
+
+
+def _no_room(path: Path) -> None:
+    with _files.explained(path):
+        full()
+
+
+# --- the cluster ---
+
+
+def test_more_than_the_cluster_has():
+    """R-J1: what is missing is said in numbers, per role."""
+    runtime = pytest.importorskip("onlinerl.cluster.runtime")
+    config = configuration.parse(
+        {
+            "name": "big",
+            "model": "org/name-7B",
+            "iterations": 1,
+            "algorithm": {"name": "dpo"},
+            "oracle": {"name": "sentiment"},
+            "prompts": {"train": "a", "heldout": "b"},
+            "engine": {"replicas": 3, "tensor_parallel_size": 2, "cpus": 2, "resources": {"rollout_node": 1.0}},
+            "learner": {"ranks": 4, "cpus": 1},
+        }
+    )
+    wanted = runtime.plan(config, "cuda")
+    error = runtime.explain_missing(wanted, {"CPU": 64, "GPU": 8, "rollout_node": 3})
+    assert error is not None
+    assert error.field == "cluster"
+    assert "10 GPU (there are 8)" in error.cause
+    assert "CPU (there" not in error.cause
+    assert "replica 2: {'CPU': 2.0, 'GPU': 2.0, 'rollout_node': 1.0}" in error.cause
+    assert "engine.replicas" in error.fix
+    missing = runtime.explain_missing(wanted, {"CPU": 4, "GPU": 16})
+    assert missing is not None
+    assert "10 CPU (there are 4)" in missing.cause
+    assert "3 rollout_node (there are 0)" in missing.cause
+    assert runtime.explain_missing(wanted, {"CPU": 10, "GPU": 10, "rollout_node": 3}) is None
+    assert {p.gpus for p in runtime.plan(config, "cpu")} == {0}

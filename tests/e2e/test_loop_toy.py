@@ -1,0 +1,339 @@
+"""Whole runs through the command line on the toy engine and learner: what they show, what survives a kill, what a signal does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onlinerl.stores.directory import RunDirectory
+from onlinerl.stores.summary import summarise
+from onlinerl.trackers.jsonl import read_metrics
+
+PHASES = ("sample", "label", "train", "checkpoint", "sync", "evaluate", "commit")
+NOTHING_LEFT, REQUEUE = 4, 75
+PROBE = [" It was good.", " It was bad, the answer is 7."]
+"""What the oracle is asked at every start before anything else; it is no label."""
+
+NUMBER = (int, float)
+ROW = {
+    "iteration": int,
+    "reward": NUMBER,
+    "kl_ref": NUMBER,
+    "kl_prev": NUMBER,
+    "win_rate": dict,
+    "phases": dict,
+    "sync": dict,
+    "samples": int,
+    "oracle_calls": int,
+    "status": str,
+}
+
+
+def events(log: Path) -> list[dict]:
+    """What the hooks in the processes logged."""
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def figures(run: Path) -> dict:
+    """Everything a run reports that does not measure time."""
+    report = summarise(run, extras=True)
+    for row in report["iterations"]:
+        row["phases"] = list(row["phases"])
+        row["sync"].pop("seconds")
+    return report
+
+
+def metrics(run: Path) -> list[tuple]:
+    """The run's records without times, in an order of their own; an attempt that was superseded does not count (R-D8)."""
+    records = [r for r in read_metrics(run / "metrics.jsonl") if "seconds" not in r["name"]]
+    for record in records:
+        record.pop("attempt")
+    return sorted(json.dumps(record, sort_keys=True) for record in records)
+
+
+def weights(run: Path, iteration: int) -> np.ndarray:
+    """The iterate."""
+    return np.load(run / "exports" / f"{iteration:04d}" / "logits.npy")
+
+
+# --- a whole run ---
+
+
+def test_show_prints_the_contract(toy_config, cli, tmp_path):
+    config = toy_config(tmp_path)
+    done = cli("run", config)
+    assert done.returncode == 0, done.message
+    assert "8 prompts x 4 samples -> at most 8 pairs -> at most 2 optimizer steps an iteration" in done.stdout
+    shown = cli("show", "runs/toy", "--json")
+    assert shown.returncode == 0, shown.message
+    report = json.loads(shown.stdout)
+    assert list(report) == ["run", "algorithm", "iterations"]
+    assert report["run"] == "toy"
+    assert report["algorithm"] == "dpo"
+    assert [row["iteration"] for row in report["iterations"]] == [0, 1, 2, 3]
+    base, *iterates = report["iterations"]
+    assert list(base) == list(ROW)
+    assert (base["kl_ref"], base["kl_prev"], base["win_rate"], base["samples"]) == (0, 0, None, None)
+    assert list(base["phases"]) == ["sync", "evaluate", "commit"]
+    assert base["status"] == "promoted"
+    assert base["sync"]["proved"] is True
+    for row in iterates:
+        assert {key: isinstance(row[key], kind) for key, kind in ROW.items()} == dict.fromkeys(ROW, True), row
+        assert list(row) == list(ROW)
+        assert list(row["win_rate"]) == ["value", "low", "high", "n"]
+        assert list(row["sync"]) == ["seconds", "bytes", "proved"]
+        assert row["sync"]["proved"] is True
+        assert tuple(row["phases"]) == PHASES
+        assert row["samples"] == 32
+        assert row["oracle_calls"] == 8 + 10
+        assert row["kl_ref"] > 0
+    assert report["iterations"][-1]["kl_ref"] > report["iterations"][1]["kl_ref"]
+
+
+# lr 0.2 for the pairwise losses; SPPO regresses onto a target and PPO and GRPO clip their steps, so they take theirs more often.
+BUDGETS = {
+    "dpo": {},
+    "dno": {},
+    "dno_prct": {},
+    "sppo": {},
+    "grpo": {"training.epochs": 2},
+    "ppo": {"training.epochs": 2},
+}
+
+
+@pytest.mark.parametrize("algorithm", BUDGETS)
+def test_every_algorithm_learns(toy_config, warm_cli, tmp_path, algorithm):
+    budget = {"algorithm.name": algorithm, "iterations": 4, "oracle.include_prompt": False, **BUDGETS[algorithm]}
+    done = warm_cli("run", toy_config(tmp_path, budget))
+    assert done.returncode == 0, done.message
+    rows = summarise(tmp_path / "runs/toy")["iterations"]
+    assert rows[-1]["reward"] > rows[0]["reward"] + 0.4, done.message
+    assert rows[-1]["win_rate"]["low"] > 0.5
+    assert all(row["sync"]["proved"] for row in rows)
+
+
+def test_a_learning_rate_of_zero_changes_nothing(toy_config, warm_cli, tmp_path):
+    done = warm_cli("run", toy_config(tmp_path, {"training.learning_rate": 0.0, "iterations": 2}))
+    assert done.returncode == 0, done.message
+    rows = summarise(tmp_path / "runs/toy")["iterations"]
+    assert np.array_equal(weights(tmp_path / "runs/toy", 2), np.zeros_like(weights(tmp_path / "runs/toy", 2)))
+    assert {row["reward"] for row in rows} == {rows[0]["reward"]}
+    assert [row["kl_ref"] for row in rows] == [0, 0, 0]
+    assert [row["win_rate"]["value"] for row in rows[1:]] == [0.5, 0.5]
+
+
+# --- killed and resumed ---
+
+COUNTED = {"oracle.name": "python", "oracle.function": "hooks.judge", "metrics.prometheus": False}
+HELDOUT, PROMPTS, BATCH = 10, 8, 4
+# Calls of the oracle in one evaluation and one labelling, with batches of 4.
+EVALUATION_CALLS, LABEL_CALLS = 3, 2
+# The event during which iteration 2 of the first process is killed, phase by phase.
+INSIDE = {
+    "sample": ["generate", HELDOUT + PROMPTS + HELDOUT + 3],
+    "label": ["judge", 1 + EVALUATION_CALLS + LABEL_CALLS + EVALUATION_CALLS + 2],
+    "train": ["step", 3],
+    "checkpoint": ["save", 2],
+    "sync": ["push", 3],
+    "evaluate": ["generate", HELDOUT + 2 * (PROMPTS + HELDOUT) - 5],
+    "commit": ["retain", 2],
+}
+
+
+def everything(run: Path, iterations: int = 3) -> dict:
+    """Figures, metrics and weights of a run."""
+    return {
+        "figures": figures(run),
+        "metrics": metrics(run),
+        "weights": [weights(run, i).tolist() for i in range(1, iterations + 1)],
+    }
+
+
+def finished_phases(run: Path, iteration: int) -> set[str]:
+    with RunDirectory.open(run) as opened:
+        return {*opened.phases(iteration)}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy_config, warm_cli_in, tmp_path_factory):
+    """A run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    done = warm_cli_in(folder)("run", toy_config(folder, COUNTED), log=folder / "log", label_batch=BATCH)
+    assert done.returncode == 0, done.message
+    check_counts(folder / "log")
+    return everything(folder / "runs/toy")
+
+
+def check_counts(log: Path, *, generated_twice: int = 0, judged_twice: int = 0) -> None:
+    """No prompt was generated and no label requested twice, counted by engine and oracle and not by the store.
+
+    What was in the works at the very instant of a kill was asked for but never answered: `generated_twice` and `judged_twice` say
+    how many prompts that is. A prompt sampled by a wrong version would be counted as one too many (R-D2).
+    """
+    happened = events(log)
+    generated = Counter((e["prompt"], *e["seeds"], e["version"]) for e in happened if e["kind"] == "generate")
+    asked = [one for e in happened if e["kind"] == "judge" for one in e["asked"] if one[1:] != PROBE]
+    expected = 3 * PROMPTS + 4 * HELDOUT
+    assert len(generated) == expected
+    assert sum(generated.values()) == expected + generated_twice
+    assert len(asked) == expected + judged_twice
+
+
+@pytest.fixture
+def counted(toy_config, warm_cli, tmp_path):
+    """Starts or resumes a run with an oracle that counts; `finish` says whether to wait for its end."""
+    config = toy_config(tmp_path, COUNTED)
+
+    def command(name: str, *overrides: str, finish: bool = True, **spec: object):
+        target = config if name == "run" else tmp_path / "runs/toy"
+        started = warm_cli.start(name, target, *overrides, log=tmp_path / "log", label_batch=BATCH, **spec)
+        return warm_cli.finish(*started) if finish else started
+
+    return command
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_killed_three_times_in_a_phase(counted, uninterrupted, tmp_path, phase):
+    """R-D1: in its middle, when its work is done but not recorded, and when it is recorded; then resumed to the end."""
+    run = tmp_path / "runs/toy"
+    killed = -signal.SIGKILL
+    assert counted("run", kill=INSIDE[phase]).returncode == killed
+    assert finished_phases(run, 2) == {*PHASES[: PHASES.index(phase)]}, "killed at another moment than meant"
+    assert counted("resume", kill=[f"before 2 {phase}", 1]).returncode == killed
+    assert counted("resume", kill=[f"after 2 {phase}", 1]).returncode == killed
+    assert phase in finished_phases(run, 2)
+    done = counted("resume")
+    assert done.returncode == 0, done.message
+    check_counts(
+        tmp_path / "log",
+        generated_twice=1 if phase in ("sample", "evaluate") else 0,
+        judged_twice=BATCH if phase == "label" else 0,
+    )
+    assert everything(run) == uninterrupted
+    with RunDirectory.open(run) as opened:
+        assert (opened.manifest["status"], opened.manifest["attempt"]) == ("finished", 3)
+
+
+def test_killed_before_the_base_model_was_measured(counted, uninterrupted, tmp_path):
+    assert counted("run", kill=["generate", 1]).returncode == -signal.SIGKILL
+    assert counted("resume").returncode == 0
+    check_counts(tmp_path / "log", generated_twice=1)
+    assert everything(tmp_path / "runs/toy") == uninterrupted
+
+
+def test_nothing_left_to_do_and_more_iterations(toy_config, warm_cli, tmp_path):
+    """R-D1: a finished run says so, with an exit code of its own; more iterations continue it as if they had always been asked for."""
+    run = tmp_path / "runs/toy"
+    assert warm_cli("run", toy_config(tmp_path, iterations=2)).returncode == 0
+    before = (run / "metrics.jsonl").read_bytes()
+    again = warm_cli("resume", run)
+    assert again.returncode == NOTHING_LEFT, again.message
+    assert "nothing left to do" in again.stdout
+    assert "iterations" in again.stdout
+    assert (run / "metrics.jsonl").read_bytes() == before
+    more = warm_cli("resume", run, "iterations=3")
+    assert more.returncode == 0, more.message
+    assert warm_cli("resume", run).returncode == NOTHING_LEFT  # the 3 is remembered
+    assert warm_cli("run", toy_config(tmp_path, name="straight", iterations=3)).returncode == 0
+    straight, continued = everything(tmp_path / "runs/straight"), everything(run)
+    straight["figures"]["run"] = "toy"
+    assert continued == straight
+
+
+def test_a_renamed_run_continues_where_it_is(toy_config, warm_cli, tmp_path):
+    assert warm_cli("run", toy_config(tmp_path, iterations=1)).returncode == 0
+    (tmp_path / "runs/toy").rename(tmp_path / "runs/renamed")
+    (tmp_path / "7").mkdir()  # a parent that YAML would take for a number
+    (tmp_path / "runs/renamed").rename(tmp_path / "7/moved")
+    done = warm_cli("resume", "7/moved", "iterations=2")
+    assert done.returncode == 0, done.message
+    assert not (tmp_path / "runs/toy").exists()
+    assert not (tmp_path / "7/toy").exists()
+    assert max(record["iteration"] for record in read_metrics(tmp_path / "7/moved/metrics.jsonl")) == 2
+
+
+# --- signals ---
+
+
+@pytest.mark.parametrize(
+    ("number", "where"),
+    [
+        (signal.SIGINT, INSIDE["sample"]),
+        (signal.SIGTERM, INSIDE["label"]),  # inside the user's own function
+        (signal.SIGTERM, INSIDE["train"]),
+        (signal.SIGINT, ["before 2 sync", 1]),
+    ],
+    ids=lambda value: value.name if isinstance(value, signal.Signals) else value[0].replace(" ", "-"),
+)
+def test_a_signal_ends_it_resumably(counted, warm_cli, uninterrupted, tmp_path, number, where):
+    """R-D5: wherever it is, the run ends with the code that means "requeue", and a resume finishes it as if nothing had happened."""
+    run = tmp_path / "runs/toy"
+    process, out = counted("run", wait=where, finish=False)
+    warm_cli.wait_for(tmp_path / "log", "waiting")
+    assert summarise(run)["iterations"][-1]["status"] == "running"
+    process_id = process.pid
+    assert process_id is not None
+    os.kill(process_id, number)
+    stopped = warm_cli.finish(process, out)
+    assert stopped.returncode == REQUEUE, stopped.message
+    assert f"stopped by {number.name}" in stopped.stderr
+    assert "onlinerl resume" in stopped.stdout
+    assert summarise(run)["iterations"][-1]["status"] == "unfinished"
+    with RunDirectory.open(run) as opened:
+        assert opened.manifest["status"] == "interrupted"
+    assert not (run / "failure.json").exists()
+    done = counted("resume")
+    assert done.returncode == 0, done.message
+    assert everything(run) == uninterrupted
+
+
+def test_one_process_at_a_time(counted, warm_cli, tmp_path):
+    process, out = counted("run", wait=["generate", 5], finish=False)
+    warm_cli.wait_for(tmp_path / "log", "waiting")
+    second = counted("resume")
+    assert second.returncode == 2, second.message
+    assert f"is in use by process {process.pid}" in second.stderr
+    os.kill(process.pid, signal.SIGTERM)
+    assert warm_cli.finish(process, out).returncode == REQUEUE
+
+
+# --- the reference ---
+
+
+def test_the_reference_stays_the_same(toy_config, warm_cli, tiny_model, tmp_path):
+    """R-D3: resume refuses another base model, and the KL goes on from where it was instead of starting at 0 again."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    run, log = tmp_path / "runs/toy", tmp_path / "log"
+    config = toy_config(tmp_path, {"model": str(model), "reference.schedule": "fixed"})
+    assert warm_cli("run", config, log=log, kill=["before 2 evaluate", 1]).returncode == -signal.SIGKILL
+    with RunDirectory.open(run) as opened:
+        before = opened.manifest["reference"]
+    assert before["checksum"]
+
+    file = model / "model.safetensors"
+    original = file.read_bytes()
+    file.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    refused = warm_cli("resume", run)
+    assert refused.returncode == 2, refused.message
+    assert "config: model: the base model on disk is not the one this run started from" in refused.stderr
+    assert "fix: restore it" in refused.stderr
+
+    file.write_bytes(original)
+    done = warm_cli("resume", run)
+    assert done.returncode == 0, done.message
+    with RunDirectory.open(run) as opened:
+        assert opened.manifest["reference"] == before
+        assert [opened.phases(t)["train"]["reference"] for t in (1, 2, 3)] == [0, 0, 0]
+    drifts = [row["kl_ref"] for row in summarise(run)["iterations"]]
+    assert drifts[0] == 0
+    assert drifts[1] > 0.1
+    assert drifts[2] > drifts[1], "measured by the resumed process"
+    assert drifts[3] > drifts[1]

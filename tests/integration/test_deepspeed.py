@@ -1,0 +1,397 @@
+"""The real DeepSpeed learner against plain single-process autograd and plain torch optimizers (R-E6, R-E7, R-E8, R-B6, R-B7)."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from onlinerl.algorithms.dpo import Dpo
+from onlinerl.algorithms.grpo import Grpo
+from onlinerl.algorithms.ppo import Ppo
+from onlinerl.learners._policy import Policy
+from onlinerl.ops.batching import collate, plan_step
+from onlinerl.protocols import Algorithm
+from onlinerl.types import TrainItem, TrainSequence
+
+pytestmark = pytest.mark.engine
+
+STAGES, DTYPES, WORLDS = (0, 1, 2, 3), ("float32", "bfloat16"), (1, 2)
+MICRO_BATCHES = (1, 4)
+VOCABULARY = 128
+# Relative error of the whole gradient, |ours - theirs| / |theirs|. In bfloat16 activations and gradients keep 8 bits.
+BOUND = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+def sequence(rng: np.random.Generator, **extra: Any) -> TrainSequence:
+    length = int(rng.integers(3, 10))
+    noise = lambda: rng.normal(-4.5, 0.5, length).astype(np.float32)  # noqa: E731
+    return TrainSequence(
+        prompt_ids=tuple(map(int, rng.integers(3, VOCABULARY, int(rng.integers(2, 8))))),
+        response_ids=tuple(map(int, rng.integers(3, VOCABULARY, length))),
+        reference=noise(),
+        **{name: make(length) for name, make in extra.items()},
+    )
+
+
+def pair_items(count: int, seed: int) -> list[TrainItem]:
+    rng = np.random.default_rng(seed)
+    return [TrainItem(prompt_id=str(i), sequences=(sequence(rng), sequence(rng))) for i in range(count)]
+
+
+def sample_items(count: int, seed: int) -> list[TrainItem]:
+    rng = np.random.default_rng(seed)
+    old = lambda n: rng.normal(-5.0, 0.3, n).astype(np.float32)  # noqa: E731  near log(1 / vocabulary): some ratios are clipped
+    normal = lambda n: rng.normal(0, 1, n).astype(np.float32)  # noqa: E731
+    extra = {"old": old, "behaviour": old, "advantages": normal, "values": normal, "returns": normal}
+    return [TrainItem(prompt_id=str(i), sequences=(sequence(rng, **extra),)) for i in range(count)]
+
+
+def budgets(items: Sequence[TrainItem], ranks: int) -> dict[int, int]:
+    """Token budgets that cut `items` into 1 and 4 micro-batches a rank."""
+    found: dict[int, int] = {}
+    for budget in range(8, 2000, 4):
+        found.setdefault(len(plan_step(items, ranks, budget)[0]), budget)
+    return {n: found[n] for n in MICRO_BATCHES}
+
+
+def spoiled(items: list[TrainItem], **changes: Any) -> list[TrainItem]:
+    """The same step with its last item changed."""
+    return [*items[:-1], replace(items[-1], **changes)]
+
+
+def with_reference(item: TrainItem, values: Sequence[float]) -> tuple[TrainSequence, ...]:
+    return tuple(
+        s.with_(reference=np.full(len(s.response_ids), value, np.float32))
+        for s, value in zip(item.sequences, values, strict=True)
+    )
+
+
+LOSSES: dict[str, tuple[Algorithm, list[TrainItem]]] = {
+    "dpo": (Dpo(), pair_items(8, seed=1)),
+    "grpo": (Grpo(agg="token_mean", kl=0.05), sample_items(12, seed=2)),
+    "fewer items than ranks": (Dpo(), pair_items(1, seed=3)),
+    "uneven": (Dpo(), pair_items(5, seed=4)),
+}
+CRITIC: tuple[Algorithm, list[TrainItem]] = (Ppo(critic="separate", entropy_coef=0.01, kl_in="loss"), sample_items(12, seed=5))
+STEPS = [pair_items(8, seed=10 + i) for i in range(3)]
+BAD_STEPS = {
+    "nan loss": spoiled(STEPS[0], sequences=with_reference(STEPS[0][-1], [float("nan"), 0.0])),
+    "infinite loss with a finite gradient": spoiled(STEPS[0], sequences=with_reference(STEPS[0][-1], [0.0, -float("inf")])),
+    "finite loss with an infinite gradient": spoiled(STEPS[0], weight=2.0),
+}
+EXPORTED = (0, 3)
+CASES: dict[tuple[Any, ...], dict[str, Any]] = {
+    **{("gradients", s, d): {"kind": "gradients", "stage": s, "dtype": d} for s, d in product(STAGES, DTYPES)},
+    **{("critic", s): {"kind": "critic_gradients", "stage": s, "dtype": "float32"} for s in STAGES},
+    **{("steps", s, d): {"kind": "steps", "stage": s, "dtype": d} for s, d in product(STAGES, DTYPES)},
+    **{
+        ("export", s, m): {"kind": "export", "stage": s, "dtype": "float32", "model": m}
+        for s, m in product(EXPORTED, ("model", "untied"))
+    },
+}
+
+Answers = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def answers(tiny_llama: Path, tiny_llama_untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """`answers(ranks, *case)`: what the ranks computed. All cases of a number of ranks run together, when the first is asked for."""
+    done: dict[int, dict[tuple[Any, ...], Any]] = {}
+
+    def ask(ranks: int, *case: Any) -> dict[str, Any]:
+        if ranks not in done:
+            done[ranks] = run_ranks(ranks, tiny_llama, tiny_llama_untied, tmp_path_factory.mktemp(f"ranks-{ranks}"))
+        answer = done[ranks].get(case)
+        if isinstance(answer, str):
+            pytest.fail(answer)
+        if answer is None:
+            pytest.fail(f"the ranks did not get as far as {case}:\n{done[ranks]['output',]}")
+        return answer
+
+    return ask
+
+
+def run_ranks(ranks: int, tied: Path, untied: Path, directory: Path) -> dict[tuple[Any, ...], Any]:
+    def loss(algorithm: Algorithm, items: list[TrainItem]) -> dict[str, Any]:
+        few = len(items) < 8
+        cuts = {1: 10_000, 4: 40} if few else budgets(items, ranks)  # a few items cannot fill four micro-batches
+        return {"algorithm": algorithm, "items": items, "budgets": cuts}
+
+    job = {
+        "model": str(tied),
+        "untied": str(untied),
+        "directory": str(directory),
+        "losses": {name: loss(*what) for name, what in LOSSES.items()},
+        "critic_loss": loss(*CRITIC),
+        "steps": STEPS,
+        "bad_steps": BAD_STEPS,
+        "cases": list(CASES.values()),
+    }
+    job_file = directory / "job"
+    job_file.write_bytes(pickle.dumps(job))
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=120), wait_for_workers=False)
+    env = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "DEEPSPEED_LOG_LEVEL": "ERROR",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    script = Path(__file__).with_name("rank_process.py")
+    processes = []
+    logs = [(directory / f"rank{r}.log").open("w+") for r in range(ranks)]
+    for rank, log in enumerate(logs):
+        command = [sys.executable, str(script), str(job_file), str(rank), str(ranks), str(store.port)]
+        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=directory))
+    try:
+        for process in processes:
+            process.wait(timeout=600)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    found: dict[tuple[Any, ...], Any] = {}
+    for i, case in enumerate(CASES):
+        for rank in reversed(range(ranks)):
+            file = Path(f"{job_file}.{i}.{rank}")
+            if file.exists():
+                answer = pickle.loads(file.read_bytes())
+                found[case] = f"rank {rank}: {answer['error']}" if "error" in answer else answer
+    for log in logs:
+        log.close()
+    found["output",] = "\n".join((directory / f"rank{r}.log").read_text()[-3000:] for r in range(ranks))
+    return found
+
+
+# --- what it should be ---
+
+
+def plain_policy(model: Path, dtype: str, critic: Any = None) -> Policy:
+    """In fp32, from the weights as the learner's dtype rounds them."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if dtype == "bfloat16":
+        loaded = loaded.bfloat16().float()
+    return Policy(loaded, critic).eval()
+
+
+def backward(policy: Policy, algorithm: Algorithm, items: Sequence[TrainItem]) -> float:
+    """One forward and backward of everything at once, divided by the count of units. Returns the loss."""
+    batch, needs = collate(items), algorithm.needs()
+    total = algorithm.loss(policy(batch, values=needs.values, entropy=needs.entropy), batch).total
+    loss = total / sum(i.count(algorithm.unit) for i in items)
+    policy.zero_grad()
+    loss.backward()
+    return loss.item()
+
+
+def plain_gradients(policy: Policy, algorithm: Algorithm, items: Sequence[TrainItem]) -> dict[str, np.ndarray]:
+    backward(policy, algorithm, items)
+    return {n: np.zeros(p.shape) if p.grad is None else p.grad.double().numpy() for n, p in policy.named_parameters()}
+
+
+def relative_error(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
+    """Of all tensors as one vector."""
+    assert ours.keys() == theirs.keys()
+    gap = sum(((ours[n].astype(np.float64) - theirs[n]) ** 2).sum() for n in theirs)
+    return float(np.sqrt(gap / sum((g**2).sum() for g in theirs.values())))
+
+
+def assert_equal(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [n for n in ours if not np.array_equal(ours[n], theirs[n])] == []
+
+
+def assert_stepped(ours: np.ndarray, theirs: torch.Tensor) -> None:
+    """Equal to 1e-5 of weights that moved by 1e-3. Adam divides by |g|: where g is rounding noise, so is the direction."""
+    gap = np.abs(ours - theirs.detach().numpy())
+    assert (gap > 1e-5).mean() < 1e-3
+    assert gap.max() < 1e-4
+
+
+configurations = pytest.mark.parametrize(("ranks", "stage", "dtype"), list(product(WORLDS, STAGES, DTYPES)))
+
+
+@configurations
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_gradient_equals_that_of_one_process(
+    answers: Answers, tiny_llama: Path, ranks: int, stage: int, dtype: str, loss: str
+) -> None:
+    answer = answers(ranks, "gradients", stage, dtype)
+    algorithm, items = LOSSES[loss]
+    expected = plain_gradients(plain_policy(tiny_llama, dtype), algorithm, items)
+
+    for cut in MICRO_BATCHES:
+        result = answer[loss, cut]
+        if len(items) >= 8:
+            assert result["micro_batches"] == cut
+        error = relative_error(result["gradients"], expected)
+        print(f"{ranks} ranks ZeRO {stage} {dtype} {loss} {result['micro_batches']} micro-batches: {error:.2e}")
+        assert error < BOUND[dtype]
+
+
+@configurations
+def test_nothing_of_earlier_gradients_is_left(answers: Answers, ranks: int, stage: int, dtype: str) -> None:
+    answer = answers(ranks, "gradients", stage, dtype)
+
+    for cut in MICRO_BATCHES:
+        assert_equal(answer["again", cut]["gradients"], answer["dpo", cut]["gradients"])
+
+
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, STAGES)))
+def test_gradient_with_a_critic_equals_that_of_one_process(answers: Answers, tiny_llama: Path, ranks: int, stage: int) -> None:
+    answer = answers(ranks, "critic", stage)
+    algorithm, items = CRITIC
+    expected = plain_gradients(plain_policy(tiny_llama, "float32", "separate"), algorithm, items)
+    assert np.abs(expected["value_head.weight"]).max() > 1e-3
+
+    for cut in MICRO_BATCHES:
+        assert relative_error(answer[cut], expected) < BOUND["float32"]
+
+
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, STAGES)))
+def test_steps_equal_those_of_torch(answers: Answers, tiny_llama: Path, ranks: int, stage: int) -> None:
+    answer = answers(ranks, "steps", stage, "float32")
+    policy = plain_policy(tiny_llama, "float32")
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
+
+    for items, metrics, after in zip(STEPS, answer["metrics"], answer["after"], strict=True):
+        loss = backward(policy, Dpo(), items)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
+        assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert metrics["skipped"] == 0
+        for name, parameter in policy.model.named_parameters():
+            assert_stepped(after[name], parameter)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, STAGES)))
+def test_bfloat16_steps_follow_those_of_torch_in_fp32(answers: Answers, tiny_llama: Path, ranks: int, stage: int) -> None:
+    answer = answers(ranks, "steps", stage, "bfloat16")
+    policy = plain_policy(tiny_llama, "bfloat16")
+    before = {n: p.detach().double().numpy().copy() for n, p in policy.model.named_parameters()}
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
+
+    for items, metrics in zip(STEPS, answer["metrics"], strict=True):
+        assert metrics["loss"] == pytest.approx(backward(policy, Dpo(), items), rel=2e-2)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        assert metrics["skipped"] == 0
+        assert metrics["grad_norm"] > 0
+
+    moved = {n: p.detach().double().numpy() - before[n] for n, p in policy.model.named_parameters()}
+    ours = {n: answer["after"][-1][n] - before[n] for n in moved}
+    inner = sum((moved[n] * ours[n]).sum() for n in moved)
+    norms = [np.sqrt(sum((d[n] ** 2).sum() for n in moved)) for d in (moved, ours)]
+    assert inner / norms[0] / norms[1] > 0.97  # weights are rounded to 8 bits on the way out
+
+
+@configurations
+@pytest.mark.parametrize("what", list(BAD_STEPS))
+def test_a_step_that_is_not_finite_is_skipped(answers: Answers, ranks: int, stage: int, dtype: str, what: str) -> None:
+    answer = answers(ranks, "steps", stage, dtype)
+
+    assert answer["bad"][what]["metrics"]["skipped"] == 1
+    assert_equal(answer["bad"][what]["weights"], answer["after"][-1])
+
+
+@configurations
+def test_a_skipped_step_leaves_nothing_behind(answers: Answers, ranks: int, stage: int, dtype: str) -> None:
+    answer = answers(ranks, "steps", stage, dtype)
+
+    metrics, weights = answer["continued"]
+    assert metrics["skipped"] == 0
+    assert np.isfinite(metrics["loss"])
+    assert np.isfinite(metrics["grad_norm"])
+    assert all(np.isfinite(w).all() for w in weights.values())
+    assert any(not np.array_equal(w, answer["after"][-1][n]) for n, w in weights.items())
+
+
+@configurations
+def test_a_checkpoint_continues_bit_for_bit(answers: Answers, ranks: int, stage: int, dtype: str) -> None:
+    answer = answers(ranks, "steps", stage, dtype)
+
+    assert_equal(answer["loaded"], answer["after"][-1])
+    for name in ("loaded_continued", "fresh_continued"):
+        metrics, weights = answer[name]
+        assert metrics == answer["continued"][0]
+        assert_equal(weights, answer["continued"][1])
+
+
+@configurations
+def test_reset_optimizer_clears_moments_and_step_count(answers: Answers, ranks: int, stage: int, dtype: str) -> None:
+    answer = answers(ranks, "steps", stage, dtype)
+
+    assert answer["before_reset"]["moment"] > 0
+    assert answer["before_reset"]["step"] == len(STEPS) + 1
+    assert answer["after_reset"] == {"moment": 0, "step": 0}
+    assert answer["reset_continued_state"]["step"] == 1
+    assert_equal(answer["reset_weights"], answer["continued"][1])
+
+
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, STAGES)))
+def test_the_step_after_a_reset_is_that_of_a_new_optimizer(answers: Answers, tiny_llama: Path, ranks: int, stage: int) -> None:
+    answer = answers(ranks, "steps", stage, "float32")
+    policy = plain_policy(tiny_llama, "float32")
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            parameter.copy_(torch.from_numpy(answer["reset_weights"][name]))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
+
+    backward(policy, Dpo(), STEPS[1])
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    optimizer.step()
+
+    for name, parameter in policy.model.named_parameters():
+        assert_stepped(answer["reset_continued"][name], parameter)
+
+
+@configurations
+def test_the_weight_source_declares_what_it_yields(answers: Answers, ranks: int, stage: int, dtype: str) -> None:
+    source = answers(ranks, "steps", stage, dtype)["source"]
+
+    check_source(source)
+    assert "lm_head.weight" not in [name for name, *_ in source["yielded"]]  # tied: it is the embedding
+
+
+def check_source(source: dict[str, list[tuple[str, torch.dtype, tuple[int, ...]]]]) -> None:
+    assert source["declared"] == source["yielded"]
+    names = [name for name, *_ in source["yielded"]]
+    assert len(names) == len(set(names))
+    assert all(np.prod(shape) > 0 for _, _, shape in source["yielded"])
+
+
+@pytest.mark.parametrize(("ranks", "stage", "model"), list(product(WORLDS, EXPORTED, ("model", "untied"))))
+def test_an_export_is_the_policy(answers: Answers, ranks: int, stage: int, model: str) -> None:
+    answer = answers(ranks, "export", stage, model)
+    check_source(answer["source"])
+    names = [name for name, *_ in answer["source"]["yielded"]]
+    assert ("lm_head.weight" in names) == (model == "untied")
+
+    exported = AutoModelForCausalLM.from_pretrained(answer["path"], dtype=torch.float32)
+
+    assert_equal({n: p.detach().numpy() for n, p in exported.named_parameters()}, answer["weights"])
+    assert exported.config.tie_word_embeddings == (model == "model")
+    sequences = [s for i in STEPS[0] for s in i.sequences]
+    with torch.no_grad():
+        batch = collate([TrainItem(prompt_id="", sequences=(s,)) for s in sequences])
+        scores = Policy(exported)(batch).logprobs_BT
+    for ours, row, s in zip(answer["scores"][0], scores.numpy(), sequences, strict=True):
+        np.testing.assert_allclose(ours, row[: len(s.response_ids)], atol=1e-4)
+    assert AutoTokenizer.from_pretrained(answer["path"]).eos_token == "<eos>"

@@ -1,0 +1,244 @@
+"""Configuration: where values come from, what is refused, and what identifies a run."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from onlinerl import config as configuration
+from onlinerl.config import RESUMABLE_CHANGES, RunConfig
+from onlinerl.errors import ConfigError
+
+BASE = {
+    "name": "demo",
+    "model": "org/name-7B",
+    "iterations": 3,
+    "algorithm": {"name": "dpo", "beta": 0.2},
+    "oracle": {"name": "sentiment"},
+    "prompts": {"train": "a.jsonl", "heldout": "b.jsonl"},
+}
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, tree: object) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+        return path
+
+    return write
+
+
+def changed(**sections: object) -> RunConfig:
+    return configuration.parse(copy.deepcopy(BASE) | sections)
+
+
+# --- files ---
+
+
+def test_extends_is_relative_to_the_file_that_says_so(write):
+    write("base.yaml", BASE)
+    write("middle.yaml", {"extends": "base.yaml", "prompts": {"per_iteration": 7}})
+    config = configuration.load(write("sub/top.yaml", {"extends": "../middle.yaml", "name": "top", "prompts": {"train": "c"}}))
+    assert (config.name, config.iterations) == ("top", 3)
+    assert (config.prompts.train, config.prompts.heldout, config.prompts.per_iteration) == ("c", "b.jsonl", 7)
+
+
+def test_extends_with_another_implementation_takes_none_of_its_knobs(write):
+    write("base.yaml", BASE)
+    other = configuration.load(write("a.yaml", {"extends": "base.yaml", "algorithm": {"name": "grpo"}}))
+    same = configuration.load(write("b.yaml", {"extends": "base.yaml", "algorithm": {"label_smoothing": 0.1}}))
+    assert other.algorithm == {"name": "grpo"}
+    assert same.algorithm == {"name": "dpo", "beta": 0.2, "label_smoothing": 0.1}
+
+
+def test_extends_in_a_circle(write):
+    write("a.yaml", {"extends": "b.yaml"})
+    with pytest.raises(ConfigError, match="extends itself") as error:
+        configuration.load(write("b.yaml", {"extends": "a.yaml"}))
+    assert error.value.field == "extends"
+
+
+def test_extends_a_file_that_is_not_there(write):
+    write("base.yaml", BASE)
+    with pytest.raises(ConfigError, match=r"there is no file .*bas\.yaml") as error:
+        configuration.load(write("top.yaml", {"extends": "bas.yaml"}))
+    assert "base.yaml" in error.value.fix
+
+
+# --- overrides ---
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1E-5", "1.0e-5", "1.e-5", "0.00001", "+1e-5"])
+def test_floats_as_people_write_them(write, text):
+    """YAML 1.1 takes 1e-5 for a string, on the command line and in a file."""
+    path = write("base.yaml", BASE)
+    assert configuration.load(path, [f"training.learning_rate={text}"]).training.learning_rate == 1e-5
+    path = write("file.yaml", yaml.safe_dump(BASE) + f"training:\n  learning_rate: {text}\n")
+    assert configuration.load(path).training.learning_rate == 1e-5
+
+
+def test_overrides_are_typed_and_nested(write):
+    path = write("base.yaml", BASE)
+    config = configuration.load(
+        path,
+        [
+            "iterations=5",
+            "prompts.reuse=true",
+            "engine.resources.rollout_node=1",
+            "engine.resources={other: 0.5}",
+            "cluster.address=null",
+            "name=a=b".replace("=b", "-b"),
+            "model=org/nan-1e5",
+        ],
+    )
+    assert config.iterations == 5
+    assert config.prompts.reuse is True
+    assert config.engine.resources == {"other": 0.5}
+    assert config.cluster.address is None
+    assert (config.name, config.model) == ("a-b", "org/nan-1e5")
+
+
+@pytest.mark.parametrize("name", ["nan", "inf", "infinity", "e5"])
+def test_words_stay_words(write, name):
+    assert configuration.load(write("base.yaml", BASE), [f"name={name}"]).name == name
+
+
+def test_another_implementation_forgets_the_old_knobs(write):
+    path = write("base.yaml", BASE)
+    assert configuration.load(path, ["algorithm.name=grpo"]).algorithm == {"name": "grpo"}
+    assert configuration.load(path, ["algorithm.name=dpo"]).algorithm == {"name": "dpo", "beta": 0.2}
+    assert configuration.load(path, ["algorithm.name=grpo", "algorithm.clip_low=0.1"]).algorithm["clip_low"] == 0.1
+
+
+# --- types ---
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("iterations", "3"),
+        ("iterations", 3.0),
+        ("iterations", True),
+        ("seed", -1),
+        ("prompts.reuse", "yes"),
+        ("prompts.reuse", 1),
+        ("sampling.temperature", "1.0"),
+        ("sampling.temperature", 0),
+        ("name", 7),
+        ("runs", ["a"]),
+        ("algorithm.beta", "0.1"),
+        ("algorithm", "dpo"),
+        ("training", 5),
+        ("training.learning_rate", float("nan")),
+    ],
+)
+def test_types_are_strict(write, key, value):
+    tree = copy.deepcopy(BASE)
+    *parents, leaf = key.split(".")
+    node = tree
+    for part in parents:
+        node = node.setdefault(part, {})
+    node[leaf] = value
+    with pytest.raises(ConfigError) as error:
+        configuration.load(write("bad.yaml", tree))
+    assert error.value.field == key
+    assert error.value.fix
+
+
+def test_whole_numbers_are_numbers():
+    assert changed(sampling={"temperature": 1}).sampling.temperature == 1.0
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        changed().iterations = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("tree", "field", "fix"),
+    [
+        ({"iteration": 3}, "iteration", "did you mean 'iterations'?"),
+        ({"sampling": {"sample_per_prompt": 2}}, "sampling.sample_per_prompt", "did you mean 'samples_per_prompt'?"),
+        ({"algorithm": {"name": "dpo", "bata": 1}}, "algorithm.bata", "did you mean 'beta'?"),
+        ({"pairing": {"name": "best_wurst"}}, "pairing.name", "did you mean 'best_worst'?"),
+        ({"oracle": {"include_prompt": True}}, "oracle.name", "choose one of"),
+    ],
+)
+def test_suggestions(tree, field, fix):
+    """R-L2."""
+    with pytest.raises(ConfigError) as error:
+        changed(**tree)
+    assert error.value.field == field
+    assert fix in error.value.fix
+
+
+def test_several_problems_are_counted():
+    with pytest.raises(ConfigError, match="and 1 more problem"):
+        changed(iterations=0, seed=-1)
+
+
+# --- identity ---
+
+
+def test_round_trip(write):
+    config = changed(training={"learning_rate": 1e-7}, engine={"resources": {"x": 1.0}}, oracle={"name": "sentiment"})
+    again = configuration.load(write("dumped.yaml", configuration.dump(config)))
+    assert configuration.dump(again) == configuration.dump(config)
+    assert configuration.digest(again) == configuration.digest(config)
+    assert again.training == config.training
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations_round_trip(write, path):
+    config = configuration.load(path)
+    again = configuration.load(write("dumped.yaml", configuration.dump(config)))
+    assert configuration.digest(again) == configuration.digest(config)
+
+
+def test_what_a_resume_may_change_is_no_part_of_the_identity():
+    before = configuration.digest(changed())
+    changes: list[dict[str, object]] = [
+        {"iterations": 9},
+        {"runs": "elsewhere"},
+        {"metrics": {"prometheus_port": 0}},
+        {"cluster": {"device": "cpu"}},
+        {"engine": {"replicas": 4, "threads": 2}},
+        {"learner": {"tokens_per_microbatch": 100}},
+        {"checkpoints": {"keep": 5}},
+    ]
+    assert {configuration.digest(changed(**change)) for change in changes} == {before}
+
+
+def test_what_is_computed_is_part_of_the_identity():
+    changes: list[dict[str, object]] = [
+        {},
+        {"seed": 1},
+        {"algorithm": {"name": "dpo", "beta": 0.3}},
+        {"algorithm": {"name": "grpo"}},
+        {"oracle": {"name": "sentiment", "include_prompt": False}},
+        {"training": {"items_per_step": 4}},
+        {"sampling": {"temperature": 0.7}},
+        {"engine": {"dtype": "float32"}},
+        {"model": "org/other-7B"},
+    ]
+    assert len({configuration.digest(changed(**change)) for change in changes}) == len(changes)
+
+
+def test_a_default_written_out_changes_nothing():
+    spelled = changed(
+        algorithm={"name": "dpo", "beta": 0.2, "label_smoothing": 0.0}, seed=0, sampling={"samples_per_prompt": 4}
+    )
+    assert configuration.digest(spelled) == configuration.digest(changed())
+    assert configuration.fingerprint(spelled)["algorithm.label_smoothing"] == 0.0
+
+
+def test_every_resumable_key_exists():
+    flat = configuration.flatten(changed().model_dump(mode="json"))
+    for key in RESUMABLE_CHANGES:
+        assert any(k == key or k.startswith(key + ".") for k in flat), key

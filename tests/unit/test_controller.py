@@ -1,0 +1,200 @@
+"""What the loop decides by itself: schedules, and what may not reach training."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onlinerl import config as configuration
+from onlinerl.controller import evaluation, health
+from onlinerl.controller.evaluation import Evaluated
+from onlinerl.controller.parts import batched, learning_rates, reference_iteration
+from onlinerl.errors import EngineError, LearnerError, OracleError
+from onlinerl.types import Failure, Group, Judged, Prompt, Rollout, Sampling, Verdict
+
+# --- schedules ---
+
+
+def test_which_iterate_the_reference_is():
+    iterations = range(1, 8)
+    assert [reference_iteration("fixed", 1, t) for t in iterations] == [0] * 7
+    assert [reference_iteration("none", 1, t) for t in iterations] == [None] * 7
+    assert [reference_iteration("previous", 1, t) for t in iterations] == [0, 1, 2, 3, 4, 5, 6]
+    assert [reference_iteration("every_n", 1, t) for t in iterations] == [0, 1, 2, 3, 4, 5, 6]
+    assert [reference_iteration("every_n", 3, t) for t in iterations] == [0, 0, 0, 3, 3, 3, 6]
+
+
+@given(st.sampled_from(["fixed", "previous", "every_n"]), st.integers(1, 9), st.integers(1, 50))
+def test_the_reference_is_never_the_future(schedule, every, iteration):
+    assert 0 <= reference_iteration(schedule, every, iteration) < iteration
+
+
+def rates(iteration: int, steps: int, **training: object) -> list[float]:
+    tree = {
+        "name": "demo",
+        "model": "org/name",
+        "iterations": 9,
+        "algorithm": {"name": "dpo"},
+        "oracle": {"name": "sentiment"},
+        "prompts": {"train": "a", "heldout": "b"},
+        "training": {"learning_rate": 1.0, **training},
+    }
+    return learning_rates(configuration.parse(tree), iteration, steps)
+
+
+def test_learning_rates():
+    assert rates(1, 4) == [1, 1, 1, 1]
+    assert rates(1, 4, schedule="linear") == [1, 0.75, 0.5, 0.25]
+    assert rates(1, 4, schedule="cosine") == pytest.approx([1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)])
+    assert rates(1, 4, warmup=0.5) == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert rates(1, 6, warmup=0.34, schedule="linear") == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25])
+    assert rates(3, 2, iteration_decay=0.5) == [0.25, 0.25]
+    assert rates(1, 0) == []
+    assert rates(1, 2, learning_rate=0) == [0, 0]
+
+
+@given(st.integers(1, 40), st.sampled_from(["constant", "linear", "cosine"]), st.floats(0, 0.9))
+def test_learning_rates_stay_below_the_peak_and_above_zero(steps, schedule, warmup):
+    found = rates(1, steps, schedule=schedule, warmup=warmup)
+    assert len(found) == steps
+    assert all(0 < rate <= 1 for rate in found)
+
+
+def test_batched():
+    assert [list(b) for b in batched(range(5), 2)] == [[0, 1], [2, 3], [4]]
+    assert list(batched([], 2)) == []
+
+
+# --- rollouts ---
+
+
+def group(**changes: object) -> Group:
+    facts = {
+        "token_ids": (3, 4),
+        "logprobs": (-0.5, -1.0),
+        "text": "good film",
+        "finish_reason": "stop",
+        "policy_version": 2,
+        "sampler": Sampling(),
+        "seed": 0,
+    }
+    good = Rollout(**facts)  # type: ignore[arg-type]
+    return Group(
+        prompt=Prompt(id="p1", text="the", token_ids=(1,)),
+        rollouts=(good, Rollout(**{**facts, **changes})),  # type: ignore[arg-type]
+    )
+
+
+def test_good_rollouts_pass():
+    health.check_group(group(), 2)
+    health.check_group(group(token_ids=(), logprobs=(), text=""), 2)
+
+
+@pytest.mark.parametrize("logprobs", [(), (-0.5,), (-0.5, -1.0, -0.1), (-0.5, math.nan), (-0.5, -math.inf)])
+def test_a_missing_logprob_is_refused(logprobs):
+    """R-E3."""
+    with pytest.raises(EngineError, match="p1: a response lacks a finite log-prob") as error:
+        health.check_group(group(logprobs=logprobs), 2)
+    assert "nothing was stored" in error.value.fix
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_policy_than_the_current_one_is_refused(version):
+    """R-B3: with a lag of 0, one stale replica is an error and no noise."""
+    with pytest.raises(EngineError, match=f"p1: sampled by version {version}, expected 2") as error:
+        health.check_group(group(policy_version=version), 2)
+    assert "missed a weight update" in error.value.fix
+
+
+# --- verdicts ---
+
+
+def verdict(*scores: float) -> Verdict:
+    return Verdict(annotator="test", oracle_version="1", scores=scores)
+
+
+def judged(*scores: float) -> Judged:
+    one = group()
+    return Judged(group=Group(prompt=one.prompt, rollouts=(one.rollouts[0],) * len(scores)), verdict=verdict(*scores))
+
+
+def test_failures_up_to_the_limit_are_tolerated():
+    """R-G1."""
+    failure = Failure(kind="timeout", message="took 9 s")
+    health.check_failures([verdict(1.0)] * 9 + [failure], 0.1)
+    health.check_failures([], 0.0)
+    with pytest.raises(OracleError) as error:
+        health.check_failures([verdict(1.0)] * 8 + [failure] * 2, 0.1)
+    assert "failed on 2 of 10 groups (2 timeout); first timeout: took 9 s" in str(error.value)
+    assert error.value.field == "oracle"
+
+
+def test_the_commonest_failure_is_shown():
+    kinds = [Failure(kind="timeout", message="slow"), *[Failure(kind="non_finite", message="is nan")] * 2]
+    with pytest.raises(OracleError, match="first non_finite: is nan"):
+        health.check_failures(kinds, 0.5)
+
+
+def test_an_oracle_that_never_separates_stops_the_run():
+    """R-G4."""
+    health.check_spread([judged(1.0, 1.0), judged(1.0, 2.0)])
+    health.check_spread([])
+    with pytest.raises(OracleError, match="all 2 groups are ties"):
+        health.check_spread([judged(1.0, 1.0), judged(0.0, 0.0)])
+
+
+def test_nothing_to_train_on_stops_the_run():
+    health.check_items(1, 4, {"tie": 3})
+    with pytest.raises(
+        OracleError, match=re.escape("no training item is left of 4 judged groups (dropped: 3 tie, 1 identical)")
+    ):
+        health.check_items(0, 4, {"tie": 3, "identical": 1})
+
+
+# --- the self-test ---
+
+
+def test_self_test():
+    """R-E5."""
+    good = {"loss": math.log(2), "reference_gap": 1e-5, "kl": 0.0}
+    health.check_self_test(good, math.log(2), 1e-3, 0.02)
+    health.check_self_test({**good, "loss": 7.0}, None, 1e-3, 0.02)
+    health.check_self_test({**good, "reference_gap": math.nan}, math.log(2), 1e-3, 0.02)
+    for loss in (math.log(2) + 0.002, math.nan):
+        with pytest.raises(LearnerError, match="with policy = reference the loss is"):
+            health.check_self_test({**good, "loss": loss}, math.log(2), 1e-3, 0.02)
+    with pytest.raises(LearnerError, match=r"differ by 0\.0300 nats per token"):
+        health.check_self_test({**good, "reference_gap": 0.03}, math.log(2), 1e-3, 0.02)
+
+
+# --- evaluation ---
+
+
+def evaluated(scores: dict[str, float]) -> Evaluated:
+    one = group()
+    groups = [Group(prompt=Prompt(id=i, text=i, token_ids=(1,)), rollouts=one.rollouts[:1]) for i in scores]
+    return Evaluated(groups=groups, verdicts={i: verdict(s) for i, s in scores.items()})
+
+
+def test_win_rate_of_scores_asks_nobody():
+    now, then = evaluated({"a": 1.0, "b": 0.0, "c": 0.5}), evaluated({"a": 0.0, "b": 1.0, "c": 0.5})
+    rate, calls = evaluation.win_rate(now, then, oracle=None)  # type: ignore[arg-type]
+    assert (rate.value, rate.n, calls) == (0.5, 3, 0)
+    same, _ = evaluation.win_rate(now, now, oracle=None)  # type: ignore[arg-type]
+    assert same.value == 0.5
+
+
+def test_mismatch():
+    """R-E1: engine against learner, token by token."""
+    one = group()
+    same = evaluation.mismatch([one], [np.array([-0.5, -1.0])] * 2)
+    assert (same.mean, same.p99, same.max, same.k3, same.tokens) == (0, 0, 0, 0, 4)
+    off = evaluation.mismatch([one], [np.array([-0.4, -1.0])] * 2)
+    assert off.max == pytest.approx(0.1)
+    assert off.mean == pytest.approx(0.05)
+    assert off.k3 == pytest.approx((math.exp(0.1) - 1.1) / 2)

@@ -1,0 +1,166 @@
+"""Derived numbers, estimates and identities: what is printed and recorded before a run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from onlinerl import config as configuration
+from onlinerl import preflight
+from onlinerl.config import RunConfig
+from onlinerl.errors import OracleError
+from onlinerl.protocols import Oracle
+from onlinerl.types import Prompt
+
+QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
+
+
+def config(*overrides: str) -> RunConfig:
+    return configuration.load(QUICKSTART, overrides)
+
+
+def derived(*overrides: str) -> str:
+    loaded = config(*overrides)
+    return preflight.derived(loaded, configuration.algorithm(loaded))
+
+
+# --- numbers that follow from others (R-L1) ---
+
+
+def test_the_quickstart():
+    assert derived().startswith(
+        "64 prompts x 4 samples -> at most 64 pairs -> at most 8 optimizer steps an iteration (8 pairs a step"
+    )
+    assert derived().endswith("4 iterations")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "items", "steps"),
+    [
+        (["pairing.name=all_pairs"], "384 pairs", 48),
+        (["pairing.name=ranked"], "128 pairs", 16),
+        (["training.epochs=2"], "64 pairs", 16),
+        (["prompts.per_iteration=9"], "9 pairs", 2),
+        (["algorithm.name=grpo"], "256 ", 32),
+        (["algorithm.name=ppo", "training.items_per_step=256"], "256 ", 1),
+    ],
+)
+def test_items_and_steps(overrides, items, steps):
+    assert f"at most {items}" in derived(*overrides)
+    assert f"-> at most {steps} optimizer step" in derived(*overrides)
+
+
+# --- memory ---
+
+
+def test_memory_of_a_7b_model():
+    """bf16 with fp32 master weights: 2 + 2 + 12 bytes a parameter, and 2 for the reference."""
+    one = preflight.memory(config("learner.dtype=bfloat16"), 2**30)
+    assert "learner 1 rank x 18.0 GiB (ZeRO-0, bfloat16" in one
+    assert "engine 1 replica x 1 x 2.0 GiB of weights plus KV cache" in one
+    eight = preflight.memory(config("learner.ranks=8", "learner.zero_stage=3", "engine.tensor_parallel_size=2"), 2**30)
+    assert "learner 8 ranks x 4.0 GiB (ZeRO-3" in eight
+    assert "engine 1 replica x 2 x 1.0 GiB" in eight
+
+
+def test_memory_shrinks_with_every_stage():
+    def learner(stage: int) -> float:
+        text = preflight.memory(config("learner.ranks=4", f"learner.zero_stage={stage}"), 7e9)
+        return float(text.split(" x ")[1].split(" GiB")[0])
+
+    sizes = [learner(stage) for stage in (0, 1, 2, 3)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 4
+
+
+def test_memory_of_an_unknown_model():
+    assert "not known" in preflight.memory(config(), None)
+
+
+# --- what check returns ---
+
+
+@pytest.fixture
+def check(toy_config, tmp_path):
+    def check(**overrides: object) -> preflight.Checked:
+        keys = {key.replace("__", "."): value for key, value in overrides.items()}
+        return preflight.check(configuration.load(toy_config(tmp_path, keys)))
+
+    return check
+
+
+def test_check_counts_the_parameters(check, tiny_model):
+    checked = check()
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert checked.parameters == sum(p.numel() for p in model.parameters())
+    # fp32 moments and master weights, and the weights twice: in the checkpoint and in the export.
+    assert checked.state_bytes == checked.parameters * (12 + 2 * 2)
+    assert len(checked.heldout) == 10
+    assert len(checked.train or ()) == 40
+
+
+def test_max_model_len(check):
+    """The longest prompt, the response and one more token, rounded up to blocks of 16; or what was set."""
+    longest = max(len(p.token_ids) for p in [*check().train, *check().heldout])  # type: ignore[misc]
+    assert longest < 8
+    assert check(sampling__max_new_tokens=8).max_model_len == 16
+    assert check(sampling__max_new_tokens=16 - longest - 1).max_model_len == 16
+    assert check(sampling__max_new_tokens=16 - longest).max_model_len == 32
+    assert check(engine__max_model_len=50).max_model_len == 50
+
+
+def test_fewer_heldout_prompts(check):
+    assert [p.id for p in check(evaluation__prompts=3).heldout] == ["p060", "p061", "p062"]
+
+
+def test_a_hub_id_leaves_the_prompts_unrendered(check):
+    checked = check(model="org/name-1.5B")
+    assert checked.train is None
+    assert checked.parameters == 1.5e9
+    assert any("is not on this machine" in note for note in checked.notes)
+
+
+# --- identity (R-D3) ---
+
+
+def test_identity(tiny_model, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    before = preflight.identity(str(model))
+    assert before["model"] == str(model)
+    (model / "README.md").write_text("notes are no part of a model")
+    assert preflight.identity(str(model)) == before
+    weights = model / "model.safetensors"
+    data = weights.read_bytes()
+    for position in (len(data) // 2, len(data) - 1):
+        weights.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        assert preflight.identity(str(model))["checksum"] != before["checksum"]
+    weights.write_bytes(data)
+    assert preflight.identity(str(model)) == before
+    (model / "tokenizer_config.json").write_text("{}")
+    assert preflight.identity(str(model))["checksum"] != before["checksum"]
+
+
+def test_identity_does_not_depend_on_the_place(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "copy")
+    assert preflight.identity(str(tmp_path / "copy"))["checksum"] == preflight.identity(str(tiny_model))["checksum"]
+
+
+def test_identity_of_a_hub_id():
+    assert preflight.identity("org/name") == {"model": "org/name"}
+
+
+# --- the trial question ---
+
+
+def test_probe_wants_one_result_per_query():
+    class Silent(Oracle):
+        def judge(self, queries):
+            return []
+
+    with pytest.raises(OracleError, match="returned 0 results for one query"):
+        preflight.probe_oracle(Silent(), Prompt(id="p", text="the film", token_ids=(1,)))
