@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from onlinerl.config import RunConfig
@@ -185,16 +185,22 @@ def get(refs: Any, *, timeout_s: float, error: type[OnlineRLError], what: str) -
     """
     named = refs if isinstance(refs, Mapping) else {"": refs}
     deadline = time.monotonic() + timeout_s
+    roles = {ref: role for role, ref in named.items()}
+    waiting = list(roles)
     results = {}
-    for role, ref in named.items():
+    while waiting:
+        # In the order of arrival: the first failure is the cause, and what others are still waiting for may be its consequence.
+        done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not done:
+            late = ", ".join(filter(None, (roles[ref] for ref in waiting)))
+            raise error(
+                f"{late}{': ' if late else ''}{what} did not finish within {timeout_s:.0f} s",
+                fix="look for a stuck or overloaded process on that node",
+            )
+        role = roles[done[0]]
         where = f"{role}: " if role else ""
         try:
-            results[role] = ray.get(ref, timeout=max(0.0, deadline - time.monotonic()))
-        except GetTimeoutError:
-            raise error(
-                f"{where}{what} did not finish within {timeout_s:.0f} s",
-                fix="look for a stuck or overloaded process on that node",
-            ) from None
+            results[role] = ray.get(done[0])
         except RayTaskError as failure:
             cause = failure.cause
             if isinstance(cause, OnlineRLError):
@@ -207,4 +213,4 @@ def get(refs: Any, *, timeout_s: float, error: type[OnlineRLError], what: str) -
                 f"{where}its process died during {what}: {failure}",
                 fix="often out of memory: see the end of the Ray logs; then `onlinerl resume`",
             ) from failure
-    return list(results.values()) if isinstance(refs, Mapping) else results[""]
+    return [results[role] for role in named] if isinstance(refs, Mapping) else results[""]

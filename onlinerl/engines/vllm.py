@@ -150,9 +150,10 @@ class VLLMReplica:
     # --- the control plane of a weight update: the four calls of vLLM's VLLMWeightSyncClient, plus ours ---
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Join the learner's transfer group."""
+        """Join the learner's transfer group; an update that was left half-open is given up."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
+        await self._engine.collective_rpc("onlinerl_abandon_update")
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def shutdown_weight_transfer_engine(self) -> None:

@@ -213,12 +213,16 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             dtype_names=[str(m.dtype).removeprefix("torch.") for m in metas],
             shapes=[list(m.shape) for m in metas],
         )
-        self.client.start_weight_update()
-        with _Background() as side:
-            received = side.submit(self.client.update_weights, asdict(info))
-            self._broadcast(metas, received)
-            received.result()
-        self.client.finish_weight_update()
+        try:
+            self.client.start_weight_update()
+            with _Background() as side:
+                received = side.submit(self.client.update_weights, asdict(info))
+                self._broadcast(metas, received)
+                received.result()
+            self.client.finish_weight_update()
+        except BaseException:
+            self.shutdown()  # breaks the connections: replicas that wait for more fail now, not at their deadline
+            raise
 
     def _broadcast(self, metas: list[ParamMeta], received: Any) -> None:
         assert self.source is not None

@@ -47,6 +47,22 @@ class Receiver:
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
         return {name: digest(tensor) for name, tensor in model.named_parameters()}
 
+    def onlinerl_abandon_update(self) -> None:
+        """Close an update that was never finished, so that the next one can start (R-A4); does nothing if there is none.
+
+        Layers that had not arrived whole are left with whatever they hold: the next update must send everything.
+        """
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, get_layerwise_info
+
+        runner = self.model_runner  # type: ignore[attr-defined]
+        model = runner.get_model()
+        # vLLM's own flag is lowered by a failed update, but layers still count what had arrived before it failed.
+        if any(get_layerwise_info(layer).can_load() for layer in model.modules()):
+            with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+                finalize_layerwise_reload(model, runner.model_config)
+        self._weight_update_active = False
+
     def onlinerl_pid(self) -> int:
         """Process id of this worker."""
         import os

@@ -11,7 +11,7 @@ WORDS = (
     "good great wonderful love happy excellent best fine nice superb bad awful terrible hate sad worst poor boring ugly "
     "horrible not very really quite never always music camera script people house harbour train before after because when while "
     "but so then there they she he you my his her one two three old new long short slow fast dark light"
-).split()
+)
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
 
@@ -21,7 +21,7 @@ def build_tiny_llama(path: Path, *, tied: bool, seed: int = 0, scale: float = 0.
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    words = [*SPECIALS, *WORDS]
+    words = [*SPECIALS, *WORDS.split()]
     words += [f"w{i}" for i in range(160 - len(words))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onlinerl import config as configuration
@@ -29,6 +29,7 @@ def test_which_iterate_the_reference_is():
     assert [reference_iteration("every_n", 3, t) for t in iterations] == [0, 0, 0, 3, 3, 3, 6]
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.sampled_from(["fixed", "previous", "every_n"]), st.integers(1, 9), st.integers(1, 50))
 def test_the_reference_is_never_the_future(schedule, every, iteration):
     assert 0 <= reference_iteration(schedule, every, iteration) < iteration
@@ -58,6 +59,7 @@ def test_learning_rates():
     assert rates(1, 2, learning_rate=0) == [0, 0]
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.integers(1, 40), st.sampled_from(["constant", "linear", "cosine"]), st.floats(0, 0.9))
 def test_learning_rates_stay_below_the_peak_and_above_zero(steps, schedule, warmup):
     found = rates(1, steps, schedule=schedule, warmup=warmup)

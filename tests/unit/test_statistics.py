@@ -30,6 +30,7 @@ def test_wilson_against_known_values(wins, n, low, high):
     assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=60))
 def test_wilson_properties(wins):
     found, mirrored = wilson(wins), wilson([1 - w for w in wins])
@@ -101,7 +102,7 @@ def test_absurd_ratios_are_clamped_and_counted():
 logprob = st.floats(min_value=-30, max_value=0)
 
 
-@settings(max_examples=50)
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.lists(st.tuples(logprob, logprob), min_size=1, max_size=6), min_size=1, max_size=6))
 def test_k3_is_never_negative(rows):
     found = divergence([np.array([p for p, _ in row]) for row in rows], [np.array([q for _, q in row]) for row in rows])
