@@ -94,7 +94,9 @@ def check(config: RunConfig) -> Checked:
         raise ConfigError(
             f"{config.iterations} iterations of {config.prompts.per_iteration} fresh prompts need {wanted}, and there are {total}",
             field="prompts.per_iteration",
-            fix=f"lower it to {total // config.iterations}, add prompts, or set prompts.reuse=true",
+            fix=f"lower it to {total // config.iterations}, add prompts, or set prompts.reuse=true"
+            if total >= config.iterations
+            else f"lower iterations to {total} or less, add prompts, or set prompts.reuse=true",
         )
     if config.prompts.per_iteration > total:  # even with reuse, no prompt comes twice in one iteration
         raise ConfigError(

@@ -100,6 +100,20 @@ def check_self_test(result: Mapping[str, float], expected_loss: float | None, lo
         )
 
 
+def check_mismatch(k3: float, limit: float) -> None:
+    """Engine and learner must agree on the same tokens with the same weights (R-E1).
+
+    Raises:
+        EngineError: if they differ by more than numerics explain.
+    """
+    if not k3 <= limit:
+        raise EngineError(
+            f"engine and learner differ by {k3:.4f} nats per token (k3) on fresh rollouts of the same weights",
+            field="evaluation.max_mismatch_k3",
+            fix="look for a different dtype, temperature or model implementation; raise the limit only if that explains it",
+        )
+
+
 def _tied(judged: Judged) -> bool:
     rates = judged.verdict.win_rates()
     return bool(np.nanmax(rates) - np.nanmin(rates) < 1e-9)

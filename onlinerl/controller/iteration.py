@@ -336,6 +336,7 @@ class Iteration:
             calls += more
         sample = groups[: config.evaluation.mismatch_sample]
         gap = evaluation.mismatch(sample, own[: len(sample)])
+        health.check_mismatch(gap.k3, config.evaluation.max_mismatch_k3)
         return self.report.evaluated(self.number, now, base_kl, prev_kl, wins, gap) | {"oracle_calls": calls}
 
     def _other(self, iterate: int) -> str | None:

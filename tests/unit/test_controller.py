@@ -200,3 +200,11 @@ def test_mismatch():
     assert off.max == pytest.approx(0.1)
     assert off.mean == pytest.approx(0.05)
     assert off.k3 == pytest.approx((math.exp(0.1) - 1.1) / 2)
+
+
+@pytest.mark.parametrize("k3", [0.021, math.inf, math.nan])
+def test_engine_and_learner_must_agree(k3):
+    """R-E1."""
+    health.check_mismatch(0.019, 0.02)
+    with pytest.raises(EngineError, match="max_mismatch_k3"):
+        health.check_mismatch(k3, 0.02)
