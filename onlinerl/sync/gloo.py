@@ -81,7 +81,13 @@ def join(store: TCPStore, address: str, rank: int, world_size: int, timeout_s: f
     # Bind to the interface that can reach the learner: the default is whatever the host name resolves to (R-A5).
     options._devices = [torch.distributed.ProcessGroupGloo.create_device(hostname=local_address(address))]
     options._timeout = timeout
+    if rank > 0:
+        store.set(_arrival(rank), b"")
     return torch.distributed.ProcessGroupGloo(PrefixStore("onlinerl", store), rank, world_size, options)
+
+
+def _arrival(rank: int) -> str:
+    return f"arrived/{rank}"
 
 
 def buckets(metas: list[ParamMeta], bucket_bytes: int) -> Iterator[list[ParamMeta]]:
@@ -196,6 +202,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         )
         with _Background() as side:
             joined = side.submit(client.init_weight_transfer_engine, asdict(worker_info))
+            _await_arrivals(store, init_info, joined)
             group = join(store, init_info.master_address, 0, init_info.world_size, init_info.timeout_s)
             joined.result()
         return cls(client=client, source=source, init_info=init_info, group=group)
@@ -250,6 +257,19 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
     def shutdown(self) -> None:
         """Leave the group."""
         self._group = None
+
+
+def _await_arrivals(store: TCPStore, init_info: GlooTrainerInitInfo, joined: Any) -> None:
+    """Wait until every worker is at the door: opening a group blocks, and a replica that has failed never comes (R-A1)."""
+    deadline = time.monotonic() + init_info.timeout_s
+    everyone = [_arrival(rank) for rank in range(1, init_info.world_size)]
+    while not store.check(everyone):
+        if joined.done() and joined.exception() is not None:
+            raise joined.exception()
+        if time.monotonic() > deadline:
+            missing = [rank for rank in range(1, init_info.world_size) if not store.check([_arrival(rank)])]
+            raise TimeoutError(f"workers {missing} did not join the transfer within {init_info.timeout_s:.0f} s")
+        time.sleep(0.02)
 
 
 def _wait(work: Any, received: Any, timeout_s: float) -> None:

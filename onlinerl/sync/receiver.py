@@ -53,7 +53,8 @@ class Receiver:
         Layers that had not arrived whole are left with whatever they hold: the next update must send everything.
         """
         from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, get_layerwise_info
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         runner = self.model_runner  # type: ignore[attr-defined]
         model = runner.get_model()
