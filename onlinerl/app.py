@@ -250,16 +250,20 @@ def _trackers(config: RunConfig, directory: Path, console: Console) -> list[Trac
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `Interrupted` wherever the controller is; what is finished is on disk already."""
+    """SIGINT and SIGTERM stop the controller wherever it is and end as `Interrupted`; what is finished is on disk already."""
+    received: list[str] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):  # once is enough: let the clean-up finish
             signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(f"stopped by {signal.Signals(number).name}", fix="continue with `onlinerl resume`")
+        received.append(signal.Signals(number).name)
+        raise KeyboardInterrupt  # the one exception that Ray's waiting calls let through a signal handler
 
     before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped by {' and '.join(received)}", fix="continue with `onlinerl resume`") from None
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from math import prod
@@ -285,10 +285,10 @@ def _wait(work: Any, received: Any, timeout_s: float) -> None:
 
 
 class _Background(ThreadPoolExecutor):
-    """One side thread that is never waited for when the main thread has failed: its peer may never answer."""
+    """Side threads that are never waited for when the main thread has failed: their peers may never answer."""
 
     def __init__(self) -> None:
-        super().__init__(max_workers=1)
+        super().__init__(max_workers=2)
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         self.shutdown(wait=kind is None)

@@ -29,7 +29,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 State = dict[str, Tensor]
 BUCKET = 20_000  # bytes: several messages per push, whose boundaries fall inside layers
-TIMEOUT_S = 60.0
+TIMEOUT_S = 30.0
 # fp32 on both sides; other kernels, other summation order.
 CLOSE = 1e-4
 
@@ -386,7 +386,7 @@ def test_after_a_failure_in_the_middle_a_complete_push_is_correct(
     sender.push(state_of(other), 42)
 
     prove(replica, other, 42)
-    assert time.monotonic() - started < TIMEOUT_S / 2, "the replica waited for its deadline"
+    assert time.monotonic() - started < TIMEOUT_S, "the replica waited for its deadline"
 
 
 def test_a_source_that_yields_something_else_is_refused(replica: Replica, sender: Sender, base: LlamaForCausalLM) -> None:
@@ -416,7 +416,7 @@ def test_a_name_the_engine_does_not_know_fails_with_its_own_error(
     replica: Replica, sender: Sender, base: LlamaForCausalLM
 ) -> None:
     state = state_of(base)
-    with pytest.raises(Exception, match="(?i)no_such|unexpected|weight"):
+    with pytest.raises(Exception, match=r"(?i)no_such"):
         sender.push({**state, "model.layers.0.no_such.weight": torch.ones(4)}, 70)
 
     sender.push(state, 71)
@@ -430,6 +430,6 @@ def test_a_replica_that_never_joins_is_an_error_at_the_deadline(replica: Replica
         def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
 
     started = time.monotonic()
-    with pytest.raises(Exception, match="(?i)time|connect"):
+    with pytest.raises(Exception, match=r"(?i)time|connect"):
         Sender(replica).connect(timeout_s=3, client=Absent())
     assert time.monotonic() - started < 20
