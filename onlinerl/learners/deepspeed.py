@@ -36,9 +36,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def environment(config: LearnerConfig, device: str, threads: int) -> dict[str, str]:
     """Environment variables a rank's process must start with."""
-    env = {"TOKENIZERS_PARALLELISM": "false", "DEEPSPEED_LOG_LEVEL": "WARNING", "VLLM_LOGGING_LEVEL": "WARNING"}
+    env = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "DEEPSPEED_LOG_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "ONLINERL_DIE_WITH_PARENT": "1",
+    }
     if device == "cpu":
-        env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads), "ONLINERL_DIE_WITH_PARENT": "1"}
+        env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     return env
 
 

@@ -159,9 +159,15 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def finish_weight_update(self) -> None:
         """Finish the reload."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
+        # On CPU an output matrix is packed into a copy. A tied one gets no weights of its own, so the reload leaves its copy as it
+        # was, and the model would go on computing its logits with the matrix it started with (R-B7).
+        for layer in self.model.modules():
+            if isinstance(layer, VocabParallelEmbedding):
+                layer.quant_method.process_weights_after_loading(layer)
 
     def shutdown(self) -> None:
         """Leave the group."""
