@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from onlinerl.cluster import _reaper
 from onlinerl.config import RunConfig
 from onlinerl.errors import ClusterError, OnlineRLError
 
@@ -88,6 +90,7 @@ class Cluster:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._group: PlacementGroup | None = None
+        self._reaper: subprocess.Popen[bytes] | None = None
         self.device = "cpu"
         self.placements: list[Placement] = []
 
@@ -107,6 +110,10 @@ class Cluster:
             remove_placement_group(self._group)
             self._group = None
         ray.shutdown()
+        if self._reaper is not None:
+            self._reaper.kill()
+            self._reaper.wait()
+            self._reaper = None
 
     def _connect(self) -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -117,6 +124,7 @@ class Cluster:
         try:
             if address is None:
                 ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+                self._reaper = _reaper.start(os.getpid())
             else:
                 ray.init(address=address, namespace="onlinerl", **quiet)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:

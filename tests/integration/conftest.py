@@ -18,14 +18,13 @@ SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 def build_tiny_llama(path: Path, *, tied: bool, seed: int = 0, scale: float = 0.08) -> Path:
     """Write a two-layer Llama with random weights and a word-level tokenizer to `path`."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     words = [*SPECIALS, *WORDS.split()]
     words += [f"w{i}" for i in range(160 - len(words))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     ).save_pretrained(path)

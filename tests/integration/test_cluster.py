@@ -1,0 +1,256 @@
+"""The real wiring: Ray, two vLLM replicas, two DeepSpeed ranks, one controller; and what happens when one of them is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+GONE_WITHIN_S = 30.0
+WORDS = "old new long short slow fast dark light".split()  # noqa: SIM905
+
+
+def write_config(folder: Path, model: Path, **changes: Any) -> Path:
+    train = [
+        {"id": f"t{i}", "text": f"the {a} film was {b} and"} for i, (a, b) in enumerate(zip(WORDS, WORDS[::-1], strict=True))
+    ]
+    heldout = [{"id": f"h{i}", "text": f"the {word} story was"} for i, word in enumerate(WORDS[:4])]
+    for name, rows in (("train", train), ("heldout", heldout)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config: dict[str, Any] = {
+        "name": "run",
+        "runs": str(folder / "runs"),
+        "model": str(model),
+        "iterations": 1,
+        "algorithm": {"name": "dpo"},
+        "oracle": {"name": "sentiment"},
+        "prompts": {"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl"), "per_iteration": 8},
+        "sampling": {"samples_per_prompt": 4, "max_new_tokens": 24},
+        "training": {"items_per_step": 4, "learning_rate": 1.0e-3},
+        "engine": {
+            "replicas": 2,
+            "cpus": 0,
+            "threads": 1,
+            "kv_cache_gib": 0.1,
+            "dtype": "float32",
+            "max_concurrent": 8,
+            "max_model_len": 256,
+        },
+        "learner": {"ranks": 2, "zero_stage": 2, "cpus": 0, "threads": 1, "dtype": "float32"},
+        "sync": {"canary_tolerance_nats": 0.001, "timeout_s": 120},
+        "cluster": {"device": "cpu"},
+        "metrics": {"prometheus": False},
+        "checkpoints": {"min_free_gib": 0},
+    }
+    for key, value in changes.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+class Controller:
+    """A controller in a session of its own, and every process that has ever been below it."""
+
+    def __init__(self, folder: Path, *arguments: object) -> None:
+        self.log = folder / f"controller-{time.monotonic_ns()}.log"
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""}
+        with self.log.open("w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "onlinerl.cli", *map(str, arguments)],
+                cwd=folder,
+                env=env,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.seen: dict[tuple[int, float], psutil.Process] = {}
+
+    def look(self) -> list[psutil.Process]:
+        """All descendants now; they stay on the list of those that must not survive."""
+        try:
+            found = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            found = []
+        for each in found:
+            self.seen.setdefault((each.pid, each.create_time()), each)
+        return found
+
+    def until(self, condition: Callable[[], object], timeout_s: float = 300) -> Any:
+        deadline = time.monotonic() + timeout_s
+        while not (result := condition()):
+            self.look()
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.text}"
+            assert time.monotonic() < deadline, f"nothing happened in {timeout_s} s:\n{self.text}"
+            time.sleep(0.2)
+        self.look()
+        return result
+
+    def wait(self, timeout_s: float = 400) -> int:
+        deadline = time.monotonic() + timeout_s
+        while self.process.poll() is None:
+            self.look()
+            assert time.monotonic() < deadline, f"still running after {timeout_s} s:\n{self.text}"
+            time.sleep(0.5)
+        return self.process.returncode
+
+    def survivors(self) -> list[str]:
+        alive = []
+        for each in self.seen.values():
+            try:
+                if each.is_running() and each.status() != psutil.STATUS_ZOMBIE:
+                    alive.append(f"{each.pid} {' '.join(each.cmdline())[:100] or each.name()}")
+            except psutil.NoSuchProcess:
+                continue
+        return alive
+
+    def assert_nothing_survives(self, within_s: float = GONE_WITHIN_S) -> None:
+        deadline = time.monotonic() + within_s
+        while (left := self.survivors()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert left == []
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()[-6000:]
+
+    def clean_up(self) -> None:
+        """Only what this controller started."""
+        self.look()
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        for each in self.seen.values():
+            try:
+                if each.is_running():
+                    each.kill()
+            except psutil.NoSuchProcess:
+                continue
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Controller]]:
+    started: list[Controller] = []
+
+    def begin(*arguments: object) -> Controller:
+        started.append(Controller(tmp_path, *arguments))
+        return started[-1]
+
+    yield begin
+    for each in started:
+        each.clean_up()
+
+
+def show(run: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "onlinerl.cli", "show", str(run), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def rows(run: Path, iteration: int, table: str) -> list[dict[str, Any]]:
+    from onlinerl.stores.directory import RunDirectory
+
+    store = RunDirectory.open(run)
+    try:
+        return store.read(iteration, table)
+    finally:
+        store.close()
+
+
+def sampled(run: Path) -> int:
+    """Groups of iteration 1 on disk, while a controller owns the run."""
+    return sum(len(path.read_text().splitlines()) for path in run.rglob("rollouts.jsonl"))
+
+
+def assert_finished(run: Path) -> None:
+    """The contract of `show --json`, and every sample different."""
+    report = show(run)
+    assert report["algorithm"] == "dpo"
+    assert [i["iteration"] for i in report["iterations"]] == [0, 1]
+    for i in report["iterations"]:
+        assert set(i) >= {
+            "iteration", "reward", "kl_ref", "kl_prev", "win_rate", "phases", "sync", "samples", "oracle_calls", "status"
+        }  # fmt: skip
+        assert i["sync"]["proved"] is True
+        assert i["sync"]["bytes"] > 0
+        assert i["sync"]["seconds"] > 0
+    last = report["iterations"][1]
+    assert last["status"] == "promoted"
+    assert last["samples"] == 32
+    assert set(last["win_rate"]) >= {"value", "low", "high", "n"}
+    assert set(last["phases"]) >= {"sample", "label", "train", "checkpoint", "sync", "evaluate"}
+    groups = rows(run, 1, "rollouts")
+    assert len({g["prompt_id"] for g in groups}) == len(groups) == 8
+
+
+def test_two_replicas_and_two_ranks(start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_llama)
+    run = tmp_path / "runs" / "run"
+
+    controller = start("run", config)
+
+    assert controller.wait() == 0, controller.text
+    controller.assert_nothing_survives()
+    assert_finished(run)
+    for row in rows(run, 1, "rollouts"):
+        assert len({tuple(tokens) for tokens in row["token_ids"]}) == 4
+        assert len(set(row["seeds"])) == 4
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda how: how.name)
+def test_a_controller_that_ends_while_it_samples_leaves_nothing_and_resumes(
+    start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    config = write_config(tmp_path, tiny_llama, sampling={"max_new_tokens": 200}, engine={"max_concurrent": 1})
+    run = tmp_path / "runs" / "run"
+    controller = start("run", config)
+    controller.until(lambda: sampled(run) > 0)
+    assert sum("VLLM" in line for line in controller.survivors()) >= 2, "what must go was seen"
+
+    controller.process.send_signal(how)
+    code = controller.process.wait(timeout=120)
+    assert code == (-signal.SIGKILL if how == signal.SIGKILL else 75), controller.text
+    controller.assert_nothing_survives()
+    before = sampled(run)
+
+    again = start("resume", run)
+    assert again.wait() == 0, again.text
+    again.assert_nothing_survives()
+    assert_finished(run)
+    assert 0 < before <= 8
+
+
+def test_a_replica_killed_while_it_works_is_named_and_ends_the_run(
+    start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, tiny_llama, sampling={"max_new_tokens": 200}, engine={"max_concurrent": 1})
+    run = tmp_path / "runs" / "run"
+    controller = start("run", config)
+    controller.until(lambda: sampled(run) > 0)
+    victim = next(p for p in controller.look() if "ReplicaActor" in " ".join(p.cmdline()))
+
+    victim.kill()
+    started = time.monotonic()
+
+    assert controller.wait(timeout_s=90) == 1, controller.text
+    assert time.monotonic() - started < 90
+    assert "replica" in controller.text
+    assert "died" in controller.text
+    controller.assert_nothing_survives()
