@@ -40,16 +40,13 @@ def quickstart(runs: list[Path]) -> list[str]:
 def table(runs: list[Path], first: str, label: Any) -> list[str]:
     """One line per run: the last iterate against the base."""
     lines = [
-        f"| {first} | reward, base | reward | KL to base (nats) | win rate vs base [95 %] | seconds an iteration |",
-        "|---|---|---|---|---|---|",
+        f"| {first} | reward, base | reward | KL to base (nats) | win rate vs base [95 %] |",
+        "|---|---|---|---|---|",
     ]
     for run in runs:
         rows = summarise(run)["iterations"]
         base, last = rows[0], rows[-1]
-        seconds = sum(sum(r["phases"].values()) for r in rows[1:]) / (len(rows) - 1)
-        lines.append(
-            f"| {label(run)} | {base['reward']:.2f} | {last['reward']:.2f} | {last['kl_ref']:.1f} | {cell(last)} | {seconds:.0f} |"
-        )
+        lines.append(f"| {label(run)} | {base['reward']:.2f} | {last['reward']:.2f} | {last['kl_ref']:.1f} | {cell(last)} |")
     return lines
 
 
