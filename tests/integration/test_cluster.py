@@ -19,6 +19,8 @@ import yaml
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 GONE_WITHIN_S = 30.0
+# Long enough to be caught at it.
+SLOW_SAMPLING = {"sampling": {"samples_per_prompt": 12, "max_new_tokens": 200}, "engine": {"max_concurrent": 1}}
 WORDS = "old new long short slow fast dark light".split()  # noqa: SIM905
 
 
@@ -94,7 +96,7 @@ class Controller:
             self.look()
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.text}"
             assert time.monotonic() < deadline, f"nothing happened in {timeout_s} s:\n{self.text}"
-            time.sleep(0.2)
+            time.sleep(0.05)
         self.look()
         return result
 
@@ -179,7 +181,7 @@ def sampled(run: Path) -> int:
     return sum(len(path.read_text().splitlines()) for path in run.rglob("rollouts.jsonl"))
 
 
-def assert_finished(run: Path) -> None:
+def assert_finished(run: Path, samples: int) -> None:
     """The contract of `show --json`, and every sample different."""
     report = show(run)
     assert report["algorithm"] == "dpo"
@@ -193,7 +195,7 @@ def assert_finished(run: Path) -> None:
         assert i["sync"]["seconds"] > 0
     last = report["iterations"][1]
     assert last["status"] == "promoted"
-    assert last["samples"] == 32
+    assert last["samples"] == samples
     assert set(last["win_rate"]) >= {"value", "low", "high", "n"}
     assert set(last["phases"]) >= {"sample", "label", "train", "checkpoint", "sync", "evaluate"}
     groups = rows(run, 1, "rollouts")
@@ -208,7 +210,7 @@ def test_two_replicas_and_two_ranks(start: Callable[..., Controller], tiny_llama
 
     assert controller.wait() == 0, controller.text
     controller.assert_nothing_survives()
-    assert_finished(run)
+    assert_finished(run, 8 * 4)
     for row in rows(run, 1, "rollouts"):
         assert len({tuple(tokens) for tokens in row["token_ids"]}) == 4
         assert len(set(row["seeds"])) == 4
@@ -218,7 +220,7 @@ def test_two_replicas_and_two_ranks(start: Callable[..., Controller], tiny_llama
 def test_a_controller_that_ends_while_it_samples_leaves_nothing_and_resumes(
     start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
-    config = write_config(tmp_path, tiny_llama, sampling={"max_new_tokens": 200}, engine={"max_concurrent": 1})
+    config = write_config(tmp_path, tiny_llama, **SLOW_SAMPLING)
     run = tmp_path / "runs" / "run"
     controller = start("run", config)
     controller.until(lambda: sampled(run) > 0)
@@ -233,14 +235,14 @@ def test_a_controller_that_ends_while_it_samples_leaves_nothing_and_resumes(
     again = start("resume", run)
     assert again.wait() == 0, again.text
     again.assert_nothing_survives()
-    assert_finished(run)
+    assert_finished(run, 8 * 12)
     assert 0 < before <= 8
 
 
 def test_a_replica_killed_while_it_works_is_named_and_ends_the_run(
     start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path
 ) -> None:
-    config = write_config(tmp_path, tiny_llama, sampling={"max_new_tokens": 200}, engine={"max_concurrent": 1})
+    config = write_config(tmp_path, tiny_llama, **SLOW_SAMPLING)
     run = tmp_path / "runs" / "run"
     controller = start("run", config)
     controller.until(lambda: sampled(run) > 0)
