@@ -76,8 +76,10 @@ def test_one_response_has_no_baseline():
         grpo().items(judged([1], scores=(1.0,)), [])
 
 
-def test_normalisation_and_aggregation_must_be_stated():
-    for knobs in ({}, {"std_norm": "group"}, {"agg": "token_mean"}, {"std_norm": "group", "agg": "sum"}):
+def test_normalisation_and_aggregation_are_always_stated():
+    """Neither choice is neutral: the defaults are the paper's, and what is stored of a run names both."""
+    assert Grpo().model_dump() | {"std_norm": "group", "agg": "seq_mean_token_mean"} == Grpo().model_dump()
+    for knobs in ({"std_norm": "max"}, {"agg": "sum"}):
         with pytest.raises(ValidationError):
             Grpo(**knobs)
 
