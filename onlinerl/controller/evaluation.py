@@ -71,7 +71,9 @@ def win_rate(now: Evaluated, then: Evaluated, oracle: Oracle) -> tuple[Estimate,
     for result in results:
         if isinstance(result, Verdict):
             cells = [result.matrix()[0, 1]] if result.preferences is None else _orders(result)
-            wins.append(float(np.mean([_outcome(p - 0.5) for p in cells if not math.isnan(p)])))
+            known = [_outcome(p - 0.5) for p in cells if not math.isnan(p)]
+            if known:  # an oracle that compared neither order has not said anything
+                wins.append(float(np.mean(known)))
     return wilson(wins), len(queries)
 
 

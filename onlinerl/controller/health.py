@@ -80,14 +80,20 @@ def check_items(items: int, judged: int, dropped: Mapping[str, int]) -> None:
 
 
 def check_self_test(result: Mapping[str, float], expected_loss: float | None, loss_tolerance: float, gap_limit: float) -> None:
-    """Step 0: the policy against itself must give the loss its formula says, and equal the reference it started from (R-E5).
+    """Step 0: the policy against itself must give KL 0 and the loss its formula says, and equal the reference it started from (R-E5).
 
     Raises:
-        LearnerError: saying which of the two does not hold.
+        LearnerError: saying which of them does not hold.
     """
     if expected_loss is not None and not abs(result["loss"] - expected_loss) <= loss_tolerance:
         raise LearnerError(
             f"with policy = reference the loss is {result['loss']:.6f} instead of {expected_loss:.6f}",
+            field="learner",
+            fix="something differs between two passes of one model: dropout, or a non-deterministic kernel",
+        )
+    if not abs(result["kl"]) <= loss_tolerance:
+        raise LearnerError(
+            f"two passes of one policy over the same tokens differ by {result['kl']:.6f} nats per sequence instead of 0",
             field="learner",
             fix="something differs between two passes of one model: dropout, or a non-deterministic kernel",
         )

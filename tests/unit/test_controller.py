@@ -172,6 +172,9 @@ def test_self_test():
             health.check_self_test({**good, "loss": loss}, math.log(2), 1e-3, 0.02)
     with pytest.raises(LearnerError, match=r"differ by 0\.0300 nats per token"):
         health.check_self_test({**good, "reference_gap": 0.03}, math.log(2), 1e-3, 0.02)
+    for kl in (0.01, -0.01, math.nan):
+        with pytest.raises(LearnerError, match="nats per sequence"):
+            health.check_self_test({**good, "kl": kl}, None, 1e-3, 0.02)
 
 
 # --- evaluation ---
@@ -208,3 +211,25 @@ def test_engine_and_learner_must_agree(k3):
     health.check_mismatch(0.019, 0.02)
     with pytest.raises(EngineError, match="max_mismatch_k3"):
         health.check_mismatch(k3, 0.02)
+
+
+def test_a_comparison_that_was_not_made_counts_for_nobody():
+    """An oracle may answer some prompts and leave cells empty: those prompts are left out, not averaged as NaN."""
+    nan = math.nan
+    tables = iter([((nan, 0.9), (0.1, nan)), ((nan, nan), (nan, nan))])
+
+    class Compares:
+        def judge(self, queries):
+            return [Verdict(annotator="a", oracle_version="v", preferences=next(tables)) for _ in queries]
+
+    def answers():
+        groups = []
+        for name in ("p", "q"):
+            rollout = Rollout(
+                token_ids=(1,), logprobs=(-1.0,), text="x", finish_reason="stop", policy_version=0, sampler=Sampling(), seed=0
+            )
+            groups.append(Group(prompt=Prompt(id=name, text="", token_ids=(1,)), rollouts=(rollout,)))
+        return Evaluated(groups=groups, verdicts={})
+
+    rate, asked = evaluation.win_rate(answers(), answers(), Compares())
+    assert (rate.value, rate.n, asked) == (1.0, 1, 2)
