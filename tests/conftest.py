@@ -1,8 +1,8 @@
 """What several test files share: a tiny model made in code, toy configurations, and ways to run the command line.
 
 `cli` is the real thing, a new interpreter. `warm_cli` runs the same entry point in a process forked from one that has imported
-everything already, so a test can afford dozens of runs; it can also install hooks in that process (see `HOOKS`) that log what is
-generated and judged, and kill it at a chosen point.
+everything already, so a test can afford dozens of runs; it can also install hooks in that process (`support/hooks.py`) that log what
+is generated and judged, and kill it at a chosen point.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+SUPPORT = Path(__file__).parent / "support"
 
 POSITIVE = ["good", "great", "wonderful", "excellent", "lovely", "superb", "happy", "best"]
 NEGATIVE = ["bad", "awful", "terrible", "horrible", "worst", "sad", "hate", "dreadful"]
@@ -189,107 +191,6 @@ PRELOADED = [
     "vaderSentiment.vaderSentiment",
 ]
 
-# The child's side of `warm_cli`: a module of its own, because the forked process imports it by name.
-HOOKS = '''
-"""Runs the command line in this process, with hooks that log what happens and can kill it anywhere."""
-
-import json
-import os
-import signal
-import sys
-import time
-from collections import Counter
-
-EVENTS = Counter()
-SPEC = {}
-
-
-def event(kind, **facts):
-    """One thing happened: log it durably, then die or wait here if that is asked for."""
-    EVENTS[kind] += 1
-    line = json.dumps({"pid": os.getpid(), "kind": kind, **facts}) + "\\n"
-    with open(SPEC["log"], "a") as file:
-        file.write(line)
-    if SPEC.get("kill") == [kind, EVENTS[kind]]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if SPEC.get("wait") == [kind, EVENTS[kind]]:
-        with open(SPEC["log"], "a") as file:
-            file.write(json.dumps({"kind": "waiting"}) + "\\n")
-        time.sleep(60)
-
-
-def judge(queries):
-    """An oracle that counts: VADER on the response, as the sentiment oracle with include_prompt=false."""
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    event("judge", asked=[[q["prompt"], *q["responses"]] for q in queries])
-    analyzer = SentimentIntensityAnalyzer()
-    return [[analyzer.polarity_scores(r)["compound"] for r in q["responses"]] for q in queries]
-
-
-def install():
-    """Wrap what the loop works with."""
-    from onlinerl.controller import iteration
-    from onlinerl.engines.toy import ToyEngine
-    from onlinerl.learners.toy import ToyLearner
-    from onlinerl.stores.directory import RunDirectory
-    from onlinerl.sync.toy import ToySync
-
-    def generate(self, requests, sampling, original=ToyEngine.generate):
-        for group in original(self, requests, sampling):
-            event("generate", prompt=group.prompt.id, seeds=[r.seed for r in group.rollouts], version=self.version)
-            yield group
-
-    def update(self, steps, rates, original=ToyLearner.update):
-        for report in original(self, steps, rates):
-            event("step")
-            yield report
-
-    def save(self, path, original=ToyLearner.save):
-        original(self, path)
-        event("save")
-
-    def push(self, version, original=ToySync.push):
-        report = original(self, version)
-        event("push", version=version)
-        return report
-
-    def retain(self, kind, keep, original=RunDirectory.retain):
-        event("retain")
-        original(self, kind, keep)
-
-    def finish_phase(self, iteration, phase, record, original=RunDirectory.finish_phase):
-        event(f"before {iteration} {phase}")
-        original(self, iteration, phase, record)
-        event(f"after {iteration} {phase}")
-
-    ToyEngine.generate, ToyLearner.update, ToyLearner.save, ToySync.push = generate, update, save, push
-    RunDirectory.retain, RunDirectory.finish_phase = retain, finish_phase
-    iteration.LABEL_BATCH = SPEC.get("label_batch", iteration.LABEL_BATCH)
-
-
-def main(arguments, folder, spec):
-    os.chdir(folder)
-    sys.path.insert(0, folder)
-    for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        file = os.open(os.path.join(folder, spec["out"] + name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, descriptor)
-        os.close(file)
-        setattr(sys, name, os.fdopen(descriptor, "w", buffering=1, closefd=False))
-    os.environ.update(COLUMNS="200", NO_COLOR="1", HF_HUB_OFFLINE="1")
-    import torch
-
-    from onlinerl import cli
-
-    torch.set_num_threads(1)
-    SPEC.update(spec)
-    if "log" in spec:
-        sys.modules["hooks"] = sys.modules[__name__]
-        install()
-    sys.argv = ["onlinerl", *arguments]
-    cli.main()
-'''
-
 
 class WarmCli:
     """The command line in forked processes, in one folder."""
@@ -300,13 +201,11 @@ class WarmCli:
 
     def start(self, *arguments: object, **spec: object) -> tuple[multiprocessing.process.BaseProcess, str]:
         """Start a command; returns its process and the prefix of its output files. `log=PATH` installs the hooks."""
-        import onlinerl_test_hooks
+        import hooks
 
         out = f"out{len(self._started)}."
         settings = {"out": out, **{k: str(v) if isinstance(v, Path) else v for k, v in spec.items()}}
-        process = self._context.Process(
-            target=onlinerl_test_hooks.main, args=([str(a) for a in arguments], str(self._folder), settings)
-        )
+        process = self._context.Process(target=hooks.forked, args=([str(a) for a in arguments], str(self._folder), settings))
         process.start()
         self._started.append(process)
         return process, out
@@ -346,14 +245,12 @@ def read_events(log: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="session")
-def warm_context(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hooks")
-    (folder / "onlinerl_test_hooks.py").write_text(HOOKS)
-    sys.path.insert(0, str(folder))
+def warm_context():
+    sys.path.insert(0, str(SUPPORT))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     yield context
-    sys.path.remove(str(folder))
+    sys.path.remove(str(SUPPORT))
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from onlinerl.controller.statistics import Divergence, Estimate, bootstrap, divergence, wilson
-from onlinerl.protocols import Learner, Oracle
-from onlinerl.types import Failure, Group, Query, TrainSequence, Verdict
+from onlinerl.protocols import Learner
+from onlinerl.types import Failure, Group, TrainSequence, Verdict
+
+Judge = Callable[[Sequence[Group]], tuple[int, Mapping[str, Verdict | Failure]]]
+"""Judges groups: how many verdicts that is, and they by prompt id."""
 
 # Smallest numbers of prompts a figure may be trusted at; below, it is shown and marked.
 N_MIN = {"kl": 256, "reward": 400, "win_rate": 400}
@@ -55,26 +58,26 @@ def truncated(evaluated: Evaluated) -> Estimate:
     return wilson([float(r.finish_reason == "length") for g in evaluated.groups for r in g.rollouts])
 
 
-def win_rate(now: Evaluated, then: Evaluated, oracle: Oracle) -> tuple[Estimate, int]:
+def win_rate(now: Evaluated, then: Evaluated, judge: Judge) -> tuple[Estimate, int]:
     """How often an iterate beats another one on the same prompts, and how many more oracle calls that took.
 
-    An oracle that scores has said it all already. One that compares is asked about each pair, in both orders if it does that.
+    An oracle that scores has said it all already. One that compares is asked about each pair, in both orders if it does that:
+    `judge` gets one group per prompt, the response of `now` and then that of `then`.
     """
     opponents = {g.prompt.id: g for g in then.groups}
     common = [g for g in now.groups if g.prompt.id in opponents]
     gaps = [now.score(g.prompt.id) - then.score(g.prompt.id) for g in common]
     if common and not all(math.isnan(gap) for gap in gaps):
         return wilson([_outcome(gap) for gap in gaps if not math.isnan(gap)]), 0
-    queries = [Query(prompt=g.prompt, responses=(g.rollouts[0].text, opponents[g.prompt.id].rollouts[0].text)) for g in common]
-    results = oracle.judge(queries)
+    asked, results = judge([replace(g, rollouts=(g.rollouts[0], opponents[g.prompt.id].rollouts[0])) for g in common])
     wins = []
-    for result in results:
+    for result in (results[g.prompt.id] for g in common):
         if isinstance(result, Verdict):
             cells = [result.matrix()[0, 1]] if result.preferences is None else _orders(result)
             known = [_outcome(p - 0.5) for p in cells if not math.isnan(p)]
             if known:  # an oracle that compared neither order has not said anything
                 wins.append(float(np.mean(known)))
-    return wilson(wins), len(queries)
+    return wilson(wins), asked
 
 
 def _orders(verdict: Verdict) -> list[float]:

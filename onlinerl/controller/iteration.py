@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from onlinerl.controller import evaluation, health
@@ -329,11 +330,12 @@ class Iteration:
         own = learner.score(flat, model="policy", temperature=1.0)
         base_kl = evaluation.drift(now, learner, own, self._other(0))
         prev_kl = base_kl if self.number <= 1 else evaluation.drift(now, learner, own, self._other(self.number - 1))
-        wins = {}
-        for opponent, iterate in (("base", 0), ("prev", self.number - 1)) if self.number > 0 else ():
-            then = now if iterate == self.number else self._evaluated(iterate)
-            wins[opponent], more = evaluation.win_rate(now, then, self.parts.oracle)
+        rates = {}
+        for iterate in sorted({0, self.number - 1}) if self.number > 0 else ():
+            judge = partial(self._judge, table=f"comparisons_{iterate:04d}", phase="evaluate")
+            rates[iterate], more = evaluation.win_rate(now, self._evaluated(iterate), judge)
             calls += more
+        wins = {"base": rates[0], "prev": rates[self.number - 1]} if rates else {}
         sample = groups[: config.evaluation.mismatch_sample]
         gap = evaluation.mismatch(sample, own[: len(sample)])
         health.check_mismatch(gap.k3, config.evaluation.max_mismatch_k3)

@@ -131,11 +131,15 @@ class Reporter:
         metrics.append(self._one("logp_mismatch_k3", gap.k3, "nats/token", n=gap.tokens))
         self._log(iteration, *metrics)
         base = wins.get("base")
+        said = f"reward {reward.value:.3f}  KL to base {base_kl.headline:.2f} nats"
+        if base is not None:
+            said += f"  win rate vs base {base.value:.3f} [{base.low:.3f}, {base.high:.3f}]"
+        self.tracker.note(said)
         return {
             "reward": reward.value,
             "reward_interval": [reward.low, reward.high],
-            "kl_ref": _headline(base_kl),
-            "kl_prev": _headline(prev_kl),
+            "kl_ref": base_kl.headline,
+            "kl_prev": prev_kl.headline,
             "kl_ref_k1": base_kl.k1.value,
             "win_rate": None if base is None else {"value": base.value, "low": base.low, "high": base.high, "n": base.n},
             "win_rate_prev": None if "prev" not in wins else wins["prev"].value,
@@ -178,8 +182,3 @@ class Reporter:
             labels=labels or {},
             **more,
         )
-
-
-def _headline(kl: Divergence) -> float:
-    """k3, unless it is the noisier of the two (it can be, far from the reference)."""
-    return kl.k1.value if kl.k3.se > kl.k1.se else kl.k3.value

@@ -61,6 +61,11 @@ class Divergence:
     clamped: int
     """Tokens whose log-ratio was outside [-20, 20]."""
 
+    @property
+    def headline(self) -> float:
+        """k3, unless it is the noisier of the two (it can be, far from the reference)."""
+        return self.k1.value if self.k3.se > self.k1.se else self.k3.value
+
 
 def divergence(policy: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> Divergence:
     """KL of samples y ~ policy from log-probs f32[T] under both models, both from the learner's scorer.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,6 @@ from rich.table import Table
 from rich.text import Text
 
 from onlinerl.protocols import Tracker
-from onlinerl.types import Metric
 
 __all__ = ["ConsoleTracker", "render_table"]
 
@@ -80,12 +79,6 @@ class ConsoleTracker(Tracker):
             work = f"{running.done:>8} {running.unit}  {_rate(running.done, seconds, running.unit)}"
         self._line(f"{_head(iteration, phase)}  {seconds:>8.1f} s  {work}".rstrip())
 
-    def log(self, metrics: Iterable[Metric]) -> None:
-        """Show the headline figures, if they are among the metrics."""
-        shown = [text for text in map(_headline, metrics) if text]
-        if shown:
-            self._line("  ".join(shown))
-
     def note(self, text: str) -> None:
         """Show a line."""
         self._line(text)
@@ -115,13 +108,18 @@ def render_table(summary: Mapping[str, Any]) -> Table:
         f"iteration {row['iteration']} is {row['status']}" for row in summary["iterations"] if row["status"] != "promoted"
     ]
     table = Table(
-        title=Text(title), caption=Text("; ".join(["phases in seconds", *unfinished])), box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=Text(title),
+        caption=Text("; ".join(["phases in seconds", *unfinished])),
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("it", justify="right")
     table.add_column("reward", justify="right")
     table.add_column("KL base", justify="right")
     table.add_column("win rate vs base", justify="right", no_wrap=True)
-    table.add_column("length", justify="right")
+    table.add_column("len", justify="right")
     # One narrow column per phase that took any time: the whole table fits a terminal of 80 columns.
     names = list(dict.fromkeys(n for row in summary["iterations"] for n, s in row["phases"].items() if s >= 0.5))
     order = [n for n in _PHASES if n in names] + [n for n in names if n not in _PHASES]
@@ -169,17 +167,6 @@ def _rate(done: float, seconds: float, unit: str) -> str:
     return f"{done / seconds:.1f} {unit}/s" if done and seconds > 0 else ""
 
 
-def _headline(metric: Metric) -> str | None:
-    if metric.name == "win_rate" and metric.labels.get("opponent", "base") == "base":
-        interval = {"value": metric.value, "low": metric.ci_low, "high": metric.ci_high}
-        return f"win rate vs base {_win_rate(interval)}"
-    if metric.name == "reward":
-        return f"reward {metric.value:.3f}"
-    if metric.name == "kl_ref" and metric.labels.get("estimator", "k3") == "k3":
-        return f"KL to base {metric.value:.2f} nats"
-    return None
-
-
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -188,4 +175,4 @@ def _win_rate(rate: Mapping[str, float | None] | None) -> str:
     if rate is None or rate["value"] is None:
         return "-"
     low, high = rate["low"], rate["high"]
-    return f"{rate['value']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else "")
+    return f"{rate['value']:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low is not None and high is not None else "")

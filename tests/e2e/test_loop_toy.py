@@ -228,6 +228,20 @@ def test_killed_before_the_base_model_was_measured(counted, uninterrupted, tmp_p
     assert everything(tmp_path / "runs/toy") == uninterrupted
 
 
+def test_an_oracle_that_only_compares_is_not_asked_again(counted, tmp_path):
+    """R-D1, R-G1: the questions behind a win rate are labels too. Killed in iteration 2, between base and previous iterate."""
+    run, short = tmp_path / "runs/toy", ["oracle.function=hooks.compare", "iterations=2"]
+    before = 1 + 3 * EVALUATION_CALLS + 2 * LABEL_CALLS + EVALUATION_CALLS  # iteration 1 asks about the base once, not twice
+    assert counted("run", *short, kill=["judge", before + EVALUATION_CALLS + 2]).returncode == -signal.SIGKILL
+    done = counted("resume")
+    assert done.returncode == 0, done.message
+    asked = [one for e in events(tmp_path / "log") if e["kind"] == "judge" for one in e["asked"] if one[1:] != PROBE]
+    assert len(asked) == 2 * PROMPTS + 3 * HELDOUT + 3 * HELDOUT + BATCH
+    rows = summarise(run)["iterations"]
+    assert [row["oracle_calls"] for row in rows[1:]] == [PROMPTS + 2 * HELDOUT, PROMPTS + 3 * HELDOUT]
+    assert rows[-1]["win_rate"]["value"] > 0.5
+
+
 def test_nothing_left_to_do_and_more_iterations(toy_config, warm_cli, tmp_path):
     """R-D1: a finished run says so, with an exit code of its own; more iterations continue it as if they had always been asked for."""
     run = tmp_path / "runs/toy"

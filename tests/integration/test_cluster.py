@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import yaml
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
+HOOKS = Path(__file__).resolve().parents[1] / "support" / "hooks.py"
 GONE_WITHIN_S = 30.0
 # Long enough to be caught at it.
 SLOW_SAMPLING = {"sampling": {"samples_per_prompt": 40, "max_new_tokens": 200}, "engine": {"max_concurrent": 1}}
@@ -64,14 +66,15 @@ def write_config(folder: Path, model: Path, **changes: Any) -> Path:
 
 
 class Controller:
-    """A controller in a session of its own, and every process that has ever been below it."""
+    """A controller in a session of its own, and every process that has ever been below it. `hooks`: see support/hooks.py."""
 
-    def __init__(self, folder: Path, *arguments: object) -> None:
+    def __init__(self, folder: Path, *arguments: object, **hooks: object) -> None:
         self.log = folder / f"controller-{time.monotonic_ns()}.log"
+        command = [str(HOOKS), json.dumps(hooks)] if hooks else ["-m", "onlinerl.cli"]
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""}
         with self.log.open("w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "onlinerl.cli", *map(str, arguments)],
+                [sys.executable, *command, *map(str, arguments)],
                 cwd=folder,
                 env=env,
                 stdout=out,
@@ -149,8 +152,8 @@ class Controller:
 def start(tmp_path: Path) -> Iterator[Callable[..., Controller]]:
     started: list[Controller] = []
 
-    def begin(*arguments: object) -> Controller:
-        started.append(Controller(tmp_path, *arguments))
+    def begin(*arguments: object, **hooks: object) -> Controller:
+        started.append(Controller(tmp_path, *arguments, **hooks))
         return started[-1]
 
     yield begin
@@ -177,6 +180,14 @@ def rows(run: Path, iteration: int, table: str) -> list[dict[str, Any]]:
         return store.read(iteration, table)
     finally:
         store.close()
+
+
+def finished_phases(run: Path) -> list[str]:
+    """Of iteration 1."""
+    from onlinerl.stores.directory import RunDirectory
+
+    with RunDirectory.open(run) as store:
+        return [*store.phases(1)]
 
 
 def sampled(run: Path) -> int:
@@ -259,3 +270,46 @@ def test_a_replica_killed_while_it_works_is_named_and_ends_the_run(
     assert "replica" in controller.text
     assert "died" in controller.text
     controller.assert_nothing_survives()
+
+
+# Iteration 1 has 8 prompts and 4 held-out ones; the base model is measured before it. What is counted starts anew with each process.
+PROMPTS, HELDOUT, LABEL_BATCH = 8, 4, 4
+PROBE = [" It was good.", " It was bad, the answer is 7."]
+PHASES = {
+    "sample": ["generate", HELDOUT + 3],
+    "label": ["judge", 2],  # the first call of a process is the probe before the start
+    "train": ["step", 1],
+    "checkpoint": ["save", 1],
+    "sync": ["push", 1],
+    "evaluate": ["generate", 2],
+    "commit": ["retain", 1],
+}
+
+
+def test_killed_in_every_phase(start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path) -> None:
+    """R-D1 on the real parts: no prompt is generated and no label requested twice, as engine and oracle count them."""
+    config = write_config(
+        tmp_path, tiny_llama, engine={"replicas": 1}, learner={"ranks": 1}, oracle={"name": "python", "function": "hooks.judge"}
+    )
+    run, log = tmp_path / "runs" / "run", tmp_path / "events"
+    hooks = {"log": str(log), "parts": "real", "label_batch": LABEL_BATCH}
+
+    for phase, moment in PHASES.items():
+        command = ("resume", run) if run.exists() else ("run", config)
+        controller = start(*command, **hooks, kill=moment)
+        assert controller.wait() == -signal.SIGKILL, f"{phase}: {controller.text}"
+        controller.assert_nothing_survives()
+        assert finished_phases(run) == [*PHASES][: [*PHASES].index(phase)], "killed at another moment than meant"
+    last = start("resume", run, **hooks)
+    assert last.wait() == 0, last.text
+    last.assert_nothing_survives()
+
+    assert_finished(run, PROMPTS * 4)
+    happened = [json.loads(line) for line in log.read_text().splitlines()]
+    answered = Counter((e["prompt"], *e["seeds"], e["version"]) for e in happened if e["kind"] == "generate")
+    expected = PROMPTS + 2 * HELDOUT
+    # The answer in hand at the instant of a kill is lost with the process: a prompt in each of two phases, and a batch of labels.
+    assert len(answered) == expected
+    assert sum(answered.values()) == expected + 2
+    asked = [one for e in happened if e["kind"] == "judge" for one in e["asked"] if one[1:] != PROBE]
+    assert len(asked) == expected + LABEL_BATCH

@@ -188,9 +188,9 @@ def evaluated(scores: dict[str, float]) -> Evaluated:
 
 def test_win_rate_of_scores_asks_nobody():
     now, then = evaluated({"a": 1.0, "b": 0.0, "c": 0.5}), evaluated({"a": 0.0, "b": 1.0, "c": 0.5})
-    rate, calls = evaluation.win_rate(now, then, oracle=None)  # type: ignore[arg-type]
+    rate, calls = evaluation.win_rate(now, then, judge=None)  # type: ignore[arg-type]
     assert (rate.value, rate.n, calls) == (0.5, 3, 0)
-    same, _ = evaluation.win_rate(now, now, oracle=None)  # type: ignore[arg-type]
+    same, _ = evaluation.win_rate(now, now, judge=None)  # type: ignore[arg-type]
     assert same.value == 0.5
 
 
@@ -218,9 +218,10 @@ def test_a_comparison_that_was_not_made_counts_for_nobody():
     nan = math.nan
     tables = iter([((nan, 0.9), (0.1, nan)), ((nan, nan), (nan, nan))])
 
-    class Compares:
-        def judge(self, queries):
-            return [Verdict(annotator="a", oracle_version="v", preferences=next(tables)) for _ in queries]
+    def compare(pairs):
+        assert {len(pair.rollouts) for pair in pairs} == {2}
+        said = {p.prompt.id: Verdict(annotator="a", oracle_version="v", preferences=next(tables)) for p in pairs}
+        return len(said), said
 
     def answers():
         groups = []
@@ -231,5 +232,5 @@ def test_a_comparison_that_was_not_made_counts_for_nobody():
             groups.append(Group(prompt=Prompt(id=name, text="", token_ids=(1,)), rollouts=(rollout,)))
         return Evaluated(groups=groups, verdicts={})
 
-    rate, asked = evaluation.win_rate(answers(), answers(), Compares())
+    rate, asked = evaluation.win_rate(answers(), answers(), compare)
     assert (rate.value, rate.n, asked) == (1.0, 1, 2)

@@ -1,0 +1,130 @@
+"""Runs the command line in this process, with hooks that log what happens and can kill it anywhere."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+
+EVENTS = Counter()
+SPEC = {}
+
+
+def event(kind, **facts):
+    """One thing happened: log it durably, then die or wait here if that is asked for."""
+    EVENTS[kind] += 1
+    line = json.dumps({"pid": os.getpid(), "kind": kind, **facts}) + "\n"
+    with open(SPEC["log"], "a") as file:
+        file.write(line)
+    if SPEC.get("kill") == [kind, EVENTS[kind]]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if SPEC.get("wait") == [kind, EVENTS[kind]]:
+        with open(SPEC["log"], "a") as file:
+            file.write(json.dumps({"kind": "waiting"}) + "\n")
+        time.sleep(60)
+
+
+def judge(queries):
+    """An oracle that counts: VADER on the response, as the sentiment oracle with include_prompt=false."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    event("judge", asked=[[q["prompt"], *q["responses"]] for q in queries])
+    analyzer = SentimentIntensityAnalyzer()
+    return [[analyzer.polarity_scores(r)["compound"] for r in q["responses"]] for q in queries]
+
+
+def compare(queries):
+    """The same oracle, but it only says which of two responses is better."""
+    return [[[0.5 + 0.5 * ((a > b) - (a < b)) for b in scores] for a in scores] for scores in judge(queries)]
+
+
+def toy_parts():
+    """Engine, learner and weight push in one process."""
+    from onlinerl.engines.toy import ToyEngine
+    from onlinerl.learners.toy import ToyLearner
+    from onlinerl.sync.toy import ToySync
+
+    return ToyEngine, ToyLearner, ToySync
+
+
+def real_parts():
+    """The controller's side of vLLM, DeepSpeed and the push between them."""
+    from onlinerl.cluster.group import LearnerGroup
+    from onlinerl.cluster.pool import EnginePool
+    from onlinerl.cluster.sync import WeightPush
+
+    return EnginePool, LearnerGroup, WeightPush
+
+
+def install():
+    """Wrap what the loop works with."""
+    from onlinerl.controller import iteration
+    from onlinerl.stores.directory import RunDirectory
+
+    engine, learner, sync = {"toy": toy_parts, "real": real_parts}[SPEC.get("parts", "toy")]()
+
+    def generate(self, requests, sampling, original=engine.generate):
+        for group in original(self, requests, sampling):
+            seeds, (version,) = [r.seed for r in group.rollouts], {r.policy_version for r in group.rollouts}
+            event("generate", prompt=group.prompt.id, seeds=seeds, version=version)
+            yield group
+
+    def update(self, steps, rates, original=learner.update):
+        for report in original(self, steps, rates):
+            event("step")
+            yield report
+
+    def save(self, path, original=learner.save):
+        original(self, path)
+        event("save")
+
+    def push(self, version, original=sync.push):
+        report = original(self, version)
+        event("push", version=version)
+        return report
+
+    def retain(self, kind, keep, original=RunDirectory.retain):
+        event("retain")
+        original(self, kind, keep)
+
+    def finish_phase(self, iteration, phase, record, original=RunDirectory.finish_phase):
+        event(f"before {iteration} {phase}")
+        original(self, iteration, phase, record)
+        event(f"after {iteration} {phase}")
+
+    engine.generate, learner.update, learner.save, sync.push = generate, update, save, push
+    RunDirectory.retain, RunDirectory.finish_phase = retain, finish_phase
+    iteration.LABEL_BATCH = SPEC.get("label_batch", iteration.LABEL_BATCH)
+
+
+def command(arguments, spec):
+    """`onlinerl ARGUMENTS` in this process; `spec["log"]` installs the hooks."""
+    SPEC.update(spec)
+    if "log" in spec:
+        install()
+    from onlinerl import cli
+
+    sys.argv = ["onlinerl", *arguments]
+    cli.main()
+
+
+def forked(arguments, folder, spec):
+    """The same in a process forked from one that has imported everything: in a folder, its output in files there."""
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        file = os.open(os.path.join(folder, spec["out"] + name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, descriptor)
+        os.close(file)
+        setattr(sys, name, os.fdopen(descriptor, "w", buffering=1, closefd=False))
+    os.environ.update(COLUMNS="200", NO_COLOR="1", HF_HUB_OFFLINE="1")
+    import torch
+
+    torch.set_num_threads(1)
+    command(arguments, spec)
+
+
+if __name__ == "__main__":  # python hooks.py SPEC ARGUMENT...
+    sys.modules["hooks"] = sys.modules[__name__]  # whose `judge` the configuration names
+    command(sys.argv[2:], json.loads(sys.argv[1]))
