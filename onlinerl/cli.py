@@ -43,13 +43,17 @@ def run(
 
 
 @app.command()
-def resume(run: Run, overrides: Overrides = None) -> None:
+def resume(
+    run: Run,
+    overrides: Overrides = None,
+    finished_ok: Annotated[bool, typer.Option("--finished-ok", help="Exit with 0 if nothing is left to do.")] = False,
+) -> None:
     """Continue a run at its first unfinished phase; nothing is generated or labelled twice."""
     from onlinerl import app as application
 
     if application.resume(run, overrides or (), out) == 0:
         out.print(f"nothing left to do: {run} is finished; raise iterations=... to go on", highlight=False)
-        raise typer.Exit(NOTHING_LEFT)
+        raise typer.Exit(0 if finished_ok else NOTHING_LEFT)
 
 
 @app.command()

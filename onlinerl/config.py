@@ -184,7 +184,7 @@ class ClusterConfig(Section):
     address: str | None = None
     """Address of an existing Ray cluster (`auto` finds the one this machine belongs to); None starts one on this machine."""
     device: Device = "auto"
-    """`auto` takes GPUs if there are any."""
+    """`auto` takes GPUs if there are any when the run starts; on a cluster whose GPU nodes are still joining say `cuda`."""
     colocate: bool = False
     """Learner ranks and replicas share GPUs and take turns."""
     wait_s: float = Field(60, ge=0)
@@ -245,7 +245,7 @@ class RunConfig(Section):
         return Path(self.runs) / self.name
 
 
-# Keys that may differ between a run and its resume: where it runs and what is watched, not what is computed.
+# Keys that may differ between a run and its resume: where it runs, what is watched and when to stop, not what is computed.
 RESUMABLE_CHANGES = (
     "runs",
     "iterations",
@@ -264,10 +264,14 @@ RESUMABLE_CHANGES = (
     "engine.resources",
     "engine.start_timeout_s",
     "engine.generate_timeout_s",
+    "max_failed_labels",
+    "evaluation.max_mismatch_k3",
+    "training.max_skipped_steps",
     "learner.cpus",
     "learner.threads",
     "learner.resources",
     "learner.tokens_per_microbatch",
+    "learner.gradient_checkpointing",
     "learner.start_timeout_s",
     "learner.step_timeout_s",
 )
@@ -280,7 +284,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: naming the field, the cause and the fix.
     """
     tree = _read(Path(path))
-    for override in overrides:
+    # The choice of an implementation comes before its knobs, in whatever order they were typed.
+    for override in sorted(overrides, key=lambda each: each.partition("=")[0] not in _CHOICES):
         _apply(tree, override)
     return parse(tree)
 
@@ -338,6 +343,7 @@ _COMPONENTS: tuple[tuple[str, str, type[Component]], ...] = (
     ("oracle", "oracles", Oracle),
     ("pairing", "pairing", PairBuilder),
 )
+_CHOICES = {f"{section}.name" for section, *_ in _COMPONENTS}
 
 
 def fingerprint(config: RunConfig) -> dict[str, Any]:
@@ -395,6 +401,8 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
             f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file, e.g. configs/quickstart.yaml"
         )
         raise ConfigError(f"there is no file {path}", field="CONFIG", fix=hint) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", field="CONFIG", fix="give the path of a YAML file") from None
     except yaml.YAMLError as error:
         raise ConfigError(
             f"{path} is not valid YAML: {error}", field="CONFIG", fix="check the indentation at that line"
@@ -404,6 +412,8 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("extends", None)
     if base is None:
         return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path} extends {base!r}", field="extends", fix="give the path of one YAML file")
     return _merge(_read(path.parent / base, (*seen, path.resolve())), tree)
 
 
@@ -411,11 +421,17 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(old, Mapping) and value.get("name", old.get("name")) == old.get("name"):
+        # Another implementation shares no knobs with the one it replaces.
+        replaced = f"{key}.name" in _CHOICES and isinstance(value, Mapping) and "name" in value and value["name"] != _name(old)
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and not replaced:
             merged[key] = _merge(dict(old), value)
-        else:  # another implementation shares no knobs with the one it replaces
+        else:
             merged[key] = value
     return merged
+
+
+def _name(section: Any) -> Any:
+    return section.get("name") if isinstance(section, Mapping) else None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -435,8 +451,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"{part!r} holds a value, not a section", field=key, fix="check the key")
         node = child
-    if leaf == "name" and parents and node.get("name") != value:
-        node.clear()  # another implementation shares no knobs with the one it replaces
+    if key in _CHOICES and _name(node) != value:
+        node.clear()  # as in `_merge`
     node[leaf] = value
 
 

@@ -20,7 +20,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from onlinerl.errors import OnlineRLError
 
@@ -52,6 +52,8 @@ def fetch_model(target: Path, *, source: Source = "auto") -> Path:
     Raises:
         FetchError: if no way works, what came is not the model, or `target` holds something else.
     """
+    if source not in get_args(Source):
+        raise FetchError(f"{source!r} is no source", fix=f"choose one of {', '.join(get_args(Source))}")
     target = Path(target)
     if target.exists():
         if not target.is_dir() or (any(target.iterdir()) and not (target / SOURCE_FILE).is_file()):

@@ -20,6 +20,8 @@ from onlinerl.protocols import Algorithm, Oracle, PairBuilder
 from onlinerl.types import Failure, Prompt, Query
 
 GIB = 2**30
+PAIRINGS = (("vllm", "deepspeed"), ("toy", "toy"))
+"""(engine, learner) that can work together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class Checked:
     """A configuration that has passed, with what was built on the way."""
 
     config: RunConfig
+    """With `model` as an absolute directory, if it is on this machine."""
     algorithm: Algorithm
     oracle: Oracle
     pairing: PairBuilder
@@ -41,11 +44,14 @@ class Checked:
     @property
     def max_model_len(self) -> int:
         """Longest prompt plus response that the engine must hold, rounded up to a KV-cache block."""
-        if self.config.engine.max_model_len is not None:
-            return self.config.engine.max_model_len
+        return self.config.engine.max_model_len or ceil((self.longest + 1) / 16) * 16
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and a response that uses its whole budget."""
         prompts = [*(self.train or []), *self.heldout]
         longest = max((len(p.token_ids) for p in prompts), default=self.config.prompts.max_tokens)
-        return ceil((longest + self.config.sampling.max_new_tokens + 1) / 16) * 16
+        return longest + self.config.sampling.max_new_tokens
 
     @property
     def state_bytes(self) -> int:
@@ -75,6 +81,8 @@ def check(config: RunConfig) -> Checked:
     _check_writable(config)
     notes = [derived(config, algorithm)]
     local = _check_model(config.model)
+    if local is not None:  # from here on by its place: other processes may have another working directory
+        config = config.model_copy(update={"model": str(local)})
     train: JsonlPrompts | None = None
     heldout: Sequence[Prompt] = ()
     if local is not None:
@@ -88,7 +96,7 @@ def check(config: RunConfig) -> Checked:
         if oracle.needs_reference_answer:
             check_answers(raw[0])
         total = len(raw[0])
-        notes.append(f"{config.model} is not on this machine: prompt lengths and templates were not checked")
+        notes.append(f"{config.model} is not on this machine: prompt lengths, templates and the oracle were not tried")
     wanted = config.prompts.per_iteration * config.iterations
     if wanted > total and not config.prompts.reuse:
         raise ConfigError(
@@ -96,7 +104,7 @@ def check(config: RunConfig) -> Checked:
             field="prompts.per_iteration",
             fix=f"lower it to {total // config.iterations}, add prompts, or set prompts.reuse=true"
             if total >= config.iterations
-            else f"lower iterations to {total} or less, add prompts, or set prompts.reuse=true",
+            else f"lower iterations to {total // config.prompts.per_iteration}, add prompts, or set prompts.reuse=true",
         )
     if config.prompts.per_iteration > total:  # even with reuse, no prompt comes twice in one iteration
         raise ConfigError(
@@ -114,7 +122,7 @@ def check(config: RunConfig) -> Checked:
         heldout = heldout[: config.evaluation.prompts]
     parameters = _parameters(config.model, local)
     notes.append(memory(config, parameters))
-    return Checked(
+    checked = Checked(
         config=config,
         algorithm=algorithm,
         oracle=oracle,
@@ -124,6 +132,9 @@ def check(config: RunConfig) -> Checked:
         parameters=parameters,
         notes=notes,
     )
+    if local is not None:
+        _check_lengths(checked, local)
+    return checked
 
 
 def probe_oracle(oracle: Oracle, prompt: Prompt) -> None:
@@ -133,15 +144,9 @@ def probe_oracle(oracle: Oracle, prompt: Prompt) -> None:
         OracleError: if it raises, fails, or answers in the wrong shape.
     """
     oracle.open()
-    results = oracle.judge([Query(prompt=prompt, responses=(" It was good.", " It was bad, the answer is 7."))])
-    if len(results) != 1:
-        raise OracleError(
-            f"returned {len(results)} results for one query", field="oracle", fix="return one result per query, in order"
-        )
-    if isinstance(results[0], Failure):
-        raise OracleError(
-            f"failed on a trial query ({results[0].kind}): {results[0].message}", field="oracle", fix="repair the oracle"
-        )
+    (result,) = oracle.ask([Query(prompt=prompt, responses=(" It was good.", " It was bad, the answer is 7."))])
+    if isinstance(result, Failure):
+        raise OracleError(f"failed on a trial query ({result.kind}): {result.message}", field="oracle", fix="repair the oracle")
 
 
 def derived(config: RunConfig, algorithm: Algorithm) -> str:
@@ -204,8 +209,8 @@ def _wants(cpus: float, gpus: float, resources: dict[str, float]) -> str:
 
 def identity(model: str) -> dict[str, str]:
     """What a model is, cheaply: names, sizes, and the first and last MiB of its files (R-D3)."""
-    path = Path(model)
-    if not path.is_dir():
+    path = _local(model)
+    if path is None:
         return {"model": model}
     hasher = hashlib.sha256()
     for file in sorted(p for p in path.iterdir() if p.suffix in {".json", ".safetensors", ".bin", ".jinja", ".model"}):
@@ -253,6 +258,19 @@ def _check_algorithm(config: RunConfig, algorithm: Algorithm) -> None:
 
 
 def _check_layout(config: RunConfig) -> None:
+    names = config.engine.name, config.learner.name
+    if names not in PAIRINGS:
+        raise ConfigError(
+            f"engine {names[0]!r} and learner {names[1]!r} do not go together",
+            field="engine.name",
+            fix="use vllm with deepspeed (toy with toy in tests)",
+        )
+    if config.cluster.device == "cpu" and (config.cluster.colocate or config.sync.backend in ("nccl", "ipc")):
+        raise ConfigError(
+            "needs GPUs, and cluster.device is cpu",
+            field="cluster.colocate" if config.cluster.colocate else "sync.backend",
+            fix="leave it out on CPUs",
+        )
     if config.cluster.colocate and config.learner.ranks != config.engine.replicas:
         raise ConfigError(
             f"colocated, each learner rank shares a GPU with one replica, but there are {config.learner.ranks} ranks and {config.engine.replicas} replicas",
@@ -264,6 +282,24 @@ def _check_layout(config: RunConfig) -> None:
             "colocated replicas cannot span GPUs",
             field="engine.tensor_parallel_size",
             fix="set it to 1, or cluster.colocate=false",
+        )
+
+
+def _check_lengths(checked: Checked, model: Path) -> None:
+    """A limit that is too small would cut responses short without a word."""
+    wanted, chosen = checked.longest, checked.config.engine.max_model_len
+    if chosen is not None and chosen <= wanted:
+        raise ConfigError(
+            f"is {chosen}, and the longest prompt with its response can have {wanted} tokens",
+            field="engine.max_model_len",
+            fix=f"set it to {wanted + 1} or more, or leave it out; or lower sampling.max_new_tokens",
+        )
+    limit = json.loads((model / "config.json").read_text()).get("max_position_embeddings")
+    if isinstance(limit, int) and checked.max_model_len > limit:
+        raise ConfigError(
+            f"the longest prompt with its response can have {wanted} tokens, and the model takes {limit}",
+            field="sampling.max_new_tokens",
+            fix="lower it, or lower prompts.max_tokens and leave out the longest prompts",
         )
 
 
@@ -299,13 +335,12 @@ def _check_writable(config: RunConfig) -> None:
 
 def _check_model(model: str) -> Path | None:
     """The model's directory, or None for a hub id that is not on this machine."""
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = _local(model)
+    if path is not None:
         if not (path / "config.json").is_file():
             raise ConfigError(f"{path} holds no config.json", field="model", fix="give the directory of a Hugging Face model")
         return path
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith(("models/", "."))
-    if not is_hub_id:
+    if not _is_hub_id(model):
         raise ConfigError(
             f"there is no directory {model}",
             field="model",
@@ -314,6 +349,28 @@ def _check_model(model: str) -> Path | None:
             else "correct the path, or give a hub id such as org/name",
         )
     return None
+
+
+def _is_hub_id(model: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not model.startswith(("models/", "."))
+
+
+def _local(model: str) -> Path | None:
+    """Where the files of a model lie: its directory, or the snapshot of a hub id that has been downloaded. Fetches nothing."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.absolute()
+    if not _is_hub_id(model):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot = Path(snapshot_download(model, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    whole = (snapshot / "config.json").is_file() and any(snapshot.glob("*.safetensors"))
+    return snapshot if whole else None
 
 
 def tokenizer(model: str) -> Any:

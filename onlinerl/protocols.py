@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from onlinerl.errors import OracleError
 from onlinerl.types import (
     Failure,
     Group,
@@ -124,6 +125,40 @@ class Oracle(Component):
     def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
         """One result per query, in order. Exceptions are bugs of the oracle and stop the run; a Failure is counted."""
         raise NotImplementedError
+
+    def ask(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
+        """`judge` as the rest of the system calls it: every answer is checked before anybody believes it (R-G1).
+
+        A Verdict with bad numbers becomes a Failure.
+
+        Raises:
+            OracleError: if `judge` raises, or answers with something that is no list of Verdicts and Failures, one per query.
+        """
+        who = type(self).__name__
+        try:
+            results = list(self.judge(queries))
+        except OracleError:
+            raise
+        except Exception as error:
+            raise OracleError(
+                f"{who} raised {type(error).__name__}: {error}", field="oracle", fix="repair the oracle"
+            ) from error
+        if len(results) != len(queries):
+            raise OracleError(
+                f"{who} returned {len(results)} results for {len(queries)} queries",
+                field="oracle",
+                fix="return one result per query, in order",
+            )
+        strange = next((r for r in results if not isinstance(r, Verdict | Failure)), None)
+        if strange is not None:
+            raise OracleError(
+                f"{who} returned a {type(strange).__name__}",
+                field="oracle",
+                fix="return a Verdict or a Failure (onlinerl.types) for each query",
+            )
+        return [
+            (r.problem(len(q.responses)) or r) if isinstance(r, Verdict) else r for q, r in zip(queries, results, strict=True)
+        ]
 
 
 class PairBuilder(Component):
@@ -247,6 +282,10 @@ class Store(Protocol):
 
     def read(self, iteration: int, table: str) -> list[dict[str, Any]]:
         """All rows, in the order of `append`."""
+        ...
+
+    def sealed(self, iteration: int, table: str) -> bool:
+        """True once the table is complete."""
         ...
 
     def seal(self, iteration: int, table: str) -> None:

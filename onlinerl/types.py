@@ -146,6 +146,23 @@ class Verdict:
     """The judge's own words, for people."""
     cost: Cost = field(default_factory=Cost)
 
+    def problem(self, count: int) -> Failure | None:
+        """What is wrong with this as a judgement of `count` responses, or None (R-G1)."""
+        if self.scores is None and self.preferences is None:
+            return Failure(kind="parse_fail", message="a Verdict with neither scores nor preferences")
+        if self.scores is not None:
+            if len(self.scores) != count:
+                return Failure(kind="wrong_length", message=f"{len(self.scores)} scores for {count} responses")
+            if not np.isfinite(self.scores).all():
+                return Failure(kind="non_finite", message=f"scores {self.scores}")
+        if self.preferences is not None:
+            if [len(row) for row in self.preferences] != [count] * count:
+                return Failure(kind="wrong_length", message=f"the preferences of {count} responses must be {count} x {count}")
+            cells = np.asarray(self.preferences, dtype=np.float64)
+            if ((cells < 0) | (cells > 1)).any():
+                return Failure(kind="non_finite", message="a preference is no probability")
+        return None
+
     def matrix(self, temperature: float = 1.0) -> np.ndarray:
         """P[i, j] = probability that i beats j, shape [K, K], diagonal 1/2, P + P^T = 1 where known.
 

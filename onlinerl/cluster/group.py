@@ -114,15 +114,24 @@ class LearnerGroup:
         refs = {n: a.call.remote(method, *args) for n, a, args in zip(self.names, self.actors, arguments, strict=True)}
         return get(refs, timeout_s=timeout_s or self._config.step_timeout_s, error=LearnerError, what=method)
 
-    def score(self, sequences: Sequence[TrainSequence], *, model: str = "policy", temperature: float = 1.0) -> list[np.ndarray]:
+    def score(
+        self,
+        sequences: Sequence[TrainSequence],
+        *,
+        model: str = "policy",
+        temperature: float = 1.0,
+        timeout_s: float | None = None,
+    ) -> list[np.ndarray]:
         """Log-probs f32[T] of each response."""
-        return self._spread("score", sequences, model, temperature)
+        return self._spread("score", sequences, model, temperature, timeout_s=timeout_s)
 
     def values(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
         """Critic values f32[T] of each response."""
         return self._spread("values", sequences)
 
-    def _spread(self, method: str, sequences: Sequence[TrainSequence], *more: Any) -> list[np.ndarray]:
+    def _spread(
+        self, method: str, sequences: Sequence[TrainSequence], *more: Any, timeout_s: float | None = None
+    ) -> list[np.ndarray]:
         if not sequences:
             return []
         # The position travels as the item's id, so that results find their way back whatever the order of work.
@@ -131,7 +140,7 @@ class LearnerGroup:
         work = plan_step(items, len(self.actors), 2 * self._config.tokens_per_microbatch)
         arguments = [([[item.sequences[0] for item in micro] for micro in rank], *more) for rank in work]
         results: list[np.ndarray | None] = [None] * len(items)
-        for rank, outputs in zip(work, self.scatter(method, arguments), strict=True):
+        for rank, outputs in zip(work, self.scatter(method, arguments, timeout_s), strict=True):
             for micro, arrays in zip(rank, outputs, strict=True):
                 for item, array in zip(micro, arrays, strict=True):
                     results[int(item.prompt_id)] = array

@@ -54,6 +54,8 @@ class EnginePool:
 
     def __init__(self, cluster: Cluster, first: int, model: str, config: EngineConfig, settings: dict[str, Any]) -> None:
         self._config, self._settings = config, settings
+        self.asleep = False
+        """Whether the replicas have given their memory to the learner; a push must wake them first."""
         self.names = [f"replica {i}" for i in range(config.replicas)]
         self.actors = []
         for i in range(config.replicas):
@@ -85,11 +87,10 @@ class EnginePool:
         limit = 1 + -(-self._config.max_concurrent // max(1, len(requests[0].seeds))) if requests else 0
         try:
             while queue or running:
-                for i in sorted(range(len(self.actors)), key=lambda i: depth[i]):
-                    while queue and depth[i] < limit and depth[i] <= min(depth):
-                        request = queue.popleft()
-                        running[self.actors[i].generate.remote(request, sampling)] = (i, request)
-                        depth[i] += 1
+                while queue and min(depth) < limit:
+                    i, request = depth.index(min(depth)), queue.popleft()
+                    running[self.actors[i].generate.remote(request, sampling)] = (i, request)
+                    depth[i] += 1
                 done, _ = ray.wait(list(running), num_returns=1, timeout=self._config.generate_timeout_s)
                 if not done:
                     waiting = sorted({self.names[i] for i, _ in running.values()})
@@ -109,15 +110,22 @@ class EnginePool:
         """Log-probs by the first replica."""
         return self.score_all(sequences)[0]
 
-    def score_all(self, sequences: Sequence[TokenPair]) -> list[list[np.ndarray]]:
+    def score_all(self, sequences: Sequence[TokenPair], timeout_s: float | None = None) -> list[list[np.ndarray]]:
         """Log-probs by every replica."""
         refs = {n: a.score.remote(sequences) for n, a in zip(self.names, self.actors, strict=True)}
-        return get(refs, timeout_s=self._config.generate_timeout_s, error=EngineError, what="scoring")
+        return get(refs, timeout_s=timeout_s or self._config.generate_timeout_s, error=EngineError, what="scoring")
 
     def rest(self) -> None:
         """Where replicas share GPUs with the learner, move their weights to host memory and drop their KV caches."""
-        if self._settings["sync_backend"] == "ipc":
+        if self._settings["sync_backend"] == "ipc" and not self.asleep:
             self.call("sleep", timeout_s=self._config.start_timeout_s)
+            self.asleep = True
+
+    def wake_up(self, what: str, timeout_s: float) -> None:
+        """The reverse, in two steps: `what` is "weights" and then "kv_cache". Does nothing for replicas that are awake."""
+        if self.asleep:
+            self.call("wake_up", [what], timeout_s=timeout_s)
+            self.asleep = what != "kv_cache"
 
     def call(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
         """The same method on every replica; all must answer in time."""

@@ -32,21 +32,31 @@ class Placement:
     cpus: float
     gpus: float
     resources: Mapping[str, float]
+    bundle: int
+    """Which reservation it lives in. Two actors in one bundle are on one node, and on one GPU if that is what the bundle has."""
 
-    @property
-    def bundle(self) -> dict[str, float]:
-        """As a Ray bundle; Ray wants at least one positive entry."""
-        wanted = {"CPU": float(self.cpus), "GPU": float(self.gpus), **self.resources}
-        return {k: v for k, v in wanted.items() if v > 0} or {"CPU": 0.001}
+
+def bundles(placements: Sequence[Placement]) -> list[dict[str, float]]:
+    """What Ray reserves, in the order of `Placement.bundle`; Ray wants at least one positive entry in each."""
+    wanted: list[Counter[str]] = [Counter() for _ in range(1 + max(p.bundle for p in placements))]
+    for p in placements:
+        wanted[p.bundle].update({"CPU": p.cpus, "GPU": p.gpus, **p.resources})  # type: ignore[dict-item]
+    return [{k: float(v) for k, v in one.items() if v > 0} or {"CPU": 0.001} for one in wanted]
 
 
 def plan(config: RunConfig, device: str) -> list[Placement]:
-    """What a run asks of the cluster, learner ranks first. Colocated: rank i and replica i share one GPU."""
+    """What a run asks of the cluster, learner ranks first. Colocated: rank i and replica i share one bundle and its GPU."""
     engine, learner = config.engine, config.learner
     gpu = device == "cuda"
     shared = gpu and config.cluster.colocate
     ranks = [
-        Placement(role=f"learner rank {i}", cpus=learner.cpus, gpus=(0.5 if shared else 1) * gpu, resources=learner.resources)
+        Placement(
+            role=f"learner rank {i}",
+            cpus=learner.cpus,
+            gpus=(0.5 if shared else 1) * gpu,
+            resources=learner.resources,
+            bundle=i,
+        )
         for i in range(learner.ranks)
     ]
     replicas = [
@@ -55,6 +65,7 @@ def plan(config: RunConfig, device: str) -> list[Placement]:
             cpus=engine.cpus,
             gpus=(0.5 if shared else engine.tensor_parallel_size) * gpu,
             resources=engine.resources,
+            bundle=i if shared else learner.ranks + i,
         )
         for i in range(engine.replicas)
     ]
@@ -64,8 +75,8 @@ def plan(config: RunConfig, device: str) -> list[Placement]:
 def missing(placements: Sequence[Placement], available: Mapping[str, float]) -> dict[str, tuple[float, float]]:
     """Resource -> (needed, there) for everything there is too little of."""
     needed: Counter[str] = Counter()
-    for placement in placements:
-        needed.update(placement.bundle)
+    for bundle in bundles(placements):
+        needed.update(bundle)  # type: ignore[arg-type]
     return {k: (v, available.get(k, 0.0)) for k, v in needed.items() if v > available.get(k, 0.0) + 1e-6}
 
 
@@ -75,7 +86,10 @@ def explain_missing(placements: Sequence[Placement], available: Mapping[str, flo
     if not short:
         return None
     amounts = ", ".join(f"{need:g} {name} (there are {have:g})" for name, (need, have) in short.items())
-    table = "; ".join(f"{p.role}: {p.bundle}" for p in placements)
+    wanted = bundles(placements)
+    table = "; ".join(
+        f"{' and '.join(p.role for p in placements if p.bundle == i)}: {bundle}" for i, bundle in enumerate(wanted)
+    )
     return ClusterError(
         f"the run needs {amounts}. Wanted: {table}",
         field="cluster",
@@ -139,9 +153,12 @@ class Cluster:
                 signal.signal(each, handler)
 
     def _device(self) -> str:
-        gpus = ray.cluster_resources().get("GPU", 0)
         wanted = self._config.cluster.device
-        if wanted == "cuda" and gpus == 0:
+        deadline = time.monotonic() + self._config.cluster.wait_s
+        while not (gpus := ray.cluster_resources().get("GPU", 0)) and wanted == "cuda":
+            if self._config.cluster.address is not None and time.monotonic() < deadline:
+                time.sleep(1)  # nodes may still be joining
+                continue
             raise ClusterError(
                 "the cluster has no GPU", field="cluster.device", fix="set cluster.device=cpu, or add a GPU node"
             )
@@ -154,7 +171,7 @@ class Cluster:
             if self._config.cluster.address is None or time.monotonic() > deadline:
                 raise error
             time.sleep(1)
-        self._group = placement_group([p.bundle for p in self.placements], strategy="PACK")
+        self._group = placement_group(bundles(self.placements), strategy="PACK")
         ready, _ = ray.wait([self._group.ready()], timeout=max(self._config.cluster.wait_s, 10))
         if not ready:
             free = {k: v for k, v in ray.available_resources().items() if k in {"CPU", "GPU"} or not k.startswith("node:")}
@@ -172,7 +189,7 @@ class Cluster:
         return {
             "num_cpus": placement.cpus,
             "num_gpus": placement.gpus,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=placement.bundle),
             "runtime_env": {"env_vars": dict(env)},
             "max_restarts": 0,
             **more,

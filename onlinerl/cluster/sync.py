@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from onlinerl.cluster.group import LearnerGroup
@@ -94,11 +94,12 @@ class WeightPush:
         """
         started = time.monotonic()
         deadline = started + self._config.timeout_s
-        marks = {}
+        marks: dict[str, float] = {}
 
         def left(phase: str) -> float:
-            marks[phase] = time.monotonic()
-            remaining = deadline - marks[phase]
+            now = time.monotonic()
+            marks.setdefault(phase, now)
+            remaining = deadline - now
             if remaining <= 0:
                 raise SyncError(
                     f"the push of version {version} used up its {self._config.timeout_s:.0f} s before the {phase}",
@@ -114,15 +115,13 @@ class WeightPush:
             names = self._learner.call("parameter_names", timeout_s=remaining)[0]
             sample = proof.rotation(names, self._config.tensors_checked, version, everything=self._first)
             # Memory comes back in this order, or old weights, new weights and KV cache would have to fit at once (R-C1).
-            shared = self._backend == "ipc" and not self._first
-            if shared:
-                self._pool.call("wake_up", ["weights"], timeout_s=left("push"))
+            self._pool.wake_up("weights", left("push"))
             self._pool.call("watch", sample, timeout_s=left("push"))
             self._learner.call("send_weights", version, timeout_s=left("push"))
-            if shared:
-                self._pool.call("wake_up", ["kv_cache"], timeout_s=left("push"))
+            self._pool.wake_up("kv_cache", left("push"))
             self._pool.call("reset_caches", timeout_s=left("cache_reset"))
-            canary_gap = self._prove(version, sample, left("proof"))
+            canary_gap = self._prove(version, sample, left)
+            sent_bytes = self._learner.call("wire_bytes", timeout_s=left("report"))[0]
         except OnlineRLError as error:
             self._open = False  # a half-open update is never reused (R-A4)
             raise SyncError(
@@ -133,7 +132,7 @@ class WeightPush:
         return SyncReport(
             version=version,
             seconds=end - started,
-            bytes=self._learner.call("wire_bytes", timeout_s=60)[0],
+            bytes=sent_bytes,
             replicas=len(self._pool.actors),
             backend=self._backend,
             phases={
@@ -146,14 +145,15 @@ class WeightPush:
             canary_nats=canary_gap,
         )
 
-    def _prove(self, version: int, sample: list[str], timeout_s: float) -> float:
+    def _prove(self, version: int, sample: list[str], left: Callable[[str], float]) -> float:
         names = self._pool.names
-        proof.check_version(version, self._pool.call("weight_version", timeout_s=timeout_s), names)
-        sent = self._learner.call("digests", sample, timeout_s=timeout_s)[0]
-        proof.check_digests(sent, self._pool.call("received", timeout_s=timeout_s), names)
+        proof.check_version(version, self._pool.call("weight_version", timeout_s=left("proof")), names)
+        sent = self._learner.call("digests", sample, timeout_s=left("proof"))[0]
+        proof.check_digests(sent, self._pool.call("received", timeout_s=left("proof")), names)
         sequences = [TrainSequence(prompt_ids=tuple(p), response_ids=tuple(r)) for p, r in self._canary]
-        ours = self._learner.score(sequences)
-        return proof.check_canary(ours, self._pool.score_all(self._canary), names, self._config.canary_tolerance_nats)
+        ours = self._learner.score(sequences, timeout_s=left("proof"))
+        theirs = self._pool.score_all(self._canary, timeout_s=left("proof"))
+        return proof.check_canary(ours, theirs, names, self._config.canary_tolerance_nats)
 
     def _connect(self, timeout_s: float) -> None:
         client = FanOutClient(self._pool.actors, self._pool.names, self._engine.tensor_parallel_size, timeout_s)

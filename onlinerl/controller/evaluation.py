@@ -66,7 +66,7 @@ def win_rate(now: Evaluated, then: Evaluated, judge: Judge) -> tuple[Estimate, i
     """
     opponents = {g.prompt.id: g for g in then.groups}
     common = [g for g in now.groups if g.prompt.id in opponents]
-    gaps = [now.score(g.prompt.id) - then.score(g.prompt.id) for g in common]
+    gaps = [_gap(now, then, g.prompt.id) for g in common]
     if common and not all(math.isnan(gap) for gap in gaps):
         return wilson([_outcome(gap) for gap in gaps if not math.isnan(gap)]), 0
     asked, results = judge([replace(g, rollouts=(g.rollouts[0], opponents[g.prompt.id].rollouts[0])) for g in common])
@@ -84,6 +84,12 @@ def _orders(verdict: Verdict) -> list[float]:
     """P(first response wins) as said in each of the two orders; NaN where not asked."""
     assert verdict.preferences is not None
     return [verdict.preferences[0][1], 1.0 - verdict.preferences[1][0]]
+
+
+def _gap(now: Evaluated, then: Evaluated, prompt_id: str) -> float:
+    """Between the two scores; NaN where one is missing, or where the oracle was changed in between and they mean different things."""
+    versions = {v.oracle_version for v in (now.verdicts.get(prompt_id), then.verdicts.get(prompt_id)) if isinstance(v, Verdict)}
+    return now.score(prompt_id) - then.score(prompt_id) if len(versions) == 1 else math.nan
 
 
 def _outcome(gap: float) -> float:

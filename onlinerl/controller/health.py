@@ -11,6 +11,9 @@ import numpy as np
 from onlinerl.errors import EngineError, LearnerError, OracleError
 from onlinerl.types import Failure, Group, Judged, Verdict
 
+TIE = 1e-9
+"""Judgements that differ by less are the same."""
+
 
 def check_group(group: Group, policy_version: int) -> None:
     """Refuse rollouts that cannot be trained on: missing or non-finite log-probs (R-E3), or a stale policy (R-B3).
@@ -50,18 +53,28 @@ def check_failures(results: Sequence[Verdict | Failure], limit: float) -> None:
         )
 
 
-def check_spread(judged: Sequence[Judged]) -> None:
+def check_spread(judged: Sequence[Judged], *, within_groups: bool) -> None:
     """Stop when the oracle never separates anything: nothing could be learned from it (R-G4).
 
+    Args:
+        judged: everything of an iteration.
+        within_groups: the algorithm compares responses to one prompt with each other; otherwise any difference will do.
+
     Raises:
-        OracleError: if every group is tied.
+        OracleError: if every group is tied, or everything has one score.
     """
-    if judged and all(_tied(j) for j in judged):
+    fix = (
+        "check that the oracle reads the response, and that responses differ (sampling.temperature > 0); "
+        "then start a new run: these verdicts belong to this one"
+    )
+    if within_groups and judged and all(_spread([j]) < TIE for j in judged):
         raise OracleError(
             f"all {len(judged)} groups are ties: the oracle gives every response to a prompt the same judgement",
             field="oracle",
-            fix="check that the oracle reads the response, and that responses differ (sampling.temperature > 0)",
+            fix=fix,
         )
+    if not within_groups and judged and _spread(judged) < TIE:
+        raise OracleError(f"all responses of {len(judged)} groups got the same judgement", field="oracle", fix=fix)
 
 
 def check_items(items: int, judged: int, dropped: Mapping[str, int]) -> None:
@@ -120,6 +133,7 @@ def check_mismatch(k3: float, limit: float) -> None:
         )
 
 
-def _tied(judged: Judged) -> bool:
-    rates = judged.verdict.win_rates()
-    return bool(np.nanmax(rates) - np.nanmin(rates) < 1e-9)
+def _spread(judged: Sequence[Judged]) -> float:
+    """Between the best and the worst response, in scores or win rates; NaN if nothing was said."""
+    said = [np.asarray(v.scores, float) if v.preferences is None else v.win_rates() for v in (j.verdict for j in judged)]
+    return float(np.nanmax(np.concatenate(said)) - np.nanmin(np.concatenate(said)))

@@ -117,9 +117,8 @@ class Iteration:
         groups = self._groups()
         calls, results = self._judge(groups, "verdicts", "label")
         failures = [r for r in results.values() if isinstance(r, Failure)]
-        health.check_failures(list(results.values()), self.parts.config.max_failed_labels)
         judged = _judged(groups, results)
-        health.check_spread(judged)
+        health.check_spread(judged, within_groups=self.parts.algorithm.needs().min_samples > 1)
         self.report.labelled(self.number, groups, results, judged)
         return {"oracle_calls": calls, "failures": len(failures)}
 
@@ -129,18 +128,24 @@ class Iteration:
         return [group_from_row(row, by_id) for row in self.parts.store.read(self.number, "rollouts")]
 
     def _judge(self, groups: Sequence[Group], table: str, phase: str) -> tuple[int, dict[str, Verdict | Failure]]:
-        """Verdicts by prompt id, and how many of them exist; only those not on disk yet are asked for (R-G1)."""
+        """Verdicts by prompt id, and how many of them exist; only those not on disk yet are asked for (R-G1).
+
+        A failure is no answer: until the table is complete it is asked for again, so a repaired oracle gets its chance.
+        """
         store, tracker = self.parts.store, self.parts.tracker
         results = dict(result_from_row(row) for row in store.read(self.number, table))
+        if not store.sealed(self.number, table):
+            results = {prompt_id: result for prompt_id, result in results.items() if isinstance(result, Verdict)}
         todo = [g for g in groups if g.prompt.id not in results]
         tracker.phase_started(self.number, phase, len(groups), "groups")
         tracker.phase_advanced(self.number, phase, len(results))
         for part in batched(todo, LABEL_BATCH):
             queries = [Query(prompt=g.prompt, responses=tuple(r.text for r in g.rollouts)) for g in part]
-            verdicts = self.parts.oracle.judge(queries)
+            verdicts = self.parts.oracle.ask(queries)
             store.append(self.number, table, [result_row(g.prompt.id, v) for g, v in zip(part, verdicts, strict=True)])
             results.update({g.prompt.id: v for g, v in zip(part, verdicts, strict=True)})
             tracker.phase_advanced(self.number, phase, len(part))
+        health.check_failures(list(results.values()), self.parts.config.max_failed_labels)
         store.seal(self.number, table)
         return len(results), results
 
@@ -186,7 +191,7 @@ class Iteration:
                 raise LearnerError(
                     f"{skipped} optimizer steps had a non-finite loss or gradient",
                     field="training.learning_rate",
-                    fix="lower the learning rate or training.max_grad_norm; the last checkpoint is sound and `resume` starts from it",
+                    fix="start a new run from the last export (model=...) with a lower learning rate; a resume would repeat this",
                 )
         self.weights.learner = self.number
         self.report.trained(self.number, steps, tokens, dropped, len(items), useful, len(groups))

@@ -86,6 +86,23 @@ class Policy(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
+    def recompute_activations(self) -> None:
+        """Keep only the inputs of each layer for the backward pass, of policy and critic. Call it after the last `eval()`.
+
+        transformers recomputes only in layers that are in training mode, and the policy never is (R-E5): so the layers themselves
+        are switched, not what is inside them, and their own dropout is 0.
+        """
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        for backbone in filter(None, (self.model, self.critic)):
+            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in self.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = True
+                for name, value in vars(layer).items():
+                    if "dropout" in name and isinstance(value, float):
+                        setattr(layer, name, 0.0)
+
     def forward(self, batch: Batch, temperature: float = 1.0, values: bool = False, entropy: bool = False) -> Outputs:
         """One pass over all rows; see `Outputs`. Positions where mask_BT is false hold zeros."""
         mask_BT = batch.mask_BT

@@ -97,8 +97,6 @@ class DeepSpeedRank:
         self.needs = algorithm.needs()
         critic: Any = getattr(algorithm, "critic", "shared") if self.needs.values else None
         self._policy = Policy(self._read(model), critic)
-        if config.gradient_checkpointing:
-            self._policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         # Dropout stays off: log-probs of one and the same policy must not differ from pass to pass (R-E5).
         self._policy.eval()
         if config.zero_stage == 3:
@@ -107,6 +105,8 @@ class DeepSpeedRank:
             model=self._policy, optimizer=self._optimizer(), config=self._deepspeed_config(), dist_init_required=False
         )
         self._engine.eval()
+        if config.gradient_checkpointing:
+            self._policy.recompute_activations()
         self.reset_optimizer()  # a wrapper's trial step counts as one for Adam
         self._frozen: tuple[str, Policy] | None = None
         self._sender: Any = None

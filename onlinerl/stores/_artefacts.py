@@ -111,6 +111,12 @@ def _remove(path: Path) -> None:
 
 def _finish(path: Path) -> None:
     files = sorted(p for p in path.rglob("*") if p.is_file())
+    if not files:
+        raise StoreError(
+            f"nothing was written to {path}",
+            field="runs",
+            fix="learner and controller must see the same directory: put the run on a disk that all nodes share",
+        )
     for file in files:
         _sync_file(file)
     entries = {str(f.relative_to(path)): {"bytes": f.stat().st_size, "sha256": _checksum(f)} for f in files}

@@ -179,7 +179,7 @@ class RunDirectory:
         if not rows:
             return
         folder = self._folder(iteration)
-        if _tables.sealed_path(folder, table).exists():
+        if self.sealed(iteration, table):
             raise StoreError(
                 f"table {table!r} of iteration {iteration} is complete and takes no more rows",
                 fix="look at the finished phases before appending",
@@ -201,6 +201,10 @@ class RunDirectory:
         Rows are the same before and after `seal`. A key that only other rows have is None.
         """
         return _tables.read(self._folder(iteration), table)
+
+    def sealed(self, iteration: int, table: str) -> bool:
+        """True once the table is complete."""
+        return _tables.sealed_path(self._folder(iteration), table).exists()
 
     def seal(self, iteration: int, table: str) -> None:
         """The table is complete: turn its journal into one Parquet file. May be called again."""

@@ -67,13 +67,14 @@ def test_run_or_resume(tmp_path, exists):
     onlinerl.write_text('#!/bin/sh\necho "$@"\n')
     onlinerl.chmod(0o755)
     run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)  # a directory alone is no run yet
     if exists:
-        run.mkdir(parents=True)
+        (run / "manifest.json").write_text("{}")
     env = os.environ | {"PATH": f"{onlinerl.parent}:{os.environ['PATH']}", "CONFIG": "c.yaml", "RUN": str(run)}
     command = ["bash", str(LAUNCHERS / "run_or_resume.sh"), "iterations=2"]
     said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.strip()
     if exists:
-        assert said == f"resume {run} cluster.address=auto iterations=2"
+        assert said == f"resume --finished-ok {run} cluster.address=auto iterations=2"
     else:
         assert said == f"run c.yaml runs={run.parent} name=mine cluster.address=auto iterations=2"
 

@@ -144,10 +144,17 @@ def test_the_commonest_failure_is_shown():
 
 def test_an_oracle_that_never_separates_stops_the_run():
     """R-G4."""
-    health.check_spread([judged(1.0, 1.0), judged(1.0, 2.0)])
-    health.check_spread([])
+    health.check_spread([judged(1.0, 1.0), judged(1.0, 2.0)], within_groups=True)
+    health.check_spread([], within_groups=True)
     with pytest.raises(OracleError, match="all 2 groups are ties"):
-        health.check_spread([judged(1.0, 1.0), judged(0.0, 0.0)])
+        health.check_spread([judged(1.0, 1.0), judged(0.0, 0.0)], within_groups=True)
+
+
+def test_an_algorithm_that_compares_nothing_within_a_group_needs_no_spread_there():
+    """PPO with one sample per prompt, or a verifier that only tells prompts apart."""
+    health.check_spread([judged(1.0), judged(0.0)], within_groups=False)
+    with pytest.raises(OracleError, match="all responses of 2 groups got the same judgement"):
+        health.check_spread([judged(1.0), judged(1.0)], within_groups=False)
 
 
 def test_nothing_to_train_on_stops_the_run():
