@@ -125,6 +125,17 @@ def test_a_typo_in_the_file(toy_config, cli, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_file_that_cannot_be_read(refused, toy_config, tmp_path):
+    toy_config(tmp_path)
+    says(refused(tmp_path), f"CONFIG: {tmp_path} cannot be read", "give the path of a YAML file")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    says(refused(tmp_path / "binary.yaml"), "cannot be read")
+    (tmp_path / "two.yaml").write_text("extends: [a, b]")
+    says(refused(tmp_path / "two.yaml"), "extends", "give the path of one YAML file")
+    refusal = refused(toy_config(tmp_path), "algorithm.name=onlinerl.errors.ConfigError")
+    says(refusal, "algorithm.name: onlinerl.errors.ConfigError is no subclass of onlinerl.protocols.Algorithm")
+
+
 def test_a_file_that_is_not_there(toy_config, refused, tmp_path):
     toy_config(tmp_path)
     says(refused(tmp_path / "toi.yaml"), f"CONFIG: there is no file {tmp_path}/toi.yaml", f"did you mean {tmp_path}/toy.yaml?")
@@ -156,6 +167,16 @@ def test_a_missing_key(toy_config, refused, tmp_path):
             {"engine.name": "vllm"},
             ("engine.name: engine 'vllm' and learner 'toy' do not go together", "use vllm with deepspeed"),
         ),
+        (
+            {"engine.max_model_len": 16},
+            ("engine.max_model_len: is 16, and the longest prompt with its response can have ", "set it to "),
+        ),
+        (
+            {"sampling.max_new_tokens": 500},
+            ("sampling.max_new_tokens: the longest prompt with its response can have ", "the model takes 128"),
+        ),
+        ({"cluster.device": "cpu", "sync.backend": "nccl"}, ("sync.backend: needs GPUs, and cluster.device is cpu",)),
+        ({"cluster.device": "cpu", "cluster.colocate": True}, ("cluster.colocate: needs GPUs, and cluster.device is cpu",)),
         ({"cluster.colocate": True, "learner.ranks": 2}, ("cluster.colocate: ", "2 ranks and 1 replicas")),
         (
             {"prompts.per_iteration": 20},
@@ -487,3 +508,25 @@ def test_more_than_the_cluster_has():
     assert "3 rollout_node (there are 0)" in missing.cause
     assert runtime.explain_missing(wanted, {"CPU": 10, "GPU": 10, "rollout_node": 3}) is None
     assert {p.gpus for p in runtime.plan(config, "cpu")} == {0}
+
+
+def test_ranks_and_replicas_that_share_gpus_are_reserved_as_pairs():
+    from onlinerl.cluster import runtime
+
+    config = configuration.parse(
+        {
+            "name": "big",
+            "model": "org/name-7B",
+            "iterations": 1,
+            "algorithm": {"name": "dpo"},
+            "oracle": {"name": "sentiment"},
+            "prompts": {"train": "a", "heldout": "b"},
+            "engine": {"replicas": 2, "cpus": 2},
+            "learner": {"ranks": 2, "cpus": 1, "resources": {"node_a": 0.5}},
+            "cluster": {"colocate": True},
+        }
+    )
+    wanted = runtime.plan(config, "cuda")
+    assert runtime.bundles(wanted) == [{"CPU": 3.0, "GPU": 1.0, "node_a": 0.5}] * 2
+    assert [p.bundle for p in wanted] == [0, 1, 0, 1]
+    assert {p.gpus for p in wanted} == {0.5}

@@ -242,6 +242,21 @@ def test_an_oracle_that_only_compares_is_not_asked_again(counted, tmp_path):
     assert rows[-1]["win_rate"]["value"] > 0.5
 
 
+def test_a_repaired_oracle_is_asked_again_and_only_what_it_failed_on(counted, uninterrupted, tmp_path):
+    """R-G1, R-D1: failures are no labels. The oracle is down in iteration 2, the run stops, and a resume after the repair goes on."""
+    run = tmp_path / "runs/toy"
+    labels = 1 + EVALUATION_CALLS + LABEL_CALLS + EVALUATION_CALLS + LABEL_CALLS
+    stopped = counted("run", down=["judge", labels])  # the second batch of iteration 2
+    assert stopped.returncode == 1, stopped.message
+    assert "the oracle failed on 4 of 8 groups" in stopped.stderr
+    again = counted("resume", down=["judge", 2])
+    assert again.returncode == 1, again.message
+    done = counted("resume")
+    assert done.returncode == 0, done.message
+    check_counts(tmp_path / "log", judged_twice=2 * BATCH)
+    assert everything(run) == uninterrupted
+
+
 def test_nothing_left_to_do_and_more_iterations(toy_config, warm_cli, tmp_path):
     """R-D1: a finished run says so, with an exit code of its own; more iterations continue it as if they had always been asked for."""
     run = tmp_path / "runs/toy"

@@ -53,11 +53,13 @@ class Ranks:
 
         dist.init_process_group = init
 
-    def learner(self, model: str, algorithm: Algorithm, *, stage: int, dtype: str, **training: Any) -> DeepSpeedRank:
+    def learner(
+        self, model: str, algorithm: Algorithm, *, stage: int, dtype: str, recompute: bool = False, **training: Any
+    ) -> DeepSpeedRank:
         return DeepSpeedRank(
             model,
             algorithm,
-            LearnerConfig(ranks=self.world_size, zero_stage=stage, dtype=dtype),
+            LearnerConfig(ranks=self.world_size, zero_stage=stage, dtype=dtype, gradient_checkpointing=recompute),
             TrainingConfig(**{"learning_rate": 1e-3, **training}),
             rank=self.rank,
             world_size=self.world_size,
@@ -107,7 +109,9 @@ def gradients(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[s
 def critic_gradients(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
     """Gradients with a second network and a second parameter group."""
     loss = job["critic_loss"]
-    learner = ranks.learner(job["model"], loss["algorithm"], stage=case["stage"], dtype=case["dtype"])
+    learner = ranks.learner(
+        job["model"], loss["algorithm"], stage=case["stage"], dtype=case["dtype"], recompute=case["recompute"]
+    )
     count = sum(i.count(learner.algorithm.unit) for i in loss["items"])
     return {cut: learner.gradients(ranks.mine(loss["items"], budget), count) for cut, budget in loss["budgets"].items()}
 

@@ -96,7 +96,10 @@ BAD_STEPS = {
 EXPORTED = (0, 3)
 CASES: dict[tuple[Any, ...], dict[str, Any]] = {
     **{("gradients", s, d): {"kind": "gradients", "stage": s, "dtype": d} for s, d in product(STAGES, DTYPES)},
-    **{("critic", s): {"kind": "critic_gradients", "stage": s, "dtype": "float32"} for s in STAGES},
+    **{
+        ("critic", s, r): {"kind": "critic_gradients", "stage": s, "dtype": "float32", "recompute": r}
+        for s, r in product(STAGES, (False, True))
+    },
     **{("steps", s, d): {"kind": "steps", "stage": s, "dtype": d} for s, d in product(STAGES, DTYPES)},
     **{
         ("export", s, m): {"kind": "export", "stage": s, "dtype": "float32", "model": m}
@@ -253,9 +256,13 @@ def test_nothing_of_earlier_gradients_is_left(answers: Answers, ranks: int, stag
         assert_equal(answer["again", cut]["gradients"], answer["dpo", cut]["gradients"])
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, STAGES)))
-def test_gradient_with_a_critic_equals_that_of_one_process(answers: Answers, tiny_llama: Path, ranks: int, stage: int) -> None:
-    answer = answers(ranks, "critic", stage)
+def test_gradient_with_a_critic_equals_that_of_one_process(
+    answers: Answers, tiny_llama: Path, ranks: int, stage: int, recompute: bool
+) -> None:
+    """Also with `learner.gradient_checkpointing` (R-C4)."""
+    answer = answers(ranks, "critic", stage, recompute)
     algorithm, items = CRITIC
     expected = plain_gradients(plain_policy(tiny_llama, "float32", "separate"), algorithm, items)
     assert np.abs(expected["value_head.weight"]).max() > 1e-3

@@ -30,6 +30,8 @@ def judge(queries):
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     event("judge", asked=[[q["prompt"], *q["responses"]] for q in queries])
+    if SPEC.get("down") == ["judge", EVENTS["judge"]]:
+        return [None for _ in queries]
     analyzer = SentimentIntensityAnalyzer()
     return [[analyzer.polarity_scores(r)["compound"] for r in q["responses"]] for q in queries]
 

@@ -116,6 +116,21 @@ def test_another_implementation_forgets_the_old_knobs(write):
     assert configuration.load(path, ["algorithm.name=grpo", "algorithm.clip_low=0.1"]).algorithm["clip_low"] == 0.1
 
 
+def test_overrides_may_come_in_any_order(write):
+    """A knob typed before the name of the implementation is not lost."""
+    path = write("base.yaml", BASE)
+    assert configuration.load(path, ["algorithm.clip_low=0.1", "algorithm.name=grpo"]).algorithm["clip_low"] == 0.1
+
+
+def test_naming_the_engine_or_learner_keeps_the_other_keys(write):
+    """Their sections are not the implementation's own."""
+    path = write("base.yaml", BASE)
+    config = configuration.load(path, ["learner.zero_stage=2", "learner.name=toy", "engine.name=toy", "engine.replicas=3"])
+    assert (config.learner.zero_stage, config.engine.replicas) == (2, 3)
+    over = write("over.yaml", {"extends": "base.yaml", "engine": {"name": "toy"}})
+    assert configuration.load(over).engine.resources == configuration.load(path).engine.resources
+
+
 # --- types ---
 
 

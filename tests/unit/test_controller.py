@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -199,6 +200,22 @@ def test_win_rate_of_scores_asks_nobody():
     assert (rate.value, rate.n, calls) == (0.5, 3, 0)
     same, _ = evaluation.win_rate(now, now, judge=None)  # type: ignore[arg-type]
     assert same.value == 0.5
+
+
+def test_scores_of_two_versions_of_the_oracle_are_not_compared():
+    """The oracle was repaired and the run resumed: its old scores may be on another scale."""
+
+    def scored(value: float, version: str) -> Evaluated:
+        one = evaluated({"a": value})
+        return replace(one, verdicts={"a": replace(one.verdicts["a"], oracle_version=version)})
+
+    def compare(pairs):
+        return len(pairs), {p.prompt.id: verdict(0.0, 1.0) for p in pairs}
+
+    rate, asked = evaluation.win_rate(scored(100.0, "new"), scored(0.5, "old"), compare)
+    assert (rate.value, asked) == (0.0, 1)
+    rate, asked = evaluation.win_rate(scored(100.0, "new"), scored(0.5, "new"), compare)
+    assert (rate.value, asked) == (1.0, 0)
 
 
 def test_mismatch():

@@ -295,3 +295,30 @@ def test_scoring_without_gradients_is_chunked_too(monkeypatch: pytest.MonkeyPatc
         policy(batch_of(sequences([(4, 60)] * 8)))
 
     assert 0 < largest.rows <= 16
+
+
+@pytest.mark.parametrize("critic", [None, "separate"])
+def test_recomputation_happens_and_changes_nothing(critic):
+    """R-C4: activations of a layer are computed again in the backward pass, although the policy stays in evaluation mode."""
+    batch = batch_of(ROWS)
+
+    def run(recompute: bool) -> tuple[int, dict[str, Tensor]]:
+        policy = Policy(llama(attention_dropout=0.5), critic).eval()
+        if recompute:
+            policy.recompute_activations()
+        calls = []
+        backbones = [policy.model.base_model, *([policy.critic] if policy.critic is not None else [])]
+        for backbone in backbones:
+            backbone.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        outputs = policy(batch, values=critic is not None)
+        total = outputs.logprobs_BT.sum() + (0 if outputs.values_BT is None else outputs.values_BT.sum())
+        total.backward()
+        assert not policy.training
+        return len(calls) // len(backbones), {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+
+    plain_calls, plain = run(recompute=False)
+    calls, grads = run(recompute=True)
+    assert (plain_calls, calls) == (1, 2)
+    assert plain.keys() == grads.keys()
+    for name, grad in plain.items():
+        torch.testing.assert_close(grads[name], grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from onlinerl import preflight
 from onlinerl.config import RunConfig
 from onlinerl.errors import OracleError
 from onlinerl.protocols import Oracle
-from onlinerl.types import Prompt
+from onlinerl.types import Prompt, Verdict
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 
@@ -162,5 +163,42 @@ def test_probe_wants_one_result_per_query():
         def judge(self, queries):
             return []
 
-    with pytest.raises(OracleError, match="returned 0 results for one query"):
+    with pytest.raises(OracleError, match="returned 0 results for 1 queries"):
         preflight.probe_oracle(Silent(), Prompt(id="p", text="the film", token_ids=(1,)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (lambda k: [1.0] * k, "returned a list"),
+        (lambda k: Verdict(annotator="a", oracle_version="v", scores=(1.0,)), "wrong_length.: 1 scores for 2 responses"),
+        (lambda k: Verdict(annotator="a", oracle_version="v", scores=(math.nan, 1.0)), "non_finite"),
+        (lambda k: Verdict(annotator="a", oracle_version="v"), "neither scores nor preferences"),
+        (lambda k: Verdict(annotator="a", oracle_version="v", preferences=((0.5, 2.0), (0.0, 0.5))), "no probability"),
+        (lambda k: 1 / 0, "Strange raised ZeroDivisionError"),
+    ],
+)
+def test_an_oracle_class_is_checked_as_a_function_is(answer, says):
+    """R-G1: whatever a class of the user's own returns, nothing bad gets past."""
+
+    class Strange(Oracle):
+        def judge(self, queries):
+            return [answer(len(q.responses)) for q in queries]
+
+    with pytest.raises(OracleError, match=says):
+        preflight.probe_oracle(Strange(), Prompt(id="p", text="the film", token_ids=(1,)))
+
+
+def test_a_downloaded_hub_id_is_found_where_it_lies(tiny_model, tmp_path, monkeypatch):
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--org--tiny" / "snapshots" / "abc"
+    shutil.copytree(tiny_model, snapshot)
+    (cache / "models--org--tiny" / "refs").mkdir()
+    (cache / "models--org--tiny" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    checked = preflight.check(
+        config("model=org/tiny", "prompts.max_tokens=500", "sampling.max_new_tokens=8", "metrics.prometheus=false")
+    )
+    assert checked.config.model == str(snapshot)
+    assert preflight.identity("org/tiny")["checksum"] == preflight.identity(str(tiny_model))["checksum"]
+    assert preflight.check(config("model=org/other", "metrics.prometheus=false")).train is None

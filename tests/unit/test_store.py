@@ -367,6 +367,14 @@ def test_an_artefact_is_there_completely_or_not_at_all(run):
     assert run.artefacts("checkpoints") == [1]
 
 
+def test_an_artefact_without_files_is_none(run):
+    """Ranks on a node that does not share the disk wrote theirs somewhere else."""
+    with pytest.raises(StoreError, match="nothing was written") as caught, run.staged("checkpoints", 1):
+        pass
+    assert caught.value.field == "runs"
+    assert run.artefact("checkpoints", 1) is None
+
+
 def test_an_exception_leaves_nothing_of_it_and_keeps_the_older_one(run):
     save(run, 1, b"old")
 
