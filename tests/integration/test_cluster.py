@@ -71,7 +71,7 @@ class Controller:
     def __init__(self, folder: Path, *arguments: object, **hooks: object) -> None:
         self.log = folder / f"controller-{time.monotonic_ns()}.log"
         command = [str(HOOKS), json.dumps(hooks)] if hooks else ["-m", "onlinerl.cli"]
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""}
+        env = {**os.environ, "PYTHONPATH": ".", "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""}
         with self.log.open("w") as out:
             self.process = subprocess.Popen(
                 [sys.executable, *command, *map(str, arguments)],
@@ -195,10 +195,10 @@ def sampled(run: Path) -> int:
     return sum(len(path.read_text().splitlines()) for path in run.rglob("rollouts.jsonl"))
 
 
-def assert_finished(run: Path, samples: int) -> None:
+def assert_finished(run: Path, samples: int, algorithm: str = "dpo") -> None:
     """The contract of `show --json`, and every sample different."""
     report = show(run)
-    assert report["algorithm"] == "dpo"
+    assert report["algorithm"] == algorithm
     assert [i["iteration"] for i in report["iterations"]] == [0, 1]
     for i in report["iterations"]:
         assert set(i) >= {
@@ -217,14 +217,16 @@ def assert_finished(run: Path, samples: int) -> None:
 
 
 def test_two_replicas_and_two_ranks(start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, tiny_llama)
+    """With an algorithm in a file of the user's own, which the ranks must find as the controller does."""
+    (tmp_path / "mine.py").write_text("from onlinerl.algorithms.dpo import Dpo\n\n\nclass Mine(Dpo):\n    pass\n")
+    config = write_config(tmp_path, tiny_llama, algorithm={"name": "mine.Mine"})
     run = tmp_path / "runs" / "run"
 
     controller = start("run", config)
 
     assert controller.wait() == 0, controller.text
     controller.assert_nothing_survives()
-    assert_finished(run, 8 * 4)
+    assert_finished(run, 8 * 4, algorithm="mine.Mine")
     for row in rows(run, 1, "rollouts"):
         assert len({tuple(tokens) for tokens in row["token_ids"]}) == 4
         assert len(set(row["seeds"])) == 4
