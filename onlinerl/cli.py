@@ -82,7 +82,8 @@ def show(
     run: Run,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable, one object.")] = False,
     samples: Annotated[bool, typer.Option("--samples", help="Print judged responses of the last iteration.")] = False,
-    iteration: Annotated[int | None, typer.Option(help="Iteration of the samples.")] = None,
+    heldout: Annotated[bool, typer.Option("--heldout", help="Print an iterate's own answers to the held-out prompts.")] = False,
+    iteration: Annotated[int | None, typer.Option(help="Iteration of the samples; the last one by default.")] = None,
     limit: Annotated[int, typer.Option(help="How many prompts of samples.")] = 5,
 ) -> None:
     """Show a run: one line per iteration, or what was sampled."""
@@ -90,10 +91,10 @@ def show(
     from onlinerl.trackers.console import render_table
 
     report = summary.summarise(run)
-    if samples:
+    if samples or heldout:
         numbers = [i["iteration"] for i in report["iterations"]]
         chosen = iteration if iteration is not None else max(numbers, default=0)
-        rows = summary.samples(run, chosen, limit)
+        rows = summary.samples(run, chosen, limit, heldout=heldout)
         out.print_json(json.dumps(rows, allow_nan=False))
     elif as_json:
         sys.stdout.write(json.dumps(report, indent=1, allow_nan=False) + "\n")

@@ -21,7 +21,18 @@ from onlinerl.controller.parts import Parts, batched, learning_rates, reference_
 from onlinerl.controller.report import Reporter
 from onlinerl.errors import LearnerError, StoreError
 from onlinerl.ops.schedule import schedule
-from onlinerl.stores.rows import group_from_row, group_row, pair_rows, result_from_row, result_row
+from onlinerl.stores.rows import (
+    EVALUATION,
+    EVALUATION_VERDICTS,
+    PAIRS,
+    ROLLOUTS,
+    VERDICTS,
+    group_from_row,
+    group_row,
+    pair_rows,
+    result_from_row,
+    result_row,
+)
 from onlinerl.types import Failure, Group, Judged, Pair, Prompt, Query, Request, Sampling, TrainItem, Verdict, derive_seed
 
 LABEL_BATCH = 16
@@ -85,7 +96,7 @@ class Iteration:
         requests = [
             Request(prompt=p, seeds=tuple(derive_seed(config.seed, self.number, p.id, i) for i in range(k))) for p in prompts
         ]
-        groups = self._generate(requests, config.sampling.spec(), "rollouts", "sample")
+        groups = self._generate(requests, config.sampling.spec(), ROLLOUTS, "sample")
         rollouts = [r for g in groups for r in g.rollouts]
         tokens = sum(len(r.token_ids) for r in rollouts)
         self.report.sampled(self.number, groups)
@@ -115,7 +126,7 @@ class Iteration:
     def label(self) -> dict[str, Any]:
         """A verdict for every group."""
         groups = self._groups()
-        calls, results = self._judge(groups, "verdicts", "label")
+        calls, results = self._judge(groups, VERDICTS, "label")
         failures = [r for r in results.values() if isinstance(r, Failure)]
         judged = _judged(groups, results)
         health.check_spread(judged, within_groups=self.parts.algorithm.needs().min_samples > 1)
@@ -125,7 +136,7 @@ class Iteration:
     def _groups(self) -> list[Group]:
         prompts, _ = self._prompts()
         by_id = {p.id: p for p in prompts}
-        return [group_from_row(row, by_id) for row in self.parts.store.read(self.number, "rollouts")]
+        return [group_from_row(row, by_id) for row in self.parts.store.read(self.number, ROLLOUTS)]
 
     def _judge(self, groups: Sequence[Group], table: str, phase: str) -> tuple[int, dict[str, Verdict | Failure]]:
         """Verdicts by prompt id, and how many of them exist; only those not on disk yet are asked for (R-G1).
@@ -155,7 +166,7 @@ class Iteration:
         """Items, log-probs that the loss needs, optimizer steps."""
         config, learner, tracker = self.parts.config, self.parts.learner, self.parts.tracker
         groups = self._groups()
-        results = dict(result_from_row(row) for row in self.parts.store.read(self.number, "verdicts"))
+        results = dict(result_from_row(row) for row in self.parts.store.read(self.number, VERDICTS))
         self.parts.engine.rest()
         self.weights.engine = None
         built_at = time.monotonic()
@@ -229,9 +240,9 @@ class Iteration:
             items.extend(built)
             useful += bool(built)
         health.check_items(len(items), len(judged), dropped)
-        if rows and not self.parts.store.read(self.number, "pairs"):
-            self.parts.store.append(self.number, "pairs", rows)
-            self.parts.store.seal(self.number, "pairs")
+        if rows and not self.parts.store.read(self.number, PAIRS):
+            self.parts.store.append(self.number, PAIRS, rows)
+            self.parts.store.seal(self.number, PAIRS)
         return items, dropped, useful
 
     def _reference(self) -> int | None:
@@ -328,8 +339,8 @@ class Iteration:
             max_new_tokens=config.sampling.max_new_tokens
         )  # divergences need temperature 1 and the whole vocabulary
         requests = [Request(prompt=p, seeds=(derive_seed(config.seed, "evaluation", p.id),)) for p in self.parts.heldout]
-        groups = self._generate(requests, sampling, "evaluation", "evaluate")
-        calls, verdicts = self._judge(groups, "evaluation_verdicts", "evaluate")
+        groups = self._generate(requests, sampling, EVALUATION, "evaluate")
+        calls, verdicts = self._judge(groups, EVALUATION_VERDICTS, "evaluate")
         now = evaluation.Evaluated(groups=groups, verdicts=verdicts)
         flat = evaluation.sequences(groups)
         own = learner.score(flat, model="policy", temperature=1.0)
@@ -353,8 +364,8 @@ class Iteration:
     def _evaluated(self, iterate: int) -> evaluation.Evaluated:
         """What an earlier iterate answered, from disk."""
         by_id = {p.id: p for p in self.parts.heldout}
-        groups = [group_from_row(row, by_id) for row in self.parts.store.read(iterate, "evaluation")]
-        verdicts = dict(result_from_row(row) for row in self.parts.store.read(iterate, "evaluation_verdicts"))
+        groups = [group_from_row(row, by_id) for row in self.parts.store.read(iterate, EVALUATION)]
+        verdicts = dict(result_from_row(row) for row in self.parts.store.read(iterate, EVALUATION_VERDICTS))
         return evaluation.Evaluated(groups=groups, verdicts=verdicts)
 
     def commit(self) -> dict[str, Any]:

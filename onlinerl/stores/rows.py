@@ -17,6 +17,8 @@ from onlinerl.types import Cost, Failure, Group, Pair, Prompt, Rollout, Sampling
 ROLLOUTS = "rollouts"
 VERDICTS = "verdicts"
 PAIRS = "pairs"
+EVALUATION = "evaluation"
+EVALUATION_VERDICTS = "evaluation_verdicts"
 
 Matrix = tuple[tuple[float, ...], ...]
 

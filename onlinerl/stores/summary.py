@@ -8,7 +8,7 @@ from typing import Any
 
 from onlinerl.errors import StoreError
 from onlinerl.stores import _files, _lock, _tables
-from onlinerl.stores.rows import PAIRS, ROLLOUTS, VERDICTS, result_from_row
+from onlinerl.stores.rows import EVALUATION, EVALUATION_VERDICTS, PAIRS, ROLLOUTS, VERDICTS, result_from_row
 from onlinerl.types import Failure, Verdict
 
 
@@ -38,26 +38,29 @@ def summarise(path: str | Path, *, extras: bool = False) -> dict[str, Any]:
     )
 
 
-def samples(path: str | Path, iteration: int, limit: int) -> list[dict[str, Any]]:
+def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = False) -> list[dict[str, Any]]:
     """The first `limit` prompts of an iteration with their responses, scores and pairs, for people.
+
+    What an iteration trains on was sampled by the iterate before it; with `heldout`, its own answers to the held-out prompts.
 
     Raises:
         StoreError: if there is no run, or nothing was sampled in that iteration.
     """
     path = Path(path)
+    table, verdicts = (EVALUATION, EVALUATION_VERDICTS) if heldout else (ROLLOUTS, VERDICTS)
     _run_manifest(path)
     folder = path / "iterations" / f"{iteration:04d}"
-    groups = _tables.read(folder, ROLLOUTS)
+    groups = _tables.read(folder, table)
     if not groups:
-        known = [int(p.name) for p in sorted((path / "iterations").glob("[0-9]*")) if _tables.read(p, ROLLOUTS)]
+        known = [int(p.name) for p in sorted((path / "iterations").glob("[0-9]*")) if _tables.read(p, table)]
         raise StoreError(
             f"{path} has no samples of iteration {iteration}",
             field="iteration",
             fix=f"choose one of {', '.join(map(str, known))}" if known else "wait until the first iteration has sampled",
         )
-    results = dict(result_from_row(row) for row in _tables.read(folder, VERDICTS))
+    results = dict(result_from_row(row) for row in _tables.read(folder, verdicts))
     pairs: dict[str, list[dict[str, Any]]] = {}
-    for row in _tables.read(folder, PAIRS):
+    for row in () if heldout else _tables.read(folder, PAIRS):
         pairs.setdefault(row["prompt_id"], []).append({k: row[k] for k in ("chosen", "rejected", "prob", "gap")})
     return _files.finite([_sample(row, results.get(row["prompt_id"]), pairs) for row in groups[: max(0, limit)]])
 

@@ -148,6 +148,9 @@ def test_samples_for_people(run, sealed):
     assert (shown[1]["failure"], shown[1]["responses"][0]["score"]) == ("timeout: 60 s", None)
     assert (shown[2]["failure"], shown[2]["oracle"], shown[2]["pairs"]) == (None, None, [])
     assert len(samples(run.path, 1, 1)) == 1
+    run.append(0, "evaluation", [run.read(1, "rollouts")[0] | {"texts": ["the base model"]}])
+    [own] = samples(run.path, 0, 3, heldout=True)
+    assert "the base model" in str(own)
     with pytest.raises(StoreError, match="no samples of iteration 7") as caught:
         samples(run.path, 7, 1)
     assert "choose one of 1" in caught.value.fix
