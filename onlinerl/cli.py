@@ -60,7 +60,7 @@ def resume(
 def check(config: Config, overrides: Overrides = None) -> None:
     """Check a configuration, its data and its oracle; print the derived numbers, the memory and the placement."""
     from onlinerl import app as application
-    from onlinerl import preflight
+    from onlinerl import placement
 
     loaded = configuration.load(config, overrides or ())
     application.check(loaded, out)
@@ -72,8 +72,8 @@ def check(config: Config, overrides: Overrides = None) -> None:
         else "cpu or cuda, whatever the cluster has"
     )
     out.print(f"placement ({device}):", highlight=False)
-    for role, wants in preflight.placement(loaded, loaded.cluster.device):
-        out.print(f"  {role}: {wants}", highlight=False)
+    for line in placement.describe(placement.plan(loaded, loaded.cluster.device)):
+        out.print(f"  {line}", highlight=False)
     out.print("ok", style="green")
 
 

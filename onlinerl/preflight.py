@@ -185,28 +185,6 @@ def memory(config: RunConfig, parameters: float | None) -> str:
     )
 
 
-def placement(config: RunConfig, device: str) -> list[tuple[str, str]]:
-    """(role, what it asks of the cluster) for every actor."""
-    gpu = device == "cuda"
-    rows = []
-    for i in range(config.learner.ranks):
-        rows.append(
-            (
-                f"learner rank {i}",
-                _wants(config.learner.cpus, gpu * (0.5 if config.cluster.colocate else 1), config.learner.resources),
-            )
-        )
-    for i in range(config.engine.replicas):
-        width = 0.5 if config.cluster.colocate else config.engine.tensor_parallel_size
-        rows.append((f"replica {i}", _wants(config.engine.cpus, gpu * width, config.engine.resources)))
-    return rows
-
-
-def _wants(cpus: float, gpus: float, resources: dict[str, float]) -> str:
-    parts = [f"{cpus:g} CPU", *([f"{gpus:g} GPU"] if gpus else []), *(f"{v:g} {k}" for k, v in resources.items())]
-    return ", ".join(parts)
-
-
 def identity(model: str) -> dict[str, str]:
     """What a model is, cheaply: names, sizes, and the first and last MiB of its files (R-D3)."""
     path = _local(model)

@@ -7,9 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -19,83 +17,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from onlinerl.cluster import _reaper
 from onlinerl.config import RunConfig
 from onlinerl.errors import ClusterError, OnlineRLError
+from onlinerl.placement import Placement, bundles, explain_missing, plan
 
 OBJECT_STORE_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """One actor's share of the cluster."""
-
-    role: str
-    """For people, e.g. "learner rank 0"."""
-    cpus: float
-    gpus: float
-    resources: Mapping[str, float]
-    bundle: int
-    """Which reservation it lives in. Two actors in one bundle are on one node, and on one GPU if that is what the bundle has."""
-
-
-def bundles(placements: Sequence[Placement]) -> list[dict[str, float]]:
-    """What Ray reserves, in the order of `Placement.bundle`; Ray wants at least one positive entry in each."""
-    wanted: list[Counter[str]] = [Counter() for _ in range(1 + max(p.bundle for p in placements))]
-    for p in placements:
-        wanted[p.bundle].update({"CPU": p.cpus, "GPU": p.gpus, **p.resources})  # type: ignore[dict-item]
-    return [{k: float(v) for k, v in one.items() if v > 0} or {"CPU": 0.001} for one in wanted]
-
-
-def plan(config: RunConfig, device: str) -> list[Placement]:
-    """What a run asks of the cluster, learner ranks first. Colocated: rank i and replica i share one bundle and its GPU."""
-    engine, learner = config.engine, config.learner
-    gpu = device == "cuda"
-    shared = gpu and config.cluster.colocate
-    ranks = [
-        Placement(
-            role=f"learner rank {i}",
-            cpus=learner.cpus,
-            gpus=(0.5 if shared else 1) * gpu,
-            resources=learner.resources,
-            bundle=i,
-        )
-        for i in range(learner.ranks)
-    ]
-    replicas = [
-        Placement(
-            role=f"replica {i}",
-            cpus=engine.cpus,
-            gpus=(0.5 if shared else engine.tensor_parallel_size) * gpu,
-            resources=engine.resources,
-            bundle=i if shared else learner.ranks + i,
-        )
-        for i in range(engine.replicas)
-    ]
-    return ranks + replicas
-
-
-def missing(placements: Sequence[Placement], available: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """Resource -> (needed, there) for everything there is too little of."""
-    needed: Counter[str] = Counter()
-    for bundle in bundles(placements):
-        needed.update(bundle)  # type: ignore[arg-type]
-    return {k: (v, available.get(k, 0.0)) for k, v in needed.items() if v > available.get(k, 0.0) + 1e-6}
-
-
-def explain_missing(placements: Sequence[Placement], available: Mapping[str, float]) -> ClusterError | None:
-    """The error to raise when a cluster with `available` resources can never hold `placements`, or None (R-J1)."""
-    short = missing(placements, available)
-    if not short:
-        return None
-    amounts = ", ".join(f"{need:g} {name} (there are {have:g})" for name, (need, have) in short.items())
-    wanted = bundles(placements)
-    table = "; ".join(
-        f"{' and '.join(p.role for p in placements if p.bundle == i)}: {bundle}" for i, bundle in enumerate(wanted)
-    )
-    return ClusterError(
-        f"the run needs {amounts}. Wanted: {table}",
-        field="cluster",
-        fix="lower engine.replicas, learner.ranks or engine.tensor_parallel_size, add nodes, or set engine.cpus=0 learner.cpus=0 "
-        "to let them share cores",
-    )
 
 
 class Cluster:

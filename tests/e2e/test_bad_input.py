@@ -16,6 +16,7 @@ import yaml
 from onlinerl import app as application
 from onlinerl import cli as command_line
 from onlinerl import config as configuration
+from onlinerl import placement
 from onlinerl.learners.toy import ToyLearner
 from onlinerl.stores import _files, directory
 from onlinerl.stores.summary import summarise
@@ -481,7 +482,6 @@ def _no_room(path: Path) -> None:
 
 def test_more_than_the_cluster_has():
     """R-J1: what is missing is said in numbers, per role."""
-    runtime = pytest.importorskip("onlinerl.cluster.runtime")
     config = configuration.parse(
         {
             "name": "big",
@@ -494,25 +494,23 @@ def test_more_than_the_cluster_has():
             "learner": {"ranks": 4, "cpus": 1},
         }
     )
-    wanted = runtime.plan(config, "cuda")
-    error = runtime.explain_missing(wanted, {"CPU": 64, "GPU": 8, "rollout_node": 3})
+    wanted = placement.plan(config, "cuda")
+    error = placement.explain_missing(wanted, {"CPU": 64, "GPU": 8, "rollout_node": 3})
     assert error is not None
     assert error.field == "cluster"
     assert "10 GPU (there are 8)" in error.cause
     assert "CPU (there" not in error.cause
-    assert "replica 2: {'CPU': 2.0, 'GPU': 2.0, 'rollout_node': 1.0}" in error.cause
+    assert "replica 2: 2 CPU, 2 GPU, 1 rollout_node" in error.cause
     assert "engine.replicas" in error.fix
-    missing = runtime.explain_missing(wanted, {"CPU": 4, "GPU": 16})
+    missing = placement.explain_missing(wanted, {"CPU": 4, "GPU": 16})
     assert missing is not None
     assert "10 CPU (there are 4)" in missing.cause
     assert "3 rollout_node (there are 0)" in missing.cause
-    assert runtime.explain_missing(wanted, {"CPU": 10, "GPU": 10, "rollout_node": 3}) is None
-    assert {p.gpus for p in runtime.plan(config, "cpu")} == {0}
+    assert placement.explain_missing(wanted, {"CPU": 10, "GPU": 10, "rollout_node": 3}) is None
+    assert {p.gpus for p in placement.plan(config, "cpu")} == {0}
 
 
 def test_ranks_and_replicas_that_share_gpus_are_reserved_as_pairs():
-    from onlinerl.cluster import runtime
-
     config = configuration.parse(
         {
             "name": "big",
@@ -526,7 +524,8 @@ def test_ranks_and_replicas_that_share_gpus_are_reserved_as_pairs():
             "cluster": {"colocate": True},
         }
     )
-    wanted = runtime.plan(config, "cuda")
-    assert runtime.bundles(wanted) == [{"CPU": 3.0, "GPU": 1.0, "node_a": 0.5}] * 2
+    wanted = placement.plan(config, "cuda")
+    assert placement.bundles(wanted) == [{"CPU": 3.0, "GPU": 1.0, "node_a": 0.5}] * 2
     assert [p.bundle for p in wanted] == [0, 1, 0, 1]
     assert {p.gpus for p in wanted} == {0.5}
+    assert placement.describe(wanted)[1] == "learner rank 1 and replica 1: 3 CPU, 1 GPU, 0.5 node_a"
