@@ -1,6 +1,6 @@
 """Wall time and peak memory of a command and everything it starts, e.g. of the demo.
 
-    python benchmarks/demo_budget.py make demo
+    python benchmarks/demo_budget.py make demo        (a Python with psutil, outside .venv if .venv is to be made by the command)
 
 Memory is the proportional set size summed over all descendants (shared pages are counted once), sampled every second. Processes that
 leave the family are found again through their session, so Ray's daemons count too.

@@ -53,7 +53,8 @@ def table(runs: list[Path], first: str, label: Any) -> list[str]:
 def layout(run: Path) -> str:
     """How a run was spread out."""
     config = yaml.safe_load((run / "config.yaml").read_text())
-    return f"{config['engine']['replicas']} replica(s), {config['learner']['ranks']} rank(s), ZeRO-{config['learner']['zero_stage']}"
+    parts = (config["engine"]["replicas"], "replica"), (config["learner"]["ranks"], "rank")
+    return ", ".join(f"{n} {what}{'s' if n > 1 else ''}" for n, what in parts) + f", ZeRO-{config['learner']['zero_stage']}"
 
 
 def main(kind: str, *paths: str) -> None:
