@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 HOOKS = Path(__file__).resolve().parents[1] / "support" / "hooks.py"
 GONE_WITHIN_S = 30.0
 # Long enough to be caught at it.
-SLOW_SAMPLING = {"sampling": {"samples_per_prompt": 40, "max_new_tokens": 200}, "engine": {"max_concurrent": 1}}
+SLOW_SAMPLING = {"sampling": {"samples_per_prompt": 16, "max_new_tokens": 200}, "engine": {"max_concurrent": 1}}
 WORDS = "old new long short slow fast dark light".split()  # noqa: SIM905
 
 
@@ -232,26 +232,26 @@ def test_two_replicas_and_two_ranks(start: Callable[..., Controller], tiny_llama
         assert len(set(row["seeds"])) == 4
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda how: how.name)
-def test_a_controller_that_ends_while_it_samples_leaves_nothing_and_resumes(
-    start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path, how: signal.Signals
+def test_a_controller_that_is_stopped_while_it_samples_leaves_nothing_and_resumes(
+    start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path
 ) -> None:
+    """R-D5: the signal arrives while it waits for Ray. What a SIGKILL leaves is seen phase by phase below."""
     config = write_config(tmp_path, tiny_llama, **SLOW_SAMPLING)
     run = tmp_path / "runs" / "run"
     controller = start("run", config)
     controller.until(lambda: sampled(run) > 0)
     assert sum("VLLM" in line for line in controller.survivors()) >= 2, "what must go was seen"
 
-    controller.process.send_signal(how)
+    controller.process.send_signal(signal.SIGTERM)
     code = controller.process.wait(timeout=120)
-    assert code == (-signal.SIGKILL if how == signal.SIGKILL else 75), controller.text
+    assert code == 75, controller.text
     controller.assert_nothing_survives()
     before = sampled(run)
 
     again = start("resume", run)
     assert again.wait() == 0, again.text
     again.assert_nothing_survives()
-    assert_finished(run, 8 * 40)
+    assert_finished(run, 8 * 16)
     assert 0 < before <= 8
 
 
