@@ -132,6 +132,7 @@ def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
     try:
         with _signals(), _started(checked, store, tracker) as parts:
             done = loop.run(parts, attempt=store.manifest.get("attempt", 0))
+        store.update_manifest(status="finished")
         status = "finished"
         return done
     except Interrupted:
@@ -144,8 +145,9 @@ def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
             _record_failure(store, error)
         raise
     finally:
-        with suppress(StoreError):
-            store.update_manifest(status=status)
+        if status != "finished":
+            with suppress(StoreError):  # what ended the run is on its way to the user
+                store.update_manifest(status=status)
         tracker.close()
         checked.oracle.close()
         store.close()
