@@ -480,19 +480,23 @@ def _no_room(path: Path) -> None:
 # --- the cluster ---
 
 
+def big(**sections):
+    """A configuration that no machine of a test has room for."""
+    base = {
+        "name": "big",
+        "model": "org/name-7B",
+        "iterations": 1,
+        "algorithm": {"name": "dpo"},
+        "oracle": {"name": "sentiment"},
+    }
+    return configuration.parse({**base, "prompts": {"train": "a", "heldout": "b"}, **sections})
+
+
 def test_more_than_the_cluster_has():
     """R-J1: what is missing is said in numbers, per role."""
-    config = configuration.parse(
-        {
-            "name": "big",
-            "model": "org/name-7B",
-            "iterations": 1,
-            "algorithm": {"name": "dpo"},
-            "oracle": {"name": "sentiment"},
-            "prompts": {"train": "a", "heldout": "b"},
-            "engine": {"replicas": 3, "tensor_parallel_size": 2, "cpus": 2, "resources": {"rollout_node": 1.0}},
-            "learner": {"ranks": 4, "cpus": 1},
-        }
+    config = big(
+        engine={"replicas": 3, "tensor_parallel_size": 2, "cpus": 2, "resources": {"rollout_node": 1.0}},
+        learner={"ranks": 4, "cpus": 1},
     )
     wanted = placement.plan(config, "cuda")
     error = placement.explain_missing(wanted, {"CPU": 64, "GPU": 8, "rollout_node": 3})
@@ -511,18 +515,10 @@ def test_more_than_the_cluster_has():
 
 
 def test_ranks_and_replicas_that_share_gpus_are_reserved_as_pairs():
-    config = configuration.parse(
-        {
-            "name": "big",
-            "model": "org/name-7B",
-            "iterations": 1,
-            "algorithm": {"name": "dpo"},
-            "oracle": {"name": "sentiment"},
-            "prompts": {"train": "a", "heldout": "b"},
-            "engine": {"replicas": 2, "cpus": 2},
-            "learner": {"ranks": 2, "cpus": 1, "resources": {"node_a": 0.5}},
-            "cluster": {"colocate": True},
-        }
+    config = big(
+        engine={"replicas": 2, "cpus": 2},
+        learner={"ranks": 2, "cpus": 1, "resources": {"node_a": 0.5}},
+        cluster={"colocate": True},
     )
     wanted = placement.plan(config, "cuda")
     assert placement.bundles(wanted) == [{"CPU": 3.0, "GPU": 1.0, "node_a": 0.5}] * 2
