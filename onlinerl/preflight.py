@@ -14,6 +14,7 @@ from typing import Any
 
 from onlinerl import config as configuration
 from onlinerl.config import RunConfig
+from onlinerl.controller.asking import answers
 from onlinerl.errors import ConfigError, OracleError
 from onlinerl.prompts.jsonl import JsonlPrompts, check_answers, check_overlap, load_prompts, read_prompts
 from onlinerl.protocols import Algorithm, Oracle, PairBuilder
@@ -141,10 +142,11 @@ def probe_oracle(oracle: Oracle, prompt: Prompt) -> None:
     """Ask the oracle once, about two plainly different responses, before anything heavy starts.
 
     Raises:
-        OracleError: if it raises, fails, or answers in the wrong shape.
+        OracleError: if it raises, fails, does not answer in time, or answers in the wrong shape.
     """
     oracle.open()
-    (result,) = oracle.ask([Query(prompt=prompt, responses=(" It was good.", " It was bad, the answer is 7."))])
+    trial = Query(prompt=prompt, responses=(" It was good.", " It was bad, the answer is 7."))
+    ((_, result),) = next(answers(oracle, [trial]))
     if isinstance(result, Failure):
         raise OracleError(f"failed on a trial query ({result.kind}): {result.message}", field="oracle", fix="repair the oracle")
 

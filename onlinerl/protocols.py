@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from onlinerl.errors import OracleError
 from onlinerl.types import (
@@ -106,6 +106,13 @@ class Algorithm(Component):
 class Oracle(Component):
     """Judges groups of responses. Configured like an algorithm; heavy state is loaded by `open`, never at import."""
 
+    groups_per_call: int = Field(1, ge=1)
+    """Groups that one call of `judge` gets. A call that fails is asked again as a whole: keep it at 1 where answers cost money."""
+    call_timeout_s: float = Field(120.0, gt=0)
+    """Longest wait for the next answer of a call."""
+    retries: int = Field(2, ge=0)
+    """How often a call is tried again after a missed deadline, a lost connection or an HTTP status that may pass (408, 429, 5xx)."""
+
     def open(self) -> None:
         """Load models, open connections. Called once in the process that will judge."""
 
@@ -122,43 +129,46 @@ class Oracle(Component):
         """True if prompts must carry a reference answer."""
         return False
 
-    def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
-        """One result per query, in order. Exceptions are bugs of the oracle and stop the run; a Failure is counted."""
+    def judge(self, queries: Sequence[Query]) -> Iterable[Verdict | Failure]:
+        """One result per query, in order: a list, or an iterator that yields each as soon as it is known.
+
+        What an iterator has yielded is on disk before the next one is waited for, so that nothing paid for is lost. Where there is
+        no judgement, the result is a Failure, which is counted. An exception becomes one too, after another try if its cause may
+        pass; an OracleError stops the run.
+        """
         raise NotImplementedError
 
-    def ask(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
+    def ask(self, queries: Sequence[Query]) -> Iterator[Verdict | Failure]:
         """`judge` as the rest of the system calls it: every answer is checked before anybody believes it (R-G1).
 
         A Verdict with bad numbers becomes a Failure.
 
         Raises:
-            OracleError: if `judge` raises, or answers with something that is no list of Verdicts and Failures, one per query.
+            OracleError: if `judge` answers with something that is no list of Verdicts and Failures, one per query.
         """
-        who = type(self).__name__
-        try:
-            results = list(self.judge(queries))
-        except OracleError:
-            raise
-        except Exception as error:
-            raise OracleError(
-                f"{who} raised {type(error).__name__}: {error}", field="oracle", fix="repair the oracle"
-            ) from error
-        if len(results) != len(queries):
-            raise OracleError(
-                f"{who} returned {len(results)} results for {len(queries)} queries",
-                field="oracle",
-                fix="return one result per query, in order",
-            )
-        strange = next((r for r in results if not isinstance(r, Verdict | Failure)), None)
-        if strange is not None:
-            raise OracleError(
-                f"{who} returned a {type(strange).__name__}",
-                field="oracle",
-                fix="return a Verdict or a Failure (onlinerl.types) for each query",
-            )
-        return [
-            (r.problem(len(q.responses)) or r) if isinstance(r, Verdict) else r for q, r in zip(queries, results, strict=True)
-        ]
+        results, answered = self.judge(queries), 0
+        if isinstance(results, Sized) and len(results) != len(queries):  # no telling which answer belongs to which query
+            raise self._miscounted(len(results), len(queries))
+        for answered, result in enumerate(results, start=1):
+            if answered > len(queries):
+                break
+            if not isinstance(result, Verdict | Failure):
+                raise OracleError(
+                    f"{type(self).__name__} returned a {type(result).__name__}",
+                    field="oracle",
+                    fix="return a Verdict or a Failure (onlinerl.types) for each query",
+                )
+            problem = result.problem(len(queries[answered - 1].responses)) if isinstance(result, Verdict) else None
+            yield problem or result
+        if answered != len(queries):
+            raise self._miscounted(answered, len(queries))
+
+    def _miscounted(self, results: int, queries: int) -> OracleError:
+        return OracleError(
+            f"{type(self).__name__} returned {results} results for {queries} queries",
+            field="oracle",
+            fix="return one result per query, in order",
+        )
 
 
 class PairBuilder(Component):

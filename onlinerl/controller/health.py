@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from onlinerl.errors import EngineError, LearnerError, OracleError
-from onlinerl.types import Failure, Group, Judged, Verdict
+from onlinerl.types import Failure, Group, Judged
 
 TIE = 1e-9
 """Judgements that differ by less are the same."""
@@ -34,19 +34,18 @@ def check_group(group: Group, policy_version: int) -> None:
             )
 
 
-def check_failures(results: Sequence[Verdict | Failure], limit: float) -> None:
-    """Stop when the oracle fails on more than `limit` of the groups (R-G1).
+def check_failures(failures: Sequence[Failure], groups: int, limit: float) -> None:
+    """Stop when the oracle has failed on more than `limit` of the groups (R-G1).
 
     Raises:
         OracleError: with the kinds of failure and the first message of the commonest.
     """
-    failures = [r for r in results if isinstance(r, Failure)]
-    if results and len(failures) > limit * len(results):
+    if len(failures) > limit * groups:
         kinds = Counter(f.kind for f in failures)
         top = kinds.most_common(1)[0][0]
         message = next(f.message for f in failures if f.kind == top)
         raise OracleError(
-            f"the oracle failed on {len(failures)} of {len(results)} groups ({', '.join(f'{n} {k}' for k, n in kinds.items())}); "
+            f"the oracle failed on {len(failures)} of {groups} groups ({', '.join(f'{n} {k}' for k, n in kinds.items())}); "
             f"first {top}: {message}",
             field="oracle",
             fix="repair the oracle and `onlinerl resume`; verdicts already given are kept. max_failed_labels sets the limit",

@@ -17,7 +17,8 @@ from functools import partial
 from typing import Any
 
 from onlinerl.controller import evaluation, health
-from onlinerl.controller.parts import Parts, batched, learning_rates, reference_iteration
+from onlinerl.controller.asking import answers
+from onlinerl.controller.parts import Parts, learning_rates, reference_iteration
 from onlinerl.controller.report import Reporter
 from onlinerl.errors import LearnerError, StoreError
 from onlinerl.ops.schedule import schedule
@@ -35,7 +36,6 @@ from onlinerl.stores.rows import (
 )
 from onlinerl.types import Failure, Group, Judged, Pair, Prompt, Query, Request, Sampling, TrainItem, Verdict, derive_seed
 
-LABEL_BATCH = 16
 SELF_TEST_ITEMS = 4
 
 
@@ -150,13 +150,14 @@ class Iteration:
         todo = [g for g in groups if g.prompt.id not in results]
         tracker.phase_started(self.number, phase, len(groups), "groups")
         tracker.phase_advanced(self.number, phase, len(results))
-        for part in batched(todo, LABEL_BATCH):
-            queries = [Query(prompt=g.prompt, responses=tuple(r.text for r in g.rollouts)) for g in part]
-            verdicts = self.parts.oracle.ask(queries)
-            store.append(self.number, table, [result_row(g.prompt.id, v) for g, v in zip(part, verdicts, strict=True)])
-            results.update({g.prompt.id: v for g, v in zip(part, verdicts, strict=True)})
-            tracker.phase_advanced(self.number, phase, len(part))
-        health.check_failures(list(results.values()), self.parts.config.max_failed_labels)
+        queries = [Query(prompt=g.prompt, responses=tuple(r.text for r in g.rollouts)) for g in todo]
+        failures: list[Failure] = []
+        for arrived in answers(self.parts.oracle, queries):
+            store.append(self.number, table, [result_row(query.prompt.id, result) for query, result in arrived])
+            results.update({query.prompt.id: result for query, result in arrived})
+            tracker.phase_advanced(self.number, phase, len(arrived))
+            failures += [result for _, result in arrived if isinstance(result, Failure)]
+            health.check_failures(failures, len(groups), self.parts.config.max_failed_labels)
         store.seal(self.number, table)
         return len(results), results
 

@@ -27,10 +27,14 @@ _START_TIMEOUT_S = 120.0
 
 
 class MathVerifier(Oracle):
-    """Scores 1 for the right answer, 0 for a wrong one or none. A response that cannot be compared in time fails its group."""
+    """Scores 1 for the right answer, 0 for a wrong one or none."""
 
+    call_timeout_s: float = Field(3600.0, gt=0)  # each comparison has a deadline of its own
     timeout_s: float = Field(5.0, gt=0)
     """Longest comparison of one response with the reference answer, in seconds."""
+    uncomparable_score: float | None = 0.0
+    """Score of a response that cannot be compared within that time, or within the memory of the process that compares, such as a
+    tower of powers. None: its whole group is a failure instead."""
 
     _worker: subprocess.Popen[bytes] | None = PrivateAttr(None)
 
@@ -73,8 +77,8 @@ class MathVerifier(Oracle):
 
     @property
     def version(self) -> str:
-        """Version of math-verify; the timeout decides which groups fail, not how they are scored."""
-        return f"math-verify-{metadata.version('math-verify')}"
+        """Version of math-verify, and how what it cannot compare is scored."""
+        return f"math-verify-{metadata.version('math-verify')}-uncomparable={self.uncomparable_score}"
 
     @property
     def needs_reference_answer(self) -> bool:
@@ -98,18 +102,28 @@ class MathVerifier(Oracle):
 
     def _judge(self, query: Query) -> Verdict | Failure:
         started = time.perf_counter()
-        scores: list[int] = []
+        scores: list[float] = []
+        remarks: list[str] = []
         for index, response in enumerate(query.responses):
             score = self._compare(str(query.prompt.reference_answer), response)
             if isinstance(score, Failure):
-                return Failure(kind=score.kind, message=f"prompt {query.prompt.id!r}, response {index}: {score.message}")
+                message = f"response {index}: {score.message}"
+                if score.kind == "parse_fail" or self.uncomparable_score is None:
+                    return Failure(kind=score.kind, message=f"prompt {query.prompt.id!r}, {message}")
+                remarks.append(message)
+                score = self.uncomparable_score
             scores.append(score)
         cost = Cost(calls=len(scores), seconds=time.perf_counter() - started)
         return _verdicts.from_scores(
-            scores, len(query.responses), annotator="math_verify", oracle_version=self.version, cost=cost
+            scores,
+            len(query.responses),
+            annotator="math_verify",
+            oracle_version=self.version,
+            cost=cost,
+            raw="; ".join(remarks) or None,
         )
 
-    def _compare(self, reference: str, response: str) -> int | Failure:
+    def _compare(self, reference: str, response: str) -> float | Failure:
         self.open()
         assert self._worker is not None
         assert self._worker.stdin is not None
@@ -124,7 +138,7 @@ class MathVerifier(Oracle):
             return Failure(kind="timeout", message=f"not compared within {self.timeout_s:g} s")
         if "unreadable" in answer:
             return Failure(kind="parse_fail", message=f"the reference answer {reference!r} is not a mathematical expression")
-        return int(answer["score"])
+        return float(answer["score"])
 
     def _answer(self, timeout_s: float) -> dict | None:
         """The next line of the process; None if it is late or the process is dead."""

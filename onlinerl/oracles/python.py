@@ -72,24 +72,13 @@ class PythonFunction(Oracle):
         return "-".join(part for part in (self.function, self._source_hash, self.revision) if part)
 
     def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
-        """One result per query, in order.
-
-        Raises:
-            OracleError: if the function raises; the message holds its traceback.
-        """
+        """One result per query, in order. What the function raises goes through."""
         if not queries:
             return []
         self.open()
         assert self._loaded is not None
         started = time.perf_counter()
-        try:
-            entries = self._loaded([_as_dict(query) for query in queries])
-        except Exception as error:
-            raise OracleError(
-                f"{self.function} raised {type(error).__name__}:\n{_traceback(error)}",
-                field="oracle.function",
-                fix="correct the function; where it cannot judge, it should return None for that prompt",
-            ) from error
+        entries = self._loaded([_as_dict(query) for query in queries])
         seconds = (time.perf_counter() - started) / len(queries)
         if not isinstance(entries, Sequence) or isinstance(entries, str):
             message = f"{self.function} returned {type(entries).__name__}, not a list with one entry per prompt"

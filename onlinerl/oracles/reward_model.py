@@ -29,6 +29,8 @@ _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 class RewardModel(Oracle):
     """Scores prompt and response with a reward model."""
 
+    groups_per_call: int = Field(16, ge=1)  # fills its batches, and asking again costs no money
+    call_timeout_s: float = Field(1800.0, gt=0)
     path: str
     """Directory of the model and its tokenizer, or a Hugging Face hub id."""
     device: Literal["cpu", "cuda", "auto"] = "auto"

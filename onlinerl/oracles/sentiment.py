@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from pydantic import PrivateAttr
+from pydantic import Field, PrivateAttr
 
 from onlinerl.oracles import _verdicts
 from onlinerl.protocols import Oracle
@@ -20,6 +20,7 @@ from onlinerl.types import Cost, Failure, Query, Verdict
 class Sentiment(Oracle):
     """Scores a text by VADER's compound score: -1 (most negative) to 1 (most positive), 0 if no word carries sentiment."""
 
+    groups_per_call: int = Field(16, ge=1)  # asking again costs nothing
     include_prompt: bool = True
     """Judge prompt and response as one text, so that "not" at the end of a prompt counts; false judges the response alone."""
 

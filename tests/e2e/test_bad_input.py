@@ -73,7 +73,7 @@ def oracle(tmp_path, monkeypatch):
             *(f"    {x}" for x in body.splitlines()),
         ]
         (tmp_path / f"{name}.py").write_text("\n".join(lines) + "\n")
-        return {"oracle.name": "python", "oracle.function": f"{name}.judge"}
+        return {"oracle.name": "python", "oracle.function": f"{name}.judge", "oracle.groups_per_call": 16}
 
     return make
 
@@ -95,7 +95,10 @@ def says(message: str, *parts: str) -> None:
         ("training.learning_rat=1e-5", ("training.learning_rat: is not a known key", "did you mean 'learning_rate'?")),
         ("trainin.learning_rate=1e-5", ("trainin: is not a known key", "did you mean 'training'?")),
         ("algorithm.betta=0.1", ("algorithm.betta: is not a known key", "did you mean 'beta'?")),
-        ("oracle.lexicon=x", ("oracle.lexicon: is not a known key", "known keys: include_prompt")),
+        (
+            "oracle.lexicon=x",
+            ("oracle.lexicon: is not a known key", "known keys: call_timeout_s, groups_per_call, include_prompt"),
+        ),
         ("sampling.zzz=1", ("sampling.zzz: is not a known key", "known keys: max_new_tokens, samples_per_prompt")),
         ("algorithm.name=dpoo", ("algorithm.name: there is no 'dpoo'", "did you mean 'dpo'? choose one of")),
         ("oracle.name=sentimental", ("oracle.name: there is no 'sentimental'", "did you mean 'sentiment'?")),
@@ -365,7 +368,7 @@ def test_a_resume_of_nothing(onlinerl, tmp_path):
 @pytest.mark.parametrize(
     ("body", "parts"),
     [
-        ("raise RuntimeError('no credit left')", ("raised RuntimeError", "no credit left", "correct the function")),
+        ("raise RuntimeError('no credit left')", ("raised RuntimeError", "no credit left", "in judge", "repair the oracle")),
         ("return [[float('nan')] * len(q['responses']) for q in queries]", ("non_finite", "is nan", "repair the oracle")),
         ("return []", ("wrong_length", "returned 0 entries for 1 prompts")),
         ("return [[1.0] for q in queries]", ("wrong_length", "1 numbers for 2 responses")),
@@ -390,7 +393,10 @@ SCORES = "[[len(r) for r in q['responses']] for q in queries]"
 @pytest.mark.parametrize(
     ("body", "parts"),
     [
-        (f"if calls > 2: raise RuntimeError('no credit left')\nreturn {SCORES}", ("raised RuntimeError", "no credit left")),
+        (
+            f"if calls > 2: raise RuntimeError('no credit left')\nreturn {SCORES}",
+            ("8 of 8 groups (8 error)", "raised RuntimeError", "no credit left"),
+        ),
         (
             f"return {SCORES} if calls < 3 else [[float('nan')] * 4 for q in queries]",
             ("the oracle failed on 8 of 8 groups (8 non_finite)", "max_failed_labels sets the limit"),

@@ -131,8 +131,13 @@ def test_a_learning_rate_of_zero_changes_nothing(toy_config, warm_cli, tmp_path)
 
 # --- killed and resumed ---
 
-COUNTED = {"oracle.name": "python", "oracle.function": "hooks.judge", "metrics.prometheus": False}
 HELDOUT, PROMPTS, BATCH = 10, 8, 4
+COUNTED = {
+    "oracle.name": "python",
+    "oracle.function": "hooks.judge",
+    "oracle.groups_per_call": BATCH,
+    "metrics.prometheus": False,
+}
 # Calls of the oracle in one evaluation and one labelling, with batches of 4.
 EVALUATION_CALLS, LABEL_CALLS = 3, 2
 # The event during which iteration 2 of the first process is killed, phase by phase.
@@ -165,7 +170,7 @@ def finished_phases(run: Path, iteration: int) -> set[str]:
 def uninterrupted(toy_config, warm_cli_in, tmp_path_factory):
     """A run that nothing happened to."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    done = warm_cli_in(folder)("run", toy_config(folder, COUNTED), log=folder / "log", label_batch=BATCH)
+    done = warm_cli_in(folder)("run", toy_config(folder, COUNTED), log=folder / "log")
     assert done.returncode == 0, done.message
     check_counts(folder / "log")
     return everything(folder / "runs/toy")
@@ -193,7 +198,7 @@ def counted(toy_config, warm_cli, tmp_path):
 
     def command(name: str, *overrides: str, finish: bool = True, **spec: object):
         target = config if name == "run" else tmp_path / "runs/toy"
-        started = warm_cli.start(name, target, *overrides, log=tmp_path / "log", label_batch=BATCH, **spec)
+        started = warm_cli.start(name, target, *overrides, log=tmp_path / "log", **spec)
         return warm_cli.finish(*started) if finish else started
 
     return command
@@ -255,6 +260,33 @@ def test_a_repaired_oracle_is_asked_again_and_only_what_it_failed_on(counted, un
     assert done.returncode == 0, done.message
     check_counts(tmp_path / "log", judged_twice=2 * BATCH)
     assert everything(run) == uninterrupted
+
+
+def test_an_exception_loses_no_label_that_was_paid_for(toy_config, warm_cli, tmp_path):
+    """The oracle breaks for good in the middle of labelling; after its repair only what has no answer yet is asked."""
+    log, broken = tmp_path / "payments", tmp_path / "broken"
+    (tmp_path / "billing.py").write_text(
+        "import os\n"
+        "def judge(queries):\n"
+        "    for query in queries:\n"
+        f"        done = open({str(log)!r}).read().count(chr(10)) if os.path.exists({str(log)!r}) else 0\n"
+        f"        if done >= 16 and os.path.exists({str(broken)!r}):\n"
+        "            raise KeyError('choices')\n"
+        f"        with open({str(log)!r}, 'a') as file:\n"
+        "            file.write(query['prompt'] + chr(10))\n"
+        "    return [[len(r) for r in q['responses']] for q in queries]\n"
+    )
+    broken.touch()
+    overrides = {"oracle.name": "python", "oracle.function": "billing.judge", "iterations": 1}
+    stopped = warm_cli("run", toy_config(tmp_path, overrides))
+    assert stopped.returncode == 1, stopped.message
+    assert "KeyError" in stopped.stderr
+    assert summarise(tmp_path / "runs/toy")["iterations"][-1]["phases"].keys() == {"sample"}
+    broken.unlink()
+    done = warm_cli("resume", tmp_path / "runs/toy")
+    assert done.returncode == 0, done.message
+    probes = 2  # one at each start
+    assert len(log.read_text().splitlines()) == probes + 2 * HELDOUT + PROMPTS, "no label was paid for twice"
 
 
 def test_nothing_left_to_do_and_more_iterations(toy_config, warm_cli, tmp_path):

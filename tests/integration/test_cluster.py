@@ -275,7 +275,7 @@ def test_a_replica_killed_while_it_works_is_named_and_ends_the_run(
 
 
 # Iteration 1 has 8 prompts and 4 held-out ones; the base model is measured before it. What is counted starts anew with each process.
-PROMPTS, HELDOUT, LABEL_BATCH = 8, 4, 4
+PROMPTS, HELDOUT, GROUPS_PER_CALL = 8, 4, 4
 PROBE = [" It was good.", " It was bad, the answer is 7."]
 PHASES = {
     "sample": ["generate", HELDOUT + 3],
@@ -290,11 +290,10 @@ PHASES = {
 
 def test_killed_in_every_phase(start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path) -> None:
     """R-D1 on the real parts: no prompt is generated and no label requested twice, as engine and oracle count them."""
-    config = write_config(
-        tmp_path, tiny_llama, engine={"replicas": 1}, learner={"ranks": 1}, oracle={"name": "python", "function": "hooks.judge"}
-    )
+    oracle = {"name": "python", "function": "hooks.judge", "groups_per_call": GROUPS_PER_CALL}
+    config = write_config(tmp_path, tiny_llama, engine={"replicas": 1}, learner={"ranks": 1}, oracle=oracle)
     run, log = tmp_path / "runs" / "run", tmp_path / "events"
-    hooks = {"log": str(log), "parts": "real", "label_batch": LABEL_BATCH}
+    hooks = {"log": str(log), "parts": "real"}
 
     for phase, moment in PHASES.items():
         command = ("resume", run) if run.exists() else ("run", config)
@@ -314,4 +313,4 @@ def test_killed_in_every_phase(start: Callable[..., Controller], tiny_llama: Pat
     assert len(answered) == expected
     assert sum(answered.values()) == expected + 2
     asked = [one for e in happened if e["kind"] == "judge" for one in e["asked"] if one[1:] != PROBE]
-    assert len(asked) == expected + LABEL_BATCH
+    assert len(asked) == expected + GROUPS_PER_CALL

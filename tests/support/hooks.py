@@ -61,7 +61,6 @@ def real_parts():
 
 def install():
     """Wrap what the loop works with."""
-    from onlinerl.controller import iteration
     from onlinerl.stores.directory import RunDirectory
 
     engine, learner, sync = {"toy": toy_parts, "real": real_parts}[SPEC.get("parts", "toy")]()
@@ -97,7 +96,6 @@ def install():
 
     engine.generate, learner.update, learner.save, sync.push = generate, update, save, push
     RunDirectory.retain, RunDirectory.finish_phase = retain, finish_phase
-    iteration.LABEL_BATCH = SPEC.get("label_batch", iteration.LABEL_BATCH)
 
 
 def command(arguments, spec):

@@ -1,0 +1,165 @@
+"""What happens to a question whose answer is late, never comes, or is an exception."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from email.utils import formatdate
+from types import SimpleNamespace
+
+import pytest
+from pydantic import Field, PrivateAttr
+
+from onlinerl.controller import asking
+from onlinerl.errors import OracleError
+from onlinerl.protocols import Oracle
+from onlinerl.types import Failure, Prompt, Query, Verdict
+
+
+class Paid(Oracle):
+    """Writes down what it was asked, one entry per payment, and goes through `script`: an exception or an answer each."""
+
+    script: list = Field(default_factory=list)
+    _payments: list = PrivateAttr(default_factory=list)
+
+    @property
+    def version(self) -> str:
+        return "1"
+
+    def judge(self, queries: Sequence[Query]) -> Iterable[Verdict | Failure]:
+        return [self._one(query) for query in queries]
+
+    def _one(self, query: Query) -> Verdict:
+        self._payments.append(query.prompt.id)
+        turn = self.script[len(self._payments) - 1] if len(self._payments) <= len(self.script) else None
+        if isinstance(turn, BaseException):
+            raise turn
+        if isinstance(turn, threading.Event):
+            turn.wait(30)
+        return Verdict(annotator="paid", oracle_version="1", scores=(float(len(query.responses[0])),))
+
+
+class Streamed(Paid):
+    """The same, each answer as soon as it is known."""
+
+    def judge(self, queries: Sequence[Query]) -> Iterator[Verdict | Failure]:
+        return (self._one(query) for query in queries)
+
+
+def queries(count: int) -> list[Query]:
+    return [Query(prompt=Prompt(id=f"p{i}", text="x", token_ids=(1,)), responses=("a" * i,)) for i in range(count)]
+
+
+def ask(oracle: Oracle, count: int) -> list[Verdict | Failure]:
+    asked = queries(count)
+    pairs = [pair for arrived in asking.answers(oracle, asked) for pair in arrived]
+    assert [query for query, _ in pairs] == asked, "every query once, in order"
+    return [result for _, result in pairs]
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses that were made, in seconds; none of them is waited for."""
+    made: list[float] = []
+    monkeypatch.setattr(asking.time, "sleep", made.append)
+    return made
+
+
+def status(code: int, **headers: str) -> Exception:
+    """As the clients of model vendors raise it."""
+    error = RuntimeError(f"HTTP {code}")
+    error.response = SimpleNamespace(status_code=code, headers={k.replace("_", "-"): v for k, v in headers.items()})
+    return error
+
+
+@pytest.mark.parametrize("passing", [TimeoutError("late"), ConnectionResetError(), status(429), status(503), status(408)])
+def test_what_may_pass_is_asked_again_after_growing_pauses(pauses, passing):
+    oracle = Paid(script=[None, passing, passing])
+    assert all(isinstance(result, Verdict) for result in ask(oracle, 3))
+    assert oracle._payments == ["p0", "p1", "p1", "p1", "p2"]
+    assert pauses == [1.0, 2.0]
+
+
+def test_retries_are_bounded_and_the_others_go_on(pauses):
+    oracle = Paid(script=[status(503)] * 4, retries=3)
+    failure, *rest = ask(oracle, 3)
+    assert (failure.kind, len(pauses)) == ("error", 3)
+    assert "HTTP 503" in failure.message
+    assert all(isinstance(result, Verdict) for result in rest)
+
+
+@pytest.mark.parametrize("lasting", [KeyError("choices"), status(401), SystemExit(3)])
+def test_what_cannot_pass_is_a_failure_at_once(pauses, lasting):
+    """A bug in one case costs one group, not the run and not what was paid for already."""
+    oracle = Paid(script=[None, lasting])
+    first, failure, last = ask(oracle, 3)
+    assert isinstance(first, Verdict)
+    assert isinstance(last, Verdict)
+    assert failure.kind == "error"
+    assert "Paid raised" in failure.message
+    assert "test_asking.py" in failure.message, "where it happened"
+    assert pauses == []
+
+
+@pytest.mark.parametrize(
+    ("said", "waited"),
+    [({"Retry_After": "7"}, 7.0), ({"Retry_After": "100000"}, 60.0), ({"Retry_After": "soon"}, 1.0), ({}, 1.0)],
+)
+def test_a_server_that_says_when_is_taken_at_its_word(pauses, said, waited):
+    ask(Paid(script=[status(429, **said)]), 1)
+    assert pauses == [waited]
+
+
+def test_retry_after_may_be_a_date(pauses):
+    ask(Paid(script=[status(429, Retry_After=formatdate(asking.time.time() + 20, usegmt=True))]), 1)
+    assert 15 < pauses[0] <= 20
+
+
+def test_an_answer_that_never_comes_costs_its_group_only(pauses):
+    stuck = threading.Event()
+    oracle = Paid(script=[None, stuck, stuck], retries=1, call_timeout_s=0.2)
+    try:
+        first, failure, last = ask(oracle, 3)
+    finally:
+        stuck.set()
+    assert isinstance(first, Verdict)
+    assert isinstance(last, Verdict)
+    assert failure.kind == "timeout"
+    assert "no answer within 0.2 s" in failure.message
+
+
+def test_what_a_stream_has_given_is_kept(pauses):
+    """Ten groups in one call, the connection lost after the seventh: seven answers are handed on before the error is dealt with."""
+    oracle = Streamed(script=[None] * 7 + [ConnectionResetError()], groups_per_call=10)
+    assert all(isinstance(result, Verdict) for result in ask(oracle, 10))
+    assert oracle._payments == [f"p{i}" for i in (0, 1, 2, 3, 4, 5, 6, 7, 7, 8, 9)]
+
+
+def test_a_call_gets_as_many_groups_as_the_oracle_wants():
+    sizes: list[int] = []
+
+    class Sized(Paid):
+        def judge(self, queries):
+            sizes.append(len(queries))
+            return super().judge(queries)
+
+    assert len(ask(Sized(groups_per_call=4), 10)) == 10
+    assert sizes == [4, 4, 2]
+
+
+def test_what_no_group_would_go_better_with_stops(pauses):
+    with pytest.raises(OracleError, match="no reference answer"):
+        ask(Paid(script=[OracleError("no reference answer")]), 2)
+    assert pauses == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_wrong_number_of_answers_stops(count):
+    class Miscounting(Paid):
+        def judge(self, queries):
+            answers = list(super().judge(queries))
+            return iter((answers * 2)[:count]) if self.groups_per_call == 2 else (answers * 3)[:count]
+
+    for groups_per_call in (2, 5):
+        with pytest.raises(OracleError, match=f"returned {count} results for 2 queries"):
+            ask(Miscounting(groups_per_call=groups_per_call), 2)
