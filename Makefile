@@ -3,10 +3,11 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-dev fetch-model demo test check clean
+.PHONY: help install install-dev fetch-model demo test realdata check clean
 
 BIN := .venv/bin
 CONFIG ?= configs/quickstart.yaml
+DATA ?= ../shared/data
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -25,6 +26,9 @@ demo: install fetch-model  ## one small real run on the CPU, from nothing (older
 
 test: install-dev fetch-model  ## all tests
 	$(BIN)/python -m pytest tests
+
+realdata: install fetch-model  ## GSM8K and HH dialogues, tensor parallel 2, ZeRO-3 (about 30 minutes; needs the data, DATA=...)
+	$(BIN)/python benchmarks/realdata.py --data $(DATA)
 
 check: install-dev  ## format, lint, types, layers
 	$(BIN)/ruff format --check .
