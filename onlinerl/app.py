@@ -21,7 +21,7 @@ from onlinerl.controller import loop
 from onlinerl.controller.parts import Parts
 from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
 from onlinerl.preflight import Checked
-from onlinerl.protocols import Tracker
+from onlinerl.protocols import ModelOracle, Oracle, Tracker
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import summarise
 from onlinerl.trackers._fanout import FanoutTracker
@@ -36,7 +36,9 @@ def check(config: RunConfig, console: Console) -> Checked:
     checked = preflight.check(config)
     for note in checked.notes:
         console.print(note, highlight=False, soft_wrap=True)
-    if checked.train is not None:
+    if isinstance(checked.oracle, ModelOracle):  # its weights are loaded where the run has reserved room for them
+        checked.oracle.inspect()
+    elif checked.train is not None:
         preflight.probe_oracle(checked.oracle, checked.heldout[0])
     return checked
 
@@ -165,6 +167,7 @@ def _started(checked: Checked, store: RunDirectory, tracker: Tracker) -> Abstrac
 def _on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterator[Parts]:
     """Start the cluster and everything on it; end all of it, whatever happens."""
     from onlinerl.cluster.group import LearnerGroup
+    from onlinerl.cluster.oracle import PlacedOracle
     from onlinerl.cluster.pool import EnginePool
     from onlinerl.cluster.runtime import Cluster
     from onlinerl.cluster.sync import WeightPush, choose_backend
@@ -181,18 +184,24 @@ def _on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iter
         }
         pool: EnginePool | None = None
         learner: LearnerGroup | None = None
+        oracle: Oracle = checked.oracle
         try:
+            if isinstance(checked.oracle, ModelOracle):
+                oracle = PlacedOracle.start(cluster, config.learner.ranks + config.engine.replicas, checked.oracle)
             pool = EnginePool(cluster, config.learner.ranks, config.model, config.engine, settings)
             temperature = config.sampling.temperature if algorithm.policy_gradient else 1.0
             learner = LearnerGroup(cluster, config, algorithm, temperature)
+            if oracle is not checked.oracle:
+                preflight.probe_oracle(oracle, checked.heldout[0])
             learner.wait_started()
             pool.wait_started()
             # The canary: second halves of held-out prompts, given the first; fixed for the whole run.
             halves = [(p.token_ids[: len(p.token_ids) // 2], p.token_ids[len(p.token_ids) // 2 :]) for p in checked.heldout]
             canary = [(first, second) for first, second in halves if first][: config.evaluation.canary]
             sync = WeightPush(learner, pool, config.sync, config.engine, backend, canary)
-            yield _wire(checked, store, tracker, engine=pool, learner=learner, sync=sync)
+            yield _wire(checked, store, tracker, oracle=oracle, engine=pool, learner=learner, sync=sync)
         finally:
+            oracle.close()
             for part in (pool, learner):
                 if part is not None:
                     part.shutdown()
@@ -205,11 +214,13 @@ def _toy(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterator[Pa
     from onlinerl.learners.toy import ToyLearner
     from onlinerl.sync.toy import ToySync
 
+    if isinstance(checked.oracle, ModelOracle):
+        preflight.probe_oracle(checked.oracle, checked.heldout[0])
     tokenizer = preflight.tokenizer(checked.config.model)
     engine = ToyEngine(len(tokenizer), tokenizer.decode)
     learner = ToyLearner(len(tokenizer), checked.algorithm, checked.config.model)
     sync = ToySync(lambda: learner.logits.detach().numpy(), engine.load, lambda: engine.logits)
-    yield _wire(checked, store, tracker, engine=engine, learner=learner, sync=sync)
+    yield _wire(checked, store, tracker, oracle=checked.oracle, engine=engine, learner=learner, sync=sync)
 
 
 def _wire(checked: Checked, store: RunDirectory, tracker: Tracker, **connected: Any) -> Parts:
@@ -217,7 +228,6 @@ def _wire(checked: Checked, store: RunDirectory, tracker: Tracker, **connected: 
     return Parts(
         config=checked.config,
         algorithm=checked.algorithm,
-        oracle=checked.oracle,
         pairing=checked.pairing,
         train_prompts=checked.train,
         heldout=checked.heldout,

@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from onlinerl import config as configuration
 from onlinerl.config import RunConfig
 from onlinerl.errors import ClusterError
+from onlinerl.protocols import ModelOracle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,10 @@ def bundles(placements: Sequence[Placement]) -> list[dict[str, float]]:
 
 
 def plan(config: RunConfig, device: str) -> list[Placement]:
-    """What a run asks of the cluster, learner ranks first. Colocated: rank i and replica i share one bundle and its GPU."""
+    """What a run asks of the cluster: learner ranks, replicas of the engine, then of an oracle with weights.
+
+    Colocated: rank i and replica i share one bundle and its GPU.
+    """
     engine, learner = config.engine, config.learner
     gpu = device == "cuda"
     shared = gpu and config.cluster.colocate
@@ -56,7 +61,21 @@ def plan(config: RunConfig, device: str) -> list[Placement]:
         )
         for i in range(engine.replicas)
     ]
-    return ranks + replicas
+    oracle = configuration.oracle(config)
+    judges: list[Placement] = []
+    if isinstance(oracle, ModelOracle):
+        first = 1 + max(p.bundle for p in ranks + replicas)
+        judges = [
+            Placement(
+                role=f"oracle {i}",
+                cpus=oracle.cpus,
+                gpus=float(gpu and oracle.device != "cpu"),
+                resources=oracle.resources,
+                bundle=first + i,
+            )
+            for i in range(oracle.replicas)
+        ]
+    return ranks + replicas + judges
 
 
 def describe(placements: Sequence[Placement]) -> list[str]:
@@ -84,6 +103,6 @@ def explain_missing(placements: Sequence[Placement], available: Mapping[str, flo
     return ClusterError(
         f"the run needs {amounts}. Wanted: {'; '.join(describe(placements))}",
         field="cluster",
-        fix="lower engine.replicas, learner.ranks or engine.tensor_parallel_size, add nodes, or set engine.cpus=0 learner.cpus=0 "
+        fix="lower engine.replicas, learner.ranks, oracle.replicas or engine.tensor_parallel_size, add nodes, or set engine.cpus=0 learner.cpus=0 "
         "to let them share cores",
     )

@@ -171,6 +171,31 @@ class Oracle(Component):
         )
 
 
+class ModelOracle(Oracle):
+    """An oracle that loads weights. On a cluster it runs in processes of its own, for which room is reserved before anything is
+    loaded; each gets an equal share of the groups."""
+
+    replicas: int = Field(1, ge=1)
+    """Processes that judge in parallel, each with a copy of the weights."""
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+    """`auto` takes a whole GPU per replica where the run uses GPUs."""
+    cpus: int = Field(0, ge=0)
+    """CPUs reserved per replica; 0 shares those of engine and learner, which work at other times."""
+    threads: int | None = Field(None, ge=1)
+    """Threads that a replica on a CPU computes with; the cores of its machine divided by the replicas by default."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Extra Ray resources per replica, e.g. {oracle_node: 1} to choose a node."""
+    start_timeout_s: float = Field(900.0, gt=0)
+
+    def inspect(self) -> None:
+        """Find out what is wrong without loading the weights.
+
+        Raises:
+            OracleError: if they cannot be those of such an oracle.
+        """
+        raise NotImplementedError
+
+
 class PairBuilder(Component):
     """Turns one judged group into pairs."""
 

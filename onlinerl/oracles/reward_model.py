@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,22 +20,20 @@ from pydantic import Field, PrivateAttr
 
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
-from onlinerl.protocols import Oracle
+from onlinerl.protocols import ModelOracle
 from onlinerl.types import Cost, Failure, Query, Verdict
 
 _HASH_BLOCKS, _HASH_BLOCK_BYTES = 64, 64 * 1024
 _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
-class RewardModel(Oracle):
+class RewardModel(ModelOracle):
     """Scores prompt and response with a reward model."""
 
     groups_per_call: int = Field(16, ge=1)  # fills its batches, and asking again costs no money
     call_timeout_s: float = Field(1800.0, gt=0)
     path: str
     """Directory of the model and its tokenizer, or a Hugging Face hub id."""
-    device: Literal["cpu", "cuda", "auto"] = "auto"
-    """`auto` takes a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` is bfloat16 on a GPU and float32 on a CPU."""
     batch_size: int = Field(32, ge=1)
@@ -58,30 +57,16 @@ class RewardModel(Oracle):
         if self._model is not None:
             return
         import torch
-        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
         if self.device == "cuda" and not torch.cuda.is_available():
             raise OracleError("there is no GPU here", field="oracle.device", fix="set oracle.device to cpu or auto")
         device = "cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu"
         dtype = {"cpu": "float32", "cuda": "bfloat16"}[device] if self.dtype == "auto" else self.dtype
-        folder = self._folder()
-        try:
-            labels = AutoConfig.from_pretrained(folder).num_labels
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+        folder, tokenizer = self._folder(), self._read_tokenizer()
+        with self._readable():
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
-            raise OracleError(
-                f"cannot load a sequence classifier and its tokenizer from {self.path}: {error}",
-                field="oracle.path",
-                fix="give a directory that save_pretrained wrote for model and tokenizer, with safetensors weights",
-            ) from error
-        if labels != 1:
-            raise OracleError(
-                f"{self.path} has {labels} labels; a reward model has one",
-                field="oracle.path",
-                fix="give a reward model, i.e. a sequence classifier with num_labels=1",
             )
         if report["missing_keys"]:  # transformers would make them up at random
             raise OracleError(
@@ -92,6 +77,41 @@ class RewardModel(Oracle):
         self._tokenizer = tokenizer
         self._model = model.to(device).eval()
         self._limit = min(self.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", self.max_length))
+
+    def inspect(self) -> None:
+        """Read configuration and tokenizer.
+
+        Raises:
+            OracleError: if there is no model at `path`, or it has not exactly one label.
+        """
+        self._read_tokenizer()
+
+    def _read_tokenizer(self) -> Any:
+        """The tokenizer of a model that its configuration says is a reward model."""
+        from transformers import AutoConfig, AutoTokenizer
+
+        folder = self._folder()
+        with self._readable():
+            labels = AutoConfig.from_pretrained(folder).num_labels
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        if labels != 1:
+            raise OracleError(
+                f"{self.path} has {labels} labels; a reward model has one",
+                field="oracle.path",
+                fix="give a reward model, i.e. a sequence classifier with num_labels=1",
+            )
+        return tokenizer
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise OracleError(
+                f"cannot load a sequence classifier and its tokenizer from {self.path}: {error}",
+                field="oracle.path",
+                fix="give a directory that save_pretrained wrote for model and tokenizer, with safetensors weights",
+            ) from error
 
     def close(self) -> None:
         """Forget the model and give its memory back."""

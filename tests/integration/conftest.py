@@ -49,6 +49,22 @@ def build_tiny_llama(path: Path, *, tied: bool, seed: int = 0, scale: float = 0.
 
 
 @pytest.fixture(scope="session")
+def tiny_reward_model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a random reward model that reads the words of `tiny_llama`."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+    path = tmp_path_factory.mktemp("reward")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_labels=1, initializer_range=0.5, **sizes)
+    LlamaForSequenceClassification(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a tiny model with tied embeddings, fp32."""
     return build_tiny_llama(tmp_path_factory.mktemp("llama-tied"), tied=True)

@@ -71,7 +71,8 @@ class Controller:
     def __init__(self, folder: Path, *arguments: object, **hooks: object) -> None:
         self.log = folder / f"controller-{time.monotonic_ns()}.log"
         command = [str(HOOKS), json.dumps(hooks)] if hooks else ["-m", "onlinerl.cli"]
-        env = {**os.environ, "PYTHONPATH": ".", "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""}
+        path = os.pathsep.join(filter(None, [".", os.environ.get("PYTHONPATH", "")]))
+        env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""}
         with self.log.open("w") as out:
             self.process = subprocess.Popen(
                 [sys.executable, *command, *map(str, arguments)],
@@ -216,10 +217,13 @@ def assert_finished(run: Path, samples: int, algorithm: str = "dpo") -> None:
     assert len({g["prompt_id"] for g in groups}) == len(groups) == 8
 
 
-def test_two_replicas_and_two_ranks(start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path) -> None:
-    """With an algorithm in a file of the user's own, which the ranks must find as the controller does."""
+def test_two_replicas_and_two_ranks(
+    start: Callable[..., Controller], tiny_llama: Path, tiny_reward_model: Path, tmp_path: Path
+) -> None:
+    """With an algorithm in a file of the user's own, which the ranks must find as the controller does, and a reward model."""
     (tmp_path / "mine.py").write_text("from onlinerl.algorithms.dpo import Dpo\n\n\nclass Mine(Dpo):\n    pass\n")
-    config = write_config(tmp_path, tiny_llama, algorithm={"name": "mine.Mine"})
+    oracle = {"name": "reward_model", "path": str(tiny_reward_model)}
+    config = write_config(tmp_path, tiny_llama, algorithm={"name": "mine.Mine"}, oracle=oracle)
     run = tmp_path / "runs" / "run"
 
     controller = start("run", config)
@@ -230,6 +234,7 @@ def test_two_replicas_and_two_ranks(start: Callable[..., Controller], tiny_llama
     for row in rows(run, 1, "rollouts"):
         assert len({tuple(tokens) for tokens in row["token_ids"]}) == 4
         assert len(set(row["seeds"])) == 4
+    assert {row["annotator"] for row in rows(run, 1, "verdicts")} == {f"reward_model:{tiny_reward_model.name}"}
 
 
 def test_a_controller_that_is_stopped_while_it_samples_leaves_nothing_and_resumes(

@@ -62,7 +62,7 @@ def test_learner_on_one_node_and_replica_on_the_other(tiny_llama, tmp_path):
     address = f"127.0.0.1:{port}"
     scratch = tempfile.mkdtemp(prefix="orl")  # short: Ray's sockets live here
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
-        "PYTHONPATH": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")])),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "CPUS": "1",
         "OBJECT_STORE_MIB": "128",

@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from onlinerl import config as configuration
+from onlinerl import registry
 from onlinerl.config import RESUMABLE_CHANGES, RunConfig
 from onlinerl.errors import ConfigError
+from onlinerl.protocols import Oracle
 
 BASE = {
     "name": "demo",
@@ -255,5 +257,7 @@ def test_a_default_written_out_changes_nothing():
 
 def test_every_resumable_key_exists():
     flat = configuration.flatten(changed().model_dump(mode="json"))
+    with_weights = registry.load("oracles", "reward_model", Oracle).model_fields
+    flat |= {f"oracle.{name}": None for name in with_weights}
     for key in RESUMABLE_CHANGES:
         assert any(k == key or k.startswith(key + ".") for k in flat), key

@@ -1,0 +1,99 @@
+"""An oracle with weights, in processes of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+from pydantic import PrivateAttr
+from ray.exceptions import RayTaskError
+
+from onlinerl.cluster.runtime import Cluster, get
+from onlinerl.errors import OracleError
+from onlinerl.protocols import ModelOracle, Oracle
+from onlinerl.types import Failure, Query, Verdict
+
+
+@ray.remote
+class OracleActor:
+    """One copy of the oracle."""
+
+    def open(self, oracle: ModelOracle) -> str:
+        """Load the weights. Returns the oracle's version."""
+        self._oracle = oracle
+        if oracle.device == "cpu":
+            import torch
+
+            torch.set_num_threads(oracle.threads or max(1, len(os.sched_getaffinity(0)) // oracle.replicas))
+        oracle.open()
+        return oracle.version
+
+    def ask(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
+        """Checked answers, one per query."""
+        return list(self._oracle.ask(queries))
+
+
+class PlacedOracle(Oracle):
+    """The replicas of an oracle as one: a call gets as many groups as all of them together take, and each judges its share."""
+
+    _actors: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _opened: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _share: int = PrivateAttr(1)
+    _start_timeout_s: float = PrivateAttr(0.0)
+
+    @classmethod
+    def start(cls, cluster: Cluster, first: int, oracle: ModelOracle) -> PlacedOracle:
+        """Begin to load; `open` waits for it. `first` is the index of the first replica's placement."""
+        placed = cls(
+            groups_per_call=oracle.groups_per_call * oracle.replicas,
+            call_timeout_s=oracle.call_timeout_s,
+            retries=oracle.retries,
+        )
+        # What `auto` means was decided when the room was reserved.
+        device = "cuda" if cluster.placements[first].gpus else "cpu"
+        local = oracle.model_copy(update={"device": device})
+        placed._share, placed._start_timeout_s = oracle.groups_per_call, oracle.start_timeout_s
+        for i in range(oracle.replicas):
+            options = cluster.options(first + i, {"TOKENIZERS_PARALLELISM": "false"})
+            placed._actors[f"oracle {i}"] = OracleActor.options(**options).remote()  # type: ignore[attr-defined]
+        placed._opened = {name: actor.open.remote(local) for name, actor in placed._actors.items()}
+        return placed
+
+    def open(self) -> None:
+        """Return once every replica has loaded its weights.
+
+        Raises:
+            OracleError: with the replica's own error.
+        """
+        get(self._opened, timeout_s=self._start_timeout_s, error=OracleError, what="loading the oracle")
+
+    @property
+    def version(self) -> str:
+        """That of the oracle inside."""
+        return get(self._opened, timeout_s=self._start_timeout_s, error=OracleError, what="loading the oracle")[0]
+
+    def judge(self, queries: Sequence[Query]) -> Iterator[Verdict | Failure]:
+        """One result per query, in order; the replicas work at the same time.
+
+        Raises:
+            OracleError: if a process died, or the oracle raised one.
+        """
+        shares = [queries[start : start + self._share] for start in range(0, len(queries), self._share)]
+        running = [(name, actor.ask.remote(share)) for (name, actor), share in zip(self._actors.items(), shares, strict=False)]
+        for name, ref in running:
+            try:
+                # Whoever asked has this deadline once and gives up first.
+                yield from get({name: ref}, timeout_s=2 * self.call_timeout_s, error=OracleError, what="judging")[0]
+            except OracleError as error:
+                failure = error.__cause__
+                if isinstance(failure, RayTaskError) and not isinstance(failure.cause, OracleError):
+                    raise failure.cause from None  # as if it had been raised here
+                raise
+
+    def close(self) -> None:
+        """End all replicas."""
+        for actor in self._actors.values():
+            ray.kill(actor)
+        self._actors.clear()

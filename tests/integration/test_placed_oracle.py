@@ -1,0 +1,114 @@
+"""An oracle with weights on a real Ray cluster: room of its own, replicas that judge at the same time, and what happens when one fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from onlinerl import config as configuration
+from onlinerl import placement
+from onlinerl.controller.asking import answers
+from onlinerl.errors import OracleError
+from onlinerl.protocols import ModelOracle
+from onlinerl.types import Failure, Prompt, Query, Verdict
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+
+class Moody(ModelOracle):
+    """Says in which process it was asked; raises, or dies, when a response asks for it."""
+
+    def inspect(self) -> None:
+        """Nothing to read."""
+
+    @property
+    def version(self) -> str:
+        return "1"
+
+    def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
+        for query in queries:
+            if query.responses[0] == "raise":
+                raise KeyError("score")
+            if query.responses[0] == "die":
+                os._exit(1)
+        return [Verdict(annotator=str(os.getpid()), oracle_version="1", scores=(1.0,)) for _ in queries]
+
+
+def queries(*responses: str) -> list[Query]:
+    return [Query(prompt=Prompt(id=f"p{i}", text="x", token_ids=(1,)), responses=(r,)) for i, r in enumerate(responses)]
+
+
+def ask(oracle, asked: list[Query]) -> list[Verdict | Failure]:
+    pairs = [pair for arrived in answers(oracle, asked) for pair in arrived]
+    assert [query for query, _ in pairs] == asked
+    return [result for _, result in pairs]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_llama: Path) -> configuration.RunConfig:
+    """Two replicas of an oracle; room for engine and learner is reserved, but they are not started."""
+    return configuration.parse(
+        {
+            "name": "run",
+            "model": str(tiny_llama),
+            "iterations": 1,
+            "algorithm": {"name": "dpo"},
+            "oracle": {"name": f"{__name__}.Moody", "replicas": 2, "cpus": 1, "groups_per_call": 3, "retries": 0},
+            "prompts": {"train": "unused", "heldout": "unused"},
+            "engine": {"cpus": 0},
+            "learner": {"cpus": 0},
+            "cluster": {"device": "cpu"},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def cluster(config) -> Iterator[object]:
+    from onlinerl.cluster.runtime import Cluster
+
+    small = config.model_copy(update={"oracle": {**config.oracle, "cpus": 0}})
+    with Cluster(small) as started:
+        yield started
+
+
+@pytest.fixture
+def placed(cluster, config) -> Iterator[object]:
+    from onlinerl.cluster.oracle import PlacedOracle
+
+    oracle = PlacedOracle.start(cluster, 2, configuration.oracle(config))
+    oracle.open()
+    yield oracle
+    oracle.close()
+
+
+def test_room_is_reserved_for_each_replica(config):
+    roles = {p.role: (p.cpus, p.gpus) for p in placement.plan(config, "cpu") if p.role.startswith("oracle")}
+    assert roles == {"oracle 0": (1, 0), "oracle 1": (1, 0)}
+    assert [p.gpus for p in placement.plan(config, "cuda") if p.role.startswith("oracle")] == [1, 1]
+    short = placement.explain_missing(placement.plan(config, "cpu"), {"CPU": 1})
+    assert "the run needs 2" in str(short)
+    assert "oracle.replicas" in str(short)
+
+
+def test_both_replicas_judge_their_share_in_order(placed):
+    results = ask(placed, queries(*"abcdefgh"))
+    processes = [result.annotator for result in results]
+    assert len(set(processes)) == 2
+    assert os.getpid() not in map(int, processes), "not in the controller"
+    assert processes[0:3] == [processes[0]] * 3, "a share stays together"
+    assert processes[3:6] == [processes[3]] * 3
+    assert placed.version == "1"
+
+
+def test_an_exception_costs_the_groups_that_came_with_it(placed):
+    results = ask(placed, queries("a", "b", "c", "d", "raise", "f", "g"))
+    assert [isinstance(result, Verdict) for result in results] == [True] * 3 + [False] * 3 + [True]
+    assert "KeyError" in results[4].message
+
+
+def test_a_replica_that_dies_is_named(placed):
+    with pytest.raises(OracleError, match="oracle 0: its process died during judging"):
+        ask(placed, queries("die", "b"))
