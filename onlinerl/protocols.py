@@ -114,7 +114,7 @@ class Oracle(Component):
     """How often a call is tried again after a missed deadline, a lost connection or an HTTP status that may pass (408, 429, 5xx)."""
 
     def open(self) -> None:
-        """Load models, open connections. Called once in the process that will judge."""
+        """Load models, open connections. Called once in the process that will judge, but not in the thread that `judge` runs in."""
 
     def close(self) -> None:
         """Release what `open` took."""
