@@ -69,6 +69,8 @@ class Batch:
     """P(chosen beats rejected)."""
     weight_P: Tensor
     weight_B: Tensor
+    policy_weight_B: Tensor
+    """Of the policy's terms of the loss; 0 where only the critic learns."""
     reference_BT: Tensor | None = None
     old_BT: Tensor | None = None
     behaviour_BT: Tensor | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -54,6 +55,12 @@ class Needs(BaseModel):
     entropy: bool = False
     min_samples: int = 1
     """Fewest responses per prompt that make sense."""
+    preferences: bool = False
+    """How probable it is that one response beats another (win rates, soft labels); scores alone only imply it."""
+    kl_in_reward: bool = False
+    """The reference acts only through `old` against `reference` log-probs, so only where the two are different weights."""
+    critic_warmup: int = 0
+    """Iterations at the start in which the policy does not learn."""
 
 
 class Algorithm(Component):
@@ -90,13 +97,26 @@ class Algorithm(Component):
         """Upper bound of what `items` returns for a group of `samples` responses of which the builder makes at most `pairs`."""
         return pairs if self.needs().pairs else samples
 
-    def items(self, judged: Judged, pairs: Sequence[Pair]) -> list[TrainItem]:
-        """Turn one judged group into what is trained. `pairs` is empty unless `needs().pairs`."""
+    def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Mapping[str, int]]:
+        """Turn one judged group into what is trained, and say how much of it was left out for which reason.
+
+        `pairs` is empty unless `needs().pairs`.
+        """
         raise NotImplementedError
 
-    def prepare(self, items: Sequence[TrainItem]) -> list[TrainItem]:
-        """See all items of the iteration at once, with log-probs and values filled in: advantages, whitening, weights."""
+    def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> list[TrainItem]:
+        """See all items of the iteration at once, with log-probs and values filled in: advantages, whitening, weights.
+
+        `past` is what `figures` said in each earlier iteration, oldest first, read from the run directory.
+        """
         return list(items)
+
+    def figures(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Mapping[str, float]:
+        """Finite figures of the whole iteration, from its items as `prepare` got them: reported, and kept for later iterations.
+
+        What an algorithm must remember from one iteration to the next goes here, so that a resume remembers exactly the same.
+        """
+        return {}
 
     def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
         """The loss of one micro-batch as a sum over units."""
@@ -106,6 +126,9 @@ class Algorithm(Component):
 class Oracle(Component):
     """Judges groups of responses. Configured like an algorithm; heavy state is loaded by `open`, never at import."""
 
+    preference_temperature: float = Field(1.0, gt=0)
+    """Where scores must stand in for preferences, P(i beats j) = sigmoid((s_i - s_j) / preference_temperature): Bradley-Terry. 1 suits
+    a reward model, whose scores are log-odds by training; an oracle with other units needs another. Comparisons do not read it."""
     groups_per_call: int = Field(1, ge=1)
     """Groups that one call of `judge` gets. A call that fails is asked again as a whole: keep it at 1 where answers cost money."""
     call_timeout_s: float = Field(120.0, gt=0)
@@ -141,7 +164,7 @@ class Oracle(Component):
     def ask(self, queries: Sequence[Query]) -> Iterator[Verdict | Failure]:
         """`judge` as the rest of the system calls it: every answer is checked before anybody believes it (R-G1).
 
-        A Verdict with bad numbers becomes a Failure.
+        A Verdict with bad numbers becomes a Failure; a good one gets the temperature of this oracle.
 
         Raises:
             OracleError: if `judge` answers with something that is no list of Verdicts and Failures, one per query.
@@ -158,8 +181,11 @@ class Oracle(Component):
                     field="oracle",
                     fix="return a Verdict or a Failure (onlinerl.types) for each query",
                 )
-            problem = result.problem(len(queries[answered - 1].responses)) if isinstance(result, Verdict) else None
-            yield problem or result
+            if isinstance(result, Verdict):
+                problem = result.problem(len(queries[answered - 1].responses))
+                yield problem or replace(result, temperature=self.preference_temperature)
+            else:
+                yield result
         if answered != len(queries):
             raise self._miscounted(answered, len(queries))
 

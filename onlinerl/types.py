@@ -142,6 +142,8 @@ class Verdict:
     """[K][K], exactly as returned: [i][j] = P(i beats j) with i shown first. Diagonal and unasked cells are NaN."""
     strength: tuple[tuple[float, ...], ...] | None = None
     """[K][K] strength of each preference on the oracle's own scale."""
+    temperature: float = 1.0
+    """In units of the score: how large a gap between two scores must be to mean odds of e to 1 (see `matrix`)."""
     raw: str | None = None
     """The judge's own words, for people."""
     cost: Cost = field(default_factory=Cost)
@@ -163,11 +165,25 @@ class Verdict:
                 return Failure(kind="non_finite", message="a preference is no probability")
         return None
 
-    def matrix(self, temperature: float = 1.0) -> np.ndarray:
+    def judged(self) -> np.ndarray:
+        """bool[K]: which responses the oracle said something about: a score and, where it compares, at least one comparison.
+
+        A response that nobody judged has no score, no win rate and no place in a batch.
+        """
+        known = np.ones(len(self.scores if self.scores is not None else self.preferences or ()), dtype=bool)
+        if self.scores is not None:
+            known &= np.isfinite(np.asarray(self.scores, dtype=np.float64))
+        if self.preferences is not None:
+            compared = ~np.isnan(self.matrix())
+            np.fill_diagonal(compared, False)
+            known &= compared.any(axis=1)
+        return known
+
+    def matrix(self) -> np.ndarray:
         """P[i, j] = probability that i beats j, shape [K, K], diagonal 1/2, P + P^T = 1 where known.
 
         A returned matrix is averaged over both orders, (P_raw + 1 - P_raw^T) / 2; one order alone is used as it is. Scores
-        induce Bradley-Terry: P = sigmoid((s_i - s_j) / temperature). Unknown cells stay NaN.
+        induce Bradley-Terry: P = sigmoid((s_i - s_j) / temperature). Unknown cells are NaN.
 
         Raises:
             ValueError: if the verdict holds neither scores nor preferences.
@@ -179,15 +195,19 @@ class Verdict:
         elif self.scores is not None:
             scores = np.asarray(self.scores, dtype=np.float64)
             with np.errstate(over="ignore"):  # a huge gap saturates at 0 or 1, which is what it means
-                probs = 1.0 / (1.0 + np.exp(-(scores[:, None] - scores[None, :]) / temperature))
+                probs = 1.0 / (1.0 + np.exp(-(scores[:, None] - scores[None, :]) / self.temperature))
         else:
             raise ValueError("a Verdict needs scores or preferences")
         np.fill_diagonal(probs, 0.5)
         return probs
 
     def win_rates(self) -> np.ndarray:
-        """Mean probability of beating a random response of the group, itself included. Shape [K], within [0.5/K, 1 - 0.5/K]."""
-        return np.nanmean(self.matrix(), axis=1)
+        """Mean probability of beating a random judged response of the group, itself included; NaN for one that was not judged.
+
+        Shape [K], within [0.5/K, 1 - 0.5/K].
+        """
+        # The diagonal is in every row, so no row is all NaN.
+        return np.where(self.judged(), np.nanmean(self.matrix(), axis=1), np.nan)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,6 +249,8 @@ class TrainSequence:
     """The oracle's score, or the win rate where the oracle returns none."""
     win_rate: float = 0.5
     """Mean win rate within its group, self included."""
+    policy_weight: float = 1.0
+    """Weight of what the loss asks of the policy; with 0 only the critic learns from this response."""
     finish_reason: FinishReason = "stop"
     policy_version: int = 0
     behaviour: np.ndarray | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
@@ -29,7 +30,7 @@ class Dno(Algorithm):
 
     def needs(self) -> Needs:
         """Pairs and the reference."""
-        return Needs(pairs=True, reference=True, min_samples=2)
+        return Needs(pairs=True, reference=True, preferences=True, min_samples=2)
 
     @property
     def unit(self) -> Unit:
@@ -46,8 +47,8 @@ class Dno(Algorithm):
         """With z = 0 both orientations give ln 2, whatever q."""
         return math.log(2)
 
-    def items(self, judged: Judged, pairs: Sequence[Pair]) -> list[TrainItem]:
-        """The pairs, without those of identical responses."""
+    def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
+        """The pairs, without those of identical or unjudged responses."""
         return pair_items(judged, pairs)
 
     def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
@@ -22,12 +23,22 @@ class DnoPrct(Dpo):
         """The policy at the iteration's start."""
         return "previous"
 
-    def items(self, judged: Judged, pairs: Sequence[Pair]) -> list[TrainItem]:
-        """The pairs that pass both filters, without those of identical responses."""
-        return [item for item in super().items(judged, pairs) if self.accepts(*item.sequences)]
+    def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
+        """The pairs that pass both filters, without those of identical or unjudged responses."""
+        pairs_left, dropped = super().items(judged, pairs)
+        kept: list[TrainItem] = []
+        for item in pairs_left:
+            reason = self.rejects(*item.sequences)
+            if reason is None:
+                kept.append(item)
+            else:
+                dropped[reason] += 1
+        return kept, dropped
 
-    def accepts(self, winner: TrainSequence, loser: TrainSequence) -> bool:
-        """Whether a pair passes both filters."""
-        good = self.floor is None or winner.score >= self.floor
-        clear = self.margin is None or winner.score - loser.score >= self.margin
-        return good and clear
+    def rejects(self, winner: TrainSequence, loser: TrainSequence) -> str | None:
+        """Why a pair does not pass: `gap` (below the margin), `floor` (the winner is too bad); None if it passes."""
+        if self.margin is not None and winner.score - loser.score < self.margin:
+            return "gap"
+        if self.floor is not None and winner.score < self.floor:
+            return "floor"
+        return None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
@@ -33,8 +34,8 @@ class Dpo(Algorithm):
     """Mean instead of sum over tokens: "The Hitchhiker's Guide to Human Alignment with *PO"."""
 
     def needs(self) -> Needs:
-        """Pairs and the reference."""
-        return Needs(pairs=True, reference=True, min_samples=2)
+        """Pairs and the reference; probabilities if labels are soft."""
+        return Needs(pairs=True, reference=True, preferences=self.soft_labels, min_samples=2)
 
     @property
     def unit(self) -> Unit:
@@ -51,8 +52,8 @@ class Dpo(Algorithm):
         """With h = 0 both orientations give ln 2, whatever the label."""
         return None if self.nll_coef > 0 else math.log(2)
 
-    def items(self, judged: Judged, pairs: Sequence[Pair]) -> list[TrainItem]:
-        """The pairs, without those of identical responses."""
+    def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
+        """The pairs, without those of identical or unjudged responses."""
         return pair_items(judged, pairs)
 
     def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ from pydantic import Field
 
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.advantages import group_advantages, unbiased_std
-from onlinerl.ops.items import need, sample_item, train_sequences, with_sequence
+from onlinerl.ops.items import judged_sequences, need, sample_items, with_sequence
 from onlinerl.ops.kl import k3
 from onlinerl.ops.logprobs import lengths, token_log_ratios
 from onlinerl.ops.surrogate import policy_loss
@@ -59,21 +60,20 @@ class Grpo(Algorithm):
         """Ratios are between probabilities at the sampling temperature."""
         return True
 
-    def items(self, judged: Judged, pairs: Sequence[Pair]) -> list[TrainItem]:
-        """Each response by itself, with advantages A = (r - mean) / std of its group on every token.
-
-        Raises:
-            ValueError: for a group of fewer than two.
-        """
+    def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
+        """Each judged response by itself, with advantages A = (r - mean) / std of those of its group on every token."""
         # Here and not in `prepare`, because this is where a group is whole; a prompt may occur twice in an iteration.
-        sequences = train_sequences(judged)
+        sequences, dropped = judged_sequences(judged, at_least=2)
+        if not sequences:
+            return [], dropped
         advantages = group_advantages([s.score for s in sequences], normalise=self.std_norm == "group")
-        return [
-            sample_item(judged, s.with_(advantages=np.full(len(s.response_ids), a, dtype=np.float32)))
+        filled = [
+            s.with_(advantages=np.full(len(s.response_ids), a, dtype=np.float32))
             for s, a in zip(sequences, advantages, strict=True)
         ]
+        return sample_items(judged, filled), dropped
 
-    def prepare(self, items: Sequence[TrainItem]) -> list[TrainItem]:
+    def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> list[TrainItem]:
         """For `std_norm: batch`, divide by the standard deviation of the iteration's centred scores."""
         if self.std_norm != "batch":
             return list(items)

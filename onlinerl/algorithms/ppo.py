@@ -3,7 +3,8 @@ RLHF with PPO: A Case Study on TL;DR Summarization"."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ from pydantic import Field
 
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.advantages import gae, whiten
-from onlinerl.ops.items import need, sample_item, train_sequences, with_sequence
+from onlinerl.ops.items import judged_sequences, need, sample_items, with_sequence
 from onlinerl.ops.kl import k3_plus
 from onlinerl.ops.logprobs import masked, token_log_ratios
 from onlinerl.ops.surrogate import clipped_value_loss, policy_loss
@@ -67,9 +68,10 @@ class Ppo(Algorithm):
         """Ratios are between probabilities at the sampling temperature."""
         return True
 
-    def items(self, judged: Judged, pairs: Sequence[Pair]) -> list[TrainItem]:
-        """Each response by itself."""
-        return [sample_item(judged, sequence) for sequence in train_sequences(judged)]
+    def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
+        """Each judged response by itself."""
+        sequences, dropped = judged_sequences(judged)
+        return sample_items(judged, sequences), dropped
 
     def rewards(self, sequence: TrainSequence) -> np.ndarray:
         """r[T]: minus the price of the KL at every token, plus the score at the last one."""
@@ -82,7 +84,7 @@ class Ppo(Algorithm):
         rewards[-1:] += score  # a slice, because an empty response has no last token
         return rewards
 
-    def prepare(self, items: Sequence[TrainItem]) -> list[TrainItem]:
+    def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> list[TrainItem]:
         """Advantages f32[T], whitened over all tokens of the iteration, and critic targets f32[T].
 
         Raises:

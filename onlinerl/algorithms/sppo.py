@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 from pydantic import Field
 
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.ops.items import sample_item, train_sequences
+from onlinerl.ops.items import judged_sequences, sample_items, train_sequences
 from onlinerl.ops.logprobs import log_ratios
 from onlinerl.ops.preference import pair_metrics
 from onlinerl.protocols import Algorithm, Needs
@@ -30,7 +30,7 @@ class Sppo(Algorithm):
 
     def needs(self) -> Needs:
         """The reference, a group of at least two."""
-        return Needs(reference=True, min_samples=2)
+        return Needs(reference=True, preferences=True, min_samples=2)
 
     @property
     def unit(self) -> Unit:
@@ -46,24 +46,20 @@ class Sppo(Algorithm):
         """`best_worst` makes one item of the two."""
         return 1 if self.train == "best_worst" else samples
 
-    def items(self, judged: Judged, pairs: Sequence[Pair]) -> list[TrainItem]:
-        """Best and worst of the group as one item, or each response by itself.
-
-        Raises:
-            ValueError: for a group of fewer than two.
-        """
-        sequences = train_sequences(judged)
-        if len(sequences) < 2:
-            raise ValueError(f"sppo needs at least 2 responses per prompt, got {len(sequences)}")
-        if self.train == "all":
-            return [sample_item(judged, sequence) for sequence in sequences]
-        order = np.argsort([-s.win_rate for s in sequences], kind="stable")
-        best, worst = int(order[0]), int(order[-1])
-        if sequences[best].response_ids == sequences[worst].response_ids:
-            return []  # two targets for one response
-        prob = float(judged.verdict.matrix()[best, worst])  # NaN if that cell was not asked; the loss reads win rates only
+    def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
+        """Best and worst of the judged responses as one item, or each judged response by itself."""
+        sequences, dropped = judged_sequences(judged, at_least=2)
+        if self.train == "all" or not sequences:
+            return sample_items(judged, sequences), dropped
+        by_index = train_sequences(judged)
+        order = sorted(by_index, key=lambda index: -by_index[index].win_rate)  # stable
+        best, worst = by_index[order[0]], by_index[order[-1]]
+        if best.response_ids == worst.response_ids:  # two targets for one response
+            return [], dropped + Counter(identical=1)
+        # NaN if the two were never compared with each other; the loss reads win rates only.
+        prob = float(judged.verdict.matrix()[order[0], order[-1]])
         # Both in one item: what their gradients have in common cancels only if they are in the same step.
-        return [TrainItem(prompt_id=judged.group.prompt.id, sequences=(sequences[best], sequences[worst]), prob=prob)]
+        return [TrainItem(prompt_id=judged.group.prompt.id, sequences=(best, worst), prob=prob)], dropped
 
     def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
         """Sum over responses.

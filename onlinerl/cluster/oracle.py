@@ -50,6 +50,7 @@ class PlacedOracle(Oracle):
             groups_per_call=oracle.groups_per_call * oracle.replicas,
             call_timeout_s=oracle.call_timeout_s,
             retries=oracle.retries,
+            preference_temperature=oracle.preference_temperature,
         )
         # What `auto` means was decided when the room was reserved.
         device = "cuda" if cluster.placements[first].gpus else "cpu"

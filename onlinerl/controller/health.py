@@ -135,4 +135,6 @@ def check_mismatch(k3: float, limit: float) -> None:
 def _spread(judged: Sequence[Judged]) -> float:
     """Between the best and the worst response, in scores or win rates; NaN if nothing was said."""
     said = [np.asarray(v.scores, float) if v.preferences is None else v.win_rates() for v in (j.verdict for j in judged)]
-    return float(np.nanmax(np.concatenate(said)) - np.nanmin(np.concatenate(said)))
+    known = np.concatenate(said)
+    known = known[np.isfinite(known)]
+    return float(known.max() - known.min()) if known.size else math.nan

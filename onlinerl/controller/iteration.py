@@ -171,11 +171,13 @@ class Iteration:
         self.parts.engine.rest()
         self.weights.engine = None
         built_at = time.monotonic()
-        items, dropped, useful = self._items(_judged(groups, results))
+        items, dropped, useful, contradicted = self._items(_judged(groups, results))
         reference_at = time.monotonic()
         tracker.phase_started(self.number, "reference", None, "")
         items = self._annotate(items)
-        prepared = self.parts.algorithm.prepare(items)
+        past = self._past_figures()
+        prepared = self.parts.algorithm.prepare(items, past)
+        figures = dict(self.parts.algorithm.figures(items, past))
         if self.number == 1:
             self._self_test(prepared)
         tracker.phase_finished(self.number, "reference", time.monotonic() - reference_at)
@@ -206,13 +208,15 @@ class Iteration:
                     fix="start a new run from the last export (model=...) with a lower learning rate; a resume would repeat this",
                 )
         self.weights.learner = self.number
-        self.report.trained(self.number, steps, tokens, dropped, len(items), useful, len(groups))
+        self.report.trained(self.number, steps, tokens, dropped, len(items), useful, len(groups), contradicted, figures)
         return {
             "steps": len(steps),
             "tokens": tokens,
             "skipped": skipped,
             "items": len(items),
             "dropped": dict(dropped),
+            "contradicted": contradicted,
+            "figures": figures,
             "loss_first": steps[0].get("loss"),
             "loss_last": steps[-1].get("loss"),
             "reference": self._reference(),
@@ -220,11 +224,11 @@ class Iteration:
             "ref_logprob_seconds": train_at - reference_at,
         }
 
-    def _items(self, judged: Sequence[Judged]) -> tuple[list[TrainItem], Counter[str], int]:
-        """What is trained, what was left out and why, and how many groups gave anything."""
+    def _items(self, judged: Sequence[Judged]) -> tuple[list[TrainItem], Counter[str], int, int]:
+        """What is trained, what was left out and why, how many groups gave anything, and how many pairs lost their own comparison."""
         config, algorithm = self.parts.config, self.parts.algorithm
         dropped: Counter[str] = Counter()
-        useful = 0
+        useful = contradicted = 0
         items: list[TrainItem] = []
         rows: list[dict[str, Any]] = []
         for one in judged:
@@ -233,7 +237,9 @@ class Iteration:
                 pairs, reasons = self.parts.pairing.build(one)
                 dropped.update(reasons)
                 rows.extend(pair_rows(one.group, pairs))
-            built = algorithm.items(one, pairs)
+                contradicted += sum(pair.prob < 0.5 for pair in pairs)
+            built, left_out = algorithm.items(one, pairs)
+            dropped.update(left_out)
             if config.training.on_truncated == "drop":
                 kept = [i for i in built if all(s.finish_reason != "length" for s in i.sequences)]
                 dropped["truncated"] += len(built) - len(kept)
@@ -244,7 +250,11 @@ class Iteration:
         if rows and not self.parts.store.read(self.number, PAIRS):
             self.parts.store.append(self.number, PAIRS, rows)
             self.parts.store.seal(self.number, PAIRS)
-        return items, dropped, useful
+        return items, dropped, useful, contradicted
+
+    def _past_figures(self) -> list[Mapping[str, float]]:
+        """What the algorithm said about each earlier iteration: from disk, so that a resume knows exactly what the run knew."""
+        return [self.parts.store.phases(t).get("train", {}).get("figures", {}) for t in range(1, self.number)]
 
     def _reference(self) -> int | None:
         """Which iterate the reference is; None if the algorithm needs none."""

@@ -67,13 +67,18 @@ class Reporter:
         items: int,
         useful: int,
         groups: int,
+        contradicted: int,
+        figures: Mapping[str, float],
     ) -> None:
-        """What the learner reported, averaged over the iteration's steps."""
+        """What was trained on, what the algorithm and the learner said about it (the latter averaged over the iteration's steps)."""
         metrics = [
             self._one("trained_tokens", float(tokens), "tokens"),
             self._one("pairs_per_prompt", items / max(1, groups), "ratio", n=groups),
             self._one("pair_yield", useful / max(1, groups), "ratio", n=groups),
             *(self._one("pairs_dropped", float(n), "pairs", labels={"reason": r}) for r, n in dropped.items()),
+            # Trained on all the same: chosen by win rate, although the oracle prefers the rejected one of the two.
+            self._one("pairs_contradicted", float(contradicted), "pairs"),
+            *(self._one(name, value, "", n=items) for name, value in figures.items()),
         ]
         for name in sorted({k for step in steps for k in step}):
             values = [step[name] for step in steps if name in step and math.isfinite(step[name])]

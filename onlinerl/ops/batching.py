@@ -56,6 +56,7 @@ def collate(items: Sequence[TrainItem]) -> Batch:
         prob_P=_floats(item.prob for item, _ in pairs),
         weight_P=_floats(item.weight for item, _ in pairs),
         weight_B=_floats(weights),
+        policy_weight_B=_floats(s.policy_weight for s in sequences),
         **{f"{name}_BT": _per_token(sequences, name, T) for name in _PER_TOKEN},
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,15 +11,16 @@ import numpy as np
 from onlinerl.types import Judged, Pair, TrainItem, TrainSequence
 
 
-def train_sequences(judged: Judged) -> list[TrainSequence]:
-    """All K responses of a group, with score, win rate and the log-probs that the engine reported.
+def train_sequences(judged: Judged) -> dict[int, TrainSequence]:
+    """The judged responses of a group by their index in it, with score, win rate and the log-probs that the engine reported.
 
-    The score is the oracle's own; an oracle that only compares gives none, and then the win rate stands in for it.
+    The score is the oracle's own; an oracle that only compares gives none, and then the win rate stands in for it. A response that
+    nobody judged has neither, and is left out.
     """
     win_rates = judged.verdict.win_rates()
     scores = win_rates if judged.verdict.scores is None else judged.verdict.scores
-    return [
-        TrainSequence(
+    return {
+        index: TrainSequence(
             prompt_ids=judged.group.prompt.token_ids,
             response_ids=rollout.token_ids,
             score=float(score),
@@ -27,27 +29,48 @@ def train_sequences(judged: Judged) -> list[TrainSequence]:
             policy_version=rollout.policy_version,
             behaviour=np.asarray(rollout.logprobs, dtype=np.float32),
         )
-        for rollout, score, win_rate in zip(judged.group.rollouts, scores, win_rates, strict=True)
-    ]
-
-
-def sample_item(judged: Judged, sequence: TrainSequence) -> TrainItem:
-    """One response, trained by itself."""
-    return TrainItem(prompt_id=judged.group.prompt.id, sequences=(sequence,))
-
-
-def pair_items(judged: Judged, pairs: Sequence[Pair]) -> list[TrainItem]:
-    """One item of two sequences per pair, chosen first. Pairs of identical token sequences are left out: their margin is always 0."""
-    sequences = train_sequences(judged)
-    return [
-        TrainItem(
-            prompt_id=judged.group.prompt.id,
-            sequences=(sequences[pair.chosen], sequences[pair.rejected]),
-            prob=pair.prob,
+        for index, (rollout, score, win_rate, said) in enumerate(
+            zip(judged.group.rollouts, scores, win_rates, judged.verdict.judged(), strict=True)
         )
-        for pair in pairs
-        if sequences[pair.chosen].response_ids != sequences[pair.rejected].response_ids
-    ]
+        if said
+    }
+
+
+def judged_sequences(judged: Judged, at_least: int = 1) -> tuple[list[TrainSequence], Counter[str]]:
+    """The judged responses of a group in their order, and how many were left out for which reason.
+
+    Reasons: `unjudged`, and `single` for those that are too few to be compared (fewer than `at_least`).
+    """
+    sequences = list(train_sequences(judged).values())
+    dropped = Counter(unjudged=len(judged.group.rollouts) - len(sequences))
+    if len(sequences) < at_least:
+        dropped["single"] = len(sequences)
+        sequences = []
+    return sequences, +dropped
+
+
+def sample_items(judged: Judged, sequences: Iterable[TrainSequence]) -> list[TrainItem]:
+    """Each response by itself."""
+    return [TrainItem(prompt_id=judged.group.prompt.id, sequences=(sequence,)) for sequence in sequences]
+
+
+def pair_items(judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
+    """One item of two sequences per pair, chosen first, and how many pairs were left out for which reason.
+
+    Reasons: `unjudged`, and `identical` for two equal token sequences, whose margin is always 0.
+    """
+    sequences = train_sequences(judged)
+    items: list[TrainItem] = []
+    dropped: Counter[str] = Counter()
+    for pair in pairs:
+        chosen, rejected = sequences.get(pair.chosen), sequences.get(pair.rejected)
+        if chosen is None or rejected is None:
+            dropped["unjudged"] += 1
+        elif chosen.response_ids == rejected.response_ids:
+            dropped["identical"] += 1
+        else:
+            items.append(TrainItem(prompt_id=judged.group.prompt.id, sequences=(chosen, rejected), prob=pair.prob))
+    return items, dropped
 
 
 def need(sequence: TrainSequence, name: str) -> np.ndarray:

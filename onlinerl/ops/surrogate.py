@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from onlinerl.batch import Batch, Mean, Outputs
-from onlinerl.ops.kl import bounded_exp, k3
+from onlinerl.ops.kl import MAX_LOG_RATIO, bounded_exp, k3
 from onlinerl.ops.logprobs import masked
 
 
@@ -60,6 +60,10 @@ def policy_loss(
         "clip_low": Mean.of((ratio < 1.0 - clip_low) & (advantages < 0), mask),
         "clip_high": Mean.of((ratio > 1.0 + clip_high) & (advantages > 0), mask),
         "kl_old": Mean.of(k3(logprobs - old), mask),  # how far the policy moved since the rollouts
+        # More than a few says that the policy has left the samples: their ratios are no longer what they claim to be.
+        "clamped": Mean.of((logprobs - old).abs() > MAX_LOG_RATIO, mask),
+        # Unbiased for the entropy of the policy that sampled, at the sampling temperature: the tokens were drawn from it.
+        "entropy_sampled": Mean.of(-old, mask),
         "sampler_gap": Mean.of(gap.abs(), mask),  # how much learner and engine disagree, in nats
         "zero_advantage": Mean.of((advantages == 0).all(dim=1), mask.any(dim=1)),  # rows that teach nothing
         "length": Mean.of(batch.lengths_B, mask.any(dim=1)),

@@ -36,6 +36,10 @@ class MathVerifier(Oracle):
     """Score of a response that cannot be compared within that time, or within the memory of the process that compares, such as a
     tower of powers. None: its whole group is a failure instead."""
 
+    preference_temperature: float = Field(0.2, gt=0)
+    """As for every oracle. Right beats wrong by one point and is not a matter of taste: 0.2 makes that a probability of 0.993, where 1
+    would say 0.73."""
+
     _worker: subprocess.Popen[bytes] | None = PrivateAttr(None)
 
     def open(self) -> None:

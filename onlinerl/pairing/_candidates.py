@@ -22,7 +22,7 @@ class Candidates:
     distinct: int
     """How many distinct responses there are, judged or not."""
     quality: np.ndarray
-    """f64[K], what responses are compared by: win rate, or score."""
+    """f64[K], what responses are compared by: win rate, or score; NaN for a response that was not judged."""
     matrix: np.ndarray
     """f64[K, K], P(i beats j); NaN where unknown."""
 
@@ -52,12 +52,13 @@ def by_preference(judged: Judged) -> Candidates:
     distinct = _distinct(judged)
     matrix = judged.verdict.matrix()
     _check(judged, matrix.shape, matrix[~np.isnan(matrix)])
-    # A response that was compared with no other would get a win rate of 0.5, which nobody said (R-G1).
-    known = ~np.isnan(matrix[np.ix_(distinct, distinct)])
-    compared = [index for index, row in zip(distinct, known, strict=True) if row.sum() > 1]
+    among = matrix[np.ix_(distinct, distinct)]
+    # The diagonal is always known: a response that was compared with no other has no win rate, not one of 0.5.
+    compared = [index for index, row in zip(distinct, among, strict=True) if np.isfinite(row).sum() > 1]
     quality = np.full(len(matrix), np.nan)
     # Rounded: the mean of the same numbers in another order differs in the last bits, and a tie must stay a tie.
-    quality[distinct] = np.round(np.nanmean(matrix[np.ix_(distinct, distinct)], axis=1), 9)
+    quality[distinct] = np.round(np.nanmean(among, axis=1), 9)
+    quality[[index for index in distinct if index not in compared]] = np.nan
     return Candidates(order=_ranked(judged, compared, quality), distinct=len(distinct), quality=quality, matrix=matrix)
 
 
@@ -75,8 +76,9 @@ def by_score(judged: Judged) -> Candidates:
         )
     quality = np.asarray(judged.verdict.scores, dtype=np.float64)
     _check(judged, quality.shape, quality)
-    distinct, matrix = _distinct(judged), judged.verdict.matrix()
-    return Candidates(order=_ranked(judged, distinct, quality), distinct=len(distinct), quality=quality, matrix=matrix)
+    distinct, matrix, said = _distinct(judged), judged.verdict.matrix(), judged.verdict.judged()
+    order = _ranked(judged, [index for index in distinct if said[index]], quality)
+    return Candidates(order=order, distinct=len(distinct), quality=quality, matrix=matrix)
 
 
 def select(

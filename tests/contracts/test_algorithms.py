@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import pad
+from algorithm_cases import Policy, annotated_items, build, pairs_of, refereed, trained, training_items
 
 from onlinerl import registry
-from onlinerl.batch import Batch, Outputs
+from onlinerl.batch import Outputs
 from onlinerl.ops.batching import collate, plan_step
 from onlinerl.protocols import Algorithm
-from onlinerl.types import Group, Judged, Pair, Prompt, Rollout, Sampling, TrainItem, TrainSequence, Verdict
+from onlinerl.types import Pair, TrainItem, Verdict
 
 # Configurations tried besides the defaults, or instead of them where a knob has no default.
 VARIANTS = {
@@ -48,116 +49,9 @@ AT_REFERENCE = {
     "sppo": lambda items: np.mean([(1000 * (s.win_rate - 0.5)) ** 2 for i in items for s in i.sequences]),
 }
 
+KINDS = ("scores", "preferences", "oracle")
 NAMES = registry.names("algorithms")
 CASES = [pytest.param(name, knobs, id=f"{name}-{n}") for name in NAMES for n, knobs in enumerate(VARIANTS.get(name, [{}]))]
-
-
-def build(name: str, knobs: dict) -> Algorithm:
-    return registry.load("algorithms", name, Algorithm)(**knobs)
-
-
-def group(rng: np.random.Generator, number: int, kind: str, K: int = 4) -> Judged:
-    """A group of K random responses of 1 to 6 tokens, judged by scores only or by a matrix only (one order, both, gaps)."""
-    rollouts = tuple(
-        Rollout(
-            token_ids=(k, *rng.integers(10, 99, rng.integers(0, 6)).tolist()),
-            logprobs=(),
-            text="",
-            finish_reason="length" if rng.random() < 0.2 else "stop",
-            policy_version=1,
-            sampler=Sampling(),
-            seed=k,
-        )
-        for k in range(K)
-    )
-    rollouts = tuple(dataclasses.replace(r, logprobs=tuple(-rng.random(len(r.token_ids)) - 0.1)) for r in rollouts)
-    if kind == "scores":
-        verdict = Verdict(annotator="t", oracle_version="1", scores=tuple(rng.standard_normal(K).tolist()))
-    else:
-        matrix = rng.random((K, K))
-        np.fill_diagonal(matrix, np.nan)
-        matrix[0, 1] = np.nan  # asked in one order only
-        verdict = Verdict(annotator="t", oracle_version="1", preferences=tuple(map(tuple, matrix.tolist())))
-    prompt = Prompt(id=f"p{number}", text="", token_ids=tuple(rng.integers(1, 9, rng.integers(1, 5)).tolist()))
-    return Judged(group=Group(prompt=prompt, rollouts=rollouts), verdict=verdict)
-
-
-def pairs_of(judged: Judged) -> list[Pair]:
-    probs, K = judged.verdict.matrix(), len(judged.group.rollouts)
-    cells = [(i, j) for i in range(K) for j in range(K) if i != j and probs[i, j] > 0.5]
-    return [Pair(chosen=i, rejected=j, prob=float(probs[i, j])) for i, j in cells]
-
-
-def training_items(algorithm: Algorithm, kind: str = "scores", *, at_reference: bool = False) -> list[TrainItem]:
-    """What reaches the learner: items, with what `needs` asks for filled in and nothing else, prepared."""
-    rng = np.random.default_rng(5)
-    needs = algorithm.needs()
-
-    def fill(s: TrainSequence) -> TrainSequence:
-        def draw() -> np.ndarray:
-            near = s.behaviour if at_reference else s.behaviour + 0.3 * rng.standard_normal(len(s.response_ids))
-            return near.astype(np.float32)
-
-        return s.with_(
-            old=draw() if needs.old else None,
-            reference=draw() if needs.reference else None,
-            values=rng.standard_normal(len(s.response_ids)).astype(np.float32) if needs.values else None,
-        )
-
-    judged = [group(rng, number, kind) for number in range(5)]
-    items = [item for j in judged for item in algorithm.items(j, pairs_of(j) if needs.pairs else [])]
-    items = [dataclasses.replace(item, sequences=tuple(fill(s) for s in item.sequences)) for item in items]
-    return algorithm.prepare(items)
-
-
-class Policy:
-    """Log-probs, values and entropies of every sequence as fp64 leaves, so that gradients can be compared sequence by sequence."""
-
-    def __init__(self, items: list[TrainItem], *, at_reference: bool = False) -> None:
-        rng = np.random.default_rng(9)
-        self.sequences = [s for item in items for s in item.sequences]
-        # Weights are kept per occurrence, since one response may be part of several pairs.
-        self.index = {id(s): n for n, s in enumerate(self.sequences)}
-        self.leaves = []
-        for s in self.sequences:
-            T = len(s.response_ids)
-            logprobs = s.behaviour if at_reference else s.behaviour + 0.3 * rng.standard_normal(T)
-            values = np.zeros(T) if s.values is None else s.values + (0.0 if at_reference else 0.3 * rng.standard_normal(T))
-            self.leaves += [torch.tensor(x, dtype=torch.float64).requires_grad_() for x in (logprobs, values, rng.random(T))]
-
-    def outputs(self, rows: list[TrainSequence], batch: Batch, junk: float = math.nan) -> Outputs:
-        """The outputs for a batch whose rows are these sequences; `junk` is what padding holds."""
-        width = batch.mask_BT.shape[1]
-        columns = []
-        for part in range(3):
-            leaves = [self.leaves[3 * self.index[id(s)] + part] for s in rows] or [torch.zeros(0, dtype=torch.float64)]
-            columns.append(torch.stack([pad(x, (0, width - len(x)), value=junk) for x in leaves]))
-        return Outputs(logprobs_BT=columns[0], values_BT=columns[1], entropy_BT=columns[2])
-
-    def gradient(self, algorithm: Algorithm, micros: list[list[TrainItem]], *, extra: int = 0, junk: float = math.nan):
-        """(mean loss, gradient of every leaf, metrics) of an optimizer step made of these micro-batches."""
-        total, metrics, units = torch.zeros((), dtype=torch.float64), {}, 0
-        for micro in micros:
-            batch = widen(collate(micro), extra)
-            out = algorithm.loss(self.outputs([s for item in micro for s in item.sequences], batch, junk), batch)
-            total = total + out.total
-            units += sum(item.count(algorithm.unit) for item in micro)
-            for name, mean in out.metrics.items():
-                a, b = metrics.get(name, (0.0, 0.0))
-                metrics[name] = (a + float(mean.total), b + float(mean.count))
-        gradients = torch.autograd.grad(total / units, self.leaves, allow_unused=True)
-        flat = torch.cat([torch.zeros_like(x) if g is None else g for g, x in zip(gradients, self.leaves, strict=True)])
-        return (total / units).item(), flat, metrics
-
-
-def widen(batch: Batch, extra: int) -> Batch:
-    """The same batch with `extra` more padded positions per row."""
-    changes = {
-        f.name: pad(value, (0, extra))
-        for f in dataclasses.fields(batch)
-        if f.name.endswith(("_BT", "_BS")) and (value := getattr(batch, f.name)) is not None
-    }
-    return dataclasses.replace(batch, **changes)
 
 
 def assert_same(one, other) -> None:
@@ -174,7 +68,7 @@ def test_has_a_value_at_the_reference(name):
 
 
 @pytest.mark.parametrize(("name", "knobs"), CASES)
-@pytest.mark.parametrize("kind", ["scores", "preferences"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_runs_on_every_kind_of_verdict(name, knobs, kind):
     algorithm = build(name, knobs)
     items = training_items(algorithm, kind)
@@ -188,6 +82,46 @@ def test_runs_on_every_kind_of_verdict(name, knobs, kind):
         assert math.isfinite(total), label
         assert count >= 0, label
     assert any(count > 0 for _, count in metrics.values())
+
+
+@pytest.mark.parametrize(("name", "knobs"), CASES)
+@pytest.mark.parametrize("place", range(4))
+def test_a_response_that_nobody_judged_is_as_if_it_had_not_been_sampled(name, knobs, place):
+    """It is not worth 0.5, beats nobody, is nobody's baseline and nobody's pair; and it is counted."""
+    algorithm = build(name, knobs)
+    texts = ["aaa b", "b", "ba"]
+    without = refereed(texts)
+    texts.insert(place, "dull")
+    judged = refereed(texts)
+    clean = pairs_of(without)
+    # The pairs of the judged ones by their places now, and one with the unjudged response that no builder should have made.
+    moved = [
+        dataclasses.replace(p, chosen=p.chosen + (p.chosen >= place), rejected=p.rejected + (p.rejected >= place))
+        for p in clean
+    ]
+    planted = [*moved, Pair(chosen=place, rejected=(place + 1) % 4, prob=0.9)]
+    needs_pairs = algorithm.needs().pairs
+    expected, _ = trained(algorithm, without, clean if needs_pairs else [])
+    got, dropped = trained(algorithm, judged, planted if needs_pairs else [])
+    assert expected
+    assert got == expected
+    assert dropped["unjudged"] == 1
+
+
+@pytest.mark.parametrize(("name", "knobs"), CASES)
+def test_a_group_with_too_few_judged_responses_gives_nothing_and_is_counted(name, knobs):
+    algorithm = build(name, knobs)
+    judged = refereed(["dull", "a", "dull 2", "dull 3"])  # the second was compared with nobody
+    items, dropped = algorithm.items(judged, [Pair(chosen=1, rejected=0, prob=0.9)] if algorithm.needs().pairs else [])
+    assert items == []
+    assert dropped == {"unjudged": 1 if algorithm.needs().pairs else 4}
+    scored = dataclasses.replace(
+        judged, verdict=Verdict(annotator="t", oracle_version="1", scores=(math.nan, 1.0, math.nan, math.nan))
+    )
+    items, dropped = algorithm.items(scored, [])
+    if algorithm.needs().min_samples > 1:
+        assert items == []
+        assert dropped == ({} if algorithm.needs().pairs else {"unjudged": 3, "single": 1})
 
 
 @pytest.mark.parametrize(("name", "knobs"), CASES)
@@ -235,7 +169,7 @@ def test_a_rank_without_data_contributes_zero_through_the_graph(name, knobs):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", ["scores", "preferences"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_value_where_policy_and_reference_agree(name, kind):
     algorithm = build(name, VARIANTS.get(name, [{}])[0])
     items = training_items(algorithm, kind, at_reference=True)
@@ -271,6 +205,21 @@ def test_declares_what_it_reads(name, knobs):
         ]
         with pytest.raises(ValueError, match=field):
             prepare_and_train(algorithm, stripped)
+
+
+@pytest.mark.parametrize(("name", "knobs"), CASES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_it_remembers_survives_the_run_directory(name, knobs, kind):
+    """Figures are finite, and an iteration prepared from what was stored is the one prepared from what was in memory."""
+    algorithm = build(name, knobs)
+    items, past = annotated_items(algorithm, kind), []
+    for _ in range(3):
+        past.append(dict(algorithm.figures(items, past)))
+    assert all(math.isfinite(value) for figures in past for value in figures.values())
+    stored = json.loads(json.dumps([*past, {}], allow_nan=False))  # the last iteration had nothing to train on
+    for one, other in zip(algorithm.prepare(items, past), algorithm.prepare(items, stored), strict=True):
+        for a, b in zip(one.sequences, other.sequences, strict=True):
+            assert repr(a) == repr(b)
 
 
 @pytest.mark.parametrize(("name", "knobs"), CASES)

@@ -38,9 +38,9 @@ def tiny_reward_model(folder) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module", params=registry.names("oracles"))
+@pytest.fixture(scope="module", params=[*registry.names("oracles"), "matrix_oracle.Referee"])
 def oracle(request, tmp_path_factory):
-    """Every oracle, with the knobs that it cannot do without."""
+    """Every oracle, with the knobs that it cannot do without, and one from outside the package that compares."""
     name = request.param
     knobs = {
         "python": lambda: {"function": f"{__name__}.lengths"},
@@ -85,9 +85,31 @@ def test_identical_texts_are_equal(oracle):
 def test_probabilities_of_both_orders_sum_to_one(oracle):
     (verdict,) = oracle.judge([query(*RESPONSES)])
     matrix = verdict.matrix()
-    np.testing.assert_allclose(matrix + matrix.T, np.ones_like(matrix), atol=1e-6)
-    assert np.isfinite(matrix).all()
-    assert ((matrix >= 0) & (matrix <= 1)).all()
+    known = np.isfinite(matrix)
+    np.testing.assert_allclose((matrix + matrix.T)[known], 1.0, atol=1e-6)
+    assert known.sum() > len(RESPONSES)  # more than the diagonal
+    assert ((matrix >= 0) & (matrix <= 1))[known].all()
+
+
+def test_what_was_not_judged_has_no_win_rate(oracle):
+    """Not 0.5, which would beat every judged loser."""
+    (verdict,) = oracle.ask([query(*RESPONSES)])
+    compared = np.isfinite(verdict.matrix()).sum(axis=1) > 1
+    assert verdict.judged().tolist() == compared.tolist()
+    assert np.isfinite(verdict.win_rates()).tolist() == compared.tolist()
+
+
+def test_scores_become_preferences_at_the_temperature_of_the_oracle(oracle):
+    cold = type(oracle).model_validate({**oracle.model_dump(), "preference_temperature": 0.25})
+    (verdict,) = cold.ask([query(*RESPONSES)])
+    (usual,) = oracle.ask([query(*RESPONSES)])
+    assert (verdict.temperature, usual.temperature) == (0.25, oracle.preference_temperature)
+    if verdict.preferences is not None:  # what was compared needs no temperature
+        np.testing.assert_array_equal(verdict.matrix(), usual.matrix())
+        return
+    gaps = np.subtract.outer(verdict.scores, verdict.scores)
+    np.testing.assert_allclose(verdict.matrix(), 1 / (1 + np.exp(-gaps / 0.25)), atol=1e-12)
+    cold.close()
 
 
 def test_a_verdict_is_frozen_and_signed(oracle):
@@ -115,6 +137,7 @@ def test_opening_twice_and_closing_twice_is_harmless(oracle):
 
 
 def test_an_unknown_knob_is_an_error(oracle):
-    name = type(oracle).__module__.rpartition(".")[2]
+    module = type(oracle).__module__
+    name = module.rpartition(".")[2] if module.startswith("onlinerl.") else f"{module}.{type(oracle).__name__}"
     with pytest.raises(ConfigError, match="no_such_knob"):
         component({"name": name, **oracle.model_dump(), "no_such_knob": 1}, "oracle", "oracles", Oracle)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from math import comb
 
 import pytest
+from matrix_oracle import Referee
 
 from onlinerl import registry
 from onlinerl.config import component
 from onlinerl.protocols import PairBuilder
-from onlinerl.types import Group, Judged, Prompt, Rollout, Sampling, Verdict
+from onlinerl.types import Group, Judged, Prompt, Query, Rollout, Sampling, Verdict
 
 # Knobs that let a builder accept pairs on a scale from 0 to 9.
 KNOBS = {"floor_margin": {"floor": 2.0, "margin": 1.0}}
@@ -88,6 +91,29 @@ def test_accepts_any_group_size_and_orients_pairs(builder, count):
         assert pair.gap > 0
     assert len({(pair.chosen, pair.rejected) for pair in pairs}) == len(pairs)
     assert all(number > 0 for number in dropped.values())
+
+
+def compared(texts: list[str]) -> Judged:
+    """Judged by an oracle that compares, with scores for the builders that need them."""
+    group = judged(texts, [float(text.count("a")) for text in texts]).group
+    (verdict,) = Referee().ask([Query(prompt=group.prompt, responses=tuple(texts))])
+    return Judged(group=group, verdict=dataclasses.replace(verdict, scores=tuple(float(t.count("a")) for t in texts)))
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_what_was_not_judged_is_in_no_pair(builder, place):
+    """The pairs are those of the group without it, and those with it are counted."""
+    texts = ["aaaaa", "aaa", "a b", "bb"]
+    without = compared(texts)
+    texts.insert(place, "dull")
+    group = compared(texts)
+    pairs, dropped = builder.build(group)
+    assert pairs
+    assert place not in {index for pair in pairs for index in (pair.chosen, pair.rejected)}
+    assert described(group, builder) == described(without, builder)
+    if type(builder).__name__ in ("AllPairs", "FloorMargin"):  # the others propose no pair with it
+        assert sum(dropped.values()) + len(pairs) == comb(5, 2)
+        assert dropped["unknown"] >= 4
 
 
 def test_a_single_response_yields_nothing(builder):

@@ -320,6 +320,45 @@ def test_a_renamed_run_continues_where_it_is(toy_config, warm_cli, tmp_path):
     assert max(record["iteration"] for record in read_metrics(tmp_path / "7/moved/metrics.jsonl")) == 2
 
 
+# --- what an algorithm leaves out ---
+
+
+def trained(run: Path, iteration: int) -> dict:
+    """The record of the training phase."""
+    with RunDirectory.open(run) as opened:
+        return opened.phases(iteration)["train"]
+
+
+def counted_in_metrics(run: Path, name: str) -> dict[str | None, float]:
+    records = [r for r in read_metrics(run / "metrics.jsonl") if r["name"] == name and r["iteration"] == 1]
+    return {r["labels"].get("reason"): r["value"] for r in records}
+
+
+def test_pairs_that_an_algorithm_leaves_out_are_counted(toy_config, warm_cli, tmp_path):
+    knobs = {"algorithm.name": "dno_prct", "algorithm.margin": 1.4, "iterations": 1}
+    assert warm_cli("run", toy_config(tmp_path, knobs)).returncode == 0
+    record = trained(tmp_path / "runs/toy", 1)
+    assert 0 < record["items"] < PROMPTS
+    assert record["dropped"]["gap"] > 0
+    assert record["items"] + sum(record["dropped"].values()) == PROMPTS  # one pair of best and worst per prompt
+    assert counted_in_metrics(tmp_path / "runs/toy", "pairs_dropped") == record["dropped"]
+
+
+def test_a_pair_whose_winner_lost_against_its_loser_is_counted(toy_config, warm_cli, tmp_path):
+    """The first response has the highest win rate, the second the lowest, and the second beats the first."""
+    table = [[None, 0.3, 1.0, 1.0], [0.7, None, 0.0, 0.0], [0.0, 1.0, None, 0.5], [0.0, 1.0, 0.5, None]]
+    scored = "[float(r.count('good')) for r in g['responses']]"  # of held-out prompts there is one response
+    (tmp_path / "upset.py").write_text(
+        f"def judge(groups):\n    return [{table} if len(g['responses']) == 4 else {scored} for g in groups]\n"
+    )
+    knobs = {"oracle.name": "python", "oracle.function": "upset.judge", "iterations": 1}
+    done = warm_cli("run", toy_config(tmp_path, knobs))
+    assert done.returncode == 0, done.message
+    record = trained(tmp_path / "runs/toy", 1)
+    assert (record["items"], record["contradicted"]) == (PROMPTS, PROMPTS)
+    assert counted_in_metrics(tmp_path / "runs/toy", "pairs_contradicted") == {None: PROMPTS}
+
+
 # --- signals ---
 
 

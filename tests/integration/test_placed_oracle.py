@@ -56,7 +56,14 @@ def config(tiny_llama: Path) -> configuration.RunConfig:
             "model": str(tiny_llama),
             "iterations": 1,
             "algorithm": {"name": "dpo"},
-            "oracle": {"name": f"{__name__}.Moody", "replicas": 2, "cpus": 1, "groups_per_call": 3, "retries": 0},
+            "oracle": {
+                "name": f"{__name__}.Moody",
+                "replicas": 2,
+                "cpus": 1,
+                "groups_per_call": 3,
+                "retries": 0,
+                "preference_temperature": 0.5,
+            },
             "prompts": {"train": "unused", "heldout": "unused"},
             "engine": {"cpus": 0},
             "learner": {"cpus": 0},
@@ -101,6 +108,7 @@ def test_both_replicas_judge_their_share_in_order(placed):
     assert processes[0:3] == [processes[0]] * 3, "a share stays together"
     assert processes[3:6] == [processes[3]] * 3
     assert placed.version == "1"
+    assert {result.temperature for result in results} == {0.5}
 
 
 def test_an_exception_costs_the_groups_that_came_with_it(placed):

@@ -59,6 +59,7 @@ def verdicts(draw):
         scores=draw(st.none() | vector),
         preferences=draw(st.none() | matrix),
         strength=draw(st.none() | matrix),
+        temperature=draw(st.floats(0.01, 10)),
         raw=draw(st.none() | texts),
         cost=draw(
             st.builds(Cost, calls=st.integers(0, 99), seconds=st.floats(0, 9), usd=st.floats(0, 9), tokens=st.integers(0, 99))
@@ -155,3 +156,12 @@ def test_pairs_are_kept_with_their_texts():
             "policy_version": 2,
         }
     ]
+
+
+def test_a_verdict_of_an_older_run_has_a_temperature_of_1():
+    row = result_row("p", Verdict(annotator="a", oracle_version="1", scores=(0.0, 1.0), temperature=0.2))
+    assert row["temperature"] == 0.2
+    for older in ({k: v for k, v in row.items() if k != "temperature"}, row | {"temperature": None}):
+        _, found = result_from_row(older)
+        assert isinstance(found, Verdict)
+        assert found.temperature == 1.0

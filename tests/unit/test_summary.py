@@ -99,6 +99,23 @@ def test_an_iteration_is_running_only_while_somebody_works_on_it(run):
     }
 
 
+def test_a_response_that_nobody_judged_is_shown_without_a_win_rate(run):
+    nan = math.nan
+    rollouts = tuple(
+        Rollout(
+            token_ids=(k,), logprobs=(-1.0,), text=str(k), finish_reason="stop", policy_version=0, sampler=Sampling(), seed=k
+        )
+        for k in range(3)
+    )
+    group = Group(prompt=Prompt(id="p", text="x", token_ids=(1,)), rollouts=rollouts)
+    verdict = Verdict(annotator="j", oracle_version="1", preferences=((nan, nan, 0.9), (nan,) * 3, (nan, nan, nan)))
+    run.append(1, "rollouts", [group_row(group)])
+    run.append(1, "verdicts", [result_row("p", verdict)])
+    (shown,) = samples(run.path, 1, 1)
+    assert [r["win_rate"] for r in shown["responses"]] == [pytest.approx(0.7), None, pytest.approx(0.3)]
+    assert [r["score"] for r in shown["responses"]] == [None] * 3
+
+
 def test_a_run_without_iterations_and_no_run(run, tmp_path):
     assert summarise(run.path)["iterations"] == []
     with pytest.raises(StoreError, match="holds no run"):

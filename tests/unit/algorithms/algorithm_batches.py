@@ -11,7 +11,7 @@ from torch import Tensor
 from onlinerl.batch import Batch, LossOutput, Outputs
 from onlinerl.ops.batching import collate
 from onlinerl.protocols import Algorithm
-from onlinerl.types import Group, Judged, Prompt, Rollout, Sampling, TrainItem, TrainSequence, Verdict
+from onlinerl.types import Group, Judged, Pair, Prompt, Rollout, Sampling, TrainItem, TrainSequence, Verdict
 
 PER_TOKEN = ("behaviour", "old", "reference", "values", "advantages", "returns")
 
@@ -73,6 +73,13 @@ def judged(lengths: Sequence[int], **verdict) -> Judged:
     return Judged(
         group=Group(prompt=prompt, rollouts=rollouts), verdict=Verdict(annotator="test", oracle_version="1", **verdict)
     )
+
+
+def items_of(algorithm: Algorithm, group: Judged, pairs: Sequence[Pair] = ()) -> list[TrainItem]:
+    """What is trained of a group of which nothing is left out."""
+    items, dropped = algorithm.items(group, pairs)
+    assert not dropped
+    return items
 
 
 def values(out: LossOutput) -> dict[str, float]:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from algorithm_batches import evaluate, judged, pair, sequence, values
+from algorithm_batches import evaluate, items_of, judged, pair, sequence, values
 
 from onlinerl.algorithms.dno import Dno
 from onlinerl.algorithms.dno_prct import DnoPrct
@@ -61,13 +61,17 @@ def test_metrics_report_the_target():
 
 
 def test_win_rates_come_from_the_group():
-    items = Dno().items(judged([1, 2, 3], scores=(0.0, 0.0, 100.0)), PAIRS[:1])
+    items = items_of(Dno(), judged([1, 2, 3], scores=(0.0, 0.0, 100.0)), PAIRS[:1])
     assert [s.win_rate for s in items[0].sequences] == pytest.approx([2.5 / 3, 1.0 / 3])
 
 
 def test_prct_without_filters_is_dpo_against_the_previous_policy():
     group = judged([1, 2, 3], scores=(0.0, 1.0, 2.0))
-    assert [i.prob for i in DnoPrct().items(group, PAIRS)] == [i.prob for i in Dpo().items(group, PAIRS)] == [0.9, 0.8, 0.7]
+    assert (
+        [i.prob for i in items_of(DnoPrct(), group, PAIRS)]
+        == [i.prob for i in items_of(Dpo(), group, PAIRS)]
+        == [0.9, 0.8, 0.7]
+    )
     assert DnoPrct().default_reference == "previous"
     for knobs in ({}, {"beta": 0.5, "label_smoothing": 0.2}):
         ours, theirs = (evaluate(cls(**knobs), [item(0.9, 0.1)], [-0.4, -1.3]) for cls in (DnoPrct, Dpo))
@@ -76,19 +80,20 @@ def test_prct_without_filters_is_dpo_against_the_previous_policy():
 
 
 @pytest.mark.parametrize(
-    ("knobs", "kept"),
+    ("knobs", "kept", "counted"),
     [
-        ({"floor": 5.0}, [0.9, 0.8]),  # the winner of the third pair scores 4
-        ({"margin": 2.0}, [0.9, 0.7]),  # gaps are 3, 1 and 2
-        ({"floor": 5.0, "margin": 2.0}, [0.9]),
-        ({"floor": 5.5}, []),
+        ({"floor": 5.0}, [0.9, 0.8], {"floor": 1}),  # the winner of the third pair scores 4
+        ({"margin": 2.0}, [0.9, 0.7], {"gap": 1}),  # gaps are 3, 1 and 2
+        ({"floor": 5.0, "margin": 2.0}, [0.9], {"floor": 1, "gap": 1}),
+        ({"floor": 5.5}, [], {"floor": 3}),
     ],
 )
-def test_prct_filters_by_the_oracles_scores(knobs, kept):
-    assert [i.prob for i in DnoPrct(**knobs).items(judged([1, 2, 3], scores=(2.0, 4.0, 5.0)), PAIRS)] == kept
+def test_prct_filters_by_the_oracles_scores_and_counts(knobs, kept, counted):
+    items, dropped = DnoPrct(**knobs).items(judged([1, 2, 3], scores=(2.0, 4.0, 5.0)), PAIRS)
+    assert ([i.prob for i in items], dropped) == (kept, counted)
 
 
 def test_prct_filters_by_win_rates_where_the_oracle_gives_no_scores():
     even = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.1), (0.5, 0.9, 0.5))
-    items = DnoPrct(margin=0.2).items(judged([1, 2, 3], preferences=even), PAIRS)
+    items, _ = DnoPrct(margin=0.2).items(judged([1, 2, 3], preferences=even), PAIRS)
     assert [i.prob for i in items] == [0.8]  # win rates 0.5, 0.3667 and 0.6333

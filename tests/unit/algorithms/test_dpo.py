@@ -126,15 +126,16 @@ def test_metrics_by_hand():
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 
-def test_items_are_the_pairs_without_identical_responses():
+def test_items_are_the_pairs_without_identical_responses_which_are_counted():
     group = judged([2, 3, 3], scores=(0.0, 1.0, 2.0))
     rollouts = group.group.rollouts
     twin = type(rollouts[0])(**{f: getattr(rollouts[1], f) for f in rollouts[1].__slots__})
     group = type(group)(
         group=type(group.group)(prompt=group.group.prompt, rollouts=(*rollouts[:2], twin)), verdict=group.verdict
     )
-    items = Dpo().items(group, [Pair(chosen=2, rejected=0, prob=0.7), Pair(chosen=2, rejected=1, prob=0.9)])
+    items, dropped = Dpo().items(group, [Pair(chosen=2, rejected=0, prob=0.7), Pair(chosen=2, rejected=1, prob=0.9)])
     assert [(item.prob, [s.score for s in item.sequences]) for item in items] == [(0.7, [2.0, 0.0])]
+    assert dropped == {"identical": 1}
     assert items[0].sequences[0].behaviour.tolist() == [-1.0, -1.0, -1.0]
 
 

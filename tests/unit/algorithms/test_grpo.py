@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from algorithm_batches import evaluate, judged, sequence, single, spread, values
+from algorithm_batches import evaluate, items_of, judged, sequence, single, spread, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -19,7 +19,7 @@ def grpo(std_norm="group", agg="seq_mean_token_mean", **knobs) -> Grpo:
 
 
 def advantages(algorithm: Grpo, *groups) -> list[float]:
-    items = [item for scores in groups for item in algorithm.items(judged([2] * len(scores), scores=scores), [])]
+    items = [item for scores in groups for item in items_of(algorithm, judged([2] * len(scores), scores=scores))]
     prepared = algorithm.prepare(items)
     assert all(len(set(item.sequences[0].advantages.tolist())) == 1 for item in prepared)  # the same on every token
     return [float(item.sequences[0].advantages[0]) for item in prepared]
@@ -56,7 +56,7 @@ def test_advantages_sum_to_zero_and_do_not_see_scale_or_shift(scores, scale, shi
 @pytest.mark.parametrize("std_norm", ["group", "batch", "none"])
 def test_equal_scores_teach_nothing(std_norm):
     algorithm = grpo(std_norm=std_norm)
-    items = algorithm.prepare(algorithm.items(judged([2, 3], scores=(0.1, 0.1)), []))
+    items = algorithm.prepare(items_of(algorithm, judged([2, 3], scores=(0.1, 0.1))))
     items = [single(item.sequences[0].with_(old=item.sequences[0].behaviour)) for item in items]
     loss, gradient, out, _ = evaluate(algorithm, items, [-1.0, -1.2])
     assert loss == 0
@@ -66,14 +66,13 @@ def test_equal_scores_teach_nothing(std_norm):
 
 def test_a_prompt_that_occurs_twice_makes_two_groups():
     algorithm = grpo()
-    items = algorithm.items(judged([1, 1], scores=(1.0, 0.0)), []) + algorithm.items(judged([1, 1], scores=(9.0, 5.0)), [])
+    items = [item for scores in ((1.0, 0.0), (9.0, 5.0)) for item in items_of(algorithm, judged([1, 1], scores=scores))]
     got = [float(item.sequences[0].advantages[0]) for item in algorithm.prepare(items)]
     assert got == pytest.approx([0.70711, -0.70711] * 2, abs=1e-5)
 
 
 def test_one_response_has_no_baseline():
-    with pytest.raises(ValueError, match="at least 2"):
-        grpo().items(judged([1], scores=(1.0,)), [])
+    assert grpo().items(judged([1], scores=(1.0,)), []) == ([], {"single": 1})
 
 
 def test_normalisation_and_aggregation_are_always_stated():
@@ -118,6 +117,13 @@ def test_clipping():
     assert (loss, gradient) == (pytest.approx(3.0), 0.0)
 
 
+def test_share_of_clamped_ratios_and_entropy_by_hand():
+    item = single(sequence(4, old=[-1.0, -2.0, -30.0, -1.0], behaviour=-1.0, advantages=1.0))
+    metrics = values(evaluate(grpo(), [item], [[-1.0, -2.0, -1.0, -20.9]])[2])  # log-ratios 0, 0, 29 and -19.9
+    assert metrics["clamped"] == 0.25
+    assert metrics["entropy_sampled"] == pytest.approx(34.0 / 4)
+
+
 def test_kl_at_the_reference_is_zero_and_away_from_it_k3():
     item = single(sequence(2, old=-1.0, behaviour=-1.0, reference=-1.0))
     assert evaluate(grpo(kl=0.5), [item], [-1.0])[0] == pytest.approx(0.0)
@@ -152,7 +158,7 @@ def test_agrees_with_trl(agg, kl):
         single(
             item.sequences[0].with_(old=draw(n).astype("f4"), reference=draw(n).astype("f4"), behaviour=draw(n).astype("f4"))
         )
-        for item, n in zip(algorithm.prepare(algorithm.items(group, [])), lengths, strict=True)
+        for item, n in zip(algorithm.prepare(items_of(algorithm, group)), lengths, strict=True)
     ]
     rows = [draw(n) for n in lengths]
     loss, gradient, out, batch = evaluate(algorithm, items, rows)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from algorithm_batches import evaluate, judged, sequence, single, spread, values
+from algorithm_batches import evaluate, items_of, judged, sequence, single, spread, values
 from trl_losses import grpo_loss
 
 from onlinerl.algorithms.ppo import Ppo
@@ -74,7 +74,7 @@ def test_an_empty_response_and_an_empty_iteration_are_harmless():
 
 
 def test_scores_fall_back_to_win_rates():
-    items = Ppo().items(judged([1, 2], preferences=((0.5, 0.9), (0.1, 0.5))), [])
+    items = items_of(Ppo(), judged([1, 2], preferences=((0.5, 0.9), (0.1, 0.5))))
     assert [item.sequences[0].score for item in items] == pytest.approx([0.7, 0.3])
 
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
-from algorithm_batches import evaluate, judged, pair, sequence, single, spread, values
+from algorithm_batches import evaluate, items_of, judged, pair, sequence, single, spread, values
 from trl_losses import dpo_loss
 
 from onlinerl.algorithms.sppo import Sppo
@@ -40,7 +42,7 @@ def test_gradient_at_the_reference_points_away_from_the_centred_win_rate(rate):
 
 def test_best_and_worst_of_the_matrix_are_trained_with_their_own_win_rates():
     # Row means with the self term 1/2: (1.6, 1.3, 1.6) / 3; the first of the equal best ones is taken
-    items = Sppo().items(judged([1, 2, 3], preferences=CYCLE), [])
+    items = items_of(Sppo(), judged([1, 2, 3], preferences=CYCLE))
     assert len(items) == 1
     assert [len(s.response_ids) for s in items[0].sequences] == [1, 2]
     assert [s.win_rate for s in items[0].sequences] == pytest.approx([1.6 / 3, 1.3 / 3])
@@ -48,24 +50,31 @@ def test_best_and_worst_of_the_matrix_are_trained_with_their_own_win_rates():
 
 
 def test_the_matrix_is_not_rebuilt_from_scores():
-    items = Sppo(train="all").items(judged([1, 2, 3], preferences=CYCLE, scores=(9.0, 0.0, -9.0)), [])
+    items = items_of(Sppo(train="all"), judged([1, 2, 3], preferences=CYCLE, scores=(9.0, 0.0, -9.0)))
     assert [item.sequences[0].win_rate for item in items] == pytest.approx([1.6 / 3, 1.3 / 3, 1.6 / 3])
     assert [item.sequences[0].score for item in items] == [9.0, 0.0, -9.0]
 
 
 def test_a_group_of_ties_still_holds_the_policy_to_the_reference():
-    items = Sppo().items(judged([1, 2, 3], scores=(1.0, 1.0, 1.0)), [])
+    items = items_of(Sppo(), judged([1, 2, 3], scores=(1.0, 1.0, 1.0)))
     assert [len(s.response_ids) for s in items[0].sequences] == [1, 3]
     assert [s.win_rate for s in items[0].sequences] == [0.5, 0.5]
 
 
-def test_one_response_is_refused():
-    with pytest.raises(ValueError, match="at least 2"):
-        Sppo().items(judged([1], scores=(1.0,)), [])
+def test_one_response_has_nothing_to_win_against():
+    assert Sppo().items(judged([1], scores=(1.0,)), []) == ([], {"single": 1})
+    assert Sppo(train="all").items(judged([1], scores=(1.0,)), []) == ([], {"single": 1})
+
+
+def test_two_targets_for_one_response_are_counted():
+    group = judged([1, 2, 1], scores=(1.0, 0.5, 0.0))
+    twin = dataclasses.replace(group.group.rollouts[2], token_ids=group.group.rollouts[0].token_ids)
+    group = dataclasses.replace(group, group=dataclasses.replace(group.group, rollouts=(*group.group.rollouts[:2], twin)))
+    assert Sppo().items(group, []) == ([], {"identical": 1})
 
 
 def test_all_has_one_item_per_response():
-    assert [len(item.sequences) for item in Sppo(train="all").items(judged([1, 2, 3], scores=(1.0, 0.0, 2.0)), [])] == [1, 1, 1]
+    assert [len(item.sequences) for item in items_of(Sppo(train="all"), judged([1, 2, 3], scores=(1.0, 0.0, 2.0)))] == [1, 1, 1]
 
 
 def test_metrics_show_the_achieved_log_ratios():

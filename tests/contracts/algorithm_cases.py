@@ -1,0 +1,168 @@
+"""Random groups, items and a policy of free log-probs, for what every algorithm must hold to."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+from matrix_oracle import Referee
+from torch.nn.functional import pad
+
+from onlinerl import registry
+from onlinerl.batch import Batch, Outputs
+from onlinerl.ops.batching import collate
+from onlinerl.protocols import Algorithm
+from onlinerl.types import Group, Judged, Pair, Prompt, Query, Rollout, Sampling, TrainItem, TrainSequence, Verdict
+
+
+def build(name: str, knobs: dict) -> Algorithm:
+    return registry.load("algorithms", name, Algorithm)(**knobs)
+
+
+def group(rng: np.random.Generator, number: int, kind: str, K: int = 4) -> Judged:
+    """A group of K random responses of 1 to 6 tokens, judged by scores only, by a matrix only (one order, both, gaps) or by an oracle
+    that compares and leaves one response out."""
+    rollouts = tuple(
+        Rollout(
+            token_ids=(k, *rng.integers(10, 99, rng.integers(0, 6)).tolist()),
+            logprobs=(),
+            text="",
+            finish_reason="length" if rng.random() < 0.2 else "stop",
+            policy_version=1,
+            sampler=Sampling(),
+            seed=k,
+        )
+        for k in range(K)
+    )
+    rollouts = tuple(dataclasses.replace(r, logprobs=tuple(-rng.random(len(r.token_ids)) - 0.1)) for r in rollouts)
+    if kind == "oracle":
+        texts = ["dull", *("a" * k + "b" * int(rng.integers(1, 4)) for k in rng.integers(0, 4, K - 1))]
+        (verdict,) = Referee().ask([Query(prompt=Prompt(id="", text="", token_ids=(1,)), responses=tuple(texts))])
+    elif kind == "scores":
+        verdict = Verdict(annotator="t", oracle_version="1", scores=tuple(rng.standard_normal(K).tolist()))
+    else:
+        matrix = rng.random((K, K))
+        np.fill_diagonal(matrix, np.nan)
+        matrix[0, 1] = np.nan  # asked in one order only
+        verdict = Verdict(annotator="t", oracle_version="1", preferences=tuple(map(tuple, matrix.tolist())))
+    prompt = Prompt(id=f"p{number}", text="", token_ids=tuple(rng.integers(1, 9, rng.integers(1, 5)).tolist()))
+    return Judged(group=Group(prompt=prompt, rollouts=rollouts), verdict=verdict)
+
+
+def refereed(texts: list[str]) -> Judged:
+    """A group judged by an oracle that compares, and leaves some cells and some responses out."""
+    rollouts = tuple(
+        Rollout(
+            token_ids=tuple(text.encode()),
+            logprobs=(-0.5,) * len(text),
+            text=text,
+            finish_reason="stop",
+            policy_version=1,
+            sampler=Sampling(),
+            seed=k,
+        )
+        for k, text in enumerate(texts)
+    )
+    prompt = Prompt(id="p", text="", token_ids=(1, 2))
+    (verdict,) = Referee().ask([Query(prompt=prompt, responses=tuple(texts))])
+    return Judged(group=Group(prompt=prompt, rollouts=rollouts), verdict=verdict)
+
+
+def trained(algorithm: Algorithm, judged: Judged, pairs: list[Pair]) -> tuple[set[tuple], dict[str, int]]:
+    """What reaches a loss of every item of a group, without what the learner fills in; and what was left out."""
+    items, dropped = algorithm.items(judged, pairs)
+    described = {
+        (
+            item.prob,
+            *(
+                (bytes(s.response_ids), s.score, s.win_rate, None if s.advantages is None else tuple(s.advantages))
+                for s in item.sequences
+            ),
+        )
+        for item in items
+    }
+    return described, dict(dropped)
+
+
+def pairs_of(judged: Judged) -> list[Pair]:
+    probs, K = judged.verdict.matrix(), len(judged.group.rollouts)
+    cells = [(i, j) for i in range(K) for j in range(K) if i != j and probs[i, j] > 0.5]
+    return [Pair(chosen=i, rejected=j, prob=float(probs[i, j])) for i, j in cells]
+
+
+def annotated_items(algorithm: Algorithm, kind: str = "scores", *, at_reference: bool = False) -> list[TrainItem]:
+    """Items with what `needs` asks for filled in and nothing else: what `prepare` and `figures` get."""
+    rng = np.random.default_rng(5)
+    needs = algorithm.needs()
+
+    def fill(s: TrainSequence) -> TrainSequence:
+        def draw() -> np.ndarray:
+            near = s.behaviour if at_reference else s.behaviour + 0.3 * rng.standard_normal(len(s.response_ids))
+            return near.astype(np.float32)
+
+        return s.with_(
+            old=draw() if needs.old else None,
+            reference=draw() if needs.reference else None,
+            values=rng.standard_normal(len(s.response_ids)).astype(np.float32) if needs.values else None,
+        )
+
+    judged = [group(rng, number, kind) for number in range(5)]
+    items = [item for j in judged for item in algorithm.items(j, pairs_of(j) if needs.pairs else [])[0]]
+    return [dataclasses.replace(item, sequences=tuple(fill(s) for s in item.sequences)) for item in items]
+
+
+def training_items(algorithm: Algorithm, kind: str = "scores", *, at_reference: bool = False) -> list[TrainItem]:
+    """What reaches the learner in the first iteration."""
+    return algorithm.prepare(annotated_items(algorithm, kind, at_reference=at_reference))
+
+
+class Policy:
+    """Log-probs, values and entropies of every sequence as fp64 leaves, so that gradients can be compared sequence by sequence."""
+
+    def __init__(self, items: list[TrainItem], *, at_reference: bool = False) -> None:
+        rng = np.random.default_rng(9)
+        self.sequences = [s for item in items for s in item.sequences]
+        # Weights are kept per occurrence, since one response may be part of several pairs.
+        self.index = {id(s): n for n, s in enumerate(self.sequences)}
+        self.leaves = []
+        for s in self.sequences:
+            T = len(s.response_ids)
+            logprobs = s.behaviour if at_reference else s.behaviour + 0.3 * rng.standard_normal(T)
+            values = np.zeros(T) if s.values is None else s.values + (0.0 if at_reference else 0.3 * rng.standard_normal(T))
+            self.leaves += [torch.tensor(x, dtype=torch.float64).requires_grad_() for x in (logprobs, values, rng.random(T))]
+
+    def outputs(self, rows: list[TrainSequence], batch: Batch, junk: float = math.nan) -> Outputs:
+        """The outputs for a batch whose rows are these sequences; `junk` is what padding holds."""
+        width = batch.mask_BT.shape[1]
+        columns = []
+        for part in range(3):
+            leaves = [self.leaves[3 * self.index[id(s)] + part] for s in rows] or [torch.zeros(0, dtype=torch.float64)]
+            columns.append(torch.stack([pad(x, (0, width - len(x)), value=junk) for x in leaves]))
+        return Outputs(logprobs_BT=columns[0], values_BT=columns[1], entropy_BT=columns[2])
+
+    def gradient(self, algorithm: Algorithm, micros: list[list[TrainItem]], *, extra: int = 0, junk: float = math.nan):
+        """(mean loss, gradient of every leaf, metrics) of an optimizer step made of these micro-batches."""
+        total, metrics, units = torch.zeros((), dtype=torch.float64), {}, 0
+        for micro in micros:
+            batch = widen(collate(micro), extra)
+            out = algorithm.loss(self.outputs([s for item in micro for s in item.sequences], batch, junk), batch)
+            total = total + out.total
+            units += sum(item.count(algorithm.unit) for item in micro)
+            for name, mean in out.metrics.items():
+                a, b = metrics.get(name, (0.0, 0.0))
+                metrics[name] = (a + float(mean.total), b + float(mean.count))
+        gradients = torch.autograd.grad(total / units, self.leaves, allow_unused=True)
+        flat = torch.cat([torch.zeros_like(x) if g is None else g for g, x in zip(gradients, self.leaves, strict=True)])
+        return (total / units).item(), flat, metrics
+
+
+def widen(batch: Batch, extra: int) -> Batch:
+    """The same batch with `extra` more padded positions per row."""
+    changes = {
+        f.name: pad(value, (0, extra))
+        for f in dataclasses.fields(batch)
+        if f.name.endswith(("_BT", "_BS")) and (value := getattr(batch, f.name)) is not None
+    }
+    return dataclasses.replace(batch, **changes)

@@ -1,0 +1,67 @@
+"""What a judgement says: probabilities, win rates, and nothing about what was not judged."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from onlinerl import config as configuration
+from onlinerl.protocols import Oracle
+from onlinerl.types import Verdict
+
+NAN = math.nan
+
+
+def scored(*scores: float, **more) -> Verdict:
+    return Verdict(annotator="a", oracle_version="v", scores=scores, **more)
+
+
+def compared(*rows: tuple[float, ...], **more) -> Verdict:
+    return Verdict(annotator="a", oracle_version="v", preferences=rows, **more)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "prob"), [(1.0, 0.7310585786), (0.2, 0.9933071491), (0.5, 0.8807970780), (4.0, 0.5621765009)]
+)
+def test_scores_become_probabilities_at_their_temperature(temperature, prob):
+    """sigmoid(1 / temperature)."""
+    verdict = scored(1.0, 0.0, temperature=temperature)
+    assert verdict.matrix()[0, 1] == pytest.approx(prob, abs=1e-10)
+    assert verdict.matrix()[1, 0] == pytest.approx(1 - prob, abs=1e-10)
+    assert verdict.win_rates() == pytest.approx([(0.5 + prob) / 2, (1.5 - prob) / 2], abs=1e-10)
+
+
+def test_comparisons_have_no_temperature():
+    rows = ((NAN, 0.8), (0.3, NAN))
+    assert compared(*rows, temperature=0.1).matrix()[0, 1] == pytest.approx(0.75)  # (0.8 + 1 - 0.3) / 2
+
+
+def test_for_a_verifier_right_is_better_than_wrong_almost_surely():
+    oracle = configuration.component({"name": "math_verifier"}, "oracle", "oracles", Oracle)
+    assert scored(1.0, 0.0, temperature=oracle.preference_temperature).matrix()[0, 1] > 0.99
+
+
+def test_a_temperature_is_positive():
+    with pytest.raises(Exception, match="preference_temperature"):
+        configuration.component({"name": "sentiment", "preference_temperature": 0.0}, "oracle", "oracles", Oracle)
+
+
+def test_a_response_that_nobody_judged_has_no_win_rate():
+    # The second was compared with nobody; the first and the third once, in one order.
+    verdict = compared((NAN, NAN, 0.9), (NAN, NAN, NAN), (NAN, NAN, NAN))
+    assert verdict.judged().tolist() == [True, False, True]
+    rates = verdict.win_rates()
+    assert np.isnan(rates).tolist() == [False, True, False]
+    assert rates[[0, 2]] == pytest.approx([0.7, 0.3])  # with the 1/2 against itself
+
+
+def test_what_is_judged():
+    assert scored(1.0, 0.0).judged().tolist() == [True, True]
+    assert scored(1.0, NAN).judged().tolist() == [True, False]
+    assert np.isnan(scored(1.0, NAN).win_rates()).tolist() == [False, True]
+    assert compared((NAN,)).judged().tolist() == [False]
+    assert scored(1.0).judged().tolist() == [True]
+    both = compared((NAN, 0.5, NAN), (0.5, NAN, NAN), (NAN, NAN, NAN), scores=(1.0, 2.0, 3.0))
+    assert both.judged().tolist() == [True, True, False]  # scored, but compared with nobody
