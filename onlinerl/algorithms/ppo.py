@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.ops.advantages import gae, whiten
+from onlinerl.ops.advantages import adapted_kl, gae, normalized, whiten
 from onlinerl.ops.items import judged_sequences, need, sample_items, with_sequence
 from onlinerl.ops.kl import k3_plus
 from onlinerl.ops.logprobs import masked, token_log_ratios
@@ -23,35 +23,67 @@ from onlinerl.types import Judged, Pair, TrainItem, TrainSequence, Unit
 class Ppo(Algorithm):
     """Token mean of: clipped surrogate (equation 7) + vf_coef * value loss - entropy_coef * entropy (equation 9).
 
-    The KL to the reference is paid per token, inside the reward (default) or as a term of the loss.
+    The KL to the reference is a term of the loss (default) or paid per token inside the reward. In the reward it is that of the
+    policy which sampled the responses, and does not change while the policy is trained on them: it is 0 as long as that policy is the
+    reference (in the first iteration, and always with `reference.schedule: previous`). In the loss it acts at every step.
     """
 
     kl: float = Field(0.05, ge=0)
-    """Price of one nat of KL to the reference; 0 needs no reference."""
-    kl_in: Literal["reward", "loss"] = "reward"
+    """Price of one nat of KL to the reference; 0 needs no reference. In the reward it is paid in units of the score (see
+    `normalize_scores`), in the loss in standard deviations of the advantages."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    target_kl: float | None = Field(None, gt=0)
+    """For `kl_in: reward`: the KL of the rollouts, in nats per sequence, that `kl` is adapted to after every iteration: "Fine-Tuning
+    Language Models from Human Preferences", section 2.2. None keeps `kl` as it is."""
+    kl_horizon: int = Field(10_000, ge=1)
+    """Responses over which the adaptation takes effect; `kl` changes by at most 20 % per so many."""
     gamma: float = Field(1.0, ge=0, le=1)
     lam: float = Field(0.95, ge=0, le=1)
     """GAE lambda."""
     clip: float = Field(0.2, gt=0)
     """Ratios outside 1 +- clip earn nothing more."""
     dual_clip: float | None = Field(None, gt=1)
-    value_clip: float | None = Field(0.2, gt=0)
-    """How far a value may move from the old one before it earns nothing more; in units of the score."""
-    vf_coef: float = Field(0.1, ge=0)
-    entropy_coef: float = Field(0.0, ge=0)
+    normalize_scores: bool = True
+    """Shift and scale scores by mean and standard deviation of all scores so far, so that the critic, which starts at 0, has values of
+    about 1 to learn whatever the oracle's units are."""
+    whiten_rewards: bool = False
+    """Divide the rewards of all tokens of the iteration by their standard deviation, keeping their mean."""
     missing_eos_score: float | None = None
     """Score of a response that ran into the length limit, instead of the oracle's."""
     whiten_advantages: bool = True
+    value_clip: float | None = Field(None, gt=0)
+    """How far a value may move from the old one before it earns nothing more, in units of the (normalized) score. Old values are
+    computed once per iteration, so this is also the most that the critic can learn in one; None sets no limit."""
+    vf_coef: float = Field(0.1, ge=0)
+    entropy_coef: float = Field(0.0, ge=0)
     sampler_cap: float | None = Field(2.0, gt=0)
     """Cap of the weight that corrects for engine and learner disagreeing about probabilities; None applies no weight."""
     critic: Literal["separate", "shared"] = "separate"
     """The critic has its own backbone, or is a head on the policy's."""
     critic_learning_rate: float | None = Field(None, gt=0)
-    """The policy's learning rate if None."""
+    """The policy's learning rate if None; ten times that is common, because the critic's head starts at 0."""
+    critic_warmup: int = Field(0, ge=0)
+    """Iterations at the start in which only the critic learns."""
+
+    @field_validator("target_kl")
+    @classmethod
+    def _acts(cls, target: float | None, info: ValidationInfo) -> float | None:
+        if target is not None and info.data.get("kl_in") != "reward":
+            raise ValueError("the price of the KL is adapted only with kl_in: reward")
+        if target is not None and not info.data.get("kl"):
+            raise ValueError("there is no price to adapt: kl is 0")
+        return target
 
     def needs(self) -> Needs:
         """Old log-probs and values; the reference if the KL has a price; the entropy if it has a bonus."""
-        return Needs(reference=self.kl > 0, old=True, values=True, entropy=self.entropy_coef > 0)
+        return Needs(
+            reference=self.kl > 0,
+            old=True,
+            values=True,
+            entropy=self.entropy_coef > 0,
+            kl_in_reward=self.kl > 0 and self.kl_in == "reward",
+            critic_warmup=self.critic_warmup,
+        )
 
     @property
     def unit(self) -> Unit:
@@ -73,17 +105,6 @@ class Ppo(Algorithm):
         sequences, dropped = judged_sequences(judged)
         return sample_items(judged, sequences), dropped
 
-    def rewards(self, sequence: TrainSequence) -> np.ndarray:
-        """r[T]: minus the price of the KL at every token, plus the score at the last one."""
-        score = sequence.score
-        if sequence.finish_reason == "length" and self.missing_eos_score is not None:
-            score = self.missing_eos_score
-        rewards = np.zeros(len(sequence.response_ids))
-        if self.kl > 0 and self.kl_in == "reward":
-            rewards -= self.kl * (need(sequence, "old") - need(sequence, "reference"))
-        rewards[-1:] += score  # a slice, because an empty response has no last token
-        return rewards
-
     def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> list[TrainItem]:
         """Advantages f32[T], whitened over all tokens of the iteration, and critic targets f32[T].
 
@@ -91,14 +112,34 @@ class Ppo(Algorithm):
             ValueError: if a sequence lacks values or, for the KL in the reward, old or reference log-probs.
         """
         sequences = [item.sequences[0] for item in items]
-        pairs = [gae(self.rewards(s), need(s, "values"), gamma=self.gamma, lam=self.lam) for s in sequences]
-        advantages, returns = [a for a, _ in pairs], [r for _, r in pairs]  # the critic's targets are not whitened
+        advantages, returns = self._targets(sequences, past)  # the critic's targets are not whitened
         if self.whiten_advantages:
             advantages = whiten(advantages)
+        weight = 0.0 if sum(bool(figures) for figures in past) < self.critic_warmup else 1.0
         return [
-            with_sequence(item, s.with_(advantages=a.astype(np.float32), returns=r.astype(np.float32)))
+            with_sequence(item, s.with_(advantages=a.astype(np.float32), returns=r.astype(np.float32), policy_weight=weight))
             for item, s, a, r in zip(items, sequences, advantages, returns, strict=True)
         ]
+
+    def figures(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
+        """What later iterations must know: the scores' mean and spread, the KL of the rollouts and its price; and how good the critic is.
+
+        `explained_variance` is 1 - Var(R - V) / Var(R) of the values before training: 1 is a perfect critic, 0 one that says the same
+        everywhere. `kl_rollouts` is the mean over responses of sum_t (old - reference), in nats.
+        """
+        sequences = [item.sequences[0] for item in items]
+        scores = np.array([self._score(s) for s in sequences])
+        if not scores.size:
+            return {}
+        figures = {"responses": float(len(scores)), "score_mean": float(scores.mean()), "score_std": float(scores.std())}
+        if self.kl > 0:
+            figures["kl_coef"] = self._price(past)
+            figures["kl_rollouts"] = float(np.mean([(need(s, "old") - need(s, "reference")).sum() for s in sequences]))
+        _, returns = self._targets(sequences, past)
+        targets, values = np.concatenate(returns), np.concatenate([need(s, "values") for s in sequences])
+        if targets.size and targets.var() > 0:
+            figures["explained_variance"] = float(1.0 - (targets - values).var() / targets.var())
+        return figures
 
     def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
         """Sum over tokens.
@@ -122,12 +163,49 @@ class Ppo(Algorithm):
             metrics["kl_reference"] = Mean.of(kl_BT, mask)
             if self.kl_in == "loss":
                 loss_BT = loss_BT + self.kl * kl_BT
-        values, returns = masked(outputs.values_BT, mask), batch.need("returns_BT")
-        value_BT = masked(clipped_value_loss(values, batch.need("values_BT"), returns, self.value_clip), mask)
-        loss_BT = loss_BT + self.vf_coef * value_BT
         if self.entropy_coef > 0:
             if outputs.entropy_BT is None:
                 raise ValueError("an entropy bonus reads outputs.entropy_BT, which the learner did not compute")
             loss_BT = loss_BT - self.entropy_coef * masked(outputs.entropy_BT, mask)
+        values, returns = masked(outputs.values_BT, mask), batch.need("returns_BT")
+        value_BT = masked(clipped_value_loss(values, batch.need("values_BT"), returns, self.value_clip), mask)
+        loss_BT = loss_BT * batch.policy_weight_B[:, None] + self.vf_coef * value_BT
         metrics |= {"value_loss": Mean.of(value_BT, mask), "value": Mean.of(values, mask), "return": Mean.of(returns, mask)}
         return LossOutput(total=(loss_BT.sum(dim=1) * batch.weight_B).sum(), metrics=metrics)
+
+    def _targets(
+        self, sequences: Sequence[TrainSequence], past: Sequence[Mapping[str, float]]
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Advantages and critic targets of each response, f64[T]."""
+        scores = np.array([self._score(s) for s in sequences])
+        if self.normalize_scores:
+            scores = normalized(scores, [(f["responses"], f["score_mean"], f["score_std"]) for f in past if "score_std" in f])
+        price = self._price(past)
+        rewards = [self.rewards(s, score, price) for s, score in zip(sequences, scores, strict=True)]
+        if self.whiten_rewards:
+            rewards = whiten(rewards, keep_mean=True)
+        pairs = [gae(r, need(s, "values"), gamma=self.gamma, lam=self.lam) for r, s in zip(rewards, sequences, strict=True)]
+        return [a for a, _ in pairs], [r for _, r in pairs]
+
+    def rewards(self, sequence: TrainSequence, score: float, price: float) -> np.ndarray:
+        """r[T]: minus the price of the KL at every token, plus the score at the last one."""
+        rewards = np.zeros(len(sequence.response_ids))
+        if self.kl > 0 and self.kl_in == "reward":
+            rewards -= price * (need(sequence, "old") - need(sequence, "reference"))
+        rewards[-1:] += score  # a slice, because an empty response has no last token
+        return rewards
+
+    def _score(self, sequence: TrainSequence) -> float:
+        cut = sequence.finish_reason == "length" and self.missing_eos_score is not None
+        return self.missing_eos_score if cut and self.missing_eos_score is not None else sequence.score
+
+    def _price(self, past: Sequence[Mapping[str, float]]) -> float:
+        """`kl`, as adapted by every earlier iteration."""
+        if self.target_kl is None:
+            return self.kl
+        return adapted_kl(
+            self.kl,
+            [(f["kl_rollouts"], f["responses"]) for f in past if "kl_rollouts" in f],
+            target=self.target_kl,
+            horizon=self.kl_horizon,
+        )

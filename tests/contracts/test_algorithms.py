@@ -19,7 +19,12 @@ from onlinerl.types import Pair, TrainItem, Verdict
 
 # Configurations tried besides the defaults, or instead of them where a knob has no default.
 VARIANTS = {
-    "ppo": [{}, {"kl_in": "loss", "entropy_coef": 0.01, "dual_clip": 3.0, "value_clip": None}, {"kl": 0.0}],
+    "ppo": [
+        {},
+        {"kl_in": "reward", "target_kl": 1.0, "kl_horizon": 10, "whiten_rewards": True, "value_clip": 0.2},
+        {"entropy_coef": 0.01, "dual_clip": 3.0, "normalize_scores": False},
+        {"kl": 0.0},
+    ],
     "grpo": [
         {"std_norm": "group", "agg": "seq_mean_token_mean"},
         {"std_norm": "batch", "agg": "token_mean", "kl": 0.04, "clip_high": 0.28, "sampler_cap": None},

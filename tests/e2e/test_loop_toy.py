@@ -320,7 +320,7 @@ def test_a_renamed_run_continues_where_it_is(toy_config, warm_cli, tmp_path):
     assert max(record["iteration"] for record in read_metrics(tmp_path / "7/moved/metrics.jsonl")) == 2
 
 
-# --- what an algorithm leaves out ---
+# --- what an algorithm leaves out, and what it remembers ---
 
 
 def trained(run: Path, iteration: int) -> dict:
@@ -357,6 +357,26 @@ def test_a_pair_whose_winner_lost_against_its_loser_is_counted(toy_config, warm_
     record = trained(tmp_path / "runs/toy", 1)
     assert (record["items"], record["contradicted"]) == (PROMPTS, PROMPTS)
     assert counted_in_metrics(tmp_path / "runs/toy", "pairs_contradicted") == {None: PROMPTS}
+
+
+def test_what_an_algorithm_remembers_is_the_same_after_a_resume(toy_config, warm_cli, tmp_path):
+    """ppo: scores normalized by all earlier ones, a price adapted to the KL of earlier rollouts, and a critic that learns first."""
+    knobs = {"algorithm.name": "ppo", "algorithm.kl_in": "reward", "algorithm.target_kl": 0.05, "algorithm.kl_horizon": 32}
+    knobs |= {"algorithm.critic_warmup": 1, "iterations": 4, "metrics.prometheus": False}
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert warm_cli("run", toy_config(straight, knobs), log=tmp_path / "log").returncode == 0
+    config = toy_config(killed, knobs)
+    assert warm_cli("run", config, log=tmp_path / "log2", kill=["before 4 train", 1]).returncode == -signal.SIGKILL
+    assert warm_cli("resume", killed / "runs/toy").returncode == 0
+    figures = [trained(killed / "runs/toy", t)["figures"] for t in range(1, 5)]
+    assert figures == [trained(straight / "runs/toy", t)["figures"] for t in range(1, 5)]
+    assert everything(killed / "runs/toy", 4) == everything(straight / "runs/toy", 4)
+    assert [f["kl_rollouts"] for f in figures[:2]] == [0, 0]  # the base model, which the warm-up left as it was
+    assert not weights(killed / "runs/toy", 1).any()
+    assert weights(killed / "runs/toy", 2).any()
+    # 0.2 down for each KL of 0, and up for the third, which is above the target.
+    assert [f["kl_coef"] for f in figures] == pytest.approx([0.05, 0.04, 0.032, 0.032 * 1.2])
+    assert figures[2]["kl_rollouts"] > 0.06
 
 
 # --- signals ---

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onlinerl.ops.advantages import gae, group_advantages, unbiased_std, whiten
+from onlinerl.ops.advantages import adapted_kl, gae, group_advantages, normalized, unbiased_std, whiten
 from onlinerl.ops.kl import bounded_exp, k1, k2, k3, k3_plus
 from onlinerl.ops.logprobs import masked
 from onlinerl.ops.preference import logistic, smoothed
@@ -95,12 +95,33 @@ def test_gae_edges():
 
 def test_whiten():
     parts = whiten([np.array([1.0, 2.0]), np.array([]), np.array([6.0])])
-    assert np.concatenate(parts) == pytest.approx(np.array([-2.0, -1.0, 3.0]) / math.sqrt(14 / 3))
+    assert np.concatenate(parts) == pytest.approx(np.array([-2.0, -1.0, 3.0]) / math.sqrt(14 / 2))
+    kept = whiten([np.array([1.0, 2.0]), np.array([6.0])], keep_mean=True)
+    assert np.concatenate(kept) == pytest.approx(3.0 + np.array([-2.0, -1.0, 3.0]) / math.sqrt(14 / 2))
     assert [len(p) for p in parts] == [2, 0, 1]
     dust = whiten([np.array([1.0, 1.0 + 1e-9])])[0]
     assert np.abs(dust).max() < 1e-2  # not blown up to 1
     assert whiten([]) == []
     assert [len(p) for p in whiten([np.array([])])] == [0]
+
+
+def test_normalized_by_everything_so_far():
+    # 1, 3 and, from before, 5 and 7 (mean 6, standard deviation 1): mean 4, variance (9 + 1 + 1 + 9) / 4 = 5
+    assert normalized(np.array([1.0, 3.0]), [(2, 6.0, 1.0)]) == pytest.approx(np.array([-3.0, -1.0]) / math.sqrt(5))
+    assert normalized(np.array([1.0, 3.0])) == pytest.approx([-1.0, 1.0])
+    assert normalized(np.array([7.0, 7.0])).tolist() == [0.0, 0.0]  # no spread to divide by
+    assert normalized(np.zeros(0)).tolist() == []
+
+
+def test_adapted_kl():
+    """At the target nothing changes; the change is a fifth at most, in proportion to the number of responses."""
+    assert adapted_kl(0.1, [], target=6.0, horizon=1000) == 0.1
+    assert adapted_kl(0.1, [(6.0, 500)], target=6.0, horizon=1000) == pytest.approx(0.1)
+    assert adapted_kl(0.1, [(6.6, 500)], target=6.0, horizon=1000) == pytest.approx(0.1 * 1.05)  # 0.1 above, half a horizon
+    assert adapted_kl(0.1, [(600.0, 500), (-3.0, 1000)], target=6.0, horizon=1000) == pytest.approx(0.1 * 1.1 * 0.8)
+    assert adapted_kl(0.1, [(12.0, 10**9)], target=6.0, horizon=1000) == pytest.approx(0.1 * 1.2)
+    assert adapted_kl(0.1, [(1e9, 1000)] * 99, target=6.0, horizon=1000) == 1.0
+    assert adapted_kl(5.0, [(0.0, 1000)] * 999, target=6.0, horizon=1000) == 1e-4
 
 
 def test_group_advantages():

@@ -7,15 +7,22 @@ from algorithm_batches import evaluate, items_of, judged, sequence, single, spre
 from trl_losses import grpo_loss
 
 from onlinerl.algorithms.ppo import Ppo
+from onlinerl.batch import Outputs
+from onlinerl.learners.toy import ToyLearner
+from onlinerl.ops.batching import collate
+from onlinerl.types import TrainSequence
 
 
-def prepared(algorithm: Ppo, *sequences) -> list:
-    return [item.sequences[0] for item in algorithm.prepare([single(s) for s in sequences])]
+def prepared(algorithm: Ppo, *sequences, past=()) -> list:
+    return [item.sequences[0] for item in algorithm.prepare([single(s) for s in sequences], past)]
+
+
+def raw(**knobs) -> Ppo:
+    """With the KL in the reward, scores in the oracle's units, and advantages as they are: what can be followed by hand."""
+    return Ppo(**{"kl_in": "reward", "normalize_scores": False, "whiten_advantages": False} | knobs)
 
 
 def loss_of(algorithm: Ppo, items, rows, value_rows, **outputs):
-    from onlinerl.ops.batching import collate
-
     value = spread(value_rows, collate(items)).requires_grad_()
     mean, gradient, out, batch = evaluate(algorithm, items, rows, values_BT=value, **outputs)
     (value_gradient,) = torch.autograd.grad(out.total / sum(item.count("token") for item in items), value)
@@ -25,46 +32,46 @@ def loss_of(algorithm: Ppo, items, rows, value_rows, **outputs):
 def test_advantages_and_returns_by_hand():
     # k1 = (0.5, -0.5), so r = (-0.05, 0.05 + 1); delta_1 = 1.05 - 0.4, delta_0 = -0.05 + 0.4 - 0.2
     s = sequence(2, old=-1.0, reference=[-1.5, -0.5], values=[0.2, 0.4], score=1.0)
-    (out,) = prepared(Ppo(kl=0.1, lam=0.5, whiten_advantages=False), s)
+    (out,) = prepared(raw(kl=0.1, lam=0.5), s)
     assert out.advantages.tolist() == pytest.approx([0.475, 0.65])
     assert out.returns.tolist() == pytest.approx([0.675, 1.05])
 
 
 def test_with_lambda_and_gamma_1_advantages_are_returns_to_go_minus_values():
     s = sequence(4, old=[-1.0, -2.0, -0.5, -1.0], reference=-1.0, values=[0.3, -0.2, 0.5, 0.1], score=2.0)
-    algorithm = Ppo(kl=0.2, lam=1.0, whiten_advantages=False)
+    algorithm = raw(kl=0.2, lam=1.0)
     (out,) = prepared(algorithm, s)
-    to_go = np.cumsum(algorithm.rewards(s)[::-1])[::-1]
+    to_go = np.cumsum(algorithm.rewards(s, 2.0, 0.2)[::-1])[::-1]
     assert out.advantages == pytest.approx(to_go - s.values, abs=1e-6)
     assert out.returns == pytest.approx(to_go, abs=1e-6)
 
 
 def test_with_lambda_0_advantages_are_temporal_differences():
     s = sequence(3, values=[0.3, -0.2, 0.5], score=2.0)
-    (out,) = prepared(Ppo(kl=0.0, lam=0.0, gamma=0.9, whiten_advantages=False), s)
+    (out,) = prepared(raw(kl=0.0, lam=0.0, gamma=0.9), s)
     assert out.advantages.tolist() == pytest.approx([0.9 * -0.2 - 0.3, 0.9 * 0.5 + 0.2, 2.0 - 0.5])
 
 
 def test_only_a_terminal_score_and_no_values_give_the_score_everywhere():
-    (out,) = prepared(Ppo(kl=0.0, lam=1.0, whiten_advantages=False), sequence(5, score=1.7))
+    (out,) = prepared(raw(kl=0.0, lam=1.0), sequence(5, score=1.7))
     assert out.advantages.tolist() == pytest.approx([1.7] * 5)
 
 
 def test_whitening_is_over_all_tokens_of_the_iteration_and_spares_the_returns():
     sequences = [sequence(n, values=0.1 * n, score=float(n)) for n in (1, 4, 2)]
-    plain, white = (prepared(Ppo(whiten_advantages=w), *sequences) for w in (False, True))
+    plain, white = (prepared(raw(whiten_advantages=w), *sequences) for w in (False, True))
     tokens = np.concatenate([s.advantages for s in white])
     assert tokens.mean() == pytest.approx(0, abs=1e-6)
-    assert tokens.std() == pytest.approx(1, abs=1e-6)
+    assert tokens.std(ddof=1) == pytest.approx(1, abs=1e-6)
     for a, b in zip(plain, white, strict=True):
         assert a.returns == pytest.approx(b.returns)
 
 
 def test_missing_eos():
     cut, done = (sequence(2, score=5.0, finish_reason=reason) for reason in ("length", "stop"))
-    assert Ppo().rewards(cut).tolist() == [0.0, 5.0]
-    assert Ppo(missing_eos_score=-1.0).rewards(cut).tolist() == [0.0, -1.0]
-    assert Ppo(missing_eos_score=-1.0).rewards(done).tolist() == [0.0, 5.0]
+    for knobs, returns in (({}, [5.0, 5.0]), ({"missing_eos_score": -1.0}, [-1.0, 5.0])):
+        out = prepared(raw(kl=0.0, lam=1.0, **knobs), cut, done)
+        assert [s.returns.tolist() for s in out] == [[r, r] for r in returns]
 
 
 def test_an_empty_response_and_an_empty_iteration_are_harmless():
@@ -82,9 +89,142 @@ def test_what_prepare_lacks_is_named():
     with pytest.raises(ValueError, match=r"sequence\.values"):
         prepared(Ppo(kl=0.0), sequence(1).with_(values=None))
     with pytest.raises(ValueError, match=r"sequence\.reference"):
-        prepared(Ppo(), sequence(1).with_(reference=None))
+        prepared(raw(), sequence(1).with_(reference=None))
     with pytest.raises(ValueError, match="values_BT"):
         evaluate(Ppo(), [single(sequence(1))], [0.0])
+
+
+# --- the price of the KL ---
+
+
+def learned(algorithm: Ppo, steps: int = 4) -> np.ndarray:
+    """Logits after the first iteration of a toy policy that starts as its own reference: several optimizer steps on one batch."""
+    learner = ToyLearner(3, algorithm, base="base")
+    drawn = [TrainSequence(prompt_ids=(0,), response_ids=(token, token), score=float(token == 1)) for token in (0, 1, 2)]
+    logprobs = learner.score(drawn)
+    filled = [
+        s.with_(old=p, reference=p, behaviour=p, values=np.zeros(2, np.float32)) for s, p in zip(drawn, logprobs, strict=True)
+    ]
+    items = algorithm.prepare([single(s) for s in filled])
+    list(learner.update([items] * steps, [0.05] * steps))
+    return learner.logits.detach().numpy()
+
+
+def test_a_kl_in_the_loss_holds_the_policy_back_within_the_first_iteration():
+    free, held = learned(Ppo(kl=0.0)), learned(Ppo(kl=5.0))
+    assert free[1] > held[1] + 0.02 > 0.02
+    assert np.array_equal(learned(Ppo(kl=0.0), steps=1), learned(Ppo(kl=5.0), steps=1))  # at the reference it has no gradient
+    # In the reward it is that of the rollouts, which come from the reference: `check` says so.
+    assert np.array_equal(free, learned(Ppo(kl=5.0, kl_in="reward")))
+
+
+def test_the_price_in_the_reward_is_adapted_by_what_earlier_iterations_measured():
+    algorithm = raw(kl=0.1, lam=1.0, target_kl=6.0, kl_horizon=1000)
+    s = sequence(2, old=-1.0, reference=[-1.5, -0.5])
+    past = [{"kl_rollouts": 6.6, "responses": 500.0}, {}, {"kl_rollouts": 60.0, "responses": 1000.0}]
+    price = 0.1 * 1.05 * 1.2
+    assert prepared(algorithm, s, past=past)[0].returns.tolist() == pytest.approx([0.0, price * 0.5])
+    assert prepared(algorithm, s)[0].returns.tolist() == pytest.approx([0.0, 0.05])
+    assert prepared(raw(kl=0.1, lam=1.0), s, past=past)[0].returns.tolist() == pytest.approx([0.0, 0.05])  # no target
+    assert algorithm.figures([single(s)], past)["kl_coef"] == pytest.approx(price)
+    slower = raw(kl=0.1, lam=1.0, target_kl=6.0, kl_horizon=2000)
+    assert slower.figures([single(s)], past)["kl_coef"] == pytest.approx(0.1 * 1.025 * 1.1)
+
+
+# --- the critic ---
+
+
+def test_scores_are_normalized_by_all_scores_so_far():
+    # 4 and 6 after 1 and 3: mean 3.5, variance (6.25 + 0.25 + 0.25 + 6.25) / 4
+    past = [{"responses": 2.0, "score_mean": 2.0, "score_std": 1.0}]
+    out = prepared(Ppo(kl=0.0, lam=1.0), sequence(2, score=4.0), sequence(1, score=6.0), past=past)
+    assert [s.returns[-1] for s in out] == pytest.approx([0.5 / 3.25**0.5, 2.5 / 3.25**0.5], rel=1e-6)
+    assert [s.returns[-1] for s in prepared(Ppo(kl=0.0, lam=1.0), sequence(1, score=4.0), sequence(1, score=6.0))] == [
+        -1.0,
+        1.0,
+    ]
+
+
+def test_rewards_are_whitened_and_keep_their_mean():
+    # Rewards 0, 0, 3: mean 1, unbiased variance 3
+    out = prepared(raw(kl=0.0, lam=1.0, gamma=0.0, whiten_rewards=True), sequence(3, score=3.0))
+    assert out[0].returns.tolist() == pytest.approx([1 - 1 / 3**0.5, 1 - 1 / 3**0.5, 1 + 2 / 3**0.5])
+
+
+def test_figures_by_hand():
+    one = sequence(2, old=-1.0, reference=[-1.5, -2.0], values=[1.0, 2.0], score=4.0)
+    other = sequence(1, old=-1.0, reference=-0.5, values=0.5, score=2.0, finish_reason="length")
+    figures = raw(lam=1.0, kl=0.5, missing_eos_score=0.0).figures([single(one), single(other)])
+    # k1: 0.5 and 1.0; -0.5. Returns: 4 - 0.25 - 0.5, 4 - 0.5; 0 + 0.25
+    returns, values_ = np.array([3.25, 3.5, 0.25]), np.array([1.0, 2.0, 0.5])
+    assert figures == pytest.approx(
+        {
+            "responses": 2.0,
+            "score_mean": 2.0,
+            "score_std": 2.0,
+            "kl_coef": 0.5,
+            "kl_rollouts": 0.5,
+            "explained_variance": 1 - (returns - values_).var() / returns.var(),
+        }
+    )
+    assert raw().figures([]) == {}
+    assert "explained_variance" not in raw(kl=0.0, lam=1.0).figures([single(sequence(2, score=1.0))])  # nothing to explain
+
+
+def test_a_perfect_critic_explains_everything_and_a_constant_one_nothing():
+    def explained(*values_):
+        sequences = [sequence(1, values=v, score=s) for v, s in zip(values_, (1.0, 3.0), strict=True)]
+        return raw(kl=0.0, lam=1.0).figures([single(s) for s in sequences])["explained_variance"]
+
+    assert explained(1.0, 3.0) == pytest.approx(1.0)
+    assert explained(7.0, 7.0) == pytest.approx(0.0)
+
+
+def test_in_the_warm_up_only_the_critic_learns():
+    algorithm = Ppo(critic_warmup=2, entropy_coef=0.1, kl=0.5, vf_coef=1.0)
+    s = sequence(2, reference=-1.0, old=-0.5, behaviour=-0.5, values=[1.0, 2.0], score=1.0)
+    entropy = torch.ones(1, 2, dtype=torch.float64, requires_grad=True)
+    one = {"responses": 1.0, "score_mean": 0.0, "score_std": 1.0}
+    for past, weight in (([], 0.0), ([one], 0.0), ([one, {}], 0.0), ([one, one], 1.0)):  # {}: an iteration without a step
+        items = [single(p) for p in prepared(algorithm, s, past=past)]
+        _, gradient, value_gradient, _, _ = loss_of(algorithm, items, [-0.4], [[0.0, 0.0]], entropy_BT=entropy)
+        assert items[0].sequences[0].policy_weight == weight
+        assert bool(gradient.abs().max() > 0) == bool(weight)
+        assert value_gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("level", [5.0, 50.0])
+def test_the_critic_learns_returns_of_any_size(level):
+    """Scores of 5 (50) plus or minus a fifth that a feature of the prompt explains, a head that starts at 0, 3 iterations of 60 steps.
+
+    In the score's units, within 0.2 of values computed once an iteration, the same head learns next to nothing.
+    """
+
+    def explained(algorithm: Ppo) -> float:
+        rng, head = np.random.default_rng(0), torch.nn.Linear(4, 1)
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+        optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
+        past: list[dict[str, float]] = []
+        for _ in range(4):
+            features = rng.standard_normal((64, 4)).astype(np.float32)
+            value = head(torch.from_numpy(features))
+            items = [
+                single(sequence(1, score=level * (1 + 0.2 * f[0]), values=v))
+                for f, v in zip(features, value.detach().numpy(), strict=True)
+            ]
+            figures = algorithm.figures(items, past)
+            batch = collate(algorithm.prepare(items, past))
+            past.append(figures)
+            for _ in range(60):
+                outputs = Outputs(logprobs_BT=torch.zeros(64, 1), values_BT=head(torch.from_numpy(features)))
+                optimizer.zero_grad()
+                algorithm.loss(outputs, batch).total.div(64).backward()
+                optimizer.step()
+        return past[-1]["explained_variance"]  # of the values before the last iteration's training
+
+    assert explained(Ppo(kl=0.0)) > 0.9
+    assert explained(Ppo(kl=0.0, normalize_scores=False, value_clip=0.2)) < 0.05
 
 
 def test_on_policy_the_policy_loss_is_minus_the_mean_advantage():
@@ -106,7 +246,7 @@ def test_value_loss_at_the_old_values_is_half_the_mean_square():
 def test_value_loss_stops_at_the_clip():
     # V = 1 came from V_old = 0 and overshot clip 0.2 on the way to R = 2: error of 0.2 counts, no gradient
     items = [single(sequence(1, values=0.0, returns=2.0))]
-    mean, _, gradient, _, _ = loss_of(Ppo(vf_coef=1.0), items, [0.0], [1.0])
+    mean, _, gradient, _, _ = loss_of(Ppo(vf_coef=1.0, value_clip=0.2), items, [0.0], [1.0])
     assert mean == pytest.approx(0.5 * 1.8**2, rel=1e-6)
     assert gradient.item() == 0.0
     mean, _, gradient, _, _ = loss_of(Ppo(vf_coef=1.0, value_clip=None), items, [0.0], [1.0])
@@ -120,7 +260,7 @@ def test_kl_in_the_loss_has_the_value_of_k3_and_the_gradient_of_k2():
     assert mean == pytest.approx(0.5 * 0.36787944, rel=1e-6)
     assert gradient[0].tolist() == pytest.approx([0.25, 0.25])
     assert metrics["kl_reference"] == pytest.approx(0.36787944, rel=1e-6)
-    assert algorithm.rewards(items[0].sequences[0]).tolist() == [0.0, 0.0]  # not paid twice
+    assert algorithm.rewards(items[0].sequences[0], 0.0, 0.5).tolist() == [0.0, 0.0]  # not paid twice
 
 
 def test_entropy_bonus():
