@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 FinishReason = Literal["stop", "length", "abort"]
+RejectReason = Literal["logprob", "abort"]
 Unit = Literal["token", "sequence", "pair"]
 
 
@@ -90,10 +91,13 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """All K responses to one prompt."""
+    """The responses to one prompt: K of them, less those the engine had to throw away."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
+    """The usable ones, in the order of their seeds; there may be none."""
+    rejected: tuple[RejectReason, ...] = ()
+    """Why each of the others was thrown away: `logprob` (missing or not finite) or `abort` (never finished)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,6 +38,7 @@ def group_row(group: Group) -> dict[str, Any]:
         "seeds": [int(r.seed) for r in rollouts],
         "sources": [r.source for r in rollouts],
         "samplers": [_sampler(r.sampler) for r in rollouts],
+        "rejected": list(group.rejected),
     }
 
 
@@ -78,7 +79,7 @@ def group_from_row(row: Mapping[str, Any], prompts_by_id: Mapping[str, Prompt]) 
             strict=True,
         )
     )
-    return Group(prompt=prompt, rollouts=rollouts)
+    return Group(prompt=prompt, rollouts=rollouts, rejected=tuple(row.get("rejected") or ()))
 
 
 def result_row(prompt_id: str, result: Verdict | Failure) -> dict[str, Any]:

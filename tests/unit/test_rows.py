@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from onlinerl.errors import StoreError
 from onlinerl.stores import _files, _tables
 from onlinerl.stores.rows import group_from_row, group_row, pair_rows, result_from_row, result_row
-from onlinerl.types import Cost, Failure, FinishReason, Group, Pair, Prompt, Rollout, Sampling, Verdict
+from onlinerl.types import Cost, Failure, FinishReason, Group, Pair, Prompt, RejectReason, Rollout, Sampling, Verdict
 
 texts = st.text(max_size=12)
 ids = st.lists(st.integers(0, 2**31), max_size=5).map(tuple)
@@ -45,7 +45,12 @@ def rollouts(draw):
 
 
 prompts = st.builds(Prompt, id=texts, text=texts, token_ids=ids)
-groups = st.builds(Group, prompt=prompts, rollouts=st.lists(rollouts(), max_size=3).map(tuple))
+groups = st.builds(
+    Group,
+    prompt=prompts,
+    rollouts=st.lists(rollouts(), max_size=3).map(tuple),
+    rejected=st.lists(st.sampled_from(get_args(RejectReason)), max_size=3).map(tuple),
+)
 
 
 @st.composite
@@ -125,6 +130,12 @@ def test_numpy_values_and_whole_numbers_become_plain_ones():
     _, back = result_from_row(row)
     assert math.isnan(back.preferences[0][0])
     assert np.array_equal(back.matrix(), [[0.5, 1.0], [0.0, 0.5]])
+
+
+def test_a_row_from_before_rejected_responses_were_kept_has_none():
+    row = group_row(group())
+    del row["rejected"]
+    assert group_from_row(row, {"p": group().prompt}) == group()
 
 
 def test_a_prompt_that_is_gone_or_has_changed_is_an_error():
