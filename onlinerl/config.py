@@ -118,11 +118,12 @@ class EngineConfig(Section):
     name: str = "vllm"
     replicas: int = Field(1, ge=1)
     tensor_parallel_size: int = Field(1, ge=1)
+    """Workers that one replica is split over: each needs a GPU, or a core on CPU, of one machine."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     max_concurrent: int = Field(64, ge=1)
     """Sequences that one replica works on at a time."""
     kv_cache_gib: float = Field(1.0, gt=0)
-    """Memory for the KV cache of one replica on CPU, in GiB."""
+    """Memory for the KV cache of each worker of a replica on CPU, in GiB."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     """Share of a GPU's memory that a replica may take."""
     max_model_len: int | None = Field(None, ge=8)
@@ -132,7 +133,8 @@ class EngineConfig(Section):
     cpus: int = Field(1, ge=0)
     """CPUs reserved per replica."""
     threads: int | None = Field(None, ge=1)
-    """Threads a CPU replica computes with; all cores by default (rollouts and training take turns)."""
+    """Threads a CPU replica computes with, over all its workers; by default its machine's cores, shared with the other replicas there
+    (rollouts and training take turns). Never more than there are cores."""
     resources: dict[str, float] = Field(default_factory=dict)
     """Extra Ray resources per replica, e.g. {rollout_node: 1} to choose a node."""
     start_timeout_s: float = Field(900, gt=0)

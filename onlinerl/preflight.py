@@ -16,6 +16,7 @@ from onlinerl import config as configuration
 from onlinerl.algorithm_checks import check_algorithm
 from onlinerl.config import RunConfig
 from onlinerl.controller.asking import answers
+from onlinerl.engines import _fit
 from onlinerl.errors import ConfigError, OracleError
 from onlinerl.prompts.jsonl import JsonlPrompts, check_answers, check_overlap, load_prompts, read_prompts
 from onlinerl.protocols import Algorithm, Oracle, PairBuilder
@@ -135,6 +136,7 @@ def check(config: RunConfig) -> Checked:
     )
     if local is not None:
         _check_lengths(checked, local)
+        _check_engine(checked, local)
     return checked
 
 
@@ -251,6 +253,27 @@ def _check_lengths(checked: Checked, model: Path) -> None:
             field="sampling.max_new_tokens",
             fix="lower it, or lower prompts.max_tokens and leave out the longest prompts",
         )
+
+
+def _check_engine(checked: Checked, model: Path) -> None:
+    """What vLLM would say only after it has started, or in no words that name a key of ours."""
+    config = checked.config
+    if config.engine.name != "vllm":
+        return
+    description = json.loads((model / "config.json").read_text())
+    _fit.check_division(config.engine, description)
+    if _runs_on_cpu(config):
+        _fit.check_kv_cache(config.engine, description, checked.max_model_len)
+        if config.cluster.address is None:  # otherwise the replicas' machines are known only once they are there
+            _fit.share_cores([_fit.this_place()], 0, config.engine)
+
+
+def _runs_on_cpu(config: RunConfig) -> bool:
+    """Whether it is known already. A machine without a GPU's device files has no GPU, whatever a driver says."""
+    device, alone = config.cluster.device, config.cluster.address is None
+    return device == "cpu" or (
+        device == "auto" and alone and not [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd")]
+    )
 
 
 def _check_port(config: RunConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,7 +11,8 @@ import ray
 
 from onlinerl.cluster.runtime import Cluster, get
 from onlinerl.config import EngineConfig
-from onlinerl.engines import vllm
+from onlinerl.engines import _fit, vllm
+from onlinerl.engines._fit import Place
 from onlinerl.errors import EngineError
 from onlinerl.types import Group, Request, Sampling
 
@@ -23,8 +23,14 @@ TokenPair = tuple[Sequence[int], Sequence[int]]
 class ReplicaActor:
     """A VLLMReplica in a process of its own."""
 
-    async def start(self, model: str, config: EngineConfig, settings: dict[str, Any]) -> None:
-        """Load the model; takes tens of seconds."""
+    async def place(self) -> Place:
+        """Where Ray has put it."""
+        return _fit.this_place()
+
+    async def start(self, model: str, config: EngineConfig, settings: dict[str, Any], index: int, *places: Place) -> None:
+        """Load the model; takes tens of seconds. Replica `index` of those at `places`."""
+        if settings["device"] == "cpu":
+            vllm.bind(_fit.share_cores(places, index, config))
         self._replica = vllm.VLLMReplica(model, config, **settings)
 
     async def call(self, method: str, *args: Any) -> Any:
@@ -59,12 +65,16 @@ class EnginePool:
         self.names = [f"replica {i}" for i in range(config.replicas)]
         self.actors = []
         for i in range(config.replicas):
-            env = vllm.environment(config, settings["device"], _cores(config, i))
-            options = cluster.options(first + i, env, max_concurrency=1000)
+            options = cluster.options(first + i, vllm.environment(), max_concurrency=1000)
             actor = ReplicaActor.options(**options).remote()  # type: ignore[attr-defined]
             self.actors.append(actor)
-        started = {n: a.start.remote(model, config, settings) for n, a in zip(self.names, self.actors, strict=True)}
-        self._started = started
+        # Each learns where all of them are, to share the cores of its own machine; Ray hands the answers over when they are there.
+        self._placed = {n: a.place.remote() for n, a in zip(self.names, self.actors, strict=True)}
+        places = self._placed.values()
+        self._started = {
+            name: actor.start.remote(model, config, settings, i, *places)
+            for i, (name, actor) in enumerate(zip(self.names, self.actors, strict=True))
+        }
 
     def wait_started(self) -> None:
         """Return once every replica has loaded its model.
@@ -72,6 +82,7 @@ class EnginePool:
         Raises:
             EngineError: with the replica's own error.
         """
+        get(self._placed, timeout_s=self._config.start_timeout_s, error=EngineError, what="starting the process")
         get(self._started, timeout_s=self._config.start_timeout_s, error=EngineError, what="starting vLLM")
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
@@ -138,13 +149,3 @@ class EnginePool:
         ray.wait(refs, num_returns=len(refs), timeout=20)
         for actor in self.actors:
             ray.kill(actor)
-
-
-def _cores(config: EngineConfig, index: int) -> list[int]:
-    """Cores of a CPU replica: all of them for a single one, a fair share otherwise."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    if config.threads is None and config.replicas == 1:
-        return cores
-    width = config.threads or max(1, len(cores) // config.replicas)
-    start = index * width
-    return [cores[(start + i) % len(cores)] for i in range(min(width, len(cores)))]

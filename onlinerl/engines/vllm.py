@@ -3,47 +3,58 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from onlinerl.config import EngineConfig
+from onlinerl.engines import _fit
 from onlinerl.errors import EngineError
-from onlinerl.types import FinishReason, Group, Request, Rollout, Sampling
+from onlinerl.types import FinishReason, Group, RejectReason, Request, Rollout, Sampling
 
 __all__ = ["VLLMReplica"]
 
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+ATTEMPTS = 3
+"""How often a response is asked for that vLLM aborts."""
+TOKENS_PER_STEP = 2048
+"""Least token budget of a step on CPU; vLLM's own default."""
 
 
-def environment(config: EngineConfig, device: str, cores: Sequence[int]) -> dict[str, str]:
-    """Environment variables a replica's process must start with; vLLM reads them at import."""
-    env = {
+def environment() -> dict[str, str]:
+    """Environment variables a replica's process must start with."""
+    return {
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "ONLINERL_DIE_WITH_PARENT": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if device == "cpu":
-        env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-        env["OMP_NUM_THREADS"] = str(len(cores))
-    return env
+
+
+def bind(cores: Sequence[Sequence[int]]) -> None:
+    """Give each worker of the replica that this process will start its cores, on CPU. vLLM hands them on to its workers."""
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, worker)) for worker in cores)
 
 
 class VLLMReplica:
     """Samples, scores and receives weights. All methods run on one asyncio loop.
 
     Args:
-        model: directory or hub id of the base model.
+        model: directory of the base model.
         config: the engine section.
         device: "cpu" or "cuda".
         max_model_len: longest prompt plus response, in tokens.
         sync_backend: vLLM weight-transfer backend.
         seed: of the engine; every request carries its own on top.
+
+    Raises:
+        ConfigError: if the KV cache could not hold one sequence.
     """
 
     def __init__(
@@ -55,12 +66,9 @@ class VLLMReplica:
         from onlinerl.sync import gloo
 
         gloo.register()
+        if device == "cpu":
+            _fit.check_kv_cache(config, json.loads((Path(model) / "config.json").read_text()), max_model_len)
         eager = config.enforce_eager if config.enforce_eager is not None else device == "cpu"
-        memory: dict[str, Any] = (
-            {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
-            if device == "cpu"
-            else {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": sync_backend == "ipc"}
-        )
         self._version = 0
         self._ids = count()
         self._engine = AsyncLLM.from_engine_args(
@@ -68,6 +76,8 @@ class VLLMReplica:
                 model=model,
                 dtype=config.dtype,
                 tensor_parallel_size=config.tensor_parallel_size,
+                # Left to itself, vLLM takes its Ray executor inside a placement group, which places workers outside of it.
+                distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,
                 max_model_len=max_model_len,
                 max_num_seqs=config.max_concurrent,
                 enforce_eager=eager,
@@ -77,20 +87,31 @@ class VLLMReplica:
                 weight_transfer_config={"backend": sync_backend},
                 worker_extension_cls="onlinerl.sync.receiver.Receiver",
                 disable_log_stats=True,
-                **memory,
+                **(_on_cpu(config, max_model_len) if device == "cpu" else _on_gpu(config, sync_backend)),
             )
         )
 
     async def generate(self, request: Request, sampling: Sampling) -> Group:
-        """All responses to one prompt, each with its own seed.
+        """A response to the prompt for each seed, and why there is none where it cannot be used.
 
         Raises:
-            EngineError: if a response comes back without a usable log-prob for every token (R-E3).
+            EngineError: if vLLM gives no answer at all.
         """
-        rollouts = await asyncio.gather(*(self._one(request, seed, sampling) for seed in request.seeds))
-        return Group(prompt=request.prompt, rollouts=tuple(rollouts))
+        results = await asyncio.gather(*(self._one(request, seed, sampling) for seed in request.seeds))
+        return Group(
+            prompt=request.prompt,
+            rollouts=tuple(each for each in results if isinstance(each, Rollout)),
+            rejected=tuple(each for each in results if not isinstance(each, Rollout)),
+        )
 
-    async def _one(self, request: Request, seed: int, sampling: Sampling) -> Rollout:
+    async def _one(self, request: Request, seed: int, sampling: Sampling) -> Rollout | RejectReason:
+        for _ in range(ATTEMPTS):
+            result = await self._attempt(request, seed, sampling)
+            if not isinstance(result, Rollout) or result.finish_reason != "abort":
+                return result
+        return "abort"  # half a response is no response
+
+    async def _attempt(self, request: Request, seed: int, sampling: Sampling) -> Rollout | RejectReason:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -116,13 +137,11 @@ class VLLMReplica:
         logprobs = tuple(
             entry[token].logprob for token, entry in zip(tokens, out.logprobs or (), strict=False) if token in entry
         )
-        if len(logprobs) != len(tokens) or not np.isfinite(logprobs).all():
-            raise EngineError(
-                f"prompt {request.prompt.id}: {len(tokens)} tokens came with {len(logprobs)} log-probs, or some are not finite",
-                fix="this is a bug of the engine; nothing was stored for this prompt",
-            )
         if out.finish_reason not in _FINISH:
             raise EngineError(f"prompt {request.prompt.id} ended with {out.finish_reason!r}", fix="look at the replica's log")
+        # Training on a token needs to know how probable it was; nothing is put in place of a number that is not there.
+        if out.finish_reason != "abort" and (len(logprobs) != len(tokens) or not np.isfinite(logprobs).all()):
+            return "logprob"
         return Rollout(
             token_ids=tokens,
             logprobs=logprobs,
@@ -194,14 +213,10 @@ class VLLMReplica:
         await self._engine.collective_rpc("onlinerl_watch", args=(names,))
 
     async def received(self) -> dict[str, str]:
-        """Checksums recorded since `watch`; a tensor that differs between workers is reported as `differs`."""
+        """Checksums recorded since `watch`; of a tensor that differs between workers or did not reach all of them, that it does."""
         workers = await self._engine.collective_rpc("onlinerl_received")
-        first = dict(workers[0])
-        for other in workers[1:]:
-            for name, value in other.items():
-                if first.get(name) != value:
-                    first[name] = "differs between workers"
-        return first
+        found = {name: {worker.get(name) for worker in workers} for received in workers for name in received}
+        return {name: digests.pop() if len(digests) == 1 else "differs between workers" for name, digests in found.items()}
 
     async def held(self) -> list[dict[str, str]]:
         """Per worker, checksums of all parameters as the engine holds them."""
@@ -222,3 +237,19 @@ class VLLMReplica:
     def shutdown(self) -> None:
         """End the engine's processes."""
         self._engine.shutdown()
+
+
+def _on_cpu(config: EngineConfig, max_model_len: int) -> dict[str, Any]:
+    """vLLM's arguments that only a CPU replica takes."""
+    return {
+        "kv_cache_memory_bytes": int(config.kv_cache_gib * _fit.GIB),
+        # A prompt is never split over steps: after each part vLLM takes back the random number that the request's own generator
+        # gave, and a generator on CPU cannot go back. The budget lets the longest prompt in beside a full batch.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(TOKENS_PER_STEP, max_model_len + config.max_concurrent),
+    }
+
+
+def _on_gpu(config: EngineConfig, sync_backend: str) -> dict[str, Any]:
+    """vLLM's arguments that only a GPU replica takes."""
+    return {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": sync_backend == "ipc"}

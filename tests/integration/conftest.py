@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from engine import Replica, Sender, changed
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 WORDS = (
     "the film was a and it of in this that story actor scene ending plot we saw screen first last night "
@@ -74,3 +78,32 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_llama_untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a tiny model with an output matrix of its own, fp32."""
     return build_tiny_llama(tmp_path_factory.mktemp("llama-untied"), tied=False, seed=1)
+
+
+# The engine that several files share; it ends with the last of them.
+
+
+@pytest.fixture(scope="package")
+def replica(tiny_llama: Path) -> Iterator[Replica]:
+    """A real vLLM engine on CPU."""
+    replica = Replica(tiny_llama)
+    yield replica
+    replica.close()
+
+
+@pytest.fixture(scope="package")
+def sender(replica: Replica) -> Sender:
+    """What sends it weights."""
+    return Sender(replica)
+
+
+@pytest.fixture(scope="package")
+def base(tiny_llama: Path) -> LlamaForCausalLM:
+    """The model that it has started with, in transformers."""
+    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="package")
+def other(tiny_llama: Path) -> LlamaForCausalLM:
+    """Same shapes, other weights."""
+    return changed(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval())
