@@ -106,3 +106,20 @@ def explain_missing(placements: Sequence[Placement], available: Mapping[str, flo
         fix="lower engine.replicas, learner.ranks, oracle.replicas or engine.tensor_parallel_size, add nodes, or set engine.cpus=0 learner.cpus=0 "
         "to let them share cores",
     )
+
+
+def explain_unplaceable(placements: Sequence[Placement], nodes: Sequence[Mapping[str, float]]) -> ClusterError | None:
+    """The error to raise when the cluster has enough in all, but no node of it can hold one of the bundles, or None.
+
+    Args:
+        placements: what the run asks for.
+        nodes: what each node has.
+    """
+    for line, bundle in zip(describe(placements), bundles(placements), strict=True):
+        if not any(all(node.get(name, 0.0) + 1e-6 >= amount for name, amount in bundle.items()) for node in nodes):
+            return ClusterError(
+                f"no node has all of what must be on one: {line}",
+                field="cluster",
+                fix="lower engine.tensor_parallel_size to the GPUs of one node, or engine.cpus or learner.cpus; or add such a node",
+            )
+    return None

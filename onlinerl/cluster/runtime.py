@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from onlinerl.cluster import _reaper
 from onlinerl.config import RunConfig
 from onlinerl.errors import ClusterError, OnlineRLError
-from onlinerl.placement import Placement, bundles, explain_missing, plan
+from onlinerl.placement import Placement, bundles, explain_missing, explain_unplaceable, plan
 
 OBJECT_STORE_BYTES = 256 * 2**20
 
@@ -91,7 +91,7 @@ class Cluster:
     def _reserve(self) -> None:
         deadline = time.monotonic() + self._config.cluster.wait_s
         # An existing cluster may still be growing; one that was started here will not.
-        while (error := explain_missing(self.placements, ray.cluster_resources())) is not None:
+        while (error := self._too_small()) is not None:
             if self._config.cluster.address is None or time.monotonic() > deadline:
                 raise error
             time.sleep(1)
@@ -104,6 +104,10 @@ class Cluster:
                 field="cluster",
                 fix="wait for other jobs, or stop what is left over (`ray status`, `ray list actors`)",
             )
+
+    def _too_small(self) -> ClusterError | None:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return explain_missing(self.placements, ray.cluster_resources()) or explain_unplaceable(self.placements, nodes)
 
     def options(self, index: int, env: Mapping[str, str], **more: Any) -> dict[str, Any]:
         """Ray actor options for the placement at `index`."""

@@ -520,6 +520,17 @@ def test_more_than_the_cluster_has():
     assert {p.gpus for p in placement.plan(config, "cpu")} == {0}
 
 
+def test_a_split_replica_needs_one_node_with_all_its_gpus():
+    """Eight GPUs in all are no room for four on one node."""
+    wanted = placement.plan(big(engine={"tensor_parallel_size": 4, "cpus": 2}), "cuda")
+    small, large = {"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 4.0}
+    error = placement.explain_unplaceable(wanted, [small] * 4)
+    assert error is not None
+    assert "replica 0: 2 CPU, 4 GPU" in error.cause
+    assert "engine.tensor_parallel_size" in error.fix
+    assert placement.explain_unplaceable(wanted, [small, large]) is None
+
+
 def test_ranks_and_replicas_that_share_gpus_are_reserved_as_pairs():
     config = big(
         engine={"replicas": 2, "cpus": 2},
