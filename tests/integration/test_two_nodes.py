@@ -53,6 +53,26 @@ def write_config(folder: Path, model: Path, **changes: object) -> Path:
     return path
 
 
+# Called by the controller while the replica is there: which cores its worker computes on.
+LOOKS = """
+import json
+from pathlib import Path
+
+import psutil
+
+import separates
+
+HERE = Path(__file__).parent
+
+
+def judge(groups):
+    environments = [each.info["environ"] or {} for each in psutil.process_iter(["environ"])]
+    ours = [each for each in environments if each.get("PYTHONPATH", "").startswith(str(HERE))]
+    (HERE / "cores.json").write_text(json.dumps(sorted({each["OMP_PLACES"] for each in ours if "OMP_PLACES" in each})))
+    return separates.judge(groups)
+"""
+
+
 @pytest.mark.engine
 @pytest.mark.timeout(600)
 def test_learner_on_one_node_and_replica_on_the_other(tiny_llama, tmp_path):
@@ -77,15 +97,20 @@ def test_learner_on_one_node_and_replica_on_the_other(tiny_llama, tmp_path):
         tmp_path,
         tiny_llama,
         cluster={"device": "cpu", "address": address},
+        oracle={"name": "python", "function": "looks.judge"},
         learner={"dtype": "float32", "threads": 1, "resources": {"learner_node": 1}},
-        engine={"kv_cache_gib": 0.1, "dtype": "float32", "max_concurrent": 8, "threads": 1, "resources": {"rollout_node": 1}},
+        engine={"kv_cache_gib": 0.1, "dtype": "float32", "max_concurrent": 8, "resources": {"rollout_node": 1}},
     )
+    (tmp_path / "looks.py").write_text(LOOKS)
+    # Each node has one core of this machine, and the controller has all: a replica must take those of its own node.
+    cores = sorted(os.sched_getaffinity(0))
+    head, worker = cores[0], cores[-1]
     nodes: list[subprocess.Popen] = []
     try:
         with (Path(scratch) / "log").open("w") as log:
-            for script, resource in (("head.sh", "learner_node"), ("worker.sh", "rollout_node")):
+            for script, resource, core in (("head.sh", "learner_node", head), ("worker.sh", "rollout_node", worker)):
                 own = env | {"RESOURCES": json.dumps({resource: 1})}
-                command = ["bash", str(LAUNCHERS / "ray" / script)]
+                command = ["taskset", "--cpu-list", str(core), "bash", str(LAUNCHERS / "ray" / script)]
                 nodes.append(subprocess.Popen(command, env=own, stdout=log, stderr=log, start_new_session=True))
         wait = [sys.executable, str(LAUNCHERS / "ray" / "wait_for_nodes.py"), address, "2", "120"]
         subprocess.run(wait, env=env, check=True, capture_output=True)
@@ -107,12 +132,13 @@ def test_learner_on_one_node_and_replica_on_the_other(tiny_llama, tmp_path):
     assert phases["sync"]["proved"] is True
     assert phases["sync"]["backend"] == "gloo"
     assert phases["commit"]["status"] == "promoted"
+    assert json.loads((tmp_path / "cores.json").read_text()) == [f"{{{worker}}}"]
 
 
 @pytest.mark.engine
 @pytest.mark.timeout(600)
 def test_without_learning_the_replica_never_changes(tiny_llama, tmp_path, monkeypatch):
-    """R-B4: three iterations at learning rate 0 leave every parameter of the engine bit-identical."""
+    """R-B4: three iterations at learning rate 0 leave every parameter of the engine bit-identical, in both of its workers."""
     from rich.console import Console
 
     from onlinerl import app
@@ -120,6 +146,7 @@ def test_without_learning_the_replica_never_changes(tiny_llama, tmp_path, monkey
     from onlinerl.cluster import sync
 
     monkeypatch.syspath_prepend(tmp_path)
+    cores = os.sched_getaffinity(0)
     held: list[list[dict[str, str]]] = []
     push = sync.WeightPush.push
 
@@ -135,8 +162,10 @@ def test_without_learning_the_replica_never_changes(tiny_llama, tmp_path, monkey
         iterations=3,
         prompts={"train": str(tmp_path / "train.jsonl"), "heldout": str(tmp_path / "heldout.jsonl"), "per_iteration": 2},
         training={"items_per_step": 2, "learning_rate": 0.0},
+        engine={"kv_cache_gib": 0.1, "dtype": "float32", "max_concurrent": 8, "tensor_parallel_size": min(2, len(cores))},
     )
     assert app.run(configuration.load(path), Console(quiet=True)) == 4
     assert len(held) == 4
+    assert len(held[0]) == min(2, len(cores))
     assert all(len(worker) > 10 for worker in held[0])
     assert held[1:] == held[:1] * 3
