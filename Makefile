@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-dev fetch-model demo test realdata check clean
+.PHONY: help install install-dev fetch-model demo test test-families realdata check clean
 
 BIN := .venv/bin
 CONFIG ?= configs/quickstart.yaml
@@ -25,7 +25,10 @@ demo: install fetch-model  ## one small real run on the CPU, from nothing (older
 	$(BIN)/onlinerl run $(CONFIG) --fresh
 
 test: install-dev fetch-model  ## all tests
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -m "not families"
+
+test-families: install-dev  ## every model family through engine and push (about 6 minutes)
+	$(BIN)/python -m pytest tests/integration/test_families.py
 
 realdata: install fetch-model  ## GSM8K and HH dialogues, tensor parallel 2, ZeRO-3 (about 30 minutes; needs the data, DATA=...)
 	$(BIN)/python benchmarks/realdata.py --data $(DATA)
