@@ -139,6 +139,12 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         initialize_layerwise_reload(self.model)
+        # On CPU the kernel of a mixture of experts computes with packed matrices. vLLM packs them when it builds the kernel, and
+        # builds it once: new matrices would be taken for packed ones. Without its kernel, a layer builds it anew when they arrive.
+        for layer in self.model.modules():
+            method: Any = getattr(layer, "quant_method", None)
+            if getattr(method, "moe_kernel", None) is not None:
+                method.moe_kernel = None
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive and load. Unlike the base class, without `torch.accelerator.synchronize()`, which a CPU does not have."""
