@@ -94,6 +94,8 @@ class Group:
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
+    rejected: tuple[str, ...] = ()
+    """Why responses of this group were thrown away, one reason each: their log-probs were unusable, or the engine gave up on them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from onlinerl.controller import health
@@ -12,18 +13,26 @@ from onlinerl.types import Failure, Group, Query, Request, Sampling, Verdict
 
 
 def generate(it: Iteration, requests: Sequence[Request], sampling: Sampling, table: str, phase: str) -> list[Group]:
-    """All groups of a table, in the order of the requests; only those not on disk yet are generated."""
+    """All groups of a table, in the order of the requests; only those not on disk yet are generated.
+
+    Until the table is complete, a group with rejected responses is asked for again, so a repaired engine gets its chance.
+    """
     store, tracker = it.parts.store, it.parts.tracker
     by_id = {r.prompt.id: r.prompt for r in requests}
-    groups = {row["prompt_id"]: group_from_row(row, by_id) for row in store.read(it.number, table)}
+    stored = [group_from_row(row, by_id) for row in store.read(it.number, table)]
+    groups = {g.prompt.id: g for g in stored if not g.rejected or store.sealed(it.number, table)}
+    asked = sum(len(r.seeds) for r in requests)
+    rejected = Counter(reason for g in groups.values() for reason in g.rejected)
     todo = [r for r in requests if r.prompt.id not in groups]
-    tracker.phase_started(it.number, phase, sum(len(r.seeds) for r in requests), "samples")
+    tracker.phase_started(it.number, phase, asked, "samples")
     tracker.phase_advanced(it.number, phase, sum(len(g.rollouts) for g in groups.values()))
     for group in it.parts.engine.generate(todo, sampling) if todo else ():
         health.check_group(group, it.weights.learner)
         store.append(it.number, table, [group_row(group)])
         groups[group.prompt.id] = group
-        tracker.phase_advanced(it.number, phase, len(group.rollouts))
+        tracker.phase_advanced(it.number, phase, len(group.rollouts) + len(group.rejected))
+        rejected.update(group.rejected)
+        health.check_rejected(rejected, asked, it.parts.config.engine.max_rejected)
     store.seal(it.number, table)
     return [groups[r.prompt.id] for r in requests]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from onlinerl.controller.parts import Parts, reference_iteration
 from onlinerl.controller.report import Reporter
@@ -36,10 +37,26 @@ class Iteration:
         return self.parts.train_prompts.take(self.parts.config.prompts.per_iteration, self.cursor)
 
     def groups(self) -> list[Group]:
-        """What was sampled for training."""
+        """What was sampled for training, in the order of the prompts: training must not depend on which response arrived first."""
         prompts, _ = self.prompts()
         by_id = {p.id: p for p in prompts}
-        return [group_from_row(row, by_id) for row in self.parts.store.read(self.number, ROLLOUTS)]
+        groups = {row["prompt_id"]: group_from_row(row, by_id) for row in self.parts.store.read(self.number, ROLLOUTS)}
+        return [groups[p.id] for p in prompts]
+
+    def idle_before(self) -> int:
+        """How many iterations right before this one gave nothing to learn."""
+        return self._train_record(self.number - 1).get("idle_in_a_row", 0)
+
+    def trained_before(self) -> bool:
+        """Whether any earlier iteration has taken an optimizer step."""
+        return any(self._train_record(number).get("steps", 0) for number in range(1, self.number))
+
+    def _train_record(self, number: int) -> dict[str, Any]:
+        return self.parts.store.phases(number).get("train", {})
+
+    def large_enough(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with as many usable responses as the algorithm needs."""
+        return [g for g in groups if len(g.rollouts) >= self.parts.algorithm.needs().min_samples]
 
     def reference(self) -> int | None:
         """Which iterate the reference is; None if the algorithm needs none."""
@@ -71,6 +88,6 @@ class Iteration:
             self.weights.engine = self.weights.learner
 
 
-def judged(groups: Sequence[Group], results: dict[str, Verdict | Failure]) -> list[Judged]:
+def judged(groups: Sequence[Group], results: Mapping[str, Verdict | Failure]) -> list[Judged]:
     """Groups with a verdict; a failure is left out, never turned into a score."""
     return [Judged(group=g, verdict=v) for g in groups if isinstance(v := results[g.prompt.id], Verdict)]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from onlinerl.controller import health
 from onlinerl.controller.iteration import Iteration, Weights
 from onlinerl.controller.parts import Parts
 from onlinerl.controller.phases.checkpoint import checkpoint
@@ -46,8 +47,12 @@ def run(parts: Parts, attempt: int = 0) -> int:
             continue
         _restore(parts, weights, number)
         cursor = parts.store.phases(number - 1)["sample"]["next_cursor"] if number > 1 else 0
-        _finish(Iteration(parts, number, weights, report, cursor))
+        it = Iteration(parts, number, weights, report, cursor)
+        _finish(it)
         done += 1
+        if 0 < number < parts.config.iterations:
+            trained = parts.store.phases(number)["train"]
+            health.check_idle(trained["idle_in_a_row"], parts.config.training.max_idle_iterations, trained["idle"] or "")
     return done
 
 

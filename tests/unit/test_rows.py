@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from onlinerl.errors import StoreError
 from onlinerl.stores import _files, _tables
-from onlinerl.stores.rows import group_from_row, group_row, pair_rows, result_from_row, result_row
-from onlinerl.types import Cost, Failure, FinishReason, Group, Pair, Prompt, Rollout, Sampling, Verdict
+from onlinerl.stores.rows import group_from_row, group_row, pair_rows, prompt_from_row, prompt_row, result_from_row, result_row
+from onlinerl.types import Cost, Failure, FinishReason, Group, Message, Pair, Prompt, Rollout, Sampling, Verdict
 
 texts = st.text(max_size=12)
 ids = st.lists(st.integers(0, 2**31), max_size=5).map(tuple)
@@ -45,7 +45,16 @@ def rollouts(draw):
 
 
 prompts = st.builds(Prompt, id=texts, text=texts, token_ids=ids)
-groups = st.builds(Group, prompt=prompts, rollouts=st.lists(rollouts(), max_size=3).map(tuple))
+groups = st.builds(
+    Group,
+    prompt=prompts,
+    rollouts=st.lists(rollouts(), max_size=3).map(tuple),
+    rejected=st.lists(st.sampled_from(("logprob", "abort")), max_size=2).map(tuple),
+)
+conversations = st.lists(st.builds(Message, role=texts, content=texts), max_size=2).map(tuple)
+whole_prompts = st.builds(
+    Prompt, id=texts, text=texts, token_ids=ids, messages=conversations, reference_answer=st.none() | texts, source=texts
+)
 
 
 @st.composite
@@ -91,6 +100,13 @@ def test_groups_survive(stored):
 
 
 @quick
+@given(st.lists(whole_prompts, min_size=1, max_size=4))
+def test_prompts_survive(stored):
+    for rows in through_disk([prompt_row(p) for p in stored]):
+        assert [prompt_from_row(row) for row in rows] == stored
+
+
+@quick
 @given(st.lists(verdicts() | failures, min_size=1, max_size=4))
 def test_results_survive_with_their_unknown_cells(stored):
     for rows in through_disk([result_row(f"p{i}", r) for i, r in enumerate(stored)]):
@@ -128,7 +144,7 @@ def test_numpy_values_and_whole_numbers_become_plain_ones():
 
 def test_a_prompt_that_is_gone_or_has_changed_is_an_error():
     row = group_row(group())
-    with pytest.raises(StoreError, match="'p' is not in the prompt file"):
+    with pytest.raises(StoreError, match="'p' is not among the run's prompts"):
         group_from_row(row, {})
     with pytest.raises(StoreError, match="rendered to other tokens"):
         group_from_row(row, {"p": group(token_ids=(5, 7)).prompt})

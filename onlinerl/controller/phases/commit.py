@@ -16,4 +16,5 @@ def commit(it: Iteration) -> dict[str, Any]:
         if config.checkpoints.exports == "last":
             reference = it.reference()
             store.retain("exports", {it.number, it.number - 1, *([] if reference is None else [reference])})
-    return {"status": "promoted"}
+    idle = it.number > 0 and store.phases(it.number)["train"].get("idle")
+    return {"status": "keep" if idle else "promoted"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from onlinerl.controller import collect
@@ -21,4 +22,11 @@ def sample(it: Iteration) -> dict[str, Any]:
     rollouts = [r for g in groups for r in g.rollouts]
     tokens = sum(len(r.token_ids) for r in rollouts)
     it.report.sampled(it.number, groups)
-    return {"samples": len(rollouts), "tokens": tokens, "prompts": len(groups), "next_cursor": next_cursor}
+    return {
+        "samples": len(rollouts),
+        "tokens": tokens,
+        "prompts": len(groups),
+        "truncated": sum(r.finish_reason == "length" for r in rollouts),
+        "rejected": dict(Counter(reason for g in groups for reason in g.rejected)),
+        "next_cursor": next_cursor,
+    }

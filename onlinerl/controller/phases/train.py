@@ -10,76 +10,59 @@ from typing import Any
 
 from onlinerl.controller import health
 from onlinerl.controller.iteration import Iteration, judged
-from onlinerl.controller.parts import learning_rates
+from onlinerl.controller.parts import Built, learning_rates
 from onlinerl.errors import LearnerError
 from onlinerl.ops.schedule import schedule
 from onlinerl.stores.rows import PAIRS, VERDICTS, pair_rows, result_from_row
-from onlinerl.types import Judged, Pair, TrainItem, derive_seed
+from onlinerl.types import Pair, TrainItem, UpdateReport, derive_seed
 
 SELF_TEST_ITEMS = 4
 
 
 def train(it: Iteration) -> dict[str, Any]:
-    """Items, log-probs that the loss needs, optimizer steps."""
-    config, learner, tracker = it.parts.config, it.parts.learner, it.parts.tracker
-    groups = it.groups()
-    results = dict(result_from_row(row) for row in it.parts.store.read(it.number, VERDICTS))
+    """One pass of the learner over what was judged; no step at all where that gives nothing to learn."""
     it.parts.engine.rest()
     it.weights.engine = None
     built_at = time.monotonic()
-    items, dropped, useful = _items(it, judged(groups, results))
-    reference_at = time.monotonic()
-    tracker.phase_started(it.number, "reference", None, "")
-    items = _annotate(it, items)
-    prepared = it.parts.algorithm.prepare(items)
-    if it.number == 1:
-        _self_test(it, prepared)
-    tracker.phase_finished(it.number, "reference", time.monotonic() - reference_at)
-    train_at = time.monotonic()
-    if config.training.optimizer_state == "reset" and it.number > 1:
-        learner.reset_optimizer()
-    indices = schedule(
-        len(prepared),
-        config.training.items_per_step,
-        config.training.epochs,
-        derive_seed(config.seed, "steps", it.number),
+    built = _items(it)
+    idle = health.nothing_to_learn(
+        built.judged, len(built.items), built.dropped, within_groups=it.parts.algorithm.needs().min_samples > 1
     )
-    rates = learning_rates(config, it.number, len(indices))
-    tracker.phase_started(it.number, "train", sum(len(s) for s in indices), "items")
-    steps: list[Mapping[str, float]] = []
-    tokens = skipped = 0
-    for chosen, report in zip(indices, learner.update([[prepared[i] for i in step] for step in indices], rates), strict=True):
-        tracker.phase_advanced(it.number, "train", len(chosen))
-        tokens += report.tokens
-        skipped += report.skipped
-        steps.extend(report.metrics)
-        if skipped > config.training.max_skipped_steps:
-            raise LearnerError(
-                f"{skipped} optimizer steps had a non-finite loss or gradient",
-                field="training.learning_rate",
-                fix="start a new run from the last export (model=...) with a lower learning rate; a resume would repeat this",
-            )
+    in_a_row = it.idle_before() + 1 if idle else 0
+    annotated_at = trained_at = time.monotonic()
+    steps = UpdateReport(steps=0, tokens=0, metrics=())
+    if idle is None:
+        prepared = _prepare(it, built.items)
+        trained_at = time.monotonic()
+        steps = _update(it, prepared)
     it.weights.learner = it.number
-    it.report.trained(it.number, steps, tokens, dropped, len(items), useful, len(groups))
+    it.report.trained(it.number, steps, built, idle, in_a_row)
     return {
-        "steps": len(steps),
-        "tokens": tokens,
-        "skipped": skipped,
-        "items": len(items),
-        "dropped": dict(dropped),
-        "loss_first": steps[0].get("loss"),
-        "loss_last": steps[-1].get("loss"),
+        "steps": steps.steps,
+        "tokens": steps.tokens,
+        "skipped": steps.skipped,
+        "items": len(built.items),
+        "truncated": built.truncated,
+        "dropped": dict(built.dropped),
+        "idle": idle,
+        "idle_in_a_row": in_a_row,
+        "loss_first": steps.metrics[0].get("loss") if steps.metrics else None,
+        "loss_last": steps.metrics[-1].get("loss") if steps.metrics else None,
         "reference": it.reference(),
-        "build_seconds": reference_at - built_at,
-        "ref_logprob_seconds": train_at - reference_at,
+        "build_seconds": annotated_at - built_at,
+        "ref_logprob_seconds": trained_at - annotated_at,
     }
 
 
-def _items(it: Iteration, told: Sequence[Judged]) -> tuple[list[TrainItem], Counter[str], int]:
-    """What is trained, what was left out and why, and how many groups gave anything."""
+def _items(it: Iteration) -> Built:
+    """What is trained, in the order of the prompts, and what was left out and why."""
     config, algorithm = it.parts.config, it.parts.algorithm
-    dropped: Counter[str] = Counter()
-    useful = 0
+    everything = it.groups()
+    groups = it.large_enough(everything)
+    told = judged(groups, dict(result_from_row(row) for row in it.parts.store.read(it.number, VERDICTS)))
+    dropped = Counter({"few_samples": len(everything) - len(groups)})
+    drop = config.training.on_truncated == "drop"
+    truncated = useful = 0
     items: list[TrainItem] = []
     rows: list[dict[str, Any]] = []
     for one in told:
@@ -87,19 +70,60 @@ def _items(it: Iteration, told: Sequence[Judged]) -> tuple[list[TrainItem], Coun
         if algorithm.needs().pairs:
             pairs, reasons = it.parts.pairing.build(one)
             dropped.update(reasons)
-            rows.extend(pair_rows(one.group, pairs))
         built = algorithm.items(one, pairs)
-        if config.training.on_truncated == "drop":
-            kept = [i for i in built if all(s.finish_reason != "length" for s in i.sequences)]
-            dropped["truncated"] += len(built) - len(kept)
-            built = kept
+        whole = [i for i in built if all(s.finish_reason != "length" for s in i.sequences)]
+        truncated += len(built) - len(whole)
+        if drop:
+            dropped["truncated"] += len(built) - len(whole)
+            built = whole
+            pairs = [p for p in pairs if "length" not in {one.group.rollouts[i].finish_reason for i in (p.chosen, p.rejected)}]
+        rows.extend(pair_rows(one.group, pairs))
         items.extend(built)
         useful += bool(built)
-    health.check_items(len(items), len(told), dropped)
     if rows and not it.parts.store.read(it.number, PAIRS):
         it.parts.store.append(it.number, PAIRS, rows)
         it.parts.store.seal(it.number, PAIRS)
-    return items, dropped, useful
+    return Built(items=items, judged=told, dropped=+dropped, truncated=truncated, useful=useful, groups=len(everything))
+
+
+def _prepare(it: Iteration, items: Sequence[TrainItem]) -> list[TrainItem]:
+    """The items as the loss needs them; before the very first step of a run they must pass the self-test."""
+    started = time.monotonic()
+    it.parts.tracker.phase_started(it.number, "reference", None, "")
+    prepared = it.parts.algorithm.prepare(_annotate(it, items))
+    if not it.trained_before():
+        _self_test(it, prepared)
+    it.parts.tracker.phase_finished(it.number, "reference", time.monotonic() - started)
+    return prepared
+
+
+def _update(it: Iteration, items: Sequence[TrainItem]) -> UpdateReport:
+    """Optimizer steps over the items.
+
+    Raises:
+        LearnerError: after too many steps whose gradient was not finite.
+    """
+    training, learner = it.parts.config.training, it.parts.learner
+    if training.optimizer_state == "reset" and it.trained_before():
+        learner.reset_optimizer()
+    seed = derive_seed(it.parts.config.seed, "steps", it.number)
+    indices = schedule(len(items), training.items_per_step, training.epochs, seed)
+    rates = learning_rates(it.parts.config, it.number, len(indices))
+    it.parts.tracker.phase_started(it.number, "train", sum(len(s) for s in indices), "items")
+    metrics: list[Mapping[str, float]] = []
+    tokens = skipped = 0
+    for chosen, report in zip(indices, learner.update([[items[i] for i in step] for step in indices], rates), strict=True):
+        it.parts.tracker.phase_advanced(it.number, "train", len(chosen))
+        tokens += report.tokens
+        skipped += report.skipped
+        metrics.extend(report.metrics)
+        if skipped > training.max_skipped_steps:
+            raise LearnerError(
+                f"{skipped} optimizer steps had a non-finite loss or gradient",
+                field="training.learning_rate",
+                fix="start a new run from the last export (model=...) with a lower learning rate; a resume would repeat this",
+            )
+    return UpdateReport(steps=len(metrics), tokens=tokens, metrics=metrics, skipped=skipped)
 
 
 def _annotate(it: Iteration, items: Sequence[TrainItem]) -> list[TrainItem]:
