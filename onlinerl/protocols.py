@@ -104,7 +104,10 @@ class Algorithm(Component):
 
 
 class Oracle(Component):
-    """Judges groups of responses. Configured like an algorithm; heavy state is loaded by `open`, never at import."""
+    """Judges groups of responses. Configured like an algorithm; heavy state is loaded by `open`, never at import.
+
+    One that returns preferences without scores only compares: it is never asked about a single response.
+    """
 
     groups_per_call: int = Field(1, ge=1)
     """Groups that one call of `judge` gets. A call that fails is asked again as a whole: keep it at 1 where answers cost money."""

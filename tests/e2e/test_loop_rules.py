@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from onlinerl import app as application
 from onlinerl.controller import evaluation
 from onlinerl.engines.toy import ToyEngine
 from onlinerl.learners.toy import ToyLearner
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import summarise
 from onlinerl.trackers.jsonl import read_metrics
+from onlinerl.types import Prompt
 
 FAILED, REFUSED = 1, 2
 
@@ -290,6 +292,13 @@ def test_what_an_evaluation_looks_at(toy_config, onlinerl, monkeypatch, tmp_path
     assert [len(table(run, t, "evaluation")) for t in (0, 1)] == [7, 7]
     assert summarise(run)["iterations"][1]["win_rate"]["n"] == 7
     assert compared == [3, 3]
+
+
+def test_how_many_prompts_the_canary_has():
+    """evaluation.canary; a prompt of one token has no first half."""
+    prompts = [Prompt(id=str(n), text="", token_ids=tuple(range(n))) for n in (1, 2, 5, 4)]
+    assert application._canary(prompts, 2) == [((0,), (1,)), ((0, 1), (2, 3, 4))]
+    assert len(application._canary(prompts, 16)) == 3
 
 
 def test_how_far_engine_and_learner_may_differ(toy_config, onlinerl, monkeypatch, tmp_path):
