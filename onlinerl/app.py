@@ -236,7 +236,7 @@ def _on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iter
                     part.shutdown()
 
 
-def _canary(prompts: Sequence[Prompt], count: int) -> list[tuple[Sequence[int], Sequence[int]]]:
+def _canary(prompts: Sequence[Prompt], count: int) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
     """What is scored after each push: second halves of prompts, given the first; fixed for the whole run."""
     halves = [(p.token_ids[: len(p.token_ids) // 2], p.token_ids[len(p.token_ids) // 2 :]) for p in prompts]
     return [(first, second) for first, second in halves if first][:count]
