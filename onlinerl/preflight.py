@@ -18,6 +18,7 @@ from onlinerl.config import RunConfig
 from onlinerl.controller.asking import answers
 from onlinerl.engines import _fit
 from onlinerl.errors import ConfigError, OracleError
+from onlinerl.prompts._kept import Kept
 from onlinerl.prompts.jsonl import JsonlPrompts, check_answers, check_overlap, load_prompts, read_prompts
 from onlinerl.protocols import Algorithm, Oracle, PairBuilder
 from onlinerl.types import Failure, Prompt, Query, Verdict
@@ -43,6 +44,8 @@ class Checked:
     """Number of parameters of the model, if it could be found out."""
     notes: Sequence[str]
     """The derived numbers, and what could not be checked."""
+    oracle_scores: bool = True
+    """Whether the oracle scores single responses, or only compares."""
 
     @property
     def max_model_len(self) -> int:
@@ -67,8 +70,12 @@ class Checked:
         return 4 if self.config.learner.dtype == "float32" else 2
 
 
-def check(config: RunConfig) -> Checked:
+def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     """Validate everything that does not need the cluster.
+
+    Args:
+        config: what to check.
+        kept: the prompts of the run that is resumed: what it goes on with, whatever has become of the files.
 
     Raises:
         OnlineRLError: naming field, cause and fix.
@@ -87,7 +94,11 @@ def check(config: RunConfig) -> Checked:
         config = config.model_copy(update={"model": str(local)})
     train: JsonlPrompts | None = None
     heldout: Sequence[Prompt] = ()
-    if local is not None:
+    if kept is not None and local is not None:
+        train, heldout = JsonlPrompts(kept.train, seed=config.seed, reuse=config.prompts.reuse), kept.heldout
+        total = len(train)
+        notes += kept.changes(config)
+    elif local is not None:
         train, heldout = load_prompts(
             config.prompts, tokenizer(config.model), config.seed, needs_answers=oracle.needs_reference_answer
         )
@@ -99,23 +110,9 @@ def check(config: RunConfig) -> Checked:
             check_answers(raw[0])
         total = len(raw[0])
         notes.append(f"{config.model} is not on this machine: prompt lengths, templates and the oracle were not tried")
-    wanted = config.prompts.per_iteration * config.iterations
-    if wanted > total and not config.prompts.reuse:
-        raise ConfigError(
-            f"{config.iterations} iterations of {config.prompts.per_iteration} fresh prompts need {wanted}, and there are {total}",
-            field="prompts.per_iteration",
-            fix=f"lower it to {total // config.iterations}, add prompts, or set prompts.reuse=true"
-            if total >= config.iterations
-            else f"lower iterations to {total // config.prompts.per_iteration}, add prompts, or set prompts.reuse=true",
-        )
-    if config.prompts.per_iteration > total:  # even with reuse, no prompt comes twice in one iteration
-        raise ConfigError(
-            f"asks for {config.prompts.per_iteration} different prompts at once, and there are {total}",
-            field="prompts.per_iteration",
-            fix=f"lower it to {total}, or add prompts",
-        )
+    _check_enough(config, total, resumed=kept is not None)
     if config.evaluation.prompts is not None:
-        if local is not None and config.evaluation.prompts > len(heldout):
+        if heldout and config.evaluation.prompts > len(heldout):
             raise ConfigError(
                 f"asks for {config.evaluation.prompts} held-out prompts, and there are {len(heldout)}",
                 field="evaluation.prompts",
@@ -141,7 +138,10 @@ def check(config: RunConfig) -> Checked:
 
 
 def probe_oracle(oracle: Oracle, prompt: Prompt) -> Verdict:
-    """Ask the oracle once, about two plainly different responses, before anything heavy starts; returns what it said.
+    """Ask the oracle once, about two plainly different responses, before anything heavy starts.
+
+    Returns:
+        What it said. An oracle that gives no scores here only compares, and is never asked about a single response.
 
     Raises:
         OracleError: if it raises, fails, does not answer in time, or answers in the wrong shape.
@@ -207,6 +207,28 @@ def identity(model: str) -> dict[str, str]:
                 data.seek(-(2**20), 2)
                 hasher.update(data.read())
     return {"model": model, "checksum": hasher.hexdigest()}
+
+
+def _check_enough(config: RunConfig, total: int, *, resumed: bool) -> None:
+    """A run must not stop half-way because its prompts are used up."""
+    wanted = config.prompts.per_iteration * config.iterations
+    more = (
+        "set prompts.reuse=true, or start a new run with more prompts" if resumed else "add prompts, or set prompts.reuse=true"
+    )
+    if wanted > total and not config.prompts.reuse:
+        raise ConfigError(
+            f"{config.iterations} iterations of {config.prompts.per_iteration} fresh prompts need {wanted}, and there are {total}",
+            field="prompts.per_iteration",
+            fix=f"lower iterations to {total // config.prompts.per_iteration}, {more}"
+            if resumed or total < config.iterations
+            else f"lower it to {total // config.iterations}, {more}",
+        )
+    if config.prompts.per_iteration > total:  # even with reuse, no prompt comes twice in one iteration
+        raise ConfigError(
+            f"asks for {config.prompts.per_iteration} different prompts at once, and there are {total}",
+            field="prompts.per_iteration",
+            fix=f"lower it to {total}, or add prompts",
+        )
 
 
 def _check_layout(config: RunConfig) -> None:

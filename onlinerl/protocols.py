@@ -124,7 +124,10 @@ class Algorithm(Component):
 
 
 class Oracle(Component):
-    """Judges groups of responses. Configured like an algorithm; heavy state is loaded by `open`, never at import."""
+    """Judges groups of responses. Configured like an algorithm; heavy state is loaded by `open`, never at import.
+
+    One that returns preferences without scores only compares: it is never asked about a single response.
+    """
 
     preference_temperature: float = Field(1.0, gt=0)
     """Where scores must stand in for preferences, P(i beats j) = sigmoid((s_i - s_j) / preference_temperature): Bradley-Terry. 1 suits

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onlinerl.controller.statistics import Divergence, Estimate, bootstrap, divergence, wilson
+from onlinerl.controller.statistics import Divergence, Estimate, bootstrap, divergence, ratio, wilson
 from onlinerl.protocols import Learner
 from onlinerl.types import Failure, Group, TrainSequence, Verdict
 
@@ -16,7 +16,7 @@ Judge = Callable[[Sequence[Group]], tuple[int, Mapping[str, Verdict | Failure]]]
 """Judges groups: how many verdicts that is, and they by prompt id."""
 
 # Smallest numbers of prompts a figure may be trusted at; below, it is shown and marked.
-N_MIN = {"kl": 256, "reward": 400, "win_rate": 400}
+N_MIN = {"kl": 256, "kl_forward": 512, "entropy_token": 20_000, "entropy_seq": 256, "reward": 400, "win_rate": 400, "text": 400}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,23 @@ def _outcome(gap: float) -> float:
     return 0.5 if gap == 0 else float(gap > 0)
 
 
+def entropy_seq(own: Sequence[np.ndarray]) -> Estimate:
+    """Mean of -log policy(y) over the policy's own samples y: an unbiased estimate of the entropy of its responses."""
+    return bootstrap([-float(np.sum(x, dtype=np.float64)) for x in own])
+
+
+def entropy_token(own: Sequence[np.ndarray]) -> Estimate:
+    """The same per token of the sampled responses."""
+    return ratio([-float(np.sum(x, dtype=np.float64)) for x in own], [len(x) for x in own])
+
+
+def forward_kl(reference: Sequence[np.ndarray], policy: Sequence[np.ndarray]) -> Estimate:
+    """KL(base || policy) in nats per sequence, from log-probs of the base model's own samples under both."""
+    return bootstrap(
+        [float(np.sum(r, dtype=np.float64) - np.sum(p, dtype=np.float64)) for r, p in zip(reference, policy, strict=True)]
+    )
+
+
 def drift(evaluated: Evaluated, learner: Learner, own: Sequence[np.ndarray], model: str | None) -> Divergence:
     """KL of the iterate to a saved model, on the iterate's own fresh samples; None means the iterate itself."""
     if model is None:
@@ -126,3 +143,21 @@ def mismatch(groups: Sequence[Group], own: Sequence[np.ndarray]) -> Mismatch:
         k3=float((np.exp(e) - 1 - e).mean()),
         tokens=e.size,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """All that is said about one iterate."""
+
+    answers: Evaluated
+    kl_ref: Divergence
+    """To the base model."""
+    kl_prev: Divergence
+    """To the iterate before."""
+    kl_forward: Estimate | None
+    """From the base model; None for the base model itself."""
+    entropy_token: Estimate
+    entropy_seq: Estimate
+    wins: Mapping[str, Estimate]
+    """Win rate by opponent: `base` and `prev`; empty for the base model."""
+    mismatch: Mismatch

@@ -9,29 +9,41 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from onlinerl.errors import EngineError, LearnerError, OracleError
-from onlinerl.types import Failure, Group, Judged
+from onlinerl.types import Failure, Group, Judged, RejectReason
 
 TIE = 1e-9
 """Judgements that differ by less are the same."""
 
 
 def check_group(group: Group, policy_version: int) -> None:
-    """Refuse rollouts that cannot be trained on: missing or non-finite log-probs (R-E3), or a stale policy (R-B3).
+    """Refuse rollouts of another policy than the current one (R-B3).
 
     Raises:
         EngineError: naming the prompt.
     """
     for rollout in group.rollouts:
-        if len(rollout.logprobs) != len(rollout.token_ids) or not np.isfinite(rollout.logprobs).all():
-            raise EngineError(
-                f"prompt {group.prompt.id}: a response lacks a finite log-prob for every token",
-                fix="this is a bug of the engine; nothing was stored",
-            )
         if rollout.policy_version != policy_version:
             raise EngineError(
                 f"prompt {group.prompt.id}: sampled by version {rollout.policy_version}, expected {policy_version}",
                 fix="a replica missed a weight update; `onlinerl resume` starts fresh replicas",
             )
+
+
+def check_rejected(reasons: Mapping[RejectReason, int], asked: int, limit: float) -> None:
+    """Stop when more than `limit` of the responses had to be thrown away (R-E3).
+
+    Raises:
+        EngineError: with the reasons.
+    """
+    rejected = sum(reasons.values())
+    if rejected > limit * asked:
+        said = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        raise EngineError(
+            f"{rejected} of {asked} responses had to be thrown away ({said})",
+            field="engine.max_rejected",
+            fix="`logprob`: the model gives NaN or infinite log-probs, try engine.dtype=float32 in a new run; `abort`: look at the "
+            "engine's log. `onlinerl resume` asks for them again; engine.max_rejected sets the limit",
+        )
 
 
 def check_failures(failures: Sequence[Failure], groups: int, limit: float) -> None:
@@ -52,42 +64,38 @@ def check_failures(failures: Sequence[Failure], groups: int, limit: float) -> No
         )
 
 
-def check_spread(judged: Sequence[Judged], *, within_groups: bool) -> None:
-    """Stop when the oracle never separates anything: nothing could be learned from it (R-G4).
+def nothing_to_learn(judged: Sequence[Judged], items: int, dropped: Mapping[str, int], *, within_groups: bool) -> str | None:
+    """Why an iteration gives nothing to learn, or None if it does (R-G4).
 
     Args:
-        judged: everything of an iteration.
+        judged: everything of an iteration that has a verdict.
+        items: how many training items it gave.
+        dropped: what was left out, by reason.
         within_groups: the algorithm compares responses to one prompt with each other; otherwise any difference will do.
-
-    Raises:
-        OracleError: if every group is tied, or everything has one score.
     """
-    fix = (
-        "check that the oracle reads the response, and that responses differ (sampling.temperature > 0); "
-        "then start a new run: these verdicts belong to this one"
-    )
     if within_groups and judged and all(_spread([j]) < TIE for j in judged):
-        raise OracleError(
-            f"all {len(judged)} groups are ties: the oracle gives every response to a prompt the same judgement",
-            field="oracle",
-            fix=fix,
-        )
+        return f"all {len(judged)} groups are ties: the oracle gives every response to a prompt the same judgement"
     if not within_groups and judged and _spread(judged) < TIE:
-        raise OracleError(f"all responses of {len(judged)} groups got the same judgement", field="oracle", fix=fix)
-
-
-def check_items(items: int, judged: int, dropped: Mapping[str, int]) -> None:
-    """Stop when nothing is left to train on.
-
-    Raises:
-        OracleError: with what was dropped and why.
-    """
+        return f"all responses of {len(judged)} groups got the same judgement"
     if items == 0:
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "no reason recorded"
+        return f"no training item is left of {len(judged)} judged groups (dropped: {reasons})"
+    return None
+
+
+def check_idle(in_a_row: int, limit: int, reason: str) -> None:
+    """Stop after `limit` iterations in a row that gave nothing to learn: more would only cost.
+
+    Raises:
+        OracleError: with the reason of the last one.
+    """
+    if in_a_row >= limit:
         raise OracleError(
-            f"no training item is left of {judged} judged groups (dropped: {reasons})",
-            field="pairing",
-            fix="loosen the pairing filters, raise sampling.samples_per_prompt, or check the oracle",
+            f"{in_a_row} iteration{'s' if in_a_row > 1 else ''} in a row gave nothing to learn; the last one: {reason}",
+            field="training.max_idle_iterations",
+            fix="check that the oracle reads the response and can tell good from bad ones here, repair it and `onlinerl resume`, which "
+            "goes on with fresh prompts; or stop here if the policy has learned what this oracle can teach. "
+            "A higher training.max_idle_iterations lets a resume try longer",
         )
 
 
@@ -133,8 +141,8 @@ def check_mismatch(k3: float, limit: float) -> None:
 
 
 def _spread(judged: Sequence[Judged]) -> float:
-    """Between the best and the worst response, in scores or win rates; NaN if nothing was said."""
+    """Between the best and the worst response, in scores or win rates; 0 if nothing was said."""
     said = [np.asarray(v.scores, float) if v.preferences is None else v.win_rates() for v in (j.verdict for j in judged)]
-    known = np.concatenate(said)
-    known = known[np.isfinite(known)]
-    return float(known.max() - known.min()) if known.size else math.nan
+    values = np.concatenate(said)
+    values = values[np.isfinite(values)]
+    return float(values.max() - values.min()) if values.size else 0.0

@@ -1,11 +1,36 @@
-"""The only loop. Everything before it is wiring, everything below it is one iteration."""
+"""The only loop. Each phase is durable before the next one starts:
+
+    iteration 0:   sync - evaluate - commit
+    iteration t:   sample - label - train - checkpoint - sync - evaluate - commit
+
+A crash anywhere resumes at the first unfinished phase. Inside `sample`, `label` and `evaluate` every group is on disk as soon as it
+is there, so nothing is generated or labelled twice.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from onlinerl.controller import health
 from onlinerl.controller.iteration import Iteration, Weights
 from onlinerl.controller.parts import Parts
+from onlinerl.controller.phases.checkpoint import checkpoint
+from onlinerl.controller.phases.commit import commit
+from onlinerl.controller.phases.evaluate import evaluate
+from onlinerl.controller.phases.label import label
+from onlinerl.controller.phases.sample import sample
+from onlinerl.controller.phases.sync import sync
+from onlinerl.controller.phases.train import train
 from onlinerl.controller.report import Reporter
 from onlinerl.errors import StoreError
+
+Phase = Callable[[Iteration], dict[str, Any]]
+BASE: Mapping[str, Phase] = {"sync": sync, "evaluate": evaluate, "commit": commit}
+"""What happens to the base model, in order."""
+PHASES: Mapping[str, Phase] = {"sample": sample, "label": label, "train": train, "checkpoint": checkpoint, **BASE}
+"""What makes an iterate, in order."""
 
 
 def run(parts: Parts, attempt: int = 0) -> int:
@@ -22,9 +47,31 @@ def run(parts: Parts, attempt: int = 0) -> int:
             continue
         _restore(parts, weights, number)
         cursor = parts.store.phases(number - 1)["sample"]["next_cursor"] if number > 1 else 0
-        Iteration(parts, number, weights, report, cursor).run()
+        it = Iteration(parts, number, weights, report, cursor)
+        _finish(it)
         done += 1
+        if 0 < number < parts.config.iterations:
+            trained = parts.store.phases(number)["train"]
+            health.check_idle(trained["idle_in_a_row"], parts.config.training.max_idle_iterations, trained["idle"] or "")
     return done
+
+
+def _finish(it: Iteration) -> None:
+    """Every phase of an iteration that is not finished yet."""
+    store = it.parts.store
+    done = store.phases(it.number)
+    # Training changes weights in memory only: it counts from the moment its checkpoint is complete.
+    if "train" in done and "checkpoint" not in done:
+        done.pop("train")
+    for name, phase in (PHASES if it.number > 0 else BASE).items():
+        if name in done:
+            continue
+        started = time.monotonic()
+        record = phase(it)
+        seconds = time.monotonic() - started
+        store.finish_phase(it.number, name, {"seconds": seconds, **record})
+        it.parts.tracker.phase_finished(it.number, name, seconds)
+        it.report.phase(it.number, name, seconds, record)
 
 
 def _restore(parts: Parts, weights: Weights, number: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from onlinerl.config import RunConfig
 from onlinerl.protocols import Algorithm, Learner, Oracle, PairBuilder, PromptSource, RolloutEngine, Store, Tracker, WeightSync
-from onlinerl.types import Prompt, TrainItem
+from onlinerl.types import Judged, Prompt, TrainItem
 
 
 class ArtefactStore(Store, Protocol):
@@ -59,8 +59,29 @@ class Parts:
     tracker: Tracker
     base_model: str
     """Directory or id of the initial policy: iteration 0 and the anchor of `kl_ref`."""
+    oracle_scores: bool = True
+    """Whether the oracle scores single responses; one that only compares is never asked about a single one."""
     state_bytes: int = 0
     """Size of one checkpoint plus export, for the free-space check."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What the judged groups of an iteration gave to train on."""
+
+    items: Sequence[TrainItem]
+    """In the order of the prompts."""
+    judged: Sequence[Judged]
+    dropped: Mapping[str, int]
+    """What was left out, by reason: groups (`few_samples`), candidate pairs (the pair builder's reasons), items (`truncated`)."""
+    contradicted: int
+    """Pairs whose winner lost the direct comparison with its own loser; they are trained all the same."""
+    truncated: int
+    """Items with a response that hit max_new_tokens, kept or dropped."""
+    useful: int
+    """Groups that gave at least one item."""
+    groups: int
+    """Groups that were sampled."""
 
 
 def reference_iteration(schedule: str, every: int, iteration: int) -> int | None:

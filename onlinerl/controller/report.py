@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from onlinerl.controller import evaluation
+from onlinerl.controller.parts import Built
 from onlinerl.controller.statistics import Divergence, Estimate, bootstrap, wilson
 from onlinerl.protocols import Tracker
-from onlinerl.types import Failure, Group, Judged, Metric, SyncReport, Verdict
+from onlinerl.types import Failure, Group, Judged, Metric, SyncReport, UpdateReport, Verdict
 
 
 @dataclass
@@ -29,12 +31,16 @@ class Reporter:
     def sampled(self, iteration: int, groups: Sequence[Group]) -> None:
         """What was generated."""
         rollouts = [r for g in groups for r in g.rollouts]
-        texts = [len({r.text for r in g.rollouts}) / len(g.rollouts) for g in groups]
+        texts = [len({r.text for r in g.rollouts}) / len(g.rollouts) for g in groups if g.rollouts]
+        cut = [float(np.mean([r.finish_reason == "length" for r in g.rollouts])) for g in groups if g.rollouts]
+        rejected = Counter(reason for g in groups for reason in g.rejected)
         self._log(
             iteration,
             self._one("generated_tokens", float(sum(len(r.token_ids) for r in rollouts)), "tokens", n=len(rollouts)),
             self._one("prompts_sampled", float(len(groups)), "prompts"),
             self._estimate("unique_ratio", bootstrap(texts), "ratio", n_min=200),
+            self._estimate("rollouts_truncated", bootstrap(cut), "ratio", n_min=200),
+            *(self._one("rollouts_rejected", float(n), "responses", labels={"reason": r}) for r, n in sorted(rejected.items())),
         )
 
     def labelled(
@@ -61,27 +67,29 @@ class Reporter:
     def trained(
         self,
         iteration: int,
-        steps: Sequence[Mapping[str, float]],
-        tokens: int,
-        dropped: Mapping[str, int],
-        items: int,
-        useful: int,
-        groups: int,
-        contradicted: int,
+        steps: UpdateReport,
+        built: Built,
+        idle: str | None,
+        idle_in_a_row: int,
         figures: Mapping[str, float],
     ) -> None:
-        """What was trained on, what the algorithm and the learner said about it (the latter averaged over the iteration's steps)."""
+        """What was trained on, what the algorithm and the learner said about it (the latter averaged over the iteration's steps); or
+        why there was no step."""
+        if idle is not None:
+            self.tracker.note(f"iteration {iteration} gives nothing to learn, so no step is taken: {idle}")
         metrics = [
-            self._one("trained_tokens", float(tokens), "tokens"),
-            self._one("pairs_per_prompt", items / max(1, groups), "ratio", n=groups),
-            self._one("pair_yield", useful / max(1, groups), "ratio", n=groups),
-            *(self._one("pairs_dropped", float(n), "pairs", labels={"reason": r}) for r, n in dropped.items()),
+            self._one("trained_tokens", float(steps.tokens), "tokens"),
+            self._one("items_truncated", float(built.truncated), "items", n=len(built.items)),
+            self._one("pairs_per_prompt", len(built.items) / max(1, built.groups), "ratio", n=built.groups),
+            self._one("pair_yield", built.useful / max(1, built.groups), "ratio", n=built.groups),
+            self._one("idle_iterations", float(idle_in_a_row), "iterations"),
+            *(self._one("pairs_dropped", float(n), "pairs", labels={"reason": r}) for r, n in built.dropped.items()),
             # Trained on all the same: chosen by win rate, although the oracle prefers the rejected one of the two.
-            self._one("pairs_contradicted", float(contradicted), "pairs"),
-            *(self._one(name, value, "", n=items) for name, value in figures.items()),
+            self._one("pairs_contradicted", float(built.contradicted), "pairs"),
+            *(self._one(name, value, "", n=len(built.items)) for name, value in figures.items()),
         ]
-        for name in sorted({k for step in steps for k in step}):
-            values = [step[name] for step in steps if name in step and math.isfinite(step[name])]
+        for name in sorted({k for step in steps.metrics for k in step}):
+            values = [step[name] for step in steps.metrics if name in step and math.isfinite(step[name])]
             if values:
                 metrics.append(self._estimate(name, bootstrap(values), "", estimator="mean over steps"))
         self._log(iteration, *metrics)
@@ -96,62 +104,71 @@ class Reporter:
             self._one("weight_sync_canary", report.canary_nats, "nats/token"),
         )
 
-    def evaluated(
-        self,
-        iteration: int,
-        now: evaluation.Evaluated,
-        base_kl: Divergence,
-        prev_kl: Divergence,
-        wins: Mapping[str, Estimate],
-        gap: evaluation.Mismatch,
-    ) -> dict[str, Any]:
+    def evaluated(self, iteration: int, measured: evaluation.Measured) -> dict[str, Any]:
         """Held-out figures. Returns the record that `show` reads."""
+        now, n_min = measured.answers, evaluation.N_MIN
         reward, length, cut = evaluation.reward(now), evaluation.length(now), evaluation.truncated(now)
-        n_min = evaluation.N_MIN
         oracle_version = next((v.oracle_version for v in now.verdicts.values() if isinstance(v, Verdict)), None)
         common: dict[str, Any] = {"set": "heldout", "policy_version": iteration, "oracle_version": oracle_version}
         metrics = [
-            self._estimate("reward", reward, "reward", n_min=n_min["reward"], labels={"oracle": "proxy"}, **common),
-            self._estimate("length", length, "tokens", n_min=400, **common),
-            self._estimate("truncated", cut, "ratio", n_min=400, **common),
+            self._estimate("length", length, "tokens", n_min=n_min["text"], **common),
+            self._estimate("truncated", cut, "ratio", n_min=n_min["text"], **common),
+            self._estimate("entropy_token", measured.entropy_token, "nats/token", n_min=n_min["entropy_token"], **common),
+            self._estimate("entropy_seq", measured.entropy_seq, "nats/sequence", n_min=n_min["entropy_seq"], **common),
+            *self._divergence("kl_ref", "initial", measured.kl_ref, common),
+            *self._divergence("kl_prev", "prev_iter", measured.kl_prev, common),
         ]
-        for name, kl in (("kl_ref", base_kl), ("kl_prev", prev_kl)):
-            for estimator in ("k1", "k3"):
-                estimate = getattr(kl, estimator)
-                labels = {"estimator": estimator}
-                metrics.append(
-                    self._estimate(
-                        name, estimate, "nats/sequence", n_min=n_min["kl"], estimator=estimator, labels=labels, **common
-                    )
-                )
-        for opponent, estimate in wins.items():
+        if reward.n:  # an oracle that only compares gives none
+            metrics.append(
+                self._estimate("reward", reward, "reward", n_min=n_min["reward"], labels={"oracle": "proxy"}, **common)
+            )
+        if measured.kl_forward is not None:
+            metrics.append(
+                self._estimate("kl_forward", measured.kl_forward, "nats/sequence", n_min=n_min["kl_forward"], **common)
+            )
+        for opponent, estimate in measured.wins.items():
             labels = {"opponent": opponent, "control": "raw"}
             metrics.append(
                 self._estimate(
                     "win_rate", estimate, "ratio", n_min=n_min["win_rate"], estimator="wilson", labels=labels, **common
                 )
             )
+        gap = measured.mismatch
         for stat in ("mean", "p99", "max"):
             metrics.append(self._one("logp_mismatch", getattr(gap, stat), "nats/token", n=gap.tokens, labels={"stat": stat}))
         metrics.append(self._one("logp_mismatch_k3", gap.k3, "nats/token", n=gap.tokens))
         self._log(iteration, *metrics)
-        base = wins.get("base")
-        said = f"reward {reward.value:.3f}  KL to base {base_kl.headline:.2f} nats"
-        if base is not None:
-            said += f"  win rate vs base {base.value:.3f} [{base.low:.3f}, {base.high:.3f}]"
-        self.tracker.note(said)
+        self.tracker.note(_headline(reward, measured))
+        base, kl = measured.wins.get("base"), measured.kl_ref
         return {
             "reward": reward.value,
             "reward_interval": [reward.low, reward.high],
-            "kl_ref": base_kl.headline,
-            "kl_prev": prev_kl.headline,
-            "kl_ref_k1": base_kl.k1.value,
+            "kl_ref": kl.headline.value,
+            "kl_prev": measured.kl_prev.headline.value,
+            "kl_ref_k1": kl.k1.value,
+            "kl_ref_k3": kl.k3.value,
+            "kl_estimator": kl.estimator,
+            "kl_conflict": kl.conflict,
+            "kl_forward": None if measured.kl_forward is None else measured.kl_forward.value,
+            "entropy_token": measured.entropy_token.value,
             "win_rate": None if base is None else {"value": base.value, "low": base.low, "high": base.high, "n": base.n},
-            "win_rate_prev": None if "prev" not in wins else wins["prev"].value,
+            "win_rate_prev": None if "prev" not in measured.wins else measured.wins["prev"].value,
             "length": length.value,
             "truncated": cut.value,
             "logp_mismatch": gap.mean,
+            "insufficient": sorted({m.name for m in metrics if m.insufficient}),
         }
+
+    def _divergence(self, name: str, reference: str, kl: Divergence, common: Mapping[str, Any]) -> list[Metric]:
+        """Both estimators, which of them is the headline, and what speaks against it."""
+        unit, n_min, labels = "nats/sequence", evaluation.N_MIN["kl"], {"reference": reference}
+        return [
+            self._estimate(name, kl.k1, unit, n_min=n_min, estimator="k1", labels={"estimator": "k1"}, **common),
+            self._estimate(name, kl.k3, unit, n_min=n_min, estimator="k3", labels={"estimator": "k3"}, **common),
+            self._estimate("kl_headline", kl.headline, unit, n_min=n_min, estimator=kl.estimator, labels=labels, **common),
+            self._one("kl_conflict", float(kl.conflict), "bool", n=kl.k1.n, labels=labels),
+            self._one("kl_clamped", kl.clamped_share, "ratio", n=kl.tokens, labels=labels),
+        ]
 
     def _log(self, iteration: int, *metrics: Metric) -> None:
         from dataclasses import replace
@@ -187,3 +204,15 @@ class Reporter:
             labels=labels or {},
             **more,
         )
+
+
+def _headline(reward: Estimate, measured: evaluation.Measured) -> str:
+    """What the console says about an iterate."""
+    said = [f"reward {reward.value:.3f}"] if reward.n else []
+    kl = measured.kl_ref
+    said.append(f"KL to base {kl.headline.value:.2f} nats ({kl.estimator})")
+    if kl.conflict:
+        said.append(f"its two estimates disagree (k1 {kl.k1.value:.2f}, k3 {kl.k3.value:.2f})")
+    if (base := measured.wins.get("base")) is not None:
+        said.append(f"win rate vs base {base.value:.3f} [{base.low:.3f}, {base.high:.3f}]")
+    return "  ".join(said)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -52,6 +53,22 @@ def wilson(wins: Sequence[float]) -> Estimate:
     )
 
 
+def ratio(totals: Sequence[float], counts: Sequence[int], *, draws: int = 1000, seed: int = 0) -> Estimate:
+    """Sum of `totals` over sum of `counts` (one pair per prompt, e.g. nats and tokens), bootstrap over prompts; n is the count.
+
+    The standard error is that of the bootstrap.
+    """
+    top, bottom = np.asarray(totals, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    if not bottom.sum():
+        return Estimate(value=math.nan, low=math.nan, high=math.nan, se=math.nan, n=0)
+    drawn = np.random.default_rng(seed).integers(0, top.size, size=(draws, top.size))
+    below = bottom[drawn].sum(axis=1)
+    ratios = top[drawn].sum(axis=1)[below > 0] / below[below > 0]
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    value = float(top.sum() / bottom.sum())
+    return Estimate(value=value, low=float(low), high=float(high), se=float(ratios.std()), n=int(bottom.sum()))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
     """KL(policy || other) in nats per sequence, two estimators of the same quantity."""
@@ -60,11 +77,30 @@ class Divergence:
     k3: Estimate
     clamped: int
     """Tokens whose log-ratio was outside [-20, 20]."""
+    tokens: int
 
     @property
-    def headline(self) -> float:
-        """k3, unless it is the noisier of the two (it can be, far from the reference)."""
-        return self.k1.value if self.k3.se > self.k1.se else self.k3.value
+    def clamped_share(self) -> float:
+        """Share of the tokens that were clamped."""
+        return self.clamped / max(1, self.tokens)
+
+    @property
+    def estimator(self) -> Literal["k1", "k3"]:
+        """Which of the two is the headline: k3, unless more than 0.1 % of the tokens are clamped or it is the noisier one.
+
+        Near the other model k3 has far less noise; far from it, tokens that are rare under the policy can make it the noisier one.
+        """
+        return "k1" if self.clamped_share > 1e-3 or self.k3.se > self.k1.se else "k3"
+
+    @property
+    def headline(self) -> Estimate:
+        """The estimate to quote; always say `estimator` with it."""
+        return self.k1 if self.estimator == "k1" else self.k3
+
+    @property
+    def conflict(self) -> bool:
+        """True if the two differ by more than three standard errors of k1: a wrong sampler, wrong weights, or too few samples."""
+        return abs(self.k1.value - self.k3.value) > 3 * self.k1.se
 
 
 def divergence(policy: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> Divergence:
@@ -72,11 +108,12 @@ def divergence(policy: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> Div
 
     k1 = sum_t d_t, k3 = sum_t (exp(-d_t) - 1 + d_t), d_t = log policy - log other.
     """
-    k1, k3, clamped = [], [], 0
+    k1, k3, clamped, tokens = [], [], 0, 0
     for p, q in zip(policy, other, strict=True):
         d = np.asarray(p, dtype=np.float64) - np.asarray(q, dtype=np.float64)
         clamped += int((np.abs(d) > 20).sum())
+        tokens += d.size
         d = np.clip(d, -20, 20)
         k1.append(float(d.sum()))
         k3.append(float(np.maximum(np.expm1(-d) + d, 0.0).sum()))  # expm1 and the bound: no rounding below 0
-    return Divergence(k1=bootstrap(k1), k3=bootstrap(k3), clamped=clamped)
+    return Divergence(k1=bootstrap(k1), k3=bootstrap(k3), clamped=clamped, tokens=tokens)

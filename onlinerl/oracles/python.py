@@ -4,7 +4,8 @@ The function gets a list of dicts with the keys `prompt` (str), `messages` (list
 `responses` (list of K str) and `reference_answer` (str or None). It returns a list with one entry per dict:
 
 - a list of K numbers, higher is better: scores;
-- a K x K list: cell [i][j] is the probability that response i beats response j, None where not asked, the diagonal is ignored;
+- a K x K list: cell [i][j] is the probability that response i beats response j, None where not asked, the diagonal is ignored; a
+  function that answers like this is never asked about a single response;
 - None: refused to judge.
 
 An entry that is none of these, or that holds NaN or infinity, is a Failure and never reaches training (R-G1).

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, field_validator
 
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
@@ -47,6 +47,12 @@ class RewardModel(ModelOracle):
     _tokenizer: Any = PrivateAttr(None)
     _limit: int = PrivateAttr(0)
     _version: str = PrivateAttr("")
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        folder = Path(path).expanduser()
+        return str(folder.absolute()) if folder.is_dir() else path  # a resume may start in another working directory
 
     def open(self) -> None:
         """Load model and tokenizer. Idempotent; `judge` calls it too.

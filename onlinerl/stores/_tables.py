@@ -43,13 +43,18 @@ def read(folder: Path, table: str) -> list[dict[str, Any]]:
 
 def seal(folder: Path, table: str) -> None:
     """Turn the journal into a Parquet file; nothing happens if it already is one."""
-    journal, sealed = journal_path(folder, table), sealed_path(folder, table)
-    if not sealed.exists():
-        sink = pa.BufferOutputStream()
-        pq.write_table(_to_arrow(read(folder, table)), sink, compression="zstd")
-        _files.replace(sealed, sink.getvalue().to_pybytes())
+    journal = journal_path(folder, table)
+    if not sealed_path(folder, table).exists():
+        write(folder, table, read(folder, table))
     with _files.explained(journal):
         journal.unlink(missing_ok=True)
+
+
+def write(folder: Path, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A complete table at once, in place of an older one."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(_to_arrow(rows), sink, compression="zstd")
+    _files.replace(sealed_path(folder, table), sink.getvalue().to_pybytes())
 
 
 def _aligned(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

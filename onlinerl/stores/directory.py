@@ -3,6 +3,7 @@
     manifest.json            identity of the run and how it stands
     config.yaml              the whole configuration, defaults included
     metrics.jsonl            every figure (written by the jsonl tracker)
+    prompts/                 the prompts that the run uses, whatever becomes of the files they were read from
     lock                     held by the one process that may write
     iterations/0001/         manifest.json with the finished phases, and the tables of that iteration
     checkpoints/0001/        resumable state after iteration 1
@@ -14,6 +15,8 @@ Each method leaves the directory in a state from which a run can be resumed, whe
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -23,6 +26,8 @@ from typing import Any, Literal
 from onlinerl.errors import StoreError
 from onlinerl.stores import _artefacts, _files, _tables
 from onlinerl.stores._lock import Lock
+from onlinerl.stores.rows import prompt_from_row, prompt_row
+from onlinerl.types import Prompt
 
 __all__ = ["RunDirectory"]
 
@@ -32,6 +37,7 @@ KINDS: tuple[Kind, ...] = ("checkpoints", "exports")
 _MANIFEST = "manifest.json"
 _CONFIG = "config.yaml"
 _LOCK = "lock"
+_PROMPTS = "prompts"
 _GIB = 1 << 30
 
 
@@ -160,6 +166,37 @@ class RunDirectory:
                 fix="lower checkpoints.keep, set checkpoints.exports=last, free some space, or move the run to a larger disk "
                 "(`runs`), then resume",
             )
+
+    # --- prompts ---
+
+    def keep_prompts(self, **sets: Sequence[Prompt]) -> None:
+        """Store the prompts that this run uses (`train`, `heldout`), in order, and their hashes in the manifest."""
+        folder = self.path / _PROMPTS
+        self._make(folder)
+        kept = {}
+        for name, prompts in sets.items():
+            rows = [prompt_row(prompt) for prompt in prompts]
+            _tables.write(folder, name, rows)
+            kept[name] = {"count": len(rows), "sha256": _digest(rows)}
+        self.update_manifest(prompts=kept)  # last: before that, the run has no prompts of its own
+
+    def prompts(self, name: str) -> list[Prompt] | None:
+        """What `keep_prompts` stored; None if it has not been called.
+
+        Raises:
+            StoreError: if it is not what was stored.
+        """
+        kept = self.manifest.get("prompts")
+        if kept is None:
+            return None
+        rows = _tables.read(self.path / _PROMPTS, name)
+        if _digest(rows) != kept[name]["sha256"]:
+            raise StoreError(
+                f"{_tables.sealed_path(self.path / _PROMPTS, name)} does not hold the {kept[name]['count']} prompts of this run",
+                field="runs",
+                fix="restore it from a backup, or start a new run",
+            )
+        return [prompt_from_row(row) for row in rows]
 
     # --- iterations ---
 
@@ -308,6 +345,13 @@ def _require_empty(path: Path) -> None:
             field="name",
             fix="give the run another `name`, or empty it",
         )
+
+
+def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    hasher = hashlib.sha256()
+    for row in rows:
+        hasher.update(json.dumps(row, sort_keys=True).encode())
+    return hasher.hexdigest()
 
 
 def _no_run(path: Path) -> StoreError:

@@ -12,13 +12,15 @@ from dataclasses import asdict
 from typing import Any
 
 from onlinerl.errors import StoreError
-from onlinerl.types import Cost, Failure, Group, Pair, Prompt, Rollout, Sampling, Verdict
+from onlinerl.types import Cost, Failure, Group, Message, Pair, Prompt, Rollout, Sampling, Verdict
 
 ROLLOUTS = "rollouts"
 VERDICTS = "verdicts"
 PAIRS = "pairs"
 EVALUATION = "evaluation"
 EVALUATION_VERDICTS = "evaluation_verdicts"
+BASE_LOGPROBS = "base_logprobs"
+"""Of iteration 0: the learner's log-probs of the base model's own answers, f32[T] each, for the forward KL of later iterates."""
 
 Matrix = tuple[tuple[float, ...], ...]
 
@@ -50,11 +52,11 @@ def group_from_row(row: Mapping[str, Any], prompts_by_id: Mapping[str, Prompt]) 
     """
     prompt = prompts_by_id.get(row["prompt_id"])
     if prompt is None or list(prompt.token_ids) != list(row["prompt_token_ids"]):
-        problem = "is not in the prompt file" if prompt is None else "is rendered to other tokens than when it was sampled"
+        problem = "is not among the run's prompts" if prompt is None else "is rendered to other tokens than when it was sampled"
         raise StoreError(
             f"prompt {row['prompt_id']!r} {problem}",
             field="prompts.train",
-            fix="resume with the prompt file and the tokenizer the run was started with",
+            fix="restore the run's `prompts` folder; a run started by an older version needs its prompt file and tokenizer",
         )
     rollouts = tuple(
         Rollout(
@@ -80,6 +82,24 @@ def group_from_row(row: Mapping[str, Any], prompts_by_id: Mapping[str, Prompt]) 
         )
     )
     return Group(prompt=prompt, rollouts=rollouts, rejected=tuple(row.get("rejected") or ()))
+
+
+def prompt_row(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as one row of the prompts that a run keeps."""
+    return {
+        "id": prompt.id,
+        "text": prompt.text,
+        "token_ids": [int(t) for t in prompt.token_ids],
+        "messages": [{"role": m.role, "content": m.content} for m in prompt.messages],
+        "reference_answer": prompt.reference_answer,
+        "source": prompt.source,
+    }
+
+
+def prompt_from_row(row: Mapping[str, Any]) -> Prompt:
+    """The reverse of `prompt_row`."""
+    messages = tuple(Message(**message) for message in row["messages"])
+    return Prompt(**{**row, "token_ids": tuple(row["token_ids"]), "messages": messages})
 
 
 def result_row(prompt_id: str, result: Verdict | Failure) -> dict[str, Any]:

@@ -16,9 +16,12 @@ def summarise(path: str | Path, *, extras: bool = False) -> dict[str, Any]:
     """What a run has reached, as plain JSON: every number is finite, a missing value is None.
 
     Returns `{"run", "algorithm", "iterations": [{"iteration", "reward", "kl_ref", "kl_prev", "win_rate": {"value", "low", "high",
-    "n"}, "phases": {name: seconds}, "sync": {"seconds", "bytes", "proved"}, "samples", "oracle_calls", "status"}]}`. Iteration 0
-    is the base model: its KL is 0 and its win rate None. `sync` and `win_rate` are None until they are known. `status` is what
-    the iteration was committed as; before that "running", or "unfinished" if no process is working on the run.
+    "n"}, "phases": {name: seconds}, "sync": {"seconds", "bytes", "proved"}, "samples", "oracle_calls", "status", "kl_estimator", "kl_conflict",
+    "insufficient", "idle"}]}`. Iteration 0 is the base model: its KL is 0 and its win rate None. `sync` and `win_rate` are None
+    until they are known. `status` is what the iteration was committed as: "promoted", or "keep" where there was nothing to learn
+    and `idle` says why; before that "running", or "unfinished" if no process is working on the run. `kl_estimator` says which
+    estimate `kl_ref` is (k3, or k1 where that has less noise), `kl_conflict` whether the two disagree, and `insufficient` which
+    figures were measured on too few prompts to decide by.
     With `extras`, each iteration also has "length" (mean response tokens) and "oracle_failures".
 
     Raises:
@@ -50,7 +53,8 @@ def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = Fal
     table, verdicts = (EVALUATION, EVALUATION_VERDICTS) if heldout else (ROLLOUTS, VERDICTS)
     _run_manifest(path)
     folder = path / "iterations" / f"{iteration:04d}"
-    groups = _tables.read(folder, table)
+    # A group that was asked for again, because the engine's first answer was unusable, has two rows: the later one counts.
+    groups = list({row["prompt_id"]: row for row in _tables.read(folder, table)}.values())
     if not groups:
         known = [int(p.name) for p in sorted((path / "iterations").glob("[0-9]*")) if _tables.read(p, table)]
         raise StoreError(
@@ -96,6 +100,10 @@ def _iteration(number: int, phases: Mapping[str, Mapping[str, Any]], *, active: 
         "samples": phases.get("sample", {}).get("samples"),
         "oracle_calls": sum(calls) if calls else None,
         "status": phases.get("commit", {}).get("status") or ("running" if active else "unfinished"),
+        "kl_estimator": evaluate.get("kl_estimator"),
+        "kl_conflict": evaluate.get("kl_conflict"),
+        "insufficient": evaluate.get("insufficient", []),
+        "idle": phases.get("train", {}).get("idle"),
     }
     if extras:
         row |= {"length": evaluate.get("length"), "oracle_failures": label.get("failures")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,18 +98,16 @@ class ConsoleTracker(Tracker):
 
 
 _PHASES = ("sample", "label", "train", "checkpoint", "sync", "evaluate", "commit")
+_FIGURES = {"reward": "reward", "kl_ref": "KL", "win_rate": "win rate", "length": "length"}
 _SHORT = {"checkpoint": "save", "evaluate": "eval"}
 
 
 def render_table(summary: Mapping[str, Any]) -> Table:
     """The iterations of a run (see `stores.summary.summarise`) as a table; `length` is shown where the summary has it."""
     title = " ".join(filter(None, (summary["run"], f"({summary['algorithm']})" if summary["algorithm"] else None)))
-    unfinished = [
-        f"iteration {row['iteration']} is {row['status']}" for row in summary["iterations"] if row["status"] != "promoted"
-    ]
     table = Table(
         title=Text(title),
-        caption=Text("; ".join(["phases in seconds", *unfinished])),
+        caption=Text("; ".join(_remarks(summary["iterations"]))),
         box=SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
@@ -129,13 +127,31 @@ def render_table(summary: Mapping[str, Any]) -> Table:
         cells = (
             str(row["iteration"]),
             _number(row["reward"], ".3f"),
-            _number(row["kl_ref"], ".2f"),
+            _kl(row),
             _win_rate(row["win_rate"]),
             _number(row.get("length"), ".1f"),
             *(_number(row["phases"].get(name), ".0f") for name in order),
         )
         table.add_row(*map(Text, cells))
     return table
+
+
+def _remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What must be said about the figures and the iterations of the table."""
+    remarks = ["phases in seconds"]
+    few = {name for row in rows for name in row.get("insufficient") or ()}
+    if named := [shown for name, shown in _FIGURES.items() if name in few]:
+        remarks.append(f"too few prompts to decide by: {', '.join(named)}")
+    if any(row.get("kl_estimator") == "k1" for row in rows):
+        remarks.append("k1: there k3 is the noisier estimate of the KL")
+    if any(row.get("kl_conflict") for row in rows):
+        remarks.append("!: the two estimates of the KL disagree")
+    for row in rows:
+        if row["status"] == "keep":
+            remarks.append(f"iteration {row['iteration']} gave nothing to learn")
+        elif row["status"] != "promoted":
+            remarks.append(f"iteration {row['iteration']} is {row['status']}")
+    return remarks
 
 
 @dataclass(kw_only=True, slots=True)
@@ -169,6 +185,11 @@ def _rate(done: float, seconds: float, unit: str) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _kl(row: Mapping[str, Any]) -> str:
+    estimator = " k1" if row.get("kl_estimator") == "k1" else ""
+    return _number(row["kl_ref"], ".2f") + estimator + ("!" if row.get("kl_conflict") else "")
 
 
 def _win_rate(rate: Mapping[str, float | None] | None) -> str:

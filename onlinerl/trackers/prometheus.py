@@ -27,6 +27,7 @@ __all__ = ["PrometheusTracker", "totals"]
 PHASES = ("sample", "label", "reference", "train", "checkpoint", "sync", "evaluate", "commit")
 ROLE = "controller"
 STATUSES = ("ok", "failed")
+REJECTED = ("logprob", "abort")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +57,20 @@ TABLE: tuple[Series, ...] = (
         help=_KL,
         labels={"reference": "prev_iter", "estimator": "k3", "stat": "mean"},
     ),
+    Series(
+        metric="kl_conflict",
+        name="onlinerl_kl_conflict",
+        help="1 if the estimates k1 and k3 of a KL divergence disagree",
+        labels={"reference": None},
+    ),
+    Series(
+        metric="kl_clamped",
+        name="onlinerl_kl_clamped_ratio",
+        help="Share of tokens whose log-ratio was clamped in a KL divergence",
+        labels={"reference": None},
+    ),
+    Series(metric="kl_forward", name="onlinerl_kl_forward_nats", help="KL divergence of the base model from the policy"),
+    Series(metric="entropy_token", name="onlinerl_entropy_nats", help="Entropy of the policy per token, from its samples"),
     Series(
         metric="reward",
         name="onlinerl_reward",
@@ -110,6 +125,23 @@ TABLE: tuple[Series, ...] = (
         labels={"reason": None},
     ),
     Series(metric="pair_yield", name="onlinerl_pair_yield_ratio", help="Share of prompts with at least one pair"),
+    Series(
+        metric="rollouts_rejected",
+        name="onlinerl_rollouts_rejected_total",
+        help="Training responses thrown away",
+        kind="counter",
+        labels={"reason": None},
+    ),
+    Series(
+        metric="rollouts_truncated",
+        name="onlinerl_rollouts_truncated_ratio",
+        help="Share of training responses that hit the length limit",
+    ),
+    Series(
+        metric="idle_iterations",
+        name="onlinerl_idle_iterations",
+        help="Iterations in a row that gave nothing to learn",
+    ),
     Series(metric="zero_spread", name="onlinerl_zero_spread_ratio", help="Share of groups whose responses all score the same"),
     Series(
         metric="weight_sync_seconds", name="onlinerl_weight_sync_seconds", help="Wall time of the latest push and its proof"
@@ -264,6 +296,8 @@ class PrometheusTracker(Tracker):
         for kind in oracle_kinds:
             for status in STATUSES:
                 self._child("onlinerl_oracle_calls_total", kind=kind, status=status)
+        for reason in REJECTED:
+            self._child("onlinerl_rollouts_rejected_total", reason=reason)
         for reason in drop_reasons:
             self._child("onlinerl_pairs_dropped_total", reason=reason)
         self._show_phase(None)

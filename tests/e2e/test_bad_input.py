@@ -7,14 +7,12 @@ import json
 import os
 import shutil
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from onlinerl import app as application
-from onlinerl import cli as command_line
 from onlinerl import config as configuration
 from onlinerl import placement
 from onlinerl.learners.toy import ToyLearner
@@ -22,20 +20,6 @@ from onlinerl.stores import _files, directory
 from onlinerl.stores.summary import summarise
 
 FAILED, REFUSED = 1, 2
-
-
-@pytest.fixture
-def onlinerl(monkeypatch, capsys, tmp_path):
-    """The command line in this process; returns its exit code and what it wrote to stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["onlinerl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            command_line.main()
-        return int(ended.value.code or 0), capsys.readouterr().err
-
-    return run
 
 
 @pytest.fixture
@@ -55,27 +39,6 @@ def refused(onlinerl, monkeypatch, tmp_path):
         return message
 
     return run
-
-
-@pytest.fixture
-def oracle(tmp_path, monkeypatch):
-    """Writes an oracle of the user's own; returns the overrides that select it."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    names = iter(range(100))
-
-    def make(body: str) -> dict[str, object]:
-        name = f"oracle_{tmp_path.name}_{next(names)}"
-        lines = [
-            "calls = 0",
-            "def judge(queries):",
-            "    global calls",
-            "    calls += 1",
-            *(f"    {x}" for x in body.splitlines()),
-        ]
-        (tmp_path / f"{name}.py").write_text("\n".join(lines) + "\n")
-        return {"oracle.name": "python", "oracle.function": f"{name}.judge", "oracle.groups_per_call": 16}
-
-    return make
 
 
 def says(message: str, *parts: str) -> None:
@@ -409,12 +372,8 @@ SCORES = "[[len(r) for r in q['responses']] for q in queries]"
             f"return {SCORES} if calls < 3 else {SCORES}[1:]",
             ("8 of 8 groups (8 wrong_length)", "returned 7 entries for 8 prompts"),
         ),
-        (
-            "return [[0.5] * len(q['responses']) for q in queries]",
-            ("all 8 groups are ties", "check that the oracle reads the response"),
-        ),
     ],
-    ids=["raises", "nan", "short", "missing-entry", "never-separates"],
+    ids=["raises", "nan", "short", "missing-entry"],
 )
 def test_an_oracle_that_goes_wrong_later(toy_config, onlinerl, oracle, tmp_path, body, parts):
     """R-G1, R-G4: a clear stop of its own boundary; nothing was trained and all that was generated is kept."""

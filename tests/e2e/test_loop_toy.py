@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import summarise
@@ -21,7 +22,7 @@ NOTHING_LEFT, REQUEUE = 4, 75
 PROBE = [" It was good.", " It was bad, the answer is 7."]
 """What the oracle is asked at every start before anything else; it is no label."""
 
-NUMBER = (int, float)
+NUMBER, NONE = (int, float), type(None)
 ROW = {
     "iteration": int,
     "reward": NUMBER,
@@ -33,6 +34,10 @@ ROW = {
     "samples": int,
     "oracle_calls": int,
     "status": str,
+    "kl_estimator": str,
+    "kl_conflict": bool,
+    "insufficient": list,
+    "idle": NONE,
 }
 
 
@@ -94,6 +99,7 @@ def test_show_prints_the_contract(toy_config, cli, tmp_path):
         assert row["samples"] == 32
         assert row["oracle_calls"] == 8 + 10
         assert row["kl_ref"] > 0
+        assert {"reward", "kl_ref", "win_rate", "length"} <= set(row["insufficient"]), "10 prompts decide nothing"
     assert report["iterations"][-1]["kl_ref"] > report["iterations"][1]["kl_ref"]
 
 
@@ -158,7 +164,13 @@ def everything(run: Path, iterations: int = 3) -> dict:
         "figures": figures(run),
         "metrics": metrics(run),
         "weights": [weights(run, i).tolist() for i in range(1, iterations + 1)],
+        "pairs": [pairs(run, i) for i in range(1, iterations + 1)],
     }
+
+
+def pairs(run: Path, iteration: int) -> list[dict]:
+    with RunDirectory.open(run) as opened:
+        return opened.read(iteration, "pairs")
 
 
 def finished_phases(run: Path, iteration: int) -> set[str]:
@@ -167,13 +179,26 @@ def finished_phases(run: Path, iteration: int) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(toy_config, warm_cli_in, tmp_path_factory):
-    """A run that nothing happened to."""
+def straight(toy_config, warm_cli_in, tmp_path_factory):
+    """The directory of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     done = warm_cli_in(folder)("run", toy_config(folder, COUNTED), log=folder / "log")
     assert done.returncode == 0, done.message
     check_counts(folder / "log")
-    return everything(folder / "runs/toy")
+    return folder / "runs/toy"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(straight):
+    """What it reports."""
+    return everything(straight)
+
+
+@pytest.fixture(scope="module")
+def prompts_of(straight):
+    """The texts of the prompts that each iteration trains on, whatever the oracle says."""
+    with RunDirectory.open(straight) as run:
+        return {t: [row["prompt"] for row in run.read(t, "rollouts")] for t in (1, 2, 3)}
 
 
 def check_counts(log: Path, *, generated_twice: int = 0, judged_twice: int = 0) -> None:
@@ -233,18 +258,24 @@ def test_killed_before_the_base_model_was_measured(counted, uninterrupted, tmp_p
     assert everything(tmp_path / "runs/toy") == uninterrupted
 
 
-def test_an_oracle_that_only_compares_is_not_asked_again(counted, tmp_path):
-    """R-D1, R-G1: the questions behind a win rate are labels too. Killed in iteration 2, between base and previous iterate."""
+def test_an_oracle_that_only_compares(counted, tmp_path):
+    """R-D1, R-G1: it is never asked about one response, and the questions behind a win rate are labels too.
+
+    Killed in iteration 2, between base and previous iterate.
+    """
     run, short = tmp_path / "runs/toy", ["oracle.function=hooks.compare", "iterations=2"]
-    before = 1 + 3 * EVALUATION_CALLS + 2 * LABEL_CALLS + EVALUATION_CALLS  # iteration 1 asks about the base once, not twice
+    before = 1 + 2 * LABEL_CALLS + EVALUATION_CALLS  # iteration 1 asks about the base once, not twice
     assert counted("run", *short, kill=["judge", before + EVALUATION_CALLS + 2]).returncode == -signal.SIGKILL
     done = counted("resume")
     assert done.returncode == 0, done.message
     asked = [one for e in events(tmp_path / "log") if e["kind"] == "judge" for one in e["asked"] if one[1:] != PROBE]
-    assert len(asked) == 2 * PROMPTS + 3 * HELDOUT + 3 * HELDOUT + BATCH
+    assert len(asked) == 2 * PROMPTS + 3 * HELDOUT + BATCH
+    assert min(len(one) for one in asked) == 3, "a prompt and at least two responses"
     rows = summarise(run)["iterations"]
-    assert [row["oracle_calls"] for row in rows[1:]] == [PROMPTS + 2 * HELDOUT, PROMPTS + 3 * HELDOUT]
+    assert [row["oracle_calls"] for row in rows] == [0, PROMPTS + HELDOUT, PROMPTS + 2 * HELDOUT]
+    assert {row["reward"] for row in rows} == {None}
     assert rows[-1]["win_rate"]["value"] > 0.5
+    assert not [r for r in read_metrics(run / "metrics.jsonl") if r["name"] == "reward"]
 
 
 def test_a_repaired_oracle_is_asked_again_and_only_what_it_failed_on(counted, uninterrupted, tmp_path):
@@ -377,6 +408,140 @@ def test_what_an_algorithm_remembers_is_the_same_after_a_resume(toy_config, warm
     # 0.2 down for each KL of 0, and up for the third, which is above the target.
     assert [f["kl_coef"] for f in figures] == pytest.approx([0.05, 0.04, 0.032, 0.032 * 1.2])
     assert figures[2]["kl_rollouts"] > 0.06
+
+
+# --- nothing to learn ---
+
+
+def test_killed_in_every_phase_of_an_iteration_that_gives_nothing_to_learn(
+    counted, warm_cli_in, toy_config, prompts_of, tmp_path
+):
+    """It is committed as `keep` without a step, counted and shown, and a resume inside it changes nothing."""
+    tied, folder = prompts_of[2], tmp_path / "straight"
+    config = toy_config(folder, COUNTED)
+    straight = warm_cli_in(folder)("run", config, log=folder / "log", tied=tied)
+    assert straight.returncode == 0, straight.message
+    assert "iteration 2 gives nothing to learn, so no step is taken: all 8 groups are ties" in straight.stdout
+    assert "iteration 2 gave nothing to learn" in " ".join(straight.stdout.split()), "in the table"
+    expected = everything(folder / "runs/toy")
+    rows = expected["figures"]["iterations"]
+    assert [row["status"] for row in rows] == ["promoted", "promoted", "keep", "promoted"]
+    assert rows[2]["idle"].startswith("all 8 groups are ties")
+    assert expected["weights"][1] == expected["weights"][0]
+    assert expected["weights"][2] != expected["weights"][1]
+    assert rows[2]["kl_prev"] == 0
+    idle = [r["value"] for r in read_metrics(folder / "runs/toy/metrics.jsonl") if r["name"] == "idle_iterations"]
+    assert idle == [0, 1, 0]
+    assert Counter(e["kind"] for e in events(folder / "log"))["step"] == 2 * 2
+
+    for command, phase in zip(["run", *["resume"] * 6], PHASES, strict=True):
+        assert counted(command, tied=tied, kill=[f"before 2 {phase}", 1]).returncode == -signal.SIGKILL
+    done = counted("resume", tied=tied, kill=["after 2 commit", 1])
+    assert done.returncode == -signal.SIGKILL
+    done = counted("resume", tied=tied)
+    assert done.returncode == 0, done.message
+    check_counts(tmp_path / "log")
+    assert everything(tmp_path / "runs/toy") == expected
+
+
+def test_the_self_test_waits_for_the_first_step(counted, prompts_of, tmp_path):
+    """The first two iterations give nothing to learn; a resume in between forgets nothing."""
+    tied = prompts_of[1] + prompts_of[2]
+    first = counted("run", tied=tied, kill=["after 2 commit", 1])
+    assert first.returncode == -signal.SIGKILL
+    assert "self-test" not in first.stdout
+    assert not weights(tmp_path / "runs/toy", 2).any()
+    done = counted("resume", tied=tied)
+    assert done.returncode == 0, done.message
+    assert done.stdout.count("self-test: loss 0.693147") == 1
+    assert [row["status"] for row in summarise(tmp_path / "runs/toy")["iterations"]] == ["promoted", "keep", "keep", "promoted"]
+    more = counted("resume", "iterations=4")
+    assert more.returncode == 0, more.message
+    assert "self-test" not in more.stdout
+
+
+# --- what a run keeps ---
+
+
+def test_training_does_not_depend_on_arrival(counted, straight, uninterrupted, tmp_path):
+    """Whatever order the engine finishes in: the same weights to the last bit, the same pairs, the same figures."""
+    done = counted("run", arrival=1)
+    assert done.returncode == 0, done.message
+    orders = []
+    for path in (straight, tmp_path / "runs/toy"):
+        with RunDirectory.open(path) as run:
+            orders.append([row["prompt_id"] for row in run.read(1, "rollouts")])
+    assert orders[0] != orders[1], "the order of arrival was not changed"
+    assert everything(tmp_path / "runs/toy") == uninterrupted
+
+
+def test_a_run_keeps_its_prompts(counted, uninterrupted, tmp_path):
+    """Whatever becomes of the files, a resumed run goes on with the prompts it started with, and says what has changed."""
+    assert counted("run", kill=["after 1 commit", 1]).returncode == -signal.SIGKILL
+    train, heldout = tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"
+    before = train.read_text().splitlines(keepends=True)
+    altered = json.dumps({"id": "p001", "text": "something else"}) + "\n"
+    more = [json.dumps({"id": f"new{i}", "text": f"new film {i}"}) + "\n" for i in range(200)]
+    train.write_text("".join([altered, *before[2:], *more]))
+    again = counted("resume", kill=["after 2 sample", 1])
+    assert again.returncode == -signal.SIGKILL
+    assert "prompts.train has changed since the run started: 200 added ('new0', 'new1', 'new2', ...), 1 removed ('p000'), " in (
+        again.stdout
+    )
+    assert "1 altered ('p001'); the run goes on with the prompts that it keeps" in again.stdout
+    assert "prompts.heldout" not in again.stdout
+    train.unlink()
+    heldout.write_text("")
+    done = counted("resume")
+    assert done.returncode == 0, done.message
+    assert "prompts.train has changed since the run started: it cannot be read any more: there is no file" in done.stdout
+    assert "prompts.heldout has changed since the run started: it cannot be read any more: " in done.stdout
+    check_counts(tmp_path / "log")
+    assert everything(tmp_path / "runs/toy") == uninterrupted
+
+
+def test_more_iterations_than_kept_prompts(counted, tmp_path):
+    """Adding prompts to the file is no way to go on; starting over with those that the run keeps is."""
+    assert counted("run", "iterations=1").returncode == 0
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.writelines(json.dumps({"text": f"one more film {i}"}) + "\n" for i in range(40))
+    refused = counted("resume", "iterations=6")
+    assert refused.returncode == 2, refused.message
+    assert "6 iterations of 8 fresh prompts need 48, and there are 40" in refused.stderr
+    assert "lower iterations to 5, set prompts.reuse=true, or start a new run with more prompts" in refused.stderr
+    done = counted("resume", "iterations=6", "prompts.reuse=true")
+    assert done.returncode == 0, done.message
+    generated = Counter(e["prompt"] for e in events(tmp_path / "log") if e["kind"] == "generate" and len(e["seeds"]) == 4)
+    assert sum(generated.values()) == 48
+    assert sorted(generated.values()) == [1] * 32 + [2] * 8, "no prompt comes back before all others were used"
+
+
+def test_damaged_prompts_are_noticed(counted, tmp_path):
+    assert counted("run", kill=["after 1 commit", 1]).returncode == -signal.SIGKILL
+    folder = tmp_path / "runs/toy/prompts"
+    (folder / "train.parquet").write_bytes((folder / "heldout.parquet").read_bytes())
+    refused = counted("resume")
+    assert refused.returncode == 2, refused.message
+    assert "train.parquet does not hold the 40 prompts of this run" in refused.stderr
+
+
+def test_a_stored_configuration_does_not_depend_on_the_working_directory(toy_config, warm_cli_in, tiny_model, tmp_path):
+    """Model, prompts and runs are given relative to where the run is started, and it is resumed somewhere else."""
+    home, elsewhere = tmp_path / "home", tmp_path / "else/where"
+    elsewhere.mkdir(parents=True)
+    home.mkdir()
+    (home / "model").symlink_to(tiny_model)
+    config = toy_config(
+        home, {"model": "model", "prompts.train": "train.jsonl", "prompts.heldout": "heldout.jsonl", "runs": "runs"}
+    )
+    first = warm_cli_in(home)("run", config, log=home / "log", kill=["after 1 commit", 1])
+    assert first.returncode == -signal.SIGKILL
+    done = warm_cli_in(elsewhere)("resume", "../../home/runs/toy")
+    assert done.returncode == 0, done.message
+    assert "has changed" not in done.stdout, "the files are found too"
+    stored = yaml.safe_load((home / "runs/toy/config.yaml").read_text())
+    for path in (stored["model"], stored["runs"], stored["prompts"]["train"], stored["prompts"]["heldout"]):
+        assert Path(path).is_absolute()
 
 
 # --- signals ---

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -33,11 +34,14 @@ def judge(queries):
     if SPEC.get("down") == ["judge", EVENTS["judge"]]:
         return [None for _ in queries]
     analyzer = SentimentIntensityAnalyzer()
-    return [[analyzer.polarity_scores(r)["compound"] for r in q["responses"]] for q in queries]
+    tied = SPEC.get("tied", ())
+    return [[0.5 if q["prompt"] in tied else analyzer.polarity_scores(r)["compound"] for r in q["responses"]] for q in queries]
 
 
 def compare(queries):
-    """The same oracle, but it only says which of two responses is better."""
+    """The same oracle, but it only says which of two responses is better, and cannot say anything about one."""
+    if any(len(q["responses"]) < 2 for q in queries):
+        raise ValueError("there is nothing to compare")
     return [[[0.5 + 0.5 * ((a > b) - (a < b)) for b in scores] for a in scores] for scores in judge(queries)]
 
 
@@ -66,7 +70,11 @@ def install():
     engine, learner, sync = {"toy": toy_parts, "real": real_parts}[SPEC.get("parts", "toy")]()
 
     def generate(self, requests, sampling, original=engine.generate):
-        for group in original(self, requests, sampling):
+        groups = original(self, requests, sampling)
+        if "arrival" in SPEC:  # as if the engine finished them in another order
+            groups = list(groups)
+            random.Random(SPEC["arrival"]).shuffle(groups)
+        for group in groups:
             seeds, (version,) = [r.seed for r in group.rollouts], {r.policy_version for r in group.rollouts}
             event("generate", prompt=group.prompt.id, seeds=seeds, version=version)
             yield group

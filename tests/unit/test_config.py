@@ -261,3 +261,24 @@ def test_every_resumable_key_exists():
     flat |= {f"oracle.{name}": None for name in with_weights}
     for key in RESUMABLE_CHANGES:
         assert any(k == key or k.startswith(key + ".") for k in flat), key
+
+
+# --- paths ---
+
+
+def test_located_paths_mean_the_same_everywhere(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    tree = {**BASE, "model": "model", "runs": "out", "prompts": {"train": "a.jsonl", "heldout": "package:film_reviews_heldout"}}
+    found = configuration.located(configuration.parse(tree))
+    assert (found.model, found.runs) == (str(tmp_path / "model"), str(tmp_path / "out"))
+    assert (found.prompts.train, found.prompts.heldout) == (str(tmp_path / "a.jsonl"), "package:film_reviews_heldout")
+    assert configuration.located(found) == found
+    assert configuration.located(configuration.parse({**tree, "model": "org/name"})).model == "org/name"
+
+
+def test_a_reward_models_path_means_the_same_everywhere(tmp_path, monkeypatch):
+    (tmp_path / "judge").mkdir()
+    monkeypatch.chdir(tmp_path)
+    stored = configuration.dump(configuration.parse({**BASE, "oracle": {"name": "reward_model", "path": "judge"}}))
+    assert f"path: {tmp_path / 'judge'}" in stored

@@ -11,6 +11,7 @@ import pytest
 from onlinerl import registry
 from onlinerl.config import PromptsConfig
 from onlinerl.errors import PromptError
+from onlinerl.prompts._kept import changes
 from onlinerl.prompts.jsonl import JsonlPrompts, check_answers, check_overlap, load_prompts, read_prompts, render
 from onlinerl.types import Prompt
 
@@ -304,3 +305,45 @@ def test_load_prompts_checks_everything(tmp_path):
         load_prompts(PromptsConfig(train=train, heldout=heldout), WordTokenizer(), seed=0, needs_answers=True)
     source, rendered = load_prompts(PromptsConfig(train=train, heldout=heldout), WordTokenizer(), seed=0)
     assert (len(source), len(rendered)) == (2, 1)
+
+
+# --- what a run keeps ---
+
+
+def kept_and_found(tmp_path, *rows: dict) -> str | None:
+    """What is said about a file that holds `rows`, by a run that took its prompts from the first version below."""
+    first = [
+        {"id": "a", "text": "the film", "reference_answer": "7"},
+        {"id": "b", "messages": [{"role": "user", "content": "why"}]},
+    ]
+    versions = []
+    for content in (first, rows):
+        (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        versions.append(read_prompts(str(tmp_path / "mine.jsonl")))
+    kept = [
+        Prompt(
+            id=raw.id,
+            text=raw.text or "user : why [end]",
+            token_ids=(1,),
+            messages=raw.messages,
+            reference_answer=raw.reference_answer,
+            source=raw.source,
+        )
+        for raw in versions[0]
+    ]
+    return changes(kept, versions[1])
+
+
+def test_what_has_become_of_a_file(tmp_path):
+    a, b = (
+        {"id": "a", "text": "the film", "reference_answer": "7"},
+        {"id": "b", "messages": [{"role": "user", "content": "why"}]},
+    )
+    assert kept_and_found(tmp_path, a, b) is None
+    assert kept_and_found(tmp_path, b, a) is None, "a run orders its prompts by itself"
+    assert kept_and_found(tmp_path, a) == "1 removed ('b')"
+    assert kept_and_found(tmp_path, {**a, "reference_answer": "8"}, b) == "1 altered ('a')"
+    other = {"id": "b", "messages": [{"role": "user", "content": "how"}]}
+    assert kept_and_found(tmp_path, a, other, {"id": "c", "text": "more"}) == "1 added ('c'), 1 altered ('b')"
+    many = [{"id": str(i), "text": str(i)} for i in range(5)]
+    assert kept_and_found(tmp_path, a, b, *many) == "5 added ('0', '1', '2', ...)"

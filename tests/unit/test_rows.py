@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from onlinerl.errors import StoreError
 from onlinerl.stores import _files, _tables
-from onlinerl.stores.rows import group_from_row, group_row, pair_rows, result_from_row, result_row
-from onlinerl.types import Cost, Failure, FinishReason, Group, Pair, Prompt, RejectReason, Rollout, Sampling, Verdict
+from onlinerl.stores.rows import group_from_row, group_row, pair_rows, prompt_from_row, prompt_row, result_from_row, result_row
+from onlinerl.types import Cost, Failure, FinishReason, Group, Message, Pair, Prompt, RejectReason, Rollout, Sampling, Verdict
 
 texts = st.text(max_size=12)
 ids = st.lists(st.integers(0, 2**31), max_size=5).map(tuple)
@@ -50,6 +50,10 @@ groups = st.builds(
     prompt=prompts,
     rollouts=st.lists(rollouts(), max_size=3).map(tuple),
     rejected=st.lists(st.sampled_from(get_args(RejectReason)), max_size=3).map(tuple),
+)
+conversations = st.lists(st.builds(Message, role=texts, content=texts), max_size=2).map(tuple)
+whole_prompts = st.builds(
+    Prompt, id=texts, text=texts, token_ids=ids, messages=conversations, reference_answer=st.none() | texts, source=texts
 )
 
 
@@ -97,6 +101,13 @@ def test_groups_survive(stored):
 
 
 @quick
+@given(st.lists(whole_prompts, min_size=1, max_size=4))
+def test_prompts_survive(stored):
+    for rows in through_disk([prompt_row(p) for p in stored]):
+        assert [prompt_from_row(row) for row in rows] == stored
+
+
+@quick
 @given(st.lists(verdicts() | failures, min_size=1, max_size=4))
 def test_results_survive_with_their_unknown_cells(stored):
     for rows in through_disk([result_row(f"p{i}", r) for i, r in enumerate(stored)]):
@@ -140,7 +151,7 @@ def test_a_row_from_before_rejected_responses_were_kept_has_none():
 
 def test_a_prompt_that_is_gone_or_has_changed_is_an_error():
     row = group_row(group())
-    with pytest.raises(StoreError, match="'p' is not in the prompt file"):
+    with pytest.raises(StoreError, match="'p' is not among the run's prompts"):
         group_from_row(row, {})
     with pytest.raises(StoreError, match="rendered to other tokens"):
         group_from_row(row, {"p": group(token_ids=(5, 7)).prompt})

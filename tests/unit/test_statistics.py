@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onlinerl.controller.statistics import bootstrap, divergence, wilson
+from onlinerl.controller.statistics import bootstrap, divergence, ratio, wilson
 
 # Wilson, 95 %: from the formula worked by hand for 8 of 10, and published tables for the others.
 WILSON = [
@@ -71,6 +71,18 @@ def test_bootstrap_covers_the_mean():
     assert np.mean([e.se for e in found]) == pytest.approx(1 / math.sqrt(50), rel=0.1)
 
 
+def test_a_ratio_weighs_every_token_alike():
+    found = ratio([2.0, 9.0], [1, 3])
+    assert found.value == pytest.approx(11 / 4)
+    assert found.n == 4
+    assert found.low == pytest.approx(2.0)
+    assert found.high == pytest.approx(3.0)
+    assert found == ratio([2.0, 9.0], [1, 3])
+    for nothing in (ratio([], []), ratio([0.0], [0])):
+        assert nothing.n == 0
+        assert math.isnan(nothing.value)
+
+
 # --- divergence ---
 
 
@@ -97,6 +109,43 @@ def test_absurd_ratios_are_clamped_and_counted():
     assert found.clamped == 1
     assert found.k1.value == 20
     assert math.isfinite(found.k3.value)
+
+
+def from_gaps(*rows: list[float]):
+    """A divergence whose log-ratios are these."""
+    return divergence([np.array(row) for row in rows], [np.zeros(len(row)) for row in rows])
+
+
+def test_the_headline_is_the_estimate_with_less_noise_and_says_which():
+    """k3 near the other model; k1 where tokens that the policy finds rare make k3 jump, or where ratios are clamped."""
+    near = from_gaps([0.1, -0.1], [-0.2, 0.1], [0.1, 0.2])
+    assert near.k3.se < near.k1.se
+    assert (near.estimator, near.headline) == ("k3", near.k3)
+    far = from_gaps([-4.0], [1.0], [2.0])
+    assert far.k3.se > far.k1.se
+    assert (far.estimator, far.headline) == ("k1", far.k1)
+    few = from_gaps(*[[0.0] * 1000] * 2, [25.0] + [0.0] * 999)
+    assert few.clamped_share == pytest.approx(1 / 3000)
+    assert few.estimator == "k3"
+    many = from_gaps(*[[25.0] + [0.0] * 99] * 3)
+    assert many.clamped_share == pytest.approx(0.01)
+    assert many.k3.se <= many.k1.se
+    assert many.estimator == "k1"
+
+
+def test_samples_of_another_model_give_a_conflict():
+    """Both estimators hold for samples of the policy only; with samples of somebody else they part."""
+    rng = np.random.default_rng(3)
+    p, q, other = (np.log(np.exp(x) / np.exp(x).sum()) for x in 0.5 * rng.normal(size=(3, 8)))
+
+    def seen(sampler):
+        tokens = rng.choice(8, p=np.exp(sampler), size=(2000, 5))
+        return divergence(list(p[tokens]), list(q[tokens]))
+
+    assert not seen(p).conflict
+    assert seen(q).conflict
+    assert seen(other).conflict
+    assert not from_gaps([0.0], [0.0]).conflict, "a model and itself"
 
 
 logprob = st.floats(min_value=-30, max_value=0)

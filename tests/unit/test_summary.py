@@ -9,10 +9,11 @@ import pytest
 
 from onlinerl.errors import StoreError
 from onlinerl.stores.directory import RunDirectory
-from onlinerl.stores.rows import group_row, pair_rows, result_row
+from onlinerl.stores.rows import ROLLOUTS, group_row, pair_rows, result_row
 from onlinerl.stores.summary import samples, summarise
 from onlinerl.types import Failure, Group, Pair, Prompt, Rollout, Sampling, Verdict
 
+UNSAID = {"kl_estimator": None, "kl_conflict": None, "insufficient": [], "idle": None}
 RATE = {"value": 0.6, "low": 0.5, "high": 0.7, "n": 100}
 
 
@@ -39,6 +40,9 @@ def test_a_committed_iteration(run):
         "win_rate": RATE,
         "length": 21.5,
         "oracle_calls": 10,
+        "kl_estimator": "k1",
+        "kl_conflict": True,
+        "insufficient": ["kl_ref", "reward"],
     }
     run.finish_phase(1, "evaluate", evaluated)
     run.finish_phase(1, "commit", {"status": "promoted"})
@@ -58,6 +62,7 @@ def test_a_committed_iteration(run):
                 "samples": None,
                 "oracle_calls": None,
                 "status": "promoted",
+                **UNSAID,
             },
             {
                 "iteration": 1,
@@ -70,6 +75,10 @@ def test_a_committed_iteration(run):
                 "samples": 256,
                 "oracle_calls": 74,
                 "status": "promoted",
+                "kl_estimator": "k1",
+                "kl_conflict": True,
+                "insufficient": ["kl_ref", "reward"],
+                "idle": None,
             },
         ],
     }
@@ -96,6 +105,7 @@ def test_an_iteration_is_running_only_while_somebody_works_on_it(run):
         "samples": None,
         "oracle_calls": None,
         "status": "unfinished",
+        **UNSAID,
     }
 
 
@@ -114,6 +124,22 @@ def test_a_response_that_nobody_judged_is_shown_without_a_win_rate(run):
     (shown,) = samples(run.path, 1, 1)
     assert [r["win_rate"] for r in shown["responses"]] == [pytest.approx(0.7), None, pytest.approx(0.3)]
     assert [r["score"] for r in shown["responses"]] == [None] * 3
+
+
+def test_an_iteration_that_gave_nothing_to_learn(run):
+    run.finish_phase(1, "train", {"seconds": 0.0, "steps": 0, "idle": "all 4 groups are ties"})
+    run.finish_phase(1, "commit", {"status": "keep"})
+    (row,) = summarise(run.path)["iterations"]
+    assert (row["status"], row["idle"]) == ("keep", "all 4 groups are ties")
+
+
+def test_a_group_that_was_asked_for_again_is_shown_once(run):
+    first, again = (
+        group_row(Group(prompt=Prompt(id="p", text="a", token_ids=(1,)), rollouts=(), rejected=reasons))
+        for reasons in (("logprob",), ())
+    )
+    run.append(1, ROLLOUTS, [first, again])
+    assert [shown["prompt_id"] for shown in samples(run.path, 1, 5)] == ["p"]
 
 
 def test_a_run_without_iterations_and_no_run(run, tmp_path):

@@ -380,6 +380,25 @@ def test_the_table_of_iterations():
     render_table({"run": "demo", "algorithm": None, "iterations": []})
 
 
+def test_the_table_says_what_its_figures_are_worth():
+    def table(**more) -> str:
+        out = io.StringIO()
+        rows = [row(1, **{"kl_ref": 1.25, "status": "promoted", **more})]
+        Console(file=out, width=140).print(render_table({"run": "demo", "algorithm": "dpo", "iterations": rows}))
+        return " ".join(out.getvalue().split())
+
+    sure = table(kl_estimator="k3", kl_conflict=False, insufficient=[])
+    assert "1.25 -" in sure
+    assert "too few" not in sure
+    assert "disagree" not in sure
+    doubtful = table(kl_estimator="k1", kl_conflict=True, insufficient=["kl_ref", "reward", "entropy_seq"])
+    assert "1.25 k1! " in doubtful
+    assert "too few prompts to decide by: reward, KL" in doubtful
+    assert "k1: there k3 is the noisier estimate" in doubtful
+    assert "the two estimates of the KL disagree" in doubtful
+    assert "iteration 1 gave nothing to learn" in table(status="keep")
+
+
 # --- the dashboard file ---
 
 

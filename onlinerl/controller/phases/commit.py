@@ -1,0 +1,20 @@
+"""The last write of an iteration; then what is no longer needed may go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onlinerl.controller.iteration import Iteration
+
+
+def commit(it: Iteration) -> dict[str, Any]:
+    """Remove old checkpoints and exports; the record says what became of the iterate."""
+    config, store = it.parts.config, it.parts.store
+    if it.number > 0:
+        keep = {it.number - i for i in range(config.checkpoints.keep)}
+        store.retain("checkpoints", keep)
+        if config.checkpoints.exports == "last":
+            reference = it.reference()
+            store.retain("exports", {it.number, it.number - 1, *([] if reference is None else [reference])})
+    idle = it.number > 0 and store.phases(it.number)["train"].get("idle")
+    return {"status": "keep" if idle else "promoted"}

@@ -1,0 +1,110 @@
+"""What this iterate is worth: its answers to the held-out prompts, and the figures about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from onlinerl.controller import collect, evaluation, health
+from onlinerl.controller.iteration import Iteration
+from onlinerl.controller.statistics import Divergence, Estimate
+from onlinerl.errors import EngineError
+from onlinerl.stores.rows import BASE_LOGPROBS, EVALUATION, EVALUATION_VERDICTS, group_from_row, result_from_row
+from onlinerl.types import Failure, Group, Request, Sampling, Verdict, derive_seed
+
+
+def evaluate(it: Iteration) -> dict[str, Any]:
+    """Held-out prompts, one response each, with the same seeds for every iterate."""
+    config, learner = it.parts.config, it.parts.learner
+    now, calls = _answers(it)
+    own = learner.score(evaluation.sequences(now.groups), model="policy", temperature=1.0)
+    wins, more = _win_rates(it, now)
+    kl_ref = _divergence(it, now, own, 0)
+    sample = now.groups[: config.evaluation.mismatch_sample]
+    measured = evaluation.Measured(
+        answers=now,
+        kl_ref=kl_ref,
+        kl_prev=kl_ref if it.number <= 1 else _divergence(it, now, own, it.number - 1),
+        kl_forward=_forward_kl(it, now.groups, own),
+        entropy_token=evaluation.entropy_token(own),
+        entropy_seq=evaluation.entropy_seq(own),
+        wins=wins,
+        mismatch=evaluation.mismatch(sample, own[: len(sample)]),
+    )
+    health.check_mismatch(measured.mismatch.k3, config.evaluation.max_mismatch_k3)
+    return it.report.evaluated(it.number, measured) | {"oracle_calls": calls + more}
+
+
+def _answers(it: Iteration) -> tuple[evaluation.Evaluated, int]:
+    """This iterate's answers and their scores, and how many oracle calls these are.
+
+    Raises:
+        EngineError: if no prompt was answered.
+    """
+    config = it.parts.config
+    it.ensure_engine()
+    # Divergences need temperature 1 and the whole vocabulary.
+    sampling = Sampling(max_new_tokens=config.sampling.max_new_tokens)
+    requests = [Request(prompt=p, seeds=(derive_seed(config.seed, "evaluation", p.id),)) for p in it.parts.heldout]
+    groups = _answered(collect.generate(it, requests, sampling, EVALUATION, "evaluate"))
+    if not groups:
+        raise EngineError(
+            "not one held-out prompt got a usable response",
+            field="engine.max_rejected",
+            fix="lower it, and look at the engine's log",
+        )
+    verdicts: dict[str, Verdict | Failure] = {}
+    calls = 0
+    if it.parts.oracle_scores:  # an oracle that only compares has nothing to say about one response
+        calls, verdicts = collect.judge(it, groups, EVALUATION_VERDICTS, "evaluate")
+    return evaluation.Evaluated(groups=groups, verdicts=verdicts), calls
+
+
+def _answered(groups: Sequence[Group]) -> list[Group]:
+    """Without the prompts whose response the engine rejected: they are in no figure."""
+    return [g for g in groups if g.rollouts]
+
+
+def _win_rates(it: Iteration, now: evaluation.Evaluated) -> tuple[dict[str, Estimate], int]:
+    """Against the base model and the iterate before, and how many oracle calls that took."""
+    if it.number == 0:
+        return {}, 0
+    rates, calls = {}, 0
+    for iterate in sorted({0, it.number - 1}):
+        judge = partial(collect.judge, it, table=f"comparisons_{iterate:04d}", phase="evaluate")
+        rates[iterate], more = evaluation.win_rate(now, _evaluated(it, iterate), judge)
+        calls += more
+    return {"base": rates[0], "prev": rates[it.number - 1]}, calls
+
+
+def _evaluated(it: Iteration, iterate: int) -> evaluation.Evaluated:
+    """What an earlier iterate answered, from disk."""
+    by_id = {p.id: p for p in it.parts.heldout}
+    groups = {row["prompt_id"]: group_from_row(row, by_id) for row in it.parts.store.read(iterate, EVALUATION)}
+    verdicts = dict(result_from_row(row) for row in it.parts.store.read(iterate, EVALUATION_VERDICTS))
+    return evaluation.Evaluated(groups=_answered([groups[p.id] for p in it.parts.heldout]), verdicts=verdicts)
+
+
+def _divergence(it: Iteration, now: evaluation.Evaluated, own: Sequence[np.ndarray], iterate: int) -> Divergence:
+    model = it.model_of(iterate)
+    return evaluation.drift(now, it.parts.learner, own, None if model == "policy" else model)
+
+
+def _forward_kl(it: Iteration, groups: Sequence[Group], own: Sequence[np.ndarray]) -> Estimate | None:
+    """From the base model's answers; its log-probs of them, from the learner's scorer like all others, are kept at iteration 0."""
+    store = it.parts.store
+    if it.number == 0:
+        if not store.sealed(0, BASE_LOGPROBS):
+            pairs = zip(groups, own, strict=True)
+            store.append(0, BASE_LOGPROBS, [{"prompt_id": g.prompt.id, "logprobs": [float(x) for x in lp]} for g, lp in pairs])
+            store.seal(0, BASE_LOGPROBS)
+        return None
+    if not store.sealed(0, BASE_LOGPROBS):  # the run was started by a version that did not keep them
+        return None
+    kept = {row["prompt_id"]: row["logprobs"] for row in store.read(0, BASE_LOGPROBS)}
+    base = _evaluated(it, 0).groups
+    policy = it.parts.learner.score(evaluation.sequences(base), model="policy", temperature=1.0)
+    return evaluation.forward_kl([np.asarray(kept[g.prompt.id]) for g in base], policy)

@@ -1,0 +1,25 @@
+"""Push the learner's weights into every replica and prove that they arrived."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onlinerl.controller.iteration import Iteration
+
+
+def sync(it: Iteration) -> dict[str, Any]:
+    """Push this iterate."""
+    it.parts.tracker.phase_started(it.number, "sync", None, "")
+    report = it.parts.sync.push(it.weights.learner)
+    it.weights.engine = it.weights.learner
+    it.report.synced(it.number, report)
+    return {
+        "seconds": report.seconds,
+        "bytes": report.bytes,
+        "proved": report.proved,
+        "backend": report.backend,
+        "replicas": report.replicas,
+        "tensors_checked": report.tensors_checked,
+        "canary_nats": report.canary_nats,
+        "parts": dict(report.phases),
+    }

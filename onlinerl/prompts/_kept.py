@@ -1,0 +1,59 @@
+"""The prompts that a run keeps, and what has become of the files it took them from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from onlinerl.config import RunConfig
+from onlinerl.errors import PromptError
+from onlinerl.prompts.jsonl import RawPrompt, read_prompts
+from onlinerl.types import Prompt
+
+SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a run has used from its start and uses to its end, whatever becomes of the files."""
+
+    train: Sequence[Prompt]
+    heldout: Sequence[Prompt]
+    """As many as are evaluated on."""
+
+    def changes(self, config: RunConfig) -> list[str]:
+        """One sentence for each file that is not what it was."""
+        sentences = []
+        for field, path, prompts, limit in (
+            ("prompts.train", config.prompts.train, self.train, None),
+            ("prompts.heldout", config.prompts.heldout, self.heldout, config.evaluation.prompts),
+        ):
+            try:
+                said = changes(prompts, read_prompts(path, field)[:limit])
+            except PromptError as error:
+                said = f"it cannot be read any more: {error.cause}"
+            if said is not None:
+                sentences.append(
+                    f"{field} has changed since the run started: {said}; the run goes on with the prompts that it keeps"
+                )
+        return sentences
+
+
+def changes(kept: Sequence[Prompt], found: Sequence[RawPrompt]) -> str | None:
+    """How the prompts of a file differ from those that a run keeps, with the first ids; None if they do not.
+
+    Their order in the file does not matter: a run orders them by itself.
+    """
+    before = {p.id: (p.messages or p.text, p.reference_answer, p.source) for p in kept}
+    now = {p.id: (p.messages or p.text, p.reference_answer, p.source) for p in found}
+    differences = {
+        "added": [i for i in now if i not in before],
+        "removed": [i for i in before if i not in now],
+        "altered": [i for i in now if i in before and now[i] != before[i]],
+    }
+    said = [f"{len(ids)} {kind} ({_first(ids)})" for kind, ids in differences.items() if ids]
+    return ", ".join(said) or None
+
+
+def _first(ids: Sequence[str]) -> str:
+    return ", ".join(map(repr, ids[:SHOWN])) + (", ..." if len(ids) > SHOWN else "")

@@ -1,0 +1,371 @@
+"""What the loop does with the answers of its parts, and that each key it reads does what it says. On toy parts, in this process."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onlinerl import app as application
+from onlinerl.controller import evaluation
+from onlinerl.engines.toy import ToyEngine
+from onlinerl.learners.toy import ToyLearner
+from onlinerl.stores.directory import RunDirectory
+from onlinerl.stores.summary import summarise
+from onlinerl.trackers.jsonl import read_metrics
+from onlinerl.types import Prompt
+
+FAILED, REFUSED = 1, 2
+
+
+def records(run: Path, phase: str) -> list[dict]:
+    """What a phase recorded, from iteration 1 on."""
+    with RunDirectory.open(run) as opened:
+        return [opened.phases(t).get(phase, {}) for t in opened.iterations() if t > 0]
+
+
+def table(run: Path, iteration: int, name: str) -> list[dict]:
+    with RunDirectory.open(run) as opened:
+        return opened.read(iteration, name)
+
+
+def values(run: Path, name: str, **labels: str) -> list[float]:
+    """One metric over the iterations."""
+    found = [r for r in read_metrics(run / "metrics.jsonl") if r["name"] == name and labels.items() <= r["labels"].items()]
+    return [r["value"] for r in sorted(found, key=lambda r: r["iteration"])]
+
+
+# --- nothing to learn ---
+
+CONSTANT = "return [[0.5] * len(q['responses']) for q in queries]"
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "reason"),
+    [
+        ("dpo", "all 4 groups are ties"),
+        ("grpo", "all 4 groups are ties"),
+        ("ppo", "all responses of 4 groups got the same judgement"),
+    ],
+)
+def test_a_run_that_never_learns_stops_and_can_go_on(toy_config, onlinerl, oracle, tmp_path, algorithm, reason):
+    """R-G4: nothing is wrong with a batch of ties; several in a row are worth a look, and are no dead end."""
+    few = {"prompts.per_iteration": 4, "iterations": 4, "training.max_idle_iterations": 2, "evaluation.prompts": 4}
+    code, message = onlinerl("run", toy_config(tmp_path, {**oracle(CONSTANT), **few, "algorithm.name": algorithm}))
+    run = tmp_path / "runs/toy"
+    assert code == FAILED
+    assert f"training.max_idle_iterations: 2 iterations in a row gave nothing to learn; the last one: {reason}" in message
+    assert "`onlinerl resume`, which goes on with fresh prompts" in message
+    assert json.loads((run / "failure.json").read_text())["boundary"] == "oracle"
+    assert [row["status"] for row in summarise(run)["iterations"]] == ["promoted", "keep", "keep"]
+    code, message = onlinerl("resume", run)
+    assert code == FAILED
+    assert "3 iterations in a row gave nothing to learn" in message
+    code, message = onlinerl("resume", run, "training.max_idle_iterations=9")
+    assert code == 0, message
+    assert [row["status"] for row in summarise(run)["iterations"]] == ["promoted", "keep", "keep", "keep", "keep"]
+    assert [r["steps"] for r in records(run, "train")] == [0] * 4
+    assert values(run, "idle_iterations") == [1, 2, 3, 4]
+    assert not np.load(run / "exports/0004/logits.npy").any()
+
+
+def test_a_run_may_end_with_nothing_left_to_learn(toy_config, onlinerl, oracle, tmp_path):
+    """A converged policy is a success."""
+    config = toy_config(tmp_path, {**oracle(CONSTANT), "iterations": 2, "training.max_idle_iterations": 2})
+    assert onlinerl("run", config)[0] == 0
+    assert onlinerl("resume", tmp_path / "runs/toy")[0] == 4
+
+
+# --- responses that were thrown away ---
+
+
+@pytest.fixture
+def rejecting(monkeypatch):
+    """Makes the toy engine throw responses away: `keep` says how many it keeps of a group, by its number of generated groups."""
+
+    def install(keep) -> None:
+        seen = iter(range(10_000))
+
+        def generate(self, requests, sampling, original=ToyEngine.generate) -> Iterator:
+            for group in original(self, requests, sampling):
+                left = min(keep(next(seen), len(group.rollouts)), len(group.rollouts))
+                gone = len(group.rollouts) - left
+                yield replace(group, rollouts=group.rollouts[:left], rejected=("logprob", "abort", "logprob", "logprob")[:gone])
+
+        monkeypatch.setattr(ToyEngine, "generate", generate)
+
+    return install
+
+
+def test_rejected_responses_are_counted_and_left_out(toy_config, onlinerl, rejecting, tmp_path):
+    """R-E3: a group keeps what is usable of it; one with too few responses, and a held-out prompt without, are left out."""
+    heldout = 10
+    # The second held-out prompt of each evaluation; then of the first training groups all but 3, 1 and 0.
+    plan = {1: 0, heldout: 3, heldout + 1: 1, heldout + 2: 0, heldout + 8 + 1: 0}
+    rejecting(lambda number, k: plan.get(number, k))
+    config = toy_config(tmp_path, {"iterations": 1, "engine.max_rejected": 0.3, "metrics.prometheus": False})
+    code, message = onlinerl("run", config)
+    assert code == 0, message
+    run = tmp_path / "runs/toy"
+    (sample,), (train,), (label,) = (records(run, phase) for phase in ("sample", "train", "label"))
+    assert sample["rejected"] == {"logprob": 1 + 2 + 3, "abort": 1 + 1}
+    assert sample["samples"] == 8 * 4 - 8
+    assert values(run, "rollouts_rejected", reason="logprob") == [6]
+    assert values(run, "rollouts_rejected", reason="abort") == [2]
+    assert train["dropped"]["few_samples"] == 2
+    assert values(run, "pairs_dropped", reason="few_samples") == [2]
+    assert label["oracle_calls"] == 6, "the oracle is not asked about what cannot be used"
+    assert sorted(len(row["texts"]) for row in table(run, 1, "rollouts")) == [0, 1, 3, *[4] * 5]
+    (win_rate,) = [row["win_rate"] for row in summarise(run)["iterations"][1:]]
+    assert win_rate["n"] == heldout - 1
+    counts = {r["name"]: r["n"] for r in read_metrics(run / "metrics.jsonl") if r["iteration"] == 1 and r["set"] == "heldout"}
+    assert {counts[name] for name in ("reward", "length", "truncated", "kl_ref", "kl_forward", "entropy_seq")} == {heldout - 1}
+
+
+def test_too_many_rejected_responses_stop_the_run(toy_config, onlinerl, rejecting, monkeypatch, tmp_path):
+    """And a repaired engine is asked again for exactly these."""
+    config = toy_config(tmp_path, {"iterations": 1, "metrics.prometheus": False})
+    original = ToyEngine.generate
+    rejecting(lambda number, k: 1 if number >= 12 else k)
+    code, message = onlinerl("run", config)
+    assert code == FAILED
+    assert "engine: engine.max_rejected: 6 of 32 responses had to be thrown away (2 abort, 4 logprob)" in message
+    run = tmp_path / "runs/toy"
+    assert len(table(run, 1, "rollouts")) == 4, "it stops as soon as it is clear"
+    monkeypatch.setattr(ToyEngine, "generate", original)
+    assert onlinerl("resume", run)[0] == 0
+    assert records(run, "sample")[0]["rejected"] == {}
+    assert [len(row["texts"]) for row in table(run, 1, "rollouts")] == [4, 4, 1, 1, *[4] * 6]
+    healthy = toy_config(tmp_path, {"iterations": 1, "metrics.prometheus": False, "name": "healthy"})
+    assert onlinerl("run", healthy)[0] == 0
+    assert np.array_equal(*(np.load(tmp_path / f"runs/{name}/exports/0001/logits.npy") for name in ("toy", "healthy")))
+
+
+# --- truncated responses ---
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "grpo"])
+def test_truncated_responses_are_kept_or_dropped_and_counted_either_way(toy_config, onlinerl, monkeypatch, tmp_path, algorithm):
+    """R-F4: a pair is dropped if either side is truncated."""
+    seen: list[list] = []
+
+    def update(self, steps, rates, original=ToyLearner.update):
+        seen.append([item for step in steps for item in step])
+        return original(self, steps, rates)
+
+    monkeypatch.setattr(ToyLearner, "update", update)
+    cut: dict[str, list[bool]] = {}
+    for choice in ("keep", "drop"):
+        overrides = {"name": choice, "iterations": 1, "training.on_truncated": choice, "sampling.max_new_tokens": 40}
+        config = toy_config(tmp_path, {**overrides, "algorithm.name": algorithm, "metrics.prometheus": False})
+        code, message = onlinerl("run", config)
+        assert code == 0, message
+        sides = [[s.finish_reason == "length" for s in item.sequences] for item in seen.pop()]
+        cut[choice] = [any(side) for side in sides]
+        if choice == "keep" and algorithm == "dpo":
+            assert [True, False] in sides or [False, True] in sides, "no pair has one truncated side; try another length"
+    (keep,), (drop,) = (records(tmp_path / f"runs/{choice}", "train") for choice in ("keep", "drop"))
+    truncated = sum(cut["keep"])
+    assert 0 < truncated < len(cut["keep"])
+    assert (sum(cut["drop"]), len(cut["drop"])) == (0, len(cut["keep"]) - truncated)
+    assert (keep["truncated"], keep["dropped"].get("truncated", 0)) == (truncated, 0)
+    assert (drop["truncated"], drop["dropped"]["truncated"]) == (truncated, truncated)
+    if algorithm == "dpo":
+        assert len(table(tmp_path / "runs/drop", 1, "pairs")) == len(cut["drop"])
+    for choice in ("keep", "drop"):
+        assert values(tmp_path / f"runs/{choice}", "items_truncated") == [truncated]
+        responses = [r for row in table(tmp_path / f"runs/{choice}", 1, "rollouts") for r in row["finish_reasons"]]
+        (share,) = values(tmp_path / f"runs/{choice}", "rollouts_truncated")
+        assert share == pytest.approx(np.mean([r == "length" for r in responses]))
+
+
+# --- every key that the loop reads ---
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        ({}, [[0.2, 0.2]] * 3),
+        ({"schedule": "linear"}, [[0.2, 0.1]] * 3),
+        ({"schedule": "cosine"}, [[0.2, 0.1]] * 3),
+        ({"warmup": 0.5}, [[0.1, 0.2]] * 3),
+        ({"iteration_decay": 0.5}, [[0.2, 0.2], [0.1, 0.1], [0.05, 0.05]]),
+        ({"items_per_step": 8}, [[0.2]] * 3),
+        ({"epochs": 2}, [[0.2] * 4] * 3),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_the_learning_rates_that_the_learner_is_given(toy_config, onlinerl, monkeypatch, tmp_path, training, expected):
+    given: list[list[float]] = []
+
+    def update(self, steps, rates, original=ToyLearner.update):
+        given.append(list(rates))
+        return original(self, steps, rates)
+
+    monkeypatch.setattr(ToyLearner, "update", update)
+    overrides = {f"training.{key}": value for key, value in training.items()}
+    assert onlinerl("run", toy_config(tmp_path, {**overrides, "metrics.prometheus": False}))[0] == 0
+    assert given == [pytest.approx(rates) for rates in expected]
+
+
+@pytest.mark.parametrize(("state", "resets"), [("keep", 0), ("reset", 2)])
+def test_what_happens_to_the_optimizer_between_iterations(toy_config, onlinerl, monkeypatch, tmp_path, state, resets):
+    """R-O1."""
+    calls: list[int] = []
+
+    def reset(self, original=ToyLearner.reset_optimizer):
+        calls.append(1)
+        original(self)
+
+    monkeypatch.setattr(ToyLearner, "reset_optimizer", reset)
+    assert onlinerl("run", toy_config(tmp_path, {"training.optimizer_state": state, "metrics.prometheus": False}))[0] == 0
+    assert len(calls) == resets
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [
+        ({"schedule": "fixed"}, [0, 0, 0, 0]),
+        ({"schedule": "previous"}, [0, 1, 2, 3]),
+        ({"schedule": "every_n", "every": 2}, [0, 0, 2, 2]),
+        ({"schedule": "every_n", "every": 3}, [0, 0, 0, 3]),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_which_weights_the_reference_logprobs_come_from(toy_config, onlinerl, monkeypatch, tmp_path, reference, expected):
+    """What is scored, and what is stored about it; only the last export and those still needed are kept."""
+    trained: list[np.ndarray] = []
+
+    def update(self, steps, rates, original=ToyLearner.update):
+        sequence = steps[0][0].sequences[0]
+        trained.append(sequence.reference - self.score([sequence])[0])
+        return original(self, steps, rates)
+
+    monkeypatch.setattr(ToyLearner, "update", update)
+    overrides = {f"reference.{key}": value for key, value in reference.items()}
+    more = {"iterations": 4, "checkpoints.exports": "last", "checkpoints.keep": 3, "metrics.prometheus": False}
+    assert onlinerl("run", toy_config(tmp_path, {**overrides, **more}))[0] == 0
+    run = tmp_path / "runs/toy"
+    assert [r["reference"] for r in records(run, "train")] == expected
+    # The learner holds iterate t - 1 when iteration t starts: the two differ unless the reference is that one.
+    assert [not gap.any() for gap in trained] == [iterate == t - 1 for t, iterate in enumerate(expected, start=1)]
+    kept = {int(p.name) for p in (run / "exports").iterdir()}
+    assert kept == {3, 4, expected[-1]} - {0}
+    assert {int(p.name) for p in (run / "checkpoints").iterdir()} == {2, 3, 4}
+
+
+def test_all_exports_are_kept_by_default(toy_config, onlinerl, tmp_path):
+    assert onlinerl("run", toy_config(tmp_path, {"metrics.prometheus": False}))[0] == 0
+    assert {int(p.name) for p in (tmp_path / "runs/toy/exports").iterdir()} == {1, 2, 3}
+    assert {int(p.name) for p in (tmp_path / "runs/toy/checkpoints").iterdir()} == {2, 3}
+
+
+def test_prompts_are_used_again_only_if_that_is_wanted(toy_config, onlinerl, tmp_path):
+    overrides = {"prompts.per_iteration": 30, "iterations": 2, "metrics.prometheus": False}
+    code, message = onlinerl("run", toy_config(tmp_path, overrides))
+    assert code == REFUSED
+    assert "2 iterations of 30 fresh prompts need 60, and there are 40" in message
+    assert onlinerl("run", toy_config(tmp_path, {**overrides, "prompts.reuse": True}))[0] == 0
+    used = [[row["prompt_id"] for row in table(tmp_path / "runs/toy", t, "rollouts")] for t in (1, 2)]
+    assert [len(set(ids)) for ids in used] == [30, 30]
+    assert len({*used[0], *used[1]}) == 40
+
+
+def test_what_an_evaluation_looks_at(toy_config, onlinerl, monkeypatch, tmp_path):
+    """evaluation.prompts and evaluation.mismatch_sample."""
+    compared: list[int] = []
+
+    def mismatch(groups, own, original=evaluation.mismatch):
+        compared.append(len(groups))
+        assert len(own) == len(groups)
+        return original(groups, own)
+
+    monkeypatch.setattr(evaluation, "mismatch", mismatch)
+    sizes = {"evaluation.prompts": 7, "evaluation.mismatch_sample": 3, "iterations": 1, "metrics.prometheus": False}
+    assert onlinerl("run", toy_config(tmp_path, sizes))[0] == 0
+    run = tmp_path / "runs/toy"
+    assert [len(table(run, t, "evaluation")) for t in (0, 1)] == [7, 7]
+    assert summarise(run)["iterations"][1]["win_rate"]["n"] == 7
+    assert compared == [3, 3]
+
+
+def test_how_many_prompts_the_canary_has():
+    """evaluation.canary; a prompt of one token has no first half."""
+    prompts = [Prompt(id=str(n), text="", token_ids=tuple(range(n))) for n in (1, 2, 5, 4)]
+    assert application._canary(prompts, 2) == [((0,), (1,)), ((0, 1), (2, 3, 4))]
+    assert len(application._canary(prompts, 16)) == 3
+
+
+def test_how_far_engine_and_learner_may_differ(toy_config, onlinerl, monkeypatch, tmp_path):
+    """R-E1: evaluation.max_mismatch_k3 stops the run, and a resume may raise it."""
+
+    def generate(self, requests, sampling, original=ToyEngine.generate):
+        for group in original(self, requests, sampling):
+            shifted = [replace(r, logprobs=tuple(p - 0.1 for p in r.logprobs)) for r in group.rollouts]
+            yield replace(group, rollouts=tuple(shifted))
+
+    monkeypatch.setattr(ToyEngine, "generate", generate)
+    k3 = math.exp(0.1) - 1.1
+    config = toy_config(tmp_path, {"iterations": 1, "evaluation.max_mismatch_k3": 0.9 * k3, "metrics.prometheus": False})
+    code, message = onlinerl("run", config)
+    assert code == FAILED
+    assert "engine and learner differ by 0.0052 nats per token (k3)" in message
+    assert onlinerl("resume", tmp_path / "runs/toy", f"evaluation.max_mismatch_k3={1.1 * k3}")[0] == 0
+    assert values(tmp_path / "runs/toy", "logp_mismatch_k3") == pytest.approx([k3, k3], rel=1e-4)
+
+
+# --- oracles that only compare ---
+
+
+def test_an_oracle_class_that_only_compares(toy_config, onlinerl, monkeypatch, tmp_path):
+    """It is asked in both orders, and never about one response alone."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "preferring.py").write_text(
+        """
+import math
+from onlinerl.protocols import Oracle
+from onlinerl.types import Verdict
+
+class Longer(Oracle):
+    @property
+    def version(self):
+        return "1"
+
+    def judge(self, queries):
+        return [self._one(q.responses) for q in queries]
+
+    def _one(self, responses):
+        assert len(responses) > 1, "a judge of pairs cannot say anything about one response"
+        cells = [[math.nan if a is b else float(len(a) > len(b)) for b in responses] for a in responses]
+        return Verdict(annotator="longer", oracle_version="1", preferences=tuple(map(tuple, cells)))
+"""
+    )
+    config = toy_config(tmp_path, {"oracle.name": "preferring.Longer", "iterations": 1, "metrics.prometheus": False})
+    code, message = onlinerl("run", config)
+    assert code == 0, message
+    rows = summarise(tmp_path / "runs/toy")["iterations"]
+    assert [row["reward"] for row in rows] == [None, None]
+    assert rows[1]["win_rate"]["n"] == 10
+    code, message = onlinerl("run", config, "name=ppo", "algorithm.name=ppo", "sampling.samples_per_prompt=1")
+    assert code == REFUSED
+    assert "sampling.samples_per_prompt: the oracle only compares responses with each other, and there is one" in message
+
+
+def test_the_base_models_answers_give_the_forward_kl(toy_config, onlinerl, tmp_path):
+    """KL(base || policy) on toy parts, where log-probs are known: the mean over the base model's own answers."""
+    assert onlinerl("run", toy_config(tmp_path, {"iterations": 1, "metrics.prometheus": False}))[0] == 0
+    run = tmp_path / "runs/toy"
+    logits = np.load(run / "exports/0001/logits.npy")
+    policy = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+    base = -np.log(len(logits))
+    expected = np.mean([sum(base - policy[t] for t in row["token_ids"][0]) for row in table(run, 0, "evaluation")])
+    assert values(run, "kl_forward") == pytest.approx([expected], rel=1e-5)
+    entropies = values(run, "entropy_token")
+    assert entropies[0] == pytest.approx(np.log(len(logits)), rel=1e-5)
+    assert entropies[1] < entropies[0]
+    assert values(run, "kl_clamped", reference="initial") == [0, 0]
