@@ -16,6 +16,7 @@ from onlinerl import config as configuration
 from onlinerl.config import RunConfig
 from onlinerl.controller.asking import answers
 from onlinerl.errors import ConfigError, OracleError
+from onlinerl.families import check_attention, logit_rule
 from onlinerl.prompts.jsonl import JsonlPrompts, check_answers, check_overlap, load_prompts, read_prompts
 from onlinerl.protocols import Algorithm, Oracle, PairBuilder
 from onlinerl.types import Failure, Prompt, Query
@@ -77,6 +78,7 @@ def check(config: RunConfig) -> Checked:
         configuration.pair_builder(config),
     )
     _check_algorithm(config, algorithm)
+    _check_schedule(config)
     _check_layout(config)
     _check_port(config)
     _check_writable(config)
@@ -84,6 +86,7 @@ def check(config: RunConfig) -> Checked:
     local = _check_model(config.model)
     if local is not None:  # from here on by its place: other processes may have another working directory
         config = config.model_copy(update={"model": str(local)})
+        check_family(config)
     train: JsonlPrompts | None = None
     heldout: Sequence[Prompt] = ()
     if local is not None:
@@ -237,6 +240,17 @@ def _check_algorithm(config: RunConfig, algorithm: Algorithm) -> None:
         )
 
 
+def _check_schedule(config: RunConfig) -> None:
+    """Nothing can be scheduled around a learning rate of 0 (a critic may still learn, at its own constant rate)."""
+    training = config.training
+    if training.learning_rate == 0 and (training.schedule != "constant" or training.warmup > 0 or training.iteration_decay < 1):
+        raise ConfigError(
+            "is 0, so schedule, warmup and iteration_decay would do nothing",
+            field="training.learning_rate",
+            fix="leave the three out, or set a learning rate",
+        )
+
+
 def _check_layout(config: RunConfig) -> None:
     names = config.engine.name, config.learner.name
     if names not in PAIRINGS:
@@ -367,6 +381,24 @@ def tokenizer(model: str) -> Any:
         raise ConfigError(
             f"its tokenizer cannot be loaded: {error}", field="model", fix="put the tokenizer's files beside the weights"
         ) from None
+
+
+def check_family(config: RunConfig) -> None:
+    """Refuse a model whose log-probs the learner would get wrong.
+
+    Raises:
+        ConfigError: if the learner does not know its family well enough, or would compute its attention wrongly.
+    """
+    from transformers import AutoConfig
+
+    try:
+        model = AutoConfig.from_pretrained(config.model).to_dict()  # not the file alone: that may leave out what is a default
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"its config.json cannot be read: {error}", field="model", fix="use a model that the installed transformers knows"
+        ) from None
+    logit_rule(model)
+    check_attention(model, config.learner.attention)
 
 
 def _parameters(model: str, local: Path | None) -> float | None:
