@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from onlinerl.controller import evaluation, health
+from onlinerl.controller import evaluation, health, self_test
 from onlinerl.controller.asking import answers
 from onlinerl.controller.parts import Parts, learning_rates, reference_iteration
 from onlinerl.controller.report import Reporter
@@ -35,8 +35,6 @@ from onlinerl.stores.rows import (
     result_row,
 )
 from onlinerl.types import Failure, Group, Judged, Pair, Prompt, Query, Request, Sampling, TrainItem, Verdict, derive_seed
-
-SELF_TEST_ITEMS = 4
 
 
 @dataclass
@@ -289,10 +287,8 @@ class Iteration:
 
     def _self_test(self, items: Sequence[TrainItem]) -> None:
         """Before the very first step (R-E5)."""
-        result = self.parts.learner.self_test(items[:SELF_TEST_ITEMS], self.parts.base_model)
-        expected = self.parts.algorithm.loss_at_reference
-        # bfloat16 keeps three digits; the reference is read from disk and must agree to that.
-        health.check_self_test(result, expected, loss_tolerance=1e-3, gap_limit=0.02)
+        result = self.parts.learner.self_test(self_test.choose(items), self.parts.base_model)
+        self_test.check(result, self.parts.algorithm.loss_at_reference, self.parts.config.learner.dtype)
         self.report.self_test(result)
 
     # --- checkpoint, sync ---
