@@ -224,8 +224,7 @@ def _on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iter
             if isinstance(checked.oracle, ModelOracle):
                 oracle = PlacedOracle.start(cluster, config.learner.ranks + config.engine.replicas, checked.oracle)
             pool = EnginePool(cluster, config.learner.ranks, config.model, config.engine, settings)
-            temperature = config.sampling.temperature if algorithm.policy_gradient else 1.0
-            learner = LearnerGroup(cluster, config, algorithm, temperature)
+            learner = LearnerGroup(cluster, config, algorithm, _loss_temperature(checked))
             if oracle is not checked.oracle:
                 checked = replace(checked, oracle_scores=_probed(checked, oracle).scores is not None)
             learner.wait_started()
@@ -257,9 +256,14 @@ def _toy(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterator[Pa
         checked = replace(checked, oracle_scores=_probed(checked, checked.oracle).scores is not None)
     tokenizer = preflight.tokenizer(checked.config.model)
     engine = ToyEngine(len(tokenizer), tokenizer.decode)
-    learner = ToyLearner(len(tokenizer), checked.algorithm, checked.config.model)
+    learner = ToyLearner(len(tokenizer), checked.algorithm, checked.config.model, _loss_temperature(checked))
     sync = ToySync(lambda: learner.logits.detach().numpy(), engine.load, lambda: engine.logits)
     yield _wire(checked, store, tracker, oracle=checked.oracle, engine=engine, learner=learner, sync=sync)
+
+
+def _loss_temperature(checked: Checked) -> float:
+    """At which the loss takes log-probs."""
+    return checked.config.sampling.temperature if checked.algorithm.policy_gradient else 1.0
 
 
 def _wire(checked: Checked, store: RunDirectory, tracker: Tracker, **connected: Any) -> Parts:

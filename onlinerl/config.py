@@ -91,6 +91,7 @@ class TrainingConfig(Section):
     optimizer_state: Literal["keep", "reset"] = "keep"
     """What happens to the moments between iterations (R-O1)."""
     weight_decay: float = Field(0.0, ge=0)
+    """Of matrices; biases and the weights of norms do not decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     max_skipped_steps: int = Field(3, ge=0)
     """Steps with a non-finite gradient that are dropped before the run stops (R-E6)."""
@@ -166,8 +167,9 @@ class LearnerConfig(Section):
     resources: dict[str, float] = Field(default_factory=dict)
     """Extra Ray resources per rank, e.g. {learner_node: 1} to choose a node."""
     start_timeout_s: float = Field(900, gt=0)
+    """Longest start: meeting of the ranks, and loading the model."""
     step_timeout_s: float = Field(3600, gt=0)
-    """Longest single call to the learner."""
+    """Longest single call to the learner, and longest wait of one rank for the others."""
 
 
 class SyncConfig(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import psutil
@@ -20,6 +21,17 @@ def interface_of(address: str) -> str | None:
         if any(entry.address == address for entry in entries):
             return name
     return None
+
+
+def choose_interface(peer: str) -> None:
+    """Tell gloo and NCCL, in this process, to use the interface that packets to `peer` leave from.
+
+    Their own default is whatever the host name resolves to, often a loopback address. What a user has set stays.
+    """
+    interface = interface_of(local_address(peer))
+    if interface is not None:
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, interface)
 
 
 def free_port(address: str) -> int:

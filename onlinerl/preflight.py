@@ -18,6 +18,7 @@ from onlinerl.config import RunConfig
 from onlinerl.controller.asking import answers
 from onlinerl.engines import _fit
 from onlinerl.errors import ConfigError, OracleError
+from onlinerl.families import check_attention, logit_rule
 from onlinerl.prompts._kept import Kept
 from onlinerl.prompts.jsonl import JsonlPrompts, check_answers, check_overlap, load_prompts, read_prompts
 from onlinerl.protocols import Algorithm, Oracle, PairBuilder
@@ -86,12 +87,14 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
         configuration.pair_builder(config),
     )
     notes = [derived(config, algorithm), *check_algorithm(config, algorithm)]
+    _check_schedule(config)
     _check_layout(config)
     _check_port(config)
     _check_writable(config)
     local = _check_model(config.model)
     if local is not None:  # from here on by its place: other processes may have another working directory
         config = config.model_copy(update={"model": str(local)})
+        check_family(config)
     train: JsonlPrompts | None = None
     heldout: Sequence[Prompt] = ()
     if kept is not None and local is not None:
@@ -228,6 +231,17 @@ def _check_enough(config: RunConfig, total: int, *, resumed: bool) -> None:
             f"asks for {config.prompts.per_iteration} different prompts at once, and there are {total}",
             field="prompts.per_iteration",
             fix=f"lower it to {total}, or add prompts",
+        )
+
+
+def _check_schedule(config: RunConfig) -> None:
+    """Nothing can be scheduled around a learning rate of 0 (a critic may still learn, at its own constant rate)."""
+    training = config.training
+    if training.learning_rate == 0 and (training.schedule != "constant" or training.warmup > 0 or training.iteration_decay < 1):
+        raise ConfigError(
+            "is 0, so schedule, warmup and iteration_decay would do nothing",
+            field="training.learning_rate",
+            fix="leave the three out, or set a learning rate",
         )
 
 
@@ -382,6 +396,24 @@ def tokenizer(model: str) -> Any:
         raise ConfigError(
             f"its tokenizer cannot be loaded: {error}", field="model", fix="put the tokenizer's files beside the weights"
         ) from None
+
+
+def check_family(config: RunConfig) -> None:
+    """Refuse a model whose log-probs the learner would get wrong.
+
+    Raises:
+        ConfigError: if the learner does not know its family well enough, or would compute its attention wrongly.
+    """
+    from transformers import AutoConfig
+
+    try:
+        model = AutoConfig.from_pretrained(config.model).to_dict()  # not the file alone: that may leave out what is a default
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"its config.json cannot be read: {error}", field="model", fix="use a model that the installed transformers knows"
+        ) from None
+    logit_rule(model)
+    check_attention(model, config.learner.attention)
 
 
 def _parameters(model: str, local: Path | None) -> float | None:

@@ -349,3 +349,22 @@ class UpdateReport:
     """Per optimizer step: loss, grad_norm, lr and the algorithm's own metrics, already averaged over the global batch."""
     skipped: int = 0
     """Steps dropped because the gradient was not finite (R-E6)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelfTest:
+    """What a policy that has not been trained yet says about itself and about the log-probs that its items carry."""
+
+    loss: float
+    """Per unit, with reference = old = what the policy says in the same pass."""
+    repeat_kl: float
+    """Difference of two passes of the policy over the same items, in nats per sequence."""
+    stored_loss: float
+    """Per unit, with the arrays that the items carry."""
+    stored_loss_slope: float
+    """How far `stored_loss` can move if every log-prob is off by one nat."""
+    stored_gaps: Mapping[str, float]
+    """By name of an array that the items carry (reference, old, values): how far it is from what the policy says, token by token.
+    Mean of the worst sequence, in nats per token; values relative to the largest one if that is above 1."""
+    base_gap: float
+    """Mean |log-prob difference| between the policy and the base model as it is on disk, in nats per token."""

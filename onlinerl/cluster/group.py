@@ -14,10 +14,11 @@ from onlinerl.cluster.runtime import Cluster, get
 from onlinerl.config import RunConfig
 from onlinerl.errors import LearnerError
 from onlinerl.learners import deepspeed as backend
+from onlinerl.learners._self_test import combine
 from onlinerl.network import free_port
 from onlinerl.ops.batching import plan_step
 from onlinerl.protocols import Algorithm
-from onlinerl.types import TrainItem, TrainSequence, UpdateReport
+from onlinerl.types import SelfTest, TrainItem, TrainSequence, UpdateReport
 
 
 @ray.remote
@@ -42,7 +43,7 @@ class RankActor:
 
         store = self._store if rank == 0 else TCPStore(address, port, timeout=timedelta(seconds=timeout_s))
         self.address = address
-        self._rank = backend.DeepSpeedRank(rank=rank, store=store, address=address, timeout_s=timeout_s, **settings)
+        self._rank = backend.DeepSpeedRank(rank=rank, store=store, address=address, **settings)
 
     def free_port(self) -> int:
         """A port that is free on this rank's machine."""
@@ -156,9 +157,11 @@ class LearnerGroup:
                 steps=1, tokens=sum(i.tokens for i in items), metrics=(metrics,), skipped=int(metrics["skipped"])
             )
 
-    def self_test(self, items: Sequence[TrainItem], reference: str) -> dict[str, float]:
-        """See `DeepSpeedRank.self_test`."""
-        return self.call("self_test", list(items), reference)[0]
+    def self_test(self, items: Sequence[TrainItem], base_model: str) -> SelfTest:
+        """Cut up as a training step would be."""
+        work = plan_step(items, len(self.actors), self._config.tokens_per_microbatch)
+        parts = self.scatter("self_test", [(rank, base_model) for rank in work])[0]
+        return combine(parts, items, self._algorithm)
 
     def reset_optimizer(self) -> None:
         """Forget the optimizer's moments."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from onlinerl.errors import EngineError, LearnerError, OracleError
+from onlinerl.errors import EngineError, OracleError
 from onlinerl.types import Failure, Group, Judged, RejectReason
 
 TIE = 1e-9
@@ -96,33 +95,6 @@ def check_idle(in_a_row: int, limit: int, reason: str) -> None:
             fix="check that the oracle reads the response and can tell good from bad ones here, repair it and `onlinerl resume`, which "
             "goes on with fresh prompts; or stop here if the policy has learned what this oracle can teach. "
             "A higher training.max_idle_iterations lets a resume try longer",
-        )
-
-
-def check_self_test(result: Mapping[str, float], expected_loss: float | None, loss_tolerance: float, gap_limit: float) -> None:
-    """Step 0: the policy against itself must give KL 0 and the loss its formula says, and equal the reference it started from (R-E5).
-
-    Raises:
-        LearnerError: saying which of them does not hold.
-    """
-    if expected_loss is not None and not abs(result["loss"] - expected_loss) <= loss_tolerance:
-        raise LearnerError(
-            f"with policy = reference the loss is {result['loss']:.6f} instead of {expected_loss:.6f}",
-            field="learner",
-            fix="something differs between two passes of one model: dropout, or a non-deterministic kernel",
-        )
-    if not abs(result["kl"]) <= loss_tolerance:
-        raise LearnerError(
-            f"two passes of one policy over the same tokens differ by {result['kl']:.6f} nats per sequence instead of 0",
-            field="learner",
-            fix="something differs between two passes of one model: dropout, or a non-deterministic kernel",
-        )
-    gap = result["reference_gap"]
-    if not math.isnan(gap) and not gap <= gap_limit:
-        raise LearnerError(
-            f"before the first step, policy and reference differ by {gap:.4f} nats per token (limit {gap_limit})",
-            field="model",
-            fix="the reference is not the model that training started from; was it replaced on disk?",
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from onlinerl.config import RunConfig
 from onlinerl.protocols import Algorithm, Learner, Oracle, PairBuilder, PromptSource, RolloutEngine, Store, Tracker, WeightSync
-from onlinerl.types import Judged, Prompt, TrainItem
+from onlinerl.types import Judged, Prompt, SelfTest, TrainItem
 
 
 class ArtefactStore(Store, Protocol):
@@ -37,8 +37,8 @@ class ArtefactStore(Store, Protocol):
 class SelfTestingLearner(Learner, Protocol):
     """A learner that can test itself before the first step."""
 
-    def self_test(self, items: Sequence[TrainItem], reference: str) -> Mapping[str, float]:
-        """Loss with policy = reference, and the gap between policy and reference."""
+    def self_test(self, items: Sequence[TrainItem], base_model: str) -> SelfTest:
+        """Compare what the items carry with what the policy says, and the policy with the base model on disk."""
         ...
 
 

@@ -14,7 +14,7 @@ from onlinerl.controller import evaluation
 from onlinerl.controller.parts import Built
 from onlinerl.controller.statistics import Divergence, Estimate, bootstrap, wilson
 from onlinerl.protocols import Tracker
-from onlinerl.types import Failure, Group, Judged, Metric, SyncReport, UpdateReport, Verdict
+from onlinerl.types import Failure, Group, Judged, Metric, SelfTest, SyncReport, UpdateReport, Verdict
 
 
 @dataclass
@@ -58,11 +58,13 @@ class Reporter:
             metrics.append(self._estimate("reward_std_group", bootstrap(spread), "reward", n_min=200))
         self._log(iteration, *metrics)
 
-    def self_test(self, result: Mapping[str, float]) -> None:
+    def self_test(self, result: SelfTest) -> None:
         """What the step-0 self-test found."""
-        gap = result["reference_gap"]
-        gap_text = "" if math.isnan(gap) else f", policy and reference differ by {gap:.1e} nats per token"
-        self.tracker.note(f"self-test: loss {result['loss']:.6f} and KL {result['kl']:.1e} with policy = reference{gap_text}")
+        gaps = ", ".join(f"stored {name} {gap:.1e}" for name, gap in result.stored_gaps.items())
+        self.tracker.note(
+            f"self-test: loss {result.loss:.6f} with policy = reference ({result.stored_loss:.6f} as stored), KL {result.repeat_kl:.1e}; "
+            f"per token off by: {gaps}{', ' if gaps else ''}base model {result.base_gap:.1e}"
+        )
 
     def trained(
         self,

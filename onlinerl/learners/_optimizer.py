@@ -36,22 +36,47 @@ class _CheckedAdamW(_Checked, torch.optim.AdamW): ...
 class _CheckedRMSprop(_Checked, torch.optim.RMSprop): ...
 
 
+def parameter_groups(policy: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
+    """Parameter groups as torch takes them: policy and critic ("part"), each with and without weight decay.
+
+    Biases and the weights of norms do not decay, as everywhere in the field: matrices do.
+    """
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in policy.named_parameters():
+        part = "critic" if name.startswith(("critic.", "value_head.")) else "policy"
+        matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # the shape before ZeRO-3 cut it up
+        groups.setdefault((part, matrix), []).append(parameter)
+    return [
+        {"params": parameters, "part": part, "weight_decay": training.weight_decay if matrix else 0.0}
+        for (part, matrix), parameters in groups.items()
+    ]
+
+
+def critic_rate(learning_rate: float, training: TrainingConfig, critic_learning_rate: float | None) -> float:
+    """The critic's learning rate of a step whose policy learns at `learning_rate`: on the same schedule, from its own peak.
+
+    A policy that does not learn (`training.learning_rate: 0`) has no schedule: the critic's rate is then constant.
+    """
+    if critic_learning_rate is None:
+        return learning_rate
+    return critic_learning_rate * (learning_rate / training.learning_rate if training.learning_rate else 1.0)
+
+
 def build_optimizer(groups: list[dict[str, Any]], training: TrainingConfig, *, checked: bool) -> torch.optim.Optimizer:
     """The configured optimizer over these parameter groups.
 
     Args:
-        groups: as torch takes them.
+        groups: see `parameter_groups`.
         training: the training section.
         checked: clip, and refuse gradients that are not finite; False where a wrapper does it.
     """
     # Each step sets its own rate. Some wrappers take a trial step when they are made: with rate 0 it moves nothing.
-    common = {"lr": 0.0, "weight_decay": training.weight_decay}
     optimizer: torch.optim.Optimizer
     if training.optimizer == "rmsprop":
-        optimizer = (_CheckedRMSprop if checked else torch.optim.RMSprop)(groups, **common)
+        optimizer = (_CheckedRMSprop if checked else torch.optim.RMSprop)(groups, lr=0.0)
     else:
         # One fused kernel instead of dozens of small ones per tensor: several times faster, on CPU too.
-        optimizer = (_CheckedAdamW if checked else torch.optim.AdamW)(groups, fused=True, **common)
+        optimizer = (_CheckedAdamW if checked else torch.optim.AdamW)(groups, lr=0.0, fused=True)
     if isinstance(optimizer, _Checked):
         optimizer.max_grad_norm = training.max_grad_norm
     return optimizer

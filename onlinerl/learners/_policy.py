@@ -10,20 +10,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from onlinerl.batch import Batch, Outputs
-from onlinerl.errors import LearnerError
+from onlinerl.families import LogitRule, logit_rule
+from onlinerl.learners._logits import logits as fp32_logits
 
 # Logits of so many response tokens exist at a time: 1024 x 150k x 4 bytes is 0.6 GB, whatever the length of the batch (R-C4).
 CHUNK = 1024
 
-# These rescale logits after the output matrix; applying that matrix ourselves would be silently wrong.
-_LOGIT_TRICKS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-
 
 class LogProbHead(nn.Module):
-    """Hidden states -> log-probs of given tokens, chunk by chunk, recomputed in the backward pass."""
+    """Hidden states -> log-probs of given tokens, chunk by chunk, recomputed in the backward pass.
 
-    def __init__(self, output: nn.Module) -> None:
+    Args:
+        output: the module that holds the output matrix.
+        rule: what the model's family does to its logits.
+    """
+
+    def __init__(self, output: nn.Module, rule: LogitRule) -> None:
         super().__init__()
+        self._rule = rule
         self._output = [output]  # in a list: the matrix belongs to the language model, and must not be registered twice
 
     @property
@@ -36,7 +40,7 @@ class LogProbHead(nn.Module):
         weight, bias = self.weight, getattr(self._output[0], "bias", None)
 
         def piece(hidden: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            logits = nn.functional.linear(hidden, weight, bias).float()
+            logits = self._rescaled(fp32_logits(hidden, weight, bias))
             if temperature != 1.0:
                 logits = logits / temperature
             chosen = -nn.functional.cross_entropy(logits, targets, reduction="none")
@@ -54,6 +58,11 @@ class LogProbHead(nn.Module):
         logprobs = torch.cat([p[0] for p in parts])
         return logprobs, torch.cat([p[1] for p in parts]) if entropy else None
 
+    def _rescaled(self, logits: Tensor) -> Tensor:
+        if self._rule.scale != 1.0:
+            logits = logits * self._rule.scale
+        return logits if self._rule.cap is None else self._rule.cap * torch.tanh(logits / self._rule.cap)
+
 
 class Policy(nn.Module):
     """A causal language model that answers with log-probs instead of logits.
@@ -63,20 +72,14 @@ class Policy(nn.Module):
         critic: "separate" adds a second backbone with a value head, "shared" a head on the policy's own trunk, None nothing.
 
     Raises:
-        LearnerError: for model families that rescale their logits.
+        ConfigError: for a model family that rescales its logits in a way that is not known.
     """
 
     def __init__(self, model: nn.Module, critic: Literal["separate", "shared"] | None = None) -> None:
         super().__init__()
-        tricks = [t for t in _LOGIT_TRICKS if getattr(model.config, t, None) not in (None, 1, 1.0)]
-        if tricks:
-            raise LearnerError(
-                f"{type(model).__name__} rescales its logits ({tricks[0]}), which is not supported",
-                field="model",
-                fix="use another model family",
-            )
+        self._recompute = False
         self.model = model
-        self.head = LogProbHead(model.get_output_embeddings())
+        self.head = LogProbHead(model.get_output_embeddings(), logit_rule(model.config.to_dict()))
         self.critic: nn.Module | None = None
         self.value_head: nn.Linear | None = None
         if critic is not None:
@@ -87,21 +90,29 @@ class Policy(nn.Module):
             nn.init.zeros_(self.value_head.bias)
 
     def recompute_activations(self) -> None:
-        """Keep only the inputs of each layer for the backward pass, of policy and critic. Call it after the last `eval()`.
-
-        transformers recomputes only in layers that are in training mode, and the policy never is (R-E5): so the layers themselves
-        are switched, not what is inside them, and their own dropout is 0.
-        """
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
+        """Keep only the inputs of each layer for the backward pass, of policy and critic, from now on."""
         for backbone in filter(None, (self.model, self.critic)):
             backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in self.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.training = True
-                for name, value in vars(layer).items():
-                    if "dropout" in name and isinstance(value, float):
-                        setattr(layer, name, 0.0)
+        self._recompute = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Policy:
+        """As of any module, except that what recomputes goes on recomputing.
+
+        transformers recomputes only in layers that are in training mode, and the policy never is (R-E5): so the layers themselves
+        are switched, not what is inside them, and their own dropout is 0. `eval()`, which loading a checkpoint calls too, comes here.
+        """
+        super().train(mode)
+        if self._recompute:
+            from transformers.modeling_layers import GradientCheckpointingLayer
+
+            for layer in self.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.training = True
+                    for name, value in vars(layer).items():
+                        if "dropout" in name and isinstance(value, float):
+                            setattr(layer, name, 0.0)
+        return self
 
     def forward(self, batch: Batch, temperature: float = 1.0, values: bool = False, entropy: bool = False) -> Outputs:
         """One pass over all rows; see `Outputs`. Positions where mask_BT is false hold zeros."""

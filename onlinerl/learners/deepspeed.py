@@ -19,12 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from onlinerl.batch import Batch, Mean
+from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.config import LearnerConfig, TrainingConfig
 from onlinerl.errors import LearnerError
-from onlinerl.learners._optimizer import build_optimizer
+from onlinerl.learners._optimizer import build_optimizer, critic_rate, parameter_groups
 from onlinerl.learners._policy import Policy
-from onlinerl.network import interface_of, local_address
+from onlinerl.learners._self_test import Sums, compare
+from onlinerl.network import choose_interface
 from onlinerl.ops.batching import collate
 from onlinerl.protocols import Algorithm
 from onlinerl.types import TrainItem, TrainSequence
@@ -75,7 +76,6 @@ class DeepSpeedRank:
         device: str,
         temperature: float,
         seed: int,
-        timeout_s: float = 1800,
     ) -> None:
         import deepspeed
 
@@ -83,12 +83,10 @@ class DeepSpeedRank:
         self.rank, self.world_size, self.temperature = rank, world_size, temperature
         self.device = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
         seed_everything(seed)
-        interface = interface_of(local_address(address))
-        if interface is not None:  # the default is whatever the host name resolves to, often a loopback address
-            os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
+        choose_interface(address)
         os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
         backend = "nccl" if device == "cuda" else "gloo"
-        timeout = timedelta(seconds=timeout_s)
+        timeout = timedelta(seconds=config.start_timeout_s)
         # The object collectives of metrics and the barriers of CPU work go over gloo on GPU machines too.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
@@ -101,13 +99,15 @@ class DeepSpeedRank:
         self._policy.eval()
         if config.zero_stage == 3:
             deepspeed.zero.register_external_parameter(self._policy.head, self._policy.head.weight)
+        optimizer = build_optimizer(parameter_groups(self._policy, training), training, checked=self._bare)
         self._engine, *_ = deepspeed.initialize(
-            model=self._policy, optimizer=self._optimizer(), config=self._deepspeed_config(), dist_init_required=False
+            model=self._policy, optimizer=optimizer, config=self._deepspeed_config(), dist_init_required=False
         )
         self._engine.eval()
         if config.gradient_checkpointing:
             self._policy.recompute_activations()
         self.reset_optimizer()  # a wrapper's trial step counts as one for Adam
+        _bound_collectives(timedelta(seconds=config.step_timeout_s))
         self._frozen: tuple[str, Policy] | None = None
         self._sender: Any = None
 
@@ -117,17 +117,6 @@ class DeepSpeedRank:
         return AutoModelForCausalLM.from_pretrained(
             model, dtype=DTYPES[self.config.dtype], attn_implementation=self.config.attention
         ).to(self.device)
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        critic_lr = getattr(self.algorithm, "critic_learning_rate", None)
-        named = list(self._policy.named_parameters())
-        of_critic = [p for n, p in named if n.startswith(("critic.", "value_head."))]
-        of_policy = [p for n, p in named if not n.startswith(("critic.", "value_head."))]
-        groups = [{"params": of_policy, "scale": 1.0}]
-        if of_critic:
-            relative = critic_lr / self.training.learning_rate if critic_lr and self.training.learning_rate else 1.0
-            groups.append({"params": of_critic, "scale": relative})
-        return build_optimizer(groups, self.training, checked=self._bare)
 
     @property
     def _bare(self) -> bool:
@@ -196,8 +185,10 @@ class DeepSpeedRank:
         Returns:
             Loss, gradient norm and the algorithm's metrics, averaged over all ranks; "skipped" is 1 if nothing was updated.
         """
+        of_critic = critic_rate(learning_rate, self.training, getattr(self.algorithm, "critic_learning_rate", None))
+        rates = {"policy": learning_rate, "critic": of_critic}
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate * group.get("scale", 1.0)
+            group["lr"] = rates[group["part"]]
         totals = self._backward(micro, count)
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
@@ -270,26 +261,19 @@ class DeepSpeedRank:
                 if isinstance(value, Tensor):
                     value.zero_()
 
-    @torch.no_grad()
-    def self_test(self, items: Sequence[TrainItem], reference: str) -> dict[str, float]:
-        """Policy against itself and against the reference it started from, before the first step (R-E5).
+    def self_test(self, micro: Sequence[Sequence[TrainItem]], base_model: str) -> list[Sums]:
+        """See `SelfTest`; what each rank found about its micro-batches, by rank. Collective."""
 
-        Returns:
-            "loss": the algorithm's loss with reference = old = policy, per unit; "reference_gap": mean |log-prob difference|
-            between policy and reference, in nats per token; "count": units in it.
-        """
-        batch = collate(items).to(self.device)
-        outputs = self._engine(batch, temperature=self.temperature, values=self.needs.values, entropy=self.needs.entropy)
-        lp = outputs.logprobs_BT
-        same = _replace(batch, reference_BT=lp, old_BT=lp, values_BT=outputs.values_BT)
-        again = self._engine(batch, temperature=self.temperature, values=self.needs.values, entropy=self.needs.entropy)
-        loss = self.algorithm.loss(again, same).total.item() / sum(i.count(self.algorithm.unit) for i in items)
-        gap = float("nan")
-        if reference != "policy":
-            other = self._load_frozen(reference)(batch, temperature=self.temperature).logprobs_BT
-            gap = ((lp - other).abs() * batch.mask_BT).sum().item() / batch.mask_BT.sum().item()
-        kl = ((again.logprobs_BT - lp) * batch.mask_BT).sum().item() / len(items)
-        return {"loss": loss, "reference_gap": gap, "kl": kl}
+        def forward(batch: Batch) -> Outputs:
+            return self._engine(batch, temperature=self.temperature, values=self.needs.values, entropy=self.needs.entropy)
+
+        def base(batch: Batch) -> Tensor:
+            return self._load_frozen(base_model)(batch, temperature=self.temperature).logprobs_BT
+
+        found = compare(forward, base, self.algorithm, micro, self.device)
+        parts = [found] * self.world_size
+        dist.all_gather_object(parts, found)
+        return parts
 
     # --- weights out ---
 
@@ -383,6 +367,15 @@ class DeepSpeedRank:
             dist.destroy_process_group()
 
 
+def _bound_collectives(timeout: timedelta) -> None:
+    """From now on a rank that waits longer than this for the others fails. Everything before belongs to the start, and its time.
+
+    For all groups, because DeepSpeed makes some of its own, with torch's default. torch has no public name for this.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch."""
     random.seed(seed)
@@ -417,9 +410,3 @@ def _zero(values: Tensor | None) -> Tensor | float:
 def _add(totals: dict[str, Tensor], name: str, mean: Mean) -> None:
     part = torch.stack([mean.total.detach().float().cpu(), mean.count.detach().float().cpu()])
     totals[name] = totals[name] + part if name in totals else part
-
-
-def _replace(batch: Batch, **changes: Any) -> Batch:
-    from dataclasses import replace
-
-    return replace(batch, **changes)

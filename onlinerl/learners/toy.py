@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor
 
 from onlinerl.batch import Batch, Outputs
+from onlinerl.learners._self_test import combine, compare
 from onlinerl.ops.batching import collate
 from onlinerl.protocols import Algorithm
-from onlinerl.types import TrainItem, TrainSequence, UpdateReport
+from onlinerl.types import SelfTest, TrainItem, TrainSequence, UpdateReport
 
 __all__ = ["ToyLearner"]
 
@@ -24,25 +24,25 @@ class ToyLearner:
     Args:
         vocabulary: number of tokens.
         algorithm: whose loss is minimised.
-        learning_rate: of Adam; the one given with each step is multiplied in.
+        base: the base model.
+        temperature: at which the loss takes log-probs.
     """
 
-    def __init__(self, vocabulary: int, algorithm: Algorithm, base: str) -> None:
-        self._algorithm, self._base = algorithm, base
+    def __init__(self, vocabulary: int, algorithm: Algorithm, base: str, temperature: float = 1.0) -> None:
+        self._algorithm, self._base, self._temperature = algorithm, base, temperature
         self.logits = torch.zeros(vocabulary, dtype=torch.float64, requires_grad=True)
         self.value = torch.zeros((), dtype=torch.float64, requires_grad=True)
         self._optimizer = torch.optim.Adam([self.logits, self.value], lr=1.0)
 
     def score(self, sequences: Sequence[TrainSequence], *, model: str = "policy", temperature: float = 1.0) -> list[np.ndarray]:
         """Log-probs f32[T]; `model` is "policy", the base model, or a file written by `export`."""
-        if model == "policy":
-            logits = self.logits.detach().numpy()
-        elif model == self._base:
-            logits = np.zeros(len(self.logits))
-        else:
-            logits = np.load(Path(model) / "logits.npy")
-        logprobs = torch.log_softmax(torch.tensor(logits) / temperature, dim=-1).numpy()
+        logprobs = torch.log_softmax(torch.tensor(self._logits_of(model)) / temperature, dim=-1).numpy()
         return [logprobs[list(s.response_ids)].astype(np.float32) for s in sequences]
+
+    def _logits_of(self, model: str) -> np.ndarray:
+        if model == "policy":
+            return self.logits.detach().numpy()
+        return np.zeros(len(self.logits)) if model == self._base else np.load(Path(model) / "logits.npy")
 
     def values(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
         """The same value everywhere, f32[T]."""
@@ -61,28 +61,28 @@ class ToyLearner:
             yield UpdateReport(steps=1, tokens=sum(i.tokens for i in items), metrics=({"loss": mean.item()},))
 
     def _outputs(self, batch: Batch) -> Outputs:
-        logprobs = torch.log_softmax(self.logits, dim=-1)
-        columns = torch.arange(batch.mask_BT.shape[1])
-        targets_BT = batch.tokens_BS.gather(
-            1, (batch.prompt_lengths_B[:, None] + columns).clamp(max=batch.tokens_BS.shape[1] - 1)
-        )
+        logprobs = torch.log_softmax(self.logits / self._temperature, dim=-1)
         entropy: Tensor = -(logprobs.exp() * logprobs).sum()
         return Outputs(
-            logprobs_BT=logprobs[targets_BT].float() * batch.mask_BT,
+            logprobs_BT=self._logprobs(batch, self.logits),
             values_BT=self.value.float().expand(batch.mask_BT.shape),
             entropy_BT=entropy.float().expand(batch.mask_BT.shape),
         )
 
-    def self_test(self, items: Sequence[TrainItem], reference: str) -> dict[str, float]:
-        """Loss with reference = old = policy, per unit."""
-        batch = collate(items)
-        outputs = self._outputs(batch)
-        lp = outputs.logprobs_BT.detach()
-        same = replace(batch, reference_BT=lp, old_BT=lp, values_BT=outputs.values_BT)
-        loss = self._algorithm.loss(outputs, same).total.item() / sum(i.count(self._algorithm.unit) for i in items)
-        flat = [s for i in items for s in i.sequences]
-        pairs = zip(self.score(flat), self.score(flat, model=reference), strict=True)
-        return {"loss": loss, "kl": 0.0, "reference_gap": float(np.mean([np.abs(a - b).mean() for a, b in pairs]))}
+    def _logprobs(self, batch: Batch, logits: Tensor) -> Tensor:
+        columns = torch.arange(batch.mask_BT.shape[1])
+        targets_BT = batch.tokens_BS.gather(
+            1, (batch.prompt_lengths_B[:, None] + columns).clamp(max=batch.tokens_BS.shape[1] - 1)
+        )
+        return torch.log_softmax(logits / self._temperature, dim=-1)[targets_BT].float() * batch.mask_BT
+
+    def self_test(self, items: Sequence[TrainItem], base_model: str) -> SelfTest:
+        """Compare what the items carry with what the policy says, and the policy with the base model."""
+
+        def base(batch: Batch) -> Tensor:
+            return self._logprobs(batch, torch.tensor(self._logits_of(base_model)))
+
+        return combine([compare(self._outputs, base, self._algorithm, [items], torch.device("cpu"))], items, self._algorithm)
 
     def reset_optimizer(self) -> None:
         """Forget Adam's moments."""

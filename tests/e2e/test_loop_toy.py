@@ -103,6 +103,23 @@ def test_show_prints_the_contract(toy_config, cli, tmp_path):
     assert report["iterations"][-1]["kl_ref"] > report["iterations"][1]["kl_ref"]
 
 
+def test_the_optimizer_s_state_is_kept_or_reset_between_iterations(toy_config, warm_cli, tmp_path):
+    import torch
+
+    steps, iterates = {}, {}
+    for state in ("keep", "reset"):
+        config = toy_config(tmp_path, {"training.optimizer_state": state}, name=state, iterations=2, file=f"{state}.yaml")
+        done = warm_cli("run", config)
+        assert done.returncode == 0, done.message
+        run = tmp_path / "runs" / state
+        saved = torch.load(run / "checkpoints" / "0002" / "toy.pt", weights_only=True)
+        steps[state] = int(saved["optimizer"]["state"][0]["step"])
+        iterates[state] = [weights(run, t) for t in (1, 2)]
+    assert steps == {"keep": 4, "reset": 2}
+    assert np.array_equal(iterates["keep"][0], iterates["reset"][0])
+    assert not np.array_equal(iterates["keep"][1], iterates["reset"][1])
+
+
 # lr 0.2 for the pairwise losses; SPPO regresses onto a target and PPO and GRPO clip their steps, so they take theirs more often.
 BUDGETS = {
     "dpo": {},

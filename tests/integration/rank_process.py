@@ -10,7 +10,9 @@ from __future__ import annotations
 import pickle
 import sys
 import traceback
+from dataclasses import replace
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ import torch.distributed as dist
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.batch import Batch, LossOutput, Outputs
 from onlinerl.config import LearnerConfig, TrainingConfig
+from onlinerl.learners._self_test import combine
 from onlinerl.learners.deepspeed import DeepSpeedRank
 from onlinerl.ops.batching import plan_step
 from onlinerl.protocols import Algorithm
-from onlinerl.types import TrainItem
+from onlinerl.types import SelfTest, TrainItem
 
 WEIGHTS = dict[str, np.ndarray]
 
@@ -54,12 +57,19 @@ class Ranks:
         dist.init_process_group = init
 
     def learner(
-        self, model: str, algorithm: Algorithm, *, stage: int, dtype: str, recompute: bool = False, **training: Any
+        self,
+        model: str,
+        algorithm: Algorithm,
+        *,
+        stage: int,
+        dtype: str,
+        learner: dict[str, Any] | None = None,
+        **training: Any,
     ) -> DeepSpeedRank:
         return DeepSpeedRank(
             model,
             algorithm,
-            LearnerConfig(ranks=self.world_size, zero_stage=stage, dtype=dtype, gradient_checkpointing=recompute),
+            LearnerConfig(ranks=self.world_size, zero_stage=stage, dtype=dtype, **(learner or {})),
             TrainingConfig(**{"learning_rate": 1e-3, **training}),
             rank=self.rank,
             world_size=self.world_size,
@@ -68,7 +78,6 @@ class Ranks:
             device="cpu",
             temperature=1.0,
             seed=0,
-            timeout_s=120,
         )
 
     def mine(self, items: list[TrainItem], budget: int) -> list[list[TrainItem]]:
@@ -92,6 +101,55 @@ def optimizer_state(learner: DeepSpeedRank) -> dict[str, float]:
     return {"moment": max(moments, default=0.0), "step": max((float(s["step"]) for s in states), default=0.0)}
 
 
+def first_moments(learner: DeepSpeedRank) -> WEIGHTS:
+    """Adam's running mean of the gradients as they were after clipping, whole, by parameter. Collective."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    plain = getattr(
+        learner._engine.optimizer, "state", {}
+    )  # without a wrapper it is torch's own, which the helper does not know
+    return {
+        name: (plain[p]["exp_avg"] if p in plain else safe_get_full_optimizer_state(p, "exp_avg")).float().cpu().numpy().copy()
+        for name, p in learner._policy.model.named_parameters()
+    }
+
+
+def scored(learner: DeepSpeedRank, items: list[TrainItem], model: str, temperature: float) -> list[np.ndarray]:
+    """Log-probs of all sequences, on every rank, batched in another way than a step would."""
+    (arrays,) = learner.score([[s for item in items for s in item.sequences]], model, temperature)
+    return arrays
+
+
+def with_arrays(items: list[TrainItem], **arrays: list[np.ndarray]) -> list[TrainItem]:
+    rows = iter(dict(zip(arrays, row, strict=True)) for row in zip(*arrays.values(), strict=True))
+    return [replace(item, sequences=tuple(s.with_(**next(rows)) for s in item.sequences)) for item in items]
+
+
+def self_tests(
+    ranks: Ranks, learner: DeepSpeedRank, items: list[TrainItem], names: tuple[str, ...], base: str, other: str
+) -> dict[Any, SelfTest]:
+    """The self-test of items as they should be, and with each of their arrays spoiled in every way."""
+
+    def ask(**arrays: list[np.ndarray]) -> SelfTest:
+        annotated = with_arrays(items, **arrays)
+        parts = learner.self_test(ranks.mine(annotated, 80), base)
+        return combine(parts, annotated, learner.algorithm)
+
+    own = scored(learner, items, "policy", learner.temperature)
+    sound = dict.fromkeys(names, own)
+    spoiled = {
+        "shifted": [np.roll(a, 1) for a in own],
+        "permuted": own[1:] + own[:1],
+        "temperature": scored(learner, items, "policy", learner.temperature * 1.25),
+        "model": scored(learner, items, other, learner.temperature),
+    }
+    results: dict[Any, SelfTest] = {"sound": ask(**sound)}
+    for name, (how, arrays) in product(names, spoiled.items()):
+        results[name, how] = ask(**{**sound, name: arrays})
+    results["base"] = combine(learner.self_test(ranks.mine(with_arrays(items, **sound), 80), other), items, learner.algorithm)
+    return results
+
+
 def gradients(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
     """Gradients of every loss, cut up in every way; the first one again at the end, to see that nothing is left over."""
     first, *_ = job["losses"].values()
@@ -103,23 +161,125 @@ def gradients(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[s
             micro = ranks.mine(loss["items"], budget)
             count = sum(i.count(learner.algorithm.unit) for i in loss["items"])
             results[name, cut] = {"gradients": learner.gradients(micro, count), "micro_batches": len(micro)}
+    # Many more response tokens in one micro-batch than fit into a chunk, at another temperature than 1.
+    learner.algorithm, learner.needs = job["long"]["algorithm"], job["long"]["algorithm"].needs()
+    learner.temperature = job["long"]["temperature"]
+    items = job["long"]["items"]
+    count = sum(i.count(learner.algorithm.unit) for i in items)
+    results["long", "gradients"] = learner.gradients(ranks.mine(items, 100_000), count)
+    results["long", "scores"] = scored(learner, items, "policy", learner.temperature)
     return results
 
 
 def critic_gradients(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
-    """Gradients with a second network and a second parameter group."""
+    """With a second network and second parameter groups: self-tests, gradients, a checkpoint, and a step of the critic alone."""
     loss = job["critic_loss"]
     learner = ranks.learner(
-        job["model"], loss["algorithm"], stage=case["stage"], dtype=case["dtype"], recompute=case["recompute"]
+        job["model"],
+        loss["algorithm"],
+        stage=case["stage"],
+        dtype=case["dtype"],
+        learner={"gradient_checkpointing": case["recompute"], "attention": case["attention"]},
+        learning_rate=0.0,
+        weight_decay=0.1,
     )
+    assert learner._policy.model.config._attn_implementation == case["attention"]
     count = sum(i.count(learner.algorithm.unit) for i in loss["items"])
-    return {cut: learner.gradients(ranks.mine(loss["items"], budget), count) for cut, budget in loss["budgets"].items()}
+    result: dict[str, Any] = {}
+    if case["recompute"]:
+        learner.temperature = 0.8
+        arguments = ranks, learner, job["self_test_items"], ("old", "reference"), job["model"], job["untied"]
+        result["self_tests"] = self_tests(*arguments)
+        learner.temperature = 1.0
+
+    def all_gradients() -> dict[Any, Any]:
+        calls: list[int] = []
+        hooks = [
+            backbone.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+            for backbone in (learner._policy.model.base_model, learner._policy.critic)
+        ]
+        found: dict[Any, Any] = {
+            cut: learner.gradients(ranks.mine(loss["items"], budget), count) for cut, budget in loss["budgets"].items()
+        }
+        for hook in hooks:
+            hook.remove()
+        micro_batches = sum(len(ranks.mine(loss["items"], budget)) for budget in loss["budgets"].values())
+        return found | {"passes": len(calls) / len(hooks) / micro_batches}
+
+    result |= all_gradients()
+    here = Path(job["directory"]) / "critic-{}-{}-{}".format(ranks.world_size, case["stage"], case["recompute"])
+    here.mkdir(exist_ok=True)
+    learner.save(str(here))
+    learner.load(str(here))
+    result["loaded"] = all_gradients()
+
+    before = parameters(learner)
+    metrics = ranks.step(learner, loss["items"], lr=0.0)
+    after = parameters(learner)
+    result["critic_step"] = {"metrics": metrics, "before": before, "after": after}
+    # The value head is no longer 0, so that values of different tokens differ.
+    items = job["self_test_items"]
+    (values,) = learner.values([[s for item in items for s in item.sequences]])
+    own = scored(learner, items, "policy", 1.0)
+    for how, arrays in (("sound", values), ("shifted", [np.roll(a, 1) for a in values]), ("permuted", values[1:] + values[:1])):
+        annotated = with_arrays(items, old=own, reference=own, values=arrays)
+        parts = learner.self_test(ranks.mine(annotated, 80), job["model"])
+        result["values", how] = combine(parts, annotated, learner.algorithm)
+    return result
+
+
+def parameters(learner: DeepSpeedRank) -> WEIGHTS:
+    """All of them, the critic's too, whole. Collective."""
+    import deepspeed
+
+    found = {}
+    for name, parameter in learner._policy.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None, enabled=hasattr(parameter, "ds_id")):
+            found[name] = parameter.detach().float().cpu().numpy().copy()
+    return found
+
+
+def other_optimizer(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
+    """Steps of RMSprop with weight decay."""
+    learner = ranks.learner(
+        job["model"],
+        job["losses"]["dpo"]["algorithm"],
+        stage=case["stage"],
+        dtype=case["dtype"],
+        optimizer="rmsprop",
+        weight_decay=0.1,
+    )
+    after = []
+    for items in job["steps"]:
+        ranks.step(learner, items)
+        after.append(weights(learner))
+    return {"after": after}
+
+
+def absent_rank(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
+    """One rank takes no part in a step. Must be the last case, because no collective works afterwards."""
+    algorithm = job["losses"]["dpo"]["algorithm"]
+    learner = ranks.learner(
+        job["model"], algorithm, stage=case["stage"], dtype=case["dtype"], learner={"step_timeout_s": case["timeout_s"]}
+    )
+    if ranks.rank > 0:
+        ranks.store.wait(["given up"], timedelta(seconds=120))
+        return {}
+    try:
+        ranks.step(learner, job["steps"][0])
+    except RuntimeError as error:
+        return {"message": str(error)}
+    finally:
+        ranks.store.set("given up", "yes")
+    return {"message": "no error"}
 
 
 def steps(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
     """Optimizer steps, a bad one, a checkpoint, a reset."""
     dpo = job["losses"]["dpo"]
-    learner = ranks.learner(job["model"], dpo["algorithm"], stage=case["stage"], dtype=case["dtype"])
+    learner = ranks.learner(
+        job["model"], dpo["algorithm"], stage=case["stage"], dtype=case["dtype"], max_grad_norm=job["max_grad_norm"]
+    )
     source = learner.weight_source(torch.float32)
     metas = source.metadata()
     yielded = list(source)
@@ -129,6 +289,7 @@ def steps(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, 
             "yielded": [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in yielded],
         },
         "initial": weights(learner),
+        "self_tests": self_tests(ranks, learner, job["self_test_items"], ("reference",), job["model"], job["untied"]),
         "metrics": [],
         "after": [],
     }
@@ -136,6 +297,7 @@ def steps(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, 
     for items in job["steps"]:
         result["metrics"].append(ranks.step(learner, items, budget))
         result["after"].append(weights(learner))
+    result["moments"] = first_moments(learner)
 
     result["bad"] = {}
     for name, items in job["bad_steps"].items():
@@ -152,7 +314,9 @@ def steps(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, 
     learner.load(str(here))
     result["loaded"] = weights(learner)
     result["loaded_continued"] = [ranks.step(learner, job["steps"][0], budget), weights(learner)]
-    fresh = ranks.learner(job["model"], dpo["algorithm"], stage=case["stage"], dtype=case["dtype"])
+    fresh = ranks.learner(
+        job["model"], dpo["algorithm"], stage=case["stage"], dtype=case["dtype"], max_grad_norm=job["max_grad_norm"]
+    )
     fresh.load(str(here))
     result["fresh_continued"] = [ranks.step(fresh, job["steps"][0], budget), weights(fresh)]
 
@@ -189,7 +353,7 @@ def export(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str,
     }
 
 
-KINDS = {f.__name__: f for f in (gradients, critic_gradients, steps, export)}
+KINDS = {f.__name__: f for f in (gradients, critic_gradients, steps, export, other_optimizer, absent_rank)}
 
 
 def main(job_file: str, rank: str, world_size: str, port: str) -> None:

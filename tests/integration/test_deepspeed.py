@@ -22,10 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.grpo import Grpo
 from onlinerl.algorithms.ppo import Ppo
+from onlinerl.controller import self_test
+from onlinerl.errors import LearnerError
+from onlinerl.learners import _policy
 from onlinerl.learners._policy import Policy
 from onlinerl.ops.batching import collate, plan_step
 from onlinerl.protocols import Algorithm
-from onlinerl.types import TrainItem, TrainSequence
+from onlinerl.types import SelfTest, TrainItem, TrainSequence
 
 pytestmark = pytest.mark.engine
 
@@ -36,8 +39,8 @@ VOCABULARY = 128
 BOUND = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
-def sequence(rng: np.random.Generator, **extra: Any) -> TrainSequence:
-    length = int(rng.integers(3, 10))
+def sequence(rng: np.random.Generator, response: int | None = None, **extra: Any) -> TrainSequence:
+    length = response or int(rng.integers(3, 10))
     noise = lambda: rng.normal(-4.5, 0.5, length).astype(np.float32)  # noqa: E731
     return TrainSequence(
         prompt_ids=tuple(map(int, rng.integers(3, VOCABULARY, int(rng.integers(2, 8))))),
@@ -47,9 +50,9 @@ def sequence(rng: np.random.Generator, **extra: Any) -> TrainSequence:
     )
 
 
-def pair_items(count: int, seed: int) -> list[TrainItem]:
+def pair_items(count: int, seed: int, response: int | None = None) -> list[TrainItem]:
     rng = np.random.default_rng(seed)
-    return [TrainItem(prompt_id=str(i), sequences=(sequence(rng), sequence(rng))) for i in range(count)]
+    return [TrainItem(prompt_id=str(i), sequences=(sequence(rng, response), sequence(rng, response))) for i in range(count)]
 
 
 def sample_items(count: int, seed: int) -> list[TrainItem]:
@@ -86,7 +89,26 @@ LOSSES: dict[str, tuple[Algorithm, list[TrainItem]]] = {
     "fewer items than ranks": (Dpo(), pair_items(1, seed=3)),
     "uneven": (Dpo(), pair_items(5, seed=4)),
 }
-CRITIC: tuple[Algorithm, list[TrainItem]] = (Ppo(critic="separate", entropy_coef=0.01, kl_in="loss"), sample_items(12, seed=5))
+CRITIC: tuple[Algorithm, list[TrainItem]] = (
+    Ppo(critic="separate", critic_learning_rate=1e-3, entropy_coef=0.01, kl_in="loss"),
+    sample_items(12, seed=5),
+)
+LONG = pair_items(6, seed=6, response=120)
+"""1,440 response tokens."""
+LONG_TEMPERATURE = 0.7
+
+
+def self_test_items() -> list[TrainItem]:
+    """Pairs whose responses are equally long, so that arrays can be exchanged; everything that ppo reads is there."""
+    rng = np.random.default_rng(7)
+    zeros = lambda n: np.zeros(n, np.float32)  # noqa: E731
+    extra = {"behaviour": zeros, "advantages": zeros, "returns": zeros, "values": zeros}
+    pair = lambda: tuple(sequence(rng, response=20, **extra) for _ in range(2))  # noqa: E731
+    return [TrainItem(prompt_id=str(i), sequences=pair()) for i in range(8)]
+
+
+MAX_GRAD_NORM = 0.5
+"""Below every gradient of `STEPS`, so that clipping acts."""
 STEPS = [pair_items(8, seed=10 + i) for i in range(3)]
 BAD_STEPS = {
     "nan loss": spoiled(STEPS[0], sequences=with_reference(STEPS[0][-1], [float("nan"), 0.0])),
@@ -94,17 +116,20 @@ BAD_STEPS = {
     "finite loss with an infinite gradient": spoiled(STEPS[0], weight=2.0),
 }
 EXPORTED = (0, 3)
+OTHER = (0, 2, 3)
 CASES: dict[tuple[Any, ...], dict[str, Any]] = {
     **{("gradients", s, d): {"kind": "gradients", "stage": s, "dtype": d} for s, d in product(STAGES, DTYPES)},
     **{
-        ("critic", s, r): {"kind": "critic_gradients", "stage": s, "dtype": "float32", "recompute": r}
-        for s, r in product(STAGES, (False, True))
+        ("critic", s, r): {"kind": "critic_gradients", "stage": s, "dtype": "float32", "recompute": r, "attention": a}
+        for s, (r, a) in product(STAGES, ((False, "sdpa"), (True, "eager")))
     },
     **{("steps", s, d): {"kind": "steps", "stage": s, "dtype": d} for s, d in product(STAGES, DTYPES)},
     **{
         ("export", s, m): {"kind": "export", "stage": s, "dtype": "float32", "model": m}
         for s, m in product(EXPORTED, ("model", "untied"))
     },
+    **{("rmsprop", s): {"kind": "other_optimizer", "stage": s, "dtype": "float32"} for s in OTHER},
+    ("absent",): {"kind": "absent_rank", "stage": 2, "dtype": "float32", "timeout_s": 3.0},  # the last one: it breaks the group
 }
 
 Answers = Callable[..., dict[str, Any]]
@@ -140,6 +165,9 @@ def run_ranks(ranks: int, tied: Path, untied: Path, directory: Path) -> dict[tup
         "directory": str(directory),
         "losses": {name: loss(*what) for name, what in LOSSES.items()},
         "critic_loss": loss(*CRITIC),
+        "long": {"algorithm": Dpo(), "items": LONG, "temperature": LONG_TEMPERATURE},
+        "self_test_items": self_test_items(),
+        "max_grad_norm": MAX_GRAD_NORM,
         "steps": STEPS,
         "bad_steps": BAD_STEPS,
         "cases": list(CASES.values()),
@@ -193,18 +221,21 @@ def plain_policy(model: Path, dtype: str, critic: Any = None) -> Policy:
     return Policy(loaded, critic).eval()
 
 
-def backward(policy: Policy, algorithm: Algorithm, items: Sequence[TrainItem]) -> float:
+def backward(policy: Policy, algorithm: Algorithm, items: Sequence[TrainItem], temperature: float = 1.0) -> float:
     """One forward and backward of everything at once, divided by the count of units. Returns the loss."""
     batch, needs = collate(items), algorithm.needs()
-    total = algorithm.loss(policy(batch, values=needs.values, entropy=needs.entropy), batch).total
+    outputs = policy(batch, temperature=temperature, values=needs.values, entropy=needs.entropy)
+    total = algorithm.loss(outputs, batch).total
     loss = total / sum(i.count(algorithm.unit) for i in items)
     policy.zero_grad()
     loss.backward()
     return loss.item()
 
 
-def plain_gradients(policy: Policy, algorithm: Algorithm, items: Sequence[TrainItem]) -> dict[str, np.ndarray]:
-    backward(policy, algorithm, items)
+def plain_gradients(
+    policy: Policy, algorithm: Algorithm, items: Sequence[TrainItem], temperature: float = 1.0
+) -> dict[str, np.ndarray]:
+    backward(policy, algorithm, items, temperature)
     return {n: np.zeros(p.shape) if p.grad is None else p.grad.double().numpy() for n, p in policy.named_parameters()}
 
 
@@ -256,19 +287,141 @@ def test_nothing_of_earlier_gradients_is_left(answers: Answers, ranks: int, stag
         assert_equal(answer["again", cut]["gradients"], answer["dpo", cut]["gradients"])
 
 
+@configurations
+def test_more_tokens_than_a_chunk_at_another_temperature(
+    answers: Answers, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, stage: int, dtype: str
+) -> None:
+    """Scores and gradient of micro-batches whose logits are computed, and computed again, piece by piece."""
+    answer = answers(ranks, "gradients", stage, dtype)
+    tokens = sum(len(s.response_ids) for item in LONG for s in item.sequences)
+    assert tokens / ranks > _policy.CHUNK / 2  # on one rank more than a chunk
+    policy = plain_policy(tiny_llama, dtype)
+    monkeypatch.setattr(_policy, "CHUNK", 10**6)
+    expected = plain_gradients(policy, Dpo(), LONG, LONG_TEMPERATURE)
+
+    assert relative_error(answer["long", "gradients"], expected) < BOUND[dtype]
+
+    with torch.no_grad():
+        scores = policy(collate(LONG), temperature=LONG_TEMPERATURE).logprobs_BT.numpy()
+        untempered = policy(collate(LONG)).logprobs_BT.numpy()
+    ours = np.stack(answer["long", "scores"])
+    assert np.abs(ours - scores).mean() < (1e-5 if dtype == "float32" else 0.02)
+    assert np.abs(ours - untempered).mean() > 0.05
+
+
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, STAGES)))
 def test_gradient_with_a_critic_equals_that_of_one_process(
     answers: Answers, tiny_llama: Path, ranks: int, stage: int, recompute: bool
 ) -> None:
-    """Also with `learner.gradient_checkpointing` (R-C4)."""
+    """Also with `learner.gradient_checkpointing` (R-C4) and `learner.attention: eager`, and after loading a checkpoint."""
     answer = answers(ranks, "critic", stage, recompute)
     algorithm, items = CRITIC
     expected = plain_gradients(plain_policy(tiny_llama, "float32", "separate"), algorithm, items)
     assert np.abs(expected["value_head.weight"]).max() > 1e-3
 
-    for cut in MICRO_BATCHES:
-        assert relative_error(answer[cut], expected) < BOUND["float32"]
+    for found in (answer, answer["loaded"]):
+        for cut in MICRO_BATCHES:
+            assert relative_error(found[cut], expected) < BOUND["float32"]
+
+
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, STAGES)))
+def test_recomputation_survives_a_checkpoint(answers: Answers, ranks: int, stage: int) -> None:
+    """A layer runs forward twice per micro-batch if its activations are computed again, also after a resume."""
+    for recompute, passes in ((False, 1), (True, 2)):
+        answer = answers(ranks, "critic", stage, recompute)
+        assert answer["passes"] == answer["loaded"]["passes"] == passes
+
+
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, STAGES)))
+def test_a_critic_learns_beside_a_policy_with_a_learning_rate_of_0(
+    answers: Answers, tiny_llama: Path, ranks: int, stage: int
+) -> None:
+    step = answers(ranks, "critic", stage, False)["critic_step"]
+    policy = plain_policy(tiny_llama, "float32", "separate")
+    of_critic = {n: p for n, p in policy.named_parameters() if n.startswith(("critic.", "value_head."))}
+    decay = [p for p in of_critic.values() if p.dim() > 1]
+    fixed = [p for p in of_critic.values() if p.dim() == 1]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": fixed, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+
+    backward(policy, *CRITIC)
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    optimizer.step()
+
+    assert step["metrics"]["learning_rate"] == 0
+    for name, weight in step["after"].items():
+        if name in of_critic:
+            assert_stepped(weight, of_critic[name])
+        else:
+            np.testing.assert_array_equal(weight, step["before"][name], err_msg=name)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, OTHER)))
+def test_rmsprop_with_weight_decay_equals_that_of_torch(answers: Answers, tiny_llama: Path, ranks: int, stage: int) -> None:
+    """Only matrices decay: a norm's weight that decayed by 0.1 x 1e-3 in three steps would be off by 3e-4."""
+    answer = answers(ranks, "rmsprop", stage)
+    policy = plain_policy(tiny_llama, "float32")
+    groups = [
+        {"params": [p for p in policy.parameters() if (p.dim() > 1) is matrix], "weight_decay": 0.1 if matrix else 0.0}
+        for matrix in (True, False)
+    ]
+    optimizer = torch.optim.RMSprop(groups, lr=1e-3)
+
+    for items, after in zip(STEPS, answer["after"], strict=True):
+        backward(policy, Dpo(), items)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        for name, parameter in policy.model.named_parameters():
+            gap = np.abs(after[name] - parameter.detach().numpy())
+            assert (gap > 1e-4).mean() < 1e-2, name  # a first step has length 1e-2, whatever the gradient
+
+
+def sound(result: SelfTest, expected_loss: float | None, dtype: str) -> bool:
+    try:
+        self_test.check(result, expected_loss, dtype)
+    except LearnerError:
+        return False
+    return True
+
+
+SPOILED = ("shifted", "permuted", "temperature", "model")
+
+
+@configurations
+def test_the_self_test_notices_a_stored_reference_that_is_not_the_policy_s(
+    answers: Answers, ranks: int, stage: int, dtype: str
+) -> None:
+    results = answers(ranks, "steps", stage, dtype)["self_tests"]
+
+    self_test.check(results["sound"], Dpo().loss_at_reference, dtype)
+    assert {how: sound(results["reference", how], Dpo().loss_at_reference, dtype) for how in SPOILED} == dict.fromkeys(
+        SPOILED, False
+    )
+    assert not sound(results["base"], Dpo().loss_at_reference, dtype)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, STAGES)))
+def test_the_self_test_notices_old_log_probs_and_values_that_are_not_the_policy_s(
+    answers: Answers, ranks: int, stage: int
+) -> None:
+    answer = answers(ranks, "critic", stage, True)
+    results = answer["self_tests"]
+
+    self_test.check(results["sound"], None, "float32")
+    for name, how in product(("old", "reference"), SPOILED):
+        with pytest.raises(LearnerError, match=f"the stored {name} differs"):
+            self_test.check(results[name, how], None, "float32")
+
+    limit = self_test.GAP["float32"]
+    assert answer["values", "sound"].stored_gaps["values"] < limit
+    for how in ("shifted", "permuted"):
+        assert answer["values", how].stored_gaps["values"] > limit
+
+
+def test_ranks_do_not_wait_longer_than_a_step_for_one_that_is_gone(answers: Answers) -> None:
+    """Not as long as a start may take (900 s by default)."""
+    assert "3000ms" in answers(2, "absent")["message"].replace(" ", "")
 
 
 @pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, STAGES)))
@@ -279,7 +432,7 @@ def test_steps_equal_those_of_torch(answers: Answers, tiny_llama: Path, ranks: i
 
     for items, metrics, after in zip(STEPS, answer["metrics"], answer["after"], strict=True):
         loss = backward(policy, Dpo(), items)
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
         assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
@@ -297,16 +450,90 @@ def test_bfloat16_steps_follow_those_of_torch_in_fp32(answers: Answers, tiny_lla
 
     for items, metrics in zip(STEPS, answer["metrics"], strict=True):
         assert metrics["loss"] == pytest.approx(backward(policy, Dpo(), items), rel=2e-2)
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         assert metrics["skipped"] == 0
-        assert metrics["grad_norm"] > 0
+        assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=2e-2)
 
     moved = {n: p.detach().double().numpy() - before[n] for n, p in policy.model.named_parameters()}
     ours = {n: answer["after"][-1][n] - before[n] for n in moved}
     inner = sum((moved[n] * ours[n]).sum() for n in moved)
     norms = [np.sqrt(sum((d[n] ** 2).sum() for n in moved)) for d in (moved, ours)]
     assert inner / norms[0] / norms[1] > 0.97  # weights are rounded to 8 bits on the way out
+
+
+Clip = Callable[[Policy, Sequence[TrainItem], float], None]
+
+
+def clip_right(policy: Policy, items: Sequence[TrainItem], limit: float) -> None:
+    backward(policy, Dpo(), items)
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), limit)
+
+
+def clip_not(policy: Policy, items: Sequence[TrainItem], limit: float) -> None:
+    backward(policy, Dpo(), items)
+
+
+def clip_at_ten_times(policy: Policy, items: Sequence[TrainItem], limit: float) -> None:
+    clip_right(policy, items, 10 * limit)
+
+
+def clip_by_value(policy: Policy, items: Sequence[TrainItem], limit: float) -> None:
+    backward(policy, Dpo(), items)
+    torch.nn.utils.clip_grad_value_(policy.parameters(), limit)
+
+
+def clip_each_tensor(policy: Policy, items: Sequence[TrainItem], limit: float) -> None:
+    backward(policy, Dpo(), items)
+    for parameter in policy.parameters():
+        torch.nn.utils.clip_grad_norm_([parameter], limit)
+
+
+def clip_each_rank(policy: Policy, items: Sequence[TrainItem], limit: float) -> None:
+    """Before the mean over two ranks is taken, instead of after."""
+    shares = [[item for micro in rank for item in micro] for rank in plan_step(list(items), 2, 100_000)]
+    gathered: list[list[torch.Tensor]] = []
+    for share in shares:
+        backward(policy, Dpo(), share)
+        for p in policy.parameters():
+            assert p.grad is not None
+            p.grad.mul_(2 * len(share) / len(items))
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), limit)
+        gathered.append([p.grad.clone() for p in policy.parameters() if p.grad is not None])
+    for parameter, *parts in zip(policy.parameters(), *gathered, strict=True):
+        parameter.grad = sum(parts, torch.zeros(())) / 2
+
+
+def moments_of_torch(model: Path, dtype: str, clip: Clip) -> dict[str, np.ndarray]:
+    """Adam's running mean of clipped gradients after `STEPS`. It scales with them; Adam's steps do not."""
+    policy = plain_policy(model, dtype)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
+    for items in STEPS:
+        clip(policy, items, MAX_GRAD_NORM)
+        optimizer.step()
+    return {n: optimizer.state[p]["exp_avg"].double().numpy() for n, p in policy.model.named_parameters()}
+
+
+MOMENTS = {"float32": 1e-3, "bfloat16": 5e-2}
+"""Relative error of the running mean of clipped gradients after three steps."""
+
+
+@configurations
+def test_gradients_are_clipped_as_by_torch(answers: Answers, tiny_llama: Path, ranks: int, stage: int, dtype: str) -> None:
+    answer = answers(ranks, "steps", stage, dtype)
+    assert min(m["grad_norm"] for m in answer["metrics"]) > 1.5 * MAX_GRAD_NORM
+
+    error = relative_error(answer["moments"], moments_of_torch(tiny_llama, dtype, clip_right))
+
+    print(f"{ranks} ranks ZeRO {stage} {dtype}: {error:.2e}")
+    assert error < MOMENTS[dtype]
+
+
+@pytest.mark.parametrize("wrong", [clip_not, clip_at_ten_times, clip_by_value, clip_each_tensor, clip_each_rank])
+def test_wrong_clipping_would_not_pass(tiny_llama: Path, wrong: Clip) -> None:
+    right = moments_of_torch(tiny_llama, "float32", clip_right)
+
+    assert relative_error(moments_of_torch(tiny_llama, "float32", wrong), right) > 2 * MOMENTS["bfloat16"]
 
 
 @configurations
@@ -362,7 +589,7 @@ def test_the_step_after_a_reset_is_that_of_a_new_optimizer(answers: Answers, tin
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
 
     backward(policy, Dpo(), STEPS[1])
-    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
     optimizer.step()
 
     for name, parameter in policy.model.named_parameters():

@@ -11,7 +11,7 @@ import pytest
 from onlinerl import config as configuration
 from onlinerl import preflight
 from onlinerl.config import RunConfig
-from onlinerl.errors import OracleError
+from onlinerl.errors import ConfigError, OracleError
 from onlinerl.protocols import Oracle
 from onlinerl.types import Prompt, Verdict
 
@@ -202,3 +202,15 @@ def test_a_downloaded_hub_id_is_found_where_it_lies(tiny_model, tmp_path, monkey
     assert checked.config.model == str(snapshot)
     assert preflight.identity("org/tiny")["checksum"] == preflight.identity(str(tiny_model))["checksum"]
     assert preflight.check(config("model=org/other", "metrics.prometheus=false")).train is None
+
+
+# --- schedules ---
+
+
+@pytest.mark.parametrize("override", ["training.schedule=cosine", "training.warmup=0.1", "training.iteration_decay=0.5"])
+def test_a_learning_rate_of_0_cannot_be_scheduled(toy_config, tmp_path, override):
+    fixed = ["training.learning_rate=0"]
+    preflight.check(configuration.load(toy_config(tmp_path), fixed))
+    with pytest.raises(ConfigError, match="would do nothing") as error:
+        preflight.check(configuration.load(toy_config(tmp_path), [*fixed, override]))
+    assert error.value.field == "training.learning_rate"

@@ -8,15 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from onlinerl.controller import health
+from onlinerl.controller import health, self_test
 from onlinerl.controller.iteration import Iteration, judged
 from onlinerl.controller.parts import Built, learning_rates
 from onlinerl.errors import LearnerError
 from onlinerl.ops.schedule import schedule
 from onlinerl.stores.rows import PAIRS, VERDICTS, pair_rows, result_from_row
 from onlinerl.types import Pair, TrainItem, UpdateReport, derive_seed
-
-SELF_TEST_ITEMS = 4
 
 
 def train(it: Iteration) -> dict[str, Any]:
@@ -170,8 +168,6 @@ def _annotate(it: Iteration, items: Sequence[TrainItem]) -> list[TrainItem]:
 
 def _self_test(it: Iteration, items: Sequence[TrainItem]) -> None:
     """Before the very first step (R-E5)."""
-    result = it.parts.learner.self_test(items[:SELF_TEST_ITEMS], it.parts.base_model)
-    expected = it.parts.algorithm.loss_at_reference
-    # bfloat16 keeps three digits; the reference is read from disk and must agree to that.
-    health.check_self_test(result, expected, loss_tolerance=1e-3, gap_limit=0.02)
+    result = it.parts.learner.self_test(self_test.choose(items), it.parts.base_model)
+    self_test.check(result, it.parts.algorithm.loss_at_reference, it.parts.config.learner.dtype)
     it.report.self_test(result)

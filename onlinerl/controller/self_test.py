@@ -1,0 +1,80 @@
+"""Before the first step: do the log-probs that the items carry belong to the policy that is about to be trained?
+
+Nothing has been trained then, so policy, old policy, reference and base model are one model, and everything that was scored for the
+loss must be what the policy says now, token by token. A misaligned or permuted array, a wrong temperature and wrong weights all show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onlinerl.errors import LearnerError
+from onlinerl.types import SelfTest, TrainItem
+
+ITEMS = 8
+
+FORMULA = 1e-3
+"""Two passes of one policy are equal, so the loss is what its formula says but for fp32 sums."""
+
+GAP = {"float32": 1e-3, "bfloat16": 0.02}
+"""Nats per token that one and the same model may differ by, by the learner's dtype, if the items are batched in another way. A 135M
+model gave up to 0.005 in bfloat16 and 1e-5 in fp32; a temperature of 0.95 for 1.0 gave 0.05 to 0.08, a shift by one token 1.5."""
+
+
+def choose(items: Sequence[TrainItem]) -> list[TrainItem]:
+    """Items to test with: long responses, in which rounding averages out, of different prompts, which a permutation mixes up."""
+    by_length = sorted(items, key=lambda item: -min(len(s.response_ids) for s in item.sequences))
+    seen: set[str] = set()
+    first_of_prompt: list[TrainItem] = []
+    others: list[TrainItem] = []
+    for item in by_length:
+        (others if item.prompt_id in seen else first_of_prompt).append(item)
+        seen.add(item.prompt_id)
+    return [*first_of_prompt, *others][:ITEMS]
+
+
+def check(result: SelfTest, expected_loss: float | None, dtype: str) -> None:
+    """Refuse to train on what does not belong to the policy (R-E5).
+
+    Args:
+        result: of the learner.
+        expected_loss: what the formula says with policy = reference; None if it says nothing.
+        dtype: of the learner.
+
+    Raises:
+        LearnerError: saying what does not hold.
+    """
+    limit = GAP[dtype]
+    if not abs(result.repeat_kl) <= FORMULA:
+        raise LearnerError(
+            f"two passes of one policy over the same tokens differ by {result.repeat_kl:.6f} nats per sequence instead of 0",
+            field="learner",
+            fix="something differs between two passes of one model: dropout, or a non-deterministic kernel",
+        )
+    if expected_loss is not None and not abs(result.loss - expected_loss) <= FORMULA:
+        raise LearnerError(
+            f"with policy = reference the loss is {result.loss:.6f} instead of {expected_loss:.6f}",
+            field="algorithm",
+            fix="this is a bug of the algorithm: its loss is not what it says in `loss_at_reference`",
+        )
+    for name, gap in result.stored_gaps.items():
+        if not gap <= limit:
+            raise LearnerError(
+                f"before the first step, the stored {name} differs from what the policy says by {gap:.4f} per token "
+                f"(limit {limit} in {dtype})",
+                field="learner",
+                fix="it was scored at another temperature, with other weights, or for other tokens: training on it would go wrong",
+            )
+    slack = FORMULA + limit * result.stored_loss_slope
+    if expected_loss is not None and not abs(result.stored_loss - expected_loss) <= slack:
+        raise LearnerError(
+            f"with the stored reference the loss is {result.stored_loss:.6f} instead of {expected_loss:.6f} (give or take {slack:.6f})",
+            field="learner",
+            fix="the stored log-probs do not belong to this policy",
+        )
+    if not result.base_gap <= limit:
+        raise LearnerError(
+            f"before the first step, policy and base model differ by {result.base_gap:.4f} nats per token (limit {limit})",
+            field="model",
+            fix="the model on disk is not the one that training started from; was it replaced?",
+        )

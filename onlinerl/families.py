@@ -1,0 +1,92 @@
+"""What must be known about a model family before its log-probs can be computed from its hidden states. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from onlinerl.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitRule:
+    """What a family does to its logits after the output matrix and its bias: x -> cap * tanh(scale * x / cap)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+    """None caps nothing."""
+
+
+# By `model_type`: the key that says by how much, and whether it multiplies. The same key does not mean the same everywhere.
+_MULTIPLIED = {"cohere": "logit_scale", "cohere2": "logit_scale", "hyperclovax": "logits_scaling"}
+_DIVIDED = {
+    "granite": "logits_scaling",
+    "granitemoe": "logits_scaling",
+    "granitemoeshared": "logits_scaling",
+    "granitemoehybrid": "logits_scaling",
+}
+_CAPPED = {
+    "gemma2": "final_logit_softcapping",
+    "gemma3_text": "final_logit_softcapping",
+    "vaultgemma": "final_logit_softcapping",
+    "nanochat": "final_logit_softcapping",
+}
+
+# In a family that is not listed above, any of these means that its logits are not what its output matrix gives.
+_KEYS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "lm_head_multiplier",
+    "unpadded_vocab_size",
+)
+
+
+def logit_rule(config: Mapping[str, Any]) -> LogitRule:
+    """What the family of a model does to its logits.
+
+    Args:
+        config: of the model, as `config.json` has it, defaults filled in.
+
+    Raises:
+        ConfigError: if it rescales them in a way that is not known here.
+    """
+    family = str(config.get("model_type"))
+    nested = config.get("text_config")
+    texts = [config, nested] if isinstance(nested, Mapping) else [config]
+    known = _MULTIPLIED.get(family) or _DIVIDED.get(family) or _CAPPED.get(family)
+    for text in texts:
+        strange = [key for key in _KEYS if key != known and text.get(key) not in (None, 1, 1.0)]
+        if strange:
+            raise ConfigError(
+                f"models of the family {family!r} rescale their logits ({strange[0]}) in a way that the learner does not know",
+                field="model",
+                fix="use a model of another family",
+            )
+    value = None if known is None else config.get(known)
+    if value is None:
+        return LogitRule()
+    if family in _CAPPED:
+        return LogitRule(cap=float(value))
+    return LogitRule(scale=float(value) if family in _MULTIPLIED else 1.0 / float(value))
+
+
+def check_attention(config: Mapping[str, Any], attention: str) -> None:
+    """Refuse an implementation of attention that would leave out a part of the model.
+
+    Args:
+        config: of the model.
+        attention: `learner.attention`.
+
+    Raises:
+        ConfigError: if the model caps its attention scores, and this implementation does not.
+    """
+    if config.get("attn_logit_softcapping") is not None and attention == "sdpa":
+        raise ConfigError(
+            "sdpa leaves out the cap on attention scores that this model was trained with (attn_logit_softcapping)",
+            field="learner.attention",
+            fix="set learner.attention=eager, or flash_attention_2 on GPUs",
+        )

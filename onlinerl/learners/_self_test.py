@@ -1,0 +1,99 @@
+"""What an untrained policy says about the arrays that its items carry: the same for every learner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from onlinerl.batch import Batch, Outputs
+from onlinerl.ops.batching import collate
+from onlinerl.protocols import Algorithm
+from onlinerl.types import SelfTest, TrainItem
+
+# One token alone may be off by 0.2 nats in bfloat16: the mean over a response counts at least so many.
+SHORTEST = 16
+
+
+@dataclass
+class Sums:
+    """Of some items; those of all ranks make one `SelfTest`."""
+
+    loss: float = 0.0
+    repeat: float = 0.0
+    stored_loss: float = 0.0
+    slope: float = 0.0
+    base: float = 0.0
+    tokens: int = 0
+    gaps: dict[str, float] = field(default_factory=dict)
+
+
+def compare(
+    forward: Callable[[Batch], Outputs],
+    base: Callable[[Batch], Tensor],
+    algorithm: Algorithm,
+    micro: Sequence[Sequence[TrainItem]],
+    device: torch.device,
+) -> Sums:
+    """Run the policy as a training step would, and compare.
+
+    Args:
+        forward: the policy's forward pass as the loss gets it.
+        base: log-probs [B, T] of the base model at the same temperature.
+        algorithm: whose loss is computed.
+        micro: micro-batches; an empty one only takes part in collectives.
+        device: for batches.
+    """
+    sums = Sums()
+    for items in micro:
+        batch = collate(items).to(device)
+        with torch.no_grad():
+            outputs, again, other_BT = forward(batch), forward(batch), base(batch)
+        if items:
+            _add(sums, batch, outputs, again, other_BT, algorithm)
+    return sums
+
+
+def combine(parts: Sequence[Sums], items: Sequence[TrainItem], algorithm: Algorithm) -> SelfTest:
+    """What all ranks found, of all items."""
+    units = sum(item.count(algorithm.unit) for item in items)
+    sequences = sum(len(item.sequences) for item in items)
+    names = sorted({name for part in parts for name in part.gaps})
+    return SelfTest(
+        loss=sum(p.loss for p in parts) / units,
+        repeat_kl=sum(p.repeat for p in parts) / sequences,
+        stored_loss=sum(p.stored_loss for p in parts) / units,
+        stored_loss_slope=sum(p.slope for p in parts) / units,
+        stored_gaps={name: _worst([p.gaps[name] for p in parts if name in p.gaps]) for name in names},
+        base_gap=sum(p.base for p in parts) / max(1, sum(p.tokens for p in parts)),
+    )
+
+
+def _add(sums: Sums, batch: Batch, outputs: Outputs, again: Outputs, other_BT: Tensor, algorithm: Algorithm) -> None:
+    mask_BT = batch.mask_BT
+    ours_BT = outputs.logprobs_BT
+    own = replace(batch, reference_BT=ours_BT, old_BT=ours_BT, values_BT=outputs.values_BT)
+    sums.loss += algorithm.loss(again, own).total.item()
+    sums.repeat += ((again.logprobs_BT - ours_BT) * mask_BT).sum().item()
+    sums.base += ((other_BT - ours_BT).abs() * mask_BT).sum().item()
+    sums.tokens += int(mask_BT.sum())
+    variable_BT = ours_BT.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        total = algorithm.loss(replace(outputs, logprobs_BT=variable_BT), batch).total
+    sums.stored_loss += total.item()
+    if total.requires_grad:
+        sums.slope += torch.autograd.grad(total, variable_BT)[0].abs().sum().item()
+    for name, said_BT in (("reference", ours_BT), ("old", ours_BT), ("values", outputs.values_BT)):
+        stored_BT = getattr(batch, f"{name}_BT")
+        if stored_BT is None or said_BT is None:
+            continue
+        gap_B = ((stored_BT - said_BT).abs() * mask_BT).sum(dim=1) / batch.lengths_B.clamp(min=SHORTEST)
+        scale = max(1.0, stored_BT.abs().max().item()) if name == "values" else 1.0
+        sums.gaps[name] = _worst([sums.gaps.get(name, 0.0), *(gap_B / scale).tolist()])
+
+
+def _worst(gaps: Sequence[float]) -> float:
+    """The largest; NaN if any is, which `max` alone would lose."""
+    return max(gaps) if all(gap == gap for gap in gaps) else float("nan")

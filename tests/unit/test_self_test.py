@@ -1,0 +1,100 @@
+"""The step-0 self-test: which items, which limits, and what the toy learner says. The real learner's is in integration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from onlinerl.algorithms.dpo import Dpo
+from onlinerl.algorithms.grpo import Grpo
+from onlinerl.controller import self_test
+from onlinerl.errors import LearnerError
+from onlinerl.learners.toy import ToyLearner
+from onlinerl.protocols import Algorithm
+from onlinerl.types import SelfTest, TrainItem, TrainSequence
+
+GOOD = SelfTest(
+    loss=math.log(2),
+    repeat_kl=0.0,
+    stored_loss=math.log(2),
+    stored_loss_slope=5.0,
+    stored_gaps={"reference": 1e-5},
+    base_gap=1e-5,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "field"),
+    [
+        ({"loss": math.log(2) + 0.002}, "with policy = reference the loss is", "algorithm"),
+        ({"loss": math.nan}, "with policy = reference the loss is", "algorithm"),
+        ({"repeat_kl": -0.01}, "two passes of one policy", "learner"),
+        ({"repeat_kl": math.nan}, "two passes of one policy", "learner"),
+        ({"stored_gaps": {"reference": 1e-5, "old": 0.03}}, r"the stored old differs .* by 0\.0300", "learner"),
+        ({"stored_gaps": {"values": math.nan}}, "the stored values differs", "learner"),
+        ({"stored_loss": math.log(2) + 0.2}, "with the stored reference the loss is", "learner"),
+        ({"base_gap": 0.03}, r"policy and base model differ by 0\.0300", "model"),
+        ({"base_gap": math.nan}, "policy and base model differ", "model"),
+    ],
+)
+def test_what_stops_a_run(changes, said, field):
+    self_test.check(GOOD, math.log(2), "bfloat16")
+
+    with pytest.raises(LearnerError, match=said) as error:
+        self_test.check(replace(GOOD, **changes), math.log(2), "bfloat16")
+    assert error.value.field == field
+
+
+def test_limits_follow_the_dtype():
+    rounded = replace(GOOD, stored_gaps={"old": 0.005}, stored_loss=math.log(2) + 0.02)
+    self_test.check(rounded, math.log(2), "bfloat16")
+    with pytest.raises(LearnerError, match=r"limit 0\.001 in float32"):
+        self_test.check(rounded, math.log(2), "float32")
+
+
+def test_an_algorithm_without_a_fixed_loss_is_asked_for_none():
+    self_test.check(replace(GOOD, loss=7.0, stored_loss=9.0), None, "float32")
+
+
+def item(prompt: str, *lengths: int) -> TrainItem:
+    return TrainItem(
+        prompt_id=prompt, sequences=tuple(TrainSequence(prompt_ids=(1,), response_ids=tuple(range(n))) for n in lengths)
+    )
+
+
+def test_long_responses_of_different_prompts_are_chosen():
+    group = [item("a", n) for n in (1, 9, 9, 9)]
+    many = [item(f"p{n:02}", n, 20) for n in range(2, 12)]
+    chosen = self_test.choose([*group, *many])
+
+    assert len(chosen) == self_test.ITEMS
+    assert [i.prompt_id for i in chosen] == ["p11", "p10", "a", "p09", "p08", "p07", "p06", "p05"]
+    assert self_test.choose(group) == [group[1], group[2], group[3], group[0]]
+
+
+@pytest.mark.parametrize(("algorithm", "name", "temperature"), [(Dpo(), "reference", 1.0), (Grpo(), "old", 0.7)])
+@pytest.mark.parametrize("spoiled", ["nothing", "shifted", "permuted", "temperature"])
+def test_the_toy_learner_notices_too(algorithm: Algorithm, name: str, temperature: float, spoiled: str) -> None:
+    learner = ToyLearner(7, algorithm, "base", temperature)
+    with torch.no_grad():
+        learner.logits.copy_(torch.linspace(-2, 2, 7))
+    rng = np.random.default_rng(0)
+    sequences = [
+        TrainSequence(prompt_ids=(1,), response_ids=tuple(rng.integers(0, 7, 20)), advantages=np.ones(20, np.float32))
+        for _ in range(8)
+    ]
+    scores = learner.score(sequences, temperature=temperature * (1.1 if spoiled == "temperature" else 1.0))
+    if spoiled == "shifted":
+        scores = [np.roll(s, 1) for s in scores]
+    if spoiled == "permuted":
+        scores = scores[1:] + scores[:1]
+    sequences = [s.with_(**{name: a, "behaviour": a}) for s, a in zip(sequences, scores, strict=True)]
+    items = [TrainItem(prompt_id=str(i), sequences=tuple(sequences[2 * i : 2 * i + 2])) for i in range(4)]
+
+    gap = learner.self_test(items, "base").stored_gaps[name]
+
+    assert (gap > self_test.GAP["bfloat16"]) == (spoiled != "nothing")
