@@ -20,7 +20,7 @@ from onlinerl.controller import evaluation, health
 from onlinerl.controller.asking import answers
 from onlinerl.controller.parts import Parts, learning_rates, reference_iteration
 from onlinerl.controller.report import Reporter
-from onlinerl.errors import LearnerError, StoreError
+from onlinerl.errors import LearnerError
 from onlinerl.ops.schedule import schedule
 from onlinerl.stores.rows import (
     EVALUATION,
@@ -247,9 +247,8 @@ class Iteration:
             items.extend(built)
             useful += bool(built)
         health.check_items(len(items), len(judged), dropped)
-        if rows and not self.parts.store.read(self.number, PAIRS):
-            self.parts.store.append(self.number, PAIRS, rows)
-            self.parts.store.seal(self.number, PAIRS)
+        if rows and not self.parts.store.sealed(self.number, PAIRS):
+            self.parts.store.write(self.number, PAIRS, rows)
         return items, dropped, useful, contradicted
 
     def _past_figures(self) -> list[Mapping[str, float]]:
@@ -270,14 +269,7 @@ class Iteration:
             return "policy"
         if iterate == 0:
             return self.parts.base_model
-        path = self.parts.store.artefact("exports", iterate)
-        if path is None:
-            raise StoreError(
-                f"the export of iteration {iterate} is gone, and it is needed as a reference",
-                field="checkpoints.exports",
-                fix="restore it, or keep all exports",
-            )
-        return str(path)
+        return str(self.parts.store.require("exports", iterate))
 
     def _annotate(self, items: Sequence[TrainItem]) -> list[TrainItem]:
         """Fill in the log-probs and values that the algorithm asked for; each is computed once per iteration."""
@@ -314,7 +306,7 @@ class Iteration:
         with store.staged("exports", self.number) as path:
             learner.export(path)
         with store.staged("checkpoints", self.number) as path:
-            learner.save(path)
+            store.require_files(path, learner.save(path))
         return {}
 
     def sync(self) -> dict[str, Any]:

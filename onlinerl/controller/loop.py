@@ -5,7 +5,6 @@ from __future__ import annotations
 from onlinerl.controller.iteration import Iteration, Weights
 from onlinerl.controller.parts import Parts
 from onlinerl.controller.report import Reporter
-from onlinerl.errors import StoreError
 
 
 def run(parts: Parts, attempt: int = 0) -> int:
@@ -32,12 +31,5 @@ def _restore(parts: Parts, weights: Weights, number: int) -> None:
     wanted = number if "checkpoint" in parts.store.phases(number) else number - 1
     if wanted <= 0 or weights.learner == wanted:
         return
-    path = parts.store.artefact("checkpoints", wanted)
-    if path is None:
-        raise StoreError(
-            f"iteration {number} needs the checkpoint of iteration {wanted}, which is missing or incomplete",
-            field="checkpoints",
-            fix="restore it, or start a new run from its last export",
-        )
-    parts.learner.load(path)
+    parts.learner.load(parts.store.require("checkpoints", wanted))
     weights.learner = wanted

@@ -77,8 +77,9 @@ def install():
             yield report
 
     def save(self, path, original=learner.save):
-        original(self, path)
+        written = original(self, path)
         event("save")
+        return written
 
     def push(self, version, original=sync.push):
         report = original(self, version)
