@@ -9,14 +9,16 @@ own page checksums, written too, do not cover its metadata.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from onlinerl.errors import StoreError
 from onlinerl.stores import _files
 
 _ENCODING = b"onlinerl.encoding"
@@ -40,12 +42,13 @@ def manifest(folder: Path) -> dict[str, Any]:
         StoreError: if it is damaged.
     """
     path = folder / _MANIFEST
-    try:
-        found = _files.read_json(path)
-    except FileNotFoundError:
-        return {}
-    if not all(isinstance(found.get(key, {}), dict) for key in ("phases", "tables")):
-        raise _files.damaged(path, "it is not the manifest of an iteration")
+    with _way_back(folder):
+        try:
+            found = _files.read_json(path)
+        except FileNotFoundError:
+            return {}
+        if not all(isinstance(found.get(key, {}), dict) for key in ("phases", "tables")):
+            raise _files.damaged(path, "it is not the manifest of an iteration")
     return found
 
 
@@ -62,12 +65,27 @@ def read(folder: Path, table: str) -> list[dict[str, Any]]:
     """
     journal, sealed = journal_path(folder, table), sealed_path(folder, table)
     recorded = manifest(folder).get("tables", {}).get(table)
-    # A crash between the rename and the removal of the journal leaves both: the Parquet file is complete, so it wins.
-    if sealed.exists():
-        return _read_parquet(sealed, recorded)
-    if recorded is not None and not journal.exists():
-        raise _files.damaged(sealed, "it was complete, and is gone")
-    return _aligned(_files.read_lines(journal)[0])
+    with _way_back(folder):
+        # A crash between the rename and the removal of the journal leaves both: the Parquet file is complete, so it wins.
+        if sealed.exists():
+            return _read_parquet(sealed, recorded)
+        if recorded is not None and not journal.exists():
+            raise _files.damaged(sealed, "it was complete, and is gone")
+        return _aligned(_files.read_lines(journal)[0])
+
+
+@contextlib.contextmanager
+def _way_back(folder: Path) -> Iterator[None]:
+    """Say what can be done about a damaged file of an iteration."""
+    try:
+        yield
+    except StoreError as error:
+        raise StoreError(
+            error.cause,
+            field=error.field,
+            fix=f"restore the file from a backup; or remove {folder.name} and all later numbers from iterations/, checkpoints/ and "
+            f"exports/ in {folder.parent.parent}, then resume, and they are computed again",
+        ) from error
 
 
 def seal(folder: Path, table: str) -> None:
