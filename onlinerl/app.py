@@ -173,6 +173,8 @@ def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
     with _signals():
         (store.path / _FAILURE).unlink(missing_ok=True)  # of an earlier attempt
         tracker = FanoutTracker(_trackers(checked.config, store.path, console))
+        if store.caveat is not None:
+            tracker.note(store.caveat)
         status = "failed"
         try:
             with _started(checked, store, tracker) as parts:

@@ -194,6 +194,8 @@ class ClusterConfig(Section):
     """`auto` takes GPUs if there are any when the run starts; on a cluster whose GPU nodes are still joining say `cuda`."""
     colocate: bool = False
     """Learner ranks and replicas share GPUs and take turns."""
+    start_timeout_s: float = Field(180, gt=0)
+    """Longest wait for Ray to start on this machine, or for an existing cluster to answer."""
     wait_s: float = Field(60, ge=0)
     """How long to wait for a cluster to become big enough."""
 

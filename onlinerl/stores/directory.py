@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from onlinerl.errors import StoreError
 from onlinerl.stores import _artefacts, _files, _tables
-from onlinerl.stores._lock import Lock
+from onlinerl.stores._lock import Lock, caveat
 
 __all__ = ["RunDirectory"]
 
@@ -130,6 +130,11 @@ class RunDirectory:
     def update_manifest(self, **changes: Any) -> None:
         """Replace some entries of the run's manifest, durably. What is written from here on has the present format."""
         _files.replace_json(self.path / _MANIFEST, {**self.manifest, "format": FORMAT, **changes})
+
+    @property
+    def caveat(self) -> str | None:
+        """What to know about the lock where the run lies; None on a local disk."""
+        return caveat(self.path)
 
     @property
     def config_yaml(self) -> str:

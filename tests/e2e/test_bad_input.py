@@ -18,7 +18,7 @@ from onlinerl import cli as command_line
 from onlinerl import config as configuration
 from onlinerl import placement
 from onlinerl.learners.toy import ToyLearner
-from onlinerl.stores import _files, directory
+from onlinerl.stores import _files, _lock, directory
 from onlinerl.stores.summary import summarise
 
 FAILED, REFUSED = 1, 2
@@ -412,6 +412,15 @@ def test_a_resume_may_change_where_it_runs(toy_config, onlinerl, tmp_path):
     assert onlinerl("run", toy_config(tmp_path, iterations=1))[0] == 0
     code, message = onlinerl("resume", tmp_path / "runs/toy", "iterations=2", "checkpoints.keep=1", "engine.replicas=2")
     assert code == 0, message
+
+
+def test_a_run_on_a_network_disk_says_so(toy_config, monkeypatch, capsys, tmp_path):
+    (tmp_path / "mounts").write_text("22 1 0:35 / / rw,relatime - nfs4 server:/export rw,local_lock=flock\n")
+    monkeypatch.setattr(_lock, "_MOUNTS", tmp_path / "mounts")
+    monkeypatch.setattr(sys, "argv", ["onlinerl", "run", str(toy_config(tmp_path, iterations=1))])
+    with pytest.raises(SystemExit):
+        command_line.main()
+    assert "is on nfs4, mounted with local_lock=flock: the lock of a run holds on this machine only" in capsys.readouterr().out
 
 
 def test_a_resume_of_nothing(onlinerl, tmp_path):

@@ -19,7 +19,7 @@ import pytest
 
 from onlinerl.errors import StoreError
 from onlinerl.protocols import Store
-from onlinerl.stores import _files, _tables
+from onlinerl.stores import _files, _lock, _tables
 from onlinerl.stores.directory import RunDirectory
 
 MANIFEST = {"name": "r", "config_digest": "abc", "fingerprint": {"seed": 1, "algorithm.name": "dpo"}}
@@ -172,6 +172,44 @@ def test_the_lock_holds_within_one_process_and_close_releases_it(tmp_path):
     run.close()
     run.close()
     RunDirectory.open(tmp_path / "r").close()
+
+
+MOUNTS = r"""22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+40 22 0:35 / /shared rw,relatime shared:2 - nfs4 server:/export rw,vers=4.2,local_lock=none,addr=10.0.0.1
+41 22 0:36 / /old rw,relatime - nfs server:/old rw,vers=3,nolock,local_lock=all
+42 22 0:37 / /my\040files rw - fuse.sshfs me@host:/ rw,user_id=0
+43 40 8:2 / /shared/local rw - xfs /dev/sdb1 rw
+44 22 0:38 / /scratch rw - lustre mds@tcp:/scratch rw,localflock
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/home/me/runs/r", None),
+        ("/shared/runs/r", "/shared/runs/r is on nfs4: the lock of a run holds between machines only if"),
+        ("/old/r", "is on nfs, mounted with nolock: the lock of a run holds on this machine only"),
+        ("/my files/r", "is on fuse.sshfs: "),
+        ("/shared/local/r", None),
+        ("/sharedness/r", None),
+        ("/scratch/r", "is on lustre, mounted with localflock: "),
+    ],
+)
+def test_a_network_file_system_is_said(tmp_path, monkeypatch, path, says):
+    (tmp_path / "mounts").write_text(MOUNTS)
+    monkeypatch.setattr(_lock, "_MOUNTS", tmp_path / "mounts")
+    found = _lock.caveat(Path(path))
+    assert (found is None) if says is None else (says in found)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def unsupported(*_args):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with pytest.raises(StoreError, match="takes no locks: Operation not supported") as caught:
+        make(tmp_path / "r")
+    assert "mount it with locks" in caught.value.fix
 
 
 # --- tables ---
