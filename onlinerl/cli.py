@@ -12,17 +12,18 @@ from rich.console import Console
 
 from onlinerl import config as configuration
 from onlinerl.errors import Interrupted, OnlineRLError
+from onlinerl.trackers.console import render_table, sturdy_console
 
 # Exit codes beyond 0: what a launcher may want to tell apart.
 FAILED = 1  # a run was under way; after a repair, resume continues
 REFUSED = 2  # the configuration or its surroundings are not usable; nothing was started
 NOTHING_LEFT = 4  # resume of a finished run
-REQUEUE = 75  # stopped by a signal; resume continues (EX_TEMPFAIL)
+REQUEUE = Interrupted.exit_code  # stopped by a signal; resume continues
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Online iterative RLHF, the whole loop."
 )
-out = Console()
+out = sturdy_console()
 err = Console(stderr=True)
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/quickstart.yaml.")]
@@ -88,7 +89,6 @@ def show(
 ) -> None:
     """Show a run: one line per iteration, or what was sampled."""
     from onlinerl.stores import summary
-    from onlinerl.trackers.console import render_table
 
     report = summary.summarise(run)
     if samples or heldout:

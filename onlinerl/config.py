@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +19,14 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from onlinerl import registry
+from onlinerl import registry, yaml_files
 from onlinerl.errors import ConfigError
 from onlinerl.protocols import Algorithm, Component, Oracle, PairBuilder
 from onlinerl.types import Sampling
+
+_SECRET = re.compile(r"(^|_)(api)?(key|token|password|passwd|secret|credential)s?$")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_CREDENTIALS = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -197,6 +202,8 @@ class ClusterConfig(Section):
     """`auto` takes GPUs if there are any when the run starts; on a cluster whose GPU nodes are still joining say `cuda`."""
     colocate: bool = False
     """Learner ranks and replicas share GPUs and take turns."""
+    start_timeout_s: float = Field(180, gt=0)
+    """Longest wait for Ray to start on this machine, or for an existing cluster to answer."""
     wait_s: float = Field(60, ge=0)
     """How long to wait for a cluster to become big enough."""
 
@@ -321,10 +328,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: naming the field, the cause and the fix.
     """
-    tree = _read(Path(path))
+    tree = yaml_files.read(Path(path), _CHOICES)
     # The choice of an implementation comes before its knobs, in whatever order they were typed.
     for override in sorted(overrides, key=lambda each: each.partition("=")[0] not in _CHOICES):
-        _apply(tree, override)
+        yaml_files.override(tree, override, _CHOICES)
     return parse(tree)
 
 
@@ -334,6 +341,7 @@ def parse(tree: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: naming the field, the cause and the fix.
     """
+    _refuse_values(tree)
     try:
         # JSON mode: YAML knows no tuples or enums, so strictness is that of JSON (no "1" for 1, lists for tuples allowed).
         config = RunConfig.model_validate_json(json.dumps(tree, default=str))
@@ -352,6 +360,8 @@ def component(spec: Mapping[str, Any], section: str, role: str, base: type[Compo
     """
     options = dict(spec)
     name = options.pop("name", None)
+    if name is None and (near := get_close_matches("name", options, n=1)):
+        raise ConfigError("is not a known key", field=f"{section}.{near[0]}", fix="did you mean 'name'?")
     if not isinstance(name, str):
         raise ConfigError("is missing", field=f"{section}.name", fix=f"choose one of {', '.join(registry.names(role))}")
     cls: type[Component] = registry.load(role, name, base)
@@ -390,6 +400,46 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     return {k: v for k, v in flat.items() if not any(k == p or k.startswith(p + ".") for p in RESUMABLE_CHANGES)}
 
 
+def changes(stored: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
+    """What differs between the fingerprint that a run was started with and a configuration, in words, by key.
+
+    A key that the stored one lacks came with a later version: it counts as set to its default.
+    """
+    now, defaults = fingerprint(config), flatten(_defaults(config))
+    before = {**{k: _as_json(defaults[k]) for k in now.keys() - stored.keys() if k in defaults}, **stored}
+    gone = {k: f"was {before[k]!r} when the run started, and this version has no such key" for k in before.keys() - now.keys()}
+    differ = {
+        k: f"was {before.get(k)!r} when the run started and is now {now[k]!r}"
+        for k in now
+        if k not in before or before[k] != _as_json(now[k])
+    }
+    return dict(sorted({**gone, **differ}.items()))
+
+
+def _defaults(config: RunConfig) -> dict[str, Any]:
+    """Every default of the sections and of the components that this configuration chooses."""
+    tree = _defaults_of(RunConfig)
+    for section, role, base in _COMPONENTS:
+        tree[section] = _defaults_of(type(component(getattr(config, section), section, role, base)))
+    return tree
+
+
+def _defaults_of(model: type[BaseModel]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found[name] = _defaults_of(kind)
+        elif not field.is_required():
+            found[name] = field.get_default(call_default_factory=True)
+    return found
+
+
+def _as_json(value: Any) -> Any:
+    """As it is after it was stored."""
+    return json.loads(json.dumps(value, default=str))
+
+
 def digest(config: RunConfig) -> str:
     """Short hash of `fingerprint`."""
     return hashlib.sha256(json.dumps(fingerprint(config), sort_keys=True).encode()).hexdigest()[:16]
@@ -419,79 +469,42 @@ def _resolved(config: RunConfig) -> dict[str, Any]:
     return tree
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number, as it is in YAML 1.2 and everywhere else; YAML 1.1 wants 1.0e-5."""
+def _refuse_values(tree: Mapping[str, Any]) -> None:
+    """Refuse what no key may hold: numbers without an end, and secrets, because the configuration is stored with the run."""
+    for key, value in _leaves(tree):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"is {value}", field=key, fix="give a finite number")
+        if not isinstance(value, str):
+            continue
+        name = key.rsplit(".", 1)[-1].lower()
+        if _SECRET.search(name) and value:
+            raise ConfigError(
+                "looks like a secret, and the configuration is stored with the run and shown to people",
+                field=key,
+                fix=f"put it into an environment variable and give that variable's name as `{name}_env`, for the component to read",
+            )
+        if _SECRET.search(name.removesuffix("_env")) and not _VARIABLE.fullmatch(value):
+            raise ConfigError(
+                "is not the name of an environment variable", field=key, fix="give the name, e.g. JUDGE_API_KEY; not its value"
+            )
+        if _CREDENTIALS.search(value):
+            raise ConfigError(
+                "holds a user's password, and the configuration is stored with the run and shown to people",
+                field=key,
+                fix="give the address without it",
+            )
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise ConfigError(f"{path} extends itself", field="extends", fix="break the circle")
-    try:
-        tree = yaml.load(path.read_text(), _Loader)
-    except FileNotFoundError:
-        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1) if path.parent.is_dir() else []
-        hint = (
-            f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file, e.g. configs/quickstart.yaml"
-        )
-        raise ConfigError(f"there is no file {path}", field="CONFIG", fix=hint) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}", field="CONFIG", fix="give the path of a YAML file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{path} is not valid YAML: {error}", field="CONFIG", fix="check the indentation at that line"
-        ) from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} does not hold a mapping", field="CONFIG", fix="start with `name: my-run`")
-    base = tree.pop("extends", None)
-    if base is None:
-        return tree
-    if not isinstance(base, str):
-        raise ConfigError(f"{path} extends {base!r}", field="extends", fix="give the path of one YAML file")
-    return _merge(_read(path.parent / base, (*seen, path.resolve())), tree)
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        # Another implementation shares no knobs with the one it replaces.
-        replaced = f"{key}.name" in _CHOICES and isinstance(value, Mapping) and "name" in value and value["name"] != _name(old)
-        if isinstance(value, Mapping) and isinstance(old, Mapping) and not replaced:
-            merged[key] = _merge(dict(old), value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _name(section: Any) -> Any:
-    return section.get("name") if isinstance(section, Mapping) else None
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(
-            f"{override!r} is not of the form key=value", field="override", fix="write e.g. training.learning_rate=1e-5"
-        )
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{text!r} is not a YAML value: {error}", field=key, fix="quote it") from None
-    *parents, leaf = key.split(".")
-    node = tree
-    for part in parents:
-        child = node.setdefault(part, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"{part!r} holds a value, not a section", field=key, fix="check the key")
-        node = child
-    if key in _CHOICES and _name(node) != value:
-        node.clear()  # as in `_merge`
-    node[leaf] = value
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is no mapping or list, with its dotted key."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _leaves(value, prefix)
+    else:
+        yield prefix, tree
 
 
 def _explain(error: ValidationError, model: type[BaseModel], prefix: str) -> ConfigError:
@@ -501,6 +514,8 @@ def _explain(error: ValidationError, model: type[BaseModel], prefix: str) -> Con
     more = f" (and {error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _keys(model, path[:-1])
+        if issubclass(model, Component) and len(path) == 1:
+            known.append("name")
         close = get_close_matches(path[-1], known, n=1)
         fix = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
         return ConfigError(f"is not a known key{more}", field=field, fix=fix)

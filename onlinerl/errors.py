@@ -92,6 +92,9 @@ class Interrupted(BaseException):
     template's own code must not take it for one of them.
     """
 
+    exit_code = 75
+    """EX_TEMPFAIL: what a launcher puts into the queue again."""
+
     def __init__(self, cause: str, *, fix: str) -> None:
         super().__init__(cause, fix)
         self.cause, self.fix = cause, fix

@@ -284,8 +284,8 @@ class Learner(Protocol):
         """Forget the optimizer's moments."""
         ...
 
-    def save(self, path: Path) -> None:
-        """Weights, optimizer and RNG states of all ranks, for exact continuation."""
+    def save(self, path: Path) -> Mapping[str, int]:
+        """Weights, optimizer and RNG states of all ranks, for exact continuation. Returns what was written: bytes by relative path."""
         ...
 
     def load(self, path: Path) -> None:
@@ -354,6 +354,10 @@ class Store(Protocol):
 
     def seal(self, iteration: int, table: str) -> None:
         """The table is complete: turn its journal into one Parquet file."""
+        ...
+
+    def write(self, iteration: int, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Make `rows` the complete table, all of them or none."""
         ...
 
     def finish_phase(self, iteration: int, phase: str, record: Mapping[str, Any]) -> None:

@@ -167,9 +167,17 @@ class LearnerGroup:
         """Forget the optimizer's moments."""
         self.call("reset_optimizer")
 
-    def save(self, path: Path) -> None:
-        """Weights, optimizer and RNG states of all ranks."""
-        self.call("save", str(path))
+    def save(self, path: Path) -> dict[str, int]:
+        """Weights, optimizer and RNG states of all ranks. Returns what was written: bytes by relative path.
+
+        Raises:
+            LearnerError: if a rank wrote nothing.
+        """
+        written = dict(zip(self.names, self.call("save", str(path)), strict=True))
+        idle = [name for name, files in written.items() if not files]
+        if idle:
+            raise LearnerError(f"{', '.join(idle)} wrote nothing to {path}", fix="look for its error in the Ray logs")
+        return {name: size for files in written.values() for name, size in files.items()}
 
     def load(self, path: Path) -> None:
         """The reverse of `save`."""

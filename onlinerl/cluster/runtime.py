@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from onlinerl.cluster import _reaper
@@ -38,6 +40,11 @@ class Cluster:
             self.device = self._device()
             self.placements = plan(self._config, self.device)
             self._reserve()
+        except RayError as error:
+            self.__exit__()
+            raise ClusterError(
+                f"Ray failed while room was reserved: {_said(error)}", field="cluster", fix="see `ray status` and the Ray logs"
+            ) from error
         except BaseException:
             self.__exit__()
             raise
@@ -59,15 +66,24 @@ class Cluster:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
         address = self._config.cluster.address
         handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+        where, limit = address or "this machine", self._config.cluster.start_timeout_s
         try:
-            if address is None:
-                ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
-                self._reaper = _reaper.start(os.getpid())
-            else:
-                ray.init(address=address, namespace="onlinerl", **quiet)
-        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+            with _deadline(limit):
+                if address is None:
+                    ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+                    self._reaper = _reaper.start(os.getpid())
+                else:
+                    ray.init(address=address, namespace="onlinerl", **quiet)
+        except _Late:
+            ray.shutdown()
             raise ClusterError(
-                f"cannot reach or start a Ray cluster at {address or 'this machine'}: {error}",
+                f"Ray at {where} did not answer within {limit:g} s",
+                field="cluster.start_timeout_s",
+                fix="look at `ray status` and the network between the machines; raise the limit if it is only slow",
+            ) from None
+        except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
+            raise ClusterError(
+                f"cannot reach or start a Ray cluster at {where}: {_said(error)}",
                 field="cluster.address",
                 fix="start one (launchers/ray/head.sh), correct the address, use the RAY_AUTH_MODE and RAY_AUTH_TOKEN it was started "
                 "with, or leave cluster.address out to run on this machine alone",
@@ -124,6 +140,32 @@ class Cluster:
         }
 
 
+class _Late(BaseException):
+    """The deadline passed. Not an Exception: Ray tries again after any of those, some of its waits for a quarter of an hour."""
+
+
+@contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Raise `_Late` when the block takes longer. A wait inside Ray's own C++ code is cut off when it returns, after 40 s at most."""
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise _Late
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _said(error: Exception) -> str:
+    """Kind and first line of an error; Ray's go on for pages."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def get(refs: Any, *, timeout_s: float, error: type[OnlineRLError], what: str) -> Any:
     """`ray.get` with a deadline, and with the failing role's own error in the message (R-J5).
 
@@ -165,5 +207,13 @@ def get(refs: Any, *, timeout_s: float, error: type[OnlineRLError], what: str) -
             raise error(
                 f"{where}its process died during {what}: {failure}",
                 fix="often out of memory: see the end of the Ray logs; then `onlinerl resume`",
+            ) from failure
+        except RayError as failure:
+            memory = isinstance(failure, OutOfMemoryError)
+            raise error(
+                f"{where}{what} failed in the cluster: {_said(failure)}",
+                fix="give that machine more memory or this run less (engine.kv_cache_gib, learner.tokens_per_microbatch), then resume"
+                if memory
+                else "see `ray status` and the Ray logs for a node or process that was lost, then `onlinerl resume`",
             ) from failure
     return [results[role] for role in named] if isinstance(refs, Mapping) else results[""]

@@ -8,7 +8,6 @@ from typing import Any
 
 from onlinerl.controller.parts import Parts, reference_iteration
 from onlinerl.controller.report import Reporter
-from onlinerl.errors import StoreError
 from onlinerl.stores.rows import ROLLOUTS, group_from_row
 from onlinerl.types import Failure, Group, Judged, Prompt, Verdict
 
@@ -72,14 +71,7 @@ class Iteration:
             return "policy"
         if iterate == 0:
             return self.parts.base_model
-        path = self.parts.store.artefact("exports", iterate)
-        if path is None:
-            raise StoreError(
-                f"the export of iteration {iterate} is gone, and it is needed as a reference",
-                field="checkpoints.exports",
-                fix="restore it, or keep all exports",
-            )
-        return str(path)
+        return str(self.parts.store.require("exports", iterate))
 
     def ensure_engine(self) -> None:
         """After a restart the replicas hold the base model, whatever was believed before."""

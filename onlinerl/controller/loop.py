@@ -24,7 +24,6 @@ from onlinerl.controller.phases.sample import sample
 from onlinerl.controller.phases.sync import sync
 from onlinerl.controller.phases.train import train
 from onlinerl.controller.report import Reporter
-from onlinerl.errors import StoreError
 
 Phase = Callable[[Iteration], dict[str, Any]]
 BASE: Mapping[str, Phase] = {"sync": sync, "evaluate": evaluate, "commit": commit}
@@ -79,12 +78,5 @@ def _restore(parts: Parts, weights: Weights, number: int) -> None:
     wanted = number if "checkpoint" in parts.store.phases(number) else number - 1
     if wanted <= 0 or weights.learner == wanted:
         return
-    path = parts.store.artefact("checkpoints", wanted)
-    if path is None:
-        raise StoreError(
-            f"iteration {number} needs the checkpoint of iteration {wanted}, which is missing or incomplete",
-            field="checkpoints",
-            fix="restore it, or start a new run from its last export",
-        )
-    parts.learner.load(path)
+    parts.learner.load(parts.store.require("checkpoints", wanted))
     weights.learner = wanted

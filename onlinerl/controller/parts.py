@@ -21,8 +21,12 @@ class ArtefactStore(Store, Protocol):
         """A directory that becomes the artefact when the block ends."""
         ...
 
-    def artefact(self, kind: Any, iteration: int) -> Path | None:
-        """A complete artefact, or None."""
+    def require_files(self, path: Path, written: Mapping[str, int]) -> None:
+        """Refuse a staged artefact that lacks anything of what was written to it."""
+        ...
+
+    def require(self, kind: Any, iteration: int) -> Path:
+        """A complete artefact, every byte of it verified."""
         ...
 
     def retain(self, kind: Any, keep: set[int]) -> None:

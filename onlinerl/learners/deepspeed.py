@@ -23,6 +23,7 @@ from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.config import LearnerConfig, TrainingConfig
 from onlinerl.errors import LearnerError
 from onlinerl.learners._optimizer import build_optimizer, critic_rate, parameter_groups
+from onlinerl.learners._plain import load_generators, save_generators
 from onlinerl.learners._policy import Policy
 from onlinerl.learners._self_test import Sums, compare
 from onlinerl.network import choose_interface
@@ -32,6 +33,7 @@ from onlinerl.types import TrainItem, TrainSequence
 
 __all__ = ["DeepSpeedRank"]
 
+_TAG = "state"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -79,6 +81,8 @@ class DeepSpeedRank:
     ) -> None:
         import deepspeed
 
+        from onlinerl.learners._checkpoint import PlainCheckpointEngine
+
         self.algorithm, self.config, self.training = algorithm, config, training
         self.rank, self.world_size, self.temperature = rank, world_size, temperature
         self.device = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
@@ -103,6 +107,7 @@ class DeepSpeedRank:
         self._engine, *_ = deepspeed.initialize(
             model=self._policy, optimizer=optimizer, config=self._deepspeed_config(), dist_init_required=False
         )
+        self._engine.checkpoint_engine = self._files = PlainCheckpointEngine()
         self._engine.eval()
         if config.gradient_checkpointing:
             self._policy.recompute_activations()
@@ -317,11 +322,18 @@ class DeepSpeedRank:
 
     # --- disk ---
 
-    def save(self, path: str) -> None:
-        """Weights, optimizer state and RNG states, one file per rank."""
-        self._engine.save_checkpoint(path, tag="state", client_state={}, exclude_frozen_parameters=False)
-        torch.save(rng_state(), Path(path) / f"rng_{self.rank}.pt")
+    def save(self, path: str) -> dict[str, int]:
+        """Weights, optimizer state and generators, one file or more per rank.
+
+        Returns:
+            What this rank wrote: bytes by path relative to `path`.
+        """
+        self._files.written.clear()
+        self._engine.save_checkpoint(path, tag=_TAG, client_state={}, exclude_frozen_parameters=False)
+        mine = Path(path) / f"rng_{self.rank}.json"
+        save_generators(mine)
         dist.barrier()
+        return {str(file.relative_to(path)): file.stat().st_size for file in (*self._files.written, mine)}
 
     def load(self, path: str) -> None:
         """The reverse of `save`.
@@ -329,18 +341,17 @@ class DeepSpeedRank:
         Raises:
             LearnerError: if the checkpoint is not complete for this number of ranks.
         """
-        mine = Path(path) / f"rng_{self.rank}.pt"
-        count = len(list(Path(path).glob("rng_*.pt")))
-        if count != self.world_size or not mine.exists():
+        count = len({file.stem for file in Path(path).glob("rng_*")})
+        if count != self.world_size:
             raise LearnerError(
                 f"{path} was written by {count} ranks, and this run has {self.world_size}",
                 field="learner.ranks",
                 fix=f"resume with learner.ranks={count}",
             )
-        loaded, _ = self._engine.load_checkpoint(path, tag="state")
+        loaded, _ = self._engine.load_checkpoint(path, tag=_TAG)
         if loaded is None:
             raise LearnerError(f"DeepSpeed found nothing to load in {path}", fix="resume from an older checkpoint")
-        set_rng_state(torch.load(mine, weights_only=False))
+        load_generators(Path(path) / f"rng_{self.rank}.json")
         self._engine.eval()
 
     def export(self, path: str, tokenizer: str) -> None:
@@ -381,21 +392,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def rng_state() -> dict[str, Any]:
-    """States of every generator of this process."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """The reverse of `rng_state`."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _rows(values_BT: Tensor, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from onlinerl.batch import Batch, Outputs
+from onlinerl.learners._plain import load_plain
 from onlinerl.learners._self_test import combine, compare
 from onlinerl.ops.batching import collate
 from onlinerl.protocols import Algorithm
@@ -88,16 +89,17 @@ class ToyLearner:
         """Forget Adam's moments."""
         self._optimizer.state.clear()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> dict[str, int]:
         """Weights and optimizer."""
+        file = path / "toy.pt"
         torch.save(
-            {"logits": self.logits.detach(), "value": self.value.detach(), "optimizer": self._optimizer.state_dict()},
-            path / "toy.pt",
+            {"logits": self.logits.detach(), "value": self.value.detach(), "optimizer": self._optimizer.state_dict()}, file
         )
+        return {file.name: file.stat().st_size}
 
     def load(self, path: Path) -> None:
         """The reverse of `save`."""
-        state = torch.load(path / "toy.pt", weights_only=False)
+        state = load_plain(path / "toy.pt")
         with torch.no_grad():
             self.logits.copy_(state["logits"])
             self.value.copy_(state["value"])

@@ -1,7 +1,7 @@
 """Numbered directories of files (checkpoints, exports) that exist completely or not at all (R-D4).
 
-A directory is written under a temporary name, described by `complete.json`, flushed to the disk and renamed. Whatever lacks a valid
-`complete.json` is not there as far as anybody else is concerned, and is removed when the run is opened again.
+A directory is written under a temporary name, described by `complete.json` (size and SHA-256 of every file), flushed to the disk and
+renamed. Whatever lacks a valid `complete.json` is not there as far as anybody else is concerned.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ from onlinerl.stores import _files
 
 _MANIFEST = "complete.json"
 _REPLACED = ".old"
-_HASHED_WHOLE = 64 << 20
+_THREADS = 4
+"""Hash this many files at a time."""
+_ENDS = "ends:"
+_ENDS_BYTES = 32 << 20
+"""In format 1, of a file above 64 MiB only the first and the last 32 MiB were hashed; the checksum begins with this word."""
 
 
 @contextlib.contextmanager
@@ -66,25 +71,71 @@ def recover(folder: Path) -> None:
             _remove(entry)
 
 
-def find(folder: Path, number: int, *, verify: bool) -> Path | None:
-    """Artefact `number`, or None unless it is complete."""
+def require_files(path: Path, written: Mapping[str, int]) -> None:
+    """Refuse an artefact that lacks anything of what was written to it: `written` holds the bytes of each file, by relative path.
+
+    Raises:
+        StoreError: naming the file.
+    """
+    for name, size in written.items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            raise StoreError(
+                f"{file} was written with {size} bytes, and {'is not there' if found is None else f'has {found}'}",
+                field="runs",
+                fix="learner and controller must see the same directory: put the run on a disk that all nodes share",
+            )
+
+
+def find(folder: Path, number: int) -> Path | None:
+    """Artefact `number`, or None unless all its files are there with their sizes."""
     path = folder / f"{number:04d}"
     try:
-        files: dict[str, Any] = _files.read_json(path / _MANIFEST)["files"]
-        for name, entry in files.items():
-            if (path / name).stat().st_size != entry["bytes"]:
-                return None
-            if verify and _checksum(path / name) != entry["sha256"]:
-                return None
-    except (StoreError, OSError, KeyError, TypeError, AttributeError):  # not a valid manifest, or a file is gone
+        whole = all((path / name).stat().st_size == entry["bytes"] for name, entry in _entries(path).items())
+    except (StoreError, OSError):
         return None
+    return path if whole else None
+
+
+def verified(folder: Path, number: int) -> Path:
+    """Artefact `number`, after every byte of it was compared with its checksum.
+
+    Raises:
+        StoreError: naming the file that is missing or damaged.
+    """
+    path = folder / f"{number:04d}"
+    if not path.is_dir():
+        raise StoreError(f"{path} is not there", field="runs")
+    try:
+        entries = _entries(path)
+        for name, entry in entries.items():
+            if (path / name).stat().st_size != entry["bytes"]:
+                raise _files.damaged(path / name, f"it had {entry['bytes']} bytes and has {(path / name).stat().st_size}")
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = pool.map(lambda name: _checksum(path / name, entries[name]["sha256"]), entries)
+            for (name, entry), checksum in zip(entries.items(), found, strict=True):
+                if checksum != entry["sha256"]:
+                    raise _files.damaged(path / name, "its content does not agree with its checksum")
+    except FileNotFoundError as error:
+        raise _files.damaged(Path(error.filename), "it is not there") from error
+    except OSError as error:
+        raise _files.damaged(path, str(error)) from error
     return path
+
+
+def _entries(path: Path) -> dict[str, dict[str, Any]]:
+    """Size and checksum of each file, by relative path."""
+    files = _files.read_json(path / _MANIFEST).get("files")
+    if not isinstance(files, dict) or not all(isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() for e in files.values()):
+        raise _files.damaged(path / _MANIFEST, "it does not list the files")
+    return files
 
 
 def numbers(folder: Path) -> list[int]:
     """Numbers of all complete artefacts, ascending."""
     named = sorted(int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit())
-    return [n for n in named if find(folder, n, verify=False)]
+    return [n for n in named if find(folder, n)]
 
 
 def retain(folder: Path, keep: set[int]) -> None:
@@ -119,7 +170,12 @@ def _finish(path: Path) -> None:
         )
     for file in files:
         _sync_file(file)
-    entries = {str(f.relative_to(path)): {"bytes": f.stat().st_size, "sha256": _checksum(f)} for f in files}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        checksums = list(pool.map(_checksum, files))
+    entries = {
+        str(file.relative_to(path)): {"bytes": file.stat().st_size, "sha256": checksum}
+        for file, checksum in zip(files, checksums, strict=True)
+    }
     _files.replace_json(path / _MANIFEST, {"files": entries})
     for directory in (d for d in path.rglob("*") if d.is_dir()):
         _files.sync_directory(directory)
@@ -135,17 +191,12 @@ def _sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def _checksum(path: Path) -> str:
-    """SHA-256 of the whole file; of a file above 64 MiB, of its first and last 32 MiB, and the result says so.
-
-    The file's size is recorded beside it. A write that a crash cut short changes the size or the end of the file; hashing tens of
-    gigabytes at every save would cost more than it finds.
-    """
-    size = path.stat().st_size
+def _checksum(path: Path, like: str = "") -> str:
+    """SHA-256 of a file, taken in the way in which the checksum `like` was."""
     with path.open("rb") as file:
-        if size <= _HASHED_WHOLE:
+        if not like.startswith(_ENDS):
             return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256(file.read(_HASHED_WHOLE // 2))
-        file.seek(-_HASHED_WHOLE // 2, os.SEEK_END)
+        digest = hashlib.sha256(file.read(_ENDS_BYTES))
+        file.seek(-_ENDS_BYTES, os.SEEK_END)
         digest.update(file.read())
-    return f"ends:{digest.hexdigest()}"
+    return f"{_ENDS}{digest.hexdigest()}"

@@ -3,15 +3,25 @@
 A file is replaced by writing a temporary one beside it, flushing it to the disk and renaming it, so a reader sees the old
 content or the new one and never half of either. A journal is appended to with one write and one flush; what a crash leaves of an
 unfinished write is a torn tail, which readers ignore and the next writer cuts off.
+
+Everything carries a checksum, and a reader refuses what does not agree with its own:
+
+- a JSON file ends with the SHA-256 of the bytes before it, and says in its `format` that it must have one;
+- a line of a journal is the CRC-32 of a JSON object in eight hex digits, a space, and the object.
+
+Files of format 1 have no checksums. They are still read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
+import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +31,11 @@ import numpy as np
 from onlinerl.errors import StoreError
 
 TEMPORARY = ".tmp"
+FORMAT = 2
+"""Of what is written; 1 had no checksums."""
+_CHECKSUM = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
+_ZEROS = bytes(8)
+"""A power cut leaves whole blocks of zeros where data was to be; text has none."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -116,24 +131,38 @@ def replace(path: Path, data: bytes) -> None:
 
 def replace_json(path: Path, value: Mapping[str, Any]) -> None:
     """Give `path` this content as JSON that every reader accepts: numbers that are not finite become null."""
-    replace(path, (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode())
+    text = json.dumps(finite({"format": FORMAT, **value}), indent=2, allow_nan=False)
+    body = text.removesuffix("\n}").encode()
+    replace(path, body + f',\n  "sha256": "{sha256(body)}"\n}}\n'.encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file, without its checksum.
 
     Raises:
         StoreError: if the file is damaged or cannot be read; FileNotFoundError is left to the caller.
     """
     try:
-        value = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        value = json.loads(data)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
-        raise _damaged(path, str(error)) from error
+        raise damaged(path, str(error)) from error
     if not isinstance(value, dict):
-        raise _damaged(path, "it does not hold an object")
+        raise damaged(path, "it does not hold an object")
+    stored = _CHECKSUM.search(data)
+    if stored is None and value.get("format") == FORMAT:
+        raise damaged(path, "its checksum is missing")
+    if stored is not None and sha256(data[: stored.start()]) != stored[1].decode():
+        raise damaged(path, "its content does not agree with its checksum")
+    value.pop("sha256", None)
     return value
+
+
+def sha256(data: bytes) -> str:
+    """In hex."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -141,7 +170,7 @@ def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     The journal must end with a complete line: see `cut_torn_tail`.
     """
-    data = "".join(json.dumps(row, default=plain, separators=(",", ":")) + "\n" for row in rows).encode("ascii")
+    data = b"".join(_line(row) for row in rows)
     with explained(path):
         fresh = not path.exists()
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -164,24 +193,27 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The complete rows of a journal and how many bytes they take; a torn tail is not counted.
 
     Raises:
-        StoreError: if a damaged line is followed by a good one, which no crash of a writer can produce.
+        StoreError: if anything is wrong that no crash of a writer can produce: a complete line that does not agree with its
+            checksum, or a torn one that is not the last.
     """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return [], 0
     except OSError as error:
-        raise _damaged(path, str(error)) from error
+        raise damaged(path, str(error)) from error
     rows: list[dict[str, Any]] = []
     good = position = 0
     torn = False
-    for line in data.splitlines(keepends=True):
+    for line in re.findall(rb"[^\n]*\n|[^\n]+\Z", data):  # not splitlines: a damaged byte may look like another line end
+        row = None if _ZEROS in line else _parse(line)
+        if row is not None and torn:
+            raise damaged(path, f"what comes before byte {position} is not a row")
+        if row is None and _ZEROS not in line and (line.endswith(b"\n") or _parse(line[:-1] + b"\n") is not None):
+            raise damaged(path, f"the line at byte {position} does not agree with its checksum")
         position += len(line)
-        row = _parse(line) if line.endswith(b"\n") else None
         if row is None:
             torn = True
-        elif torn:
-            raise _damaged(path, f"the line before byte {position - len(line)} is not valid")
         else:
             rows.append(row)
             good = position
@@ -196,17 +228,29 @@ def cut_torn_tail(path: Path) -> None:
             os.truncate(path, good)
 
 
+def _line(row: Mapping[str, Any]) -> bytes:
+    body = json.dumps(row, default=plain, separators=(",", ":")).encode("ascii")
+    return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
+    """The row in a complete line; None if the line is not complete or not what was written."""
+    if not line.endswith(b"\n"):
+        return None
+    body = line[:-1]
+    if not body.startswith(b"{"):  # as it does in format 1, which has no checksum
+        checksum, _, body = body.partition(b" ")
+        if checksum != b"%08x" % zlib.crc32(body):
+            return None
     try:
-        row = json.loads(line)
+        row = json.loads(body)
     except ValueError:
         return None
     return row if isinstance(row, dict) else None
 
 
-def _damaged(path: Path, why: str) -> StoreError:
-    return StoreError(
-        f"{path} is damaged or cannot be read: {why}",
-        field="runs",
-        fix="restore the file from a backup, or set the run aside and start it afresh",
-    )
+def damaged(
+    path: Path, why: str, fix: str = "restore the file from a backup, or set the run aside and start it afresh"
+) -> StoreError:
+    """The error for a file that cannot be trusted."""
+    return StoreError(f"{path} is damaged or cannot be read: {why}", field="runs", fix=fix)

@@ -1,9 +1,22 @@
-"""One writer per run: a lock that the kernel releases when its process dies, however it dies."""
+"""One writer per run: a lock that the kernel releases when its process dies, however it dies.
+
+It is taken with flock(2). On a local disk that is all there is to say. On a network file system it depends on how it is mounted:
+
+- NFS: Linux passes flock to the server as a lock over the whole file, so it holds between machines, unless the mount has `nolock`,
+  `local_lock=flock` or `local_lock=all`: then it holds between processes of one machine only. When the server or the network
+  fails, a lock may be lost (NFSv4: after the lease, 90 s as a rule) or stay behind until the server notices that its owner is gone.
+- Lustre: between machines with the mount option `flock`, on one machine only with `localflock`, and otherwise not at all.
+- SMB, and file systems in user space (sshfs and others): as the server or the driver decides; often on one machine only.
+
+`caveat` says so for a given directory. Whatever the lock does, only one machine may resume a run at a time.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -12,6 +25,10 @@ from onlinerl.errors import StoreError
 from onlinerl.stores import _files
 
 _PATIENCE_S = 0.5
+_MOUNTS = Path("/proc/self/mountinfo")
+_NETWORK = ("nfs", "nfs4", "lustre", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "beegfs", "gpfs", "afs", "fuse.")
+_LOCAL_ONLY = re.compile(r"\b(nolock|local_lock=(flock|all)|localflock)\b")
+_UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class Lock:
@@ -54,6 +71,42 @@ class Lock:
             self._descriptor = -1
 
 
+def caveat(path: Path) -> str | None:
+    """What to know about locks where `path` lies; None on a local disk."""
+    mount = _mount_of(path)
+    if mount is None:
+        return None
+    kind, options = mount
+    if not any(kind == each or (each.endswith(".") and kind.startswith(each)) for each in _NETWORK):
+        return None
+    if local := _LOCAL_ONLY.search(options):
+        return (
+            f"{path} is on {kind}, mounted with {local[0]}: the lock of a run holds on this machine only; "
+            "never resume it on two machines at once"
+        )
+    return (
+        f"{path} is on {kind}: the lock of a run holds between machines only if the server passes locks on; "
+        "never resume it on two machines at once"
+    )
+
+
+def _mount_of(path: Path) -> tuple[str, str] | None:
+    """Type and options of the file system that a path lies on."""
+    try:
+        lines = _MOUNTS.read_text().splitlines()
+    except OSError:  # no Linux
+        return None
+    path, best, found = path.resolve(), -1, None
+    for line in lines:
+        # 36 35 98:0 /root /mount/point rw,noatime - type source options
+        before, _, after = line.partition(" - ")
+        fields, (kind, _, options) = before.split(), after.split(" ", 2)
+        point = Path(fields[4].encode().decode("unicode_escape"))  # spaces are written as \040
+        if path.is_relative_to(point) and len(point.parts) >= best:  # of two mounts on one place, the later one is seen
+            best, found = len(point.parts), (kind, f"{fields[5]},{options}")
+    return found
+
+
 def held(path: Path) -> bool:
     """True if some process holds the lock."""
     try:
@@ -71,4 +124,12 @@ def _try(descriptor: int, mode: int) -> bool:
         fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            raise StoreError(
+                f"the file system of the run takes no locks: {error.strerror}",
+                field="runs",
+                fix="mount it with locks (Lustre: `flock`; NFS: a running lock service), or set `runs` to another disk",
+            ) from error
+        raise
     return True

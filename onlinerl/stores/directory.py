@@ -5,7 +5,7 @@
     metrics.jsonl            every figure (written by the jsonl tracker)
     prompts/                 the prompts that the run uses, whatever becomes of the files they were read from
     lock                     held by the one process that may write
-    iterations/0001/         manifest.json with the finished phases, and the tables of that iteration
+    iterations/0001/         manifest.json with the finished phases and checksums, and the tables of that iteration
     checkpoints/0001/        resumable state after iteration 1
     exports/0001/            the policy after iteration 1 in Hugging Face format
 
@@ -25,13 +25,14 @@ from typing import Any, Literal
 
 from onlinerl.errors import StoreError
 from onlinerl.stores import _artefacts, _files, _tables
-from onlinerl.stores._lock import Lock
+from onlinerl.stores._lock import Lock, caveat
 from onlinerl.stores.rows import prompt_from_row, prompt_row
 from onlinerl.types import Prompt
 
 __all__ = ["RunDirectory"]
 
-FORMAT = 1
+FORMAT = _files.FORMAT
+READABLE = (1, FORMAT)
 Kind = Literal["checkpoints", "exports"]
 KINDS: tuple[Kind, ...] = ("checkpoints", "exports")
 _MANIFEST = "manifest.json"
@@ -71,7 +72,7 @@ class RunDirectory:
             else:
                 _require_empty(path)
                 _files.replace(path / _CONFIG, config_yaml.encode())
-                started = {"format": FORMAT, "created": datetime.now(UTC).isoformat(timespec="seconds"), "attempt": 0}
+                started = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "attempt": 0}
                 # Last: a directory without a manifest is not a run yet.
                 _files.replace_json(path / _MANIFEST, {**started, "status": "running", **manifest})
             run._recover()
@@ -90,13 +91,7 @@ class RunDirectory:
         lock = Lock(path / _LOCK)
         with _released_on_error(lock):
             run = cls(path, lock)
-            found = run.manifest.get("format")
-            if found != FORMAT:
-                raise StoreError(
-                    f"{path} has format {found!r}, this version of onlinerl reads format {FORMAT}",
-                    field="name",
-                    fix="resume it with the version that wrote it, or start a new run",
-                )
+            _require_readable(path, run.manifest)
             run._recover()
             return run
 
@@ -139,8 +134,13 @@ class RunDirectory:
         return _files.read_json(self.path / _MANIFEST)
 
     def update_manifest(self, **changes: Any) -> None:
-        """Replace some entries of the run's manifest, durably."""
-        _files.replace_json(self.path / _MANIFEST, {**self.manifest, **changes})
+        """Replace some entries of the run's manifest, durably. What is written from here on has the present format."""
+        _files.replace_json(self.path / _MANIFEST, {**self.manifest, "format": FORMAT, **changes})
+
+    @property
+    def caveat(self) -> str | None:
+        """What to know about the lock where the run lies; None on a local disk."""
+        return caveat(self.path)
 
     @property
     def config_yaml(self) -> str:
@@ -215,13 +215,7 @@ class RunDirectory:
         """
         if not rows:
             return
-        folder = self._folder(iteration)
-        if self.sealed(iteration, table):
-            raise StoreError(
-                f"table {table!r} of iteration {iteration} is complete and takes no more rows",
-                fix="look at the finished phases before appending",
-            )
-        self._make(folder)
+        folder = self._open(iteration, table)
         journal = _tables.journal_path(folder, table)
         if (iteration, table) not in self._journals_checked:
             _files.cut_torn_tail(journal)
@@ -249,21 +243,26 @@ class RunDirectory:
         self._make(folder)
         _tables.seal(folder, table)
 
+    def write(self, iteration: int, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Make `rows` the complete table, all of them or none. Rows may hold what `append` takes.
+
+        For a table that is made at once: what a killed process left of an earlier attempt is replaced.
+
+        Raises:
+            StoreError: if the table is sealed or the disk is full.
+        """
+        _tables.write(self._open(iteration, table), table, rows)
+
     def finish_phase(self, iteration: int, phase: str, record: Mapping[str, Any]) -> None:
         """Mark a phase as done, durably. Numbers that are not finite are stored as null."""
         phases = self.phases(iteration)
         phases.pop(phase, None)  # a phase that is done again was finished last
         self._make(self._folder(iteration))
-        _files.replace_json(
-            self._folder(iteration) / _MANIFEST, {"iteration": iteration, "phases": {**phases, phase: dict(record)}}
-        )
+        _tables.update_manifest(self._folder(iteration), iteration=iteration, phases={**phases, phase: dict(record)})
 
     def phases(self, iteration: int) -> dict[str, dict[str, Any]]:
         """Finished phases and their records, in the order in which they finished."""
-        try:
-            return _files.read_json(self._folder(iteration) / _MANIFEST)["phases"]
-        except FileNotFoundError:
-            return {}
+        return _tables.manifest(self._folder(iteration)).get("phases", {})
 
     def phase_done(self, iteration: int, phase: str) -> bool:
         """True if the phase is finished."""
@@ -281,9 +280,47 @@ class RunDirectory:
         with _artefacts.staged(self.path / kind, iteration) as path:
             yield path
 
-    def artefact(self, kind: Kind, iteration: int, *, verify: bool = False) -> Path | None:
-        """The checkpoint or export of an iteration, or None unless it is complete; `verify` also compares the checksums."""
-        return _artefacts.find(self.path / kind, iteration, verify=verify)
+    def require_files(self, path: Path, written: Mapping[str, int]) -> None:
+        """Refuse a staged checkpoint that lacks anything of what the learner says it wrote: bytes of each file, by relative path.
+
+        Raises:
+            StoreError: naming the file that is missing or cut short.
+        """
+        _artefacts.require_files(path, written)
+
+    def artefact(self, kind: Kind, iteration: int) -> Path | None:
+        """The checkpoint or export of an iteration, or None unless it is complete. Checksums are not compared: see `require`."""
+        return _artefacts.find(self.path / kind, iteration)
+
+    def require(self, kind: Kind, iteration: int) -> Path:
+        """The checkpoint or export of an iteration, after every byte of it was compared with its checksum.
+
+        Raises:
+            StoreError: naming the file that is missing or damaged, and the iteration that one can go back to.
+        """
+        try:
+            return _artefacts.verified(self.path / kind, iteration)
+        except StoreError as error:
+            raise StoreError(error.cause, field=kind, fix=self._way_back(iteration)) from error
+
+    def _way_back(self, iteration: int) -> str:
+        """What to do about a damaged artefact of `iteration`."""
+        whole = 0  # the base model needs no checkpoint
+        for number in reversed([n for n in self.artefacts("checkpoints") if n < iteration]):
+            with contextlib.suppress(StoreError):
+                _artefacts.verified(self.path / "checkpoints", number)
+                whole = number
+                break
+        later = [
+            f"{kind}/{path.name}"
+            for kind in ("iterations", *KINDS)
+            for path in sorted((self.path / kind).glob("[0-9]*"))
+            if path.name.isdigit() and int(path.name) > whole
+        ]
+        return (
+            f"restore it from a backup; or go back to iteration {whole}, which is whole: in {self.path}, "
+            f"rm -r {' '.join(later)}, then resume, and what came after it is computed again"
+        )
 
     def artefacts(self, kind: Kind) -> list[int]:
         """Iterations that have a complete checkpoint or export, ascending."""
@@ -294,6 +331,16 @@ class RunDirectory:
         _artefacts.retain(self.path / kind, keep)
 
     # --- inside ---
+
+    def _open(self, iteration: int, table: str) -> Path:
+        """The folder of a table that may still grow."""
+        if self.sealed(iteration, table):
+            raise StoreError(
+                f"table {table!r} of iteration {iteration} is complete and takes no more rows",
+                fix="look at the finished phases before appending",
+            )
+        self._make(self._folder(iteration))
+        return self._folder(iteration)
 
     def _folder(self, iteration: int) -> Path:
         return self.path / "iterations" / f"{iteration:04d}"
@@ -321,6 +368,19 @@ def _released_on_error(lock: Lock) -> Iterator[None]:
     except (StoreError, OSError):
         lock.release()
         raise
+
+
+def _require_readable(path: Path, manifest: Mapping[str, Any]) -> None:
+    found = manifest.get("format")
+    if found not in READABLE:
+        raise StoreError(
+            f"{path} has format {found!r}, this version of onlinerl reads {' and '.join(map(str, READABLE))}",
+            field="name",
+            fix="resume it with the version that wrote it, or start a new run",
+        )
+    lacking = [k for k, kind in (("name", str), ("fingerprint", dict)) if not isinstance(manifest.get(k), kind)]
+    if lacking:
+        raise _files.damaged(path / _MANIFEST, f"it does not say {' and '.join(lacking)} of the run")
 
 
 def _require_same(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

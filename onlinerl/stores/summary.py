@@ -79,10 +79,7 @@ def _run_manifest(path: Path) -> dict[str, Any]:
 
 
 def _phases(folder: Path) -> dict[str, dict[str, Any]]:
-    try:
-        return _files.read_json(folder / "manifest.json").get("phases", {})
-    except FileNotFoundError:
-        return {}
+    return _tables.manifest(folder).get("phases", {})
 
 
 def _iteration(number: int, phases: Mapping[str, Mapping[str, Any]], *, active: bool, extras: bool) -> dict[str, Any]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -24,10 +28,52 @@ from rich.text import Text
 
 from onlinerl.protocols import Tracker
 
-__all__ = ["ConsoleTracker", "render_table"]
+__all__ = ["ConsoleTracker", "render_table", "sturdy_console"]
 
 QUIET_S = 30.0
 """Without a terminal, a long phase says how far it is this often."""
+
+
+def sturdy_console() -> Console:
+    """A console on stdout that cannot end a run: when its reader is gone it falls silent, which is said once on stderr, and a letter
+    that the terminal does not know becomes a question mark."""
+    return Console(file=cast(IO[str], _Sturdy()))
+
+
+class _Sturdy:
+    """`sys.stdout`, whatever it is at the moment, for a writer that must not fail."""
+
+    def __init__(self) -> None:
+        self._gone = False
+
+    def write(self, text: str) -> int:
+        """All of it, as well as it can be."""
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self._attempt(self._stream.write, text.encode(encoding, "replace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        """Let the reader have it."""
+        self._attempt(self._stream.flush)
+
+    @property
+    def _stream(self) -> Any:
+        # While a progress bar is shown, rich puts a proxy there that would write back to us.
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+
+    def _attempt(self, act: Callable[..., object], *arguments: str) -> None:
+        if self._gone:
+            return
+        try:
+            act(*arguments)
+        except (OSError, ValueError) as error:  # the reader has gone, or the stream was closed
+            self._gone = True
+            logging.getLogger(__name__).warning("stdout takes no more text, and the run goes on without it: %s", error)
+            with contextlib.suppress(OSError, ValueError):  # or the interpreter fails when it flushes at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class ConsoleTracker(Tracker):

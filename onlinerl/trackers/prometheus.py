@@ -147,6 +147,12 @@ TABLE: tuple[Series, ...] = (
         metric="weight_sync_seconds", name="onlinerl_weight_sync_seconds", help="Wall time of the latest push and its proof"
     ),
     Series(metric="weight_sync_bytes", name="onlinerl_weight_sync_bytes", help="Bytes of weights of the latest push"),
+    Series(
+        metric="tracker_failures",
+        name="onlinerl_tracker_failures",
+        help="Calls to a tracker that failed, in this process",
+        labels={"tracker": None},
+    ),
     Series(metric="weight_sync_ok", name="onlinerl_weight_sync_ok", help="1 if the latest push was proved to have arrived"),
     Series(
         metric="weight_sync_canary",

@@ -7,16 +7,18 @@ import json
 import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from onlinerl import app as application
+from onlinerl import cli as command_line
 from onlinerl import config as configuration
 from onlinerl import placement
 from onlinerl.learners.toy import ToyLearner
-from onlinerl.stores import _files, directory
+from onlinerl.stores import _files, _lock, directory
 from onlinerl.stores.summary import summarise
 
 FAILED, REFUSED = 1, 2
@@ -57,6 +59,8 @@ def says(message: str, *parts: str) -> None:
     [
         ("training.learning_rat=1e-5", ("training.learning_rat: is not a known key", "did you mean 'learning_rate'?")),
         ("trainin.learning_rate=1e-5", ("trainin: is not a known key", "did you mean 'training'?")),
+        ("algorithm.nam=dpo", ("algorithm.nam: is not a known key", "did you mean 'name'?")),
+        ("sync.timeout_s=.inf", ("sync.timeout_s: is inf", "give a finite number")),
         ("algorithm.betta=0.1", ("algorithm.betta: is not a known key", "did you mean 'beta'?")),
         (
             "oracle.lexicon=x",
@@ -311,10 +315,77 @@ def test_a_resume_with_a_change_that_matters(toy_config, onlinerl, tmp_path):
     assert len(summarise(run)["iterations"]) == 2
 
 
+def test_a_resume_of_a_configuration_that_was_edited(toy_config, onlinerl, tmp_path):
+    """The error names the key and the file; what was valid before is valid again."""
+    assert onlinerl("run", toy_config(tmp_path, iterations=1))[0] == 0
+    file = tmp_path / "runs/toy/config.yaml"
+    good = file.read_text()
+    for text, parts in (
+        (good + "momentum: 0.5\n", ("momentum: is not a known key", f"in {file}")),
+        (
+            good.replace("epochs: 1", "epochs: one"),
+            ("training.epochs: input should be a valid integer, got 'one'", f"in {file}"),
+        ),
+        (good + "seed: 1\n", (f"seed: is given twice in {file}, in lines",)),
+        (good + "  x: [\n", (f"{file} is not valid YAML",)),
+        ("", (f"{file} does not hold a mapping",)),
+    ):
+        file.write_text(text)
+        code, message = onlinerl("resume", tmp_path / "runs/toy", "iterations=2")
+        assert code == REFUSED
+        says(message, "config: ", *parts)
+    file.unlink()
+    code, message = onlinerl("resume", tmp_path / "runs/toy", "iterations=2")
+    assert code == REFUSED
+    says(message, f"{file} is gone", "copy the configuration there")
+    file.write_text(good)
+    assert onlinerl("resume", tmp_path / "runs/toy", "iterations=2")[0] == 0
+
+
+def test_a_resume_by_a_version_with_other_keys(toy_config, onlinerl, tmp_path):
+    """A run that was started before a key existed goes on; a key that is gone is named."""
+    assert onlinerl("run", toy_config(tmp_path, iterations=1))[0] == 0
+    run = tmp_path / "runs/toy"
+    with directory.RunDirectory.open(run) as store:
+        fingerprint = store.manifest["fingerprint"]
+        older = {k: v for k, v in fingerprint.items() if k not in ("training.warmup", "algorithm.label_smoothing")}
+        store.update_manifest(fingerprint=older)
+    assert onlinerl("resume", run, "iterations=2")[0] == 0
+    with directory.RunDirectory.open(run) as store:
+        store.update_manifest(fingerprint={**fingerprint, "training.momentum": 0.5})
+    code, message = onlinerl("resume", run, "iterations=3")
+    assert code == REFUSED
+    says(message, "training.momentum: was 0.5 when the run started, and this version has no such key")
+
+
+@pytest.mark.parametrize(("removed", "unfinished", "later"), [("0001", 1, 2), ("0000", 0, 1), ("0001/manifest.json", 1, 2)])
+def test_a_resume_of_a_run_of_which_something_was_removed(toy_config, onlinerl, tmp_path, removed, unfinished, later):
+    """Iterations after a missing one came from weights that are no longer known."""
+    assert onlinerl("run", toy_config(tmp_path, iterations=2))[0] == 0
+    run = tmp_path / "runs/toy"
+    gone = run / "iterations" / removed
+    if gone.is_dir():
+        shutil.rmtree(gone)
+    else:
+        gone.unlink()
+    code, message = onlinerl("resume", run, "iterations=3")
+    assert code == REFUSED
+    says(message, f"iteration {unfinished} is not finished, and there are results of iteration {later}", "rm -r iterations/")
+
+
 def test_a_resume_may_change_where_it_runs(toy_config, onlinerl, tmp_path):
     assert onlinerl("run", toy_config(tmp_path, iterations=1))[0] == 0
     code, message = onlinerl("resume", tmp_path / "runs/toy", "iterations=2", "checkpoints.keep=1", "engine.replicas=2")
     assert code == 0, message
+
+
+def test_a_run_on_a_network_disk_says_so(toy_config, monkeypatch, capsys, tmp_path):
+    (tmp_path / "mounts").write_text("22 1 0:35 / / rw,relatime - nfs4 server:/export rw,local_lock=flock\n")
+    monkeypatch.setattr(_lock, "_MOUNTS", tmp_path / "mounts")
+    monkeypatch.setattr(sys, "argv", ["onlinerl", "run", str(toy_config(tmp_path, iterations=1))])
+    with pytest.raises(SystemExit):
+        command_line.main()
+    assert "is on nfs4, mounted with local_lock=flock: the lock of a run holds on this machine only" in capsys.readouterr().out
 
 
 def test_a_resume_of_nothing(onlinerl, tmp_path):

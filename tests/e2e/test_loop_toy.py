@@ -71,7 +71,9 @@ def weights(run: Path, iteration: int) -> np.ndarray:
 # --- a whole run ---
 
 
-def test_show_prints_the_contract(toy_config, cli, tmp_path):
+def test_show_prints_the_contract(toy_config, cli, tmp_path, monkeypatch):
+    for name in ("RAY_AUTH_TOKEN", "HF_TOKEN", "JUDGE_API_KEY"):
+        monkeypatch.setenv(name, "sk-3141")
     config = toy_config(tmp_path)
     done = cli("run", config)
     assert done.returncode == 0, done.message
@@ -101,6 +103,9 @@ def test_show_prints_the_contract(toy_config, cli, tmp_path):
         assert row["kl_ref"] > 0
         assert {"reward", "kl_ref", "win_rate", "length"} <= set(row["insufficient"]), "10 prompts decide nothing"
     assert report["iterations"][-1]["kl_ref"] > report["iterations"][1]["kl_ref"]
+    stored = [p for p in (tmp_path / "runs/toy").rglob("*") if p.is_file()]
+    assert len(stored) > 20
+    assert [p for p in stored if b"sk-3141" in p.read_bytes()] == [], "a secret of the environment was stored"
 
 
 def test_the_optimizer_s_state_is_kept_or_reset_between_iterations(toy_config, warm_cli, tmp_path):
@@ -304,7 +309,9 @@ def test_a_repaired_oracle_is_asked_again_and_only_what_it_failed_on(counted, un
     assert "the oracle failed on 4 of 8 groups" in stopped.stderr
     again = counted("resume", down=["judge", 2])
     assert again.returncode == 1, again.message
+    assert (run / "failure.json").exists()
     done = counted("resume")
+    assert not (run / "failure.json").exists(), "of an attempt that is over"
     assert done.returncode == 0, done.message
     check_counts(tmp_path / "log", judged_twice=2 * BATCH)
     assert everything(run) == uninterrupted
@@ -335,6 +342,45 @@ def test_an_exception_loses_no_label_that_was_paid_for(toy_config, warm_cli, tmp
     assert done.returncode == 0, done.message
     probes = 2  # one at each start
     assert len(log.read_text().splitlines()) == probes + 2 * HELDOUT + PROMPTS, "no label was paid for twice"
+
+
+def flip(file: Path) -> None:
+    """One bit in its middle."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damaged", ["checkpoints/0002/toy.pt", "exports/0002/logits.npy", "iterations/0003/rollouts.parquet"])
+def test_damage_is_found_by_a_resume_and_its_advice_works(counted, uninterrupted, tmp_path, damaged):
+    """Nothing goes on from a file that was altered: the error names it, and going back leads to the same run."""
+    run = tmp_path / "runs/toy"
+    assert counted("run", kill=["before 3 label", 1]).returncode == -signal.SIGKILL
+    flip(run / damaged)
+    stopped = counted("resume")
+    assert stopped.returncode == 1, stopped.message
+    assert f"{run / damaged} is damaged or cannot be read: its content does not agree with its checksum" in stopped.stderr
+    if damaged.startswith("iterations"):
+        assert "remove 0003 and all later numbers from iterations/, checkpoints/ and exports/" in stopped.stderr
+        shutil.rmtree(run / "iterations/0003")
+    else:
+        _, _, removal = stopped.stderr.partition(f"go back to iteration 1, which is whole: in {run}, rm -r ")
+        for folder in removal.split(", then resume")[0].split():
+            shutil.rmtree(run / folder)
+    done = counted("resume")
+    assert done.returncode == 0, done.message
+    assert everything(run) == uninterrupted
+
+
+def test_pairs_that_a_kill_tore_are_completed(counted, tmp_path):
+    run = tmp_path / "runs/toy"
+    assert counted("run", kill=["after 2 label", 1]).returncode == -signal.SIGKILL
+    with RunDirectory.open(run) as opened:
+        opened.append(2, "pairs", opened.read(1, "pairs")[:2])
+    assert counted("resume").returncode == 0
+    with RunDirectory.open(run) as opened:
+        assert opened.sealed(2, "pairs")
+        assert len(opened.read(2, "pairs")) == opened.phases(2)["train"]["items"] > 2
 
 
 def test_nothing_left_to_do_and_more_iterations(toy_config, warm_cli, tmp_path):
@@ -594,6 +640,33 @@ def test_a_signal_ends_it_resumably(counted, warm_cli, uninterrupted, tmp_path, 
     done = counted("resume")
     assert done.returncode == 0, done.message
     assert everything(run) == uninterrupted
+
+
+def test_a_second_signal_ends_it_at_once(counted, warm_cli, uninterrupted, tmp_path):
+    """Although the clean-up that the first one began never ends; a resume finishes the run."""
+    process, out = counted("run", wait=INSIDE["train"], slow_end=True, finish=False)
+    warm_cli.wait_for(tmp_path / "log", "waiting")
+    os.kill(process.pid, signal.SIGINT)
+    warm_cli.wait_for(tmp_path / "log", "cleaning up")
+    os.kill(process.pid, signal.SIGINT)
+    stopped = warm_cli.finish(process, out, timeout=20)
+    assert stopped.returncode == REQUEUE, stopped.message
+    assert "stopping; a second signal ends it at once" in stopped.stderr
+    assert counted("resume").returncode == 0
+    assert everything(tmp_path / "runs/toy") == uninterrupted
+
+
+@pytest.mark.parametrize("spec", [{"nobody_reads": True}, {"encoding": "ascii"}], ids=["broken-pipe", "ascii"])
+def test_a_console_that_fails_does_not_end_a_run(toy_config, warm_cli, tmp_path, spec):
+    """`onlinerl run ... | head`, and a terminal that does not know all letters of a path."""
+    done = warm_cli("run", toy_config(tmp_path, {"runs": str(tmp_path / "läufe"), "iterations": 1}), **spec)
+    assert done.returncode == 0, done.message
+    assert [row["status"] for row in summarise(tmp_path / "läufe/toy")["iterations"]] == ["promoted"] * 2
+    if "encoding" in spec:
+        assert "l?ufe" in done.stdout
+    else:
+        assert done.stderr.count("stdout takes no more text, and the run goes on without it") == 1
+    assert "Traceback" not in done.message
 
 
 def test_one_process_at_a_time(counted, warm_cli, tmp_path):

@@ -8,6 +8,7 @@ One process group serves all cases, so that the heavy imports and the rendezvous
 from __future__ import annotations
 
 import pickle
+import shutil
 import sys
 import traceback
 from dataclasses import replace
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.batch import Batch, LossOutput, Outputs
 from onlinerl.config import LearnerConfig, TrainingConfig
+from onlinerl.errors import LearnerError
 from onlinerl.learners._self_test import combine
 from onlinerl.learners.deepspeed import DeepSpeedRank
 from onlinerl.ops.batching import plan_step
@@ -308,7 +310,7 @@ def steps(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, 
 
     here = Path(job["directory"]) / f"checkpoint-{ranks.world_size}-{case['stage']}-{case['dtype']}"
     here.mkdir(exist_ok=True)
-    learner.save(str(here))
+    written = learner.save(str(here))
     torch.rand(3)  # what draws random numbers after saving must not matter
     result["continued"] = [ranks.step(learner, job["steps"][0], budget), weights(learner)]
     learner.load(str(here))
@@ -320,6 +322,7 @@ def steps(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, 
     fresh.load(str(here))
     result["fresh_continued"] = [ranks.step(fresh, job["steps"][0], budget), weights(fresh)]
 
+    result["written"] = written
     result["before_reset"] = optimizer_state(fresh)
     fresh.reset_optimizer()
     result["after_reset"] = optimizer_state(fresh)
@@ -327,7 +330,37 @@ def steps(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, 
     ranks.step(fresh, job["steps"][1], budget)
     result["reset_continued"] = weights(fresh)
     result["reset_continued_state"] = optimizer_state(fresh)
+    kinds = ("model", "optim") if case["stage"] > 0 else ("model",)
+    result["planted"] = {kind: planted(ranks, fresh, here, kind) for kind in kinds}
     return result
+
+
+class Bomb:
+    """Unpickling it writes a file: it stands for any code."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def planted(ranks: Ranks, learner: DeepSpeedRank, checkpoint: Path, kind: str) -> dict[str, Any]:
+    """What a rank says to a checkpoint in which a file of every rank holds something else, and whether that has run."""
+    folder = checkpoint.with_name(f"{checkpoint.name}-{kind}")
+    mark = folder / "ran"
+    if ranks.rank == 0:
+        shutil.copytree(checkpoint, folder)
+        for file in folder.glob(f"state/*{kind}_states.pt"):
+            torch.save({"module": Bomb(mark), "optimizer_state_dict": Bomb(mark)}, file)
+    dist.barrier()
+    try:
+        learner.load(str(folder))
+        said = "nothing"
+    except LearnerError as error:
+        said = str(error)
+    dist.barrier()
+    return {"said": said, "ran": mark.exists()}
 
 
 def export(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:

@@ -569,6 +569,27 @@ def test_a_checkpoint_continues_bit_for_bit(answers: Answers, ranks: int, stage:
 
 
 @configurations
+def test_nothing_is_unpickled_from_a_checkpoint(answers: Answers, ranks: int, stage: int, dtype: str) -> None:
+    """Code planted in the files of a checkpoint does not run, and the refusal names the file."""
+    found = answers(ranks, "steps", stage, dtype)["planted"]
+
+    assert set(found) == ({"model"} if stage == 0 else {"model", "optim"})
+    for kind, answer in found.items():
+        assert not answer["ran"]
+        assert f"{kind}_states.pt holds something else than tensors and is not loaded" in answer["said"]
+
+
+@configurations
+def test_a_rank_says_what_it_wrote(answers: Answers, ranks: int, stage: int, dtype: str) -> None:
+    written = answers(ranks, "steps", stage, dtype)["written"]  # of rank 0
+
+    assert len([name for name in written if name.endswith("model_states.pt")]) == 1
+    assert len([name for name in written if name.endswith("optim_states.pt")]) == (stage > 0)
+    assert "rng_0.json" in written
+    assert all(size > 0 for size in written.values())
+
+
+@configurations
 def test_reset_optimizer_clears_moments_and_step_count(answers: Answers, ranks: int, stage: int, dtype: str) -> None:
     answer = answers(ranks, "steps", stage, dtype)
 

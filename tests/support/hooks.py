@@ -85,8 +85,9 @@ def install():
             yield report
 
     def save(self, path, original=learner.save):
-        original(self, path)
+        written = original(self, path)
         event("save")
+        return written
 
     def push(self, version, original=sync.push):
         report = original(self, version)
@@ -102,8 +103,28 @@ def install():
         original(self, iteration, phase, record)
         event(f"after {iteration} {phase}")
 
+    if SPEC.get("slow_end"):
+        _end_slowly()
     engine.generate, learner.update, learner.save, sync.push = generate, update, save, push
     RunDirectory.retain, RunDirectory.finish_phase = retain, finish_phase
+
+
+def _end_slowly():
+    """The clean-up of a run waits for something that never comes."""
+    from contextlib import contextmanager
+
+    from onlinerl import app
+
+    @contextmanager
+    def toy(*arguments, original=app._toy):
+        with original(*arguments) as parts:
+            try:
+                yield parts
+            finally:
+                event("cleaning up")
+                time.sleep(60)
+
+    app._toy = toy
 
 
 def command(arguments, spec):
@@ -125,7 +146,11 @@ def forked(arguments, folder, spec):
         file = os.open(os.path.join(folder, spec["out"] + name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
         os.close(file)
-        setattr(sys, name, os.fdopen(descriptor, "w", buffering=1, closefd=False))
+        setattr(sys, name, os.fdopen(descriptor, "w", buffering=1, closefd=False, encoding=spec.get("encoding")))
+    if spec.get("nobody_reads"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
     os.environ.update(COLUMNS="200", NO_COLOR="1", HF_HUB_OFFLINE="1")
     import torch
 

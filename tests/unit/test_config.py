@@ -73,6 +73,19 @@ def test_extends_a_file_that_is_not_there(write):
     assert "base.yaml" in error.value.fix
 
 
+def test_a_key_that_is_given_twice_is_refused(write):
+    """YAML would take the last one in silence."""
+    text = yaml.safe_dump(BASE) + "training:\n  learning_rate: 1.0e-5\n  epochs: 2\n  learning_rate: 1.0e-6\n"
+    path = write("twice.yaml", text)
+    with pytest.raises(ConfigError, match=rf"is given twice in {path}, in lines \d+ and \d+") as error:
+        configuration.load(path)
+    assert error.value.field == "learning_rate"
+    with pytest.raises(ConfigError, match="is given twice"):
+        configuration.load(write("base.yaml", BASE), ["training={epochs: 1, epochs: 2}"])
+    same_name_elsewhere = configuration.load(write("base.yaml", {**BASE, "engine": {"dtype": "float32"}}))
+    assert same_name_elsewhere.learner.dtype == "bfloat16"
+
+
 # --- overrides ---
 
 
@@ -168,6 +181,15 @@ def test_types_are_strict(write, key, value):
     assert error.value.fix
 
 
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize("key", ["engine.generate_timeout_s", "engine.resources.node", "algorithm.beta", "cluster.wait_s"])
+def test_numbers_are_finite(write, key, value):
+    with pytest.raises(ConfigError, match=value.strip("-.")) as error:
+        configuration.load(write("base.yaml", BASE), [f"{key}={value}"])
+    assert error.value.field == key
+    assert error.value.fix == "give a finite number"
+
+
 def test_whole_numbers_are_numbers():
     assert changed(sampling={"temperature": 1}).sampling.temperature == 1.0
 
@@ -183,6 +205,8 @@ def test_a_config_cannot_be_changed():
         ({"iteration": 3}, "iteration", "did you mean 'iterations'?"),
         ({"sampling": {"sample_per_prompt": 2}}, "sampling.sample_per_prompt", "did you mean 'samples_per_prompt'?"),
         ({"algorithm": {"name": "dpo", "bata": 1}}, "algorithm.bata", "did you mean 'beta'?"),
+        ({"algorithm": {"name": "dpo", "nam": "dpo"}}, "algorithm.nam", "did you mean 'name'?"),
+        ({"algorithm": {"nam": "dpo"}}, "algorithm.nam", "did you mean 'name'?"),
         ({"pairing": {"name": "best_wurst"}}, "pairing.name", "did you mean 'best_worst'?"),
         ({"oracle": {"include_prompt": True}}, "oracle.name", "choose one of"),
     ],
@@ -193,6 +217,52 @@ def test_suggestions(tree, field, fix):
         changed(**tree)
     assert error.value.field == field
     assert fix in error.value.fix
+
+
+# --- secrets ---
+
+JUDGE = """
+from onlinerl.protocols import Oracle
+
+
+class Judge(Oracle):
+    api_key: str = ""
+    api_key_env: str = "JUDGE_API_KEY"
+    base_url: str = ""
+    yes_word: str = "yes"
+"""
+
+
+@pytest.fixture
+def judge(tmp_path, monkeypatch):
+    """An oracle of the user's own that wants a key."""
+    (tmp_path / "secret_judge.py").write_text(JUDGE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return {"name": "secret_judge.Judge"}
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "fix"),
+    [
+        ({"api_key": "sk-3141"}, "oracle.api_key", "`api_key_env`"),
+        ({"api_key_env": "sk-3141"}, "oracle.api_key_env", "not its value"),
+        ({"base_url": "https://me:sk-3141@judge.example/v1"}, "oracle.base_url", "without it"),
+        ({"headers": {"X_Token": "sk-3141"}}, "oracle.headers.X_Token", "`x_token_env`"),
+        ({"passwords": ["sk-3141"]}, "oracle.passwords", "`passwords_env`"),
+    ],
+)
+def test_a_secret_is_never_part_of_a_configuration(judge, options, field, fix):
+    with pytest.raises(ConfigError) as error:
+        changed(oracle={**judge, **options})
+    assert error.value.field == field
+    assert fix in error.value.fix
+    assert "sk-3141" not in str(error.value)
+
+
+def test_the_name_of_a_variable_that_holds_a_secret_may_be(judge):
+    config = changed(oracle={**judge, "api_key_env": "MY_KEY", "base_url": "https://judge.example:8000/v1@2"})
+    assert configuration.oracle(config).api_key_env == "MY_KEY"
+    assert "api_key_env: MY_KEY" in configuration.dump(config)
 
 
 def test_several_problems_are_counted():
@@ -282,3 +352,26 @@ def test_a_reward_models_path_means_the_same_everywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stored = configuration.dump(configuration.parse({**BASE, "oracle": {"name": "reward_model", "path": "judge"}}))
     assert f"path: {tmp_path / 'judge'}" in stored
+
+
+def test_a_key_that_came_with_a_later_version_counts_as_its_default():
+    """A run that was started before the key existed goes on; one that sets it to something else does not."""
+    config = changed()
+    stored = configuration.fingerprint(config)
+    assert configuration.changes(stored, config) == {}
+    for key in ("training.warmup", "algorithm.label_smoothing", "prompts.reuse", "evaluation.prompts"):
+        older = {k: v for k, v in stored.items() if k != key}
+        assert configuration.changes(older, config) == {}, key
+    older = {k: v for k, v in stored.items() if k != "training.warmup"}
+    assert configuration.changes(older, changed(training={"warmup": 0.5})) == {
+        "training.warmup": "was 0.0 when the run started and is now 0.5"
+    }
+    assert list(configuration.changes({k: v for k, v in stored.items() if k != "seed"}, changed(seed=3))) == ["seed"]
+
+
+def test_a_key_that_is_gone_is_named():
+    stored = {**configuration.fingerprint(changed()), "training.momentum": 0.5, "algorithm.beta": 0.1}
+    assert configuration.changes(stored, changed()) == {
+        "algorithm.beta": "was 0.1 when the run started and is now 0.2",
+        "training.momentum": "was 0.5 when the run started, and this version has no such key",
+    }

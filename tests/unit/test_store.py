@@ -19,7 +19,7 @@ import pytest
 
 from onlinerl.errors import StoreError
 from onlinerl.protocols import Store
-from onlinerl.stores import _files, _tables
+from onlinerl.stores import _files, _lock, _tables
 from onlinerl.stores.directory import RunDirectory
 
 MANIFEST = {"name": "r", "config_digest": "abc", "fingerprint": {"seed": 1, "algorithm.name": "dpo"}}
@@ -46,7 +46,7 @@ def test_a_run_is_created_and_opened_again(tmp_path):
     with make(tmp_path / "r") as run:
         assert run.manifest["status"] == "running"
         assert run.manifest["attempt"] == 0
-        assert run.manifest["format"] == 1
+        assert run.manifest["format"] == 2
         run.update_manifest(status="interrupted", attempt=1, best=float("nan"))
     with RunDirectory.open(tmp_path / "r") as run:
         assert run.manifest["status"] == "interrupted"
@@ -174,6 +174,44 @@ def test_the_lock_holds_within_one_process_and_close_releases_it(tmp_path):
     RunDirectory.open(tmp_path / "r").close()
 
 
+MOUNTS = r"""22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+40 22 0:35 / /shared rw,relatime shared:2 - nfs4 server:/export rw,vers=4.2,local_lock=none,addr=10.0.0.1
+41 22 0:36 / /old rw,relatime - nfs server:/old rw,vers=3,nolock,local_lock=all
+42 22 0:37 / /my\040files rw - fuse.sshfs me@host:/ rw,user_id=0
+43 40 8:2 / /shared/local rw - xfs /dev/sdb1 rw
+44 22 0:38 / /scratch rw - lustre mds@tcp:/scratch rw,localflock
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/home/me/runs/r", None),
+        ("/shared/runs/r", "/shared/runs/r is on nfs4: the lock of a run holds between machines only if"),
+        ("/old/r", "is on nfs, mounted with nolock: the lock of a run holds on this machine only"),
+        ("/my files/r", "is on fuse.sshfs: "),
+        ("/shared/local/r", None),
+        ("/sharedness/r", None),
+        ("/scratch/r", "is on lustre, mounted with localflock: "),
+    ],
+)
+def test_a_network_file_system_is_said(tmp_path, monkeypatch, path, says):
+    (tmp_path / "mounts").write_text(MOUNTS)
+    monkeypatch.setattr(_lock, "_MOUNTS", tmp_path / "mounts")
+    found = _lock.caveat(Path(path))
+    assert (found is None) if says is None else (says in found)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def unsupported(*_args):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with pytest.raises(StoreError, match="takes no locks: Operation not supported") as caught:
+        make(tmp_path / "r")
+    assert "mount it with locks" in caught.value.fix
+
+
 # --- tables ---
 
 ROWS = [
@@ -206,7 +244,7 @@ def test_rows_read_the_same_before_and_after_sealing(run):
     run.seal(1, "rollouts")
     assert as_text(run.read(1, "rollouts")) == as_text(before)
     folder = run.path / "iterations" / "0001"
-    assert [p.name for p in folder.iterdir()] == ["rollouts.parquet"]
+    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "rollouts.parquet"]
     schema = pq.read_schema(folder / "rollouts.parquet")
     assert str(schema.field("logprobs").type) == "list<element: double>"
     run.seal(1, "rollouts")
@@ -266,7 +304,7 @@ def test_damage_in_the_middle_of_a_journal_is_an_error(run):
     run.append(1, "t", [{"a": 1}])
     journal = run.path / "iterations" / "0001" / "t.jsonl"
     journal.write_bytes(b'{"a": \n' + journal.read_bytes())
-    with pytest.raises(StoreError, match="byte 7"):
+    with pytest.raises(StoreError, match="byte 0"):
         run.read(1, "t")
 
 
@@ -295,7 +333,7 @@ def test_seal_survives_a_crash_at_each_of_its_steps(tmp_path):
         (folder / "t.jsonl").write_bytes(journal + b'{"a": 99}\n')
         assert run.read(1, "t") == rows
         run.seal(1, "t")
-        assert [p.name for p in folder.iterdir()] == ["t.parquet"]
+        assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "t.parquet"]
         assert run.read(1, "t") == rows
 
 
@@ -358,7 +396,7 @@ def save(run, number, content=b"weights", kind="checkpoints"):
 def test_an_artefact_is_there_completely_or_not_at_all(run):
     assert run.artefact("checkpoints", 1) is None
     save(run, 1)
-    path = run.artefact("checkpoints", 1, verify=True)
+    path = run.require("checkpoints", 1)
     assert path == run.path / "checkpoints" / "0001"
     listed = json.loads((path / "complete.json").read_text())["files"]
     assert listed["shards/model.bin"]["bytes"] == 7
@@ -392,7 +430,7 @@ def test_an_exception_leaves_nothing_of_it_and_keeps_the_older_one(run):
 def test_a_newer_one_replaces_an_older_one_of_the_same_number(run):
     save(run, 1, b"old")
     save(run, 1, b"new!")
-    assert (run.artefact("checkpoints", 1, verify=True) / "shards" / "model.bin").read_bytes() == b"new!"
+    assert (run.require("checkpoints", 1) / "shards" / "model.bin").read_bytes() == b"new!"
     assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["0001"]
 
 
@@ -414,22 +452,18 @@ def test_damaged_artefacts_are_not_there(run, damage):
     assert run.artefacts("checkpoints") == [1]
 
 
-def test_verification_finds_a_flipped_bit(run):
-    save(run, 1)
-    (run.path / "checkpoints" / "0001" / "shards" / "model.bin").write_bytes(b"weightz")
-    assert run.artefact("checkpoints", 1) is not None
-    assert run.artefact("checkpoints", 1, verify=True) is None
-
-
-def test_the_ends_of_a_large_file_are_hashed(run, monkeypatch):
-    monkeypatch.setattr("onlinerl.stores._artefacts._HASHED_WHOLE", 8)
+def test_checksums_over_the_ends_of_large_files_are_still_read(run, monkeypatch):
+    """As format 1 took them of files above 64 MiB."""
+    monkeypatch.setattr("onlinerl.stores._artefacts._ENDS_BYTES", 4)
     save(run, 1, b"0123456789")
     file = run.path / "checkpoints" / "0001" / "shards" / "model.bin"
-    assert '"ends:' in (file.parents[1] / "complete.json").read_text()
+    listed = json.loads((file.parents[1] / "complete.json").read_text())["files"]
+    listed["shards/model.bin"]["sha256"] = f"ends:{_files.sha256(b'01236789')}"
+    (file.parents[1] / "complete.json").write_text(json.dumps({"files": listed}))
+    assert run.require("checkpoints", 1)
     file.write_bytes(b"012345678X")
-    assert run.artefact("checkpoints", 1, verify=True) is None
-    file.write_bytes(b"0123456789")
-    assert run.artefact("checkpoints", 1, verify=True) is not None
+    with pytest.raises(StoreError, match="does not agree with its checksum"):
+        run.require("checkpoints", 1)
 
 
 def test_leftovers_of_crashes_are_cleaned_when_the_run_is_opened(tmp_path):
@@ -444,7 +478,7 @@ def test_leftovers_of_crashes_are_cleaned_when_the_run_is_opened(tmp_path):
     shutil.copytree(folder / "0001", folder / ".0001.old")  # killed after both renames
     with RunDirectory.open(tmp_path / "r") as run:
         assert sorted(p.name for p in folder.iterdir()) == ["0001", "0002"]
-        assert (run.artefact("checkpoints", 2, verify=True) / "shards" / "model.bin").read_bytes() == b"two"
+        assert (run.require("checkpoints", 2) / "shards" / "model.bin").read_bytes() == b"two"
 
 
 def test_retain_removes_the_others_and_never_leaves_a_half_one(run, monkeypatch):
@@ -538,7 +572,7 @@ def test_kill_nine_loses_nothing_that_was_reported(tmp_path):
             stored = [row["i"] for row in run.read(1, "t")]
             assert stored == list(range(len(stored)))
             assert len(stored) > reported
-            newest = max(int((run.artefact("checkpoints", n, verify=True) / "state").read_text()) for n in (1, 2))
+            newest = max(int((run.require("checkpoints", n) / "state").read_text()) for n in (1, 2))
             assert newest >= reported
 
 

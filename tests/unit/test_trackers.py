@@ -21,7 +21,7 @@ from onlinerl.errors import ConfigError, StoreError
 from onlinerl.protocols import Tracker
 from onlinerl.trackers import console as console_module
 from onlinerl.trackers._fanout import FanoutTracker
-from onlinerl.trackers.console import ConsoleTracker, render_table
+from onlinerl.trackers.console import ConsoleTracker, render_table, sturdy_console
 from onlinerl.trackers.jsonl import JsonlTracker, read_metrics
 from onlinerl.trackers.prometheus import TABLE, PrometheusTracker, totals
 from onlinerl.trackers.tensorboard import TensorboardTracker
@@ -66,6 +66,84 @@ def test_fanout_tells_everybody_even_from_a_generator(tmp_path):
     tracker.log(m for m in [metric()])
     drive(tracker)
     assert paths[0].read_text() == paths[1].read_text() != ""
+
+
+class Broken(Tracker):
+    """Fails whatever it is told."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def log(self, metrics) -> None:
+        raise self.error
+
+    def note(self, text: str) -> None:
+        raise self.error
+
+    def close(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BrokenPipeError(32, "Broken pipe"),
+        OSError(5, "no terminal"),
+        UnicodeEncodeError("ascii", "\u00e9", 0, 1, "no"),
+        KeyError("label"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_tracker_that_fails_ends_nothing_and_is_counted(tmp_path, caplog, error):
+    said = io.StringIO()
+    tracker = FanoutTracker([Broken(error), ConsoleTracker(Console(file=said)), JsonlTracker(tmp_path / "m")])
+    tracker.log([metric()])
+    tracker.note("hello")
+    tracker.log([metric(iteration=3)])
+    drive(tracker)
+    records = [r for r in read_metrics(tmp_path / "m") if r["name"] == "tracker_failures"]
+    assert records[0]["labels"] == {"tracker": "Broken"}
+    assert max(r["value"] for r in records) >= 2, "every failure counts"
+    assert "hello" in said.getvalue(), "the others are told"
+    assert said.getvalue().count("Broken failed and may miss figures from here on; the run goes on") == 1
+    assert len(caplog.records) == 1
+
+
+def test_a_tracker_may_say_that_the_run_must_not_go_on(tmp_path):
+    tracker = FanoutTracker([Broken(StoreError("metrics.jsonl cannot be written"))])
+    with pytest.raises(StoreError):
+        tracker.log([metric()])
+
+
+class GoneStream(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_the_console_falls_silent_when_nobody_reads(monkeypatch, caplog):
+    console = sturdy_console()
+    monkeypatch.setattr("sys.stdout", GoneStream())
+    for _ in range(3):
+        console.print("text")
+    assert len(caplog.records) == 1
+
+
+def test_a_progress_bar_on_a_sturdy_console(monkeypatch):
+    """rich puts a proxy in the place of stdout meanwhile."""
+    stream = io.StringIO()
+    stream.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stdout", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    tracker = ConsoleTracker(sturdy_console())
+    tracker.phase_started(1, "train", 4, "items")
+    assert type(sys.stdout).__name__ == "FileProxy"
+    tracker.phase_advanced(1, "train", 2)
+    sys.stdout.write("a library says something\n")
+    tracker.note("noted")
+    tracker.phase_finished(1, "train", 1.0)
+    tracker.close()
+    assert "a library says something" in stream.getvalue()
+    assert "noted" in stream.getvalue()
 
 
 # --- metrics.jsonl ---
@@ -180,7 +258,19 @@ def test_every_metric_of_the_table_arrives(exporter, series):
 
 
 def test_names_and_labels_follow_the_conventions():
-    allowed = {"phase", "opponent", "control", "oracle", "reason", "kind", "status", "stat", "reference", "estimator"}
+    allowed = {
+        "tracker",
+        "phase",
+        "opponent",
+        "control",
+        "oracle",
+        "reason",
+        "kind",
+        "status",
+        "stat",
+        "reference",
+        "estimator",
+    }
     for series in TABLE:
         assert series.name.startswith("onlinerl_")
         assert (series.kind == "counter") == series.name.endswith("_total")

@@ -14,5 +14,5 @@ def checkpoint(it: Iteration) -> dict[str, Any]:
     with store.staged("exports", it.number) as path:
         learner.export(path)
     with store.staged("checkpoints", it.number) as path:
-        learner.save(path)
+        store.require_files(path, learner.save(path))
     return {}

@@ -83,9 +83,8 @@ def _items(it: Iteration) -> Built:
         rows.extend(pair_rows(one.group, pairs))
         items.extend(built)
         useful += bool(built)
-    if rows and not it.parts.store.read(it.number, PAIRS):
-        it.parts.store.append(it.number, PAIRS, rows)
-        it.parts.store.seal(it.number, PAIRS)
+    if rows and not it.parts.store.sealed(it.number, PAIRS):
+        it.parts.store.write(it.number, PAIRS, rows)
     return Built(
         items=items,
         judged=told,

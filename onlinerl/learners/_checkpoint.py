@@ -1,0 +1,35 @@
+"""DeepSpeed's checkpoint files, read without running any code that they may hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from onlinerl.learners._plain import load_plain
+
+
+class PlainCheckpointEngine(TorchCheckpointEngine):
+    """DeepSpeed's own way to disk, but it loads tensors and plain containers only, and remembers what it wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[Path] = []
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write one file."""
+        super().save(state_dict, path)
+        self.written.append(Path(path))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read one file.
+
+        Raises:
+            LearnerError: if it holds anything else.
+        """
+        # Values without behaviour that DeepSpeed puts beside its tensors.
+        return load_plain(path, [fragment_address, LossScaler, ZeroStageEnum], map_location)

@@ -1,0 +1,125 @@
+"""YAML files and `key=value` overrides -> one tree of plain data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from onlinerl.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-5 is a number, as it is in YAML 1.2 and everywhere else (YAML 1.1 wants 1.0e-5), and a key comes once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise ConfigError(
+                        f"is given twice in {key.start_mark.name}, in lines {lines[key.value]} and {line}",
+                        field=key.value,
+                        fix="remove one of them",
+                    )
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read(path: Path, choices: Collection[str], _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tree in a file, on top of those that it extends.
+
+    Args:
+        path: of the file.
+        choices: dotted keys that choose an implementation, whose section holds this implementation's keys only.
+
+    Raises:
+        ConfigError: if there is no such file, or it is not what it should be.
+    """
+    if path.resolve() in _seen:
+        raise ConfigError(f"{path} extends itself", field="extends", fix="break the circle")
+    try:
+        tree = _load(path.read_text(), str(path))
+    except FileNotFoundError:
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1) if path.parent.is_dir() else []
+        hint = (
+            f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file, e.g. configs/quickstart.yaml"
+        )
+        raise ConfigError(f"there is no file {path}", field="CONFIG", fix=hint) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", field="CONFIG", fix="give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{path} is not valid YAML: {error}", field="CONFIG", fix="check the indentation at that line"
+        ) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} does not hold a mapping", field="CONFIG", fix="start with `name: my-run`")
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path} extends {base!r}", field="extends", fix="give the path of one YAML file")
+    return _merge(read(path.parent / base, choices, (*_seen, path.resolve())), tree, choices)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any], choices: Collection[str]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        # Another implementation shares no knobs with the one it replaces.
+        replaced = f"{key}.name" in choices and isinstance(value, Mapping) and "name" in value and value["name"] != _name(old)
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and not replaced:
+            merged[key] = _merge(dict(old), value, choices)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _load(text: str, where: str) -> Any:
+    loader = _Loader(text)
+    loader.name = where  # for messages
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def _name(section: Any) -> Any:
+    return section.get("name") if isinstance(section, Mapping) else None
+
+
+def override(tree: dict[str, Any], text: str, choices: Collection[str]) -> None:
+    """Set one key of a tree from `key=value`, the value in YAML.
+
+    Raises:
+        ConfigError: if it is not of that form.
+    """
+    key, equals, value_text = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(
+            f"{text!r} is not of the form key=value", field="override", fix="write e.g. training.learning_rate=1e-5"
+        )
+    try:
+        value = _load(value_text, text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{value_text!r} is not a YAML value: {error}", field=key, fix="quote it") from None
+    *parents, leaf = key.split(".")
+    node = tree
+    for part in parents:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{part!r} holds a value, not a section", field=key, fix="check the key")
+        node = child
+    if key in choices and _name(node) != value:
+        node.clear()  # as in `_merge`
+    node[leaf] = value
