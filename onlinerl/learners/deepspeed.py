@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from onlinerl.batch import Batch, Mean
 from onlinerl.config import LearnerConfig, TrainingConfig
 from onlinerl.errors import LearnerError
+from onlinerl.learners._loading import ModelReader
 from onlinerl.learners._optimizer import build_optimizer
-from onlinerl.learners._policy import Policy
 from onlinerl.network import interface_of, local_address
 from onlinerl.ops.batching import collate
 from onlinerl.protocols import Algorithm
@@ -32,6 +32,9 @@ from onlinerl.types import TrainItem, TrainSequence
 __all__ = ["DeepSpeedRank"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+BUCKET = 50_000_000
+"""Elements that DeepSpeed reduces, gathers or steps at a time."""
 
 
 def environment(config: LearnerConfig, device: str, threads: int) -> dict[str, str]:
@@ -96,11 +99,10 @@ class DeepSpeedRank:
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         self.needs = algorithm.needs()
         critic: Any = getattr(algorithm, "critic", "shared") if self.needs.values else None
-        self._policy = Policy(self._read(model), critic)
+        self._reader = ModelReader(DTYPES[config.dtype], config.attention, self.device, self._deepspeed_config())
+        self._policy = self._reader.trained(model, critic)
         # Dropout stays off: log-probs of one and the same policy must not differ from pass to pass (R-E5).
         self._policy.eval()
-        if config.zero_stage == 3:
-            deepspeed.zero.register_external_parameter(self._policy.head, self._policy.head.weight)
         self._engine, *_ = deepspeed.initialize(
             model=self._policy, optimizer=self._optimizer(), config=self._deepspeed_config(), dist_init_required=False
         )
@@ -108,15 +110,7 @@ class DeepSpeedRank:
         if config.gradient_checkpointing:
             self._policy.recompute_activations()
         self.reset_optimizer()  # a wrapper's trial step counts as one for Adam
-        self._frozen: tuple[str, Policy] | None = None
         self._sender: Any = None
-
-    def _read(self, model: str) -> nn.Module:
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_pretrained(
-            model, dtype=DTYPES[self.config.dtype], attn_implementation=self.config.attention
-        ).to(self.device)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         critic_lr = getattr(self.algorithm, "critic_learning_rate", None)
@@ -146,7 +140,14 @@ class DeepSpeedRank:
                 "stage": self.config.zero_stage,
                 "overlap_comm": False,
                 "reduce_scatter": self.device.type == "cuda",  # gloo has none
+                # DeepSpeed's own sizes (500 million elements and more) make no difference between a rank and a whole small model.
+                "reduce_bucket_size": BUCKET,
+                "allgather_bucket_size": BUCKET,
+                "sub_group_size": BUCKET,
                 "stage3_param_persistence_threshold": 0 if self.device.type == "cpu" else 100_000,
+                "stage3_prefetch_bucket_size": 0 if self.device.type == "cpu" else BUCKET,
+                "stage3_max_live_parameters": BUCKET,
+                "stage3_max_reuse_distance": 0,
             },
             "bf16": {"enabled": self.config.dtype == "bfloat16"},
             "steps_per_print": 10**9,
@@ -167,7 +168,7 @@ class DeepSpeedRank:
     def _infer(
         self, micro: Any, model: str, temperature: float, values: bool
     ) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
-        network = self._engine if model == "policy" else self._load_frozen(model)
+        network = self._engine if model == "policy" else self._reader.frozen(model)
         results = []
         for sequences in micro:
             items = [TrainItem(prompt_id="", sequences=(s,)) for s in sequences]
@@ -175,13 +176,6 @@ class DeepSpeedRank:
             outputs = network(batch, temperature=temperature, values=values)
             results.append((_rows(outputs.logprobs_BT, sequences), _rows(outputs.values_BT, sequences) if values else []))
         return results
-
-    def _load_frozen(self, model: str) -> Policy:
-        """A saved model without gradients. One at a time is kept: base and previous take turns."""
-        if self._frozen is None or self._frozen[0] != model:
-            self._frozen = None  # free the old one before reading the new one
-            self._frozen = (model, Policy(self._read(model)).eval().requires_grad_(False))
-        return self._frozen[1]
 
     # --- training ---
 
@@ -286,7 +280,7 @@ class DeepSpeedRank:
         loss = self.algorithm.loss(again, same).total.item() / sum(i.count(self.algorithm.unit) for i in items)
         gap = float("nan")
         if reference != "policy":
-            other = self._load_frozen(reference)(batch, temperature=self.temperature).logprobs_BT
+            other = self._reader.frozen(reference)(batch, temperature=self.temperature).logprobs_BT
             gap = ((lp - other).abs() * batch.mask_BT).sum().item() / batch.mask_BT.sum().item()
         kl = ((again.logprobs_BT - lp) * batch.mask_BT).sum().item() / len(items)
         return {"loss": loss, "reference_gap": gap, "kl": kl}
@@ -361,19 +355,16 @@ class DeepSpeedRank:
 
     def export(self, path: str, tokenizer: str) -> None:
         """The policy as a Hugging Face model with its tokenizer. Collective; rank 0 writes."""
-        state = {
-            name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.weight_source(DTYPES[self.config.dtype])
-        }
+        from onlinerl.learners._export import export_weights
+
+        model = self._policy.model
+        export_weights(model, Path(path), DTYPES[self.config.dtype], writer=self.rank == 0)
         if self.rank == 0:
             from transformers import AutoTokenizer
 
-            model = self._policy.model
             model.config.save_pretrained(path)
             if model.can_generate():
                 model.generation_config.save_pretrained(path)
-            from safetensors.torch import save_file
-
-            save_file(state, Path(path) / "model.safetensors", metadata={"format": "pt"})
             AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path)
         dist.barrier()
 
