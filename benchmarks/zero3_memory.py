@@ -204,6 +204,10 @@ def run_rank(job: dict[str, Any], rank: int, port: int, log: Path) -> None:
             prompt_ids=ids[:8], response_ids=ids[8:], reference=row, old=row, behaviour=row, values=row, returns=row, advantages=row
         )
 
+    import deepspeed  # noqa: F401  what any rank needs, whatever its model
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from vllm.distributed.weight_transfer.base import WeightSource  # noqa: F401
+
     store = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=300))
     end("start")
     learner = DeepSpeedRank(

@@ -33,7 +33,7 @@ __all__ = ["DeepSpeedRank"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-BUCKET = 50_000_000
+BUCKET = 20_000_000
 """Elements that DeepSpeed reduces, gathers or steps at a time."""
 
 
@@ -82,6 +82,8 @@ class DeepSpeedRank:
     ) -> None:
         import deepspeed
 
+        from onlinerl.learners._checkpoint import MappedCheckpointEngine
+
         self.algorithm, self.config, self.training = algorithm, config, training
         self.rank, self.world_size, self.temperature = rank, world_size, temperature
         self.device = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
@@ -106,6 +108,7 @@ class DeepSpeedRank:
         self._engine, *_ = deepspeed.initialize(
             model=self._policy, optimizer=self._optimizer(), config=self._deepspeed_config(), dist_init_required=False
         )
+        self._engine.checkpoint_engine = MappedCheckpointEngine()
         self._engine.eval()
         if config.gradient_checkpointing:
             self._policy.recompute_activations()
