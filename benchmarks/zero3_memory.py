@@ -62,11 +62,12 @@ def main() -> None:
                 "vocabulary": VOCABULARY[options.millions],
             }
             results.append({**job, "parameters": parameters, **measure(job, Path(folder))})
-            results[-1]["estimate"] = estimate(job)
+            results[-1]["estimate"] = estimate(job, parameters)
             print(line(results[-1]), flush=True)
     print()
     print("\n".join(table(results)))
     if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
@@ -77,7 +78,9 @@ def make_model(path: Path, millions: int) -> int:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     core = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>").save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>").save_pretrained(
+        path
+    )
     torch.set_default_dtype(torch.bfloat16)
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -181,7 +184,6 @@ def by_phase(samples: list[tuple[float, int]], ends: dict[str, float]) -> dict[s
 
 def run_rank(job: dict[str, Any], rank: int, port: int, log: Path) -> None:
     import numpy as np
-    import torch
     import torch.distributed as dist
 
     from onlinerl.algorithms.dpo import Dpo
@@ -201,7 +203,14 @@ def run_rank(job: dict[str, Any], rank: int, port: int, log: Path) -> None:
         ids = tuple(map(int, rng.integers(2, job["vocabulary"], 24)))
         row = np.full(16, -10.0, np.float32)
         return TrainSequence(
-            prompt_ids=ids[:8], response_ids=ids[8:], reference=row, old=row, behaviour=row, values=row, returns=row, advantages=row
+            prompt_ids=ids[:8],
+            response_ids=ids[8:],
+            reference=row,
+            old=row,
+            behaviour=row,
+            values=row,
+            returns=row,
+            advantages=row,
         )
 
     import deepspeed  # noqa: F401  what any rank needs, whatever its model
@@ -245,14 +254,18 @@ def run_rank(job: dict[str, Any], rank: int, port: int, log: Path) -> None:
     end("reload")
     log.write_text(json.dumps(ends))
     learner.shutdown()
-    torch.set_num_threads(1)
 
 
 # --- what is printed ---
 
 
-def estimate(job: dict[str, Any]) -> int:
-    return 0
+def estimate(job: dict[str, Any], parameters: int) -> float:
+    """What `onlinerl check` says of such a run."""
+    from onlinerl.config import LearnerConfig
+    from onlinerl.memory import learner_rank
+
+    config = LearnerConfig(ranks=job["ranks"], zero_stage=job["stage"], dtype=job["dtype"])
+    return sum(learner_rank(config, parameters, critic=job["critic"]).values())
 
 
 def line(result: dict[str, Any]) -> str:

@@ -56,7 +56,9 @@ class _Shard:
         self._file.close()
 
 
-def export_weights(model: nn.Module, path: Path, dtype: torch.dtype, *, writer: bool, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def export_weights(
+    model: nn.Module, path: Path, dtype: torch.dtype, *, writer: bool, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
     """Write all weights as safetensors. Collective: every rank takes part in gathering, and only the writer copies.
 
     Args:
@@ -69,7 +71,9 @@ def export_weights(model: nn.Module, path: Path, dtype: torch.dtype, *, writer: 
     source = PolicySource(model, dtype)
     shapes = {m.name: m.shape for m in source.metadata()}
     files = _plan(shapes, dtype.itemsize, max_shard_bytes)
-    shards = {file: _Shard(path / file, {n: shapes[n] for n in names}, dtype) for file, names in files.items()} if writer else {}
+    shards = (
+        {file: _Shard(path / file, {n: shapes[n] for n in names}, dtype) for file, names in files.items()} if writer else {}
+    )
     home = {name: file for file, names in files.items() for name in names}
     try:
         for name, parameter in source.whole():

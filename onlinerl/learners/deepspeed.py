@@ -24,6 +24,7 @@ from onlinerl.config import LearnerConfig, TrainingConfig
 from onlinerl.errors import LearnerError
 from onlinerl.learners._loading import ModelReader
 from onlinerl.learners._optimizer import build_optimizer
+from onlinerl.memory import BUCKET
 from onlinerl.network import interface_of, local_address
 from onlinerl.ops.batching import collate
 from onlinerl.protocols import Algorithm
@@ -32,9 +33,6 @@ from onlinerl.types import TrainItem, TrainSequence
 __all__ = ["DeepSpeedRank"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-BUCKET = 20_000_000
-"""Elements that DeepSpeed reduces, gathers or steps at a time."""
 
 
 def environment(config: LearnerConfig, device: str, threads: int) -> dict[str, str]:
