@@ -3,10 +3,12 @@
 python benchmarks/zero3_memory.py --cases 3x1,3x2,2x2,0x1 --out memory.json
 
 A case is ZERO_STAGE x RANKS. Each rank is a process of its own on the CPU over gloo, and does what a run asks of it: load a random
-model, score with it and with a frozen reference, take one optimizer step, export, save a checkpoint, load it again. The parent samples
-`RssAnon + RssShmem` of every rank: memory that the kernel cannot take back without swap, which is what runs a machine out of memory.
-Pages of mapped files (libraries, the safetensors file that is being read) are not counted: they are copies of what is on disk, and
-the kernel drops them when memory is short.
+model, score with it and with a frozen reference, take one optimizer step, export, save a checkpoint, load it again.
+
+What is measured, of the rank that needs most: the highest `RssAnon + RssShmem` of each phase (memory that the kernel cannot take back
+without swap, which is what runs a machine out of memory; sampled every 5 ms), and on top of it the pages of mapped files that the
+process still uses when the phase is over: a frozen reference in the dtype of its file is used where it lies, without a copy. Pages that
+are mapped only while they are read are copies of what is on disk, and the kernel drops them when memory is short.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+Sample = tuple[float, int, int]
+"""When, bytes of the process's own, bytes of mapped files."""
 GIB = 2**30
 PHASES = ("start", "load", "score", "reference", "step", "export", "save", "reload")
 # Layer counts and widths of Llamas of about so many million parameters.
@@ -106,18 +110,18 @@ def measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run all ranks of a case; peaks in bytes by phase, of the rank that needs most."""
     import torch.distributed as dist
 
+    from onlinerl.config import LearnerConfig
+    from onlinerl.learners.deepspeed import environment
+
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     (work / "job").write_text(json.dumps({**job, "work": str(work)}))
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=300), wait_for_workers=False)
-    env = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // job["ranks"])),
-        "DEEPSPEED_LOG_LEVEL": "ERROR",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    config = LearnerConfig(ranks=job["ranks"], zero_stage=job["stage"], dtype=job["dtype"])
+    threads = max(1, len(os.sched_getaffinity(0)) // job["ranks"])
+    env = {**os.environ, **environment(config, "cpu", threads), "DEEPSPEED_LOG_LEVEL": "ERROR", "CUDA_VISIBLE_DEVICES": ""}
+    env.pop("ONLINERL_DIE_WITH_PARENT")
     logs = [work / f"phases{r}" for r in range(job["ranks"])]
     outputs = [(work / f"output{r}").open("w+") for r in range(job["ranks"])]
     processes = [
@@ -129,7 +133,7 @@ def measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         )
         for r, output in enumerate(outputs)
     ]
-    samples: list[list[tuple[float, int]]] = [[] for _ in processes]
+    samples: list[list[Sample]] = [[] for _ in processes]
     done = threading.Event()
     sampler = threading.Thread(target=sample, args=([p.pid for p in processes], samples, done))
     sampler.start()
@@ -154,27 +158,33 @@ def measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def sample(pids: list[int], samples: list[list[tuple[float, int]]], done: threading.Event) -> None:
+def sample(pids: list[int], samples: list[list[Sample]], done: threading.Event) -> None:
     while not done.wait(0.005):
         for pid, mine in zip(pids, samples, strict=True):
-            mine.append((time.monotonic(), resident(pid)))
+            mine.append((time.monotonic(), *resident(pid)))
 
 
-def resident(pid: int) -> int:
-    """Bytes of a process that only swap could take back; 0 once it has ended."""
+def resident(pid: int) -> tuple[int, int]:
+    """Bytes of a process that only swap could take back, and bytes of mapped files; 0 once it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
-        return 0
-    rows = (row.split() for row in status.splitlines() if row.startswith(("RssAnon", "RssShmem")))
-    return sum(int(row[1]) * 1024 for row in rows)
+        return 0, 0
+    sizes = {
+        name: int(rest.split()[0]) * 1024
+        for name, _, rest in (line.partition(":") for line in status.splitlines())
+        if name.startswith("Rss")
+    }
+    return sizes.get("RssAnon", 0) + sizes.get("RssShmem", 0), sizes.get("RssFile", 0)
 
 
-def by_phase(samples: list[tuple[float, int]], ends: dict[str, float]) -> dict[str, int]:
-    """Highest sample of each phase."""
-    peaks, start = {}, 0.0
+def by_phase(samples: list[Sample], ends: dict[str, float]) -> dict[str, int]:
+    """Highest use of each phase; of mapped files, what is there at its end and was not before the model came."""
+    peaks, start, libraries = {}, 0.0, 0
     for phase in PHASES:
-        peaks[phase] = max((size for at, size in samples if start < at <= ends[phase]), default=0)
+        mine = [(own, files) for at, own, files in samples if start < at <= ends[phase]] or [(0, 0)]
+        libraries = libraries or mine[-1][1]
+        peaks[phase] = max(own for own, _ in mine) + max(0, mine[-1][1] - libraries)
         start = ends[phase]
     return peaks
 

@@ -45,6 +45,8 @@ def environment(config: LearnerConfig, device: str, threads: int) -> dict[str, s
     }
     if device == "cpu":
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+        if config.zero_stage == 3:  # what was whole for a moment goes back to the system, not into holes between other tensors
+            env["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     return env
 
 
@@ -255,12 +257,15 @@ class DeepSpeedRank:
             self._engine.optimizer.step = original
         return grads
 
-    def reset_optimizer(self) -> None:
-        """Forget the optimizer's moments and how many steps it took. In place: ZeRO's wrappers hold on to these tensors."""
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
         inner = self._engine.optimizer
         while hasattr(inner, "optimizer"):
             inner = inner.optimizer
-        for state in inner.state.values():
+        return inner
+
+    def reset_optimizer(self) -> None:
+        """Forget the optimizer's moments and how many steps it took. In place: ZeRO's wrappers hold on to these tensors."""
+        for state in self._inner_optimizer().state.values():
             for value in state.values():
                 if isinstance(value, Tensor):
                     value.zero_()
@@ -351,8 +356,18 @@ class DeepSpeedRank:
         loaded, _ = self._engine.load_checkpoint(path, tag="state")
         if loaded is None:
             raise LearnerError(f"DeepSpeed found nothing to load in {path}", fix="resume from an older checkpoint")
+        self._own_moments()
         set_rng_state(torch.load(mine, weights_only=False))
         self._engine.eval()
+
+    def _own_moments(self) -> None:
+        """Copy the optimizer's moments out of the mapped checkpoint file, one by one: the file may be deleted, and is not needed."""
+        for state in self._inner_optimizer().state.values():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    state[name] = value.clone()
+        if hasattr(self._engine.optimizer, "_link_all_hp_params"):  # ZeRO's wrappers hold on to the tensors that are replaced
+            self._engine.optimizer._link_all_hp_params()
 
     def export(self, path: str, tokenizer: str) -> None:
         """The policy as a Hugging Face model with its tokenizer. Collective; rank 0 writes."""
