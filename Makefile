@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-dev fetch-model demo test test-families realdata check clean
+.PHONY: help install install-dev fetch-model demo test test-families realdata bench-memory check clean
 
 BIN := .venv/bin
 CONFIG ?= configs/quickstart.yaml
@@ -32,6 +32,9 @@ test-families: install-dev  ## every model family through engine and push (about
 
 realdata: install fetch-model  ## GSM8K and HH dialogues, tensor parallel 2, ZeRO-3 (about 30 minutes; needs the data, DATA=...)
 	$(BIN)/python benchmarks/realdata.py --data $(DATA)
+
+bench-memory: install  ## peak memory of learner ranks with half a billion parameters, beside what `check` says (16 GiB, 10 minutes)
+	$(BIN)/python benchmarks/zero3_memory.py --out runs/learner-memory.json
 
 check: install-dev  ## format, lint, types, layers
 	$(BIN)/ruff format --check .

@@ -19,12 +19,12 @@ from onlinerl.controller.asking import answers
 from onlinerl.engines import _fit
 from onlinerl.errors import ConfigError, OracleError
 from onlinerl.families import check_attention, logit_rule
+from onlinerl.memory import GIB, learner_rank
 from onlinerl.prompts._kept import Kept
 from onlinerl.prompts.jsonl import JsonlPrompts, check_answers, check_overlap, load_prompts, read_prompts
 from onlinerl.protocols import Algorithm, Oracle, PairBuilder
 from onlinerl.types import Failure, Prompt, Query, Verdict
 
-GIB = 2**30
 PAIRINGS = (("vllm", "deepspeed"), ("toy", "toy"))
 """(engine, learner) that can work together."""
 
@@ -123,7 +123,7 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
             )
         heldout = heldout[: config.evaluation.prompts]
     parameters = _parameters(config.model, local)
-    notes.append(memory(config, parameters))
+    notes.append(memory(config, parameters, critic=_trains_a_critic(algorithm)))
     checked = Checked(
         config=config,
         algorithm=algorithm,
@@ -170,26 +170,26 @@ def derived(config: RunConfig, algorithm: Algorithm) -> str:
     )
 
 
-def memory(config: RunConfig, parameters: float | None) -> str:
-    """What each role keeps in memory, from the number of parameters: an estimate without activations."""
+def memory(config: RunConfig, parameters: float | None, *, critic: bool = False) -> str:
+    """What each role keeps in memory, from the number of parameters: an estimate without activations.
+
+    Args:
+        config: the run's.
+        parameters: of the model; None if that is not known.
+        critic: whether a second network of the same size is trained.
+    """
     if parameters is None:
         return "memory: the size of the model is not known, so nothing was estimated"
-    ranks, stage = config.learner.ranks, config.learner.zero_stage
-    weight = 4 if config.learner.dtype == "float32" else 2
-    master = 0 if weight == 4 else 4
-    share = {
-        "weights": weight / (ranks if stage == 3 else 1),
-        "gradients": weight / (ranks if stage >= 2 else 1),
-        "optimizer": (8 + master) / (ranks if stage >= 1 else 1),
-        "reference": weight,
-    }
-    learner = parameters * sum(share.values()) / GIB
+    learner, ranks = config.learner, config.learner.ranks
+    parts = learner_rank(learner, parameters, critic=critic)
+    of_what = " + ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
     engine_weight = 4 if config.engine.dtype == "float32" else 2
     replica = parameters * engine_weight / config.engine.tensor_parallel_size / GIB
     return (
-        f"memory (estimate, {parameters / 1e9:.2f} B parameters): learner {ranks} rank{'s' if ranks > 1 else ''} x {learner:.1f} GiB "
-        f"(ZeRO-{stage}, {config.learner.dtype}, reference included, activations not); engine {config.engine.replicas} replica"
-        f"{'s' if config.engine.replicas > 1 else ''} x {config.engine.tensor_parallel_size} x {replica:.1f} GiB of weights plus KV cache"
+        f"memory (estimate, {parameters / 1e9:.2f} B parameters): learner {ranks} rank{'s' if ranks > 1 else ''} x "
+        f"{sum(parts.values()) / GIB:.1f} GiB (ZeRO-{learner.zero_stage}, {learner.dtype}: {of_what}; activations come on top); "
+        f"engine {config.engine.replicas} replica{'s' if config.engine.replicas > 1 else ''} x "
+        f"{config.engine.tensor_parallel_size} x {replica:.1f} GiB of weights plus KV cache"
     )
 
 
@@ -243,6 +243,11 @@ def _check_schedule(config: RunConfig) -> None:
             field="training.learning_rate",
             fix="leave the three out, or set a learning rate",
         )
+
+
+def _trains_a_critic(algorithm: Algorithm) -> bool:
+    """Whether a second network of the model's size is trained; a value head on the policy's own trunk is nothing beside it."""
+    return algorithm.needs().values and getattr(algorithm, "critic", "shared") == "separate"
 
 
 def _check_layout(config: RunConfig) -> None:

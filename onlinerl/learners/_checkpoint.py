@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoint files, read without running any code that they may hold."""
+"""DeepSpeed's checkpoint files, read without running any code that they may hold and without a second copy in memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from onlinerl.learners._plain import load_plain
 
 
 class PlainCheckpointEngine(TorchCheckpointEngine):
-    """DeepSpeed's own way to disk, but it loads tensors and plain containers only, and remembers what it wrote."""
+    """DeepSpeed's own way to disk, but it loads tensors and plain containers only, and remembers what it wrote.
+
+    Files are mapped, so what is loaded takes memory only where it stays.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.zipfile_serialization = True  # the format that can be mapped; DeepSpeed's default where it gets a configuration
         self.written: list[Path] = []
 
     def save(self, state_dict: Any, path: str) -> None:
@@ -32,4 +36,4 @@ class PlainCheckpointEngine(TorchCheckpointEngine):
             LearnerError: if it holds anything else.
         """
         # Values without behaviour that DeepSpeed puts beside its tensors.
-        return load_plain(path, [fragment_address, LossScaler, ZeroStageEnum], map_location)
+        return load_plain(path, [fragment_address, LossScaler, ZeroStageEnum], map_location, mapped=True)

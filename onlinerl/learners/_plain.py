@@ -20,15 +20,17 @@ from torch import Tensor
 from onlinerl.errors import LearnerError
 
 
-def load_plain(path: str | Path, also: Sequence[Any] = (), map_location: Any = None) -> Any:
+def load_plain(path: str | Path, also: Sequence[Any] = (), map_location: Any = None, *, mapped: bool = False) -> Any:
     """A file written by `torch.save`, if it holds nothing but tensors, plain containers and values of the classes in `also`.
+
+    With `mapped`, tensors stay in the file until they are read.
 
     Raises:
         LearnerError: if it holds anything else.
     """
     try:
         with torch.serialization.safe_globals(list(also)):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped or None)
     except pickle.UnpicklingError as error:
         raise LearnerError(
             f"{path} holds something else than tensors and is not loaded: {error}",

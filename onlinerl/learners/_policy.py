@@ -35,6 +35,10 @@ class LogProbHead(nn.Module):
         """The output matrix [vocabulary, hidden]."""
         return self._output[0].weight
 
+    def parameters_of_output(self) -> list[nn.Parameter]:
+        """What `forward` reads: the output matrix, and its bias where there is one."""
+        return list(self._output[0].parameters())
+
     def forward(self, hidden_NH: Tensor, targets_N: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
         """Log-probs [N] of `targets_N` and, if asked for, entropies [N]; fp32, of logits divided by `temperature`."""
         weight, bias = self.weight, getattr(self._output[0], "bias", None)
@@ -70,12 +74,18 @@ class Policy(nn.Module):
     Args:
         model: a Hugging Face causal language model.
         critic: "separate" adds a second backbone with a value head, "shared" a head on the policy's own trunk, None nothing.
+        critic_backbone: of a separate critic; a copy of the model's own by default.
 
     Raises:
         ConfigError: for a model family that rescales its logits in a way that is not known.
     """
 
-    def __init__(self, model: nn.Module, critic: Literal["separate", "shared"] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        critic: Literal["separate", "shared"] | None = None,
+        critic_backbone: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self._recompute = False
         self.model = model
@@ -83,7 +93,7 @@ class Policy(nn.Module):
         self.critic: nn.Module | None = None
         self.value_head: nn.Linear | None = None
         if critic is not None:
-            self.critic = copy.deepcopy(model.base_model) if critic == "separate" else None
+            self.critic = (critic_backbone or copy.deepcopy(model.base_model)) if critic == "separate" else None
             parameter = next(model.parameters())
             self.value_head = nn.Linear(model.config.hidden_size, 1, dtype=parameter.dtype, device=parameter.device)
             nn.init.zeros_(self.value_head.weight)

@@ -31,13 +31,17 @@ class PolicySource(WeightSource):
         return [ParamMeta(name, self._dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in self._parameters.items()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.whole():
+            # A copy, because gathered storage is given back before the bytes may have been sent (R-B4).
+            yield name, parameter.detach().to(self._dtype, copy=hasattr(parameter, "ds_id"))
+
+    def whole(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters themselves, each whole until the next one is asked for. Collective under ZeRO-3."""
         for name, parameter in self._parameters.items():
             if not hasattr(parameter, "ds_id"):
-                yield name, parameter.detach().to(self._dtype)
+                yield name, parameter
                 continue
             import deepspeed
 
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
-                # A copy, because the gathered storage is given back before the bytes may have been sent (R-B4).
-                whole = parameter.detach().to(self._dtype, copy=True)
-            yield name, whole
+                yield name, parameter

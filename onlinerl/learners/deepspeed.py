@@ -17,15 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.config import LearnerConfig, TrainingConfig
 from onlinerl.errors import LearnerError
+from onlinerl.learners._loading import ModelReader
 from onlinerl.learners._optimizer import build_optimizer, critic_rate, parameter_groups
 from onlinerl.learners._plain import load_generators, save_generators
-from onlinerl.learners._policy import Policy
 from onlinerl.learners._self_test import Sums, compare
+from onlinerl.memory import BUCKET
 from onlinerl.network import choose_interface
 from onlinerl.ops.batching import collate
 from onlinerl.protocols import Algorithm
@@ -47,6 +48,8 @@ def environment(config: LearnerConfig, device: str, threads: int) -> dict[str, s
     }
     if device == "cpu":
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+        if config.zero_stage == 3:  # what was whole for a moment goes back to the system, not into holes between other tensors
+            env["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     return env
 
 
@@ -98,11 +101,10 @@ class DeepSpeedRank:
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         self.needs = algorithm.needs()
         critic: Any = getattr(algorithm, "critic", "shared") if self.needs.values else None
-        self._policy = Policy(self._read(model), critic)
+        self._reader = ModelReader(DTYPES[config.dtype], config.attention, self.device, self._deepspeed_config())
+        self._policy = self._reader.trained(model, critic)
         # Dropout stays off: log-probs of one and the same policy must not differ from pass to pass (R-E5).
         self._policy.eval()
-        if config.zero_stage == 3:
-            deepspeed.zero.register_external_parameter(self._policy.head, self._policy.head.weight)
         optimizer = build_optimizer(parameter_groups(self._policy, training), training, checked=self._bare)
         self._engine, *_ = deepspeed.initialize(
             model=self._policy, optimizer=optimizer, config=self._deepspeed_config(), dist_init_required=False
@@ -113,15 +115,7 @@ class DeepSpeedRank:
             self._policy.recompute_activations()
         self.reset_optimizer()  # a wrapper's trial step counts as one for Adam
         _bound_collectives(timedelta(seconds=config.step_timeout_s))
-        self._frozen: tuple[str, Policy] | None = None
         self._sender: Any = None
-
-    def _read(self, model: str) -> nn.Module:
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_pretrained(
-            model, dtype=DTYPES[self.config.dtype], attn_implementation=self.config.attention
-        ).to(self.device)
 
     @property
     def _bare(self) -> bool:
@@ -140,7 +134,14 @@ class DeepSpeedRank:
                 "stage": self.config.zero_stage,
                 "overlap_comm": False,
                 "reduce_scatter": self.device.type == "cuda",  # gloo has none
+                # DeepSpeed's own sizes (500 million elements and more) make no difference between a rank and a whole small model.
+                "reduce_bucket_size": BUCKET,
+                "allgather_bucket_size": BUCKET,
+                "sub_group_size": BUCKET,
                 "stage3_param_persistence_threshold": 0 if self.device.type == "cpu" else 100_000,
+                "stage3_prefetch_bucket_size": 0 if self.device.type == "cpu" else BUCKET,
+                "stage3_max_live_parameters": BUCKET,
+                "stage3_max_reuse_distance": 0,
             },
             "bf16": {"enabled": self.config.dtype == "bfloat16"},
             "steps_per_print": 10**9,
@@ -161,7 +162,7 @@ class DeepSpeedRank:
     def _infer(
         self, micro: Any, model: str, temperature: float, values: bool
     ) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
-        network = self._engine if model == "policy" else self._load_frozen(model)
+        network = self._engine if model == "policy" else self._reader.frozen(model)
         results = []
         for sequences in micro:
             items = [TrainItem(prompt_id="", sequences=(s,)) for s in sequences]
@@ -169,13 +170,6 @@ class DeepSpeedRank:
             outputs = network(batch, temperature=temperature, values=values)
             results.append((_rows(outputs.logprobs_BT, sequences), _rows(outputs.values_BT, sequences) if values else []))
         return results
-
-    def _load_frozen(self, model: str) -> Policy:
-        """A saved model without gradients. One at a time is kept: base and previous take turns."""
-        if self._frozen is None or self._frozen[0] != model:
-            self._frozen = None  # free the old one before reading the new one
-            self._frozen = (model, Policy(self._read(model)).eval().requires_grad_(False))
-        return self._frozen[1]
 
     # --- training ---
 
@@ -256,12 +250,15 @@ class DeepSpeedRank:
             self._engine.optimizer.step = original
         return grads
 
-    def reset_optimizer(self) -> None:
-        """Forget the optimizer's moments and how many steps it took. In place: ZeRO's wrappers hold on to these tensors."""
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
         inner = self._engine.optimizer
         while hasattr(inner, "optimizer"):
             inner = inner.optimizer
-        for state in inner.state.values():
+        return inner
+
+    def reset_optimizer(self) -> None:
+        """Forget the optimizer's moments and how many steps it took. In place: ZeRO's wrappers hold on to these tensors."""
+        for state in self._inner_optimizer().state.values():
             for value in state.values():
                 if isinstance(value, Tensor):
                     value.zero_()
@@ -273,7 +270,7 @@ class DeepSpeedRank:
             return self._engine(batch, temperature=self.temperature, values=self.needs.values, entropy=self.needs.entropy)
 
         def base(batch: Batch) -> Tensor:
-            return self._load_frozen(base_model)(batch, temperature=self.temperature).logprobs_BT
+            return self._reader.frozen(base_model)(batch, temperature=self.temperature).logprobs_BT
 
         found = compare(forward, base, self.algorithm, micro, self.device)
         parts = [found] * self.world_size
@@ -351,24 +348,31 @@ class DeepSpeedRank:
         loaded, _ = self._engine.load_checkpoint(path, tag=_TAG)
         if loaded is None:
             raise LearnerError(f"DeepSpeed found nothing to load in {path}", fix="resume from an older checkpoint")
+        self._own_moments()
         load_generators(Path(path) / f"rng_{self.rank}.json")
         self._engine.eval()
 
+    def _own_moments(self) -> None:
+        """Copy the optimizer's moments out of the mapped checkpoint file, one by one: the file may be deleted, and is not needed."""
+        for state in self._inner_optimizer().state.values():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    state[name] = value.clone()
+        if hasattr(self._engine.optimizer, "_link_all_hp_params"):  # ZeRO's wrappers hold on to the tensors that are replaced
+            self._engine.optimizer._link_all_hp_params()
+
     def export(self, path: str, tokenizer: str) -> None:
         """The policy as a Hugging Face model with its tokenizer. Collective; rank 0 writes."""
-        state = {
-            name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.weight_source(DTYPES[self.config.dtype])
-        }
+        from onlinerl.learners._export import export_weights
+
+        model = self._policy.model
+        export_weights(model, Path(path), DTYPES[self.config.dtype], writer=self.rank == 0)
         if self.rank == 0:
             from transformers import AutoTokenizer
 
-            model = self._policy.model
             model.config.save_pretrained(path)
             if model.can_generate():
                 model.generation_config.save_pretrained(path)
-            from safetensors.torch import save_file
-
-            save_file(state, Path(path) / "model.safetensors", metadata={"format": "pt"})
             AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path)
         dist.barrier()
 

@@ -374,9 +374,15 @@ def export(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str,
     path.mkdir(exist_ok=True)
     learner.export(str(path), model)
     source = learner.weight_source(torch.float32)
-    scores = learner.score([[s for i in job["steps"][0] for s in i.sequences]], "policy", 1.0)
+    micro = [[s for i in job["steps"][0] for s in i.sequences], []]  # a rank that ran short only takes part
+    scores = learner.score(micro, "policy", 1.0)
+    # Base and previous take turns as reference.
+    references = {where: learner.score(micro, where, 1.0)[0] for where in (model, str(path), model)}
     return {
         "path": str(path),
+        "references": references,
+        "resident": resident(learner._reader.frozen(model)),
+        "buffers": {n: b.numpy().copy() for n, b in learner._reader.frozen(model).named_buffers()},
         "weights": weights(learner),
         "scores": scores,
         "source": {
@@ -384,6 +390,13 @@ def export(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str,
             "yielded": [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in source],
         },
     }
+
+
+def resident(policy: torch.nn.Module) -> tuple[int, int]:
+    """Elements of its parameters that this rank holds, and those of the whole model."""
+    parameters = list(policy.parameters())
+    held = sum(p.data.numel() + (p.ds_tensor.numel() if hasattr(p, "ds_tensor") else 0) for p in parameters)
+    return held, sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
 KINDS = {f.__name__: f for f in (gradients, critic_gradients, steps, export, other_optimizer, absent_rank)}

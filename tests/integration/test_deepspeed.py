@@ -650,3 +650,26 @@ def test_an_export_is_the_policy(answers: Answers, ranks: int, stage: int, model
     for ours, row, s in zip(answer["scores"][0], scores.numpy(), sequences, strict=True):
         np.testing.assert_allclose(ours, row[: len(s.response_ids)], atol=1e-4)
     assert AutoTokenizer.from_pretrained(answer["path"]).eos_token == "<eos>"
+
+
+@pytest.mark.parametrize(("ranks", "stage", "model"), list(product(WORLDS, EXPORTED, ("model", "untied"))))
+def test_a_reference_scores_as_the_whole_model_does(
+    answers: Answers, tiny_llama: Path, tiny_llama_untied: Path, ranks: int, stage: int, model: str
+) -> None:
+    """Also where each rank holds only its share of the reference, and after another one has taken its place and left again."""
+    answer = answers(ranks, "export", stage, model)
+    base = tiny_llama if model == "model" else tiny_llama_untied
+    sequences = [s for i in STEPS[0] for s in i.sequences]
+    assert set(answer["references"]) == {str(base), answer["path"]}
+
+    for where, rows in answer["references"].items():
+        whole = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+        with torch.no_grad():
+            expected = Policy(whole).eval()(collate([TrainItem(prompt_id="", sequences=(s,)) for s in sequences])).logprobs_BT
+        for ours, row, s in zip(rows, expected.numpy(), sequences, strict=True):
+            np.testing.assert_allclose(ours, row[: len(s.response_ids)], atol=1e-6)
+    buffers = {f"model.{n}": b.numpy() for n, b in AutoModelForCausalLM.from_pretrained(base).named_buffers()}
+    assert_equal(answer["buffers"], buffers)
+    held, all_of_it = answer["resident"]
+    share = ranks if stage == 3 else 1
+    assert all_of_it / share <= held <= 1.01 * all_of_it / share

@@ -1,0 +1,48 @@
+"""How much memory a learner rank needs at its peak: plain arithmetic, shared by `check` and the benchmark that measures it."""
+
+from __future__ import annotations
+
+from onlinerl.config import LearnerConfig
+
+GIB = 2**30
+MIB = 2**20
+
+PROCESS_BYTES = int(0.4 * GIB)
+"""Python, torch, DeepSpeed, transformers and vLLM's transfer classes, before a model is loaded."""
+
+BUCKET = 20_000_000
+"""Elements that DeepSpeed reduces, gathers or steps at a time."""
+
+
+def learner_rank(config: LearnerConfig, parameters: float, *, critic: bool = False) -> dict[str, float]:
+    """Bytes that one rank holds when it holds most, by what they are for. That is while it takes an optimizer step.
+
+    Activations are not in it: they depend on the lengths of prompts and responses, and are bounded by
+    `learner.tokens_per_microbatch`. With them gone, an export, a checkpoint and a push of weights add no more than a bucket or the
+    largest tensor to what is held anyway.
+
+    Args:
+        config: the learner's section.
+        parameters: of the model.
+        critic: whether a second network of the same size is trained beside it.
+    """
+    ranks, stage = config.ranks, config.zero_stage
+    low = config.dtype == "bfloat16"
+    weight = 2 if low else 4
+    trained = parameters * (2 if critic else 1)
+    share = trained / ranks if stage >= 1 else trained
+    cut_up = ranks if stage == 3 else 1
+    # The wrapper of stages 1 and 2 keeps master weights in fp32 whatever the dtype of the weights.
+    master = 4 if low or stage in (1, 2) else 0
+    return {
+        "process": PROCESS_BYTES,
+        "weights": weight * trained / cut_up,
+        "gradients": _gradients(config, trained, share),
+        "optimizer": (8 + master) * share,
+        "reference": weight * parameters / cut_up,
+    }
+
+
+def _gradients(config: LearnerConfig, trained: float, share: float) -> float:
+    """Of all micro-batches, and their fp32 copy where the step makes one."""
+    return 4 * share
