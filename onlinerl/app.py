@@ -171,6 +171,7 @@ def _started(checked: Checked, store: RunDirectory, tracker: Tracker) -> Abstrac
 @contextmanager
 def _on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterator[Parts]:
     """Start the cluster and everything on it; end all of it, whatever happens."""
+    from onlinerl.cluster.colocation import Turns, require_gpus
     from onlinerl.cluster.group import LearnerGroup
     from onlinerl.cluster.oracle import PlacedOracle
     from onlinerl.cluster.pool import EnginePool
@@ -180,6 +181,7 @@ def _on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iter
     config, algorithm = checked.config, checked.algorithm
     tracker.phase_started(0, "start", None, "")
     with Cluster(config) as cluster:
+        require_gpus(cluster.device, config.cluster.colocate, config.sync.backend)
         backend = choose_backend(config.sync.backend, cluster.device, config.cluster.colocate)
         settings = {
             "device": cluster.device,
@@ -193,17 +195,18 @@ def _on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iter
         try:
             if isinstance(checked.oracle, ModelOracle):
                 oracle = PlacedOracle.start(cluster, config.learner.ranks + config.engine.replicas, checked.oracle)
-            pool = EnginePool(cluster, config.learner.ranks, config.model, config.engine, settings)
+            turns = Turns(shared=config.cluster.colocate)
+            pool = EnginePool(cluster, config.learner.ranks, config.model, config.engine, settings, turns)
+            turns.engine_starts(pool)
             temperature = config.sampling.temperature if algorithm.policy_gradient else 1.0
-            learner = LearnerGroup(cluster, config, algorithm, temperature)
+            learner = LearnerGroup(cluster, config, algorithm, temperature, turns)
             if oracle is not checked.oracle:
                 preflight.probe_oracle(oracle, checked.heldout[0])
-            learner.wait_started()
-            pool.wait_started()
+            turns.learner_starts(learner)
             # The canary: second halves of held-out prompts, given the first; fixed for the whole run.
             halves = [(p.token_ids[: len(p.token_ids) // 2], p.token_ids[len(p.token_ids) // 2 :]) for p in checked.heldout]
             canary = [(first, second) for first, second in halves if first][: config.evaluation.canary]
-            sync = WeightPush(learner, pool, config.sync, config.engine, backend, canary)
+            sync = WeightPush(learner, pool, turns, config.sync, config.engine, backend, canary)
             yield _wire(checked, store, tracker, oracle=oracle, engine=pool, learner=learner, sync=sync)
         finally:
             oracle.close()

@@ -170,7 +170,8 @@ class SyncConfig(Section):
     timeout_s: float = Field(300, gt=0)
     """One deadline over the whole push: rendezvous, send, cache reset and proof (R-A1)."""
     bucket_mib: int = Field(64, ge=1)
-    """Size of one message of the gloo backend: the most extra memory a transfer takes on either side (R-A2)."""
+    """Size of one message, which is the extra memory that a transfer takes on either side: one message at a time over gloo, two in
+    flight over nccl, one buffer per GPU for ipc. A larger tensor travels alone (R-A2)."""
     tensors_checked: int = Field(24, ge=1)
     """Tensors whose checksum is compared after each push, in rotation; all of them at the first."""
     canary_tolerance_nats: float = Field(0.1, gt=0)

@@ -168,7 +168,6 @@ class Iteration:
         config, learner, tracker = self.parts.config, self.parts.learner, self.parts.tracker
         groups = self._groups()
         results = dict(result_from_row(row) for row in self.parts.store.read(self.number, VERDICTS))
-        self.parts.engine.rest()
         self.weights.engine = None
         built_at = time.monotonic()
         items, dropped, useful, contradicted = self._items(_judged(groups, results))

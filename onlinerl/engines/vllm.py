@@ -19,7 +19,7 @@ __all__ = ["VLLMReplica"]
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
-def environment(config: EngineConfig, device: str, cores: Sequence[int]) -> dict[str, str]:
+def environment(config: EngineConfig, device: str, cores: Sequence[int], sync_backend: str) -> dict[str, str]:
     """Environment variables a replica's process must start with; vLLM reads them at import."""
     env = {
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
@@ -28,6 +28,9 @@ def environment(config: EngineConfig, device: str, cores: Sequence[int]) -> dict
         "ONLINERL_DIE_WITH_PARENT": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if sync_backend == "ipc":
+        # IPC handles reach the engine's own child process as pickles, over a socket of this machine; vLLM asks for consent.
+        env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if device == "cpu":
         env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
         env["OMP_NUM_THREADS"] = str(len(cores))
@@ -212,7 +215,7 @@ class VLLMReplica:
         await self._engine.sleep(level=1)
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
-        """Take GPU memory again: "weights" before a sync, "kv_cache" after it (R-C1)."""
+        """Take GPU memory again: "weights" before a sync, "kv_cache" after it, or everything."""
         await self._engine.wake_up(tags)
 
     async def process_ids(self) -> list[int]:

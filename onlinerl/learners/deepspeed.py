@@ -7,6 +7,7 @@ how the items were cut up.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from onlinerl.batch import Batch, Mean
 from onlinerl.config import LearnerConfig, TrainingConfig
 from onlinerl.errors import LearnerError
+from onlinerl.learners._offload import HostMemory, tensors_of
 from onlinerl.learners._optimizer import build_optimizer
 from onlinerl.learners._policy import Policy
 from onlinerl.network import interface_of, local_address
@@ -110,6 +112,7 @@ class DeepSpeedRank:
         self.reset_optimizer()  # a wrapper's trial step counts as one for Adam
         self._frozen: tuple[str, Policy] | None = None
         self._sender: Any = None
+        self._host_memory = HostMemory(self.device)
 
     def _read(self, model: str) -> nn.Module:
         from transformers import AutoModelForCausalLM
@@ -301,13 +304,10 @@ class DeepSpeedRank:
 
     def open_sync(self, init_info: Any, client: Any, dtype: str) -> None:
         """Meet the replicas. Called on every rank; `init_info` says which transport."""
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from onlinerl.sync.sender import open_sender
 
-        from onlinerl.sync import gloo
-
-        gloo.register()
         self.source = self.weight_source(getattr(torch, dtype))
-        self._sender = WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=self.source)
+        self._sender = open_sender(init_info, client, self.source)
 
     def send_weights(self, version: int) -> None:
         """Send everything to everyone. No training collective may be in flight, so the ranks meet before and after (R-A2)."""
@@ -330,6 +330,24 @@ class DeepSpeedRank:
 
         wanted = set(names)
         return {name: digest(tensor) for name, tensor in self.source if name in wanted}
+
+    # --- memory that is shared with an engine ---
+
+    def offload(self, what: str) -> None:
+        """Move to host memory and give the device's back: "optimizer" is all but the policy's weights, "all" is all."""
+        parameters = list(self._policy.parameters())
+        parts = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]  # under ZeRO-3, this rank's share
+        stay = [*parameters, *parts, *self._policy.buffers()] if what == "optimizer" else []
+        self._host_memory.take(tensors_of(self._engine, self._policy, self._frozen), leave=stay)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.ipc_collect()
+            torch.cuda.empty_cache()
+
+    def reload(self) -> None:
+        """Take the device's memory back and put everything where it was."""
+        self._host_memory.give_back()
 
     # --- disk ---
 

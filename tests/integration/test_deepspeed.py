@@ -105,6 +105,7 @@ CASES: dict[tuple[Any, ...], dict[str, Any]] = {
         ("export", s, m): {"kind": "export", "stage": s, "dtype": "float32", "model": m}
         for s, m in product(EXPORTED, ("model", "untied"))
     },
+    **{("offload", s, d): {"kind": "offload", "stage": s, "dtype": d} for s, d in product(STAGES, DTYPES)},
 }
 
 Answers = Callable[..., dict[str, Any]]
@@ -402,3 +403,40 @@ def test_an_export_is_the_policy(answers: Answers, ranks: int, stage: int, model
     for ours, row, s in zip(answer["scores"][0], scores.numpy(), sequences, strict=True):
         np.testing.assert_allclose(ours, row[: len(s.response_ids)], atol=1e-4)
     assert AutoTokenizer.from_pretrained(answer["path"]).eos_token == "<eos>"
+
+
+# --- memory that is shared with an engine ---
+
+
+@configurations
+def test_what_a_learner_gives_away_comes_back_bit_for_bit(answers: Answers, ranks: int, stage: int, dtype: str) -> None:
+    answer = answers(ranks, "offload", stage, dtype)
+
+    again = answer["reloaded"]
+    assert_equal(again["weights"], answer["weights"])
+    for ours, theirs in zip(again["scores"][0], answer["scores"][0], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert any(name.startswith("exp_avg") for name in answer["state"])
+    assert_equal(again["state"], answer["state"])
+    assert answer["next"][0] == answer["next_without"][0]
+    assert_equal(answer["next"][1], answer["next_without"][1])
+
+
+@configurations
+def test_a_learner_without_its_optimizer_can_still_send_its_weights(
+    answers: Answers, ranks: int, stage: int, dtype: str
+) -> None:
+    answer = answers(ranks, "offload", stage, dtype)
+
+    assert answer["moments_left"]
+    assert not any(answer["moments_left"])
+    assert_equal(answer["weights_for_a_push"], answer["weights"])
+
+
+@configurations
+def test_nothing_of_a_learner_stays_behind(answers: Answers, ranks: int, stage: int, dtype: str) -> None:
+    """Parameters, moments, gradients, buffers of communication, the reference: less than a hundredth stays."""
+    answer = answers(ranks, "offload", stage, dtype)
+
+    assert answer["kept"] > 100_000
+    assert sum(size for size, _ in answer["left"].values()) < answer["loaded"] / 100, answer["left"]
