@@ -80,8 +80,12 @@ class Ranks:
 
 
 def weights(learner: DeepSpeedRank) -> WEIGHTS:
-    # Copied before NumPy sees it: memory that NumPy has shared once cannot be emptied any more.
-    return {name: tensor.to(torch.float32, copy=True).numpy() for name, tensor in learner.weight_source(torch.float32)}
+    return {name: array(tensor) for name, tensor in learner.weight_source(torch.float32)}
+
+
+def array(tensor: torch.Tensor) -> np.ndarray:
+    """Copied before NumPy sees it: memory that NumPy has shared once cannot be emptied any more."""
+    return tensor.detach().to(torch.float32, copy=True).numpy().copy()
 
 
 def innermost(learner: DeepSpeedRank) -> torch.optim.Optimizer:
@@ -252,7 +256,7 @@ def optimizer_tensors(learner: DeepSpeedRank) -> WEIGHTS:
     """And the weights that it steps: under a wrapper, a master copy."""
     stepped = [p for group in innermost(learner).param_groups for p in group["params"]]
     found = [*moments(learner), *((f"master {i}", p) for i, p in enumerate(stepped))]
-    return {name: tensor.detach().to(torch.float32, copy=True).numpy() for name, tensor in found}
+    return {name: array(tensor) for name, tensor in found}
 
 
 KINDS = {f.__name__: f for f in (gradients, critic_gradients, steps, export, offload)}
