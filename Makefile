@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-dev fetch-model demo test realdata check clean
+.PHONY: help install install-dev fetch-model demo test realdata gpu-check check clean
 
 BIN := .venv/bin
 CONFIG ?= configs/quickstart.yaml
@@ -29,6 +29,9 @@ test: install-dev fetch-model  ## all tests
 
 realdata: install fetch-model  ## GSM8K and HH dialogues, tensor parallel 2, ZeRO-3 (about 30 minutes; needs the data, DATA=...)
 	$(BIN)/python benchmarks/realdata.py --data $(DATA)
+
+gpu-check:  ## what works on this machine's GPUs, in at most 10 minutes (needs the gpu extra; PYTHON=... chooses the environment)
+	@$(or $(PYTHON),$(wildcard $(BIN)/python),python3) tools/gpu_check.py
 
 check: install-dev  ## format, lint, types, layers
 	$(BIN)/ruff format --check .
