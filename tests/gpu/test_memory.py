@@ -33,7 +33,6 @@ def test_an_engine_sleeps_and_wakes(gpu_model: Path, record_property: Record, mo
     async def turns() -> None:
         before = free()
         replica = VLLMReplica(str(gpu_model), config, device="cuda", max_model_len=64, sync_backend="ipc", seed=0)
-        replica._version = 0
         try:
             request = Request(prompt=Prompt(id="p", text="", token_ids=(3, 4, 5)), seeds=(1, 2))
             sampling = Sampling(temperature=0.0, max_new_tokens=8)

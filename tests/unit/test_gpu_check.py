@@ -20,7 +20,7 @@ gpu_check = importlib.util.module_from_spec(SPEC)
 sys.modules["gpu_check"] = gpu_check
 SPEC.loader.exec_module(gpu_check)
 
-VERSIONS = dict.fromkeys(["torch", "vllm", "deepspeed", "ray", "transformers", "pytest"], "1")
+VERSIONS = dict.fromkeys(["torch", "vllm", "deepspeed", "ray", "transformers", "pytest", "pytest-timeout"], "1")
 GPU = {"name": "GPU", "driver_version": "1", "memory.total": "80 GiB"}
 
 BEHAVIOURS = """
