@@ -187,7 +187,8 @@ class ClusterConfig(Section):
     device: Device = "auto"
     """`auto` takes GPUs if there are any when the run starts; on a cluster whose GPU nodes are still joining say `cuda`."""
     colocate: bool = False
-    """Learner ranks and replicas share GPUs and take turns."""
+    """Learner ranks and replicas share GPUs, one of each on a GPU, and take turns: while one works, the memory of the other waits on
+    the host."""
     wait_s: float = Field(60, ge=0)
     """How long to wait for a cluster to become big enough."""
 
