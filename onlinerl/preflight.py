@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onlinerl import config as configuration
+from onlinerl import placement
 from onlinerl.algorithm_checks import check_algorithm
 from onlinerl.config import RunConfig
 from onlinerl.controller.asking import answers
@@ -24,8 +25,6 @@ from onlinerl.types import Failure, Prompt, Query, Verdict
 GIB = 2**30
 PAIRINGS = (("vllm", "deepspeed"), ("toy", "toy"))
 """(engine, learner) that can work together."""
-COLOCATED_UTILIZATION = 0.95
-"""More than this of a GPU cannot go to an engine that shares it: 0.05 of the largest GPUs is what an idle learner keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,42 +223,12 @@ def _check_layout(config: RunConfig) -> None:
             fix="leave it out on CPUs",
         )
     if config.cluster.colocate:
-        _check_colocated(config)
+        placement.require_shareable(config)
     elif config.sync.backend == "ipc":
         raise ConfigError(
             "hands over memory inside one GPU, and learner and engine have GPUs of their own",
             field="sync.backend",
             fix="leave it out (nccl is chosen between GPUs), or set cluster.colocate=true",
-        )
-
-
-def _check_colocated(config: RunConfig) -> None:
-    if config.sync.backend not in ("auto", "ipc"):
-        raise ConfigError(
-            f"{config.sync.backend} does not go between two processes on one GPU"
-            if config.sync.backend == "nccl"
-            else "takes the weights through host memory, though learner and replica share a GPU",
-            field="sync.backend",
-            fix="leave it out (ipc is chosen on shared GPUs), or set cluster.colocate=false",
-        )
-    if config.learner.ranks != config.engine.replicas:
-        raise ConfigError(
-            f"colocated, each learner rank shares a GPU with one replica, but there are {config.learner.ranks} ranks and {config.engine.replicas} replicas",
-            field="cluster.colocate",
-            fix="make learner.ranks and engine.replicas equal",
-        )
-    if config.engine.tensor_parallel_size > 1:
-        raise ConfigError(
-            "colocated replicas cannot span GPUs",
-            field="engine.tensor_parallel_size",
-            fix="set it to 1, or cluster.colocate=false",
-        )
-    if config.engine.gpu_memory_utilization > COLOCATED_UTILIZATION:
-        raise ConfigError(
-            f"is {config.engine.gpu_memory_utilization}, and a learner that has given its memory away still holds its CUDA context "
-            "and communication buffers, about 1.5 GiB",
-            field="engine.gpu_memory_utilization",
-            fix=f"set it to {COLOCATED_UTILIZATION} or less",
         )
 
 
