@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-dev fetch-model demo test test-families realdata bench-memory check clean
+.PHONY: help install install-dev fetch-model demo test test-families realdata bench-memory gpu-check check clean
 
 BIN := .venv/bin
 CONFIG ?= configs/quickstart.yaml
@@ -35,6 +35,9 @@ realdata: install fetch-model  ## GSM8K and HH dialogues, tensor parallel 2, ZeR
 
 bench-memory: install  ## peak memory of learner ranks with half a billion parameters, beside what `check` says (16 GiB, 10 minutes)
 	$(BIN)/python benchmarks/zero3_memory.py --out runs/learner-memory.json
+
+gpu-check:  ## what works on this machine's GPUs, in at most 10 minutes (needs the gpu extra; PYTHON=... chooses the environment)
+	@$(or $(PYTHON),$(wildcard $(BIN)/python),python3) tools/gpu_check.py
 
 check: install-dev  ## format, lint, types, layers
 	$(BIN)/ruff format --check .

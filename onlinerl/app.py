@@ -239,6 +239,7 @@ def _started(checked: Checked, store: RunDirectory, tracker: Tracker) -> Abstrac
 @contextmanager
 def _on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterator[Parts]:
     """Start the cluster and everything on it; end all of it, whatever happens."""
+    from onlinerl.cluster.colocation import Turns, require_gpus
     from onlinerl.cluster.group import LearnerGroup
     from onlinerl.cluster.oracle import PlacedOracle
     from onlinerl.cluster.pool import EnginePool
@@ -248,6 +249,7 @@ def _on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iter
     config, algorithm = checked.config, checked.algorithm
     tracker.phase_started(0, "start", None, "")
     with Cluster(config) as cluster:
+        require_gpus(cluster.device, config.cluster.colocate, config.sync.backend)
         backend = choose_backend(config.sync.backend, cluster.device, config.cluster.colocate)
         settings = {
             "device": cluster.device,
@@ -261,14 +263,15 @@ def _on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iter
         try:
             if isinstance(checked.oracle, ModelOracle):
                 oracle = PlacedOracle.start(cluster, config.learner.ranks + config.engine.replicas, checked.oracle)
-            pool = EnginePool(cluster, config.learner.ranks, config.model, config.engine, settings)
-            learner = LearnerGroup(cluster, config, algorithm, _loss_temperature(checked))
+            turns = Turns(shared=config.cluster.colocate)
+            pool = EnginePool(cluster, config.learner.ranks, config.model, config.engine, settings, turns)
+            turns.engine_starts(pool)
+            learner = LearnerGroup(cluster, config, algorithm, _loss_temperature(checked), turns)
             if oracle is not checked.oracle:
                 checked = replace(checked, oracle_scores=_probed(checked, oracle).scores is not None)
-            learner.wait_started()
-            pool.wait_started()
+            turns.learner_starts(learner)
             canary = _canary(checked.heldout, config.evaluation.canary)
-            sync = WeightPush(learner, pool, config.sync, config.engine, backend, canary)
+            sync = WeightPush(learner, pool, turns, config.sync, config.engine, backend, canary)
             yield _wire(checked, store, tracker, oracle=oracle, engine=pool, learner=learner, sync=sync)
         finally:
             oracle.close()

@@ -185,7 +185,8 @@ class SyncConfig(Section):
     timeout_s: float = Field(300, gt=0)
     """One deadline over the whole push: rendezvous, send, cache reset and proof (R-A1)."""
     bucket_mib: int = Field(64, ge=1)
-    """Size of one message of the gloo backend: the most extra memory a transfer takes on either side (R-A2)."""
+    """Size of one message, which is the extra memory that a transfer takes on either side: one message at a time over gloo, two in
+    flight over nccl, one buffer per GPU for ipc. A larger tensor travels alone (R-A2)."""
     tensors_checked: int = Field(24, ge=1)
     """Tensors whose checksum is compared after each push, in rotation; all of them at the first."""
     canary_tolerance_nats: float = Field(0.1, gt=0)
@@ -201,7 +202,8 @@ class ClusterConfig(Section):
     device: Device = "auto"
     """`auto` takes GPUs if there are any when the run starts; on a cluster whose GPU nodes are still joining say `cuda`."""
     colocate: bool = False
-    """Learner ranks and replicas share GPUs and take turns."""
+    """Learner ranks and replicas share GPUs, one of each on a GPU, and take turns: while one works, the memory of the other waits on
+    the host."""
     start_timeout_s: float = Field(180, gt=0)
     """Longest wait for Ray to start on this machine, or for an existing cluster to answer."""
     wait_s: float = Field(60, ge=0)

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 from onlinerl import config as configuration
 from onlinerl.config import RunConfig
-from onlinerl.errors import ClusterError
+from onlinerl.errors import ClusterError, ConfigError
 from onlinerl.protocols import ModelOracle
+
+COLOCATED_UTILIZATION = 0.95
+"""More than this of a GPU cannot go to an engine that shares it: 0.05 of the largest GPUs is what an idle learner keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,3 +126,38 @@ def explain_unplaceable(placements: Sequence[Placement], nodes: Sequence[Mapping
                 fix="lower engine.tensor_parallel_size to the GPUs of one node, or engine.cpus or learner.cpus; or add such a node",
             )
     return None
+
+
+def require_shareable(config: RunConfig) -> None:
+    """What learner ranks and replicas must agree on to take turns on GPUs (`cluster.colocate`).
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    if config.sync.backend not in ("auto", "ipc"):
+        raise ConfigError(
+            f"{config.sync.backend} does not go between two processes on one GPU"
+            if config.sync.backend == "nccl"
+            else "takes the weights through host memory, though learner and replica share a GPU",
+            field="sync.backend",
+            fix="leave it out (ipc is chosen on shared GPUs), or set cluster.colocate=false",
+        )
+    if config.learner.ranks != config.engine.replicas:
+        raise ConfigError(
+            f"colocated, each learner rank shares a GPU with one replica, but there are {config.learner.ranks} ranks and {config.engine.replicas} replicas",
+            field="cluster.colocate",
+            fix="make learner.ranks and engine.replicas equal",
+        )
+    if config.engine.tensor_parallel_size > 1:
+        raise ConfigError(
+            "colocated replicas cannot span GPUs",
+            field="engine.tensor_parallel_size",
+            fix="set it to 1, or cluster.colocate=false",
+        )
+    if config.engine.gpu_memory_utilization > COLOCATED_UTILIZATION:
+        raise ConfigError(
+            f"is {config.engine.gpu_memory_utilization}, and a learner that has given its memory away still holds its CUDA context "
+            "and communication buffers, about 1.5 GiB",
+            field="engine.gpu_memory_utilization",
+            fix=f"set it to {COLOCATED_UTILIZATION} or less",
+        )

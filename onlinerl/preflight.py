@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onlinerl import config as configuration
+from onlinerl import placement
 from onlinerl.algorithm_checks import check_algorithm
 from onlinerl.config import RunConfig
 from onlinerl.controller.asking import answers
@@ -264,17 +265,13 @@ def _check_layout(config: RunConfig) -> None:
             field="cluster.colocate" if config.cluster.colocate else "sync.backend",
             fix="leave it out on CPUs",
         )
-    if config.cluster.colocate and config.learner.ranks != config.engine.replicas:
+    if config.cluster.colocate:
+        placement.require_shareable(config)
+    elif config.sync.backend == "ipc":
         raise ConfigError(
-            f"colocated, each learner rank shares a GPU with one replica, but there are {config.learner.ranks} ranks and {config.engine.replicas} replicas",
-            field="cluster.colocate",
-            fix="make learner.ranks and engine.replicas equal",
-        )
-    if config.cluster.colocate and config.engine.tensor_parallel_size > 1:
-        raise ConfigError(
-            "colocated replicas cannot span GPUs",
-            field="engine.tensor_parallel_size",
-            fix="set it to 1, or cluster.colocate=false",
+            "hands over memory inside one GPU, and learner and engine have GPUs of their own",
+            field="sync.backend",
+            fix="leave it out (nccl is chosen between GPUs), or set cluster.colocate=true",
         )
 
 

@@ -259,10 +259,6 @@ class RolloutEngine(Protocol):
         """Teacher-forced log-probs of (prompt, response) tokens under the engine's weights: f32[T] each."""
         ...
 
-    def rest(self) -> None:
-        """Nothing will be asked before the next weight update: give shared memory to the learner. Nothing to do where none is."""
-        ...
-
 
 @runtime_checkable
 class Learner(Protocol):

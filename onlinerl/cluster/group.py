@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from onlinerl.cluster.colocation import Turn, Turns
 from onlinerl.cluster.runtime import Cluster, get
 from onlinerl.config import RunConfig
 from onlinerl.errors import LearnerError
@@ -62,10 +63,11 @@ class LearnerGroup:
         config: of the run.
         algorithm: whose loss is minimised.
         temperature: at which the loss takes log-probs.
+        turns: with the engine, on shared GPUs.
     """
 
-    def __init__(self, cluster: Cluster, config: RunConfig, algorithm: Algorithm, temperature: float) -> None:
-        self._config, self._algorithm = config.learner, algorithm
+    def __init__(self, cluster: Cluster, config: RunConfig, algorithm: Algorithm, temperature: float, turns: Turns) -> None:
+        self._config, self._algorithm, self._turns = config.learner, algorithm, turns
         self._model = config.model
         ranks = config.learner.ranks
         threads = config.learner.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
@@ -106,12 +108,26 @@ class LearnerGroup:
         """A port that is free on the machine of rank 0."""
         return get(self.actors[0].free_port.remote(), timeout_s=60, error=LearnerError, what="finding a port")
 
-    def call(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
+    def call(self, method: str, *args: Any, timeout_s: float | None = None, turn: Turn = "learner") -> list[Any]:
         """The same method with the same arguments on every rank."""
-        return self.scatter(method, [args] * len(self.actors), timeout_s=timeout_s)
+        return self.scatter(method, [args] * len(self.actors), timeout_s=timeout_s, turn=turn)
 
-    def scatter(self, method: str, arguments: Sequence[tuple], timeout_s: float | None = None) -> list[Any]:
-        """The same method on every rank, each with its own arguments."""
+    def scatter(
+        self, method: str, arguments: Sequence[tuple], timeout_s: float | None = None, turn: Turn = "learner"
+    ) -> list[Any]:
+        """The same method on every rank, each with its own arguments. `turn`: when it may happen (`both`: during a push)."""
+        self._turns.need(turn)
+        return self._on_all(method, arguments, timeout_s)
+
+    def offload(self, what: str, timeout_s: float | None = None) -> None:
+        """Give the GPUs' memory to the engine: "optimizer" is all but the policy's weights, "all" is all."""
+        self._on_all("offload", [(what,)] * len(self.actors), timeout_s)
+
+    def reload(self, timeout_s: float | None = None) -> None:
+        """Take it back."""
+        self._on_all("reload", [()] * len(self.actors), timeout_s)
+
+    def _on_all(self, method: str, arguments: Sequence[tuple], timeout_s: float | None) -> list[Any]:
         refs = {n: a.call.remote(method, *args) for n, a, args in zip(self.names, self.actors, arguments, strict=True)}
         return get(refs, timeout_s=timeout_s or self._config.step_timeout_s, error=LearnerError, what=method)
 

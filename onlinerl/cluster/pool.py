@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from onlinerl.cluster.colocation import Turns
 from onlinerl.cluster.runtime import Cluster, get
 from onlinerl.config import EngineConfig
 from onlinerl.engines import _fit, vllm
@@ -56,16 +57,17 @@ class EnginePool:
         model: directory or hub id.
         config: the engine section.
         settings: `device`, `max_model_len`, `sync_backend` and `seed` of every replica.
+        turns: with the learner, on shared GPUs.
     """
 
-    def __init__(self, cluster: Cluster, first: int, model: str, config: EngineConfig, settings: dict[str, Any]) -> None:
-        self._config, self._settings = config, settings
-        self.asleep = False
-        """Whether the replicas have given their memory to the learner; a push must wake them first."""
+    def __init__(
+        self, cluster: Cluster, first: int, model: str, config: EngineConfig, settings: dict[str, Any], turns: Turns
+    ) -> None:
+        self._config, self._turns = config, turns
         self.names = [f"replica {i}" for i in range(config.replicas)]
         self.actors = []
         for i in range(config.replicas):
-            options = cluster.options(first + i, vllm.environment(), max_concurrency=1000)
+            options = cluster.options(first + i, vllm.environment(settings["sync_backend"]), max_concurrency=1000)
             actor = ReplicaActor.options(**options).remote()  # type: ignore[attr-defined]
             self.actors.append(actor)
         # Each learns where all of them are, to share the cores of its own machine; Ray hands the answers over when they are there.
@@ -91,6 +93,7 @@ class EnginePool:
         Raises:
             EngineError: if a replica fails, or none answers for `engine.generate_timeout_s`.
         """
+        self._turns.need("engine")
         queue = deque(requests)
         running: dict[Any, tuple[int, Request]] = {}
         # Enough to keep every slot of a replica busy, plus one prompt that waits at its door.
@@ -123,20 +126,18 @@ class EnginePool:
 
     def score_all(self, sequences: Sequence[TokenPair], timeout_s: float | None = None) -> list[list[np.ndarray]]:
         """Log-probs by every replica."""
+        self._turns.need("engine")
         refs = {n: a.score.remote(sequences) for n, a in zip(self.names, self.actors, strict=True)}
         return get(refs, timeout_s=timeout_s or self._config.generate_timeout_s, error=EngineError, what="scoring")
 
-    def rest(self) -> None:
-        """Where replicas share GPUs with the learner, move their weights to host memory and drop their KV caches."""
-        if self._settings["sync_backend"] == "ipc" and not self.asleep:
-            self.call("sleep", timeout_s=self._config.start_timeout_s)
-            self.asleep = True
+    def sleep(self, timeout_s: float | None = None) -> None:
+        """Give the GPUs' memory to the learner: weights to host memory, KV caches dropped."""
+        self.call("sleep", timeout_s=timeout_s or self._config.start_timeout_s)
 
-    def wake_up(self, what: str, timeout_s: float) -> None:
-        """The reverse, in two steps: `what` is "weights" and then "kv_cache". Does nothing for replicas that are awake."""
-        if self.asleep:
-            self.call("wake_up", [what], timeout_s=timeout_s)
-            self.asleep = what != "kv_cache"
+    def wake_up(self, what: str, timeout_s: float | None = None) -> None:
+        """Take memory back: "weights" before a push, "kv_cache" after it, or "all" where nothing was pushed."""
+        tags = None if what == "all" else [what]
+        self.call("wake_up", tags, timeout_s=timeout_s or self._config.start_timeout_s)
 
     def call(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
         """The same method on every replica; all must answer in time."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from onlinerl.cluster.colocation import Turns
 from onlinerl.cluster.group import LearnerGroup
 from onlinerl.cluster.pool import EnginePool, TokenPair
 from onlinerl.cluster.runtime import get
@@ -66,6 +69,7 @@ class WeightPush:
 
     Args:
         learner, pool: both ends.
+        turns: between them; a push is the one moment at which both have a part of a shared GPU.
         config: the sync section.
         engine: the engine section.
         backend: gloo, nccl or ipc.
@@ -76,12 +80,13 @@ class WeightPush:
         self,
         learner: LearnerGroup,
         pool: EnginePool,
+        turns: Turns,
         config: SyncConfig,
         engine: EngineConfig,
         backend: str,
         canary: Sequence[TokenPair],
     ) -> None:
-        self._learner, self._pool, self._config, self._engine = learner, pool, config, engine
+        self._learner, self._pool, self._turns, self._config, self._engine = learner, pool, turns, config, engine
         self._backend, self._canary = backend, list(canary)
         self._open = False
         self._first = True
@@ -108,20 +113,23 @@ class WeightPush:
                 )
             return remaining
 
+        def learner(method: str, *args: Any) -> Any:
+            return self._learner.call(method, *args, timeout_s=left("push"), turn="both")[0]
+
         try:
-            remaining = left("push")
-            if not self._open:
-                self._connect(remaining)
-            names = self._learner.call("parameter_names", timeout_s=remaining)[0]
-            sample = proof.rotation(names, self._config.tensors_checked, version, everything=self._first)
-            # Memory comes back in this order, or old weights, new weights and KV cache would have to fit at once (R-C1).
-            self._pool.wake_up("weights", left("push"))
+            # The learner's half of the proof comes first: later it may have given its memory away.
+            self._turns.move("learner", left("canary"))
+            ours = self._learner.score(self._canary_sequences(), timeout_s=left("canary"))
+            self._turns.move("both", left("push"))
+            if not self._open:  # with the engine awake: a half-open update that is given up writes to its weights
+                self._connect(left("push"))
+            sample = proof.rotation(learner("parameter_names"), self._config.tensors_checked, version, everything=self._first)
             self._pool.call("watch", sample, timeout_s=left("push"))
-            self._learner.call("send_weights", version, timeout_s=left("push"))
-            self._pool.wake_up("kv_cache", left("push"))
+            learner("send_weights", version)
+            sent, sent_bytes = learner("digests", sample), learner("wire_bytes")
+            self._turns.move("engine", left("push"))
             self._pool.call("reset_caches", timeout_s=left("cache_reset"))
-            canary_gap = self._prove(version, sample, left)
-            sent_bytes = self._learner.call("wire_bytes", timeout_s=left("report"))[0]
+            canary_gap = self._prove(version, sent, ours, left)
         except OnlineRLError as error:
             self._open = False  # a half-open update is never reused (R-A4)
             raise SyncError(
@@ -136,22 +144,22 @@ class WeightPush:
             replicas=len(self._pool.actors),
             backend=self._backend,
             phases={
-                "push": marks["cache_reset"] - started,
+                "push": marks["cache_reset"] - marks["push"],
                 "cache_reset": marks["proof"] - marks["cache_reset"],
-                "proof": end - marks["proof"],
+                "proof": end - marks["proof"] + marks["push"] - marks["canary"],
             },
             proved=True,
             tensors_checked=len(sample),
             canary_nats=canary_gap,
         )
 
-    def _prove(self, version: int, sample: list[str], left: Callable[[str], float]) -> float:
+    def _canary_sequences(self) -> list[TrainSequence]:
+        return [TrainSequence(prompt_ids=tuple(p), response_ids=tuple(r)) for p, r in self._canary]
+
+    def _prove(self, version: int, sent: Mapping[str, str], ours: Sequence[np.ndarray], left: Callable[[str], float]) -> float:
         names = self._pool.names
         proof.check_version(version, self._pool.call("weight_version", timeout_s=left("proof")), names)
-        sent = self._learner.call("digests", sample, timeout_s=left("proof"))[0]
         proof.check_digests(sent, self._pool.call("received", timeout_s=left("proof")), names)
-        sequences = [TrainSequence(prompt_ids=tuple(p), response_ids=tuple(r)) for p, r in self._canary]
-        ours = self._learner.score(sequences, timeout_s=left("proof"))
         theirs = self._pool.score_all(self._canary, timeout_s=left("proof"))
         return proof.check_canary(ours, theirs, names, self._config.canary_tolerance_nats)
 
@@ -159,12 +167,14 @@ class WeightPush:
         client = FanOutClient(self._pool.actors, self._pool.names, self._engine.tensor_parallel_size, timeout_s)
         port = self._learner.free_port() if self._backend == "nccl" else 0
         infos = [self._init_info(rank, port) for rank in range(len(self._learner.actors))]
-        self._learner.scatter("open_sync", [(info, client, self._engine.dtype) for info in infos], timeout_s=timeout_s)
+        arguments = [(info, client, self._engine.dtype) for info in infos]
+        self._learner.scatter("open_sync", arguments, timeout_s=timeout_s, turn="both")
         self._open = True
 
     def _init_info(self, rank: int, port: int) -> Any:
         world_size = 1 + len(self._pool.actors) * self._engine.tensor_parallel_size
         address = self._learner.address
+        bucket_bytes = self._config.bucket_mib * 2**20
         if self._backend == "gloo":
             from onlinerl.sync.gloo import GlooTrainerInitInfo
 
@@ -172,11 +182,11 @@ class WeightPush:
                 rank=rank,
                 master_address=address,
                 world_size=world_size,
-                bucket_bytes=self._config.bucket_mib * 2**20,
+                bucket_bytes=bucket_bytes,
                 timeout_s=self._config.timeout_s,
             )
         from onlinerl.sync import ipc, nccl
 
         if self._backend == "ipc":
-            return ipc.init_info(rank)
-        return nccl.init_info(rank, address, port, world_size)
+            return ipc.init_info(rank, bucket_bytes)
+        return nccl.init_info(rank, address, port, world_size, bucket_bytes)

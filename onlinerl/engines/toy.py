@@ -55,9 +55,6 @@ class ToyEngine:
         logprobs = _log_softmax(self.logits)
         return [logprobs[list(response)].astype(np.float32) for _, response in sequences]
 
-    def rest(self) -> None:
-        """Nothing is shared."""
-
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits - logits.max()

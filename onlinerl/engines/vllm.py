@@ -26,15 +26,19 @@ TOKENS_PER_STEP = 2048
 """Least token budget of a step on CPU; vLLM's own default."""
 
 
-def environment() -> dict[str, str]:
+def environment(sync_backend: str) -> dict[str, str]:
     """Environment variables a replica's process must start with."""
-    return {
+    env = {
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "ONLINERL_DIE_WITH_PARENT": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if sync_backend == "ipc":
+        # IPC handles reach the engine's own child process as pickles, over a socket of this machine; vLLM asks for consent.
+        env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    return env
 
 
 def bind(cores: Sequence[Sequence[int]]) -> None:
@@ -227,7 +231,7 @@ class VLLMReplica:
         await self._engine.sleep(level=1)
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
-        """Take GPU memory again: "weights" before a sync, "kv_cache" after it (R-C1)."""
+        """Take GPU memory again: "weights" before a sync, "kv_cache" after it, or everything."""
         await self._engine.wake_up(tags)
 
     async def process_ids(self) -> list[int]:

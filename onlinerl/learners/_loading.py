@@ -49,6 +49,11 @@ class ModelReader:
             self._frozen = (model, policy)
         return self._frozen[1]
 
+    @property
+    def kept(self) -> Policy | None:
+        """The frozen model that is kept now, if any."""
+        return None if self._frozen is None else self._frozen[1]
+
     def forget(self) -> None:
         """Give the memory of the frozen model back."""
         if self._frozen is not None:

@@ -7,6 +7,7 @@ how the items were cut up.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.config import LearnerConfig, TrainingConfig
 from onlinerl.errors import LearnerError
 from onlinerl.learners._loading import ModelReader
+from onlinerl.learners._offload import HostMemory, tensors_of
 from onlinerl.learners._optimizer import build_optimizer, critic_rate, parameter_groups
 from onlinerl.learners._plain import load_generators, save_generators
 from onlinerl.learners._self_test import Sums, compare
@@ -116,6 +118,7 @@ class DeepSpeedRank:
         self.reset_optimizer()  # a wrapper's trial step counts as one for Adam
         _bound_collectives(timedelta(seconds=config.step_timeout_s))
         self._sender: Any = None
+        self._host_memory = HostMemory(self.device)
 
     @property
     def _bare(self) -> bool:
@@ -287,13 +290,10 @@ class DeepSpeedRank:
 
     def open_sync(self, init_info: Any, client: Any, dtype: str) -> None:
         """Meet the replicas. Called on every rank; `init_info` says which transport."""
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from onlinerl.sync.sender import open_sender
 
-        from onlinerl.sync import gloo
-
-        gloo.register()
         self.source = self.weight_source(getattr(torch, dtype))
-        self._sender = WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=self.source)
+        self._sender = open_sender(init_info, client, self.source)
 
     def send_weights(self, version: int) -> None:
         """Send everything to everyone. No training collective may be in flight, so the ranks meet before and after (R-A2)."""
@@ -316,6 +316,24 @@ class DeepSpeedRank:
 
         wanted = set(names)
         return {name: digest(tensor) for name, tensor in self.source if name in wanted}
+
+    # --- memory that is shared with an engine ---
+
+    def offload(self, what: str) -> None:
+        """Move to host memory and give the device's back: "optimizer" is all but the policy's weights, "all" is all."""
+        parameters = list(self._policy.parameters())
+        parts = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]  # under ZeRO-3, this rank's share
+        stay = [*parameters, *parts, *self._policy.buffers()] if what == "optimizer" else []
+        self._host_memory.take(tensors_of(self._engine, self._policy, self._reader.kept), leave=stay)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.ipc_collect()
+            torch.cuda.empty_cache()
+
+    def reload(self) -> None:
+        """Take the device's memory back and put everything where it was."""
+        self._host_memory.give_back()
 
     # --- disk ---
 

@@ -148,7 +148,28 @@ def test_a_missing_key(toy_config, refused, tmp_path):
         ),
         ({"cluster.device": "cpu", "sync.backend": "nccl"}, ("sync.backend: needs GPUs, and cluster.device is cpu",)),
         ({"cluster.device": "cpu", "cluster.colocate": True}, ("cluster.colocate: needs GPUs, and cluster.device is cpu",)),
+        ({"cluster.device": "cpu", "sync.backend": "ipc"}, ("sync.backend: needs GPUs, and cluster.device is cpu",)),
         ({"cluster.colocate": True, "learner.ranks": 2}, ("cluster.colocate: ", "2 ranks and 1 replicas")),
+        (
+            {"sync.backend": "ipc"},
+            ("sync.backend: hands over memory inside one GPU", "set cluster.colocate=true"),
+        ),
+        (
+            {"cluster.colocate": True, "sync.backend": "nccl"},
+            ("sync.backend: nccl does not go between two processes on one GPU", "ipc is chosen"),
+        ),
+        (
+            {"cluster.colocate": True, "sync.backend": "gloo"},
+            ("sync.backend: takes the weights through host memory", "ipc is chosen"),
+        ),
+        (
+            {"cluster.colocate": True, "engine.tensor_parallel_size": 2},
+            ("engine.tensor_parallel_size: colocated replicas cannot span GPUs", "cluster.colocate=false"),
+        ),
+        (
+            {"cluster.colocate": True, "engine.gpu_memory_utilization": 0.97},
+            ("engine.gpu_memory_utilization: is 0.97, and a learner that has given its memory away", "0.95 or less"),
+        ),
         (
             {"prompts.per_iteration": 20},
             (

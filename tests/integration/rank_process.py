@@ -7,6 +7,7 @@ One process group serves all cases, so that the heavy imports and the rendezvous
 
 from __future__ import annotations
 
+import gc
 import pickle
 import shutil
 import sys
@@ -90,15 +91,25 @@ class Ranks:
 
 
 def weights(learner: DeepSpeedRank) -> WEIGHTS:
-    return {name: tensor.float().numpy().copy() for name, tensor in learner.weight_source(torch.float32)}
+    return {name: array(tensor) for name, tensor in learner.weight_source(torch.float32)}
+
+
+def array(tensor: torch.Tensor) -> np.ndarray:
+    """Copied before NumPy sees it: memory that NumPy has shared once cannot be emptied any more."""
+    return tensor.detach().to(torch.float32, copy=True).numpy().copy()
+
+
+def innermost(learner: DeepSpeedRank) -> torch.optim.Optimizer:
+    """The optimizer inside DeepSpeed's wrappers."""
+    inner = learner._engine.optimizer
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    return inner
 
 
 def optimizer_state(learner: DeepSpeedRank) -> dict[str, float]:
     """Largest moment and Adam's own step counts, wherever the wrappers keep them."""
-    inner = learner._engine.optimizer
-    while hasattr(inner, "optimizer"):
-        inner = inner.optimizer
-    states = [s for s in inner.state.values() if s]
+    states = [s for s in innermost(learner).state.values() if s]
     moments = [float(s[k].abs().max()) for s in states for k in ("exp_avg", "exp_avg_sq") if s[k].numel()]
     return {"moment": max(moments, default=0.0), "step": max((float(s["step"]) for s in states), default=0.0)}
 
@@ -399,7 +410,66 @@ def resident(policy: torch.nn.Module) -> tuple[int, int]:
     return held, sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
-KINDS = {f.__name__: f for f in (gradients, critic_gradients, steps, export, other_optimizer, absent_rank)}
+def memory() -> dict[int, tuple[int, str]]:
+    """Every piece of memory of at least 256 bytes that a tensor of this process has: its size, and the tensor's description."""
+    gc.collect()
+    found = {}
+    for one in gc.get_objects():
+        if type(one) in (torch.Tensor, torch.nn.Parameter) and one.device.type == "cpu":
+            storage = one.untyped_storage()
+            if storage.nbytes() >= 256:
+                found[storage._cdata] = (storage.nbytes(), f"{one.dtype} {tuple(one.shape)}")
+    return found
+
+
+def offload(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
+    """Memory that is given away between two steps and taken back, beside the same two steps without it."""
+    dpo, first, second = job["losses"]["dpo"], job["steps"][0], job["steps"][1]
+    sequences = [[s for item in first for s in item.sequences]]
+    before = memory()
+    learner = ranks.learner(job["model"], dpo["algorithm"], stage=case["stage"], dtype=case["dtype"])
+    learner.score(sequences, job["model"], 1.0)  # now it keeps a reference, too
+    ranks.step(learner, first)
+    result: dict[str, Any] = {
+        "weights": weights(learner),
+        "scores": learner.score(sequences, "policy", 1.0),
+        "state": optimizer_tensors(learner),
+        "loaded": sum(size for key, (size, _) in memory().items() if key not in before),
+    }
+    learner.offload("optimizer")
+    result["weights_for_a_push"] = weights(learner)
+    result["moments_left"] = [tensor.untyped_storage().nbytes() for _, tensor in moments(learner)]
+    learner.offload("all")
+    kept = {t.untyped_storage()._cdata for t in learner._host_memory.contents()}
+    result["left"] = {k: v for k, v in memory().items() if k not in before and k not in kept}
+    result["kept"] = sum(t.numel() for t in learner._host_memory.contents())
+    learner.reload()
+    result["reloaded"] = {
+        "weights": weights(learner),
+        "scores": learner.score(sequences, "policy", 1.0),
+        "state": optimizer_tensors(learner),
+    }
+    result["next"] = [ranks.step(learner, second), weights(learner)]
+    plain = ranks.learner(job["model"], dpo["algorithm"], stage=case["stage"], dtype=case["dtype"])
+    ranks.step(plain, first)
+    result["next_without"] = [ranks.step(plain, second), weights(plain)]
+    return result
+
+
+def moments(learner: DeepSpeedRank) -> list[tuple[str, torch.Tensor]]:
+    """What the optimizer itself keeps."""
+    states = innermost(learner).state.values()
+    return [(f"{name} {i}", v) for i, state in enumerate(states) for name, v in state.items() if torch.is_tensor(v)]
+
+
+def optimizer_tensors(learner: DeepSpeedRank) -> WEIGHTS:
+    """And the weights that it steps: under a wrapper, a master copy."""
+    stepped = [p for group in innermost(learner).param_groups for p in group["params"]]
+    found = [*moments(learner), *((f"master {i}", p) for i, p in enumerate(stepped))]
+    return {name: array(tensor) for name, tensor in found}
+
+
+KINDS = {f.__name__: f for f in (gradients, critic_gradients, steps, export, offload, other_optimizer, absent_rank)}
 
 
 def main(job_file: str, rank: str, world_size: str, port: str) -> None:

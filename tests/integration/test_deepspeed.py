@@ -129,6 +129,7 @@ CASES: dict[tuple[Any, ...], dict[str, Any]] = {
         for s, m in product(EXPORTED, ("model", "untied"))
     },
     **{("rmsprop", s): {"kind": "other_optimizer", "stage": s, "dtype": "float32"} for s in OTHER},
+    **{("offload", s, d): {"kind": "offload", "stage": s, "dtype": d} for s, d in product(STAGES, DTYPES)},
     ("absent",): {"kind": "absent_rank", "stage": 2, "dtype": "float32", "timeout_s": 3.0},  # the last one: it breaks the group
 }
 
@@ -673,3 +674,40 @@ def test_a_reference_scores_as_the_whole_model_does(
     held, all_of_it = answer["resident"]
     share = ranks if stage == 3 else 1
     assert all_of_it / share <= held <= 1.01 * all_of_it / share
+
+
+# --- memory that is shared with an engine ---
+
+
+@configurations
+def test_what_a_learner_gives_away_comes_back_bit_for_bit(answers: Answers, ranks: int, stage: int, dtype: str) -> None:
+    answer = answers(ranks, "offload", stage, dtype)
+
+    again = answer["reloaded"]
+    assert_equal(again["weights"], answer["weights"])
+    for ours, theirs in zip(again["scores"][0], answer["scores"][0], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert any(name.startswith("exp_avg") for name in answer["state"])
+    assert_equal(again["state"], answer["state"])
+    assert answer["next"][0] == answer["next_without"][0]
+    assert_equal(answer["next"][1], answer["next_without"][1])
+
+
+@configurations
+def test_a_learner_without_its_optimizer_can_still_send_its_weights(
+    answers: Answers, ranks: int, stage: int, dtype: str
+) -> None:
+    answer = answers(ranks, "offload", stage, dtype)
+
+    assert answer["moments_left"]
+    assert not any(answer["moments_left"])
+    assert_equal(answer["weights_for_a_push"], answer["weights"])
+
+
+@configurations
+def test_nothing_of_a_learner_stays_behind(answers: Answers, ranks: int, stage: int, dtype: str) -> None:
+    """Parameters, moments, gradients, buffers of communication, the reference: less than a hundredth stays."""
+    answer = answers(ranks, "offload", stage, dtype)
+
+    assert answer["kept"] > 100_000
+    assert sum(size for size, _ in answer["left"].values()) < answer["loaded"] / 100, answer["left"]

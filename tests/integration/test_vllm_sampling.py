@@ -181,7 +181,7 @@ def test_vllm_knows_every_variable_that_is_set_for_it() -> None:
 
     from onlinerl.engines.vllm import environment
 
-    assert {name for name in environment() if name.startswith("VLLM_")} <= set(envs.environment_variables)
+    assert {name for name in environment("gloo") if name.startswith("VLLM_")} <= set(envs.environment_variables)
 
 
 def test_the_cache_has_the_size_that_was_asked_for(replica: Replica) -> None:

@@ -30,6 +30,7 @@ def test_every_replica_is_kept_full_and_nothing_is_lost(monkeypatch, replicas):
     pool.actors = [Replica() for _ in range(replicas)]
     pool.names = [f"replica {i}" for i in range(replicas)]
     pool._config = SimpleNamespace(max_concurrent=16, generate_timeout_s=1.0)
+    pool._turns = SimpleNamespace(need=lambda turn: None)
     at_work: list[int] = []
 
     def wait(refs, num_returns, timeout):

@@ -19,7 +19,6 @@ from onlinerl.types import Pair, TrainItem, UpdateReport, derive_seed
 
 def train(it: Iteration) -> dict[str, Any]:
     """One pass of the learner over what was judged; no step at all where that gives nothing to learn."""
-    it.parts.engine.rest()
     it.weights.engine = None
     built_at = time.monotonic()
     built = _items(it)
