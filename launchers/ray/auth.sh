@@ -1,11 +1,33 @@
-# Sourced by the launchers: whether a cluster asks for a token must be the same for its head, its workers and the run.
-# Left to itself, Ray decides by whether some file happens to lie in the home directory, which differs from node to node.
+#!/usr/bin/env bash
+# Sourced by the launchers: head, workers and the run of a cluster share a secret. Whoever reaches the ports of a cluster without
+# one can run code on it.
 #
-# RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH)   a secret that all share: `python -c 'import secrets; print(secrets.token_hex(32))'`
-# Without one, whoever reaches the ports can run code.
+# RAY_AUTH_TOKEN       the secret itself; or
+# RAY_AUTH_TOKEN_PATH  a file that holds it; or, without either, ~/.ray/auth_token, which is also where Ray's own commands look.
+#                      head.sh makes that file if it is missing (TOKEN_MISSING=make), readable by its owner only. On machines that
+#                      share home directories the workers find it; to others copy it, or export RAY_AUTH_TOKEN there.
+# RAY_AUTH_MODE        `disabled` is the only way to do without a secret
 set -euo pipefail
 
-if [ -z "${RAY_AUTH_MODE:-}" ]; then
-  if [ -n "${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-}" ]; then RAY_AUTH_MODE=token; else RAY_AUTH_MODE=disabled; fi
+export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
+if [ "$RAY_AUTH_MODE" = token ] && [ -z "${RAY_AUTH_TOKEN:-}" ]; then
+  if [ -z "${RAY_AUTH_TOKEN_PATH:-}" ]; then
+    export RAY_AUTH_TOKEN_PATH=$HOME/.ray/auth_token
+    # Ray's own command makes this file readable by everybody.
+    [ ! -e "$RAY_AUTH_TOKEN_PATH" ] || chmod 600 "$RAY_AUTH_TOKEN_PATH"
+  fi
+  if [ ! -s "$RAY_AUTH_TOKEN_PATH" ]; then
+    if [ "${TOKEN_MISSING:-refuse}" != make ]; then
+      echo "no secret of the Ray cluster: $RAY_AUTH_TOKEN_PATH is missing. Copy it from the machine that runs head.sh (mode 0600)," \
+        "or export RAY_AUTH_TOKEN; RAY_AUTH_MODE=disabled only if the cluster was started with that" >&2
+      exit 2
+    fi
+    mkdir -p "$(dirname "$RAY_AUTH_TOKEN_PATH")"
+    new=$(mktemp "$RAY_AUTH_TOKEN_PATH.XXXXXX") # mktemp makes it readable by the owner only
+    python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$new"
+    # A hard link never replaces a file: of two heads that start at once, both use the secret of the first.
+    ln "$new" "$RAY_AUTH_TOKEN_PATH" 2>/dev/null || true
+    rm "$new"
+    echo "made the secret of this Ray cluster: $RAY_AUTH_TOKEN_PATH (workers need the same file, or RAY_AUTH_TOKEN)" >&2
+  fi
 fi
-export RAY_AUTH_MODE

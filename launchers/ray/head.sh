@@ -7,9 +7,10 @@
 # RESOURCES     JSON of extra resources, by which a configuration chooses nodes: '{"learner_node": 1}'
 # OBJECT_STORE_MIB  shared memory for Ray's object store (256; weights do not travel through it)
 # WORKER_PORTS  LOW-HIGH for Ray's workers behind a firewall; by default any free port
-# RAY_AUTH_TOKEN  shared secret of the cluster, see auth.sh
+# RAY_AUTH_TOKEN  secret of the cluster; by default ~/.ray/auth_token, made if it is missing, see auth.sh
 # TEMP_DIR      where Ray keeps sockets and logs; by default /tmp/ray
 set -euo pipefail
+TOKEN_MISSING=make
 source "$(dirname "$0")/auth.sh"
 
 ports=${WORKER_PORTS:-0-0}  # 0: the operating system chooses, so that nodes on one machine never collide

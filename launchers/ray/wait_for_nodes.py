@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # as auth.sh has it; Ray reads this when it is imported
 
 import ray
 

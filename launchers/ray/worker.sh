@@ -3,7 +3,8 @@
 #
 # ADDRESS       HOST:PORT of the head (required); waited for up to WAIT seconds (120)
 # NODE_IP       address that the other nodes reach this one at; by default the one this machine uses towards the head
-# CPUS, GPUS, RESOURCES, OBJECT_STORE_MIB, WORKER_PORTS, RAY_AUTH_TOKEN   as for head.sh
+# CPUS, GPUS, RESOURCES, OBJECT_STORE_MIB, WORKER_PORTS   as for head.sh
+# RAY_AUTH_TOKEN  secret of the cluster; by default in ~/.ray/auth_token, see auth.sh
 set -euo pipefail
 source "$(dirname "$0")/auth.sh"
 

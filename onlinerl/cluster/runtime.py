@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import subprocess
 import time
@@ -70,6 +71,10 @@ class Cluster:
         try:
             with _deadline(limit):
                 if address is None:
+                    # Ray's ports are open on all interfaces, and it asks for a token on them. Left to itself it would put one that
+                    # all its clusters share into a file that everybody can read; this one ends with the run.
+                    if not os.environ.get("RAY_AUTH_TOKEN") and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+                        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
                     ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
                     self._reaper = _reaper.start(os.getpid())
                 else:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,7 @@ def test_kubernetes_rayjob():
     assert "run_or_resume.sh" in spec["entrypoint"]
     assert "CONFIG" in yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
     cluster = spec["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}  # KubeRay makes a Secret and gives it to every pod
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     assert len(groups) >= 2
     offered = []
@@ -71,6 +72,7 @@ def test_run_or_resume(tmp_path, exists):
     if exists:
         (run / "manifest.json").write_text("{}")
     env = os.environ | {"PATH": f"{onlinerl.parent}:{os.environ['PATH']}", "CONFIG": "c.yaml", "RUN": str(run)}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "secret"}
     command = ["bash", str(LAUNCHERS / "run_or_resume.sh"), "iterations=2"]
     said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.strip()
     if exists:
@@ -81,8 +83,8 @@ def test_run_or_resume(tmp_path, exists):
 
 @pytest.mark.engine
 @pytest.mark.timeout(300)
-def test_head_and_worker_make_a_cluster():
-    """Two Ray nodes on this machine, told apart by their resources; both are gone after SIGTERM."""
+def test_head_and_worker_make_a_cluster(tmp_path):
+    """Two Ray nodes on this machine, told apart by their resources; strangers are refused; both are gone after SIGTERM."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -91,14 +93,13 @@ def test_head_and_worker_make_a_cluster():
     scratch = tempfile.mkdtemp(prefix="orl")
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),  # where the secret of the cluster is made
         "CPUS": "1",
         "OBJECT_STORE_MIB": "80",
         "ADDRESS": address,
         "NODE_IP": "127.0.0.1",
         "PORT": str(port),
         "TEMP_DIR": scratch,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
     nodes = []
     try:
@@ -107,6 +108,8 @@ def test_head_and_worker_make_a_cluster():
                 own = env | {"RESOURCES": json.dumps({resource: 1})}
                 command = ["bash", str(LAUNCHERS / "ray" / script)]
                 nodes.append(subprocess.Popen(command, env=own, stdout=log, stderr=log, start_new_session=True))
+                _wait_for(tmp_path / ".ray" / "auth_token")
+        assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
         wait = [sys.executable, str(LAUNCHERS / "ray" / "wait_for_nodes.py"), address]
         done = subprocess.run([*wait, "2", "120"], env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr + (Path(scratch) / "log").read_text()
@@ -114,11 +117,16 @@ def test_head_and_worker_make_a_cluster():
             "import json, sys, ray; ray.init(address=sys.argv[1], logging_level='ERROR');"
             "print(json.dumps([n['Resources'] for n in ray.nodes() if n['Alive']]))"
         )
-        said = subprocess.run([sys.executable, "-c", look, address], env=env, capture_output=True, text=True, check=True)
+        look = [sys.executable, "-c", look, address]
+        stranger = subprocess.Popen(look, env=env | {"RAY_AUTH_MODE": "disabled"}, stderr=subprocess.PIPE, text=True)
+        said = subprocess.run(look, env=env | {"RAY_AUTH_MODE": "token"}, capture_output=True, text=True, check=True)
         resources = json.loads(said.stdout.splitlines()[-1])
         names = sorted(name for node in resources for name in node if name in ("learner_node", "rollout_node"))
         assert names == ["learner_node", "rollout_node"]
         assert all(node["CPU"] == 1 for node in resources)
+        _, complaint = stranger.communicate(timeout=60)
+        assert stranger.returncode != 0
+        assert "AuthenticationError" in complaint
         surplus = subprocess.run([*wait, "1", "5"], env=env, capture_output=True, text=True, check=False)
         assert surplus.returncode == 1
         assert "expected 1" in surplus.stderr
@@ -130,6 +138,63 @@ def test_head_and_worker_make_a_cluster():
         shutil.rmtree(scratch, ignore_errors=True)
     assert None not in codes, "a node did not stop on SIGTERM"
     assert left == [], "processes outlived their node"
+
+
+# A cluster that a run starts for itself, and a stranger who found its port.
+OWN_CLUSTER = """
+import os, subprocess, sys
+import ray
+from onlinerl import config
+from onlinerl.cluster.runtime import Cluster
+
+with Cluster(config.load(sys.argv[1])):
+    assert ray.get(ray.remote(lambda: 7).options(num_cpus=0).remote()) == 7
+    address = ray.get_runtime_context().gcs_address
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"}
+    look = "import sys, ray; ray.init(address=sys.argv[1], logging_level='ERROR')"
+    stranger = subprocess.run([sys.executable, "-c", look, address], env=env, capture_output=True, text=True)
+assert stranger.returncode != 0 and "AuthenticationError" in stranger.stderr, stranger.stderr
+"""
+
+
+@pytest.mark.engine
+def test_a_cluster_of_a_run_alone_refuses_strangers_and_leaves_no_secret_behind(toy_config, tmp_path):
+    config = toy_config(tmp_path, {"cluster.device": "cpu"})
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", OWN_CLUSTER, config], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not (tmp_path / ".ray").exists()
+
+
+@pytest.mark.parametrize("script", ["run_or_resume.sh", "ray/worker.sh"])
+def test_without_a_secret_nobody_joins_a_cluster(script, tmp_path):
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    env |= {"HOME": str(tmp_path), "CONFIG": "c.yaml", "ADDRESS": "127.0.0.1:1"}
+    done = subprocess.run(["bash", str(LAUNCHERS / script)], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "RAY_AUTH_TOKEN" in done.stderr
+    assert not (tmp_path / ".ray").exists()
+
+
+def test_two_heads_make_one_secret_and_a_readable_one_is_closed(tmp_path):
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    env |= {"HOME": str(tmp_path), "TOKEN_MISSING": "make", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", "-c", f'source {LAUNCHERS}/ray/auth.sh; cat "$RAY_AUTH_TOKEN_PATH"']
+    heads = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(2)]
+    told = {head.communicate()[0] for head in heads}
+    assert len(told) == 1
+    assert len(told.pop()) == 64
+    (made,) = (tmp_path / ".ray").iterdir()
+    made.chmod(0o644)
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    assert made.stat().st_mode & 0o777 == 0o600
+
+
+def _wait_for(path: Path, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.05)
 
 
 def _end(node: subprocess.Popen) -> int | None:
