@@ -118,13 +118,19 @@ def first_moments(learner: DeepSpeedRank) -> WEIGHTS:
     """Adam's running mean of the gradients as they were after clipping, whole, by parameter. Collective."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    plain = getattr(
-        learner._engine.optimizer, "state", {}
-    )  # without a wrapper it is torch's own, which the helper does not know
-    return {
-        name: (plain[p]["exp_avg"] if p in plain else safe_get_full_optimizer_state(p, "exp_avg")).float().cpu().numpy().copy()
-        for name, p in learner._policy.model.named_parameters()
+    wrapper, inner = learner._engine.optimizer, innermost(learner)
+    # Without ZeRO nothing is cut up: the states are those of the parameters, or of their fp32 copies.
+    copies = {
+        low: high
+        for lows, highs in zip(getattr(wrapper, "fp16_groups", []), getattr(wrapper, "fp32_groups", []), strict=True)
+        for low, high in zip(lows, highs, strict=True)
     }
+
+    def moment(parameter: torch.nn.Parameter) -> torch.Tensor:
+        state = inner.state.get(copies.get(parameter, parameter))
+        return state["exp_avg"] if state else safe_get_full_optimizer_state(parameter, "exp_avg")
+
+    return {n: moment(p).detach().float().cpu().numpy().copy() for n, p in learner._policy.model.named_parameters()}
 
 
 def scored(learner: DeepSpeedRank, items: list[TrainItem], model: str, temperature: float) -> list[np.ndarray]:
