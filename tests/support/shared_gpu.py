@@ -17,6 +17,8 @@ import numpy as np
 import ray
 from ray.exceptions import RayTaskError
 
+from onlinerl.engines._fit import Place
+from onlinerl.learners._self_test import Sums
 from onlinerl.types import Group, Rollout
 
 CAPACITY = 8.5
@@ -93,7 +95,7 @@ class Actor:
     def __init__(self, world: World, role: str, index: int) -> None:
         self.world, self.index, self.gpu = world, index, world.gpu(role, index)
         self.call = remote(lambda method, *args: getattr(self, f"do_{method}")(*args))
-        for name in ("start", "host", "free_port", "generate", "score"):
+        for name in ("place", "start", "host", "free_port", "generate", "score"):
             if hasattr(self, f"on_{name}"):
                 setattr(self, name, remote(getattr(self, f"on_{name}")))
 
@@ -106,7 +108,10 @@ class Actor:
 class Replica(Actor):
     """An engine whose weights are one number."""
 
-    def on_start(self, model: str, config: Any, settings: dict[str, Any]) -> None:
+    def on_place(self) -> Place:
+        return Place(host="here", cores=(0,))
+
+    def on_start(self, model: str, config: Any, settings: dict[str, Any], index: int, *places: Ref) -> None:
         self.did("engine loads")
         self.gpu.take("engine weights", "kv cache")
         self.weights, self.version, self.incoming = 0.0, "none", 0.0
@@ -184,7 +189,7 @@ class Rank(Actor):
     def on_start(self, address: str, port: int, rank: int, timeout_s: float, settings: dict[str, Any]) -> None:
         self.did("learner loads")
         self.gpu.take("policy", "optimizer")
-        self.rank, self.weights = rank, 0.0
+        self.rank, self.ranks, self.weights = rank, settings["world_size"], 0.0
 
     def _work(self, what: str) -> None:
         self.did(f"learner {what}")
@@ -198,19 +203,21 @@ class Rank(Actor):
         self._work("scores")
         return [[np.full(len(s.response_ids), -1.0 - self._of(model), np.float32) for s in one] for one in micro]
 
-    def do_self_test(self, items: Any, reference: str) -> dict[str, float]:
+    def do_self_test(self, micro: Any, base_model: str) -> list[Sums]:
+        """As if every rank had as many pairs as this one."""
         self._work("tests itself")
-        return {"loss": float(np.log(2)), "reference_gap": 0.0, "kl": 0.0}
+        loss = float(np.log(2)) * sum(map(len, micro))
+        return [Sums(loss=loss, stored_loss=loss, tokens=1)] * self.ranks
 
     def do_step(self, micro: Any, count: int, learning_rate: float) -> dict[str, float]:
         self._work("steps")
         self.weights += 1e-4
         return {"loss": 0.5, "grad_norm": 1.0, "learning_rate": learning_rate, "skipped": 0.0}
 
-    def do_save(self, path: str) -> None:
+    def do_save(self, path: str) -> dict[str, int]:
         self._work("saves")
-        if self.rank == 0:
-            (Path(path) / "weights.json").write_text(json.dumps(self.weights))
+        names = ["weights.json", "rank_0.json"] if self.rank == 0 else [f"rank_{self.rank}.json"]
+        return {name: (Path(path) / name).write_text(json.dumps(self.weights)) for name in names}
 
     def do_load(self, path: str) -> None:
         self._work("restores")
