@@ -126,6 +126,9 @@ def first_moments(learner: DeepSpeedRank) -> WEIGHTS:
         for low, high in zip(lows, highs, strict=True)
     }
 
+    if hasattr(wrapper, "_link_all_hp_params"):  # DeepSpeed looked for the states before there were any
+        wrapper._link_all_hp_params()
+
     def moment(parameter: torch.nn.Parameter) -> torch.Tensor:
         state = inner.state.get(copies.get(parameter, parameter))
         return state["exp_avg"] if state else safe_get_full_optimizer_state(parameter, "exp_avg")
