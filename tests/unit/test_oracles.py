@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import textwrap
 
@@ -139,6 +140,9 @@ class TestMathVerifier:
         oracle = MathVerifier(timeout_s=2, uncomparable_score=None)
         oracle.open()
         try:
+            oracle._worker.send_signal(signal.SIGSTOP)  # it takes no request that is longer than the pipe
+            (failure,) = oracle.judge([query("4" * 2**20, answer="4")])
+            assert (failure.kind, oracle._worker) == ("timeout", None)
             (failure,) = oracle.judge([slow])
             assert isinstance(failure, Failure)
             assert failure.kind in ("timeout", "error")  # out of time, or out of memory before that
@@ -158,6 +162,8 @@ class TestMathVerifier:
         oracle._worker.kill()
         oracle._worker.wait()
         assert oracle.judge([query("4", answer="4")])[0].scores == (1.0,)
+        (failure,) = oracle.judge([query("4", answer="?!" * 2**17)])
+        assert failure.kind == "parse_fail", "an answer that is longer than the pipe, too, arrives whole"
         oracle.close()
 
 
