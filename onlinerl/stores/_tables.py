@@ -80,6 +80,8 @@ def _way_back(folder: Path) -> Iterator[None]:
     try:
         yield
     except StoreError as error:
+        if not folder.name.isdigit():  # the prompts of a run: no iteration makes them again
+            raise
         raise StoreError(
             error.cause,
             field=error.field,

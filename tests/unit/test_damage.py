@@ -100,6 +100,17 @@ def test_every_flipped_bit_of_a_sealed_table_is_noticed(run):
     assert unnoticed(file, lambda: run.read(1, "rollouts")) == []
 
 
+def test_every_flipped_bit_of_the_kept_prompts_is_noticed(run):
+    prompts = [Prompt(id=f"p{i}", text=f"the film {i} was", token_ids=(1, 2, i)) for i in range(20)]
+    run.keep_prompts(train=prompts, heldout=prompts[:3])
+    file = run.path / "prompts/train.parquet"
+    assert unnoticed(file, lambda: run.prompts("train")) == []
+    file.unlink()
+    with pytest.raises(StoreError, match="is gone") as caught:
+        run.prompts("train")
+    assert "remove" not in caught.value.fix, "no iteration makes the prompts again"
+
+
 def test_every_flipped_bit_of_a_journal_is_noticed(run):
     file = run.path / "iterations/0002/rollouts.jsonl"
     assert unnoticed(file, lambda: run.read(2, "rollouts")) == []
