@@ -585,7 +585,7 @@ def test_damaged_prompts_are_noticed(counted, tmp_path):
     (folder / "train.parquet").write_bytes((folder / "heldout.parquet").read_bytes())
     refused = counted("resume")
     assert refused.returncode == 2, refused.message
-    assert "train.parquet does not hold the 40 prompts of this run" in refused.stderr
+    assert "train.parquet is damaged" in refused.stderr
 
 
 def test_a_stored_configuration_does_not_depend_on_the_working_directory(toy_config, warm_cli_in, tiny_model, tmp_path):
