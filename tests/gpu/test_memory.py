@@ -24,7 +24,7 @@ def test_an_engine_sleeps_and_wakes(gpu_model: Path, record_property: Record, mo
     from onlinerl.engines.vllm import VLLMReplica, environment
 
     config = EngineConfig(dtype="bfloat16", enforce_eager=True, max_concurrent=16, gpu_memory_utilization=0.5)
-    for name, value in environment(config, "cuda", [], "ipc").items():
+    for name, value in environment("ipc").items():
         monkeypatch.setenv(name, value)
 
     def free() -> int:

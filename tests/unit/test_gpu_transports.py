@@ -24,7 +24,6 @@ from vllm.distributed.weight_transfer import ipc_engine, nccl_common, packed_ten
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from onlinerl.cluster.sync import FanOutClient
-from onlinerl.config import EngineConfig
 from onlinerl.engines import vllm as engine
 from onlinerl.sync import ipc, nccl
 from onlinerl.sync.sender import open_sender
@@ -91,12 +90,12 @@ def test_handles_reach_an_engine_only_in_the_environment_of_colocated_replicas(m
     )
     payload = {"update_info": {"names": ["a"], "ipc_handles": {"GPU-1": args}}}
     for backend in ("gloo", "nccl"):
-        assert INSECURE not in engine.environment(EngineConfig(), "cuda", [], backend)
+        assert INSECURE not in engine.environment(backend)
     monkeypatch.delenv(INSECURE, raising=False)
     with pytest.raises(TypeError, match=INSECURE):
         MsgpackEncoder().encode(payload)
 
-    for name, value in engine.environment(EngineConfig(), "cuda", [], "ipc").items():
+    for name, value in engine.environment("ipc").items():
         monkeypatch.setenv(name, value)
     decoded = MsgpackDecoder().decode(MsgpackEncoder().encode(payload))
 

@@ -57,12 +57,12 @@ def test_items_and_steps(overrides, items, steps):
 
 
 def test_memory_of_a_7b_model():
-    """bf16 with fp32 master weights: 2 + 2 + 12 bytes a parameter, and 2 for the reference."""
+    """bf16 with fp32 master weights and gradients: 2 + 4 + 12 bytes a parameter, 2 for the reference, and 0.4 GiB for the process."""
     one = preflight.memory(config("learner.dtype=bfloat16"), 2**30)
-    assert "learner 1 rank x 18.0 GiB (ZeRO-0, bfloat16" in one
+    assert "learner 1 rank x 20.4 GiB (ZeRO-0, bfloat16" in one
     assert "engine 1 replica x 1 x 2.0 GiB of weights plus KV cache" in one
     eight = preflight.memory(config("learner.ranks=8", "learner.zero_stage=3", "engine.tensor_parallel_size=2"), 2**30)
-    assert "learner 8 ranks x 4.0 GiB (ZeRO-3" in eight
+    assert "learner 8 ranks x 2.9 GiB (ZeRO-3" in eight
     assert "engine 1 replica x 2 x 1.0 GiB" in eight
 
 
@@ -72,8 +72,8 @@ def test_memory_shrinks_with_every_stage():
         return float(text.split(" x ")[1].split(" GiB")[0])
 
     sizes = [learner(stage) for stage in (0, 1, 2, 3)]
-    assert sizes == sorted(sizes, reverse=True)
-    assert len(set(sizes)) == 4
+    # With one gradient per step, stage 1 keeps no more of it than stage 2.
+    assert sizes[0] > sizes[1] >= sizes[2] > sizes[3]
 
 
 def test_memory_of_an_unknown_model():
