@@ -115,25 +115,15 @@ def optimizer_state(learner: DeepSpeedRank) -> dict[str, float]:
 
 
 def first_moments(learner: DeepSpeedRank) -> WEIGHTS:
-    """Adam's running mean of the gradients as they were after clipping, whole, by parameter. Collective."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
+    """Adam's running mean of the gradients as they were after clipping, by parameter. Nothing under ZeRO, which cuts it up."""
     wrapper, inner = learner._engine.optimizer, innermost(learner)
-    # Without ZeRO nothing is cut up: the states are those of the parameters, or of their fp32 copies.
     copies = {
         low: high
         for lows, highs in zip(getattr(wrapper, "fp16_groups", []), getattr(wrapper, "fp32_groups", []), strict=True)
         for low, high in zip(lows, highs, strict=True)
     }
-
-    if hasattr(wrapper, "_link_all_hp_params"):  # DeepSpeed looked for the states before there were any
-        wrapper._link_all_hp_params()
-
-    def moment(parameter: torch.nn.Parameter) -> torch.Tensor:
-        state = inner.state.get(copies.get(parameter, parameter))
-        return state["exp_avg"] if state else safe_get_full_optimizer_state(parameter, "exp_avg")
-
-    return {n: moment(p).detach().float().cpu().numpy().copy() for n, p in learner._policy.model.named_parameters()}
+    found = {n: inner.state.get(copies.get(p, p)) for n, p in learner._policy.model.named_parameters()}
+    return {n: state["exp_avg"].detach().float().cpu().numpy().copy() for n, state in found.items() if state}
 
 
 def scored(learner: DeepSpeedRank, items: list[TrainItem], model: str, temperature: float) -> list[np.ndarray]:
