@@ -241,7 +241,6 @@ def run_rank(job: dict[str, Any], rank: int, port: int, log: Path) -> None:
         device="cpu",
         temperature=1.0,
         seed=0,
-        timeout_s=600,
     )
     end("load")
     micro = [[sequence()], [sequence()]]
