@@ -32,14 +32,9 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-GROUPED: dict[str, Any] = SMALL | {
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}  # 32 is the smallest that vLLM's attention on CPU has
-WIDE: dict[str, Any] = SMALL | {
-    "num_key_value_heads": 2,
-    "hidden_size": 128,
-}  # where the head size follows from the hidden size
+# A head size of 32 is the smallest that vLLM's attention on CPU has; in the second it follows from the hidden size.
+GROUPED: dict[str, Any] = SMALL | {"num_key_value_heads": 2, "head_dim": 32}
+WIDE: dict[str, Any] = SMALL | {"num_key_value_heads": 2, "hidden_size": 128}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", WIDE | {"tie_word_embeddings": True}),
@@ -48,12 +43,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-untied": ("Llama", GROUPED | {"tie_word_embeddings": False}),
     "mistral": ("Mistral", GROUPED),
     "phi3": ("Phi3", WIDE),
+    "gemma2": ("Gemma2", GROUPED | {"query_pre_attn_scalar": 32, "final_logit_softcapping": 2.0}),
     "gemma3": ("Gemma3Text", GROUPED | {"query_pre_attn_scalar": 32}),
     "gpt-neox": ("GPTNeoX", SMALL | {"hidden_size": 128}),
     "olmo2": ("Olmo2", WIDE),
-    "granite": ("Granite", WIDE),
+    "granite": ("Granite", WIDE | {"logits_scaling": 4.0}),
 }
-QUICK = {"qwen3-moe"}
+QUICK = {"qwen3-moe", "gemma2"}
 """Those that `make test` runs; `make test-families` runs all."""
 
 
