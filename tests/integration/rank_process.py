@@ -26,6 +26,7 @@ from onlinerl.algorithms.dpo import Dpo
 from onlinerl.batch import Batch, LossOutput, Outputs
 from onlinerl.config import LearnerConfig, TrainingConfig
 from onlinerl.errors import LearnerError
+from onlinerl.learners._loading import ModelReader
 from onlinerl.learners._self_test import combine
 from onlinerl.learners.deepspeed import DeepSpeedRank
 from onlinerl.ops.batching import plan_step
@@ -425,6 +426,17 @@ def offload(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str
     """Memory that is given away between two steps and taken back, beside the same two steps without it."""
     dpo, first, second = job["losses"]["dpo"], job["steps"][0], job["steps"][1]
     sequences = [[s for item in first for s in item.sequences]]
+    read_model = ModelReader._read
+
+    def read(self: ModelReader, *args: Any) -> torch.nn.Module:
+        """On a GPU, weights are copied from the file that is mapped into memory; so they are here."""
+        model = read_model(self, *args)
+        for parameter in model.parameters():
+            if not hasattr(parameter, "ds_id"):  # what ZeRO-3 has cut up is copied already
+                parameter.data = parameter.data.clone()
+        return model
+
+    ModelReader._read = read  # type: ignore[method-assign]
     before = memory()
     learner = ranks.learner(job["model"], dpo["algorithm"], stage=case["stage"], dtype=case["dtype"])
     learner.score(sequences, job["model"], 1.0)  # now it keeps a reference, too
@@ -452,6 +464,7 @@ def offload(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str
     plain = ranks.learner(job["model"], dpo["algorithm"], stage=case["stage"], dtype=case["dtype"])
     ranks.step(plain, first)
     result["next_without"] = [ranks.step(plain, second), weights(plain)]
+    ModelReader._read = read_model  # type: ignore[method-assign]
     return result
 
 
