@@ -7,6 +7,9 @@ from onlinerl.config import LearnerConfig
 GIB = 2**30
 MIB = 2**20
 
+_BUFFERS = 11
+"""Bytes per element of a bucket under ZeRO-3: gathered, reduced, and copied to fp32 for the step."""
+
 PROCESS_BYTES = int(0.4 * GIB)
 """Python, torch, DeepSpeed, transformers and vLLM's transfer classes, before a model is loaded."""
 
@@ -37,12 +40,17 @@ def learner_rank(config: LearnerConfig, parameters: float, *, critic: bool = Fal
     return {
         "process": PROCESS_BYTES,
         "weights": weight * trained / cut_up,
-        "gradients": _gradients(config, trained, share),
+        "gradients": _gradients(weight, stage, trained, share),
         "optimizer": (8 + master) * share,
         "reference": weight * parameters / cut_up,
+        "buffers": _BUFFERS * BUCKET if stage == 3 else 0,
     }
 
 
-def _gradients(config: LearnerConfig, trained: float, share: float) -> float:
-    """Of all micro-batches, and their fp32 copy where the step makes one."""
-    return 4 * share
+def _gradients(weight: int, stage: int, trained: float, share: float) -> float:
+    if stage == 3:
+        return weight * share  # kept in one piece, and copied a bucket at a time
+    if stage == 0 and weight == 4:
+        return weight * share  # nothing is copied
+    # When a step has made most of its fp32 copies and not yet freed all that they are copies of. Stage 1 first has them whole.
+    return max(5 * share, weight * trained if stage == 1 else 0)

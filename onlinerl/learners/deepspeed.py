@@ -23,7 +23,7 @@ from torch import Tensor
 from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.config import LearnerConfig, TrainingConfig
 from onlinerl.errors import LearnerError
-from onlinerl.learners._loading import ModelReader
+from onlinerl.learners._loading import ModelReader, give_back
 from onlinerl.learners._offload import HostMemory, tensors_of
 from onlinerl.learners._optimizer import build_optimizer, critic_rate, parameter_groups
 from onlinerl.learners._plain import load_generators, save_generators
@@ -50,8 +50,6 @@ def environment(config: LearnerConfig, device: str, threads: int) -> dict[str, s
     }
     if device == "cpu":
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
-        if config.zero_stage == 3:  # what was whole for a moment goes back to the system, not into holes between other tensors
-            env["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     return env
 
 
@@ -119,6 +117,7 @@ class DeepSpeedRank:
         _bound_collectives(timedelta(seconds=config.step_timeout_s))
         self._sender: Any = None
         self._host_memory = HostMemory(self.device)
+        give_back()
 
     @property
     def _bare(self) -> bool:
@@ -192,6 +191,7 @@ class DeepSpeedRank:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rates[group["part"]]
         totals = self._backward(micro, count)
+        give_back()
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         metrics = self._reduce(totals, count)

@@ -12,6 +12,7 @@ from onlinerl import config as configuration
 from onlinerl import preflight
 from onlinerl.config import RunConfig
 from onlinerl.errors import ConfigError, OracleError
+from onlinerl.memory import learner_rank
 from onlinerl.protocols import Oracle
 from onlinerl.types import Prompt, Verdict
 
@@ -56,14 +57,22 @@ def test_items_and_steps(overrides, items, steps):
 # --- memory ---
 
 
-def test_memory_of_a_7b_model():
-    """bf16 with fp32 master weights and gradients: 2 + 4 + 12 bytes a parameter, 2 for the reference, and 0.4 GiB for the process."""
+def test_memory_of_a_model_with_a_billion_parameters():
+    """bf16 with fp32 master weights and moments: 2 + 12 bytes a parameter, 5 for gradients, and 2 for the reference."""
     one = preflight.memory(config("learner.dtype=bfloat16"), 2**30)
-    assert "learner 1 rank x 20.4 GiB (ZeRO-0, bfloat16" in one
+    assert "learner 1 rank x 21.4 GiB (ZeRO-0, bfloat16: process 0.4 + weights 2.0 + gradients 5.0 + optimizer 12.0" in one
+    assert "activations come on top" in one
     assert "engine 1 replica x 1 x 2.0 GiB of weights plus KV cache" in one
     eight = preflight.memory(config("learner.ranks=8", "learner.zero_stage=3", "engine.tensor_parallel_size=2"), 2**30)
     assert "learner 8 ranks x 2.9 GiB (ZeRO-3" in eight
+    assert "weights 0.2 + gradients 0.2 + optimizer 1.5 + reference 0.2" in eight
     assert "engine 1 replica x 2 x 1.0 GiB" in eight
+
+
+def test_memory_of_a_critic_is_that_of_a_second_model():
+    parts = [learner_rank(config("learner.zero_stage=2").learner, 2**30, critic=critic) for critic in (False, True)]
+    assert parts[1]["reference"] == parts[0]["reference"]
+    assert all(parts[1][name] == 2 * parts[0][name] for name in ("weights", "gradients", "optimizer"))
 
 
 def test_memory_shrinks_with_every_stage():
