@@ -116,15 +116,25 @@ def optimizer_state(learner: DeepSpeedRank) -> dict[str, float]:
 
 
 def first_moments(learner: DeepSpeedRank) -> WEIGHTS:
-    """Adam's running mean of the gradients as they were after clipping, by parameter. Nothing under ZeRO, which cuts it up."""
+    """Adam's running mean of the gradients as they were after clipping, whole, by parameter. Collective."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
     wrapper, inner = learner._engine.optimizer, innermost(learner)
-    copies = {
-        low: high
-        for lows, highs in zip(getattr(wrapper, "fp16_groups", []), getattr(wrapper, "fp32_groups", []), strict=True)
-        for low, high in zip(lows, highs, strict=True)
-    }
-    found = {n: inner.state.get(copies.get(p, p)) for n, p in learner._policy.model.named_parameters()}
-    return {n: state["exp_avg"].detach().float().cpu().numpy().copy() for n, state in found.items() if state}
+    copies: dict[torch.Tensor, torch.Tensor] = {}
+    if hasattr(wrapper, "fp32_groups"):  # without ZeRO nothing is cut up, but in bfloat16 the states are those of fp32 copies
+        for lows, highs in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            copies |= zip(lows, highs, strict=True)
+    if hasattr(
+        wrapper, "_hp_optimizer_states_linked"
+    ):  # ZeRO 1 and 2 link the first group's states only, before there are others
+        wrapper._hp_optimizer_states_linked = False
+        wrapper._lazy_init_hp_params_optimizer_state()
+
+    def moment(parameter: torch.nn.Parameter) -> torch.Tensor:
+        state = inner.state.get(copies.get(parameter, parameter))
+        return state["exp_avg"] if state else safe_get_full_optimizer_state(parameter, "exp_avg")
+
+    return {n: array(moment(p)) for n, p in learner._policy.model.named_parameters()}
 
 
 def scored(learner: DeepSpeedRank, items: list[TrainItem], model: str, temperature: float) -> list[np.ndarray]:

@@ -360,7 +360,7 @@ def test_a_critic_learns_beside_a_policy_with_a_learning_rate_of_0(
 
 @pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, OTHER)))
 def test_rmsprop_with_weight_decay_equals_that_of_torch(answers: Answers, tiny_llama: Path, ranks: int, stage: int) -> None:
-    """Only matrices decay: a norm's weight that decayed by 0.1 x 1e-3 in three steps would be off by 3e-4."""
+    """Only matrices decay: a tenth of a norm's weight is more than its gradient, so its step would be another one."""
     answer = answers(ranks, "rmsprop", stage)
     policy = plain_policy(tiny_llama, "float32")
     groups = [
@@ -524,8 +524,6 @@ def test_gradients_are_clipped_as_by_torch(answers: Answers, tiny_llama: Path, r
     answer = answers(ranks, "steps", stage, dtype)
     assert min(m["grad_norm"] for m in answer["metrics"]) > 1.5 * MAX_GRAD_NORM
 
-    if stage > 0:
-        return  # the moments are cut up; the norm above is what was clipped by
     error = relative_error(answer["moments"], moments_of_torch(tiny_llama, dtype, clip_right))
 
     print(f"{ranks} ranks ZeRO {stage} {dtype}: {error:.2e}")
