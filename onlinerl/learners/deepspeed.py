@@ -367,6 +367,7 @@ class DeepSpeedRank:
         if loaded is None:
             raise LearnerError(f"DeepSpeed found nothing to load in {path}", fix="resume from an older checkpoint")
         self._own_moments()
+        gc.collect()  # DeepSpeed's copies of the state refer to each other, and hold on to the mapped file
         load_generators(Path(path) / f"rng_{self.rank}.json")
         self._engine.eval()
 
