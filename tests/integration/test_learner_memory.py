@@ -1,4 +1,4 @@
-"""No rank of ZeRO-3 ever holds the whole model: not while it loads, scores with a reference, exports or resumes."""
+"""Exports and checkpoints are written and read without another copy of the model in memory."""
 
 from __future__ import annotations
 
