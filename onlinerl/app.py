@@ -23,6 +23,7 @@ from onlinerl.config import RunConfig
 from onlinerl.controller import loop
 from onlinerl.controller.parts import Parts
 from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
+from onlinerl.network import outside_address
 from onlinerl.preflight import Checked
 from onlinerl.prompts._kept import Kept
 from onlinerl.protocols import ModelOracle, Oracle, Tracker
@@ -223,6 +224,7 @@ def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
             if status != "finished":
                 with suppress(StoreError):  # what ended the run is on its way to the user
                     store.update_manifest(status=status)
+            tracker.ended(status)
             tracker.close()
             checked.oracle.close()
             store.close()
@@ -326,17 +328,22 @@ def _wire(checked: Checked, store: RunDirectory, tracker: Tracker, **connected: 
 
 def _trackers(config: RunConfig, directory: Path, console: Console) -> list[Tracker]:
     trackers: list[Tracker] = [ConsoleTracker(console), JsonlTracker(directory / "metrics.jsonl")]
-    if config.metrics.prometheus:
-        from onlinerl.trackers.prometheus import PrometheusTracker, totals
-
-        exporter = PrometheusTracker(config.name, host=config.metrics.prometheus_host, port=config.metrics.prometheus_port)
-        exporter.restore(totals(read_metrics(directory / "metrics.jsonl")))  # counters go on where they stopped
-        console.print(f"metrics: http://{config.metrics.prometheus_host}:{exporter.port}/metrics", highlight=False)
-        trackers.append(exporter)
     if config.metrics.tensorboard:
         from onlinerl.trackers.tensorboard import TensorboardTracker
 
         trackers.append(TensorboardTracker(directory / "tensorboard"))
+    if config.metrics.prometheus:  # last: from here on Prometheus is told that the run is there
+        from onlinerl.trackers.prometheus import PrometheusTracker, totals
+
+        host, port = config.metrics.prometheus_host, config.metrics.prometheus_port
+        advertised = outside_address() if host in ("0.0.0.0", "::", "") else host
+        exporter = PrometheusTracker(
+            config.name, host=host, port=port, discovery=directory.parent / ".prometheus", advertised=advertised
+        )
+        exporter.restore(totals(read_metrics(directory / "metrics.jsonl")))  # counters go on where they stopped
+        taken = f" (port {port} is taken)" if port not in (0, exporter.port) else ""
+        console.print(f"metrics: http://{advertised}:{exporter.port}/metrics{taken}", highlight=False)
+        trackers.append(exporter)
     return trackers
 
 
