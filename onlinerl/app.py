@@ -20,7 +20,7 @@ from onlinerl import config as configuration
 from onlinerl import preflight
 from onlinerl.algorithm_checks import implied_preferences
 from onlinerl.config import RunConfig
-from onlinerl.controller import loop
+from onlinerl.controller import loop, time_limit
 from onlinerl.controller.parts import Parts
 from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
 from onlinerl.network import outside_address
@@ -117,6 +117,9 @@ def resume(directory: Path, overrides: Sequence[str], console: Console) -> int:
         if all(store.phase_done(number, "commit") for number in range(config.iterations + 1)):
             store.close()
             return 0
+        limit = time_limit.given()
+        for note in () if limit is None else time_limit.check(store, limit):
+            console.print(note, highlight=False, soft_wrap=True)
         checked = check(config, console, _kept(store))
         _require_startable(checked)
         store.write_config(configuration.dump(config))  # the next resume goes on with what was allowed to change
@@ -201,7 +204,8 @@ def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
         store.keep_prompts(train=list(checked.train or ()), heldout=checked.heldout)
     with _signals():
         (store.path / _FAILURE).unlink(missing_ok=True)  # of an earlier attempt
-        tracker = FanoutTracker(_trackers(checked.config, store.path, console))
+        clock = time_limit.PhaseClock(store)
+        tracker = FanoutTracker([clock, *_trackers(checked.config, store.path, console)])
         if store.caveat is not None:
             tracker.note(store.caveat)
         status = "failed"
@@ -223,7 +227,8 @@ def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
         finally:
             if status != "finished":
                 with suppress(StoreError):  # what ended the run is on its way to the user
-                    store.update_manifest(status=status)
+                    stopped = {"stopped": clock.stopped()} if status == "interrupted" else {}
+                    store.update_manifest(status=status, **stopped)
             tracker.ended(status)
             tracker.close()
             checked.oracle.close()
