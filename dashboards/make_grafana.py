@@ -29,6 +29,12 @@ ROWS: list[tuple[str, list[Panel]]] = [
     (
         "Now",
         [
+            (
+                "State",
+                "none",
+                [(f"{series('onlinerl_run_state')} == 1", "{{run}}: {{state}}")],
+                {"type": "stat", "text": "name"},
+            ),
             ("Iteration", "none", [(series("onlinerl_iteration"), "{{run}}")], {"type": "stat"}),
             (
                 "Current phase",
@@ -113,6 +119,7 @@ ROWS: list[tuple[str, list[Panel]]] = [
             ("Push and proof", "s", [(series("onlinerl_weight_sync_seconds"), "{{run}}")], {}),
             ("Bytes pushed", "bytes", [(series("onlinerl_weight_sync_bytes"), "{{run}}")], {}),
             ("Delivery proved", "bool_yes_no", [(series("onlinerl_weight_sync_ok"), "{{run}}")], {"type": "stat"}),
+            ("Failed pushes", "none", [(series("onlinerl_weight_sync_failures_total"), "{{run}}")], {"type": "stat"}),
             (
                 "Log-prob mismatch between learner and engine",
                 "none",
@@ -146,6 +153,12 @@ ROWS: list[tuple[str, list[Panel]]] = [
                 {},
             ),
             (
+                "Groups that the oracle could not judge",
+                "percentunit",
+                [(series("onlinerl_oracle_failed_ratio"), "{{run}} {{phase}}")],
+                {},
+            ),
+            (
                 "Pair yield and groups without spread",
                 "percentunit",
                 [
@@ -162,6 +175,7 @@ ROWS: list[tuple[str, list[Panel]]] = [
         [
             ("Loss", "none", [(series("onlinerl_loss"), "{{run}}")], {}),
             ("Gradient norm", "none", [(series("onlinerl_grad_norm"), "{{run}}")], {}),
+            ("Skipped steps", "none", [(series("onlinerl_skipped_steps"), "{{run}}")], {}),
             ("Learning rate", "sci", [(series("onlinerl_learning_rate"), "{{run}}")], {}),
         ],
     ),

@@ -7,15 +7,23 @@
 # CONFIG   the configuration file (required)
 # RUN      the run directory; by default the configuration's own, runs/NAME. Every restart must see the same directory.
 # ADDRESS  the Ray cluster, HOST:PORT; by default `auto`
-# RAY_AUTH_TOKEN  its shared secret, if it has one (launchers/ray/auth.sh)
+# METRICS_HOST    address to serve figures for Prometheus on (metrics.prometheus_host); by default the configuration's
+# RAY_AUTH_TOKEN  secret of the cluster; by default in ~/.ray/auth_token, see launchers/ray/auth.sh
+#
+# Its exit code is that of onlinerl: 0 finished, 1 failed on the way, 2 refused before anything was started, 75 stopped resumably by a
+# signal. launchers/slurm/README.md says which of them are worth a restart.
 set -euo pipefail
 source "$(dirname "$0")/ray/auth.sh"
 
 : "${CONFIG:?set CONFIG to a configuration file}"
-address=cluster.address=${ADDRESS:-auto}
+given=("cluster.address=${ADDRESS:-auto}")
+[ -z "${METRICS_HOST:-}" ] || given+=("metrics.prometheus_host=$METRICS_HOST")
+
+# A run called 123 is called "123": values of key=value are YAML, which would read a number.
+text() { python -c 'import json, sys; print(json.dumps(sys.argv[1], ensure_ascii=False))' "$1"; }
 
 if [ -n "${RUN:-}" ]; then
-  place=("runs=$(dirname "$RUN")" "name=$(basename "$RUN")")
+  place=("runs=$(text "$(dirname "$RUN")")" "name=$(text "$(basename "$RUN")")")
 else
   place=()
   RUN=$(python -c 'import sys; from onlinerl import config; print(config.load(sys.argv[1], sys.argv[2:]).directory)' "$CONFIG" "$@")
@@ -23,7 +31,7 @@ fi
 
 # exec: signals reach onlinerl itself, which stops resumably on SIGTERM.
 if [ -f "$RUN/manifest.json" ]; then
-  exec onlinerl resume --finished-ok "$RUN" "$address" "$@"
+  exec onlinerl resume --finished-ok "$RUN" "${given[@]}" "$@"
 else
-  exec onlinerl run "$CONFIG" "${place[@]}" "$address" "$@"
+  exec onlinerl run "$CONFIG" "${place[@]}" "${given[@]}" "$@"
 fi

@@ -20,9 +20,10 @@ from onlinerl import config as configuration
 from onlinerl import preflight
 from onlinerl.algorithm_checks import implied_preferences
 from onlinerl.config import RunConfig
-from onlinerl.controller import loop
+from onlinerl.controller import loop, time_limit
 from onlinerl.controller.parts import Parts
 from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
+from onlinerl.network import outside_address
 from onlinerl.preflight import Checked
 from onlinerl.prompts._kept import Kept
 from onlinerl.protocols import ModelOracle, Oracle, Tracker
@@ -116,6 +117,9 @@ def resume(directory: Path, overrides: Sequence[str], console: Console) -> int:
         if all(store.phase_done(number, "commit") for number in range(config.iterations + 1)):
             store.close()
             return 0
+        limit = time_limit.given()
+        for note in () if limit is None else time_limit.check(store, limit):
+            console.print(note, highlight=False, soft_wrap=True)
         checked = check(config, console, _kept(store))
         _require_startable(checked)
         store.write_config(configuration.dump(config))  # the next resume goes on with what was allowed to change
@@ -200,7 +204,8 @@ def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
         store.keep_prompts(train=list(checked.train or ()), heldout=checked.heldout)
     with _signals():
         (store.path / _FAILURE).unlink(missing_ok=True)  # of an earlier attempt
-        tracker = FanoutTracker(_trackers(checked.config, store.path, console))
+        clock = time_limit.PhaseClock(store)
+        tracker = FanoutTracker([clock, *_trackers(checked.config, store.path, console)])
         if store.caveat is not None:
             tracker.note(store.caveat)
         status = "failed"
@@ -222,7 +227,9 @@ def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
         finally:
             if status != "finished":
                 with suppress(StoreError):  # what ended the run is on its way to the user
-                    store.update_manifest(status=status)
+                    stopped = {"stopped": clock.stopped()} if status == "interrupted" else {}
+                    store.update_manifest(status=status, **stopped)
+            tracker.ended(status)
             tracker.close()
             checked.oracle.close()
             store.close()
@@ -326,17 +333,22 @@ def _wire(checked: Checked, store: RunDirectory, tracker: Tracker, **connected: 
 
 def _trackers(config: RunConfig, directory: Path, console: Console) -> list[Tracker]:
     trackers: list[Tracker] = [ConsoleTracker(console), JsonlTracker(directory / "metrics.jsonl")]
-    if config.metrics.prometheus:
-        from onlinerl.trackers.prometheus import PrometheusTracker, totals
-
-        exporter = PrometheusTracker(config.name, host=config.metrics.prometheus_host, port=config.metrics.prometheus_port)
-        exporter.restore(totals(read_metrics(directory / "metrics.jsonl")))  # counters go on where they stopped
-        console.print(f"metrics: http://{config.metrics.prometheus_host}:{exporter.port}/metrics", highlight=False)
-        trackers.append(exporter)
     if config.metrics.tensorboard:
         from onlinerl.trackers.tensorboard import TensorboardTracker
 
         trackers.append(TensorboardTracker(directory / "tensorboard"))
+    if config.metrics.prometheus:  # last: from here on Prometheus is told that the run is there
+        from onlinerl.trackers.prometheus import PrometheusTracker, totals
+
+        host, port = config.metrics.prometheus_host, config.metrics.prometheus_port
+        advertised = outside_address() if host in ("0.0.0.0", "::", "") else host
+        exporter = PrometheusTracker(
+            config.name, host=host, port=port, discovery=directory.parent / ".prometheus", advertised=advertised
+        )
+        exporter.restore(totals(read_metrics(directory / "metrics.jsonl")))  # counters go on where they stopped
+        taken = f" (port {port} is taken)" if port not in (0, exporter.port) else ""
+        console.print(f"metrics: http://{advertised}:{exporter.port}/metrics{taken}", highlight=False)
+        trackers.append(exporter)
     return trackers
 
 

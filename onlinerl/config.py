@@ -14,10 +14,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from onlinerl import registry, yaml_files
 from onlinerl.errors import ConfigError
@@ -215,8 +215,9 @@ class MetricsConfig(Section):
 
     prometheus: bool = True
     prometheus_host: str = "127.0.0.1"
+    """Address to listen on; a scraper on another machine needs one that it can reach, or 0.0.0.0."""
     prometheus_port: int = Field(9470, ge=0, le=65535)
-    """0 takes any free port."""
+    """If another run has it, the next free one; 0 takes any. `<runs>/.prometheus` tells Prometheus which."""
     tensorboard: bool = False
 
 
@@ -231,10 +232,15 @@ class CheckpointConfig(Section):
     """Refuse to write a checkpoint that would leave less than this free."""
 
 
+def _number_as_text(value: Any) -> Any:
+    """A run may be called 123, which YAML takes for a number."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class RunConfig(Section):
     """A whole run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Annotated[str, BeforeValidator(_number_as_text)] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     model: str
     """Directory of a Hugging Face model, or a hub id."""
     iterations: int = Field(ge=1)

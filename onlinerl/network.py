@@ -15,6 +15,14 @@ def local_address(peer: str) -> str:
         return probe.getsockname()[0]
 
 
+def outside_address() -> str:
+    """The address that other machines most likely reach this one at: the one of its default route, else its name."""
+    try:
+        return local_address("192.0.2.1")  # documentation's own network: never on this side of the route
+    except OSError:
+        return socket.gethostname()
+
+
 def interface_of(address: str) -> str | None:
     """Name of the network interface that holds `address`, e.g. "eth0"."""
     for name, entries in psutil.net_if_addrs().items():

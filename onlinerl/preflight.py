@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -323,6 +324,8 @@ def _check_port(config: RunConfig) -> None:
         try:
             probe.bind((metrics.prometheus_host, metrics.prometheus_port))
         except OSError as error:
+            if error.errno == errno.EADDRINUSE:  # another run has it: this one takes the next free port
+                return
             raise ConfigError(
                 f"{metrics.prometheus_host}:{metrics.prometheus_port} cannot be listened on: {error.strerror}",
                 field="metrics.prometheus_port",

@@ -328,6 +328,10 @@ class Tracker(Protocol):
         """A sentence for people."""
         return
 
+    def ended(self, state: str) -> None:
+        """The run has ended: `finished`, `failed` or `interrupted`. Nothing but `close` follows."""
+        return
+
     def close(self) -> None:
         """Nothing more will come."""
         return

@@ -55,7 +55,12 @@ def judge(it: Iteration, groups: Sequence[Group], table: str, phase: str) -> tup
         store.append(it.number, table, [result_row(query.prompt.id, result) for query, result in arrived])
         results.update({query.prompt.id: result for query, result in arrived})
         tracker.phase_advanced(it.number, phase, len(arrived))
-        failures += [result for _, result in arrived if isinstance(result, Failure)]
+        new = [result for _, result in arrived if isinstance(result, Failure)]
+        failures += new
+        if new:
+            it.report.asked(it.number, phase, len(failures), len(groups))
         health.check_failures(failures, len(groups), it.parts.config.max_failed_labels)
+    if not failures:
+        it.report.asked(it.number, phase, 0, len(groups))
     store.seal(it.number, table)
     return len(results), results

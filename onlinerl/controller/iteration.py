@@ -8,8 +8,9 @@ from typing import Any
 
 from onlinerl.controller.parts import Parts, reference_iteration
 from onlinerl.controller.report import Reporter
+from onlinerl.errors import SyncError
 from onlinerl.stores.rows import ROLLOUTS, group_from_row
-from onlinerl.types import Failure, Group, Judged, Prompt, Verdict
+from onlinerl.types import Failure, Group, Judged, Prompt, SyncReport, Verdict
 
 
 @dataclass
@@ -76,8 +77,17 @@ class Iteration:
     def ensure_engine(self) -> None:
         """After a restart the replicas hold the base model, whatever was believed before."""
         if self.weights.engine != self.weights.learner:
-            self.parts.sync.push(self.weights.learner)
-            self.weights.engine = self.weights.learner
+            self.push()
+
+    def push(self) -> SyncReport:
+        """Give the engine the learner's weights; that it failed is exported before it ends the run."""
+        try:
+            report = self.parts.sync.push(self.weights.learner)
+        except SyncError:
+            self.report.push_failed(self.number)
+            raise
+        self.weights.engine = self.weights.learner
+        return report
 
 
 def judged(groups: Sequence[Group], results: Mapping[str, Verdict | Failure]) -> list[Judged]:

@@ -84,6 +84,7 @@ class Reporter:
             self._one("items_truncated", float(built.truncated), "items", n=len(built.items)),
             self._one("pairs_per_prompt", len(built.items) / max(1, built.groups), "ratio", n=built.groups),
             self._one("pair_yield", built.useful / max(1, built.groups), "ratio", n=built.groups),
+            self._one("skipped_steps", float(steps.skipped), "steps"),
             self._one("idle_iterations", float(idle_in_a_row), "iterations"),
             *(self._one("pairs_dropped", float(n), "pairs", labels={"reason": r}) for r, n in built.dropped.items()),
             # Trained on all the same: chosen by win rate, although the oracle prefers the rejected one of the two.
@@ -104,6 +105,33 @@ class Reporter:
             self._one("weight_sync_bytes", float(report.bytes), "bytes"),
             self._one("weight_sync_ok", float(report.proved), "bool"),
             self._one("weight_sync_canary", report.canary_nats, "nats/token"),
+        )
+
+    def push_failed(self, iteration: int) -> None:
+        """Weights did not arrive, or could not be proved to have arrived."""
+        # A metric of a name and labels supersedes its older value; each attempt's failure is one of its own.
+        labels = {"attempt": str(self.attempt)}
+        self._log(
+            iteration,
+            self._one("weight_sync_ok", 0.0, "bool"),
+            self._one("weight_sync_failures", 1.0, "pushes", labels=labels),
+        )
+
+    def asked(self, iteration: int, phase: str, failed: int, groups: int) -> None:
+        """How many groups of a phase the oracle could not judge so far."""
+        self._log(iteration, self._one("oracle_failed", failed / max(1, groups), "ratio", n=groups, labels={"phase": phase}))
+
+    def skipped(self, iteration: int, steps: int) -> None:
+        """How many optimizer steps of the iteration were skipped so far."""
+        self._log(iteration, self._one("skipped_steps", float(steps), "steps"))
+
+    def mismatch(self, iteration: int, gap: evaluation.Mismatch) -> None:
+        """Engine against learner."""
+        stats = ("mean", "p99", "max")
+        self._log(
+            iteration,
+            *(self._one("logp_mismatch", getattr(gap, s), "nats/token", n=gap.tokens, labels={"stat": s}) for s in stats),
+            self._one("logp_mismatch_k3", gap.k3, "nats/token", n=gap.tokens),
         )
 
     def evaluated(self, iteration: int, measured: evaluation.Measured) -> dict[str, Any]:
@@ -135,10 +163,6 @@ class Reporter:
                     "win_rate", estimate, "ratio", n_min=n_min["win_rate"], estimator="wilson", labels=labels, **common
                 )
             )
-        gap = measured.mismatch
-        for stat in ("mean", "p99", "max"):
-            metrics.append(self._one("logp_mismatch", getattr(gap, stat), "nats/token", n=gap.tokens, labels={"stat": stat}))
-        metrics.append(self._one("logp_mismatch_k3", gap.k3, "nats/token", n=gap.tokens))
         self._log(iteration, *metrics)
         self.tracker.note(_headline(reward, measured))
         base, kl = measured.wins.get("base"), measured.kl_ref
@@ -157,7 +181,7 @@ class Reporter:
             "win_rate_prev": None if "prev" not in measured.wins else measured.wins["prev"].value,
             "length": length.value,
             "truncated": cut.value,
-            "logp_mismatch": gap.mean,
+            "logp_mismatch": measured.mismatch.mean,
             "insufficient": sorted({m.name for m in metrics if m.insufficient}),
         }
 

@@ -49,6 +49,10 @@ class FanoutTracker(Tracker):
         """Pass on."""
         self._tell(lambda tracker: tracker.note(text))
 
+    def ended(self, state: str) -> None:
+        """Pass on."""
+        self._tell(lambda tracker: tracker.ended(state))
+
     def close(self) -> None:
         """Pass on."""
         self._tell(lambda tracker: tracker.close())

@@ -7,19 +7,22 @@ something and alert rules can tell. Names that are not in the table are not expo
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 
 from onlinerl import __version__
 from onlinerl.errors import ConfigError
 from onlinerl.protocols import Tracker
+from onlinerl.trackers._discovery import Discovery
 from onlinerl.types import Metric
 
 __all__ = ["PrometheusTracker", "totals"]
@@ -28,6 +31,9 @@ PHASES = ("sample", "label", "reference", "train", "checkpoint", "sync", "evalua
 ROLE = "controller"
 STATUSES = ("ok", "failed")
 REJECTED = ("logprob", "abort")
+STATES = ("running", "finished", "failed", "interrupted")
+PORTS = 100
+"""How many ports to try, from the configured one on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +124,12 @@ TABLE: tuple[Series, ...] = (
         labels={"kind": "oracle", "status": "ok"},
     ),
     Series(
+        metric="oracle_failed",
+        name="onlinerl_oracle_failed_ratio",
+        help="Share of the latest groups of a phase that the oracle could not judge",
+        labels={"phase": None},
+    ),
+    Series(
         metric="pairs_dropped",
         name="onlinerl_pairs_dropped_total",
         help="Candidate pairs not trained on",
@@ -155,6 +167,12 @@ TABLE: tuple[Series, ...] = (
     ),
     Series(metric="weight_sync_ok", name="onlinerl_weight_sync_ok", help="1 if the latest push was proved to have arrived"),
     Series(
+        metric="weight_sync_failures",
+        name="onlinerl_weight_sync_failures_total",
+        help="Pushes that failed or could not be proved to have arrived",
+        kind="counter",
+    ),
+    Series(
         metric="weight_sync_canary",
         name="onlinerl_weight_sync_canary_nats",
         help="|log-prob difference| between learner and engine on the canary of the latest push",
@@ -170,6 +188,11 @@ TABLE: tuple[Series, ...] = (
     ),
     Series(metric="loss", name="onlinerl_loss", help="Training loss, as last reported"),
     Series(metric="grad_norm", name="onlinerl_grad_norm", help="Gradient norm, as last reported"),
+    Series(
+        metric="skipped_steps",
+        name="onlinerl_skipped_steps",
+        help="Optimizer steps of the latest iteration that were skipped because a gradient was not finite",
+    ),
     Series(metric="learning_rate", name="onlinerl_learning_rate", help="Learning rate, as last reported"),
     Series(metric="lr", name="onlinerl_learning_rate", help="Learning rate, as last reported"),
 )
@@ -183,12 +206,14 @@ class PrometheusTracker(Tracker):
     Args:
         run: name of the run.
         host: address to listen on.
-        port: port to listen on; 0 takes any free one, `port` tells which.
+        port: port to listen on, or the next free one after it; 0 takes any free one. `port` tells which.
         oracle_kinds: values of the label `kind` of `oracle_calls`, whose counters start at 0.
         drop_reasons: values of the label `reason` of `pairs_dropped`, whose counters start at 0.
+        discovery: folder in which Prometheus finds the run, see `_discovery`; None writes no files.
+        advertised: address that a scraper reaches `host` at, if that is not `host` itself.
 
     Raises:
-        ConfigError: if the port is in use or the address is not one of this machine.
+        ConfigError: if no port is free, the address is not one of this machine, or the folder cannot be written.
     """
 
     def __init__(
@@ -199,6 +224,8 @@ class PrometheusTracker(Tracker):
         port: int = 9470,
         oracle_kinds: Sequence[str] = ("oracle",),
         drop_reasons: Sequence[str] = (),
+        discovery: Path | None = None,
+        advertised: str | None = None,
     ) -> None:
         self._run = run
         self._registry = CollectorRegistry()
@@ -206,21 +233,21 @@ class PrometheusTracker(Tracker):
         self._phases = set(PHASES)
         self._declare()
         self._start_at_zero(oracle_kinds, drop_reasons)
-        try:
-            self._server, self._thread = start_http_server(port, host, self._registry)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise ConfigError(
-                    f"port {port} of {host} is in use, perhaps by another run",
-                    field="metrics.prometheus_port",
-                    fix="choose another port, 0 for any free one, or set metrics.prometheus=false",
-                ) from error
-            raise ConfigError(
-                f"cannot listen on {host}:{port}: {error}",
-                field="metrics.prometheus_host",
-                fix="use an address of this machine",
-            ) from error
+        self._show_state("running")
+        self._server, self._thread = _serve(host, port, self._registry)
         self.port: int = self._server.server_port
+        self._discovery: Discovery | None = None
+        if discovery is not None:
+            try:
+                self._discovery = Discovery(discovery, run, f"{advertised or host}:{self.port}")
+                self._discovery.started()
+            except OSError as error:
+                self.close()
+                raise ConfigError(
+                    f"{discovery} cannot be written: {error.strerror}",
+                    field="runs",
+                    fix="choose another directory, or set metrics.prometheus=false",
+                ) from error
 
     def phase_started(self, iteration: int, phase: str, total: int | None, unit: str) -> None:
         """Show the phase as the current one."""
@@ -262,6 +289,16 @@ class PrometheusTracker(Tracker):
                     if sample.name in self._collectors and value > 0:
                         self._child(sample.name, **sample.labels).inc(value)
 
+    def ended(self, state: str) -> None:
+        """Export how the run ended, and leave it where it survives this process."""
+        self._show_state(state)
+        if self._discovery is not None:
+            # All is over for good in a finished run: an alert about its last figures would never go away.
+            kept = None if state != "finished" else ["onlinerl_run_state", "onlinerl_build_info", "onlinerl_iteration"]
+            figures = self._registry if kept is None else self._registry.restricted_registry(kept)
+            with contextlib.suppress(OSError):  # a full disk must not hide how the run ended
+                self._discovery.ended(state, generate_latest(figures))
+
     def close(self) -> None:
         """Stop serving. May be called twice."""
         self._server.shutdown()
@@ -275,6 +312,7 @@ class PrometheusTracker(Tracker):
             ("onlinerl_attempt", "How often the run was resumed", ()),
             ("onlinerl_iteration_end_timestamp_seconds", "When the latest iteration was committed", ()),
             ("onlinerl_last_progress_timestamp_seconds", "When something last moved", ("role",)),
+            ("onlinerl_run_state", "1 for the state that the run is in", ("state",)),
             ("onlinerl_phase", "1 for the phase that is running", ("role", "phase")),
             ("onlinerl_metric_insufficient", "1 if the latest value was measured on too few prompts to be trusted", ("name",)),
         )
@@ -314,6 +352,10 @@ class PrometheusTracker(Tracker):
             self._child("onlinerl_phase", role=ROLE, phase=phase).set(phase == current)
         self._child("onlinerl_last_progress_timestamp_seconds", role=ROLE).set(time.time())
 
+    def _show_state(self, current: str) -> None:
+        for state in STATES:
+            self._child("onlinerl_run_state", state=state).set(state == current)
+
     def _export(self, series: Series, metric: Metric) -> None:
         self._child("onlinerl_metric_insufficient", name=metric.name).set(metric.insufficient)
         labels = _labels(series, metric.labels)
@@ -332,6 +374,26 @@ class PrometheusTracker(Tracker):
 
     def _child(self, name: str, /, **labels: str) -> Any:
         return self._collectors[name].labels(run=self._run, **labels)
+
+
+def _serve(host: str, port: int, registry: CollectorRegistry) -> tuple[Any, Any]:
+    """Listen on the port or, if other runs of this machine have it, on the next free one."""
+    for candidate in range(port, min(port + PORTS, 65536)):
+        try:
+            return start_http_server(candidate, host, registry)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                continue
+            raise ConfigError(
+                f"cannot listen on {host}:{candidate}: {error.strerror}",
+                field="metrics.prometheus_host",
+                fix="use an address of this machine, and a port that this user may open",
+            ) from error
+    raise ConfigError(
+        f"port {port} of {host} and the {PORTS - 1} after it are in use",
+        field="metrics.prometheus_port",
+        fix="choose another port, 0 for any free one, or set metrics.prometheus=false",
+    )
 
 
 def totals(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:

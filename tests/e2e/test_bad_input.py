@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import socket
 import sys
 from pathlib import Path
 
@@ -266,13 +265,9 @@ def test_models(toy_config, refused, tiny_model, tmp_path):
 # --- the surroundings ---
 
 
-def test_a_port_in_use(toy_config, refused, tmp_path):
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        message = refused(toy_config(tmp_path, {"metrics.prometheus_port": port}))
-    says(message, f"config: metrics.prometheus_port: 127.0.0.1:{port} cannot be listened on", "0 for any free one")
+def test_an_address_of_another_machine(toy_config, refused, tmp_path):
+    message = refused(toy_config(tmp_path, {"metrics.prometheus_host": "192.0.2.1", "metrics.prometheus_port": 9470}))
+    says(message, "config: metrics.prometheus_port: 192.0.2.1:9470 cannot be listened on", "metrics.prometheus=false")
 
 
 def test_a_directory_that_holds_another_run(toy_config, onlinerl, tmp_path):

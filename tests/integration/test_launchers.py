@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -60,25 +61,50 @@ def test_sbatch_directives():
     assert directives >= {"--nodes", "--ntasks-per-node", "--signal", "--requeue", "--output", "--open-mode"}
 
 
+def test_jobs_with_neighbouring_numbers_have_ports_of_their_own():
+    """Ray takes three ports for each head."""
+    spec = importlib.util.spec_from_file_location("free_ports", LAUNCHERS / "slurm" / "free_ports.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    starts = [module.start(job) for job in range(7000, 7000 + module.JOBS)]
+    assert len({port + i for port in starts for i in range(3)}) == 3 * module.JOBS
+    assert 1024 < min(starts) < max(starts) + 2 < 32768
+
+
+def test_a_job_whose_ports_are_taken_finds_others():
+    ask = [sys.executable, str(LAUNCHERS / "slurm" / "free_ports.py"), "7000"]
+    first = int(subprocess.run(ask, capture_output=True, text=True, check=True).stdout)
+    with socket.socket() as other:
+        other.bind(("", first + 2))
+        other.listen()
+        second = int(subprocess.run(ask, capture_output=True, text=True, check=True).stdout)
+    assert not {first, first + 1, first + 2} & {second, second + 1, second + 2}
+
+
+@pytest.mark.parametrize("name", ["mine", "123", "1e3", "it's"])
 @pytest.mark.parametrize("exists", [False, True])
-def test_run_or_resume(tmp_path, exists):
-    """The first start runs, every later one resumes, in the directory that was asked for."""
+def test_run_or_resume(tmp_path, exists, name):
+    """The first start runs, every later one resumes, in the directory that was asked for, whatever YAML would take it for."""
     onlinerl = tmp_path / "bin" / "onlinerl"
     onlinerl.parent.mkdir()
     onlinerl.write_text('#!/bin/sh\necho "$@"\n')
     onlinerl.chmod(0o755)
-    run = tmp_path / "runs" / "mine"
+    run = tmp_path / "runs" / name
     run.mkdir(parents=True)  # a directory alone is no run yet
     if exists:
         (run / "manifest.json").write_text("{}")
-    env = os.environ | {"PATH": f"{onlinerl.parent}:{os.environ['PATH']}", "CONFIG": "c.yaml", "RUN": str(run)}
+    env = os.environ | {
+        "PATH": f"{onlinerl.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "CONFIG": "c.yaml",
+        "RUN": str(run),
+    }
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "secret"}
     command = ["bash", str(LAUNCHERS / "run_or_resume.sh"), "iterations=2"]
     said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.strip()
     if exists:
         assert said == f"resume --finished-ok {run} cluster.address=auto iterations=2"
     else:
-        assert said == f"run c.yaml runs={run.parent} name=mine cluster.address=auto iterations=2"
+        assert said == f'run c.yaml runs="{run.parent}" name="{name}" cluster.address=auto iterations=2'
 
 
 @pytest.mark.engine

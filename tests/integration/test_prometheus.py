@@ -22,6 +22,7 @@ DASHBOARDS = Path(__file__).parents[2] / "dashboards"
 DASHBOARD = json.loads((DASHBOARDS / "onlinerl.json").read_text())
 QUERIES = [(panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel.get("targets", ())]
 
+NODE_EXPORTER = shutil.which("prometheus-node-exporter") or shutil.which("node_exporter")
 needs_prometheus = pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs the program prometheus")
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="needs the program promtool (part of prometheus)")
 
@@ -57,6 +58,8 @@ def iteration(number: int) -> list[Metric]:
         one("weight_sync_seconds", 0.2),
         one("weight_sync_bytes", 5e8),
         one("weight_sync_ok", 1.0),
+        one("oracle_failed", 1 / 64, phase="label"),
+        one("skipped_steps", 0.0),
         one("weight_sync_canary", 1e-4),
         one("reward", 0.5, (0.4, 0.6), oracle="proxy"),
         one("length", 24.0),
@@ -69,28 +72,36 @@ def iteration(number: int) -> list[Metric]:
 
 
 class Server:
-    """A Prometheus server with our configuration, adapted to the exporter's port."""
+    """A Prometheus server with our configuration, adapted to another place of the runs, and node_exporter if it is installed."""
 
-    def __init__(self, folder: Path, target_port: int) -> None:
+    def __init__(self, folder: Path, runs: Path) -> None:
         config = yaml.safe_load((DASHBOARDS / "prometheus.yml").read_text())
-        assert config["scrape_configs"][0]["static_configs"][0]["targets"] == ["127.0.0.1:9470"], "the default port"
         config["global"] |= {"scrape_interval": "1s", "evaluation_interval": "1s"}
-        config["scrape_configs"][0]["static_configs"][0]["targets"] = [f"127.0.0.1:{target_port}"]
-        config["rule_files"] = [str(DASHBOARDS / name) for name in config["rule_files"]]
+        (found,) = config["scrape_configs"][0]["file_sd_configs"]
+        assert found["files"] == ["../runs/.prometheus/*.json"], "where the default `runs` is"
+        found |= {"files": [str(runs / ".prometheus" / "*.json")], "refresh_interval": "1s"}
+        self.processes: list[subprocess.Popen] = []
+        self.log = folder / "log"
+        if NODE_EXPORTER is not None:
+            address = f"127.0.0.1:{free_port()}"
+            scrape = {"job_name": "node", "honor_labels": True, "static_configs": [{"targets": [address]}]}
+            config["scrape_configs"].append(scrape)
+            options = ["--collector.disable-defaults", "--collector.textfile", f"--web.listen-address={address}"]
+            (runs / ".prometheus").mkdir(parents=True, exist_ok=True)
+            self._start([NODE_EXPORTER, *options, f"--collector.textfile.directory={runs / '.prometheus'}"])
+        rules = yaml.safe_load((DASHBOARDS / "alerts.yml").read_text())
+        for rule in rules["groups"][0]["rules"]:  # how long something must last is for promtool, whose time is virtual
+            rule.pop("for", None)
+        (folder / "alerts.yml").write_text(yaml.safe_dump(rules))
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         self.address = f"127.0.0.1:{free_port()}"
-        self.log = folder / "log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [
-                    "prometheus",
-                    f"--config.file={folder / 'prometheus.yml'}",
-                    f"--storage.tsdb.path={folder / 'data'}",
-                    f"--web.listen-address={self.address}",
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        config_file, data = f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"
+        self.process = self._start(["prometheus", config_file, data, f"--web.listen-address={self.address}"])
+
+    def _start(self, command: list[str]) -> subprocess.Popen:
+        with self.log.open("ab") as log:
+            self.processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+        return self.processes[-1]
 
     def get(self, endpoint: str, **parameters: str):
         url = f"http://{self.address}/api/v1/{endpoint}?{urllib.parse.urlencode(parameters)}"
@@ -113,17 +124,20 @@ class Server:
         raise AssertionError(f"no data for {expression} after {timeout} s:\n{self.log.read_text()[-2000:]}")
 
     def stop(self) -> None:
-        self.process.kill()
-        self.process.wait(timeout=10)
+        for process in self.processes:
+            process.kill()
+            process.wait(timeout=10)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """Has scraped two iterations, some seconds apart, of a run that is now sampling."""
-    exporter = PrometheusTracker("demo", port=0, oracle_kinds=["sentiment"], drop_reasons=["tie"])
+    runs = tmp_path_factory.mktemp("runs")
+    found = {"discovery": runs / ".prometheus"}
+    exporter = PrometheusTracker("demo", port=0, oracle_kinds=["sentiment"], drop_reasons=["tie"], **found)
     server = None
     try:
-        server = Server(tmp_path_factory.mktemp("prometheus"), exporter.port)
+        server = Server(tmp_path_factory.mktemp("prometheus"), runs)
         server.wait_for('onlinerl_generated_tokens_total{run="demo"} == 0')
         for number in (1, 2):
             exporter.phase_started(number, "sample", 64, "prompts")
@@ -183,7 +197,7 @@ def _rule_health(server: Server) -> set[str]:
 
 
 def test_the_dashboard_and_the_rules_name_only_series_that_exist():
-    own = {"iteration", "phase", "last_progress_timestamp_seconds", "metric_insufficient", "build_info"}
+    own = {"run_state", "iteration", "phase", "last_progress_timestamp_seconds", "metric_insufficient", "build_info"}
     known = {s.name for s in TABLE} | {s.bounds for s in TABLE if s.bounds} | {f"onlinerl_{name}" for name in own}
     known |= {f"onlinerl_phase_duration_seconds_{part}" for part in ("sum", "count")}
     rules = yaml.safe_load((DASHBOARDS / "alerts.yml").read_text())["groups"][0]["rules"]
@@ -198,40 +212,141 @@ def test_promtool_accepts_the_files():
     subprocess.run(["promtool", "check", "config", DASHBOARDS / "prometheus.yml"], check=True, capture_output=True)
 
 
-# alert -> (series with their values each minute, the metric whose `insufficient` keeps it silent)
-CALLS = 'onlinerl_oracle_calls_total{run="r",kind="k",status="%s"}'
-FIRING = {
-    "OnlineRLTruncated": ({'onlinerl_finish_ratio{run="r",reason="length"}': "0.3x60"}, "truncated"),
-    "OnlineRLSamplerMismatch": ({'onlinerl_logprob_mismatch_k3_nats{run="r"}': "0.02x60"}, "logp_mismatch_k3"),
-    "OnlineRLLowPairYield": ({'onlinerl_pair_yield_ratio{run="r"}': "0.05x60"}, "pair_yield"),
-    "OnlineRLOracleErrors": ({CALLS % "ok": "0+9x60", CALLS % "failed": "0+1x60"}, None),
-    "OnlineRLStalled": ({'onlinerl_last_progress_timestamp_seconds{run="r",role="controller"}': "0x60"}, None),
-}
+DOUBTFUL = 'onlinerl_metric_insufficient{run="r",name="%s"}'
+ORACLE = 'onlinerl_oracle_failed_ratio{run="r",phase="label"}'
+CUT = 'onlinerl_finish_ratio{run="r",reason="length"}'
+UP = 'up{job="onlinerl",run="r",run_state="%s"}'
+STATE = 'onlinerl_run_state{run="r",state="%s"}'
+LAST = 'onlinerl_last_progress_timestamp_seconds{run="r",role="controller"}'
+K3 = 'onlinerl_logprob_mismatch_k3_nats{run="r"}'
+# alert -> (series with their values each minute, labels of the alert besides run and severity, does it fire after 45 and 90 minutes?)
+CASES = [
+    ("OnlineRLRunFailed", {UP % "failed": "0x90"}, {}, (True, True)),
+    ("OnlineRLRunFailed", {STATE % "failed": "1x90", STATE % "running": "0x90"}, {}, (True, True)),
+    ("OnlineRLRunFailed", {STATE % "failed": "0x90", UP % "running": "1x90"}, {}, (False, False)),
+    ("OnlineRLRunDied", {UP % "running": "1x60 0x40", 'onlinerl_build_info{run="r"}': "1x60 stale"}, {}, (False, True)),
+    ("OnlineRLRunDied", {UP % "running": "1x90", 'onlinerl_build_info{run="other"}': "1x90"}, {}, (True, True)),
+    ("OnlineRLRunDied", {UP % "running": "1x90", 'onlinerl_build_info{run="r"}': "1x90"}, {}, (False, False)),
+    ("OnlineRLRunDied", {UP % "failed": "0x90"}, {}, (False, False)),
+    ("OnlineRLRunNotResumed", {UP % "interrupted": "0x90"}, {}, (False, True)),
+    ("OnlineRLRunNotResumed", {STATE % "interrupted": "1x90"}, {}, (False, True)),
+    ("OnlineRLNoRun", {"up{job='onlinerl',run='r'}": "1x60"}, None, (False, True)),
+    ("OnlineRLStalled", {LAST: "0x90", STATE % "running": "1x90"}, {"role": "controller"}, (True, True)),
+    ("OnlineRLStalled", {LAST: "0x90", STATE % "running": "0x90"}, {"role": "controller"}, (False, False)),
+    ("OnlineRLPushFailed", {'onlinerl_weight_sync_ok{run="r"}': "1x60 0x40"}, {}, (False, True)),
+    ("OnlineRLSamplerMismatch", {K3: "0.001x60 0.02x40"}, {}, (False, True)),
+    ("OnlineRLSamplerMismatch", {K3: "0.02x90", DOUBTFUL % "logp_mismatch_k3": "1x90"}, {}, (False, False)),
+    ("OnlineRLSkippedSteps", {'onlinerl_skipped_steps{run="r"}': "0x60 1x40"}, {}, (False, True)),
+    ("OnlineRLOracleErrors", {ORACLE: "0.04x60 0.06x40"}, {"phase": "label"}, (False, True)),
+    ("OnlineRLTruncated", {CUT: "0.1x60 0.3x40"}, {"reason": "length"}, (False, True)),
+    ("OnlineRLTruncated", {CUT: "0.3x90", DOUBTFUL % "truncated": "1x90"}, {"reason": "length"}, (False, False)),
+    ("OnlineRLLowPairYield", {'onlinerl_pair_yield_ratio{run="r"}': "0.5x60 0.05x40"}, {}, (False, True)),
+    (
+        "OnlineRLLowPairYield",
+        {'onlinerl_pair_yield_ratio{run="r"}': "0x90", DOUBTFUL % "pair_yield": "1x90"},
+        {},
+        (False, False),
+    ),
+]
 
 
 @needs_promtool
-@pytest.mark.parametrize("alert", FIRING)
-def test_each_alert_fires_when_it_should_and_not_on_too_few_prompts(alert, tmp_path):
+def test_each_alert_fires_when_it_should_and_only_then(tmp_path):
     rules = {r["alert"]: r for r in yaml.safe_load((DASHBOARDS / "alerts.yml").read_text())["groups"][0]["rules"]}
-    assert set(rules) == set(FIRING)
+    fires = {alert for alert, *_, when in CASES if any(when)}
+    assert set(rules) == fires
     only = tmp_path / "alerts.yml"
     # Without annotations: promtool compares them too, and they are prose.
-    kept = {k: v for k, v in rules[alert].items() if k != "annotations"}
-    only.write_text(yaml.safe_dump({"groups": [{"name": "g", "rules": [kept]}]}))
-    series, doubtful = FIRING[alert]
-    identity = {"role": "controller"} if alert == "OnlineRLStalled" else {}
-    identity |= {"reason": "length"} if alert == "OnlineRLTruncated" else {}
-    fired = [{"exp_labels": {"run": "r", "severity": rules[alert]["labels"]["severity"], **identity}}]
-
-    def case(extra, expected):
-        values = [{"series": name, "values": text} for name, text in {**series, **extra}.items()]
-        tests = [{"eval_time": "45m", "alertname": alert, "exp_alerts": expected}]
-        return {"interval": "1m", "input_series": values, "alert_rule_test": tests}
-
-    cases = [case({}, fired)]
-    if doubtful:
-        cases.append(case({f'onlinerl_metric_insufficient{{run="r",name="{doubtful}"}}': "1x60"}, []))
+    kept = [{k: v for k, v in rule.items() if k != "annotations"} for rule in rules.values()]
+    only.write_text(yaml.safe_dump({"groups": [{"name": "g", "rules": kept}]}))
+    tests = []
+    for alert, series, labels, when in CASES:
+        own = {"run": "r", **labels} if labels is not None else {"job": "onlinerl"}
+        fired = [{"exp_labels": {**own, "severity": rules[alert]["labels"]["severity"]}}]
+        expected = [
+            {"eval_time": time, "alertname": alert, "exp_alerts": fired if fire else []}
+            for time, fire in zip(("45m", "90m"), when, strict=True)
+        ]
+        values = [{"series": name, "values": text} for name, text in series.items()]
+        tests.append({"interval": "1m", "input_series": values, "alert_rule_test": expected})
     file = tmp_path / "test.yml"
-    file.write_text(yaml.safe_dump({"rule_files": [str(only)], "evaluation_interval": "1m", "tests": cases}))
+    file.write_text(yaml.safe_dump({"rule_files": [str(only)], "evaluation_interval": "1m", "tests": tests}))
     done = subprocess.run(["promtool", "test", "rules", file], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --- real runs ---
+
+
+def test_a_failed_push_is_exported_before_it_ends_the_run_and_counted_after_a_resume(toy_config, warm_cli, tmp_path):
+    config = toy_config(tmp_path, iterations=1)
+    assert warm_cli("run", config, log=tmp_path / "log", broken="push").returncode == 1
+    left = (tmp_path / "runs" / ".prometheus" / "toy.prom").read_text()
+    assert 'onlinerl_weight_sync_ok{run="toy"} 0.0' in left
+    assert 'onlinerl_weight_sync_failures_total{run="toy"} 1.0' in left
+    assert 'onlinerl_run_state{run="toy",state="failed"} 1.0' in left
+    assert warm_cli("resume", tmp_path / "runs" / "toy", log=tmp_path / "log", broken="push").returncode == 1
+    left = (tmp_path / "runs" / ".prometheus" / "toy.prom").read_text()
+    assert 'onlinerl_weight_sync_failures_total{run="toy"} 2.0' in left
+
+
+@needs_prometheus
+@pytest.mark.skipif(NODE_EXPORTER is None, reason="needs the program node_exporter (Debian: prometheus-node-exporter)")
+def test_runs_side_by_side_are_found_and_every_failure_is_an_alert(toy_config, warm_cli, tmp_path):
+    """Two runs at once, of which one is killed; and one that fails in each way whose last figure nobody could have scraped."""
+    runs, port = tmp_path / "runs", free_port()
+    server = Server(tmp_path, runs)
+
+    def config(name: str, **more: object) -> Path:
+        own = {"name": name, "metrics.prometheus_port": port, "iterations": 1, "oracle.name": "python"}
+        return toy_config(tmp_path, {**own, "oracle.function": "hooks.judge", **more}, file=f"{name}.yaml")
+
+    def alert(name: str, run: str) -> str:
+        return f'ALERTS{{alertname="OnlineRL{name}",alertstate="firing",run="{run}"}}'
+
+    try:
+        server.wait_for("absent(up{job='onlinerl'})")
+        # The first answer to what was sampled is where they wait: one judgement before it tries the oracle.
+        waiting = {name: (tmp_path / f"{name}.log") for name in ("one", "two")}
+        alive = {n: warm_cli.start("run", config(n), log=log, wait=["judge", 2]) for n, log in waiting.items()}
+        for log in waiting.values():
+            warm_cli.wait_for(log, "waiting")
+        for name in alive:
+            server.wait_for(
+                f'up{{run="{name}",run_state="running"}} == 1 and on (run) onlinerl_run_state{{state="running"}} == 1'
+            )
+        (ports,) = server.query('count(count by (instance) (up{job="onlinerl"}))')
+        assert ports["value"][1] == "2"
+        assert server.query('onlinerl_build_info{exported_run!=""} or onlinerl_build_info{run_state!=""}') == []
+        assert not server.query('ALERTS{alertname=~"OnlineRLRun.*"}')
+        said = "".join((tmp_path / f"{out}stdout").read_text() for _, out in alive.values())
+        assert f"metrics: http://127.0.0.1:{port}/metrics" in said
+        assert f"/metrics (port {port} is taken)" in said
+
+        alive["one"][0].kill()
+        alive["two"][0].terminate()
+        for process, _ in alive.values():
+            process.join(30)
+        for broken in ("push", "logprobs", "step"):
+            more = {"training.max_skipped_steps": 0} if broken == "step" else {}
+            ended = warm_cli("run", config(broken, **more), log=tmp_path / f"{broken}.log", broken=broken)
+            assert ended.returncode == 1, ended.message
+        ended = warm_cli("run", config("silent", max_failed_labels=0.0), log=tmp_path / "silent.log", down=["judge", 2])
+        assert ended.returncode == 1, ended.message
+        assert warm_cli("run", config("good"), log=tmp_path / "good.log").returncode == 0
+
+        server.wait_for(alert("RunDied", "one"))
+        server.wait_for(alert("RunNotResumed", "two"))
+        for run, name in (
+            ("push", "PushFailed"),
+            ("logprobs", "SamplerMismatch"),
+            ("step", "SkippedSteps"),
+            ("silent", "OracleErrors"),
+        ):
+            server.wait_for(alert("RunFailed", run))
+            server.wait_for(alert(name, run))
+        server.wait_for('onlinerl_run_state{run="good",state="finished"} == 1')
+        server.wait_for('absent(up{run="good"})')  # a run that has finished is not looked for any more
+        server.wait_for('absent(ALERTS{run="good"})')
+    finally:
+        server.stop()

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 EVENTS = Counter()
 SPEC = {}
@@ -65,6 +66,7 @@ def real_parts():
 
 def install():
     """Wrap what the loop works with."""
+    from onlinerl.errors import SyncError
     from onlinerl.stores.directory import RunDirectory
 
     engine, learner, sync = {"toy": toy_parts, "real": real_parts}[SPEC.get("parts", "toy")]()
@@ -75,6 +77,9 @@ def install():
             groups = list(groups)
             random.Random(SPEC["arrival"]).shuffle(groups)
         for group in groups:
+            if SPEC.get("broken") == "logprobs":  # as an engine whose numbers are not the learner's
+                rollouts = tuple(replace(r, logprobs=tuple(x - 0.3 for x in r.logprobs)) for r in group.rollouts)
+                group = replace(group, rollouts=rollouts)
             seeds, (version,) = [r.seed for r in group.rollouts], {r.policy_version for r in group.rollouts}
             event("generate", prompt=group.prompt.id, seeds=seeds, version=version)
             yield group
@@ -82,7 +87,7 @@ def install():
     def update(self, steps, rates, original=learner.update):
         for report in original(self, steps, rates):
             event("step")
-            yield report
+            yield replace(report, skipped=1) if SPEC.get("broken") == "step" else report
 
     def save(self, path, original=learner.save):
         written = original(self, path)
@@ -90,6 +95,8 @@ def install():
         return written
 
     def push(self, version, original=sync.push):
+        if SPEC.get("broken") == "push" and version > 0:
+            raise SyncError("planted", field="sync", fix="none")
         report = original(self, version)
         event("push", version=version)
         return report
@@ -151,7 +158,7 @@ def forked(arguments, folder, spec):
         reader, writer = os.pipe()
         os.close(reader)
         os.dup2(writer, 1)
-    os.environ.update(COLUMNS="200", NO_COLOR="1", HF_HUB_OFFLINE="1")
+    os.environ.update(COLUMNS="200", NO_COLOR="1", HF_HUB_OFFLINE="1", **spec.get("env", {}))
     import torch
 
     torch.set_num_threads(1)

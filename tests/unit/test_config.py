@@ -119,6 +119,15 @@ def test_overrides_are_typed_and_nested(write):
     assert (config.name, config.model) == ("a-b", "org/nan-1e5")
 
 
+def test_a_run_may_be_called_by_a_number(write):
+    path = write("base.yaml", BASE | {"name": 123})
+    assert configuration.load(path).name == "123"
+    assert configuration.load(path, ["name=2024"]).directory == Path("runs/2024")
+    assert yaml.safe_load(configuration.dump(configuration.load(path)))["name"] == "123"
+    with pytest.raises(ConfigError, match="name"):
+        configuration.load(path, ["name=true"])
+
+
 @pytest.mark.parametrize("name", ["nan", "inf", "infinity", "e5"])
 def test_words_stay_words(write, name):
     assert configuration.load(write("base.yaml", BASE), [f"name={name}"]).name == name
@@ -160,7 +169,7 @@ def test_naming_the_engine_or_learner_keeps_the_other_keys(write):
         ("prompts.reuse", 1),
         ("sampling.temperature", "1.0"),
         ("sampling.temperature", 0),
-        ("name", 7),
+        ("name", 7.5),
         ("runs", ["a"]),
         ("algorithm.beta", "0.1"),
         ("algorithm", "dpo"),

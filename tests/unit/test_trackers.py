@@ -358,17 +358,68 @@ def test_the_running_phase_and_the_last_progress_are_shown(exporter):
     assert scrape(exporter)["onlinerl_iteration_end_timestamp_seconds", ()] > started
 
 
-def test_a_taken_port_and_a_foreign_address_are_explained():
+def test_a_taken_port_makes_way_for_the_next_one(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
+        port = taken.getsockname()[1]
+        second = PrometheusTracker("demo", port=port)
+        assert port < second.port < port + 100
+        assert scrape(second)["onlinerl_run_state", (("state", "running"),)] == 1.0
+        second.close()
+        monkeypatch.setattr("onlinerl.trackers.prometheus.PORTS", 1)
         with pytest.raises(ConfigError, match="in use") as caught:
-            PrometheusTracker("demo", port=taken.getsockname()[1])
+            PrometheusTracker("demo", port=port)
     assert caught.value.field == "metrics.prometheus_port"
     assert "another port" in caught.value.fix
+
+
+def test_a_foreign_address_is_explained():
     with pytest.raises(ConfigError, match="cannot listen") as caught:
         PrometheusTracker("demo", host="192.0.2.1", port=0)
     assert caught.value.field == "metrics.prometheus_host"
+
+
+def discovered(folder: Path) -> list:
+    return [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
+
+
+@pytest.mark.parametrize("state", ["finished", "failed", "interrupted"])
+def test_prometheus_finds_a_run_and_learns_how_it_ended(state, tmp_path):
+    folder = tmp_path / ".prometheus"
+    (folder).mkdir()
+    (folder / "demo.prom").write_text("what an earlier attempt left\n")
+    tracker = PrometheusTracker("demo", port=0, discovery=folder)
+    entry = {"targets": [f"127.0.0.1:{tracker.port}"], "labels": {"run": "demo", "run_state": "running"}}
+    assert discovered(folder) == [[entry]]
+    assert not (folder / "demo.prom").exists()
+    tracker.log([metric("weight_sync_ok", 0.0)])
+    tracker.ended(state)
+    tracker.close()
+    kept = {family.name: family for family in text_string_to_metric_families((folder / "demo.prom").read_text())}
+    assert [s.labels["state"] for s in kept["onlinerl_run_state"].samples if s.value] == [state]
+    assert ("onlinerl_weight_sync_ok" in kept) == (state != "finished"), "the figures of a finished run are no news"
+    assert discovered(folder) == ([] if state == "finished" else [[entry | {"labels": {"run": "demo", "run_state": state}}]])
+    assert not [p for p in folder.iterdir() if p.suffix not in (".json", ".prom")]
+
+
+def test_a_run_that_listens_everywhere_is_found_at_an_address_of_this_machine(tmp_path):
+    tracker = PrometheusTracker("demo", host="0.0.0.0", port=0, discovery=tmp_path, advertised="192.0.2.7")
+    tracker.close()
+    assert discovered(tmp_path)[0][0]["targets"] == [f"192.0.2.7:{tracker.port}"]
+
+
+def test_a_folder_that_cannot_be_written_is_explained_and_the_port_given_back(tmp_path):
+    (tmp_path / "file").write_text("")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(ConfigError, match="cannot be written") as caught:
+        PrometheusTracker("demo", port=port, discovery=tmp_path / "file" / ".prometheus")
+    assert caught.value.field == "runs"
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
 
 
 def test_the_port_is_free_again_after_close():

@@ -34,6 +34,7 @@ def evaluate(it: Iteration) -> dict[str, Any]:
         wins=wins,
         mismatch=evaluation.mismatch(sample, own[: len(sample)]),
     )
+    it.report.mismatch(it.number, measured.mismatch)
     health.check_mismatch(measured.mismatch.k3, config.evaluation.max_mismatch_k3)
     return it.report.evaluated(it.number, measured) | {"oracle_calls": calls + more}
 

@@ -10,8 +10,7 @@ from onlinerl.controller.iteration import Iteration
 def sync(it: Iteration) -> dict[str, Any]:
     """Push this iterate."""
     it.parts.tracker.phase_started(it.number, "sync", None, "")
-    report = it.parts.sync.push(it.weights.learner)
-    it.weights.engine = it.weights.learner
+    report = it.push()
     it.report.synced(it.number, report)
     return {
         "seconds": report.seconds,

@@ -136,6 +136,8 @@ def _update(it: Iteration, items: Sequence[TrainItem]) -> UpdateReport:
         tokens += report.tokens
         skipped += report.skipped
         metrics.extend(report.metrics)
+        if report.skipped:
+            it.report.skipped(it.number, skipped)
         if skipped > training.max_skipped_steps:
             raise LearnerError(
                 f"{skipped} optimizer steps had a non-finite loss or gradient",

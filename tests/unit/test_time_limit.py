@@ -1,0 +1,113 @@
+"""A time limit that a phase cannot fit into is said, and not run into for ever."""
+
+from __future__ import annotations
+
+import pytest
+
+from onlinerl.controller import time_limit
+from onlinerl.controller.time_limit import VARIABLE, PhaseClock, Place
+from onlinerl.errors import ConfigError
+
+
+class Run:
+    """What is finished, and what is on disk."""
+
+    def __init__(self, path, *iterations, stopped=None):
+        self.path, self.iterations = path, list(iterations)
+        self.manifest = {} if stopped is None else {"stopped": stopped}
+
+    def phases(self, iteration):
+        return self.iterations[iteration] if iteration < len(self.iterations) else {}
+
+
+def done(*phases, seconds=1.0):
+    return {phase: {"seconds": seconds} for phase in phases}
+
+
+FIRST = done("sync", "evaluate", "commit")
+
+
+def test_a_run_stands_at_its_first_unfinished_phase(tmp_path):
+    assert Place.of(Run(tmp_path)) == Place(iteration=0, phase="sync", kept=0)
+    assert Place.of(Run(tmp_path, done("sync"))).phase == "evaluate"
+    assert Place.of(Run(tmp_path, FIRST)).phase == "sample"
+    assert Place.of(Run(tmp_path, FIRST, done("sample", "label", "train"))).phase == "train"
+    folder = tmp_path / "iterations" / "0001"
+    folder.mkdir(parents=True)
+    (folder / "rollouts.jsonl").write_text("12345")
+    assert Place.of(Run(tmp_path, FIRST, done("sample"))) == Place(iteration=1, phase="label", kept=5)
+
+
+def test_the_clock_counts_the_phase_and_one_start_up(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time_limit.time, "monotonic", lambda: now[0])
+    run = Run(tmp_path, FIRST, done("sample"))
+    clock = PhaseClock(run)
+    clock.phase_started(0, "start", None, "")
+    now[0] += 30
+    assert clock.stopped()["seconds"] == 30, "stopped while it started"
+    clock.phase_started(1, "label", 4, "groups")
+    now[0] += 10
+    assert clock.stopped() == {"iteration": 1, "phase": "label", "kept": 0, "seconds": 40.0}
+    run.iterations[1] |= done("label")
+    clock.phase_finished(1, "label", 10.0)
+    now[0] += 7
+    clock.phase_finished(1, "reference", 7.0)  # only a part of the phase `train`
+    now[0] += 5
+    assert clock.stopped() == {"iteration": 1, "phase": "train", "kept": 0, "seconds": 30 + 12.0}
+
+
+def stopped(phase="train", iteration=1, kept=0, seconds=1000.0):
+    return {"iteration": iteration, "phase": phase, "kept": kept, "seconds": seconds}
+
+
+def test_a_phase_that_was_given_as_much_time_before_is_refused(tmp_path):
+    here = FIRST, done("sample", "label")
+    with pytest.raises(ConfigError, match="train of iteration 1 was stopped after 1000 s") as caught:
+        time_limit.check(Run(tmp_path, *here, stopped=stopped()), 1050)
+    assert caught.value.field == VARIABLE
+    assert "longer time limit" in caught.value.fix
+
+
+def test_a_phase_may_be_tried_again_when_that_can_help(tmp_path):
+    here = FIRST, done("sample", "label")
+    assert time_limit.check(Run(tmp_path, *here, stopped=stopped()), 1200), "there is more time"
+    assert time_limit.check(Run(tmp_path, *here, stopped=stopped(iteration=0, phase="sync")), 10), "that one is over"
+    assert time_limit.check(Run(tmp_path, *here, stopped=stopped(seconds=20)), 1000), "it was stopped early: a preemption"
+    assert time_limit.check(Run(tmp_path, FIRST, stopped=stopped("sample", kept=3)), 1000), "part of it is on disk"
+    with pytest.raises(ConfigError, match="sample of iteration 1"):
+        time_limit.check(Run(tmp_path, FIRST, stopped=stopped("sample")), 1000)
+
+
+def test_a_phase_that_took_longer_in_an_earlier_iteration_is_said(tmp_path):
+    whole = done("sample", "label", "checkpoint", "sync", "evaluate", "commit", seconds=3000.0) | done("train", seconds=500.0)
+    notes = time_limit.check(Run(tmp_path, FIRST, whole), 1000)
+    assert notes[0] == "time limit: 1000 s"
+    assert [note.split(":")[1].split()[0] for note in notes[1:]] == ["checkpoint", "sync", "commit"]
+    assert len(time_limit.check(Run(tmp_path, FIRST, whole), 4000)) == 1
+
+
+def test_the_limit_comes_from_the_environment(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert time_limit.given() is None
+    monkeypatch.setenv(VARIABLE, "90")
+    assert time_limit.given() == 90.0
+    monkeypatch.setenv(VARIABLE, "soon")
+    with pytest.raises(ConfigError, match="no number"):
+        time_limit.given()
+
+
+def test_a_run_stopped_in_training_does_not_repeat_it_in_the_same_time(toy_config, warm_cli, tmp_path):
+    """The command line, stopped inside `train` by a signal: refused with the same limit, finished with a longer one."""
+    config, log = toy_config(tmp_path, iterations=1), tmp_path / "log"
+    process, out = warm_cli.start("run", config, log=log, wait=["step", 1])
+    warm_cli.wait_for(log, "waiting")
+    process.terminate()
+    assert warm_cli.finish(process, out).returncode == 75
+    run = tmp_path / "runs" / "toy"
+    again = warm_cli("resume", run, env={VARIABLE: "0.01"})
+    assert again.returncode == 2, "no launcher repeats this"
+    assert "error: config: ONLINERL_TIME_LIMIT_S: train of iteration 1 was stopped after" in again.stderr
+    longer = warm_cli("resume", run, env={VARIABLE: "100000"})
+    assert longer.returncode == 0, longer.message
+    assert "time limit: 100000 s" in longer.stdout
