@@ -10,14 +10,6 @@ import torch
 from engine import Replica, Sender, changed
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test of this folder runs, but until all of them have been seen to pass on the merged code a failure is reported, not fatal."""
-    for item in items:
-        if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.xfail(strict=False, reason="not yet seen to pass since nine branches were merged"))
-
-
 WORDS = (
     "the film was a and it of in this that story actor scene ending plot we saw screen first last night "
     "good great wonderful love happy excellent best fine nice superb bad awful terrible hate sad worst poor boring ugly "
