@@ -17,10 +17,11 @@ from typing import Any
 from rich.console import Console
 
 from onlinerl import config as configuration
-from onlinerl import preflight
+from onlinerl import graph, preflight
 from onlinerl.algorithm_checks import implied_preferences
 from onlinerl.config import RunConfig
 from onlinerl.controller import loop, time_limit
+from onlinerl.controller.asking import Asker
 from onlinerl.controller.parts import Parts
 from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
 from onlinerl.network import outside_address
@@ -279,7 +280,7 @@ def _on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iter
             turns.learner_starts(learner)
             canary = _canary(checked.heldout, config.evaluation.canary)
             sync = WeightPush(learner, pool, turns, config.sync, config.engine, backend, canary)
-            yield _wire(checked, store, tracker, oracle=oracle, engine=pool, learner=learner, sync=sync)
+            yield _wire(checked, store, tracker, asker=Asker(oracle), engine=pool, learner=learner, sync=sync)
         finally:
             oracle.close()
             for part in (pool, learner):
@@ -306,7 +307,7 @@ def _toy(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterator[Pa
     engine = ToyEngine(len(tokenizer), tokenizer.decode)
     learner = ToyLearner(len(tokenizer), checked.algorithm, checked.config.model, _loss_temperature(checked))
     sync = ToySync(lambda: learner.logits.detach().numpy(), engine.load, lambda: engine.logits)
-    yield _wire(checked, store, tracker, oracle=checked.oracle, engine=engine, learner=learner, sync=sync)
+    yield _wire(checked, store, tracker, asker=Asker(checked.oracle), engine=engine, learner=learner, sync=sync)
 
 
 def _loss_temperature(checked: Checked) -> float:
@@ -316,7 +317,9 @@ def _loss_temperature(checked: Checked) -> float:
 
 def _wire(checked: Checked, store: RunDirectory, tracker: Tracker, **connected: Any) -> Parts:
     assert checked.train is not None
+    schedule = checked.config.schedule
     return Parts(
+        phases=graph.phases(stream=schedule.stream, evaluate_beside=schedule.evaluate_beside),
         config=checked.config,
         algorithm=checked.algorithm,
         pairing=checked.pairing,

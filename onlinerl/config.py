@@ -107,6 +107,15 @@ class TrainingConfig(Section):
     """Responses that hit max_new_tokens: train on them as they are, or leave them out (counted either way) (R-F4)."""
 
 
+class ScheduleConfig(Section):
+    """Which phases may run side by side. What is computed does not depend on it."""
+
+    stream: bool = True
+    """Responses are judged, and scored by the learner, while the engine still samples."""
+    evaluate_beside: bool = True
+    """The next iteration samples while this one is evaluated."""
+
+
 class EvaluationConfig(Section):
     """What is measured on the held-out prompts after each iteration."""
 
@@ -254,6 +263,7 @@ class RunConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     reference: ReferenceConfig = ReferenceConfig()
     training: TrainingConfig = TrainingConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: EngineConfig = EngineConfig()
     learner: LearnerConfig = LearnerConfig()
@@ -306,7 +316,9 @@ RESUMABLE_CHANGES = (
     "engine.start_timeout_s",
     "engine.generate_timeout_s",
     "engine.max_rejected",
+    "schedule",
     "oracle.groups_per_call",
+    "oracle.max_concurrent",
     "oracle.call_timeout_s",
     "oracle.retries",
     "oracle.replicas",

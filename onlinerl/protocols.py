@@ -134,6 +134,8 @@ class Oracle(Component):
     a reward model, whose scores are log-odds by training; an oracle with other units needs another. Comparisons do not read it."""
     groups_per_call: int = Field(1, ge=1)
     """Groups that one call of `judge` gets. A call that fails is asked again as a whole: keep it at 1 where answers cost money."""
+    max_concurrent: int = Field(1, ge=1)
+    """Calls that may be under way at the same time, each in a thread of its own: more than one needs an oracle that allows it."""
     call_timeout_s: float = Field(120.0, gt=0)
     """Longest wait for the next answer of a call."""
     retries: int = Field(2, ge=0)
@@ -204,6 +206,7 @@ class ModelOracle(Oracle):
     """An oracle that loads weights. On a cluster it runs in processes of its own, for which room is reserved before anything is
     loaded; each gets an equal share of the groups."""
 
+    max_concurrent: Literal[1] = 1  # a model computes one call at a time; see `replicas`
     replicas: int = Field(1, ge=1)
     """Processes that judge in parallel, each with a copy of the weights."""
     device: Literal["cpu", "cuda", "auto"] = "auto"

@@ -128,6 +128,8 @@ def toy_config(tiny_model):
             "training.learning_rate": 0.2,
             "engine.name": "toy",
             "learner.name": "toy",
+            "schedule.stream": False,  # tests that count what has happened at some moment need one order of events
+            "schedule.evaluate_beside": False,
             "metrics.prometheus_port": 0,
             "checkpoints.min_free_gib": 0.0,
         }

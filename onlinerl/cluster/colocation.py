@@ -16,6 +16,7 @@ Where engine and learner have GPUs of their own, or there are none, turns are ta
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
@@ -84,6 +85,7 @@ class Turns:
 
     def __init__(self, *, shared: bool) -> None:
         self.shared = shared
+        self._one_at_a_time = threading.RLock()
         self.turn: str = "starting"
         self._engine: SleepingEngine | None = None
         self._learner: LeavingLearner | None = None
@@ -110,11 +112,12 @@ class Turns:
         Raises:
             ClusterError: while a push is under way or has failed: only the push itself goes on from there.
         """
-        if turn == self.turn:
-            return
-        if "both" in (turn, self.turn):
-            raise self._illegal(turn)
-        self.move(turn)
+        with self._one_at_a_time:  # two phases may need the engine at the same moment
+            if turn == self.turn:
+                return
+            if "both" in (turn, self.turn):
+                raise self._illegal(turn)
+            self.move(turn)
 
     def move(self, turn: Turn, timeout_s: float | None = None) -> None:
         """Change turns, if it is not that turn already. Called by a push, which is the only one to take and leave `both`.

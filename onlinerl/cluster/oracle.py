@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import queue
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -36,18 +37,19 @@ class OracleActor:
 
 
 class PlacedOracle(Oracle):
-    """The replicas of an oracle as one: a call gets as many groups as all of them together take, and each judges its share."""
+    """The replicas of an oracle as one that takes as many calls at once: each goes to a replica that is free."""
 
     _actors: dict[str, Any] = PrivateAttr(default_factory=dict)
     _opened: dict[str, Any] = PrivateAttr(default_factory=dict)
-    _share: int = PrivateAttr(1)
+    _free: queue.SimpleQueue[str] = PrivateAttr(default_factory=queue.SimpleQueue)
     _start_timeout_s: float = PrivateAttr(0.0)
 
     @classmethod
     def start(cls, cluster: Cluster, first: int, oracle: ModelOracle) -> PlacedOracle:
         """Begin to load; `open` waits for it. `first` is the index of the first replica's placement."""
         placed = cls(
-            groups_per_call=oracle.groups_per_call * oracle.replicas,
+            groups_per_call=oracle.groups_per_call,
+            max_concurrent=oracle.replicas,
             call_timeout_s=oracle.call_timeout_s,
             retries=oracle.retries,
             preference_temperature=oracle.preference_temperature,
@@ -55,10 +57,11 @@ class PlacedOracle(Oracle):
         # What `auto` means was decided when the room was reserved.
         device = "cuda" if cluster.placements[first].gpus else "cpu"
         local = oracle.model_copy(update={"device": device})
-        placed._share, placed._start_timeout_s = oracle.groups_per_call, oracle.start_timeout_s
+        placed._start_timeout_s = oracle.start_timeout_s
         for i in range(oracle.replicas):
             options = cluster.options(first + i, {"TOKENIZERS_PARALLELISM": "false"})
             placed._actors[f"oracle {i}"] = OracleActor.options(**options).remote()  # type: ignore[attr-defined]
+            placed._free.put(f"oracle {i}")
         placed._opened = {name: actor.open.remote(local) for name, actor in placed._actors.items()}
         return placed
 
@@ -75,23 +78,24 @@ class PlacedOracle(Oracle):
         """That of the oracle inside."""
         return get(self._opened, timeout_s=self._start_timeout_s, error=OracleError, what="loading the oracle")[0]
 
-    def judge(self, queries: Sequence[Query]) -> Iterator[Verdict | Failure]:
-        """One result per query, in order; the replicas work at the same time.
+    def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
+        """One result per query, in order, by one replica.
 
         Raises:
-            OracleError: if a process died, or the oracle raised one.
+            OracleError: if its process died, or the oracle raised one.
         """
-        shares = [queries[start : start + self._share] for start in range(0, len(queries), self._share)]
-        running = [(name, actor.ask.remote(share)) for (name, actor), share in zip(self._actors.items(), shares, strict=False)]
-        for name, ref in running:
-            try:
-                # Whoever asked has this deadline once and gives up first.
-                yield from get({name: ref}, timeout_s=2 * self.call_timeout_s, error=OracleError, what="judging")[0]
-            except OracleError as error:
-                failure = error.__cause__
-                if isinstance(failure, RayTaskError) and not isinstance(failure.cause, OracleError):
-                    raise failure.cause from None  # as if it had been raised here
-                raise
+        name = self._free.get()
+        refs = {name: self._actors[name].ask.remote(queries)}
+        try:
+            # Whoever asked has this deadline once and gives up first.
+            return get(refs, timeout_s=2 * self.call_timeout_s, error=OracleError, what="judging")[0]
+        except OracleError as error:
+            failure = error.__cause__
+            if isinstance(failure, RayTaskError) and not isinstance(failure.cause, OracleError):
+                raise failure.cause from None  # as if it had been raised here
+            raise
+        finally:
+            self._free.put(name)
 
     def close(self) -> None:
         """End all replicas."""

@@ -12,12 +12,12 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from itertools import count
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from onlinerl.controller.parts import batched
+from onlinerl.controller.feed import LOOK_S, Feed, Stopped
 from onlinerl.errors import OracleError
 from onlinerl.protocols import Oracle
 from onlinerl.types import Failure, Query, Verdict
@@ -34,17 +34,81 @@ _PASSING_NAMES = frozenset({"TransportError", "Timeout", "URLError", "APIConnect
 
 
 def answers(oracle: Oracle, queries: Sequence[Query]) -> Iterator[Answers]:
-    """Every query with its result, in the order of the queries, in lists of what has arrived since the last one.
+    """`Asker.answers` for queries that are all there."""
+    stop = threading.Event()
+    return Asker(oracle).answers(Feed.of(queries, stop), stop)
 
-    Queries go out in calls of `oracle.groups_per_call`. An exception, or no answer within `oracle.call_timeout_s`, costs the queries
-    of that call which were not answered yet. They are asked again, up to `oracle.retries` times, if the cause may pass: a missed
-    deadline, a lost connection, HTTP 408, 425, 429 and 5xx (a Retry-After is kept to). After that each is a Failure.
 
-    Raises:
-        OracleError: as the oracle raised it: something is wrong that no other group would go better with.
-    """
-    for call in batched(queries, oracle.groups_per_call):
-        yield from _call(oracle, call)
+class Questions(Protocol):
+    """Where questions come from."""
+
+    def take(self, most: int) -> Sequence[Query]:
+        """At least one and at most so many, as soon as there are any; none at the end. Any thread may call it."""
+        ...
+
+
+class Asker:
+    """Asks one oracle, from any number of phases at a time; never with more than `oracle.max_concurrent` calls at once."""
+
+    def __init__(self, oracle: Oracle) -> None:
+        self.oracle = oracle
+        self._slots = threading.BoundedSemaphore(oracle.max_concurrent)
+
+    def answers(self, questions: Questions, stop: threading.Event) -> Iterator[Answers]:
+        """Every question with its result, in lists of what has arrived since the last one; in order, if calls are made one by one.
+
+        Questions go out in calls of up to `oracle.groups_per_call`. An exception, or no answer within `oracle.call_timeout_s`, costs
+        the questions of that call which were not answered yet. They are asked again, up to `oracle.retries` times, if the cause may
+        pass: a missed deadline, a lost connection, HTTP 408, 425, 429 and 5xx (a Retry-After is kept to). After that each is a Failure.
+        A call goes on only after what it has given was taken care of here.
+
+        Raises:
+            OracleError: as the oracle raised it: something is wrong that no other group would go better with.
+        """
+        arrivals: queue.SimpleQueue[_Arrival | _End] = queue.SimpleQueue()
+        over = threading.Event()
+        workers = self.oracle.max_concurrent
+        for _ in range(workers):
+            threading.Thread(target=self._work, args=(questions, arrivals, over, stop), name="asking", daemon=True).start()
+        try:
+            while workers:
+                arrival = arrivals.get()
+                if isinstance(arrival, _Arrival):
+                    yield arrival.answers
+                    arrival.taken.set()
+                elif arrival.error is not None:
+                    raise arrival.error
+                else:
+                    workers -= 1
+        finally:
+            over.set()
+
+    def _work(
+        self,
+        questions: Questions,
+        arrivals: queue.SimpleQueue[_Arrival | _End],
+        over: threading.Event,
+        stop: threading.Event,
+    ) -> None:
+        try:
+            while not over.is_set() and (batch := questions.take(self.oracle.groups_per_call)):
+                with self._slots:
+                    for answers in _call(self.oracle, batch):
+                        arrival = _Arrival(answers)
+                        arrivals.put(arrival)
+                        while not arrival.taken.wait(LOOK_S):
+                            if over.is_set() or stop.is_set():
+                                raise Stopped
+        except BaseException as error:  # noqa: BLE001  (raised again where the answers are waited for)
+            arrivals.put(_End(error))
+        else:
+            arrivals.put(_End(None))
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    answers: Answers
+    taken: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -82,15 +83,15 @@ def nothing_to_learn(judged: Sequence[Judged], items: int, dropped: Mapping[str,
     return None
 
 
-def check_idle(in_a_row: int, limit: int, reason: str) -> None:
-    """Stop after `limit` iterations in a row that gave nothing to learn: more would only cost.
+def check_idle(record: Mapping[str, Any], limit: int) -> None:
+    """Stop after `limit` iterations in a row that gave nothing to learn: more would only cost. `record`: of the last training.
 
     Raises:
         OracleError: with the reason of the last one.
     """
-    if in_a_row >= limit:
+    if (in_a_row := record["idle_in_a_row"]) >= limit:
         raise OracleError(
-            f"{in_a_row} iteration{'s' if in_a_row > 1 else ''} in a row gave nothing to learn; the last one: {reason}",
+            f"{in_a_row} iteration{'s' if in_a_row > 1 else ''} in a row gave nothing to learn; the last one: {record['idle']}",
             field="training.max_idle_iterations",
             fix="check that the oracle reads the response and can tell good from bad ones here, repair it and `onlinerl resume`, which "
             "goes on with fresh prompts; or stop here if the policy has learned what this oracle can teach. "

@@ -1,82 +1,104 @@
-"""The only loop. Each phase is durable before the next one starts:
+"""The only loop: start every phase whose inputs are there and whose parts are free (see `onlinerl.graph`).
 
-    iteration 0:   sync - evaluate - commit
-    iteration t:   sample - label - train - checkpoint - sync - evaluate - commit
-
-A crash anywhere resumes at the first unfinished phase. Inside `sample`, `label` and `evaluate` every group is on disk as soon as it
-is there, so nothing is generated or labelled twice.
+Each phase runs in a thread of its own and ends in a record on disk. A crash anywhere resumes at the first unfinished phases; inside
+most of them every answer is on disk as soon as it is there, so that nothing is generated or labelled twice.
 """
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
-from onlinerl.controller import health
-from onlinerl.controller.iteration import Iteration, Weights
+from onlinerl import graph
+from onlinerl.controller import health, phases, start
+from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import Parts
-from onlinerl.controller.phases.checkpoint import checkpoint
-from onlinerl.controller.phases.commit import commit
-from onlinerl.controller.phases.evaluate import evaluate
-from onlinerl.controller.phases.label import label
-from onlinerl.controller.phases.sample import sample
-from onlinerl.controller.phases.sync import sync
-from onlinerl.controller.phases.train import train
 from onlinerl.controller.report import Reporter
+from onlinerl.graph import Task
 
-Phase = Callable[[Iteration], dict[str, Any]]
-BASE: Mapping[str, Phase] = {"sync": sync, "evaluate": evaluate, "commit": commit}
-"""What happens to the base model, in order."""
-PHASES: Mapping[str, Phase] = {"sample": sample, "label": label, "train": train, "checkpoint": checkpoint, **BASE}
-"""What makes an iterate, in order."""
+PATIENCE_S = 5.0
+"""How long phases have to end by themselves when the run is stopped; what they still say after that is ignored."""
 
 
 def run(parts: Parts, attempt: int = 0) -> int:
     """Run every iteration that is not finished. Returns how many were run; 0 means there was nothing left to do.
 
     Raises:
-        OnlineRLError: of the boundary that failed; everything finished until then is on disk and `run` continues from it.
+        OnlineRLError: of the boundary that failed first; everything finished until then is on disk and `run` continues from it.
     """
-    report = Reporter(parts.tracker, attempt)
-    weights = Weights()
-    done = 0
-    for number in range(parts.config.iterations + 1):
-        if "commit" in parts.store.phases(number):
-            continue
-        _restore(parts, weights, number)
-        cursor = parts.store.phases(number - 1)["sample"]["next_cursor"] if number > 1 else 0
-        it = Iteration(parts, number, weights, report, cursor)
-        _finish(it)
-        done += 1
-        if 0 < number < parts.config.iterations:
-            trained = parts.store.phases(number)["train"]
-            health.check_idle(trained["idle_in_a_row"], parts.config.training.max_idle_iterations, trained["idle"] or "")
-    return done
+    loop = _Loop(parts, attempt)
+    try:
+        return loop.run()
+    finally:
+        loop.end()
 
 
-def _finish(it: Iteration) -> None:
-    """Every phase of an iteration that is not finished yet."""
-    store = it.parts.store
-    done = store.phases(it.number)
-    # Training changes weights in memory only: it counts from the moment its checkpoint is complete.
-    if "train" in done and "checkpoint" not in done:
-        done.pop("train")
-    for name, phase in (PHASES if it.number > 0 else BASE).items():
-        if name in done:
-            continue
-        started = time.monotonic()
-        record = phase(it)
-        seconds = time.monotonic() - started
-        store.finish_phase(it.number, name, {"seconds": seconds, **record})
-        it.parts.tracker.phase_finished(it.number, name, seconds)
-        it.report.phase(it.number, name, seconds, record)
+class _Loop:
+    """Which phases are done and which are running."""
 
+    def __init__(self, parts: Parts, attempt: int) -> None:
+        self.parts, self.report = parts, Reporter(parts.tracker, attempt)
+        self.done = {t: start.finished(parts.store, t) for t in range(parts.config.iterations + 1)}
+        self.stop = threading.Event()
+        self.iterations: dict[int, Iteration] = {}
+        self.running: dict[Task, threading.Thread] = {}
+        self.ended: queue.SimpleQueue[tuple[Task, dict[str, Any] | BaseException]] = queue.SimpleQueue()
 
-def _restore(parts: Parts, weights: Weights, number: int) -> None:
-    """Bring the learner to where iteration `number` goes on: after its training if that is safe on disk, else before it."""
-    wanted = number if "checkpoint" in parts.store.phases(number) else number - 1
-    if wanted <= 0 or weights.learner == wanted:
-        return
-    parts.learner.load(parts.store.require("checkpoints", wanted))
-    weights.learner = wanted
+    def run(self) -> int:
+        left = len(self.unfinished())
+        self.weights = start.restore(self.parts, self.done, self.report)
+        while unfinished := self.unfinished():
+            colocated = self.parts.config.cluster.colocate
+            while task := next(graph.ready(self.parts.phases, unfinished, self.done, self.running, colocated=colocated), None):
+                self.begin(task)
+            task, result = self.ended.get()
+            del self.running[task]
+            if isinstance(result, BaseException):
+                raise result
+            self.finish(task, result)
+        return left
+
+    def unfinished(self) -> list[int]:
+        return [t for t, done in self.done.items() if "commit" not in done][: graph.IN_FLIGHT]
+
+    def begin(self, task: Task) -> None:
+        t, name = task
+        if t not in self.iterations:
+            self.iterations[t] = Iteration(self.parts, t, self.weights, self.report, self.stop)
+        self.running[task] = threading.Thread(
+            target=self.work, args=(task, self.iterations[t]), name=f"{name} {t}", daemon=True
+        )
+        self.running[task].start()
+
+    def work(self, task: Task, it: Iteration) -> None:
+        """In a thread of its own."""
+        began = time.time()
+        try:
+            record = phases.function(self.parts.phases, task[1])(it)
+        except BaseException as error:  # noqa: BLE001  (raised again in the thread of the loop)
+            self.ended.put((task, error))
+        else:
+            ended = time.time()
+            self.ended.put((task, {"seconds": ended - began, "began": began, "ended": ended, **record}))
+
+    def finish(self, task: Task, record: dict[str, Any]) -> None:
+        t, name = task
+        self.parts.store.finish_phase(t, name, record)
+        self.done[t].add(name)
+        self.iterations[t].finished(name)
+        seconds = record["ended"] - record["began"]
+        self.parts.tracker.phase_finished(t, name, seconds)
+        self.report.phase(t, name, seconds, record)
+        if name == "commit":
+            del self.iterations[t]
+            if 0 < t < self.parts.config.iterations:
+                health.check_idle(self.parts.store.phases(t)["train"], self.parts.config.training.max_idle_iterations)
+
+    def end(self) -> None:
+        """Whatever still runs is told to stop."""
+        self.stop.set()
+        deadline = time.monotonic() + PATIENCE_S
+        for thread in self.running.values():
+            thread.join(max(0.0, deadline - time.monotonic()))

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from onlinerl.config import RunConfig
-from onlinerl.protocols import Algorithm, Learner, Oracle, PairBuilder, PromptSource, RolloutEngine, Store, Tracker, WeightSync
+from onlinerl.controller.asking import Asker
+from onlinerl.graph import Phase
+from onlinerl.protocols import Algorithm, Learner, PairBuilder, PromptSource, RolloutEngine, Store, Tracker, WeightSync
 from onlinerl.types import Judged, Prompt, SelfTest, TrainItem
 
 
@@ -52,7 +54,8 @@ class Parts:
 
     config: RunConfig
     algorithm: Algorithm
-    oracle: Oracle
+    asker: Asker
+    """The oracle."""
     pairing: PairBuilder
     train_prompts: PromptSource
     heldout: Sequence[Prompt]
@@ -61,6 +64,8 @@ class Parts:
     sync: WeightSync
     store: ArtefactStore
     tracker: Tracker
+    phases: tuple[Phase, ...]
+    """What the loop does."""
     base_model: str
     """Directory or id of the initial policy: iteration 0 and the anchor of `kl_ref`."""
     oracle_scores: bool = True

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from onlinerl.controller.loop import BASE, PHASES
 from onlinerl.errors import ConfigError
+from onlinerl.graph import NAMES, PHASES, of_iteration
 from onlinerl.protocols import Tracker
 
 VARIABLE = "ONLINERL_TIME_LIMIT_S"
 MARGIN = 1.1
 """A time limit must be this much longer than the one that was not enough."""
 
-KEEPING = frozenset({"sample", "label", "evaluate"})
+KEEPING = frozenset(phase.name for phase in PHASES if phase.keeps)
 """Phases that go on where they were stopped."""
 
 
@@ -56,7 +56,7 @@ class Place:
         iteration = 0
         while "commit" in (done := run.phases(iteration)):
             iteration += 1
-        order = PHASES if iteration else BASE
+        order = [phase.name for phase in of_iteration(PHASES, iteration)]
         # Training counts from the moment its checkpoint is complete.
         phase = next(p for p in order if p not in done or (p == "train" and "checkpoint" not in done))
         files = (run.path / "iterations" / f"{iteration:04d}").glob("*")
@@ -120,7 +120,7 @@ def check(run: Run, limit_s: float) -> list[str]:
                 fix="ask for a longer time limit, or start a new run whose iterations are smaller (prompts.per_iteration)",
             )
     notes = [f"time limit: {limit_s:.0f} s"]
-    for phase in (p for p in PHASES if p not in KEEPING):
+    for phase in (p for p in NAMES if p not in KEEPING):
         took = [run.phases(i).get(phase, {}).get("seconds") or 0.0 for i in range(here.iteration + 1)]
         if (longest := max(took)) > limit_s:
             notes.append(

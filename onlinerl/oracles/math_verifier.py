@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from pydantic import Field, PrivateAttr
 
@@ -33,6 +33,7 @@ class MathVerifier(Oracle):
     """Scores 1 for the right answer, 0 for a wrong one or none."""
 
     call_timeout_s: float = Field(3600.0, gt=0)  # each comparison has a deadline of its own
+    max_concurrent: Literal[1] = 1  # there is one process that compares
     timeout_s: float = Field(5.0, gt=0)
     """Longest comparison of one response with the reference answer, in seconds."""
     uncomparable_score: float | None = 0.0

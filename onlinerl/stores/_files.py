@@ -31,7 +31,7 @@ import numpy as np
 from onlinerl.errors import StoreError
 
 TEMPORARY = ".tmp"
-FORMAT = 2
+FORMAT = 3
 """Of what is written; 1 had no checksums."""
 _CHECKSUM = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
 _ZEROS = bytes(8)

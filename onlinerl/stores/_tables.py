@@ -49,7 +49,20 @@ def manifest(folder: Path) -> dict[str, Any]:
             return {}
         if not all(isinstance(found.get(key, {}), dict) for key in ("phases", "tables")):
             raise _files.damaged(path, "it is not the manifest of an iteration")
-    return found
+    return {**found, "phases": _as_now(found.get("phases", {}))}
+
+
+def _as_now(phases: Mapping[str, Any]) -> dict[str, Any]:
+    """The phases under their present names: up to format 2, `annotate` was a part of `train`, and one phase answered and measured."""
+    now: dict[str, Any] = {}
+    for name, record in phases.items():
+        if name == "evaluate":
+            now |= {"answer": {}, "measure": record}
+        elif name == "train" and "annotate" not in phases:
+            now |= {"annotate": {}, "train": record}
+        else:
+            now[name] = record
+    return now
 
 
 def update_manifest(folder: Path, **changes: Any) -> None:

@@ -9,7 +9,7 @@
     checkpoints/0001/        resumable state after iteration 1
     exports/0001/            the policy after iteration 1 in Hugging Face format
 
-Each method leaves the directory in a state from which a run can be resumed, wherever it is killed.
+Each method leaves the directory in a state from which a run can be resumed, wherever it is killed. Any thread may call them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +33,7 @@ from onlinerl.types import Prompt
 __all__ = ["RunDirectory"]
 
 FORMAT = _files.FORMAT
-READABLE = (1, FORMAT)
+READABLE = (1, 2, FORMAT)
 Kind = Literal["checkpoints", "exports"]
 KINDS: tuple[Kind, ...] = ("checkpoints", "exports")
 _MANIFEST = "manifest.json"
@@ -48,6 +49,8 @@ class RunDirectory:
     def __init__(self, path: Path, lock: Lock) -> None:
         self.path = path
         self._lock = lock
+        self._one_at_a_time = threading.RLock()
+        self._closed = False
         self._journals_checked: set[tuple[int, str]] = set()
 
     @classmethod
@@ -117,8 +120,10 @@ class RunDirectory:
             lock.release()
 
     def close(self) -> None:
-        """Release the lock. May be called twice."""
-        self._lock.release()
+        """Release the lock. May be called twice; whoever still writes gets a StoreError."""
+        with self._one_at_a_time:
+            self._closed = True
+            self._lock.release()
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -135,7 +140,8 @@ class RunDirectory:
 
     def update_manifest(self, **changes: Any) -> None:
         """Replace some entries of the run's manifest, durably. What is written from here on has the present format."""
-        _files.replace_json(self.path / _MANIFEST, {**self.manifest, "format": FORMAT, **changes})
+        with self._writing():
+            _files.replace_json(self.path / _MANIFEST, {**self.manifest, "format": FORMAT, **changes})
 
     @property
     def caveat(self) -> str | None:
@@ -215,23 +221,25 @@ class RunDirectory:
         """
         if not rows:
             return
-        folder = self._open(iteration, table)
-        journal = _tables.journal_path(folder, table)
-        if (iteration, table) not in self._journals_checked:
-            _files.cut_torn_tail(journal)
-            self._journals_checked.add((iteration, table))
-        try:
-            _files.append_lines(journal, rows)
-        except StoreError:
-            self._journals_checked.discard((iteration, table))  # in case the failed write could not be taken back
-            raise
+        with self._writing():
+            folder = self._open(iteration, table)
+            journal = _tables.journal_path(folder, table)
+            if (iteration, table) not in self._journals_checked:
+                _files.cut_torn_tail(journal)
+                self._journals_checked.add((iteration, table))
+            try:
+                _files.append_lines(journal, rows)
+            except StoreError:
+                self._journals_checked.discard((iteration, table))  # in case the failed write could not be taken back
+                raise
 
     def read(self, iteration: int, table: str) -> list[dict[str, Any]]:
         """All rows of a table in the order in which they were appended; empty if there are none.
 
         Rows are the same before and after `seal`. A key that only other rows have is None.
         """
-        return _tables.read(self._folder(iteration), table)
+        with self._one_at_a_time:
+            return _tables.read(self._folder(iteration), table)
 
     def sealed(self, iteration: int, table: str) -> bool:
         """True once the table is complete."""
@@ -239,9 +247,10 @@ class RunDirectory:
 
     def seal(self, iteration: int, table: str) -> None:
         """The table is complete: turn its journal into one Parquet file. May be called again."""
-        folder = self._folder(iteration)
-        self._make(folder)
-        _tables.seal(folder, table)
+        with self._writing():
+            folder = self._folder(iteration)
+            self._make(folder)
+            _tables.seal(folder, table)
 
     def write(self, iteration: int, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Make `rows` the complete table, all of them or none. Rows may hold what `append` takes.
@@ -251,14 +260,16 @@ class RunDirectory:
         Raises:
             StoreError: if the table is sealed or the disk is full.
         """
-        _tables.write(self._open(iteration, table), table, rows)
+        with self._writing():
+            _tables.write(self._open(iteration, table), table, rows)
 
     def finish_phase(self, iteration: int, phase: str, record: Mapping[str, Any]) -> None:
         """Mark a phase as done, durably. Numbers that are not finite are stored as null."""
-        phases = self.phases(iteration)
-        phases.pop(phase, None)  # a phase that is done again was finished last
-        self._make(self._folder(iteration))
-        _tables.update_manifest(self._folder(iteration), iteration=iteration, phases={**phases, phase: dict(record)})
+        with self._writing():
+            phases = self.phases(iteration)
+            phases.pop(phase, None)  # a phase that is done again was finished last
+            self._make(self._folder(iteration))
+            _tables.update_manifest(self._folder(iteration), iteration=iteration, phases={**phases, phase: dict(record)})
 
     def phases(self, iteration: int) -> dict[str, dict[str, Any]]:
         """Finished phases and their records, in the order in which they finished."""
@@ -331,6 +342,14 @@ class RunDirectory:
         _artefacts.retain(self.path / kind, keep)
 
     # --- inside ---
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One thread at a time, and none once the directory is closed: another process may have it by then."""
+        with self._one_at_a_time:
+            if self._closed:
+                raise StoreError(f"{self.path} is closed", fix="`onlinerl resume` goes on from what is there")
+            yield
 
     def _open(self, iteration: int, table: str) -> Path:
         """The folder of a table that may still grow."""

@@ -11,11 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from onlinerl.errors import StoreError
 from onlinerl.types import Cost, Failure, Group, Message, Pair, Prompt, Rollout, Sampling, Verdict
 
 ROLLOUTS = "rollouts"
 VERDICTS = "verdicts"
+LOGPROBS = "logprobs"
+"""What is known about the responses that are trained on, f32[T] each, by name (old, reference, values)."""
 PAIRS = "pairs"
 EVALUATION = "evaluation"
 EVALUATION_VERDICTS = "evaluation_verdicts"
@@ -161,6 +165,17 @@ def pair_rows(group: Group, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         }
         for pair in pairs
     ]
+
+
+def logprob_row(prompt_id: str, arrays: Mapping[str, Sequence[np.ndarray]]) -> dict[str, Any]:
+    """Arrays f32[T] of a group's training sequences, in the order of its items; by name (old, reference, values)."""
+    return {"prompt_id": prompt_id} | {name: [_cells(array.tolist()) for array in own] for name, own in arrays.items()}
+
+
+def logprobs_from_row(row: Mapping[str, Any]) -> tuple[str, dict[str, list[np.ndarray]]]:
+    """The reverse of `logprob_row`."""
+    named = {name: cells for name, cells in row.items() if name != "prompt_id" and cells is not None}
+    return row["prompt_id"], {name: [np.asarray(_floats(c), np.float32) for c in own] for name, own in named.items()}
 
 
 def _sampler(sampling: Sampling) -> dict[str, Any]:

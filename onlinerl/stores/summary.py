@@ -83,27 +83,27 @@ def _phases(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _iteration(number: int, phases: Mapping[str, Mapping[str, Any]], *, active: bool, extras: bool) -> dict[str, Any]:
-    label, sync, evaluate = (phases.get(name, {}) for name in ("label", "sync", "evaluate"))
-    rate = evaluate.get("win_rate") if number > 0 else None
-    calls = [record["oracle_calls"] for record in (label, evaluate) if record.get("oracle_calls") is not None]
+    label, sync, measure = (phases.get(name, {}) for name in ("label", "sync", "measure"))
+    rate = measure.get("win_rate") if number > 0 else None
+    calls = [record["oracle_calls"] for record in (label, measure) if record.get("oracle_calls") is not None]
     row: dict[str, Any] = {
         "iteration": number,
-        "reward": evaluate.get("reward"),
-        "kl_ref": evaluate.get("kl_ref") if number > 0 else 0.0,
-        "kl_prev": evaluate.get("kl_prev") if number > 0 else 0.0,
+        "reward": measure.get("reward"),
+        "kl_ref": measure.get("kl_ref") if number > 0 else 0.0,
+        "kl_prev": measure.get("kl_prev") if number > 0 else 0.0,
         "win_rate": {key: rate.get(key) for key in ("value", "low", "high", "n")} if rate else None,
         "phases": {name: record["seconds"] for name, record in phases.items() if record.get("seconds") is not None},
         "sync": {key: sync.get(key) for key in ("seconds", "bytes", "proved")} if sync else None,
         "samples": phases.get("sample", {}).get("samples"),
         "oracle_calls": sum(calls) if calls else None,
         "status": phases.get("commit", {}).get("status") or ("running" if active else "unfinished"),
-        "kl_estimator": evaluate.get("kl_estimator"),
-        "kl_conflict": evaluate.get("kl_conflict"),
-        "insufficient": evaluate.get("insufficient", []),
+        "kl_estimator": measure.get("kl_estimator"),
+        "kl_conflict": measure.get("kl_conflict"),
+        "insufficient": measure.get("insufficient", []),
         "idle": phases.get("train", {}).get("idle"),
     }
     if extras:
-        row |= {"length": evaluate.get("length"), "oracle_failures": label.get("failures")}
+        row |= {"length": measure.get("length"), "oracle_failures": label.get("failures")}
     return row
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -14,7 +15,7 @@ _VIEW_FAILED = (OSError, ValueError, TypeError, LookupError, RuntimeError)
 
 
 class FanoutTracker(Tracker):
-    """Tells each of its trackers everything, in order.
+    """Tells each of its trackers everything, in order. Phases that run side by side tell it one at a time.
 
     A tracker that fails does not end the run, which may have cost days. The first failure of each is said to the others and on
     stderr; how many there were is the metric `tracker_failures`. An OnlineRLError passes: with it a tracker says that the run must
@@ -23,6 +24,8 @@ class FanoutTracker(Tracker):
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = tuple(trackers)
+        self._one_at_a_time = threading.RLock()
+        self._closed = False
         self._failures: Counter[str] = Counter()
         self._logged: Counter[str] = Counter()
 
@@ -40,10 +43,11 @@ class FanoutTracker(Tracker):
 
     def log(self, metrics: Iterable[Metric]) -> None:
         """Pass on, with what failed since the last time."""
-        once = list(metrics)  # a generator would be empty for the second tracker
-        if once:
-            once += self._news(once[-1])
-        self._tell(lambda tracker: tracker.log(once))
+        with self._one_at_a_time:
+            once = list(metrics)  # a generator would be empty for the second tracker
+            if once:
+                once += self._news(once[-1])
+            self._tell(lambda tracker: tracker.log(once))
 
     def note(self, text: str) -> None:
         """Pass on."""
@@ -54,15 +58,18 @@ class FanoutTracker(Tracker):
         self._tell(lambda tracker: tracker.ended(state))
 
     def close(self) -> None:
-        """Pass on."""
-        self._tell(lambda tracker: tracker.close())
+        """Pass on; whatever a phase that is being stopped still says is not heard."""
+        with self._one_at_a_time:
+            self._tell(lambda tracker: tracker.close())
+            self._closed = True
 
     def _tell(self, tell: Callable[[Tracker], None]) -> None:
-        for tracker in self._trackers:
-            try:
-                tell(tracker)
-            except _VIEW_FAILED as error:
-                self._failed(type(tracker).__name__, error)
+        with self._one_at_a_time:
+            for tracker in () if self._closed else self._trackers:
+                try:
+                    tell(tracker)
+                except _VIEW_FAILED as error:
+                    self._failed(type(tracker).__name__, error)
 
     def _failed(self, name: str, error: Exception) -> None:
         self._failures[name] += 1

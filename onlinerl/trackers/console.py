@@ -20,12 +20,14 @@ from rich.progress import (
     ProgressColumn,
     SpinnerColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
 from rich.table import Table
 from rich.text import Text
 
+from onlinerl.graph import NAMES
 from onlinerl.protocols import Tracker
 
 __all__ = ["ConsoleTracker", "render_table", "sturdy_console"]
@@ -82,35 +84,37 @@ class ConsoleTracker(Tracker):
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
         self._progress: Progress | None = None
-        self._running: _Running | None = None
+        self._running: dict[tuple[int, str], _Running] = {}
 
     def phase_started(self, iteration: int, phase: str, total: int | None, unit: str) -> None:
         """Show a bar."""
-        self._stop()
+        self._remove(iteration, phase)
         now = time.monotonic()
-        self._running = _Running(iteration=iteration, phase=phase, total=total, unit=unit, started=now, reported=now)
-        if self._console.is_terminal:
-            self._progress = Progress(
+        running = _Running(iteration=iteration, phase=phase, total=total, unit=unit, started=now, reported=now)
+        self._running[iteration, phase] = running
+        if not self._console.is_terminal:
+            return
+        if self._progress is None:
+            columns = (
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                _RateColumn(unit),
+                _RateColumn(),
                 TimeElapsedColumn(),
-                console=self._console,
-                transient=True,
             )
-            self._progress.add_task(_head(iteration, phase), total=total)
+            self._progress = Progress(*columns, console=self._console, transient=True)
             self._progress.start()
+        running.bar = self._progress.add_task(_head(iteration, phase), total=total, unit=unit)
 
     def phase_advanced(self, iteration: int, phase: str, amount: int) -> None:
         """Move the bar."""
-        running, now = self._running, time.monotonic()
+        running, now = self._running.get((iteration, phase)), time.monotonic()
         if running is None:
             return
         running.done += amount
-        if self._progress is not None:
-            self._progress.advance(self._progress.task_ids[0], amount)
+        if self._progress is not None and running.bar is not None:
+            self._progress.advance(running.bar, amount)
         elif now - running.reported >= QUIET_S:
             running.reported = now
             of = f" of {running.total}" if running.total else ""
@@ -118,10 +122,9 @@ class ConsoleTracker(Tracker):
 
     def phase_finished(self, iteration: int, phase: str, seconds: float) -> None:
         """Replace the bar by one line."""
-        running = self._running
-        self._stop()
+        running = self._remove(iteration, phase)
         work = ""
-        if running is not None and running.phase == phase and running.done:
+        if running is not None and running.done:
             work = f"{running.done:>8} {running.unit}  {_rate(running.done, seconds, running.unit)}"
         self._line(f"{_head(iteration, phase)}  {seconds:>8.1f} s  {work}".rstrip())
 
@@ -130,22 +133,27 @@ class ConsoleTracker(Tracker):
         self._line(text)
 
     def close(self) -> None:
-        """Remove the bar. May be called twice."""
-        self._stop()
+        """Remove all bars. May be called twice."""
+        for iteration, phase in [*self._running]:
+            self._remove(iteration, phase)
 
-    def _stop(self) -> None:
-        if self._progress is not None:
+    def _remove(self, iteration: int, phase: str) -> _Running | None:
+        running = self._running.pop((iteration, phase), None)
+        if self._progress is not None and not self._running:
             self._progress.stop()
-        self._progress = self._running = None
+            self._progress = None
+        elif self._progress is not None and running is not None and running.bar is not None:
+            self._progress.remove_task(running.bar)
+        return running
 
     def _line(self, text: str) -> None:
         # Texts may hold square brackets and paths: no markup, no colours guessed from content, no wrapping in log files.
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-_PHASES = ("sample", "label", "train", "checkpoint", "sync", "evaluate", "commit")
 _FIGURES = {"reward": "reward", "kl_ref": "KL", "win_rate": "win rate", "length": "length"}
-_SHORT = {"checkpoint": "save", "evaluate": "eval"}
+_COLUMNS = {"annotate": "train", "checkpoint": "save", "answer": "eval", "measure": "eval"}
+"""Where the seconds of a phase are shown, if not under its own name."""
 
 
 def render_table(summary: Mapping[str, Any]) -> Table:
@@ -164,22 +172,35 @@ def render_table(summary: Mapping[str, Any]) -> Table:
     table.add_column("KL base", justify="right")
     table.add_column("win rate vs base", justify="right", no_wrap=True)
     table.add_column("len", justify="right")
-    # One narrow column per phase that took any time: the whole table fits a terminal of 80 columns.
-    names = list(dict.fromkeys(n for row in summary["iterations"] for n, s in row["phases"].items() if s >= 0.5))
-    order = [n for n in _PHASES if n in names] + [n for n in names if n not in _PHASES]
-    for name in order:
-        table.add_column(str(_SHORT.get(name, name)), justify="right")
-    for row in summary["iterations"]:
+    # One narrow column per group of phases that took any time: the whole table fits a terminal of 80 columns.
+    seconds = [_seconds(row["phases"]) for row in summary["iterations"]]
+    names = {name for row in seconds for name, s in row.items() if s >= 0.5}
+    columns = [name for name in dict.fromkeys([*map(_column, NAMES), *sorted(names)]) if name in names]
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row, took in zip(summary["iterations"], seconds, strict=True):
         cells = (
             str(row["iteration"]),
             _number(row["reward"], ".3f"),
             _kl(row),
             _win_rate(row["win_rate"]),
             _number(row.get("length"), ".1f"),
-            *(_number(row["phases"].get(name), ".0f") for name in order),
+            *(_number(took.get(name), ".0f") for name in columns),
         )
         table.add_row(*map(Text, cells))
     return table
+
+
+def _column(phase: str) -> str:
+    return _COLUMNS.get(phase, phase)
+
+
+def _seconds(phases: Mapping[str, float]) -> dict[str, float]:
+    """By column."""
+    seconds: dict[str, float] = {}
+    for name, took in phases.items():
+        seconds[_column(name)] = seconds.get(_column(name), 0.0) + took
+    return seconds
 
 
 def _remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -209,16 +230,13 @@ class _Running:
     started: float
     reported: float
     done: int = 0
+    bar: TaskID | None = None
 
 
 class _RateColumn(ProgressColumn):
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self._unit = unit
-
     def render(self, task: Task) -> Text:
         """E.g. 12.3 prompts/s."""
-        return Text(_rate(task.completed, task.elapsed or 0.0, self._unit))
+        return Text(_rate(task.completed, task.elapsed or 0.0, task.fields["unit"]))
 
 
 def _head(iteration: int, phase: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 
-from onlinerl import __version__
+from onlinerl import __version__, graph
 from onlinerl.errors import ConfigError
 from onlinerl.protocols import Tracker
 from onlinerl.trackers._discovery import Discovery
@@ -27,7 +27,6 @@ from onlinerl.types import Metric
 
 __all__ = ["PrometheusTracker", "totals"]
 
-PHASES = ("sample", "label", "reference", "train", "checkpoint", "sync", "evaluate", "commit")
 ROLE = "controller"
 STATUSES = ("ok", "failed")
 REJECTED = ("logprob", "abort")
@@ -230,7 +229,6 @@ class PrometheusTracker(Tracker):
         self._run = run
         self._registry = CollectorRegistry()
         self._collectors: dict[str, Any] = {}
-        self._phases = set(PHASES)
         self._declare()
         self._start_at_zero(oracle_kinds, drop_reasons)
         self._show_state("running")
@@ -250,17 +248,17 @@ class PrometheusTracker(Tracker):
                 ) from error
 
     def phase_started(self, iteration: int, phase: str, total: int | None, unit: str) -> None:
-        """Show the phase as the current one."""
+        """Show that the phase is running."""
         self._child("onlinerl_iteration").set(iteration)
-        self._show_phase(phase)
+        self._show_phase(phase, running=True)
 
     def phase_advanced(self, iteration: int, phase: str, amount: int) -> None:
         """Note that the run is alive."""
         self._child("onlinerl_last_progress_timestamp_seconds", role=ROLE).set(time.time())
 
     def phase_finished(self, iteration: int, phase: str, seconds: float) -> None:
-        """Show that no phase is running."""
-        self._show_phase(None)
+        """Show that it is not running any more."""
+        self._show_phase(phase, running=False)
         if phase == "commit":
             self._child("onlinerl_iteration_end_timestamp_seconds").set(time.time())
 
@@ -313,7 +311,7 @@ class PrometheusTracker(Tracker):
             ("onlinerl_iteration_end_timestamp_seconds", "When the latest iteration was committed", ()),
             ("onlinerl_last_progress_timestamp_seconds", "When something last moved", ("role",)),
             ("onlinerl_run_state", "1 for the state that the run is in", ("state",)),
-            ("onlinerl_phase", "1 for the phase that is running", ("role", "phase")),
+            ("onlinerl_phase", "1 for every phase that is running", ("role", "phase")),
             ("onlinerl_metric_insufficient", "1 if the latest value was measured on too few prompts to be trusted", ("name",)),
         )
         for name, text, labels in own:
@@ -344,12 +342,11 @@ class PrometheusTracker(Tracker):
             self._child("onlinerl_rollouts_rejected_total", reason=reason)
         for reason in drop_reasons:
             self._child("onlinerl_pairs_dropped_total", reason=reason)
-        self._show_phase(None)
+        for phase in graph.NAMES:
+            self._show_phase(phase, running=False)
 
-    def _show_phase(self, current: str | None) -> None:
-        self._phases |= {current} if current else set()
-        for phase in self._phases:
-            self._child("onlinerl_phase", role=ROLE, phase=phase).set(phase == current)
+    def _show_phase(self, phase: str, *, running: bool) -> None:
+        self._child("onlinerl_phase", role=ROLE, phase=phase).set(running)
         self._child("onlinerl_last_progress_timestamp_seconds", role=ROLE).set(time.time())
 
     def _show_state(self, current: str) -> None:

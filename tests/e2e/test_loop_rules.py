@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from onlinerl import app as application
+from onlinerl import graph
 from onlinerl.controller import evaluation
 from onlinerl.engines.toy import ToyEngine
 from onlinerl.learners.toy import ToyLearner
@@ -369,3 +370,26 @@ def test_the_base_models_answers_give_the_forward_kl(toy_config, onlinerl, tmp_p
     assert entropies[0] == pytest.approx(np.log(len(logits)), rel=1e-5)
     assert entropies[1] < entropies[0]
     assert values(run, "kl_clamped", reference="initial") == [0, 0]
+
+
+# --- another phase ---
+
+
+def test_a_phase_is_one_file_and_one_row(toy_config, onlinerl, tmp_path, monkeypatch):
+    """It reads what is there, is resumed like any other, and its record stands beside the others."""
+    (tmp_path / "lengths.py").write_text(
+        "def lengths(it):\n    return {'words': sum(len(r.text.split()) for g in it.groups() for r in g.rollouts)}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    row = graph.Phase(name="lengths", waits_for=(("sample", 0),), function="lengths:lengths")
+
+    def phases(original=graph.phases, **schedule):
+        *others, commit = original(**schedule)
+        return (*others, row, replace(commit, waits_for=(*commit.waits_for, ("lengths", 0))))
+
+    monkeypatch.setattr(graph, "phases", phases)
+    config = toy_config(tmp_path, {"schedule.stream": None, "schedule.evaluate_beside": None})
+    code, message = onlinerl("run", config)
+    assert code == 0, message
+    assert all(record["words"] > 0 for record in records(tmp_path / "runs/toy", "lengths"))
+    assert [set(r["phases"]) for r in summarise(tmp_path / "runs/toy")["iterations"][1:]] == [{*graph.NAMES, "lengths"}] * 3

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import yaml
 
+from onlinerl.graph import NAMES as PHASES
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import summarise
 from onlinerl.trackers.jsonl import read_metrics
 
-PHASES = ("sample", "label", "train", "checkpoint", "sync", "evaluate", "commit")
 NOTHING_LEFT, REQUEUE = 4, 75
 PROBE = [" It was good.", " It was bad, the answer is 7."]
 """What the oracle is asked at every start before anything else; it is no label."""
@@ -88,7 +88,7 @@ def test_show_prints_the_contract(toy_config, cli, tmp_path, monkeypatch):
     base, *iterates = report["iterations"]
     assert list(base) == list(ROW)
     assert (base["kl_ref"], base["kl_prev"], base["win_rate"], base["samples"]) == (0, 0, None, None)
-    assert list(base["phases"]) == ["sync", "evaluate", "commit"]
+    assert list(base["phases"]) == ["sync", "answer", "measure", "commit"]
     assert base["status"] == "promoted"
     assert base["sync"]["proved"] is True
     for row in iterates:
@@ -172,10 +172,12 @@ EVALUATION_CALLS, LABEL_CALLS = 3, 2
 INSIDE = {
     "sample": ["generate", HELDOUT + PROMPTS + HELDOUT + 3],
     "label": ["judge", 1 + EVALUATION_CALLS + LABEL_CALLS + EVALUATION_CALLS + 2],
+    "annotate": ["score", 6],
     "train": ["step", 3],
     "checkpoint": ["save", 2],
     "sync": ["push", 3],
-    "evaluate": ["generate", HELDOUT + 2 * (PROMPTS + HELDOUT) - 5],
+    "answer": ["generate", HELDOUT + 2 * (PROMPTS + HELDOUT) - 5],
+    "measure": ["judge", 1 + 2 * (EVALUATION_CALLS + LABEL_CALLS) + 2],
     "commit": ["retain", 2],
 }
 
@@ -265,12 +267,36 @@ def test_killed_three_times_in_a_phase(counted, uninterrupted, tmp_path, phase):
     assert done.returncode == 0, done.message
     check_counts(
         tmp_path / "log",
-        generated_twice=1 if phase in ("sample", "evaluate") else 0,
-        judged_twice=BATCH if phase == "label" else 0,
+        generated_twice=1 if phase in ("sample", "answer") else 0,
+        judged_twice=BATCH if phase in ("label", "measure") else 0,
     )
     assert everything(run) == uninterrupted
     with RunDirectory.open(run) as opened:
         assert (opened.manifest["status"], opened.manifest["attempt"]) == ("finished", 3)
+
+
+SIDE_BY_SIDE = ("schedule.stream=true", "schedule.evaluate_beside=true")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_killed_while_phases_run_side_by_side(counted, uninterrupted, tmp_path, phase):
+    """Labels follow rollouts, log-probs follow labels, an evaluation runs beside the next sampling: it makes the very same run, and
+    loses and repeats as little."""
+    killed = -signal.SIGKILL
+    assert counted("run", *SIDE_BY_SIDE, kill=INSIDE[phase]).returncode == killed
+    assert counted("resume", kill=[f"before 2 {phase}", 1]).returncode in (0, killed)
+    done = counted("resume", kill=[f"after 3 {phase}", 1])
+    if done.returncode == killed:
+        done = counted("resume")
+    assert done.returncode in (0, NOTHING_LEFT), done.message
+    happened = events(tmp_path / "log")
+    generated = Counter((e["prompt"], *e["seeds"], e["version"]) for e in happened if e["kind"] == "generate")
+    asked = [one for e in happened if e["kind"] == "judge" for one in e["asked"] if one[1:] != PROBE]
+    expected = 3 * PROMPTS + 4 * HELDOUT
+    assert len(generated) == expected, "a prompt was sampled by the wrong version"
+    assert sum(generated.values()) <= expected + 3 * 2, "at each kill one prompt of two phases may be in the works"
+    assert len(asked) <= expected + 3 * BATCH, "at each kill one call may be in the works"
+    assert everything(tmp_path / "runs/toy") == uninterrupted
 
 
 def test_killed_before_the_base_model_was_measured(counted, uninterrupted, tmp_path):
@@ -688,7 +714,7 @@ def test_the_reference_stays_the_same(toy_config, warm_cli, tiny_model, tmp_path
     shutil.copytree(tiny_model, model)
     run, log = tmp_path / "runs/toy", tmp_path / "log"
     config = toy_config(tmp_path, {"model": str(model), "reference.schedule": "fixed"})
-    assert warm_cli("run", config, log=log, kill=["before 2 evaluate", 1]).returncode == -signal.SIGKILL
+    assert warm_cli("run", config, log=log, kill=["before 2 answer", 1]).returncode == -signal.SIGKILL
     with RunDirectory.open(run) as opened:
         before = opened.manifest["reference"]
     assert before["checksum"]

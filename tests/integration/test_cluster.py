@@ -17,6 +17,8 @@ import psutil
 import pytest
 import yaml
 
+from onlinerl.graph import NAMES
+
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 HOOKS = Path(__file__).resolve().parents[1] / "support" / "hooks.py"
@@ -212,7 +214,7 @@ def assert_finished(run: Path, samples: int, algorithm: str = "dpo") -> None:
     assert last["status"] == "promoted"
     assert last["samples"] == samples
     assert set(last["win_rate"]) >= {"value", "low", "high", "n"}
-    assert set(last["phases"]) >= {"sample", "label", "train", "checkpoint", "sync", "evaluate"}
+    assert set(last["phases"]) >= {*NAMES}
     groups = rows(run, 1, "rollouts")
     assert len({g["prompt_id"] for g in groups}) == len(groups) == 8
 
@@ -285,10 +287,12 @@ PROBE = [" It was good.", " It was bad, the answer is 7."]
 PHASES = {
     "sample": ["generate", HELDOUT + 3],
     "label": ["judge", 2],  # the first call of a process is the probe before the start
+    "annotate": ["score", 1],
     "train": ["step", 1],
     "checkpoint": ["save", 1],
     "sync": ["push", 1],
-    "evaluate": ["generate", 2],
+    "answer": ["generate", 2],
+    "measure": ["judge", 2],
     "commit": ["retain", 1],
 }
 
@@ -314,8 +318,8 @@ def test_killed_in_every_phase(start: Callable[..., Controller], tiny_llama: Pat
     happened = [json.loads(line) for line in log.read_text().splitlines()]
     answered = Counter((e["prompt"], *e["seeds"], e["version"]) for e in happened if e["kind"] == "generate")
     expected = PROMPTS + 2 * HELDOUT
-    # The answer in hand at the instant of a kill is lost with the process: a prompt in each of two phases, and a batch of labels.
+    # The answer in hand at the instant of a kill is lost with the process: a prompt in each of two phases, and in each of two a batch of labels.
     assert len(answered) == expected
     assert sum(answered.values()) == expected + 2
     asked = [one for e in happened if e["kind"] == "judge" for one in e["asked"] if one[1:] != PROBE]
-    assert len(asked) == expected + GROUPS_PER_CALL
+    assert len(asked) == expected + 2 * GROUPS_PER_CALL

@@ -89,6 +89,10 @@ def install():
             event("step")
             yield replace(report, skipped=1) if SPEC.get("broken") == "step" else report
 
+    def score(self, sequences, original=learner.score, **options):
+        event("score")
+        return original(self, sequences, **options)
+
     def save(self, path, original=learner.save):
         written = original(self, path)
         event("save")
@@ -113,6 +117,7 @@ def install():
     if SPEC.get("slow_end"):
         _end_slowly()
     engine.generate, learner.update, learner.save, sync.push = generate, update, save, push
+    learner.score = score
     RunDirectory.retain, RunDirectory.finish_phase = retain, finish_phase
 
 

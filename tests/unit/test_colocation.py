@@ -143,10 +143,12 @@ def test_only_replicas_that_share_a_gpu_may_unpickle_handles(run: Run) -> None:
 AFTER = {
     "sample": [*PUSH, *TO_LEARNER, *TRAIN, *CHECKPOINT, *PUSH, *EVALUATE],
     "label": [*TRAIN, *CHECKPOINT, *PUSH, *EVALUATE],
-    "train": [*TRAIN, *CHECKPOINT, *PUSH, *EVALUATE],
-    "checkpoint": [*TRAIN, *CHECKPOINT, *PUSH, *EVALUATE],
+    "annotate": [*TRAIN[1:], *CHECKPOINT, *PUSH, *EVALUATE],
+    "train": [*TRAIN[1:], *CHECKPOINT, *PUSH, *EVALUATE],
+    "checkpoint": [*TRAIN[1:], *CHECKPOINT, *PUSH, *EVALUATE],
     "sync": ["learner restores", *PUSH, *EVALUATE],
-    "evaluate": ["learner restores", *PUSH, *TO_LEARNER, "learner scores"],
+    "answer": ["learner restores", *PUSH, *TO_LEARNER, "learner scores"],
+    "measure": ["learner restores", "learner scores"],
     "commit": ["learner restores"],
 }
 

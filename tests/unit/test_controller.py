@@ -177,12 +177,12 @@ def test_no_item_is_nothing_to_learn():
 
 
 def test_too_many_idle_iterations_in_a_row_stop_the_run():
-    health.check_idle(2, 3, "ties")
+    health.check_idle({"idle_in_a_row": 2, "idle": "ties"}, 3)
     for count in (3, 4):
         with pytest.raises(
             OracleError, match=f"{count} iterations in a row gave nothing to learn; the last one: ties"
         ) as error:
-            health.check_idle(count, 3, "ties")
+            health.check_idle({"idle_in_a_row": count, "idle": "ties"}, 3)
         assert error.value.field == "training.max_idle_iterations"
         assert "onlinerl resume" in error.value.fix
 

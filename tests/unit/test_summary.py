@@ -25,10 +25,11 @@ def run(tmp_path):
 
 
 def test_a_committed_iteration(run):
-    run.finish_phase(0, "evaluate", {"seconds": 2.0, "reward": 0.1, "kl_ref": 1e-9, "win_rate": RATE, "length": 20.0})
+    run.finish_phase(0, "measure", {"seconds": 2.0, "reward": 0.1, "kl_ref": 1e-9, "win_rate": RATE, "length": 20.0})
     run.finish_phase(0, "commit", {"status": "promoted"})
     run.finish_phase(1, "sample", {"seconds": 1.0, "samples": 256, "tokens": 9})
     run.finish_phase(1, "label", {"seconds": 0.5, "oracle_calls": 64, "failures": 1})
+    run.finish_phase(1, "annotate", {})
     run.finish_phase(1, "train", {"seconds": 3.0, "steps": 8, "tokens": 99})
     run.finish_phase(1, "checkpoint", {"seconds": 0.1})
     run.finish_phase(1, "sync", {"seconds": 0.2, "bytes": 1000, "proved": True, "replicas": 2})
@@ -44,7 +45,7 @@ def test_a_committed_iteration(run):
         "kl_conflict": True,
         "insufficient": ["kl_ref", "reward"],
     }
-    run.finish_phase(1, "evaluate", evaluated)
+    run.finish_phase(1, "measure", evaluated)
     run.finish_phase(1, "commit", {"status": "promoted"})
     summary = summarise(run.path)
     assert summary == {
@@ -57,7 +58,7 @@ def test_a_committed_iteration(run):
                 "kl_ref": 0.0,
                 "kl_prev": 0.0,
                 "win_rate": None,
-                "phases": {"evaluate": 2.0},
+                "phases": {"measure": 2.0},
                 "sync": None,
                 "samples": None,
                 "oracle_calls": None,
@@ -70,7 +71,7 @@ def test_a_committed_iteration(run):
                 "kl_ref": 1.5,
                 "kl_prev": None,
                 "win_rate": RATE,
-                "phases": {"sample": 1.0, "label": 0.5, "train": 3.0, "checkpoint": 0.1, "sync": 0.2, "evaluate": 2.5},
+                "phases": {"sample": 1.0, "label": 0.5, "train": 3.0, "checkpoint": 0.1, "sync": 0.2, "measure": 2.5},
                 "sync": {"seconds": 0.2, "bytes": 1000, "proved": True},
                 "samples": 256,
                 "oracle_calls": 74,

@@ -7,6 +7,7 @@ import pytest
 from onlinerl.controller import time_limit
 from onlinerl.controller.time_limit import VARIABLE, PhaseClock, Place
 from onlinerl.errors import ConfigError
+from onlinerl.graph import NAMES
 
 
 class Run:
@@ -24,14 +25,14 @@ def done(*phases, seconds=1.0):
     return {phase: {"seconds": seconds} for phase in phases}
 
 
-FIRST = done("sync", "evaluate", "commit")
+FIRST = done("sync", "answer", "measure", "commit")
 
 
 def test_a_run_stands_at_its_first_unfinished_phase(tmp_path):
     assert Place.of(Run(tmp_path)) == Place(iteration=0, phase="sync", kept=0)
-    assert Place.of(Run(tmp_path, done("sync"))).phase == "evaluate"
+    assert Place.of(Run(tmp_path, done("sync"))).phase == "answer"
     assert Place.of(Run(tmp_path, FIRST)).phase == "sample"
-    assert Place.of(Run(tmp_path, FIRST, done("sample", "label", "train"))).phase == "train"
+    assert Place.of(Run(tmp_path, FIRST, done("sample", "label", "annotate", "train"))).phase == "train"
     folder = tmp_path / "iterations" / "0001"
     folder.mkdir(parents=True)
     (folder / "rollouts.jsonl").write_text("12345")
@@ -52,9 +53,9 @@ def test_the_clock_counts_the_phase_and_one_start_up(tmp_path, monkeypatch):
     run.iterations[1] |= done("label")
     clock.phase_finished(1, "label", 10.0)
     now[0] += 7
-    clock.phase_finished(1, "reference", 7.0)  # only a part of the phase `train`
+    clock.phase_finished(1, "checking", 7.0)  # only a part of a phase
     now[0] += 5
-    assert clock.stopped() == {"iteration": 1, "phase": "train", "kept": 0, "seconds": 30 + 12.0}
+    assert clock.stopped() == {"iteration": 1, "phase": "annotate", "kept": 0, "seconds": 30 + 12.0}
 
 
 def stopped(phase="train", iteration=1, kept=0, seconds=1000.0):
@@ -62,7 +63,7 @@ def stopped(phase="train", iteration=1, kept=0, seconds=1000.0):
 
 
 def test_a_phase_that_was_given_as_much_time_before_is_refused(tmp_path):
-    here = FIRST, done("sample", "label")
+    here = FIRST, done("sample", "label", "annotate")
     with pytest.raises(ConfigError, match="train of iteration 1 was stopped after 1000 s") as caught:
         time_limit.check(Run(tmp_path, *here, stopped=stopped()), 1050)
     assert caught.value.field == VARIABLE
@@ -70,7 +71,7 @@ def test_a_phase_that_was_given_as_much_time_before_is_refused(tmp_path):
 
 
 def test_a_phase_may_be_tried_again_when_that_can_help(tmp_path):
-    here = FIRST, done("sample", "label")
+    here = FIRST, done("sample", "label", "annotate")
     assert time_limit.check(Run(tmp_path, *here, stopped=stopped()), 1200), "there is more time"
     assert time_limit.check(Run(tmp_path, *here, stopped=stopped(iteration=0, phase="sync")), 10), "that one is over"
     assert time_limit.check(Run(tmp_path, *here, stopped=stopped(seconds=20)), 1000), "it was stopped early: a preemption"
@@ -80,7 +81,7 @@ def test_a_phase_may_be_tried_again_when_that_can_help(tmp_path):
 
 
 def test_a_phase_that_took_longer_in_an_earlier_iteration_is_said(tmp_path):
-    whole = done("sample", "label", "checkpoint", "sync", "evaluate", "commit", seconds=3000.0) | done("train", seconds=500.0)
+    whole = done(*NAMES, seconds=3000.0) | done("train", seconds=500.0)
     notes = time_limit.check(Run(tmp_path, FIRST, whole), 1000)
     assert notes[0] == "time limit: 1000 s"
     assert [note.split(":")[1].split()[0] for note in notes[1:]] == ["checkpoint", "sync", "commit"]

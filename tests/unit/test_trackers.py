@@ -18,6 +18,7 @@ from rich.console import Console
 
 from onlinerl import registry
 from onlinerl.errors import ConfigError, StoreError
+from onlinerl.graph import NAMES
 from onlinerl.protocols import Tracker
 from onlinerl.trackers import console as console_module
 from onlinerl.trackers._fanout import FanoutTracker
@@ -347,12 +348,14 @@ def test_the_running_phase_and_the_last_progress_are_shown(exporter):
     assert [p for p, v in phases().items() if v] == ["train"]
     exporter.phase_advanced(3, "train", 1)
     assert progress() > started
-    exporter.phase_started(3, "my_phase", None, "")
-    assert [p for p, v in phases().items() if v] == ["my_phase"]
-    exporter.phase_finished(3, "my_phase", 1.0)
+    exporter.phase_started(4, "my_phase", None, "")
+    assert [p for p, v in phases().items() if v] == ["train", "my_phase"], "side by side"
+    exporter.phase_finished(4, "my_phase", 1.0)
+    assert [p for p, v in phases().items() if v] == ["train"]
+    exporter.phase_finished(3, "train", 1.0)
     assert set(phases().values()) == {0.0}
     found = scrape(exporter)
-    assert found["onlinerl_iteration", ()] == 3.0
+    assert found["onlinerl_iteration", ()] == 4.0
     assert ("onlinerl_iteration_end_timestamp_seconds", ()) not in found, "1970 is not when an iteration ended"
     exporter.phase_finished(3, "commit", 0.1)
     assert scrape(exporter)["onlinerl_iteration_end_timestamp_seconds", ()] > started
@@ -492,13 +495,13 @@ def row(iteration, **more):
 
 
 def test_the_table_fits_a_narrow_terminal():
-    phases = dict.fromkeys(("sample", "label", "train", "checkpoint", "sync", "evaluate"), 123.4) | {"label": 0.1}
+    phases = dict.fromkeys(NAMES, 123.4) | {"label": 0.1, "commit": 0.1}
     rate = {"value": 0.61, "low": 0.51, "high": 0.7, "n": 100}
     out = io.StringIO()
     full = row(10, reward=-0.512, kl_ref=123.45, win_rate=rate, length=1234.5, phases=phases, status="promoted")
     Console(file=out, width=80).print(render_table({"run": "demo", "algorithm": "dpo", "iterations": [full]}))
     assert "…" not in out.getvalue()
-    assert "10 -0.512 123.45 0.61 [0.51, 0.70] 1234.5 123 123 123 123 123" in " ".join(out.getvalue().split())
+    assert "10 -0.512 123.45 0.61 [0.51, 0.70] 1234.5 123 247 123 123 247" in " ".join(out.getvalue().split())
 
 
 def test_the_table_of_iterations():

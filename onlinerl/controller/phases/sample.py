@@ -15,10 +15,9 @@ def sample(it: Iteration) -> dict[str, Any]:
     """Sample from the iterate before this one."""
     config = it.parts.config
     prompts, next_cursor = it.prompts()
-    it.ensure_engine()
     k = config.sampling.samples_per_prompt
     requests = [Request(prompt=p, seeds=tuple(derive_seed(config.seed, it.number, p.id, i) for i in range(k))) for p in prompts]
-    groups = collect.generate(it, requests, config.sampling.spec(), ROLLOUTS, "sample")
+    groups = collect.generate(it, requests, config.sampling.spec(), ROLLOUTS, "sample", feed=it.rollouts)
     rollouts = [r for g in groups for r in g.rollouts]
     tokens = sum(len(r.token_ids) for r in rollouts)
     it.report.sampled(it.number, groups)

@@ -1,4 +1,4 @@
-"""What this iterate is worth: its answers to the held-out prompts, and the figures about them."""
+"""What an iterate is worth: the figures about its answers to the held-out prompts."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 
 from onlinerl.controller import collect, evaluation, health
+from onlinerl.controller.feed import Feed
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.statistics import Divergence, Estimate
 from onlinerl.errors import EngineError
 from onlinerl.stores.rows import BASE_LOGPROBS, EVALUATION, EVALUATION_VERDICTS, group_from_row, result_from_row
-from onlinerl.types import Failure, Group, Request, Sampling, Verdict, derive_seed
+from onlinerl.types import Failure, Group, Verdict
 
 
-def evaluate(it: Iteration) -> dict[str, Any]:
-    """Held-out prompts, one response each, with the same seeds for every iterate."""
+def measure(it: Iteration) -> dict[str, Any]:
+    """Reward, divergences, win rates, and whether engine and learner agree."""
     config, learner = it.parts.config, it.parts.learner
-    now, calls = _answers(it)
-    own = learner.score(evaluation.sequences(now.groups), model="policy", temperature=1.0)
+    now, calls = _scored(it)
+    own = learner.score(evaluation.sequences(now.groups), model=it.model_of(it.number), temperature=1.0)
     wins, more = _win_rates(it, now)
     kl_ref = _divergence(it, now, own, 0)
     sample = now.groups[: config.evaluation.mismatch_sample]
@@ -39,28 +40,22 @@ def evaluate(it: Iteration) -> dict[str, Any]:
     return it.report.evaluated(it.number, measured) | {"oracle_calls": calls + more}
 
 
-def _answers(it: Iteration) -> tuple[evaluation.Evaluated, int]:
+def _scored(it: Iteration) -> tuple[evaluation.Evaluated, int]:
     """This iterate's answers and their scores, and how many oracle calls these are.
 
     Raises:
         EngineError: if no prompt was answered.
     """
-    config = it.parts.config
-    it.ensure_engine()
-    # Divergences need temperature 1 and the whole vocabulary.
-    sampling = Sampling(max_new_tokens=config.sampling.max_new_tokens)
-    requests = [Request(prompt=p, seeds=(derive_seed(config.seed, "evaluation", p.id),)) for p in it.parts.heldout]
-    groups = _answered(collect.generate(it, requests, sampling, EVALUATION, "evaluate"))
+    groups = _evaluated(it, it.number).groups
     if not groups:
         raise EngineError(
             "not one held-out prompt got a usable response",
             field="engine.max_rejected",
             fix="lower it, and look at the engine's log",
         )
-    verdicts: dict[str, Verdict | Failure] = {}
-    calls = 0
+    calls, verdicts = 0, dict[str, Verdict | Failure]()
     if it.parts.oracle_scores:  # an oracle that only compares has nothing to say about one response
-        calls, verdicts = collect.judge(it, groups, EVALUATION_VERDICTS, "evaluate")
+        calls, verdicts = _judged(it, groups, EVALUATION_VERDICTS)
     return evaluation.Evaluated(groups=groups, verdicts=verdicts), calls
 
 
@@ -75,10 +70,14 @@ def _win_rates(it: Iteration, now: evaluation.Evaluated) -> tuple[dict[str, Esti
         return {}, 0
     rates, calls = {}, 0
     for iterate in sorted({0, it.number - 1}):
-        judge = partial(collect.judge, it, table=f"comparisons_{iterate:04d}", phase="evaluate")
+        judge = partial(_judged, it, table=f"comparisons_{iterate:04d}")
         rates[iterate], more = evaluation.win_rate(now, _evaluated(it, iterate), judge)
         calls += more
     return {"base": rates[0], "prev": rates[it.number - 1]}, calls
+
+
+def _judged(it: Iteration, groups: Sequence[Group], table: str) -> tuple[int, dict[str, Verdict | Failure]]:
+    return collect.judge(it, Feed.of(groups, it.stop), len(groups), table, "measure")
 
 
 def _evaluated(it: Iteration, iterate: int) -> evaluation.Evaluated:
@@ -90,8 +89,8 @@ def _evaluated(it: Iteration, iterate: int) -> evaluation.Evaluated:
 
 
 def _divergence(it: Iteration, now: evaluation.Evaluated, own: Sequence[np.ndarray], iterate: int) -> Divergence:
-    model = it.model_of(iterate)
-    return evaluation.drift(now, it.parts.learner, own, None if model == "policy" else model)
+    model = None if iterate == it.number else it.model_of(iterate)
+    return evaluation.drift(now, it.parts.learner, own, model)
 
 
 def _forward_kl(it: Iteration, groups: Sequence[Group], own: Sequence[np.ndarray]) -> Estimate | None:
@@ -107,5 +106,5 @@ def _forward_kl(it: Iteration, groups: Sequence[Group], own: Sequence[np.ndarray
         return None
     kept = {row["prompt_id"]: row["logprobs"] for row in store.read(0, BASE_LOGPROBS)}
     base = _evaluated(it, 0).groups
-    policy = it.parts.learner.score(evaluation.sequences(base), model="policy", temperature=1.0)
+    policy = it.parts.learner.score(evaluation.sequences(base), model=it.model_of(it.number), temperature=1.0)
     return evaluation.forward_kl([np.asarray(kept[g.prompt.id]) for g in base], policy)

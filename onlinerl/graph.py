@@ -1,0 +1,140 @@
+"""A run as a graph of phases over durable tables: the table, as data.
+
+A phase reads tables and weights, occupies one or two parts, writes a table or new weights, and ends in a record on disk. The loop
+knows only this: start every phase whose inputs are there and whose parts are free. What differs between runs is the edges:
+
+    phase        waits for                             may follow   uses                          writes
+    sample t     commit t-1, or only sync t-1          -            engine (shared)               rollouts t
+    label t      sample t                              sample t     oracle (shared)               verdicts t
+    annotate t   label t, measure t-1                  label t      learner                       logprobs t
+    train t      label t, annotate t                   -            learner                       pairs t, weights t
+    checkpoint t train t                               -            learner                       checkpoint t, export t
+    sync t       checkpoint t, answer t-1              -            learner, engine               version t in every replica, proved
+    answer t     sync t                                -            engine (shared)               answers t to the held-out prompts
+    measure t    answer t, measure t-1                 -            learner, oracle (shared)      figures t
+    commit t     measure t, commit t-1                 -            -                             what became of the iterate
+
+The base model, iteration 0, is only pushed, measured and committed. The engine is shared by phases that read its weights and taken
+alone by the one that writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Part = Literal["engine", "oracle", "learner"]
+Task = tuple[int, str]
+"""A phase of an iteration."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """One row of the table."""
+
+    name: str
+    waits_for: tuple[tuple[str, int], ...] = ()
+    """Phases that must be finished, each with how many iterations back it is. Those that no iteration has are no obstacle."""
+    follows: str | None = None
+    """A phase of the same iteration whose rows are taken as they become durable: it must have begun, instead of being finished."""
+    alone: frozenset[Part] = frozenset()
+    """Parts that no other phase may use meanwhile."""
+    shares: frozenset[Part] = frozenset()
+    """Parts that phases which share them may use at the same time."""
+    of_base: bool = False
+    """Whether the base model, iteration 0, goes through it too."""
+    keeps: bool = False
+    """Whether it goes on where it was stopped; otherwise it begins again."""
+    function: str = ""
+    """Dotted path, `package.module:function`, of a phase that is not in onlinerl.controller.phases."""
+
+
+def phases(*, stream: bool, evaluate_beside: bool) -> tuple[Phase, ...]:
+    """The graph, in the order in which an iteration goes through it if nothing runs side by side.
+
+    Args:
+        stream: labels follow the rollouts, and log-probs follow the labels.
+        evaluate_beside: the next iteration samples while this one is evaluated.
+    """
+    before = ("sync", 1) if evaluate_beside else ("commit", 1)
+    graph = (
+        Phase(name="sample", waits_for=(before,), shares=frozenset({"engine"}), keeps=True),
+        Phase(name="label", follows="sample", shares=frozenset({"oracle"}), keeps=True),
+        Phase(name="annotate", follows="label", waits_for=(("measure", 1),), alone=frozenset({"learner"}), keeps=True),
+        Phase(name="train", waits_for=(("label", 0), ("annotate", 0)), alone=frozenset({"learner"})),
+        Phase(name="checkpoint", waits_for=(("train", 0),), alone=frozenset({"learner"})),
+        Phase(name="sync", waits_for=(("checkpoint", 0), ("answer", 1)), alone=frozenset({"learner", "engine"}), of_base=True),
+        Phase(name="answer", waits_for=(("sync", 0),), shares=frozenset({"engine"}), of_base=True, keeps=True),
+        Phase(
+            name="measure",
+            waits_for=(("answer", 0), ("measure", 1)),
+            alone=frozenset({"learner"}),
+            shares=frozenset({"oracle"}),
+            of_base=True,
+            keeps=True,
+        ),
+        Phase(name="commit", waits_for=(("measure", 0), ("commit", 1)), of_base=True),
+    )
+    return graph if stream else tuple(_in_turn(phase) for phase in graph)
+
+
+def _in_turn(phase: Phase) -> Phase:
+    """The same phase, but it begins when the one that it follows is finished."""
+    if phase.follows is None:
+        return phase
+    return replace(phase, follows=None, waits_for=((phase.follows, 0), *phase.waits_for))
+
+
+IN_FLIGHT = 3
+"""Iterations that may be worked on at the same time: one trains, the next samples, and the last is being committed."""
+PHASES = phases(stream=False, evaluate_beside=False)
+"""The phases one after the other."""
+NAMES = tuple(phase.name for phase in PHASES)
+
+
+def of_iteration(graph: Sequence[Phase], iteration: int) -> tuple[Phase, ...]:
+    """What an iteration goes through."""
+    return tuple(phase for phase in graph if iteration > 0 or phase.of_base)
+
+
+def ready(
+    graph: Sequence[Phase],
+    iterations: Sequence[int],
+    done: Mapping[int, Collection[str]],
+    running: Collection[Task],
+    *,
+    colocated: bool = False,
+) -> Iterator[Task]:
+    """Phases that may start now, most urgent first. Whoever starts one looks again: it may have taken a part that another one needs.
+
+    Args:
+        graph: all phases.
+        iterations: which of them may be worked on, ascending.
+        done: names of the finished phases of every iteration.
+        running: what has been started and is not finished.
+        colocated: engine and learner share hardware, so that only one of them works at a time.
+    """
+    rows = {phase.name: phase for phase in graph}
+    for t in iterations:
+        for phase in of_iteration(graph, t):
+            if phase.name in done[t] or (t, phase.name) in running:
+                continue
+            waiting = [name for name, back in phase.waits_for if not _past(rows[name], t - back, done)]
+            begun = phase.follows is None or phase.follows in done[t] or (t, phase.follows) in running
+            if not waiting and begun and not any(_conflict(phase, rows[name], colocated) for _, name in running):
+                yield t, phase.name
+
+
+def _past(phase: Phase, iteration: int, done: Mapping[int, Collection[str]]) -> bool:
+    missing = iteration < 0 or (iteration == 0 and not phase.of_base)
+    return missing or phase.name in done[iteration]
+
+
+def _conflict(one: Phase, other: Phase, colocated: bool) -> bool:
+    """Whether two phases cannot run at the same time."""
+    if one.alone & (other.alone | other.shares) or one.shares & other.alone:
+        return True
+    hardware = frozenset({"engine", "learner"})
+    mine, theirs = hardware & (one.alone | one.shares), hardware & (other.alone | other.shares)
+    return colocated and bool(mine and theirs and mine != theirs)

@@ -1,0 +1,121 @@
+"""What may run when: the graph alone, with parts that only take time."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Sequence
+from itertools import combinations, pairwise
+
+import pytest
+
+from onlinerl import graph
+from onlinerl.graph import NAMES, Phase, Task
+
+SECONDS = {
+    "sample": 5.0,
+    "label": 6.0,
+    "annotate": 3.0,
+    "train": 4.0,
+    "checkpoint": 0.5,
+    "sync": 0.5,
+    "answer": 2.0,
+    "measure": 2.0,
+}
+MODES = [(stream, beside) for stream in (False, True) for beside in (False, True)]
+ITERATIONS = 4
+
+
+def simulate(
+    rows: Sequence[Phase],
+    done: dict[int, set[str]],
+    *,
+    colocated: bool = False,
+    until: float = 1e9,
+    jitter: random.Random | None = None,
+) -> list[tuple[float, float, Task]]:
+    """(start, end, task) of every phase that ends before `until`, in virtual time; what has ended is added to `done`."""
+    now, running, begun, made = 0.0, dict[Task, float](), dict[Task, float](), []
+    follows = {row.name: row.follows for row in rows}
+    heap: list[tuple[float, Task]] = []
+    while True:
+        unfinished = [t for t, names in done.items() if "commit" not in names][: graph.IN_FLIGHT]
+        while task := next(graph.ready(rows, unfinished, done, running, colocated=colocated), None):
+            t, name = task
+            seconds = SECONDS.get(name, 0.0) * (jitter.uniform(0.5, 2) if jitter else 1)
+            followed = running.get((t, follows[name] or ""), 0.0)
+            running[task], begun[task] = max(now + seconds, followed), now
+            heapq.heappush(heap, (running[task], task))
+        if not heap:
+            return made
+        now, task = heapq.heappop(heap)
+        if now > until:
+            return made
+        del running[task]
+        done[task[0]].add(task[1])
+        made.append((begun[task], now, task))
+
+
+def nothing_done() -> dict[int, set[str]]:
+    return {t: set() for t in range(ITERATIONS + 1)}
+
+
+def test_one_after_the_other():
+    made = simulate(graph.PHASES, nothing_done())
+    assert [task for _, _, task in made] == [
+        *((0, name) for name in ("sync", "answer", "measure", "commit")),
+        *((t, name) for t in range(1, ITERATIONS + 1) for name in NAMES),
+    ]
+    assert all(end <= start for (_, end, _), (start, _, _) in pairwise(made)), "two phases ran at once"
+
+
+def test_side_by_side_pays():
+    last = {}
+    for stream, beside in MODES:
+        made = simulate(graph.phases(stream=stream, evaluate_beside=beside), nothing_done())
+        last[stream, beside] = made[-1][1]
+    # An iteration: 23 s in turn; 6 s instead of 5 + 6 + 3 with followers; 4 s of evaluation hidden behind the next sampling.
+    assert last[True, False] < last[False, False] - ITERATIONS * 7
+    assert last[False, True] < last[False, False] - (ITERATIONS - 1) * 3
+    assert last[True, True] < min(last[True, False], last[False, True])
+
+
+@pytest.mark.parametrize("colocated", [False, True])
+@pytest.mark.parametrize(("stream", "beside"), MODES)
+def test_no_part_is_used_twice(stream, beside, colocated):
+    rows = {row.name: row for row in graph.phases(stream=stream, evaluate_beside=beside)}
+    for seed in range(20):
+        made = simulate(list(rows.values()), nothing_done(), colocated=colocated, jitter=random.Random(seed))
+        assert len(made) == ITERATIONS * len(NAMES) + 4
+        for (start, end, one), (other_start, other_end, other) in combinations(made, 2):
+            if start < other_end and other_start < end:
+                a, b = rows[one[1]], rows[other[1]]
+                assert not a.alone & (b.alone | b.shares), (one, other)
+                assert not b.alone & (a.alone | a.shares), (one, other)
+                if colocated:
+                    hardware = [{"engine", "learner"} & (row.alone | row.shares) for row in (a, b)]
+                    assert not (hardware[0] and hardware[1] and hardware[0] != hardware[1]), (one, other)
+
+
+@pytest.mark.parametrize(("stream", "beside"), MODES)
+def test_killed_and_resumed_nothing_is_done_twice_and_no_weights_are_mixed(stream, beside):
+    rows = graph.phases(stream=stream, evaluate_beside=beside)
+    for seed in range(100):
+        chance, done, made = random.Random(seed), nothing_done(), []
+        while "commit" not in done[ITERATIONS]:
+            made += [task for _, _, task in simulate(rows, done, until=chance.uniform(1, 40), jitter=chance)]
+        assert len(made) == len(set(made)) == ITERATIONS * len(NAMES) + 4
+        at = {task: i for i, task in enumerate(made)}
+        for t in range(1, ITERATIONS + 1):
+            assert at[t - 1, "sync"] < at[t, "sample"] < at[t, "sync"], "sampled by the weights of the iterate before"
+            assert at[t - 1, "answer"] < at[t, "sync"], "the answers of an iterate are its own"
+            assert at[t - 1, "measure"] < at[t, "train"], "measured while the learner holds its weights"
+
+
+def test_a_phase_starts_only_when_what_it_follows_has_begun():
+    rows = graph.phases(stream=True, evaluate_beside=False)
+    done = {0: {"sync", "answer", "measure", "commit"}, 1: set()}
+    assert list(graph.ready(rows, [1], done, [])) == [(1, "sample")]
+    assert list(graph.ready(rows, [1], done, [(1, "sample")])) == [(1, "label")]
+    assert list(graph.ready(rows, [1], done, [(1, "sample"), (1, "label")])) == [(1, "annotate")]
+    assert list(graph.ready(rows, [1], done, [(1, "sample"), (1, "label")], colocated=True)) == [], "the engine has the GPU"
