@@ -636,6 +636,7 @@ def test_a_stored_configuration_does_not_depend_on_the_working_directory(toy_con
 # --- signals ---
 
 
+@pytest.mark.parametrize("schedule", [(), SIDE_BY_SIDE], ids=["in-turn", "side-by-side"])
 @pytest.mark.parametrize(
     ("number", "where"),
     [
@@ -646,10 +647,10 @@ def test_a_stored_configuration_does_not_depend_on_the_working_directory(toy_con
     ],
     ids=lambda value: value.name if isinstance(value, signal.Signals) else value[0].replace(" ", "-"),
 )
-def test_a_signal_ends_it_resumably(counted, warm_cli, uninterrupted, tmp_path, number, where):
+def test_a_signal_ends_it_resumably(counted, warm_cli, uninterrupted, tmp_path, number, where, schedule):
     """R-D5: wherever it is, the run ends with the code that means "requeue", and a resume finishes it as if nothing had happened."""
     run = tmp_path / "runs/toy"
-    process, out = counted("run", wait=where, finish=False)
+    process, out = counted("run", *schedule, wait=where, finish=False)
     warm_cli.wait_for(tmp_path / "log", "waiting")
     assert summarise(run)["iterations"][-1]["status"] == "running"
     process_id = process.pid

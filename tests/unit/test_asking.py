@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from email.utils import formatdate
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 from pydantic import Field, PrivateAttr
 
 from onlinerl.controller import asking
+from onlinerl.controller.feed import Feed, Stopped
 from onlinerl.errors import OracleError
 from onlinerl.protocols import Oracle
 from onlinerl.types import Failure, Prompt, Query, Verdict
@@ -163,3 +165,86 @@ def test_a_wrong_number_of_answers_stops(count):
     for groups_per_call in (2, 5):
         with pytest.raises(OracleError, match=f"returned {count} results for 2 queries"):
             ask(Miscounting(groups_per_call=groups_per_call), 2)
+
+
+# --- several calls at once ---
+
+
+class Busy(Oracle):
+    """Counts the calls that are under way, and lets none end before as many are as it allows."""
+
+    _lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
+    _gate: threading.Barrier = PrivateAttr()
+    _now: int = PrivateAttr(0)
+    _most: int = PrivateAttr(0)
+
+    def model_post_init(self, context: object) -> None:
+        self._gate = threading.Barrier(self.max_concurrent)
+
+    @property
+    def version(self) -> str:
+        return "1"
+
+    def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
+        with self._lock:
+            self._now += 1
+            self._most = max(self._most, self._now)
+        self._gate.wait(timeout=30)
+        with self._lock:
+            self._now -= 1
+        return [Verdict(annotator="busy", oracle_version="1", scores=(1.0,)) for _ in queries]
+
+
+def test_as_many_calls_at_once_as_the_oracle_allows():
+    oracle = Busy(max_concurrent=4, groups_per_call=2, call_timeout_s=60, retries=0)
+    results = {query.prompt.id: result for arrived in asking.answers(oracle, queries(16)) for query, result in arrived}
+    assert len(results) == 16
+    assert all(isinstance(result, Verdict) for result in results.values()), "a barrier broke: fewer calls than allowed"
+    assert oracle._most == 4
+
+
+def test_the_limit_holds_for_all_phases_together():
+    oracle = Busy(max_concurrent=2, call_timeout_s=60, retries=0)
+    asker, stop = asking.Asker(oracle), threading.Event()
+    found: list[int] = []
+
+    def phase():
+        found.extend(len(arrived) for arrived in asker.answers(Feed.of(queries(8), stop), stop))
+
+    threads = [threading.Thread(target=phase) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert sum(found) == 16
+    assert oracle._most == 2
+
+
+def test_a_call_goes_on_only_after_its_answers_were_taken_care_of():
+    oracle = Paid(script=[])
+    arriving = asking.answers(oracle, queries(4))
+    next(arriving)
+    time.sleep(0.3)  # time enough for a call that does not wait
+    assert oracle._payments == ["p0"]
+    assert len(list(arriving)) == 3
+
+
+def test_questions_that_come_one_by_one_are_asked_as_they_come():
+    oracle, stop = Paid(script=[]), threading.Event()
+    feed: Feed[Query] = Feed(stop)
+    arriving = asking.Asker(oracle).answers(feed, stop)
+    for query in queries(3):
+        feed.put([query])
+        assert [asked.prompt.id for asked, _ in next(arriving)] == [query.prompt.id]
+    feed.close()
+    assert list(arriving) == []
+
+
+def test_a_run_that_is_stopped_asks_nothing_more():
+    oracle, stop = Paid(script=[]), threading.Event()
+    arriving = asking.Asker(oracle).answers(Feed.of(queries(4), stop), stop)
+    next(arriving)
+    stop.set()
+    with pytest.raises(Stopped):
+        list(arriving)
+    assert oracle._payments == ["p0"]

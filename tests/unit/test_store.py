@@ -368,7 +368,7 @@ def test_phases_are_kept_in_the_order_in_which_they_finished(run):
     assert run.phases(2) == {"label": {"seconds": None, "failures": {"timeout": 1}}, "sample": {"seconds": 2.0}}
     assert list(run.phases(2)) == ["label", "sample"]
     assert run.phase_done(2, "label")
-    run.finish_phase(0, "evaluate", {})
+    run.finish_phase(0, "measure", {})
     assert run.iterations() == [0, 2]
 
 
