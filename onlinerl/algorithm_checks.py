@@ -5,7 +5,8 @@ from __future__ import annotations
 from onlinerl.config import RunConfig
 from onlinerl.controller.parts import reference_iteration
 from onlinerl.errors import ConfigError
-from onlinerl.protocols import Algorithm, Needs, Oracle
+from onlinerl.protocols.algorithm import Algorithm, Needs
+from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Verdict
 
 

@@ -26,7 +26,8 @@ from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
 from onlinerl.network import outside_address
 from onlinerl.preflight import Checked
 from onlinerl.prompts._kept import Kept
-from onlinerl.protocols import ModelOracle, Oracle, Tracker
+from onlinerl.protocols.oracle import ModelOracle, Oracle
+from onlinerl.protocols.tracker import Tracker
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import summarise
 from onlinerl.trackers._fanout import FanoutTracker

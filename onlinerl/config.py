@@ -21,7 +21,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from onlinerl import registry, yaml_files
 from onlinerl.errors import ConfigError
-from onlinerl.protocols import Algorithm, Component, Oracle, PairBuilder
+from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.component import Component
+from onlinerl.protocols.oracle import Oracle
+from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.types import Sampling
 
 _SECRET = re.compile(r"(^|_)(api)?(key|token|password|passwd|secret|credential)s?$")

@@ -24,7 +24,9 @@ from onlinerl.families import check_attention, logit_rule
 from onlinerl.memory import GIB, learner_rank
 from onlinerl.prompts._kept import Kept
 from onlinerl.prompts.jsonl import JsonlPrompts, check_answers, check_overlap, load_prompts, read_prompts
-from onlinerl.protocols import Algorithm, Oracle, PairBuilder
+from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.oracle import Oracle
+from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.types import Failure, Prompt, Query, Verdict
 
 PAIRINGS = (("vllm", "deepspeed"), ("toy", "toy"))

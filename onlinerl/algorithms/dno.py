@@ -13,7 +13,7 @@ from pydantic import Field
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.items import pair_items
 from onlinerl.ops.preference import by_pair, logistic, margin, pair_metrics
-from onlinerl.protocols import Algorithm, Needs
+from onlinerl.protocols.algorithm import Algorithm, Needs
 from onlinerl.types import Judged, Pair, TrainItem, Unit
 
 

@@ -15,7 +15,7 @@ from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.items import pair_items
 from onlinerl.ops.logprobs import lengths, sequence_logprobs
 from onlinerl.ops.preference import by_pair, logistic, margin, pair_metrics, smoothed
-from onlinerl.protocols import Algorithm, Needs
+from onlinerl.protocols.algorithm import Algorithm, Needs
 from onlinerl.types import Judged, Pair, TrainItem, Unit
 
 

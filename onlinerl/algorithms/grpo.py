@@ -15,7 +15,7 @@ from onlinerl.ops.items import judged_sequences, need, sample_items, with_sequen
 from onlinerl.ops.kl import k3
 from onlinerl.ops.logprobs import lengths, token_log_ratios
 from onlinerl.ops.surrogate import policy_loss
-from onlinerl.protocols import Algorithm, Needs
+from onlinerl.protocols.algorithm import Algorithm, Needs
 from onlinerl.types import Judged, Pair, TrainItem, Unit
 
 

@@ -16,7 +16,7 @@ from onlinerl.ops.items import judged_sequences, need, sample_items, with_sequen
 from onlinerl.ops.kl import k3_plus
 from onlinerl.ops.logprobs import masked, token_log_ratios
 from onlinerl.ops.surrogate import clipped_value_loss, policy_loss
-from onlinerl.protocols import Algorithm, Needs
+from onlinerl.protocols.algorithm import Algorithm, Needs
 from onlinerl.types import Judged, Pair, TrainItem, TrainSequence, Unit
 
 

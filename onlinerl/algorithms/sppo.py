@@ -12,7 +12,7 @@ from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.items import judged_sequences, sample_items, train_sequences
 from onlinerl.ops.logprobs import log_ratios
 from onlinerl.ops.preference import pair_metrics
-from onlinerl.protocols import Algorithm, Needs
+from onlinerl.protocols.algorithm import Algorithm, Needs
 from onlinerl.types import Judged, Pair, TrainItem, Unit
 
 

@@ -31,7 +31,7 @@ from onlinerl.learners._self_test import Sums, compare
 from onlinerl.memory import BUCKET
 from onlinerl.network import choose_interface
 from onlinerl.ops.batching import collate
-from onlinerl.protocols import Algorithm
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import TrainItem, TrainSequence
 
 __all__ = ["DeepSpeedRank"]

@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from onlinerl.protocols import Tracker
+from onlinerl.protocols.tracker import Tracker
 
 __all__ = ["ConsoleTracker", "render_table", "sturdy_console"]
 

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from onlinerl import registry
 from onlinerl.batch import Batch, Outputs
 from onlinerl.ops.batching import collate
-from onlinerl.protocols import Algorithm
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Group, Judged, Pair, Prompt, Query, Rollout, Sampling, TrainItem, TrainSequence, Verdict
 
 

@@ -14,7 +14,7 @@ from algorithm_cases import Policy, annotated_items, build, pairs_of, refereed, 
 from onlinerl import registry
 from onlinerl.batch import Outputs
 from onlinerl.ops.batching import collate, plan_step
-from onlinerl.protocols import Algorithm
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Pair, TrainItem, Verdict
 
 # Configurations tried besides the defaults, or instead of them where a knob has no default.

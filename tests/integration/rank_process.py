@@ -30,7 +30,7 @@ from onlinerl.learners._loading import ModelReader
 from onlinerl.learners._self_test import combine
 from onlinerl.learners.deepspeed import DeepSpeedRank
 from onlinerl.ops.batching import plan_step
-from onlinerl.protocols import Algorithm
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import SelfTest, TrainItem
 
 WEIGHTS = dict[str, np.ndarray]

@@ -27,7 +27,7 @@ from onlinerl.errors import LearnerError
 from onlinerl.learners import _policy
 from onlinerl.learners._policy import Policy
 from onlinerl.ops.batching import collate, plan_step
-from onlinerl.protocols import Algorithm
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import SelfTest, TrainItem, TrainSequence
 
 pytestmark = pytest.mark.engine
