@@ -312,7 +312,7 @@ def _toy(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterator[Pa
 
 def _loss_temperature(checked: Checked) -> float:
     """At which the loss takes log-probs."""
-    return checked.config.sampling.temperature if checked.algorithm.policy_gradient else 1.0
+    return checked.algorithm.needs.temperature(checked.config.sampling.temperature)
 
 
 def _wire(checked: Checked, store: RunDirectory, tracker: Tracker, **connected: Any) -> Parts:

@@ -127,7 +127,7 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
             )
         heldout = heldout[: config.evaluation.prompts]
     parameters = _parameters(config.model, local)
-    notes.append(memory(config, parameters, critic=_trains_a_critic(algorithm)))
+    notes.append(memory(config, parameters, critic=algorithm.needs.critic == "separate"))
     checked = Checked(
         config=config,
         algorithm=algorithm,
@@ -165,7 +165,7 @@ def derived(config: RunConfig, algorithm: Algorithm) -> str:
     """The batch-like numbers that follow from the ones that were set (R-L1)."""
     prompts, k, per_step = config.prompts.per_iteration, config.sampling.samples_per_prompt, config.training.items_per_step
     items = prompts * algorithm.most_items(k, configuration.pair_builder(config).most(k))
-    what = "pairs" if algorithm.needs().pairs else "items"
+    what = "pairs" if algorithm.needs.pairs else "items"
     steps = ceil(items / per_step) * config.training.epochs
     return (
         f"{prompts} prompts x {k} samples -> at most {items} {what} -> at most {steps} optimizer steps an iteration "
@@ -180,7 +180,7 @@ def memory(config: RunConfig, parameters: float | None, *, critic: bool = False)
     Args:
         config: the run's.
         parameters: of the model; None if that is not known.
-        critic: whether a second network of the same size is trained.
+        critic: whether a second network of the same size is trained; a value head on the policy's own trunk is nothing beside it.
     """
     if parameters is None:
         return "memory: the size of the model is not known, so nothing was estimated"
@@ -247,11 +247,6 @@ def _check_schedule(config: RunConfig) -> None:
             field="training.learning_rate",
             fix="leave the three out, or set a learning rate",
         )
-
-
-def _trains_a_critic(algorithm: Algorithm) -> bool:
-    """Whether a second network of the model's size is trained; a value head on the policy's own trunk is nothing beside it."""
-    return algorithm.needs().values and getattr(algorithm, "critic", "shared") == "separate"
 
 
 def _check_layout(config: RunConfig) -> None:

@@ -13,7 +13,7 @@ from onlinerl.ops.items import judged_sequences, sample_items, train_sequences
 from onlinerl.ops.logprobs import log_ratios
 from onlinerl.ops.preference import pair_metrics
 from onlinerl.protocols.algorithm import Algorithm, Needs
-from onlinerl.types import Judged, Pair, TrainItem, Unit
+from onlinerl.types import Judged, Pair, TrainItem
 
 
 class Sppo(Algorithm):
@@ -23,24 +23,14 @@ class Sppo(Algorithm):
     log-ratios, not the loss.
     """
 
+    unit = "sequence"
+    needs = Needs(reference=True, preferences=True, min_samples=2)
+    reference = "previous"  # win rates are against responses of the policy at the iteration's start
+
     eta: float = Field(1000.0, gt=0)
     """Nats per unit of win rate; 1 / eta is the `beta` of the published configurations."""
     train: Literal["best_worst", "all"] = "best_worst"
     """Which responses of a group are trained: those with the highest and the lowest win rate, or all K."""
-
-    def needs(self) -> Needs:
-        """The reference, a group of at least two."""
-        return Needs(reference=True, preferences=True, min_samples=2)
-
-    @property
-    def unit(self) -> Unit:
-        """Responses."""
-        return "sequence"
-
-    @property
-    def default_reference(self) -> Literal["fixed", "previous", "none"]:
-        """The policy at the iteration's start: win rates are against its own responses."""
-        return "previous"
 
     def most_items(self, samples: int, pairs: int) -> int:
         """`best_worst` makes one item of the two."""

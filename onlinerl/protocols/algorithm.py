@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -13,9 +14,18 @@ from onlinerl.types import Judged, Pair, TrainItem, Unit
 if TYPE_CHECKING:  # torch stays out of everything that only passes batches along
     from onlinerl.batch import Batch, LossOutput, Outputs
 
+Value = TypeVar("Value")
+Reference = Literal["fixed", "previous", "none"]
+"""A schedule: the base model, the policy at the start of the iteration, or nothing."""
+
+
+def by_knobs(of: Callable[[Any], Value]) -> Value:
+    """A declaration that depends on the knobs: a property, of which type checkers see what it returns."""
+    return property(of)  # type: ignore[return-value]
+
 
 class Needs(BaseModel):
-    """What an algorithm must be given; the controller computes nothing that nobody asked for."""
+    """What an algorithm must be given: all that loop, learner and checks read of it. Nothing is computed that nobody asked for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -25,57 +35,79 @@ class Needs(BaseModel):
     """Reference log-probs."""
     old: bool = False
     """Log-probs of the learner's own weights before the first step."""
-    values: bool = False
-    """A critic."""
+    critic: Literal["separate", "shared"] | None = None
+    """Values of a critic, which has a backbone of its own or is a head on the policy's."""
+    critic_learning_rate: float | None = None
+    """Peak of the critic's learning rate; the policy's if None."""
     entropy: bool = False
+    """The entropy of the next-token distribution at each response token."""
+    sampling_temperature: bool = False
+    """Log-probs at the temperature of the sampling, as ratios of probabilities must be; preference losses take them at 1."""
     min_samples: int = 1
     """Fewest responses per prompt that make sense."""
     preferences: bool = False
     """How probable it is that one response beats another (win rates, soft labels); scores alone only imply it."""
-    kl_in_reward: bool = False
-    """The reference acts only through `old` against `reference` log-probs, so only where the two are different weights."""
-    critic_warmup: int = 0
-    """Iterations at the start in which the policy does not learn."""
+
+    @property
+    def values(self) -> bool:
+        """Whether there is a critic to ask."""
+        return self.critic is not None
+
+    def temperature(self, sampling: float) -> float:
+        """At which log-probs are taken where responses are sampled at temperature `sampling`."""
+        return sampling if self.sampling_temperature else 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What an algorithm is told of a run before it starts."""
+
+    iterations: int
+    references: tuple[int | None, ...]
+    """Which iterate is the reference in each iteration: 0 is the base model, None no reference."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objection:
+    """Why an algorithm cannot be run as planned."""
+
+    field: str
+    cause: str
+    fix: str
 
 
 class Algorithm(Component):
     """An algorithm is its hyper-parameters plus a pure loss. It is stateless and frozen: the configuration is the algorithm.
 
-    Subclasses set the class attributes and implement `items` and `loss`; `prepare` is optional.
+    Subclasses declare the class attributes and implement `items` and `loss`; the other methods are optional. A declaration that
+    depends on a knob is a method of the same name under `by_knobs`.
     """
 
-    def needs(self) -> Needs:
-        """What must be computed before `loss` can run."""
-        raise NotImplementedError
+    unit: ClassVar[Unit]
+    """What the summed loss is divided by the global count of."""
+    needs: ClassVar[Needs]
+    """What must be computed before `loss` can run."""
+    reference: ClassVar[Reference]
+    """The reference schedule that its paper uses."""
+    loss_at_reference: ClassVar[float | None] = None
+    """The loss per unit when policy and reference are the same, if the formula fixes it; the step-0 self-test checks it."""
 
-    @property
-    def unit(self) -> Unit:
-        """What the summed loss is divided by the global count of."""
-        raise NotImplementedError
-
-    @property
-    def default_reference(self) -> Literal["fixed", "previous", "none"]:
-        """The reference schedule its paper uses."""
-        raise NotImplementedError
-
-    @property
-    def loss_at_reference(self) -> float | None:
-        """The loss per unit when policy and reference are the same, if the formula fixes it; the step-0 self-test checks it."""
+    def objection(self, plan: Plan) -> Objection | None:
+        """What makes it pointless to run this as planned; None if nothing does."""
         return None
 
-    @property
-    def policy_gradient(self) -> bool:
-        """True if log-probs must be taken at the sampling temperature; preference losses use temperature 1."""
-        return False
+    def remarks(self, plan: Plan) -> list[str]:
+        """What the knobs mean in this plan, where that is not what one might think."""
+        return []
 
     def most_items(self, samples: int, pairs: int) -> int:
         """Upper bound of what `items` returns for a group of `samples` responses of which the builder makes at most `pairs`."""
-        return pairs if self.needs().pairs else samples
+        return pairs if self.needs.pairs else samples
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Mapping[str, int]]:
         """Turn one judged group into what is trained, and say how much of it was left out for which reason.
 
-        `pairs` is empty unless `needs().pairs`.
+        `pairs` is empty unless `needs.pairs`.
         """
         raise NotImplementedError
 

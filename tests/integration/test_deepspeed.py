@@ -224,7 +224,7 @@ def plain_policy(model: Path, dtype: str, critic: Any = None) -> Policy:
 
 def backward(policy: Policy, algorithm: Algorithm, items: Sequence[TrainItem], temperature: float = 1.0) -> float:
     """One forward and backward of everything at once, divided by the count of units. Returns the loss."""
-    batch, needs = collate(items), algorithm.needs()
+    batch, needs = collate(items), algorithm.needs
     outputs = policy(batch, temperature=temperature, values=needs.values, entropy=needs.entropy)
     total = algorithm.loss(outputs, batch).total
     loss = total / sum(i.count(algorithm.unit) for i in items)

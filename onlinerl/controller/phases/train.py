@@ -23,7 +23,7 @@ def train(it: Iteration) -> dict[str, Any]:
     built_at = time.monotonic()
     built = _items(it)
     idle = health.nothing_to_learn(
-        built.judged, len(built.items), built.dropped, within_groups=it.parts.algorithm.needs().min_samples > 1
+        built.judged, len(built.items), built.dropped, within_groups=it.parts.algorithm.needs.min_samples > 1
     )
     in_a_row = it.idle_before() + 1 if idle else 0
     annotated_at = trained_at = time.monotonic()
@@ -67,7 +67,7 @@ def _items(it: Iteration) -> Built:
     rows: list[dict[str, Any]] = []
     for one in told:
         pairs: Sequence[Pair] = []
-        if algorithm.needs().pairs:
+        if algorithm.needs.pairs:
             pairs, reasons = it.parts.pairing.build(one)
             dropped.update(reasons)
             contradicted += sum(pair.prob < 0.5 for pair in pairs)
@@ -149,9 +149,9 @@ def _update(it: Iteration, items: Sequence[TrainItem]) -> UpdateReport:
 
 def _annotate(it: Iteration, items: Sequence[TrainItem]) -> list[TrainItem]:
     """Fill in the log-probs and values that the algorithm asked for; each is computed once per iteration."""
-    needs, learner = it.parts.algorithm.needs(), it.parts.learner
+    needs, learner = it.parts.algorithm.needs, it.parts.learner
     flat = [s for item in items for s in item.sequences]
-    temperature = it.parts.config.sampling.temperature if it.parts.algorithm.policy_gradient else 1.0
+    temperature = needs.temperature(it.parts.config.sampling.temperature)
     extra: dict[str, list[Any]] = {}
     reference = it.reference()
     model = None if reference is None else it.model_of(reference)
