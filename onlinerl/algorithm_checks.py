@@ -5,9 +5,9 @@ from __future__ import annotations
 from onlinerl.config import RunConfig
 from onlinerl.controller.parts import reference_iteration
 from onlinerl.errors import ConfigError
-from onlinerl.protocols.algorithm import Algorithm, Plan
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.oracle import Oracle
-from onlinerl.types import Verdict
+from onlinerl.types import Plan, Verdict
 
 
 def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:

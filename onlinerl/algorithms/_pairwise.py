@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from onlinerl.ops.items import pair_items
+from onlinerl.ops.pairs import pair_items
 from onlinerl.protocols.algorithm import Algorithm, Needs, Reference
 
 if TYPE_CHECKING:
-    from onlinerl.types import Judged, Pair, TrainItem
+    from onlinerl.types.labels import Judged, Pair
+    from onlinerl.types.training import TrainItem
 
 
 class Pairwise(Algorithm):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from onlinerl.algorithms.dpo import Dpo
-from onlinerl.types import Judged, Pair, TrainItem, TrainSequence
+from onlinerl.types.training import TrainItem, TrainSequence
+
+if TYPE_CHECKING:
+    from onlinerl.types.labels import Judged, Pair
 
 
 class DnoPrct(Dpo):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
@@ -16,11 +16,15 @@ from onlinerl.ops.items import judged_sequences, need, sample_items, with_sequen
 from onlinerl.ops.kl import k3
 from onlinerl.ops.logprobs import lengths, token_log_ratios
 from onlinerl.protocols.algorithm import Needs, by_knobs
-from onlinerl.types import Judged, Pair, TrainItem, Unit
+from onlinerl.types.training import TrainItem, Unit
+
+if TYPE_CHECKING:
+    from onlinerl.types.labels import Judged, Pair
 
 
 class Grpo(PolicyGradient):
-    """Clipped surrogate (equation 3) without a critic: the mean score of a prompt's own responses is the baseline.
+    """Clipped surrogate (equation 3) plus `kl` times the KL to the reference (k3, equation 4), without a critic: the mean score of a
+    prompt's own responses is the baseline.
 
     The published variants differ in `std_norm` and `agg`, and neither choice is neutral: the defaults are the paper's, and a run's
     stored configuration always states them.
@@ -35,8 +39,6 @@ class Grpo(PolicyGradient):
     clip_low: float = Field(0.2, gt=0)
     clip_high: float = Field(0.2, gt=0)
     """Ratios outside [1 - clip_low, 1 + clip_high] earn nothing more."""
-    kl: float = Field(0.0, ge=0)
-    """Weight of the KL to the reference in the loss (k3, equation 4); 0 needs no reference."""
 
     @by_knobs
     def needs(self) -> Needs:

@@ -5,20 +5,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
 from onlinerl.algorithms._policy_gradient import PolicyGradient
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.ops.advantages import adapted_kl, gae, normalized, whiten
+from onlinerl.ops.critic import clipped_value_loss, gae
 from onlinerl.ops.items import judged_sequences, need, sample_items, with_sequence
 from onlinerl.ops.kl import k3_plus
 from onlinerl.ops.logprobs import masked, token_log_ratios
-from onlinerl.ops.surrogate import clipped_value_loss
-from onlinerl.protocols.algorithm import Needs, Objection, Plan, by_knobs
-from onlinerl.types import Judged, Pair, TrainItem, TrainSequence
+from onlinerl.ops.scaling import adapted_kl, normalized, whiten
+from onlinerl.protocols.algorithm import Needs, by_knobs
+from onlinerl.types.plan import Objection, Plan
+from onlinerl.types.training import TrainItem, TrainSequence
+
+if TYPE_CHECKING:
+    from onlinerl.types.labels import Judged, Pair
 
 
 class Ppo(PolicyGradient):

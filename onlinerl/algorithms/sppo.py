@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -13,7 +13,10 @@ from onlinerl.ops.items import judged_sequences, sample_items, train_sequences
 from onlinerl.ops.logprobs import log_ratios
 from onlinerl.ops.preference import pair_metrics
 from onlinerl.protocols.algorithm import Algorithm, Needs
-from onlinerl.types import Judged, Pair, TrainItem
+from onlinerl.types.training import TrainItem
+
+if TYPE_CHECKING:
+    from onlinerl.types.labels import Judged, Pair
 
 
 class Sppo(Algorithm):

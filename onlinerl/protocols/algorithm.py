@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from onlinerl.protocols.component import Component
-from onlinerl.types import Judged, Pair, TrainItem, Unit
+from onlinerl.types.training import TrainItem, Unit
 
-if TYPE_CHECKING:  # torch stays out of everything that only passes batches along
+if TYPE_CHECKING:  # torch stays out of everything that only passes batches along, and labels out of losses
     from onlinerl.batch import Batch, LossOutput, Outputs
+    from onlinerl.types.labels import Judged, Pair
+    from onlinerl.types.plan import Objection, Plan
 
 Value = TypeVar("Value")
 Reference = Literal["fixed", "previous", "none"]
@@ -56,24 +57,6 @@ class Needs(BaseModel):
     def temperature(self, sampling: float) -> float:
         """At which log-probs are taken where responses are sampled at temperature `sampling`."""
         return sampling if self.sampling_temperature else 1.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """What an algorithm is told of a run before it starts."""
-
-    iterations: int
-    references: tuple[int | None, ...]
-    """Which iterate is the reference in each iteration: 0 is the base model, None no reference."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Objection:
-    """Why an algorithm cannot be run as planned."""
-
-    field: str
-    cause: str
-    fix: str
 
 
 class Algorithm(Component):
