@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onlinerl.config import RunConfig
+from onlinerl.config import ReferenceConfig, RunConfig
 from onlinerl.controller.parts import reference_iteration
 from onlinerl.errors import ConfigError
 from onlinerl.protocols.algorithm import Algorithm
@@ -29,8 +29,7 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
             field="reference.schedule",
             fix=f"set it to {algorithm.reference}, or leave it out",
         )
-    strict = algorithm.reference == "previous" and config.reference.schedule not in ("default", "previous")
-    if strict and not config.reference.allow_nonstandard:
+    if _is_nonstandard(config, algorithm) and not config.reference.allow_nonstandard:
         raise ConfigError(
             f"{name} is defined against the previous iterate, not {config.reference.schedule!r}",
             field="reference.schedule",
@@ -48,6 +47,44 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
     if objection is not None:
         raise ConfigError(objection.cause, field=objection.field, fix=objection.fix)
     return algorithm.remarks(plan)
+
+
+def check_sections(config: RunConfig, algorithm: Algorithm) -> None:
+    """Refuse what is set and nothing reads.
+
+    Raises:
+        ConfigError: naming the field, the cause and the fix.
+    """
+    name, reference, defaults = config.algorithm["name"], config.reference, ReferenceConfig()
+    if config.pairing is not None and not algorithm.needs.pairs:
+        raise ConfigError(
+            f"{name} trains no pairs, so nothing would read it",
+            field="pairing",
+            fix="leave it out (pairing=null on the command line), or choose an algorithm that trains pairs",
+        )
+    unread = {
+        "schedule": not algorithm.needs.reference and reference.schedule != "none",
+        "every": reference.schedule != "every_n" or not algorithm.needs.reference,
+        "allow_nonstandard": not _is_nonstandard(config, algorithm),
+    }
+    for key, nothing_reads_it in unread.items():
+        value = reference.model_dump()[key]
+        if nothing_reads_it and value != defaults.model_dump()[key]:
+            raise ConfigError(
+                f"is {value}, and nothing would read it: "
+                + (
+                    f"{name} with this schedule does not"
+                    if algorithm.needs.reference
+                    else f"{name} as configured needs no reference"
+                ),
+                field=f"reference.{key}",
+                fix="leave it out",
+            )
+
+
+def _is_nonstandard(config: RunConfig, algorithm: Algorithm) -> bool:
+    """Whether the reference is another one than the algorithm's theory asks for."""
+    return algorithm.reference == "previous" and config.reference.schedule not in ("default", "previous")
 
 
 def planned(config: RunConfig, algorithm: Algorithm) -> Plan:

@@ -173,7 +173,8 @@ def _stored_config(directory: Path, overrides: Sequence[str]) -> RunConfig:
     """
     file = directory / "config.yaml"
     try:
-        return configuration.load(file, [*overrides, f"runs={json.dumps(str(directory.parent))}"])
+        config = configuration.load(file, [*overrides, f"runs={json.dumps(str(directory.parent))}"])
+        return config if any(o.startswith("pairing") for o in overrides) else configuration.without_unread(config)
     except ConfigError as error:
         if not file.is_file():
             fix = f"copy the configuration there that the run was started with; {file.name} is compared with the run's manifest"

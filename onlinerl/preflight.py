@@ -15,7 +15,7 @@ from typing import Any
 
 from onlinerl import config as configuration
 from onlinerl import placement
-from onlinerl.algorithm_checks import check_algorithm
+from onlinerl.algorithm_checks import check_algorithm, check_sections
 from onlinerl.config import RunConfig
 from onlinerl.controller.asking import answers
 from onlinerl.engines import _fit
@@ -90,6 +90,8 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
         configuration.oracle(config),
         configuration.pair_builder(config),
     )
+    if kept is None:  # what a run was started with by an older version, it may go on with
+        check_sections(config, algorithm)
     notes = [derived(config, algorithm), *check_algorithm(config, algorithm)]
     _check_schedule(config)
     _check_layout(config)
