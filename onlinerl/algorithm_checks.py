@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from onlinerl.config import RunConfig
+from onlinerl.config import ReferenceConfig, RunConfig
 from onlinerl.controller.parts import reference_iteration
 from onlinerl.errors import ConfigError
-from onlinerl.protocols import Algorithm, Needs, Oracle
-from onlinerl.types import Verdict
+from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.oracle import Oracle
+from onlinerl.types import Plan, Verdict
 
 
 def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
@@ -15,68 +16,83 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
     Raises:
         ConfigError: naming the field, the cause and the fix.
     """
-    name, needs, k = config.algorithm["name"], algorithm.needs(), config.sampling.samples_per_prompt
+    name, needs, k = config.algorithm["name"], algorithm.needs, config.sampling.samples_per_prompt
     if k < needs.min_samples:
         raise ConfigError(
             f"{name} compares responses and needs at least {needs.min_samples} per prompt, got {k}",
             field="sampling.samples_per_prompt",
             fix=f"set it to {needs.min_samples} or more",
         )
-    schedule, default = config.reference.schedule, algorithm.default_reference
-    if needs.reference and schedule == "none":
+    if needs.reference and config.reference.schedule == "none":
         raise ConfigError(
             f"{name} needs a reference",
             field="reference.schedule",
-            fix=f"set it to {default}, or leave it out",
+            fix=f"set it to {algorithm.reference}, or leave it out",
         )
-    strict = default == "previous" and schedule not in ("default", "previous")
-    if strict and not config.reference.allow_nonstandard:
+    if _is_nonstandard(config, algorithm) and not config.reference.allow_nonstandard:
         raise ConfigError(
-            f"{name} is defined against the previous iterate, not {schedule!r}",
+            f"{name} is defined against the previous iterate, not {config.reference.schedule!r}",
             field="reference.schedule",
             fix="leave it out, or set reference.allow_nonstandard=true if you mean it",
         )
     sampling = config.sampling
-    if algorithm.policy_gradient and (sampling.top_p < 1 or sampling.top_k > 0):
+    if needs.sampling_temperature and (sampling.top_p < 1 or sampling.top_k > 0):
         raise ConfigError(
             f"{name} weighs samples by their probability, which top_p and top_k change in a way the learner cannot score",
             field="sampling.top_p" if sampling.top_p < 1 else "sampling.top_k",
             fix="set top_p to 1.0 and top_k to -1",
         )
-    if needs.critic_warmup >= config.iterations:
+    plan = planned(config, algorithm)
+    objection = algorithm.objection(plan)
+    if objection is not None:
+        raise ConfigError(objection.cause, field=objection.field, fix=objection.fix)
+    return algorithm.remarks(plan)
+
+
+def check_sections(config: RunConfig, algorithm: Algorithm) -> None:
+    """Refuse what is set and nothing reads.
+
+    Raises:
+        ConfigError: naming the field, the cause and the fix.
+    """
+    name, reference, defaults = config.algorithm["name"], config.reference, ReferenceConfig()
+    if config.pairing is not None and not algorithm.needs.pairs:
         raise ConfigError(
-            f"is {needs.critic_warmup}, and there are {config.iterations} iterations: the policy would never learn",
-            field="algorithm.critic_warmup",
-            fix=f"lower it below {config.iterations}, or raise iterations",
+            f"{name} trains no pairs, so nothing would read it",
+            field="pairing",
+            fix="leave it out (pairing=null on the command line), or choose an algorithm that trains pairs",
         )
-    return _check_kl_in_reward(config, needs, default) if needs.kl_in_reward else []
+    unread = {
+        "schedule": not algorithm.needs.reference and reference.schedule != "none",
+        "every": reference.schedule != "every_n" or not algorithm.needs.reference,
+        "allow_nonstandard": not _is_nonstandard(config, algorithm),
+    }
+    for key, nothing_reads_it in unread.items():
+        value = reference.model_dump()[key]
+        if nothing_reads_it and value != defaults.model_dump()[key]:
+            raise ConfigError(
+                f"is {value}, and nothing would read it: "
+                + (
+                    f"{name} with this schedule does not"
+                    if algorithm.needs.reference
+                    else f"{name} as configured needs no reference"
+                ),
+                field=f"reference.{key}",
+                fix="leave it out",
+            )
 
 
-def _check_kl_in_reward(config: RunConfig, needs: Needs, default: str) -> list[str]:
-    """A penalty inside the reward is that of the policy that sampled, which pays nothing while it is the reference."""
-    schedule = default if config.reference.schedule == "default" else config.reference.schedule
+def _is_nonstandard(config: RunConfig, algorithm: Algorithm) -> bool:
+    """Whether the reference is another one than the algorithm's theory asks for."""
+    return algorithm.reference == "previous" and config.reference.schedule not in ("default", "previous")
 
-    def acts(iteration: int) -> bool:
-        changed = iteration - 1 > needs.critic_warmup  # until then the sampling policy is the initial one
-        return changed and reference_iteration(schedule, config.reference.every, iteration) != iteration - 1
 
-    first = next((t for t in range(1, config.iterations + 1) if acts(t)), None)
-    if first is None:
-        moving = schedule != "fixed"
-        raise ConfigError(
-            "with the KL in the reward it would never act: "
-            + (
-                "the reference is always the policy that sampled"
-                if moving
-                else "the policy that samples is the reference in every iteration"
-            ),
-            field="reference.schedule" if moving else "algorithm.kl_in",
-            fix="set algorithm.kl_in=loss, where it acts at every step" + (", or reference.schedule=fixed" if moving else ""),
-        )
-    return [
-        f"the KL in the reward is that of the policy that sampled: it is 0 until iteration {first}, because that policy is the "
-        "reference until then; algorithm.kl_in=loss acts at every step"
-    ]
+def planned(config: RunConfig, algorithm: Algorithm) -> Plan:
+    """What the algorithm is told of the run."""
+    chosen = config.reference
+    schedule = algorithm.reference if chosen.schedule == "default" else chosen.schedule
+    references = (reference_iteration(schedule, chosen.every, t) for t in range(1, config.iterations + 1))
+    return Plan(iterations=config.iterations, references=tuple(references))
 
 
 def implied_preferences(config: RunConfig, algorithm: Algorithm, oracle: Oracle, verdict: Verdict | None) -> list[str]:
@@ -84,7 +100,7 @@ def implied_preferences(config: RunConfig, algorithm: Algorithm, oracle: Oracle,
 
     `verdict` is what the oracle answered to a trial question; None if it was not asked.
     """
-    if not algorithm.needs().preferences or (verdict is not None and verdict.preferences is not None):
+    if not algorithm.needs.preferences or (verdict is not None and verdict.preferences is not None):
         return []
     temperature = oracle.preference_temperature
     return [

@@ -27,7 +27,8 @@ from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
 from onlinerl.network import outside_address
 from onlinerl.preflight import Checked
 from onlinerl.prompts._kept import Kept
-from onlinerl.protocols import ModelOracle, Oracle, Tracker
+from onlinerl.protocols.oracle import ModelOracle, Oracle
+from onlinerl.protocols.tracker import Tracker
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import summarise
 from onlinerl.trackers._fanout import FanoutTracker
@@ -173,7 +174,8 @@ def _stored_config(directory: Path, overrides: Sequence[str]) -> RunConfig:
     """
     file = directory / "config.yaml"
     try:
-        return configuration.load(file, [*overrides, f"runs={json.dumps(str(directory.parent))}"])
+        config = configuration.load(file, [*overrides, f"runs={json.dumps(str(directory.parent))}"])
+        return config if any(o.startswith("pairing") for o in overrides) else configuration.without_unread(config)
     except ConfigError as error:
         if not file.is_file():
             fix = f"copy the configuration there that the run was started with; {file.name} is compared with the run's manifest"
@@ -312,7 +314,7 @@ def _toy(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterator[Pa
 
 def _loss_temperature(checked: Checked) -> float:
     """At which the loss takes log-probs."""
-    return checked.config.sampling.temperature if checked.algorithm.policy_gradient else 1.0
+    return checked.algorithm.needs.temperature(checked.config.sampling.temperature)
 
 
 def _wire(checked: Checked, store: RunDirectory, tracker: Tracker, **connected: Any) -> Parts:

@@ -21,7 +21,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from onlinerl import registry, yaml_files
 from onlinerl.errors import ConfigError
-from onlinerl.protocols import Algorithm, Component, Oracle, PairBuilder
+from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.component import Component
+from onlinerl.protocols.oracle import Oracle
+from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.types import Sampling
 
 _SECRET = re.compile(r"(^|_)(api)?(key|token|password|passwd|secret|credential)s?$")
@@ -258,7 +261,8 @@ class RunConfig(Section):
     """The run directory is `<runs>/<name>`."""
     algorithm: dict[str, Any]
     oracle: dict[str, Any]
-    pairing: dict[str, Any] = Field(default_factory=lambda: {"name": "best_worst"})
+    pairing: dict[str, Any] | None = None
+    """Best against worst by default; refused where the algorithm trains no pairs."""
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
     reference: ReferenceConfig = ReferenceConfig()
@@ -368,7 +372,7 @@ def parse(tree: Mapping[str, Any]) -> RunConfig:
     except ValidationError as error:
         raise _explain(error, RunConfig, "") from None
     for section, role, base in _COMPONENTS:
-        component(getattr(config, section), section, role, base)
+        component(_spec(config, section), section, role, base)
     return config
 
 
@@ -403,7 +407,12 @@ def oracle(config: RunConfig) -> Oracle:
 
 def pair_builder(config: RunConfig) -> PairBuilder:
     """The configured pair builder."""
-    return component(config.pairing, "pairing", "pairing", PairBuilder)
+    return component(_spec(config, "pairing"), "pairing", "pairing", PairBuilder)
+
+
+def _spec(config: RunConfig, section: str) -> dict[str, Any]:
+    """What a section says, or what it means where it is left out."""
+    return getattr(config, section) or {"name": "best_worst"}
 
 
 _COMPONENTS: tuple[tuple[str, str, type[Component]], ...] = (
@@ -412,6 +421,11 @@ _COMPONENTS: tuple[tuple[str, str, type[Component]], ...] = (
     ("pairing", "pairing", PairBuilder),
 )
 _CHOICES = {f"{section}.name" for section, *_ in _COMPONENTS}
+
+
+def without_unread(stored: RunConfig) -> RunConfig:
+    """The configuration of a run without the pairing that an older version filled in whether or not anything read it."""
+    return stored if algorithm(stored).needs.pairs else stored.model_copy(update={"pairing": None})
 
 
 def fingerprint(config: RunConfig) -> dict[str, Any]:
@@ -426,6 +440,8 @@ def changes(stored: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
     A key that the stored one lacks came with a later version: it counts as set to its default.
     """
     now, defaults = fingerprint(config), flatten(_defaults(config))
+    if not algorithm(config).needs.pairs:  # an older version filled it in whether or not anything read it
+        stored = {k: v for k, v in stored.items() if not k.startswith("pairing.")}
     before = {**{k: _as_json(defaults[k]) for k in now.keys() - stored.keys() if k in defaults}, **stored}
     gone = {k: f"was {before[k]!r} when the run started, and this version has no such key" for k in before.keys() - now.keys()}
     differ = {
@@ -440,7 +456,7 @@ def _defaults(config: RunConfig) -> dict[str, Any]:
     """Every default of the sections and of the components that this configuration chooses."""
     tree = _defaults_of(RunConfig)
     for section, role, base in _COMPONENTS:
-        tree[section] = _defaults_of(type(component(getattr(config, section), section, role, base)))
+        tree[section] = _defaults_of(type(component(_spec(config, section), section, role, base)))
     return tree
 
 
@@ -484,8 +500,10 @@ def dump(config: RunConfig) -> str:
 def _resolved(config: RunConfig) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     for section, role, base in _COMPONENTS:
-        built = component(getattr(config, section), section, role, base)
-        tree[section] = {"name": tree[section]["name"], **built.model_dump(mode="json")}
+        spec = _spec(config, section)
+        tree[section] = {"name": spec["name"], **component(spec, section, role, base).model_dump(mode="json")}
+    if config.pairing is None and not algorithm(config).needs.pairs:
+        del tree["pairing"]
     return tree
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from onlinerl import config as configuration
 from onlinerl.config import RunConfig
 from onlinerl.errors import ClusterError, ConfigError
-from onlinerl.protocols import ModelOracle
+from onlinerl.protocols.oracle import ModelOracle
 
 COLOCATED_UTILIZATION = 0.95
 """More than this of a GPU cannot go to an engine that shares it: 0.05 of the largest GPUs is what an idle learner keeps."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from onlinerl import config as configuration
 from onlinerl import placement
-from onlinerl.algorithm_checks import check_algorithm
+from onlinerl.algorithm_checks import check_algorithm, check_sections
 from onlinerl.config import RunConfig
 from onlinerl.controller.asking import answers
 from onlinerl.engines import _fit
@@ -24,7 +24,9 @@ from onlinerl.families import check_attention, logit_rule
 from onlinerl.memory import GIB, learner_rank
 from onlinerl.prompts._kept import Kept
 from onlinerl.prompts.jsonl import JsonlPrompts, check_answers, check_overlap, load_prompts, read_prompts
-from onlinerl.protocols import Algorithm, Oracle, PairBuilder
+from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.oracle import Oracle
+from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.types import Failure, Prompt, Query, Verdict
 
 PAIRINGS = (("vllm", "deepspeed"), ("toy", "toy"))
@@ -88,6 +90,8 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
         configuration.oracle(config),
         configuration.pair_builder(config),
     )
+    if kept is None:  # what a run was started with by an older version, it may go on with
+        check_sections(config, algorithm)
     notes = [derived(config, algorithm), *check_algorithm(config, algorithm)]
     _check_schedule(config)
     _check_layout(config)
@@ -125,7 +129,7 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
             )
         heldout = heldout[: config.evaluation.prompts]
     parameters = _parameters(config.model, local)
-    notes.append(memory(config, parameters, critic=_trains_a_critic(algorithm)))
+    notes.append(memory(config, parameters, critic=algorithm.needs.critic == "separate"))
     checked = Checked(
         config=config,
         algorithm=algorithm,
@@ -163,7 +167,7 @@ def derived(config: RunConfig, algorithm: Algorithm) -> str:
     """The batch-like numbers that follow from the ones that were set (R-L1)."""
     prompts, k, per_step = config.prompts.per_iteration, config.sampling.samples_per_prompt, config.training.items_per_step
     items = prompts * algorithm.most_items(k, configuration.pair_builder(config).most(k))
-    what = "pairs" if algorithm.needs().pairs else "items"
+    what = "pairs" if algorithm.needs.pairs else "items"
     steps = ceil(items / per_step) * config.training.epochs
     return (
         f"{prompts} prompts x {k} samples -> at most {items} {what} -> at most {steps} optimizer steps an iteration "
@@ -178,7 +182,7 @@ def memory(config: RunConfig, parameters: float | None, *, critic: bool = False)
     Args:
         config: the run's.
         parameters: of the model; None if that is not known.
-        critic: whether a second network of the same size is trained.
+        critic: whether a second network of the same size is trained; a value head on the policy's own trunk is nothing beside it.
     """
     if parameters is None:
         return "memory: the size of the model is not known, so nothing was estimated"
@@ -245,11 +249,6 @@ def _check_schedule(config: RunConfig) -> None:
             field="training.learning_rate",
             fix="leave the three out, or set a learning rate",
         )
-
-
-def _trains_a_critic(algorithm: Algorithm) -> bool:
-    """Whether a second network of the model's size is trained; a value head on the policy's own trunk is nothing beside it."""
-    return algorithm.needs().values and getattr(algorithm, "critic", "shared") == "separate"
 
 
 def _check_layout(config: RunConfig) -> None:

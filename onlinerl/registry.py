@@ -39,7 +39,7 @@ def load(role: str, name: str, base: type | None = None) -> type:
         found = _dotted(name, field)
         if base is not None and not (inspect.isclass(found) and issubclass(found, base) and found is not base):
             raise ConfigError(
-                f"{name} is no subclass of onlinerl.protocols.{base.__name__}", field=field, fix="give the dotted path of one"
+                f"{name} is no subclass of {base.__module__}.{base.__name__}", field=field, fix="give the dotted path of one"
             )
         return found
     for entry in metadata.entry_points(group=f"onlinerl.{role}"):

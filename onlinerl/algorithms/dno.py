@@ -3,53 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from pydantic import Field
 
+from onlinerl.algorithms._pairwise import Pairwise
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.ops.items import pair_items
 from onlinerl.ops.preference import by_pair, logistic, margin, pair_metrics
-from onlinerl.protocols import Algorithm, Needs
-from onlinerl.types import Judged, Pair, TrainItem, Unit
+from onlinerl.protocols.algorithm import Needs
 
 
-class Dno(Algorithm):
+class Dno(Pairwise):
     """Mean over pairs of q f(z) + (1 - q) f(-z), z = eta (D_1 - D_2), q = sigmoid(r_1 - r_2), r the win rates within the group.
 
     The optimum is D_1 - D_2 = (r_1 - r_2) / eta: the log-ratio margin becomes the difference of win rates, one step of soft policy
     iteration. Win rates differ by less than 1, so q stays within [0.27, 0.73] unless `reward_scale` stretches them.
     """
 
+    needs = Needs(pairs=True, reference=True, preferences=True, min_samples=2)
+    reference = "previous"
+    loss_at_reference = math.log(2)  # with z = 0 both orientations give it, whatever q
+
     eta: float = Field(0.1, gt=0)
     reward_scale: float = Field(1.0, gt=0)
     """Win rates are multiplied by this; the paper has 1."""
-
-    def needs(self) -> Needs:
-        """Pairs and the reference."""
-        return Needs(pairs=True, reference=True, preferences=True, min_samples=2)
-
-    @property
-    def unit(self) -> Unit:
-        """Pairs."""
-        return "pair"
-
-    @property
-    def default_reference(self) -> Literal["fixed", "previous", "none"]:
-        """The policy at the iteration's start."""
-        return "previous"
-
-    @property
-    def loss_at_reference(self) -> float | None:
-        """With z = 0 both orientations give ln 2, whatever q."""
-        return math.log(2)
-
-    def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
-        """The pairs, without those of identical or unjudged responses."""
-        return pair_items(judged, pairs)
 
     def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
         """Sum over pairs.

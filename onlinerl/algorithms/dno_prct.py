@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from onlinerl.algorithms.dpo import Dpo
-from onlinerl.types import Judged, Pair, TrainItem, TrainSequence
+from onlinerl.types.training import TrainItem, TrainSequence
+
+if TYPE_CHECKING:
+    from onlinerl.types.labels import Judged, Pair
 
 
 class DnoPrct(Dpo):
     """DPO against the policy of the iteration's start, on pairs whose winner is good and clearly better than the loser."""
 
+    reference = "previous"
+
     floor: float | None = None
     """Lowest score of a winner; None accepts any. In units of the oracle's score (win rates, if it gives none)."""
     margin: float | None = None
     """Smallest score gap between winner and loser; None accepts any."""
-
-    @property
-    def default_reference(self) -> Literal["fixed", "previous", "none"]:
-        """The policy at the iteration's start."""
-        return "previous"
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
         """The pairs that pass both filters, without those of identical or unjudged responses."""

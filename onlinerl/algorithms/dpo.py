@@ -4,22 +4,18 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from pydantic import Field
 
+from onlinerl.algorithms._pairwise import Pairwise
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.ops.items import pair_items
 from onlinerl.ops.logprobs import lengths, sequence_logprobs
 from onlinerl.ops.preference import by_pair, logistic, margin, pair_metrics, smoothed
-from onlinerl.protocols import Algorithm, Needs
-from onlinerl.types import Judged, Pair, TrainItem, Unit
+from onlinerl.protocols.algorithm import Needs, by_knobs
 
 
-class Dpo(Algorithm):
+class Dpo(Pairwise):
     """Mean over pairs of p f(z) + (1 - p) f(-z) + nll_coef * NLL(chosen), z = beta (D_w - D_l) (equation 7)."""
 
     beta: float = Field(0.1, gt=0)
@@ -33,28 +29,15 @@ class Dpo(Algorithm):
     length_norm: bool = False
     """Mean instead of sum over tokens: "The Hitchhiker's Guide to Human Alignment with *PO"."""
 
+    @by_knobs
     def needs(self) -> Needs:
-        """Pairs and the reference; probabilities if labels are soft."""
-        return Needs(pairs=True, reference=True, preferences=self.soft_labels, min_samples=2)
+        """Of a pair loss; probabilities if labels are soft."""
+        return super().needs.model_copy(update={"preferences": self.soft_labels})
 
-    @property
-    def unit(self) -> Unit:
-        """Pairs."""
-        return "pair"
-
-    @property
-    def default_reference(self) -> Literal["fixed", "previous", "none"]:
-        """The initial policy."""
-        return "fixed"
-
-    @property
+    @by_knobs
     def loss_at_reference(self) -> float | None:
         """With h = 0 both orientations give ln 2, whatever the label."""
         return None if self.nll_coef > 0 else math.log(2)
-
-    def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
-        """The pairs, without those of identical or unjudged responses."""
-        return pair_items(judged, pairs)
 
     def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
         """Sum over pairs.

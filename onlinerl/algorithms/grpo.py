@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
 
+from onlinerl.algorithms._policy_gradient import PolicyGradient
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.advantages import group_advantages, unbiased_std
 from onlinerl.ops.items import judged_sequences, need, sample_items, with_sequence
 from onlinerl.ops.kl import k3
 from onlinerl.ops.logprobs import lengths, token_log_ratios
-from onlinerl.ops.surrogate import policy_loss
-from onlinerl.protocols import Algorithm, Needs
-from onlinerl.types import Judged, Pair, TrainItem, Unit
+from onlinerl.protocols.algorithm import Needs, by_knobs
+from onlinerl.types.training import TrainItem, Unit
+
+if TYPE_CHECKING:
+    from onlinerl.types.labels import Judged, Pair
 
 
-class Grpo(Algorithm):
-    """Clipped surrogate (equation 3) without a critic: the mean score of a prompt's own responses is the baseline.
+class Grpo(PolicyGradient):
+    """Clipped surrogate (equation 3) plus `kl` times the KL to the reference (k3, equation 4), without a critic: the mean score of a
+    prompt's own responses is the baseline.
 
     The published variants differ in `std_norm` and `agg`, and neither choice is neutral: the defaults are the paper's, and a run's
     stored configuration always states them.
@@ -35,30 +39,16 @@ class Grpo(Algorithm):
     clip_low: float = Field(0.2, gt=0)
     clip_high: float = Field(0.2, gt=0)
     """Ratios outside [1 - clip_low, 1 + clip_high] earn nothing more."""
-    dual_clip: float | None = Field(None, gt=1)
-    kl: float = Field(0.0, ge=0)
-    """Weight of the KL to the reference in the loss (k3, equation 4); 0 needs no reference."""
-    sampler_cap: float | None = Field(2.0, gt=0)
-    """Cap of the weight that corrects for engine and learner disagreeing about probabilities; None applies no weight."""
 
+    @by_knobs
     def needs(self) -> Needs:
-        """Old log-probs, a group of at least two; the reference if the KL has a price."""
-        return Needs(reference=self.kl > 0, old=True, min_samples=2)
+        """Of a policy gradient; a group of at least two."""
+        return super().needs.model_copy(update={"min_samples": 2})
 
-    @property
+    @by_knobs
     def unit(self) -> Unit:
         """What `agg` takes the outer mean over."""
         return "token" if self.agg == "token_mean" else "sequence"
-
-    @property
-    def default_reference(self) -> Literal["fixed", "previous", "none"]:
-        """The initial policy, if there is a KL term."""
-        return "fixed" if self.kl > 0 else "none"
-
-    @property
-    def policy_gradient(self) -> bool:
-        """Ratios are between probabilities at the sampling temperature."""
-        return True
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
         """Each judged response by itself, with advantages A = (r - mean) / std of those of its group on every token."""
@@ -91,14 +81,7 @@ class Grpo(Algorithm):
         Raises:
             ValueError: if a field named by `needs` is missing.
         """
-        loss_BT, metrics = policy_loss(
-            outputs,
-            batch,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            dual_clip=self.dual_clip,
-            sampler_cap=self.sampler_cap,
-        )
+        loss_BT, metrics = self.surrogate(outputs, batch, self.clip_low, self.clip_high)
         if self.kl > 0:
             kl_BT = k3(token_log_ratios(outputs, batch))
             metrics["kl_reference"] = Mean.of(kl_BT, batch.mask_BT)

@@ -5,28 +5,35 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
+from onlinerl.algorithms._policy_gradient import PolicyGradient
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.ops.advantages import adapted_kl, gae, normalized, whiten
+from onlinerl.ops.critic import clipped_value_loss, gae
 from onlinerl.ops.items import judged_sequences, need, sample_items, with_sequence
 from onlinerl.ops.kl import k3_plus
 from onlinerl.ops.logprobs import masked, token_log_ratios
-from onlinerl.ops.surrogate import clipped_value_loss, policy_loss
-from onlinerl.protocols import Algorithm, Needs
-from onlinerl.types import Judged, Pair, TrainItem, TrainSequence, Unit
+from onlinerl.ops.scaling import adapted_kl, normalized, whiten
+from onlinerl.protocols.algorithm import Needs, by_knobs
+from onlinerl.types.plan import Objection, Plan
+from onlinerl.types.training import TrainItem, TrainSequence
+
+if TYPE_CHECKING:
+    from onlinerl.types.labels import Judged, Pair
 
 
-class Ppo(Algorithm):
+class Ppo(PolicyGradient):
     """Token mean of: clipped surrogate (equation 7) + vf_coef * value loss - entropy_coef * entropy (equation 9).
 
     The KL to the reference is a term of the loss (default) or paid per token inside the reward. In the reward it is that of the
     policy which sampled the responses, and does not change while the policy is trained on them: it is 0 as long as that policy is the
     reference (in the first iteration, and always with `reference.schedule: previous`). In the loss it acts at every step.
     """
+
+    unit = "token"  # policy and value loss are both means over tokens
 
     kl: float = Field(0.05, ge=0)
     """Price of one nat of KL to the reference; 0 needs no reference. In the reward it is paid in units of the score (see
@@ -42,7 +49,6 @@ class Ppo(Algorithm):
     """GAE lambda."""
     clip: float = Field(0.2, gt=0)
     """Ratios outside 1 +- clip earn nothing more."""
-    dual_clip: float | None = Field(None, gt=1)
     normalize_scores: bool = True
     """Shift and scale scores by mean and standard deviation of all scores so far, so that the critic, which starts at 0, has values of
     about 1 to learn whatever the oracle's units are."""
@@ -56,8 +62,6 @@ class Ppo(Algorithm):
     computed once per iteration, so this is also the most that the critic can learn in one; None sets no limit."""
     vf_coef: float = Field(0.1, ge=0)
     entropy_coef: float = Field(0.0, ge=0)
-    sampler_cap: float | None = Field(2.0, gt=0)
-    """Cap of the weight that corrects for engine and learner disagreeing about probabilities; None applies no weight."""
     critic: Literal["separate", "shared"] = "separate"
     """The critic has its own backbone, or is a head on the policy's."""
     critic_learning_rate: float | None = Field(None, gt=0)
@@ -74,31 +78,51 @@ class Ppo(Algorithm):
             raise ValueError("there is no price to adapt: kl is 0")
         return target
 
+    @by_knobs
     def needs(self) -> Needs:
-        """Old log-probs and values; the reference if the KL has a price; the entropy if it has a bonus."""
-        return Needs(
-            reference=self.kl > 0,
-            old=True,
-            values=True,
-            entropy=self.entropy_coef > 0,
-            kl_in_reward=self.kl > 0 and self.kl_in == "reward",
-            critic_warmup=self.critic_warmup,
+        """Of a policy gradient; a critic; the entropy if it has a bonus."""
+        more = {"critic": self.critic, "critic_learning_rate": self.critic_learning_rate, "entropy": self.entropy_coef > 0}
+        return super().needs.model_copy(update=more)
+
+    def objection(self, plan: Plan) -> Objection | None:
+        """A policy that would never learn, and a KL in the reward that would never act."""
+        if self.critic_warmup >= plan.iterations:
+            return Objection(
+                field="algorithm.critic_warmup",
+                cause=f"is {self.critic_warmup}, and there are {plan.iterations} iterations: the policy would never learn",
+                fix=f"lower it below {plan.iterations}, or raise iterations",
+            )
+        if not self._pays_in_reward or self._first_paid(plan) is not None:
+            return None
+        moving = any(plan.references)
+        return Objection(
+            field="reference.schedule" if moving else "algorithm.kl_in",
+            cause="with the KL in the reward it would never act: "
+            + (
+                "the reference is always the policy that sampled"
+                if moving
+                else "the policy that samples is always the base model"
+            ),
+            fix="set algorithm.kl_in=loss, where it acts at every step" + (", or reference.schedule=fixed" if moving else ""),
         )
 
-    @property
-    def unit(self) -> Unit:
-        """Policy and value loss are both means over tokens."""
-        return "token"
+    def remarks(self, plan: Plan) -> list[str]:
+        """From when on a KL in the reward acts."""
+        if not self._pays_in_reward:
+            return []
+        return [
+            f"the KL in the reward is that of the policy that sampled: it is 0 until iteration {self._first_paid(plan)}, because that "
+            "policy is the reference until then; algorithm.kl_in=loss acts at every step"
+        ]
 
     @property
-    def default_reference(self) -> Literal["fixed", "previous", "none"]:
-        """The initial policy."""
-        return "fixed" if self.kl > 0 else "none"
+    def _pays_in_reward(self) -> bool:
+        return self.kl > 0 and self.kl_in == "reward"
 
-    @property
-    def policy_gradient(self) -> bool:
-        """Ratios are between probabilities at the sampling temperature."""
-        return True
+    def _first_paid(self, plan: Plan) -> int | None:
+        """The first iteration in which the policy that samples is another one than the reference."""
+        changed = range(self.critic_warmup + 2, plan.iterations + 1)  # until then it is the base model
+        return next((t for t in changed if plan.references[t - 1] != t - 1), None)
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
         """Each judged response by itself."""
@@ -150,14 +174,7 @@ class Ppo(Algorithm):
         if outputs.values_BT is None:
             raise ValueError("ppo reads outputs.values_BT, which the learner did not compute")
         mask = batch.mask_BT
-        loss_BT, metrics = policy_loss(
-            outputs,
-            batch,
-            clip_low=self.clip,
-            clip_high=self.clip,
-            dual_clip=self.dual_clip,
-            sampler_cap=self.sampler_cap,
-        )
+        loss_BT, metrics = self.surrogate(outputs, batch, self.clip, self.clip)
         if self.kl > 0:
             kl_BT = k3_plus(token_log_ratios(outputs, batch))
             metrics["kl_reference"] = Mean.of(kl_BT, mask)
@@ -190,7 +207,7 @@ class Ppo(Algorithm):
     def rewards(self, sequence: TrainSequence, score: float, price: float) -> np.ndarray:
         """r[T]: minus the price of the KL at every token, plus the score at the last one."""
         rewards = np.zeros(len(sequence.response_ids))
-        if self.kl > 0 and self.kl_in == "reward":
+        if self._pays_in_reward:
             rewards -= price * (need(sequence, "old") - need(sequence, "reference"))
         rewards[-1:] += score  # a slice, because an empty response has no last token
         return rewards

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -12,8 +12,11 @@ from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.items import judged_sequences, sample_items, train_sequences
 from onlinerl.ops.logprobs import log_ratios
 from onlinerl.ops.preference import pair_metrics
-from onlinerl.protocols import Algorithm, Needs
-from onlinerl.types import Judged, Pair, TrainItem, Unit
+from onlinerl.protocols.algorithm import Algorithm, Needs
+from onlinerl.types.training import TrainItem
+
+if TYPE_CHECKING:
+    from onlinerl.types.labels import Judged, Pair
 
 
 class Sppo(Algorithm):
@@ -23,24 +26,14 @@ class Sppo(Algorithm):
     log-ratios, not the loss.
     """
 
+    unit = "sequence"
+    needs = Needs(reference=True, preferences=True, min_samples=2)
+    reference = "previous"  # win rates are against responses of the policy at the iteration's start
+
     eta: float = Field(1000.0, gt=0)
     """Nats per unit of win rate; 1 / eta is the `beta` of the published configurations."""
     train: Literal["best_worst", "all"] = "best_worst"
     """Which responses of a group are trained: those with the highest and the lowest win rate, or all K."""
-
-    def needs(self) -> Needs:
-        """The reference, a group of at least two."""
-        return Needs(reference=True, preferences=True, min_samples=2)
-
-    @property
-    def unit(self) -> Unit:
-        """Responses."""
-        return "sequence"
-
-    @property
-    def default_reference(self) -> Literal["fixed", "previous", "none"]:
-        """The policy at the iteration's start: win rates are against its own responses."""
-        return "previous"
 
     def most_items(self, samples: int, pairs: int) -> int:
         """`best_worst` makes one item of the two."""

@@ -18,7 +18,7 @@ from onlinerl.learners import deepspeed as backend
 from onlinerl.learners._self_test import combine
 from onlinerl.network import free_port
 from onlinerl.ops.batching import plan_step
-from onlinerl.protocols import Algorithm
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import SelfTest, TrainItem, TrainSequence, UpdateReport
 
 
@@ -56,7 +56,7 @@ class RankActor:
 
 
 class LearnerGroup:
-    """Cuts work up so that every rank gets its share and the same number of micro-batches; a `protocols.Learner`.
+    """Cuts work up so that every rank gets its share and the same number of micro-batches; a `protocols.learner.Learner`.
 
     Args:
         cluster: where the ranks run.

@@ -13,7 +13,7 @@ from ray.exceptions import RayTaskError
 
 from onlinerl.cluster.runtime import Cluster, get
 from onlinerl.errors import OracleError
-from onlinerl.protocols import ModelOracle, Oracle
+from onlinerl.protocols.oracle import ModelOracle, Oracle
 from onlinerl.types import Failure, Query, Verdict
 
 

@@ -65,7 +65,7 @@ def choose_backend(wanted: str, device: str, colocate: bool) -> str:
 
 
 class WeightPush:
-    """A `protocols.WeightSync` between a LearnerGroup and an EnginePool.
+    """A `protocols.sync.WeightSync` between a LearnerGroup and an EnginePool.
 
     Args:
         learner, pool: both ends.

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 
 from onlinerl.controller.feed import LOOK_S, Feed, Stopped
 from onlinerl.errors import OracleError
-from onlinerl.protocols import Oracle
+from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Failure, Query, Verdict
 
 Answers = list[tuple[Query, Verdict | Failure]]

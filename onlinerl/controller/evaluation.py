@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onlinerl.controller.statistics import Divergence, Estimate, bootstrap, divergence, ratio, wilson
-from onlinerl.protocols import Learner
+from onlinerl.protocols.learner import Learner
 from onlinerl.types import Failure, Group, TrainSequence, Verdict
 
 Judge = Callable[[Sequence[Group]], tuple[int, Mapping[str, Verdict | Failure]]]

@@ -29,7 +29,7 @@ def of_group(it: Iteration, judged: Judged) -> GroupItems:
     """The same at every call: pairs and items depend on the group and its verdict only."""
     dropped: Counter[str] = Counter()
     pairs: Sequence[Pair] = []
-    if it.parts.algorithm.needs().pairs:
+    if it.parts.algorithm.needs.pairs:
         pairs, reasons = it.parts.pairing.build(judged)
         dropped.update(reasons)
     contradicted = sum(pair.prob < 0.5 for pair in pairs)

@@ -105,14 +105,14 @@ class Iteration:
 
     def large_enough(self, group: Group) -> bool:
         """Whether a group has as many usable responses as the algorithm needs."""
-        return len(group.rollouts) >= self.parts.algorithm.needs().min_samples
+        return len(group.rollouts) >= self.parts.algorithm.needs.min_samples
 
     def reference(self) -> int | None:
         """Which iterate the reference is; None if the algorithm needs none."""
-        if not self.parts.algorithm.needs().reference:
+        if not self.parts.algorithm.needs.reference:
             return None
         chosen = self.parts.config.reference
-        schedule = self.parts.algorithm.default_reference if chosen.schedule == "default" else chosen.schedule
+        schedule = self.parts.algorithm.reference if chosen.schedule == "default" else chosen.schedule
         return reference_iteration(schedule, chosen.every, self.number)
 
     def model_of(self, iterate: int) -> str:

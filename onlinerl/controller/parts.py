@@ -4,48 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from onlinerl.config import RunConfig
 from onlinerl.controller.asking import Asker
 from onlinerl.graph import Phase
-from onlinerl.protocols import Algorithm, Learner, PairBuilder, PromptSource, RolloutEngine, Store, Tracker, WeightSync
-from onlinerl.types import Judged, Prompt, SelfTest, TrainItem
-
-
-class ArtefactStore(Store, Protocol):
-    """A store that also keeps checkpoints and exports."""
-
-    def staged(self, kind: Any, iteration: int) -> AbstractContextManager[Path]:
-        """A directory that becomes the artefact when the block ends."""
-        ...
-
-    def require_files(self, path: Path, written: Mapping[str, int]) -> None:
-        """Refuse a staged artefact that lacks anything of what was written to it."""
-        ...
-
-    def require(self, kind: Any, iteration: int) -> Path:
-        """A complete artefact, every byte of it verified."""
-        ...
-
-    def retain(self, kind: Any, keep: set[int]) -> None:
-        """Remove all others."""
-        ...
-
-    def require_free(self, bytes_needed: int, min_free_bytes: int) -> None:
-        """Refuse before writing."""
-        ...
-
-
-class SelfTestingLearner(Learner, Protocol):
-    """A learner that can test itself before the first step."""
-
-    def self_test(self, items: Sequence[TrainItem], base_model: str) -> SelfTest:
-        """Compare what the items carry with what the policy says, and the policy with the base model on disk."""
-        ...
+from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.engine import RolloutEngine
+from onlinerl.protocols.learner import Learner
+from onlinerl.protocols.pairing import PairBuilder
+from onlinerl.protocols.prompts import PromptSource
+from onlinerl.protocols.store import Store
+from onlinerl.protocols.sync import WeightSync
+from onlinerl.protocols.tracker import Tracker
+from onlinerl.types import Judged, Prompt, TrainItem
 
 
 @dataclass(kw_only=True)
@@ -60,9 +33,9 @@ class Parts:
     train_prompts: PromptSource
     heldout: Sequence[Prompt]
     engine: RolloutEngine
-    learner: SelfTestingLearner
+    learner: Learner
     sync: WeightSync
-    store: ArtefactStore
+    store: Store
     tracker: Tracker
     phases: tuple[Phase, ...]
     """What the loop does."""

@@ -13,7 +13,7 @@ import numpy as np
 from onlinerl.controller import evaluation
 from onlinerl.controller.parts import Built
 from onlinerl.controller.statistics import Divergence, Estimate, bootstrap, wilson
-from onlinerl.protocols import Tracker
+from onlinerl.protocols.tracker import Tracker
 from onlinerl.types import Failure, Group, Judged, Metric, SelfTest, SyncReport, UpdateReport, Verdict
 
 

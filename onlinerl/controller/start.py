@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from onlinerl.controller.iteration import Weights, push
 from onlinerl.controller.parts import Parts
 from onlinerl.controller.report import Reporter
-from onlinerl.protocols import Store
+from onlinerl.protocols.store import Store
 
 
 def finished(store: Store, iteration: int) -> set[str]:

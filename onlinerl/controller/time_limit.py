@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from onlinerl.errors import ConfigError
 from onlinerl.graph import NAMES, PHASES, of_iteration
-from onlinerl.protocols import Tracker
+from onlinerl.protocols.tracker import Tracker
 
 VARIABLE = "ONLINERL_TIME_LIMIT_S"
 MARGIN = 1.1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onlinerl.batch import Batch, Outputs
 from onlinerl.ops.batching import collate
-from onlinerl.protocols import Algorithm
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import SelfTest, TrainItem
 
 # One token alone may be off by 0.2 nats in bfloat16: the mean over a response counts at least so many.

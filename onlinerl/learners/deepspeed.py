@@ -31,7 +31,7 @@ from onlinerl.learners._self_test import Sums, compare
 from onlinerl.memory import BUCKET
 from onlinerl.network import choose_interface
 from onlinerl.ops.batching import collate
-from onlinerl.protocols import Algorithm
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import TrainItem, TrainSequence
 
 __all__ = ["DeepSpeedRank"]
@@ -99,10 +99,9 @@ class DeepSpeedRank:
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
         )
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
-        self.needs = algorithm.needs()
-        critic: Any = getattr(algorithm, "critic", "shared") if self.needs.values else None
+        self.needs = algorithm.needs
         self._reader = ModelReader(DTYPES[config.dtype], config.attention, self.device, self._deepspeed_config())
-        self._policy = self._reader.trained(model, critic)
+        self._policy = self._reader.trained(model, self.needs.critic)
         # Dropout stays off: log-probs of one and the same policy must not differ from pass to pass (R-E5).
         self._policy.eval()
         optimizer = build_optimizer(parameter_groups(self._policy, training), training, checked=self._bare)
@@ -186,7 +185,7 @@ class DeepSpeedRank:
         Returns:
             Loss, gradient norm and the algorithm's metrics, averaged over all ranks; "skipped" is 1 if nothing was updated.
         """
-        of_critic = critic_rate(learning_rate, self.training, getattr(self.algorithm, "critic_learning_rate", None))
+        of_critic = critic_rate(learning_rate, self.training, self.needs.critic_learning_rate)
         rates = {"policy": learning_rate, "critic": of_critic}
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rates[group["part"]]

@@ -13,7 +13,7 @@ from onlinerl.batch import Batch, Outputs
 from onlinerl.learners._plain import load_plain
 from onlinerl.learners._self_test import combine, compare
 from onlinerl.ops.batching import collate
-from onlinerl.protocols import Algorithm
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import SelfTest, TrainItem, TrainSequence, UpdateReport
 
 __all__ = ["ToyLearner"]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onlinerl.types import Judged, Pair, TrainItem, TrainSequence
+from onlinerl.types.training import TrainItem, TrainSequence
+
+if TYPE_CHECKING:
+    from onlinerl.types.labels import Judged
 
 
 def train_sequences(judged: Judged) -> dict[int, TrainSequence]:
@@ -52,25 +56,6 @@ def judged_sequences(judged: Judged, at_least: int = 1) -> tuple[list[TrainSeque
 def sample_items(judged: Judged, sequences: Iterable[TrainSequence]) -> list[TrainItem]:
     """Each response by itself."""
     return [TrainItem(prompt_id=judged.group.prompt.id, sequences=(sequence,)) for sequence in sequences]
-
-
-def pair_items(judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
-    """One item of two sequences per pair, chosen first, and how many pairs were left out for which reason.
-
-    Reasons: `unjudged`, and `identical` for two equal token sequences, whose margin is always 0.
-    """
-    sequences = train_sequences(judged)
-    items: list[TrainItem] = []
-    dropped: Counter[str] = Counter()
-    for pair in pairs:
-        chosen, rejected = sequences.get(pair.chosen), sequences.get(pair.rejected)
-        if chosen is None or rejected is None:
-            dropped["unjudged"] += 1
-        elif chosen.response_ids == rejected.response_ids:
-            dropped["identical"] += 1
-        else:
-            items.append(TrainItem(prompt_id=judged.group.prompt.id, sequences=(chosen, rejected), prob=pair.prob))
-    return items, dropped
 
 
 def need(sequence: TrainSequence, name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Per-token estimators of KL(policy || reference) from one sampled token: "Approximating KL Divergence" (k1, k2, k3).
+"""Per-token estimators of KL(policy || reference) from one sampled token: "Approximating KL Divergence" (k1 = d, k2, k3).
 
 All take d = log pi - log pi_ref in nats, any shape. As a penalty inside the reward use k1 (unbiased). As a term of the loss that is
 differentiated, the estimator's VALUE is not what counts: the gradient of k1 has expectation zero, that of k2 is the gradient of
@@ -17,11 +17,6 @@ MAX_LOG_RATIO = 20.0
 def bounded_exp(log_ratio: Tensor) -> Tensor:
     """exp of a log-ratio clamped to [-20, 20]; no gradient outside."""
     return torch.exp(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
-
-
-def k1(d: Tensor) -> Tensor:
-    """d: unbiased, can be negative."""
-    return d
 
 
 def k2(d: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from pydantic import Field, PrivateAttr
 
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
-from onlinerl.protocols import Oracle
+from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Cost, Failure, Query, Verdict
 
 _START_TIMEOUT_S = 120.0

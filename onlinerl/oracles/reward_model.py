@@ -20,7 +20,7 @@ from pydantic import Field, PrivateAttr, field_validator
 
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
-from onlinerl.protocols import ModelOracle
+from onlinerl.protocols.oracle import ModelOracle
 from onlinerl.types import Cost, Failure, Query, Verdict
 
 _HASH_BLOCKS, _HASH_BLOCK_BYTES = 64, 64 * 1024

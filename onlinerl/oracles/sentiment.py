@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field, PrivateAttr
 
 from onlinerl.oracles import _verdicts
-from onlinerl.protocols import Oracle
+from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Cost, Failure, Query, Verdict
 
 

@@ -8,7 +8,7 @@ from itertools import combinations
 from pydantic import Field
 
 from onlinerl.pairing import _candidates
-from onlinerl.protocols import PairBuilder
+from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.types import Judged, Pair
 
 

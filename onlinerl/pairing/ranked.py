@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pydantic import Field
 
 from onlinerl.pairing import _candidates
-from onlinerl.protocols import PairBuilder
+from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.types import Judged, Pair
 
 

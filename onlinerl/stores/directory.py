@@ -22,9 +22,10 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from onlinerl.errors import StoreError
+from onlinerl.protocols.store import Kind
 from onlinerl.stores import _artefacts, _files, _tables
 from onlinerl.stores._lock import Lock, caveat
 from onlinerl.stores.rows import prompt_from_row, prompt_row
@@ -34,7 +35,6 @@ __all__ = ["RunDirectory"]
 
 FORMAT = _files.FORMAT
 READABLE = (1, 2, FORMAT)
-Kind = Literal["checkpoints", "exports"]
 KINDS: tuple[Kind, ...] = ("checkpoints", "exports")
 _MANIFEST = "manifest.json"
 _CONFIG = "config.yaml"

@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from onlinerl.protocols import Tracker
+from onlinerl.protocols.tracker import Tracker
 from onlinerl.types import Metric
 
 _VIEW_FAILED = (OSError, ValueError, TypeError, LookupError, RuntimeError)

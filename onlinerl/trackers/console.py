@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onlinerl.graph import NAMES
-from onlinerl.protocols import Tracker
+from onlinerl.protocols.tracker import Tracker
 
 __all__ = ["ConsoleTracker", "render_table", "sturdy_console"]
 

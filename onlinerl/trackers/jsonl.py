@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from onlinerl.errors import StoreError
-from onlinerl.protocols import Tracker
+from onlinerl.protocols.tracker import Tracker
 from onlinerl.types import Metric
 
 __all__ = ["JsonlTracker", "read_metrics"]

@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from onlinerl import __version__, graph
 from onlinerl.errors import ConfigError
-from onlinerl.protocols import Tracker
+from onlinerl.protocols.tracker import Tracker
 from onlinerl.trackers._discovery import Discovery
 from onlinerl.types import Metric
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from onlinerl.errors import ConfigError
-from onlinerl.protocols import Tracker
+from onlinerl.protocols.tracker import Tracker
 from onlinerl.types import Metric
 
 __all__ = ["TensorboardTracker"]

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from onlinerl import registry
 from onlinerl.batch import Batch, Outputs
 from onlinerl.ops.batching import collate
-from onlinerl.protocols import Algorithm
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Group, Judged, Pair, Prompt, Query, Rollout, Sampling, TrainItem, TrainSequence, Verdict
 
 
@@ -95,7 +95,7 @@ def pairs_of(judged: Judged) -> list[Pair]:
 def annotated_items(algorithm: Algorithm, kind: str = "scores", *, at_reference: bool = False) -> list[TrainItem]:
     """Items with what `needs` asks for filled in and nothing else: what `prepare` and `figures` get."""
     rng = np.random.default_rng(5)
-    needs = algorithm.needs()
+    needs = algorithm.needs
 
     def fill(s: TrainSequence) -> TrainSequence:
         def draw() -> np.ndarray:

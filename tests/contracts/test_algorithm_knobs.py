@@ -71,7 +71,7 @@ def outcome(name: str, knobs: dict[str, Any]) -> tuple[float, list[float], list[
     """Loss per unit, its gradient, items per group, and what was left out."""
     algorithm = build(name, knobs)
     groups = [group(np.random.default_rng(number), number, "scores") for number in range(5)]
-    built = [algorithm.items(one, pairs_of(one) if algorithm.needs().pairs else []) for one in groups]
+    built = [algorithm.items(one, pairs_of(one) if algorithm.needs.pairs else []) for one in groups]
     items = algorithm.prepare(annotated_items(algorithm), PAST)
     loss, gradient, _ = Policy(items).gradient(algorithm, [items])
     return loss, gradient.tolist(), [len(kept) for kept, _ in built], [str(dropped) for _, dropped in built]

@@ -14,7 +14,7 @@ from algorithm_cases import Policy, annotated_items, build, pairs_of, refereed, 
 from onlinerl import registry
 from onlinerl.batch import Outputs
 from onlinerl.ops.batching import collate, plan_step
-from onlinerl.protocols import Algorithm
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Pair, TrainItem, Verdict
 
 # Configurations tried besides the defaults, or instead of them where a knob has no default.
@@ -105,7 +105,7 @@ def test_a_response_that_nobody_judged_is_as_if_it_had_not_been_sampled(name, kn
         for p in clean
     ]
     planted = [*moved, Pair(chosen=place, rejected=(place + 1) % 4, prob=0.9)]
-    needs_pairs = algorithm.needs().pairs
+    needs_pairs = algorithm.needs.pairs
     expected, _ = trained(algorithm, without, clean if needs_pairs else [])
     got, dropped = trained(algorithm, judged, planted if needs_pairs else [])
     assert expected
@@ -117,16 +117,16 @@ def test_a_response_that_nobody_judged_is_as_if_it_had_not_been_sampled(name, kn
 def test_a_group_with_too_few_judged_responses_gives_nothing_and_is_counted(name, knobs):
     algorithm = build(name, knobs)
     judged = refereed(["dull", "a", "dull 2", "dull 3"])  # the second was compared with nobody
-    items, dropped = algorithm.items(judged, [Pair(chosen=1, rejected=0, prob=0.9)] if algorithm.needs().pairs else [])
+    items, dropped = algorithm.items(judged, [Pair(chosen=1, rejected=0, prob=0.9)] if algorithm.needs.pairs else [])
     assert items == []
-    assert dropped == {"unjudged": 1 if algorithm.needs().pairs else 4}
+    assert dropped == {"unjudged": 1 if algorithm.needs.pairs else 4}
     scored = dataclasses.replace(
         judged, verdict=Verdict(annotator="t", oracle_version="1", scores=(math.nan, 1.0, math.nan, math.nan))
     )
     items, dropped = algorithm.items(scored, [])
-    if algorithm.needs().min_samples > 1:
+    if algorithm.needs.min_samples > 1:
         assert items == []
-        assert dropped == ({} if algorithm.needs().pairs else {"unjudged": 3, "single": 1})
+        assert dropped == ({} if algorithm.needs.pairs else {"unjudged": 3, "single": 1})
 
 
 @pytest.mark.parametrize(("name", "knobs"), CASES)
@@ -198,11 +198,9 @@ def prepare_and_train(algorithm: Algorithm, items: list[TrainItem]) -> None:
 def test_declares_what_it_reads(name, knobs):
     """`training_items` fills in exactly `needs`; without any one of those fields the algorithm must refuse, not go on."""
     algorithm = build(name, knobs)
-    needs = algorithm.needs()
+    needs = algorithm.needs
     assert algorithm.unit in ("token", "sequence", "pair")
-    assert (
-        algorithm.default_reference == "none" if not needs.reference else algorithm.default_reference in ("fixed", "previous")
-    )
+    assert algorithm.reference == "none" if not needs.reference else algorithm.reference in ("fixed", "previous")
     for field in [f for f in ("reference", "old", "values") if getattr(needs, f)]:
         items = training_items(algorithm)
         stripped = [

@@ -10,7 +10,7 @@ import pytest
 from onlinerl import registry
 from onlinerl.config import component
 from onlinerl.errors import ConfigError
-from onlinerl.protocols import Oracle
+from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Prompt, Query, Verdict
 
 RESPONSES = ("a good 72", "a bad 71", "a dull film", "a good 72", "not good: 72")

@@ -11,7 +11,7 @@ from matrix_oracle import Referee
 
 from onlinerl import registry
 from onlinerl.config import component
-from onlinerl.protocols import PairBuilder
+from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.types import Group, Judged, Prompt, Query, Rollout, Sampling, Verdict
 
 # Knobs that let a builder accept pairs on a scale from 0 to 9.

@@ -103,7 +103,7 @@ def test_a_file_that_cannot_be_read(refused, toy_config, tmp_path):
     (tmp_path / "two.yaml").write_text("extends: [a, b]")
     says(refused(tmp_path / "two.yaml"), "extends", "give the path of one YAML file")
     refusal = refused(toy_config(tmp_path), "algorithm.name=onlinerl.errors.ConfigError")
-    says(refusal, "algorithm.name: onlinerl.errors.ConfigError is no subclass of onlinerl.protocols.Algorithm")
+    says(refusal, "algorithm.name: onlinerl.errors.ConfigError is no subclass of onlinerl.protocols.algorithm.Algorithm")
 
 
 def test_a_file_that_is_not_there(toy_config, refused, tmp_path):

@@ -329,7 +329,7 @@ def test_an_oracle_class_that_only_compares(toy_config, onlinerl, monkeypatch, t
     (tmp_path / "preferring.py").write_text(
         """
 import math
-from onlinerl.protocols import Oracle
+from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Verdict
 
 class Longer(Oracle):

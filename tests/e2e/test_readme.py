@@ -10,7 +10,7 @@ import pytest
 
 from onlinerl import config as configuration
 from onlinerl import registry
-from onlinerl.protocols import Algorithm
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Prompt, Query, Verdict
 
 README = Path(__file__).parents[2] / "README.md"

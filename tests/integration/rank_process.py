@@ -30,7 +30,7 @@ from onlinerl.learners._loading import ModelReader
 from onlinerl.learners._self_test import combine
 from onlinerl.learners.deepspeed import DeepSpeedRank
 from onlinerl.ops.batching import plan_step
-from onlinerl.protocols import Algorithm
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import SelfTest, TrainItem
 
 WEIGHTS = dict[str, np.ndarray]
@@ -179,13 +179,13 @@ def gradients(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[s
     learner = ranks.learner(job["model"], first["algorithm"], stage=case["stage"], dtype=case["dtype"])
     results = {}
     for name, loss in [*job["losses"].items(), ("again", first)]:
-        learner.algorithm, learner.needs = loss["algorithm"], loss["algorithm"].needs()
+        learner.algorithm, learner.needs = loss["algorithm"], loss["algorithm"].needs
         for cut, budget in loss["budgets"].items():
             micro = ranks.mine(loss["items"], budget)
             count = sum(i.count(learner.algorithm.unit) for i in loss["items"])
             results[name, cut] = {"gradients": learner.gradients(micro, count), "micro_batches": len(micro)}
     # Many more response tokens in one micro-batch than fit into a chunk, at another temperature than 1.
-    learner.algorithm, learner.needs = job["long"]["algorithm"], job["long"]["algorithm"].needs()
+    learner.algorithm, learner.needs = job["long"]["algorithm"], job["long"]["algorithm"].needs
     learner.temperature = job["long"]["temperature"]
     items = job["long"]["items"]
     count = sum(i.count(learner.algorithm.unit) for i in items)

@@ -27,7 +27,7 @@ from onlinerl.errors import LearnerError
 from onlinerl.learners import _policy
 from onlinerl.learners._policy import Policy
 from onlinerl.ops.batching import collate, plan_step
-from onlinerl.protocols import Algorithm
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import SelfTest, TrainItem, TrainSequence
 
 pytestmark = pytest.mark.engine
@@ -224,7 +224,7 @@ def plain_policy(model: Path, dtype: str, critic: Any = None) -> Policy:
 
 def backward(policy: Policy, algorithm: Algorithm, items: Sequence[TrainItem], temperature: float = 1.0) -> float:
     """One forward and backward of everything at once, divided by the count of units. Returns the loss."""
-    batch, needs = collate(items), algorithm.needs()
+    batch, needs = collate(items), algorithm.needs
     outputs = policy(batch, temperature=temperature, values=needs.values, entropy=needs.entropy)
     total = algorithm.loss(outputs, batch).total
     loss = total / sum(i.count(algorithm.unit) for i in items)

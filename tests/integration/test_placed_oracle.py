@@ -12,7 +12,7 @@ from onlinerl import config as configuration
 from onlinerl import placement
 from onlinerl.controller.asking import answers
 from onlinerl.errors import OracleError
-from onlinerl.protocols import ModelOracle
+from onlinerl.protocols.oracle import ModelOracle
 from onlinerl.types import Failure, Prompt, Query, Verdict
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]

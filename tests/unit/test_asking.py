@@ -14,7 +14,7 @@ from pydantic import Field, PrivateAttr
 from onlinerl.controller import asking
 from onlinerl.controller.feed import Feed, Stopped
 from onlinerl.errors import OracleError
-from onlinerl.protocols import Oracle
+from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Failure, Prompt, Query, Verdict
 
 

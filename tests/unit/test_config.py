@@ -12,7 +12,7 @@ from onlinerl import config as configuration
 from onlinerl import registry
 from onlinerl.config import RESUMABLE_CHANGES, RunConfig
 from onlinerl.errors import ConfigError
-from onlinerl.protocols import Oracle
+from onlinerl.protocols.oracle import Oracle
 
 BASE = {
     "name": "demo",
@@ -231,7 +231,7 @@ def test_suggestions(tree, field, fix):
 # --- secrets ---
 
 JUDGE = """
-from onlinerl.protocols import Oracle
+from onlinerl.protocols.oracle import Oracle
 
 
 class Judge(Oracle):

@@ -393,7 +393,7 @@ class TestRewardModel:
 
 def test_unknown_knobs_are_named():
     from onlinerl.config import component
-    from onlinerl.protocols import Oracle
+    from onlinerl.protocols.oracle import Oracle
 
     with pytest.raises(ConfigError, match="include_promt"):
         component({"name": "sentiment", "include_promt": False}, "oracle", "oracles", Oracle)

@@ -13,7 +13,7 @@ from onlinerl import preflight
 from onlinerl.config import RunConfig
 from onlinerl.errors import ConfigError, OracleError
 from onlinerl.memory import learner_rank
-from onlinerl.protocols import Oracle
+from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Prompt, Verdict
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"

@@ -14,7 +14,7 @@ from onlinerl.algorithms.grpo import Grpo
 from onlinerl.controller import self_test
 from onlinerl.errors import LearnerError
 from onlinerl.learners.toy import ToyLearner
-from onlinerl.protocols import Algorithm
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import SelfTest, TrainItem, TrainSequence
 
 GOOD = SelfTest(

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from onlinerl.errors import StoreError
-from onlinerl.protocols import Store
+from onlinerl.protocols.store import Store
 from onlinerl.stores import _files, _lock, _tables
 from onlinerl.stores.directory import RunDirectory
 

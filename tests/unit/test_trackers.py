@@ -19,7 +19,7 @@ from rich.console import Console
 from onlinerl import registry
 from onlinerl.errors import ConfigError, StoreError
 from onlinerl.graph import NAMES
-from onlinerl.protocols import Tracker
+from onlinerl.protocols.tracker import Tracker
 from onlinerl.trackers import console as console_module
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import ConsoleTracker, render_table, sturdy_console

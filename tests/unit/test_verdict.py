@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from onlinerl import config as configuration
-from onlinerl.protocols import Oracle
+from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Verdict
 
 NAN = math.nan

@@ -62,8 +62,8 @@ def _arrays(it: Iteration, sequences: Sequence[TrainSequence]) -> dict[str, list
     """What the algorithm asks for, one array per sequence each."""
     if not sequences:
         return {}
-    needs, learner = it.parts.algorithm.needs(), it.parts.learner
-    temperature = it.parts.config.sampling.temperature if it.parts.algorithm.policy_gradient else 1.0
+    needs, learner = it.parts.algorithm.needs, it.parts.learner
+    temperature = needs.temperature(it.parts.config.sampling.temperature)
     arrays: dict[str, list[Any]] = {}
     reference = it.reference()
     model = None if reference is None else it.model_of(reference)

@@ -20,7 +20,7 @@ def train(it: Iteration) -> dict[str, Any]:
     """One pass of the learner over what was judged; no step at all where that gives nothing to learn."""
     built = _items(it)
     idle = health.nothing_to_learn(
-        built.judged, len(built.items), built.dropped, within_groups=it.parts.algorithm.needs().min_samples > 1
+        built.judged, len(built.items), built.dropped, within_groups=it.parts.algorithm.needs.min_samples > 1
     )
     in_a_row = it.idle_before() + 1 if idle else 0
     steps = UpdateReport(steps=0, tokens=0, metrics=())

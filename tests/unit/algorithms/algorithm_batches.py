@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onlinerl.batch import Batch, LossOutput, Outputs
 from onlinerl.ops.batching import collate
-from onlinerl.protocols import Algorithm
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Group, Judged, Pair, Prompt, Rollout, Sampling, TrainItem, TrainSequence, Verdict
 
 PER_TOKEN = ("behaviour", "old", "reference", "values", "advantages", "returns")

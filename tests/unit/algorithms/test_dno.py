@@ -72,7 +72,7 @@ def test_prct_without_filters_is_dpo_against_the_previous_policy():
         == [i.prob for i in items_of(Dpo(), group, PAIRS)]
         == [0.9, 0.8, 0.7]
     )
-    assert DnoPrct().default_reference == "previous"
+    assert DnoPrct().reference == "previous"
     for knobs in ({}, {"beta": 0.5, "label_smoothing": 0.2}):
         ours, theirs = (evaluate(cls(**knobs), [item(0.9, 0.1)], [-0.4, -1.3]) for cls in (DnoPrct, Dpo))
         assert ours[0] == theirs[0]

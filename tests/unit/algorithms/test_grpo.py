@@ -129,8 +129,8 @@ def test_kl_at_the_reference_is_zero_and_away_from_it_k3():
     assert evaluate(grpo(kl=0.5), [item], [-1.0])[0] == pytest.approx(0.0)
     # d = 1: exp(-1) - 1 + 1
     assert evaluate(grpo(kl=0.5), [item], [0.0])[0] == pytest.approx(0.5 * 0.36787944, rel=1e-6)
-    assert (grpo(kl=0.5).needs().reference, grpo(kl=0.5).default_reference) == (True, "fixed")
-    assert (grpo().needs().reference, grpo().default_reference) == (False, "none")
+    assert (grpo(kl=0.5).needs.reference, grpo(kl=0.5).reference) == (True, "fixed")
+    assert (grpo().needs.reference, grpo().reference) == (False, "none")
 
 
 def test_sampler_weight_is_capped_and_carries_no_gradient():

@@ -269,14 +269,14 @@ def test_entropy_bonus():
     mean, _, _, metrics, _ = loss_of(Ppo(entropy_coef=0.1, kl=0.0), items, [0.0], [0.0], entropy_BT=entropy)
     assert mean == pytest.approx(-0.2)
     assert metrics["entropy"] == pytest.approx(2.0)
-    assert Ppo(entropy_coef=0.1).needs().entropy
+    assert Ppo(entropy_coef=0.1).needs.entropy
     with pytest.raises(ValueError, match="entropy_BT"):
         loss_of(Ppo(entropy_coef=0.1), items, [0.0], [0.0])
 
 
 def test_without_kl_no_reference_is_needed():
-    assert (Ppo().needs().reference, Ppo().default_reference) == (True, "fixed")
-    assert (Ppo(kl=0.0).needs().reference, Ppo(kl=0.0).default_reference) == (False, "none")
+    assert (Ppo().needs.reference, Ppo().reference) == (True, "fixed")
+    assert (Ppo(kl=0.0).needs.reference, Ppo(kl=0.0).reference) == (False, "none")
 
 
 def test_policy_part_agrees_with_trl():

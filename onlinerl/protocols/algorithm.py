@@ -1,0 +1,113 @@
+"""The role of algorithms: hyper-parameters, what they need, and a pure loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from onlinerl.protocols.component import Component
+from onlinerl.types.training import TrainItem, Unit
+
+if TYPE_CHECKING:  # torch stays out of everything that only passes batches along, and labels out of losses
+    from onlinerl.batch import Batch, LossOutput, Outputs
+    from onlinerl.types.labels import Judged, Pair
+    from onlinerl.types.plan import Objection, Plan
+
+Value = TypeVar("Value")
+Reference = Literal["fixed", "previous", "none"]
+"""A schedule: the base model, the policy at the start of the iteration, or nothing."""
+
+
+def by_knobs(of: Callable[[Any], Value]) -> Value:
+    """A declaration that depends on the knobs: a property, of which type checkers see what it returns."""
+    return property(of)  # type: ignore[return-value]
+
+
+class Needs(BaseModel):
+    """What an algorithm must be given: all that loop, learner and checks read of it. Nothing is computed that nobody asked for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pairs: bool = False
+    """Pairs built by the configured pair builder."""
+    reference: bool = False
+    """Reference log-probs."""
+    old: bool = False
+    """Log-probs of the learner's own weights before the first step."""
+    critic: Literal["separate", "shared"] | None = None
+    """Values of a critic, which has a backbone of its own or is a head on the policy's."""
+    critic_learning_rate: float | None = None
+    """Peak of the critic's learning rate; the policy's if None."""
+    entropy: bool = False
+    """The entropy of the next-token distribution at each response token."""
+    sampling_temperature: bool = False
+    """Log-probs at the temperature of the sampling, as ratios of probabilities must be; preference losses take them at 1."""
+    min_samples: int = 1
+    """Fewest responses per prompt that make sense."""
+    preferences: bool = False
+    """How probable it is that one response beats another (win rates, soft labels); scores alone only imply it."""
+
+    @property
+    def values(self) -> bool:
+        """Whether there is a critic to ask."""
+        return self.critic is not None
+
+    def temperature(self, sampling: float) -> float:
+        """At which log-probs are taken where responses are sampled at temperature `sampling`."""
+        return sampling if self.sampling_temperature else 1.0
+
+
+class Algorithm(Component):
+    """An algorithm is its hyper-parameters plus a pure loss. It is stateless and frozen: the configuration is the algorithm.
+
+    Subclasses declare the class attributes and implement `items` and `loss`; the other methods are optional. A declaration that
+    depends on a knob is a method of the same name under `by_knobs`.
+    """
+
+    unit: ClassVar[Unit]
+    """What the summed loss is divided by the global count of."""
+    needs: ClassVar[Needs]
+    """What must be computed before `loss` can run."""
+    reference: ClassVar[Reference]
+    """The reference schedule that its paper uses."""
+    loss_at_reference: ClassVar[float | None] = None
+    """The loss per unit when policy and reference are the same, if the formula fixes it; the step-0 self-test checks it."""
+
+    def objection(self, plan: Plan) -> Objection | None:
+        """What makes it pointless to run this as planned; None if nothing does."""
+        return None
+
+    def remarks(self, plan: Plan) -> list[str]:
+        """What the knobs mean in this plan, where that is not what one might think."""
+        return []
+
+    def most_items(self, samples: int, pairs: int) -> int:
+        """Upper bound of what `items` returns for a group of `samples` responses of which the builder makes at most `pairs`."""
+        return pairs if self.needs.pairs else samples
+
+    def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Mapping[str, int]]:
+        """Turn one judged group into what is trained, and say how much of it was left out for which reason.
+
+        `pairs` is empty unless `needs.pairs`.
+        """
+        raise NotImplementedError
+
+    def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> list[TrainItem]:
+        """See all items of the iteration at once, with log-probs and values filled in: advantages, whitening, weights.
+
+        `past` is what `figures` said in each earlier iteration, oldest first, read from the run directory.
+        """
+        return list(items)
+
+    def figures(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Mapping[str, float]:
+        """Finite figures of the whole iteration, from its items as `prepare` got them: reported, and kept for later iterations.
+
+        What an algorithm must remember from one iteration to the next goes here, so that a resume remembers exactly the same.
+        """
+        return {}
+
+    def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
+        """The loss of one micro-batch as a sum over units."""
+        raise NotImplementedError

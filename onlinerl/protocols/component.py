@@ -1,0 +1,11 @@
+"""What a configuration selects by name."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Component(BaseModel):
+    """Base of everything that a configuration selects by name: its fields are its knobs, an unknown one is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

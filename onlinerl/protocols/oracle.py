@@ -1,0 +1,118 @@
+"""The role of oracles: they judge groups of responses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import Field
+
+from onlinerl.errors import OracleError
+from onlinerl.protocols.component import Component
+from onlinerl.types import Failure, Query, Verdict
+
+
+class Oracle(Component):
+    """Judges groups of responses. Configured like an algorithm; heavy state is loaded by `open`, never at import.
+
+    One that returns preferences without scores only compares: it is never asked about a single response.
+    """
+
+    preference_temperature: float = Field(1.0, gt=0)
+    """Where scores must stand in for preferences, P(i beats j) = sigmoid((s_i - s_j) / preference_temperature): Bradley-Terry. 1 suits
+    a reward model, whose scores are log-odds by training; an oracle with other units needs another. Comparisons do not read it."""
+    groups_per_call: int = Field(1, ge=1)
+    """Groups that one call of `judge` gets. A call that fails is asked again as a whole: keep it at 1 where answers cost money."""
+    max_concurrent: int = Field(1, ge=1)
+    """Calls that may be under way at the same time, each in a thread of its own: more than one needs an oracle that allows it."""
+    call_timeout_s: float = Field(120.0, gt=0)
+    """Longest wait for the next answer of a call."""
+    retries: int = Field(2, ge=0)
+    """How often a call is tried again after a missed deadline, a lost connection or an HTTP status that may pass (408, 429, 5xx)."""
+
+    def open(self) -> None:
+        """Load models, open connections. Called once in the process that will judge, but not in the thread that `judge` runs in."""
+
+    def close(self) -> None:
+        """Release what `open` took."""
+
+    @property
+    def version(self) -> str:
+        """Hash or name of everything that could change a verdict."""
+        raise NotImplementedError
+
+    @property
+    def needs_reference_answer(self) -> bool:
+        """True if prompts must carry a reference answer."""
+        return False
+
+    def judge(self, queries: Sequence[Query]) -> Iterable[Verdict | Failure]:
+        """One result per query, in order: a list, or an iterator that yields each as soon as it is known.
+
+        What an iterator has yielded is on disk before the next one is waited for, so that nothing paid for is lost. Where there is
+        no judgement, the result is a Failure, which is counted. An exception becomes one too, after another try if its cause may
+        pass; an OracleError stops the run.
+        """
+        raise NotImplementedError
+
+    def ask(self, queries: Sequence[Query]) -> Iterator[Verdict | Failure]:
+        """`judge` as the rest of the system calls it: every answer is checked before anybody believes it (R-G1).
+
+        A Verdict with bad numbers becomes a Failure; a good one gets the temperature of this oracle.
+
+        Raises:
+            OracleError: if `judge` answers with something that is no list of Verdicts and Failures, one per query.
+        """
+        results, answered = self.judge(queries), 0
+        if isinstance(results, Sized) and len(results) != len(queries):  # no telling which answer belongs to which query
+            raise self._miscounted(len(results), len(queries))
+        for answered, result in enumerate(results, start=1):
+            if answered > len(queries):
+                break
+            if not isinstance(result, Verdict | Failure):
+                raise OracleError(
+                    f"{type(self).__name__} returned a {type(result).__name__}",
+                    field="oracle",
+                    fix="return a Verdict or a Failure (onlinerl.types) for each query",
+                )
+            if isinstance(result, Verdict):
+                problem = result.problem(len(queries[answered - 1].responses))
+                yield problem or replace(result, temperature=self.preference_temperature)
+            else:
+                yield result
+        if answered != len(queries):
+            raise self._miscounted(answered, len(queries))
+
+    def _miscounted(self, results: int, queries: int) -> OracleError:
+        return OracleError(
+            f"{type(self).__name__} returned {results} results for {queries} queries",
+            field="oracle",
+            fix="return one result per query, in order",
+        )
+
+
+class ModelOracle(Oracle):
+    """An oracle that loads weights. On a cluster it runs in processes of its own, for which room is reserved before anything is
+    loaded; each gets an equal share of the groups."""
+
+    max_concurrent: Literal[1] = 1  # a model computes one call at a time; see `replicas`
+    replicas: int = Field(1, ge=1)
+    """Processes that judge in parallel, each with a copy of the weights."""
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+    """`auto` takes a whole GPU per replica where the run uses GPUs."""
+    cpus: int = Field(0, ge=0)
+    """CPUs reserved per replica; 0 shares those of engine and learner, which work at other times."""
+    threads: int | None = Field(None, ge=1)
+    """Threads that a replica on a CPU computes with; the cores of its machine divided by the replicas by default."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Extra Ray resources per replica, e.g. {oracle_node: 1} to choose a node."""
+    start_timeout_s: float = Field(900.0, gt=0)
+
+    def inspect(self) -> None:
+        """Find out what is wrong without loading the weights.
+
+        Raises:
+            OracleError: if they cannot be those of such an oracle.
+        """
+        raise NotImplementedError

@@ -1,0 +1,26 @@
+"""Values that cross a stage boundary: frozen, keyword-only, serialisable, without torch.
+
+`from onlinerl.types import Verdict` finds it in its file, which is imported only then: a loss does not pull in all of them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onlinerl.types.labels import *
+    from onlinerl.types.plan import *
+    from onlinerl.types.prompts import *
+    from onlinerl.types.records import *
+    from onlinerl.types.rollouts import *
+    from onlinerl.types.seeds import *
+    from onlinerl.types.training import *
+
+
+def __getattr__(name: str) -> Any:
+    for part in ("training", "prompts", "rollouts", "labels", "plan", "records", "seeds") if not name.startswith("_") else ():
+        found = vars(import_module(f"{__name__}.{part}"))
+        if name in found:
+            return found[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,153 @@
+"""What an oracle is asked and what it answers. Axis in comments: K responses of one prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from onlinerl.types.prompts import Prompt
+from onlinerl.types.rollouts import Group
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preference:
+    """How probable it is that response `first` beats response `second` of the same group."""
+
+    first: int
+    second: int
+    prob: float
+
+    def swap(self) -> Preference:
+        """The same preference seen from the other side: P(second beats first) = 1 - P(first beats second)."""
+        return Preference(first=self.second, second=self.first, prob=1.0 - self.prob)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Query:
+    """What an oracle is asked: judge these K responses to this prompt."""
+
+    prompt: Prompt
+    responses: tuple[str, ...]
+    """Texts, length K. Oracles apply their own tokenizer and template (R-F6)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What a judgement cost."""
+
+    calls: int = 0
+    seconds: float = 0.0
+    usd: float = 0.0
+    tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What an oracle said about one group: scores, a matrix of pairwise probabilities, or both."""
+
+    annotator: str
+    """Which judge, model or human."""
+    oracle_version: str
+    """Hash of everything that could change the judgement; a new version starts a new series."""
+    scores: tuple[float, ...] | None = None
+    """Length K, higher is better; comparable within one prompt only."""
+    preferences: tuple[tuple[float, ...], ...] | None = None
+    """[K][K], exactly as returned: [i][j] = P(i beats j) with i shown first. Diagonal and unasked cells are NaN."""
+    strength: tuple[tuple[float, ...], ...] | None = None
+    """[K][K] strength of each preference on the oracle's own scale."""
+    temperature: float = 1.0
+    """In units of the score: how large a gap between two scores must be to mean odds of e to 1 (see `matrix`)."""
+    raw: str | None = None
+    """The judge's own words, for people."""
+    cost: Cost = field(default_factory=Cost)
+
+    def problem(self, count: int) -> Failure | None:
+        """What is wrong with this as a judgement of `count` responses, or None (R-G1)."""
+        if self.scores is None and self.preferences is None:
+            return Failure(kind="parse_fail", message="a Verdict with neither scores nor preferences")
+        if self.scores is not None:
+            if len(self.scores) != count:
+                return Failure(kind="wrong_length", message=f"{len(self.scores)} scores for {count} responses")
+            if not np.isfinite(self.scores).all():
+                return Failure(kind="non_finite", message=f"scores {self.scores}")
+        if self.preferences is not None:
+            if [len(row) for row in self.preferences] != [count] * count:
+                return Failure(kind="wrong_length", message=f"the preferences of {count} responses must be {count} x {count}")
+            cells = np.asarray(self.preferences, dtype=np.float64)
+            if ((cells < 0) | (cells > 1)).any():
+                return Failure(kind="non_finite", message="a preference is no probability")
+        return None
+
+    def judged(self) -> np.ndarray:
+        """bool[K]: which responses the oracle said something about: a score and, where it compares, at least one comparison.
+
+        A response that nobody judged has no score, no win rate and no place in a batch.
+        """
+        known = np.ones(len(self.scores if self.scores is not None else self.preferences or ()), dtype=bool)
+        if self.scores is not None:
+            known &= np.isfinite(np.asarray(self.scores, dtype=np.float64))
+        if self.preferences is not None:
+            compared = ~np.isnan(self.matrix())
+            np.fill_diagonal(compared, False)
+            known &= compared.any(axis=1)
+        return known
+
+    def matrix(self) -> np.ndarray:
+        """P[i, j] = probability that i beats j, shape [K, K], diagonal 1/2, P + P^T = 1 where known.
+
+        A returned matrix is averaged over both orders, (P_raw + 1 - P_raw^T) / 2; one order alone is used as it is. Scores
+        induce Bradley-Terry: P = sigmoid((s_i - s_j) / temperature). Unknown cells are NaN.
+
+        Raises:
+            ValueError: if the verdict holds neither scores nor preferences.
+        """
+        if self.preferences is not None:
+            raw = np.asarray(self.preferences, dtype=np.float64)
+            mirrored = 1.0 - raw.T
+            probs = np.where(np.isnan(raw), mirrored, np.where(np.isnan(mirrored), raw, (raw + mirrored) / 2))
+        elif self.scores is not None:
+            scores = np.asarray(self.scores, dtype=np.float64)
+            with np.errstate(over="ignore"):  # a huge gap saturates at 0 or 1, which is what it means
+                probs = 1.0 / (1.0 + np.exp(-(scores[:, None] - scores[None, :]) / self.temperature))
+        else:
+            raise ValueError("a Verdict needs scores or preferences")
+        np.fill_diagonal(probs, 0.5)
+        return probs
+
+    def win_rates(self) -> np.ndarray:
+        """Mean probability of beating a random judged response of the group, itself included; NaN for one that was not judged.
+
+        Shape [K], within [0.5/K, 1 - 0.5/K].
+        """
+        # The diagonal is in every row, so no row is all NaN.
+        return np.where(self.judged(), np.nanmean(self.matrix(), axis=1), np.nan)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """The oracle could not judge. Never a score, never a tie (R-G1)."""
+
+    kind: Literal["error", "timeout", "refused", "parse_fail", "non_finite", "wrong_length", "budget"]
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """A group with its verdict: what is stored and what training data is built from."""
+
+    group: Group
+    verdict: Verdict
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """Two responses of one judged group, the better one first."""
+
+    chosen: int
+    rejected: int
+    prob: float
+    """P(chosen beats rejected), within [0, 1]."""
+    gap: float = 0.0
+    """By how much it was chosen, in the units the builder selects by."""

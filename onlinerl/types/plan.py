@@ -1,0 +1,23 @@
+"""What an algorithm is told of a run before it starts, and what it may say to that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What an algorithm is told of a run before it starts."""
+
+    iterations: int
+    references: tuple[int | None, ...]
+    """Which iterate is the reference in each iteration: 0 is the base model, None no reference."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objection:
+    """Why an algorithm cannot be run as planned."""
+
+    field: str
+    cause: str
+    fix: str

@@ -1,0 +1,31 @@
+"""What is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """A prompt, rendered and tokenised exactly once; nothing downstream tokenises it again (R-F1)."""
+
+    id: str
+    """Unique within its source."""
+    text: str
+    """What the model sees, as text (after the chat template, if one applies)."""
+    token_ids: tuple[int, ...]
+    """What the model sees, as tokens."""
+    messages: tuple[Message, ...] = ()
+    """The conversation, for oracles that apply their own template; empty for plain-text continuation."""
+    reference_answer: str | None = None
+    """The known right answer, for verifiers."""
+    source: str = ""
+    """Where it came from, for slices."""

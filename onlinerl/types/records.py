@@ -1,0 +1,79 @@
+"""What the parts say about what they did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """One measured figure with its error bar: one line of metrics.jsonl."""
+
+    name: str
+    value: float
+    unit: str
+    iteration: int
+    n: int = 1
+    se: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    estimator: str = "mean"
+    policy_version: int | None = None
+    oracle_version: str | None = None
+    set: str | None = None
+    attempt: int = 0
+    insufficient: bool = False
+    """True when n is below the smallest n the metric may be trusted at; such a value never triggers a decision."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyncReport:
+    """What one push of the weights into all replicas did, and how it was proved (R-B2, R-A8)."""
+
+    version: int
+    seconds: float
+    """Wall time of push and proof."""
+    bytes: int
+    """Bytes of weights sent once; every replica receives them."""
+    replicas: int
+    backend: str
+    phases: Mapping[str, float]
+    """Seconds per part: push, cache_reset, proof."""
+    proved: bool
+    tensors_checked: int
+    canary_nats: float
+    """Mean |log-prob difference| between learner and engine over the canary tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateReport:
+    """What one pass of the learner over the items did."""
+
+    steps: int
+    tokens: int
+    """Prompt and response tokens trained on, all epochs."""
+    metrics: Sequence[Mapping[str, float]]
+    """Per optimizer step: loss, grad_norm, lr and the algorithm's own metrics, already averaged over the global batch."""
+    skipped: int = 0
+    """Steps dropped because the gradient was not finite (R-E6)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelfTest:
+    """What a policy that has not been trained yet says about itself and about the log-probs that its items carry."""
+
+    loss: float
+    """Per unit, with reference = old = what the policy says in the same pass."""
+    repeat_kl: float
+    """Difference of two passes of the policy over the same items, in nats per sequence."""
+    stored_loss: float
+    """Per unit, with the arrays that the items carry."""
+    stored_loss_slope: float
+    """How far `stored_loss` can move if every log-prob is off by one nat."""
+    stored_gaps: Mapping[str, float]
+    """By name of an array that the items carry (reference, old, values): how far it is from what the policy says, token by token.
+    Mean of the worst sequence, in nats per token; values relative to the largest one if that is above 1."""
+    base_gap: float
+    """Mean |log-prob difference| between the policy and the base model as it is on disk, in nats per token."""

@@ -1,0 +1,58 @@
+"""What the engine is asked for and what it answers. Axis in comments: T tokens of one response."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from onlinerl.types.prompts import Prompt
+
+FinishReason = Literal["stop", "length", "abort"]
+RejectReason = Literal["logprob", "abort"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How responses are drawn. The engine samples with it and the learner scores with it (R-E2)."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    """-1 keeps the whole vocabulary."""
+    max_new_tokens: int = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """Ask the engine for `len(seeds)` responses to one prompt, one seed each."""
+
+    prompt: Prompt
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One response as the engine produced it."""
+
+    token_ids: tuple[int, ...]
+    """Exactly the generated tokens, end-of-sequence token included when the model emitted one. Length T."""
+    logprobs: tuple[float, ...]
+    """Natural-log probability of each token under the sampling distribution, as reported by the engine. Length T."""
+    text: str
+    finish_reason: FinishReason
+    policy_version: int
+    """Which weights produced it: 0 is the base model, t the iterate of iteration t."""
+    sampler: Sampling
+    seed: int
+    source: str = "policy"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """The responses to one prompt: K of them, less those the engine had to throw away."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    """The usable ones, in the order of their seeds; there may be none."""
+    rejected: tuple[RejectReason, ...] = ()
+    """Why each of the others was thrown away: `logprob` (missing or not finite) or `abort` (never finished)."""

@@ -1,0 +1,68 @@
+"""What is trained. Axis in comments: T tokens of one response."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:  # a loss reads no more than what is in this file
+    from onlinerl.types.rollouts import FinishReason
+
+Unit = Literal["token", "sequence", "pair"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSequence:
+    """One response with everything a loss may read about it. Optional fields are filled in stage by stage."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    """Length T."""
+    score: float = 0.0
+    """The oracle's score, or the win rate where the oracle returns none."""
+    win_rate: float = 0.5
+    """Mean win rate within its group, self included."""
+    policy_weight: float = 1.0
+    """Weight of what the loss asks of the policy; with 0 only the critic learns from this response."""
+    finish_reason: FinishReason = "stop"
+    policy_version: int = 0
+    behaviour: np.ndarray | None = None
+    """f32[T], log-probs reported by the engine."""
+    old: np.ndarray | None = None
+    """f32[T], log-probs of the learner's weights at rollout time."""
+    reference: np.ndarray | None = None
+    """f32[T], log-probs of the reference model."""
+    values: np.ndarray | None = None
+    """f32[T], the critic's value of the state before each token."""
+    advantages: np.ndarray | None = None
+    """f32[T]."""
+    returns: np.ndarray | None = None
+    """f32[T], targets of the critic."""
+
+    def with_(self, **changes: object) -> TrainSequence:
+        """A copy with some fields replaced."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainItem:
+    """What is trained as one: a sample (1 sequence), a pair (2, chosen first) or a list. Never split across micro-batches."""
+
+    prompt_id: str
+    sequences: tuple[TrainSequence, ...]
+    prob: float = 1.0
+    """For a pair: P(chosen beats rejected)."""
+    weight: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and response tokens of all sequences: the cost of one forward pass."""
+        return sum(len(s.prompt_ids) + len(s.response_ids) for s in self.sequences)
+
+    def count(self, unit: Unit) -> int:
+        """How many units of the loss this item holds."""
+        if unit == "token":
+            return sum(len(s.response_ids) for s in self.sequences)
+        return len(self.sequences) if unit == "sequence" else 1
