@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from onlinerl.errors import OracleError
+from onlinerl.metrics.definition import Definition
 from onlinerl.types import (
     Failure,
     Group,
@@ -68,6 +69,9 @@ class Algorithm(Component):
 
     Subclasses set the class attributes and implement `items` and `loss`; `prepare` is optional.
     """
+
+    metrics: ClassVar[tuple[Definition, ...]] = ()
+    """What its loss and `figures` report and the catalogue (onlinerl/metrics) does not have: `per_step` and `per_iteration` make them."""
 
     def needs(self) -> Needs:
         """What must be computed before `loss` can run."""

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
+from onlinerl.metrics.definition import per_step
 from onlinerl.ops.items import pair_items
 from onlinerl.ops.logprobs import lengths, sequence_logprobs
 from onlinerl.ops.preference import by_pair, logistic, margin, pair_metrics, smoothed
@@ -32,6 +33,8 @@ class Dpo(Algorithm):
     """Weight of the mean negative log-prob of the chosen tokens: "Iterative Reasoning Preference Optimization", equation 1."""
     length_norm: bool = False
     """Mean instead of sum over tokens: "The Hitchhiker's Guide to Human Alignment with *PO"."""
+
+    metrics = (per_step("chosen_nll", "Negative log-prob of the chosen tokens", "nats/token"),)
 
     def needs(self) -> Needs:
         """Pairs and the reference; probabilities if labels are soft."""

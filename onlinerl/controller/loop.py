@@ -24,6 +24,7 @@ from onlinerl.controller.phases.sample import sample
 from onlinerl.controller.phases.sync import sync
 from onlinerl.controller.phases.train import train
 from onlinerl.controller.report import Reporter
+from onlinerl.metrics.catalogue import CATALOGUE
 
 Phase = Callable[[Iteration], dict[str, Any]]
 BASE: Mapping[str, Phase] = {"sync": sync, "evaluate": evaluate, "commit": commit}
@@ -38,7 +39,7 @@ def run(parts: Parts, attempt: int = 0) -> int:
     Raises:
         OnlineRLError: of the boundary that failed; everything finished until then is on disk and `run` continues from it.
     """
-    report = Reporter(parts.tracker, attempt)
+    report = Reporter(parts.tracker, attempt, CATALOGUE.including(parts.algorithm.metrics, type(parts.algorithm).__name__))
     weights = Weights()
     done = 0
     for number in range(parts.config.iterations + 1):

@@ -66,7 +66,7 @@ def policy_loss(
         "entropy_sampled": Mean.of(-old, mask),
         "sampler_gap": Mean.of(gap.abs(), mask),  # how much learner and engine disagree, in nats
         "zero_advantage": Mean.of((advantages == 0).all(dim=1), mask.any(dim=1)),  # rows that teach nothing
-        "length": Mean.of(batch.lengths_B, mask.any(dim=1)),
+        "response_length": Mean.of(batch.lengths_B, mask.any(dim=1)),
     }
     if sampler_cap is not None:
         loss = loss * bounded_exp(gap).clamp(max=sampler_cap).detach()
