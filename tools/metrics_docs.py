@@ -8,7 +8,8 @@ from pathlib import Path
 from onlinerl import registry
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
-from onlinerl.metrics.definition import ESTIMATORS, UNITS, Definition, Series
+from onlinerl.metrics.definition import Definition, Series
+from onlinerl.metrics.vocabulary import ESTIMATORS, UNITS
 from onlinerl.protocols import Algorithm
 
 TARGET = Path(__file__).parents[1] / "docs" / "metrics.md"

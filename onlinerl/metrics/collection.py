@@ -9,6 +9,7 @@ from typing import Any
 
 from onlinerl.errors import ConfigError
 from onlinerl.metrics.definition import Column, Definition, Series
+from onlinerl.metrics.vocabulary import ESTIMATORS, UNITS
 from onlinerl.types import Metric
 
 
@@ -20,7 +21,7 @@ class Catalogue:
         states: series of Prometheus that are no metrics: how the run stands, and what is wrong with its figures.
 
     Raises:
-        ValueError: if two definitions or two series contradict each other.
+        ValueError: if a definition contradicts itself, or two of them or of their series each other.
     """
 
     def __init__(self, definitions: Sequence[Definition], states: Sequence[Series] = ()) -> None:
@@ -29,6 +30,9 @@ class Catalogue:
         if len(self._by_name) < len(self.definitions):
             names = [d.name for d in self.definitions]
             raise ValueError(f"defined twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
+        for definition in self.definitions:
+            if problem := _contradiction(definition):
+                raise ValueError(f"metric {definition.name!r}: {problem}")
         shapes: dict[str, tuple[object, ...]] = {}
         for series in self.exported():
             shape = (series.kind, tuple(series.labels), series.help)
@@ -66,16 +70,16 @@ class Catalogue:
         """With the metrics that `owner`, an algorithm, declares.
 
         Raises:
-            ConfigError: if it declares one that is there already and is something else.
+            ConfigError: if one of them contradicts itself, or is there already and is something else.
         """
         new = [d for d in more if self._by_name.get(d.name) != d]
         try:
             return Catalogue((*self.definitions, *new), self.states)
         except ValueError as error:
             raise ConfigError(
-                f"{owner} declares metrics that others have: {error}",
+                f"{owner} declares metrics that cannot be recorded: {error}",
                 field="algorithm.name",
-                fix="give them other names; docs/metrics.md lists those in use",
+                fix="see docs/metrics.md for the names that are taken, and for units and estimators",
             ) from None
 
     def record(
@@ -140,3 +144,21 @@ class Catalogue:
         if record.insufficient != (record.n < (definition.n_min or 0)):
             return f"{record.name} may be trusted from n = {definition.n_min} on, and n is {record.n}"
         return None
+
+
+def _contradiction(metric: Definition) -> str | None:
+    """What is wrong with a definition, which would be noticed much later; None if nothing is."""
+    if not metric.help:
+        return "says nowhere what it is"
+    if metric.unit not in UNITS:
+        return f"unknown unit {metric.unit!r}; choose one of {', '.join(UNITS)}"
+    if unknown := [e for e in metric.estimators if e not in ESTIMATORS]:
+        return f"unknown estimator {unknown[0]!r}; choose one of {', '.join(ESTIMATORS)}"
+    if metric.n_min is None and not {"exact", "mean over steps"}.issuperset(metric.estimators):
+        return "is an estimate and does not say the smallest n (n_min) that it may be trusted at"
+    for series in metric.series:
+        if (series.kind == "counter") != series.name.endswith("_total"):
+            return f"{series.name}: counters, and nothing else, end in _total"
+        if missing := [label for label, default in series.labels.items() if default is None and label not in metric.labels]:
+            return f"{series.name} needs the label {missing[0]!r}, which the metric does not have"
+    return None

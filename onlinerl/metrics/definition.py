@@ -7,41 +7,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Estimator = Literal["exact", "mean", "wilson", "ratio", "k1", "k3", "mean over steps"]
-ESTIMATORS: Mapping[Estimator, str] = {
-    "exact": "counted, timed, or computed from all that there is; without an error bar",
-    "mean": "mean of one value per prompt; bootstrap over prompts",
-    "wilson": "share of prompts; Wilson interval",
-    "ratio": "one sum over another, e.g. nats over tokens; bootstrap over prompts",
-    "k1": "mean over prompts of sum_t d_t, d_t the difference of the log-probs of token t; unbiased; bootstrap over prompts",
-    "k3": "mean over prompts of sum_t (exp(-d_t) - 1 + d_t); unbiased, never negative, less noisy near the other model; bootstrap "
-    "over prompts",
-    "mean over steps": "mean over the optimizer steps of the iteration, each of them a mean over its batch; bootstrap over steps",
-}
-"""Estimator -> what it does. Every interval is at 95 %."""
-
-UNITS: Mapping[str, str] = {
-    "1": "a number without a unit",
-    "bool": "1 for yes, 0 for no",
-    "bytes": "",
-    "calls": "",
-    "items": "what is trained as one: a response, a pair or a group",
-    "iterations": "",
-    "loss": "whatever the algorithm's loss is in; not comparable between algorithms",
-    "nats": "",
-    "nats/sequence": "summed over the tokens of a response",
-    "nats/token": "",
-    "pairs": "",
-    "prompts": "",
-    "pushes": "",
-    "ratio": "a share within [0, 1], or a quotient",
-    "responses": "",
-    "reward": "the oracle's score; win rates where it gives none",
-    "s": "seconds",
-    "steps": "",
-    "tokens": "",
-}
-"""Unit -> what must be said about it."""
-
 Kind = Literal["gauge", "counter", "histogram"]
 
 
@@ -82,11 +47,7 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Definition:
-    """One metric.
-
-    Raises:
-        ValueError: if it contradicts itself.
-    """
+    """One metric; a catalogue checks it."""
 
     name: str
     help: str
@@ -111,32 +72,10 @@ class Definition:
     column: Column | None = None
     """In the table of iterations."""
 
-    def __post_init__(self) -> None:
-        """Find what would be noticed much later."""
-        problem = self._problem()
-        if problem:
-            raise ValueError(f"metric {self.name!r}: {problem}")
-
     @property
     def shown(self) -> str:
         """Its name for people."""
         return self.title or self.name.replace("_", " ").capitalize()
-
-    def _problem(self) -> str | None:
-        if not self.help:
-            return "says nowhere what it is"
-        if self.unit not in UNITS:
-            return f"unknown unit {self.unit!r}; choose one of {', '.join(UNITS)}"
-        if unknown := [e for e in self.estimators if e not in ESTIMATORS]:
-            return f"unknown estimator {unknown[0]!r}; choose one of {', '.join(ESTIMATORS)}"
-        if self.n_min is None and not {"exact", "mean over steps"}.issuperset(self.estimators):
-            return "is an estimate and does not say the smallest n (n_min) that it may be trusted at"
-        for series in self.series:
-            if (series.kind == "counter") != series.name.endswith("_total"):
-                return f"{series.name}: counters, and nothing else, end in _total"
-            if missing := [label for label, default in series.labels.items() if default is None and label not in self.labels]:
-                return f"{series.name} needs the label {missing[0]!r}, which the metric does not have"
-        return None
 
 
 def per_step(

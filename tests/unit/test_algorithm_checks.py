@@ -92,6 +92,6 @@ def test_an_algorithm_that_declares_a_metric_of_others_is_refused():
     own = type("Own", (type(algorithm),), {"metrics": (per_step("surprise", "How unexpected it was", "nats"),)})
     check_algorithm(config, own())
     clash = type("Clash", (type(algorithm),), {"metrics": (per_step("reward", "Mean score of the batch", "reward"),)})
-    with pytest.raises(ConfigError, match="declares metrics that others have: defined twice: reward") as caught:
+    with pytest.raises(ConfigError, match="dpo declares metrics that cannot be recorded: defined twice: reward") as caught:
         check_algorithm(config, clash())
     assert caught.value.field == "algorithm.name"

@@ -55,9 +55,9 @@ def definition(**more) -> Definition:
     ],
 )
 def test_a_definition_that_contradicts_itself_is_refused(more, problem):
-    definition()
+    Catalogue([definition()])
     with pytest.raises(ValueError, match=problem):
-        definition(**more)
+        Catalogue([definition(**more)])
 
 
 def test_definitions_that_contradict_each_other_are_refused():
@@ -128,9 +128,11 @@ def test_an_algorithm_adds_its_metrics_and_takes_nobody_elses():
     own = per_step("surprise", "How unexpected it was", "nats")
     assert CATALOGUE.including([own, CATALOGUE["margin"]], "mine")["surprise"].estimators == ("mean over steps",)
     assert "surprise" not in CATALOGUE
-    with pytest.raises(ConfigError, match="mine declares metrics that others have: defined twice: reward") as caught:
+    with pytest.raises(ConfigError, match="mine declares metrics that cannot be recorded: defined twice: reward") as caught:
         CATALOGUE.including([per_step("reward", "Mine", "reward")], "mine")
     assert caught.value.field == "algorithm.name"
+    with pytest.raises(ConfigError, match="metric 'wow': unknown unit 'wows'; choose one of 1, "):
+        CATALOGUE.including([per_step("wow", "How unexpected it was", "wows")], "mine")
 
 
 # --- what is made of it ---
