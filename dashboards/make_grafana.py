@@ -1,21 +1,42 @@
 """Writes onlinerl.json, the Grafana dashboard, from the short description below: `python dashboards/make_grafana.py`.
 
-The queries are tested against a real Prometheus that scrapes the exporter, so a renamed metric breaks a test and not a dashboard.
+Titles, units, explanations and names of series come from the catalogue of metrics. The queries are tested against a real Prometheus
+that scrapes the exporter.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from onlinerl.metrics.catalogue import CATALOGUE
+from onlinerl.metrics.definition import Definition
 
 TARGET = Path(__file__).with_name("onlinerl.json")
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 RUN = 'run=~"$run"'
 WIDTH, HEIGHT, PER_ROW = 8, 7, 3
+UNITS = {"s": "s", "bytes": "bytes", "ratio": "percentunit", "bool": "bool_yes_no"}
+"""Unit of a metric -> unit of Grafana; the others are written at the axis."""
 
-# (title, unit of Grafana, [(query, legend)], options)
-Panel = tuple[str, str, list[tuple[str, str]], dict[str, Any]]
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One panel."""
+
+    title: str
+    queries: tuple[tuple[str, str], ...]
+    """(query, legend)."""
+    unit: str = "none"
+    axis: str = ""
+    description: str = ""
+    stat: bool = False
+    """The latest value in large letters instead of a curve."""
+    text: str = "value"
+    stack: bool = False
 
 
 def series(name: str, *matchers: str) -> str:
@@ -23,160 +44,133 @@ def series(name: str, *matchers: str) -> str:
     return f"{name}{{{','.join((RUN, *matchers))}}}"
 
 
-FAILED_CALLS = series("onlinerl_oracle_calls_total", 'status!="ok"')
+def state(title: str, query: str, legend: str = "{{run}}", **options: Any) -> Panel:
+    """How the run stands."""
+    return Panel(title=title, queries=((query, legend),), stat=True, **options)
+
+
+def figures(*parts: tuple[str, str], title: str = "", query: str = "%s", matchers: Sequence[str] = (), **options: Any) -> Panel:
+    """Metrics of one unit, each with its legend, with confidence bounds where they have them; `query` is asked of each."""
+    metrics = [CATALOGUE[name] for name, _ in parts]
+    first, queries = metrics[0], []
+    for metric, (_, legend) in zip(metrics, parts, strict=True):
+        exported = metric.series[0]
+        queries.append((query % series(exported.name, *matchers), f"{{{{run}}}} {legend}".strip()))
+        if exported.bounds:
+            queries.append((series(exported.bounds), f"{queries[-1][1]} {{{{bound}}}}"))
+    interval = ", 95 % interval" if any(metric.series[0].bounds for metric in metrics) else ""
+    options = {"unit": UNITS.get(first.unit, "none"), "axis": "" if first.unit in {*UNITS, "1"} else first.unit} | options
+    return Panel(
+        title=(title or first.shown) + interval,
+        queries=tuple(queries),
+        description="\n".join(map(_explained, metrics)),
+        **options,
+    )
+
+
+def figure(name: str, legend: str = "", **options: Any) -> Panel:
+    """One metric."""
+    return figures((name, legend), **options)
+
+
+def _explained(metric: Definition) -> str:
+    few = f" Below {metric.n_min} {metric.n_of} it must not be trusted for a decision." if metric.n_min else ""
+    return f"{metric.name}: {metric.help}.{few}"
+
+
+def mean_phase_seconds() -> Panel:
+    """From the histogram."""
+    metric = CATALOGUE["phase_seconds"]
+    name = next(s.name for s in metric.series if s.kind == "histogram")
+    query = f"{series(f'{name}_sum')} / {series(f'{name}_count')}"
+    return Panel(title="Mean seconds per phase, whole run", queries=((query, "{{run}} {{phase}}"),), unit=UNITS[metric.unit])
+
 
 ROWS: list[tuple[str, list[Panel]]] = [
     (
         "Now",
         [
-            (
-                "State",
-                "none",
-                [(f"{series('onlinerl_run_state')} == 1", "{{run}}: {{state}}")],
-                {"type": "stat", "text": "name"},
-            ),
-            ("Iteration", "none", [(series("onlinerl_iteration"), "{{run}}")], {"type": "stat"}),
-            (
-                "Current phase",
-                "none",
-                [(f"{series('onlinerl_phase')} == 1", "{{run}}: {{phase}}")],
-                {"type": "stat", "text": "name"},
-            ),
-            (
+            state("State", f"{series('onlinerl_run_state')} == 1", "{{run}}: {{state}}", text="name"),
+            state("Iteration", series("onlinerl_iteration")),
+            state("Current phase", f"{series('onlinerl_phase')} == 1", "{{run}}: {{phase}}", text="name"),
+            state(
                 "Since last progress",
-                "s",
-                [(f"time() - {series('onlinerl_last_progress_timestamp_seconds')}", "{{run}} {{role}}")],
-                {"type": "stat"},
+                f"time() - {series('onlinerl_last_progress_timestamp_seconds')}",
+                "{{run}} {{role}}",
+                unit="s",
             ),
         ],
     ),
     (
         "Quality",
         [
-            (
-                "Reward on held-out prompts, 95 % interval",
-                "none",
-                [
-                    (series("onlinerl_reward", 'stat="mean"'), "{{run}} {{oracle}}"),
-                    (series("onlinerl_reward_bound"), "{{run}} {{oracle}} {{bound}}"),
-                ],
-                {},
+            figure("reward", "{{oracle}}", matchers=('stat="mean"',)),
+            figures(
+                ("kl_ref", "{{reference}} {{estimator}}"),  # kl_prev is in the same series
+                title="KL to the initial and the previous policy",
             ),
-            (
-                "KL to the initial and the previous policy",
-                "none",
-                [(series("onlinerl_kl_nats"), "{{run}} {{reference}} {{estimator}}")],
-                {"axis": "nats per sequence"},
-            ),
-            (
-                "Win rate against base and previous, 95 % interval",
-                "percentunit",
-                [
-                    (series("onlinerl_win_rate_ratio"), "{{run}} vs {{opponent}}"),
-                    (series("onlinerl_win_rate_bound_ratio"), "{{run}} vs {{opponent}} {{bound}}"),
-                ],
-                {},
-            ),
-            ("Response length", "none", [(series("onlinerl_response_length_tokens"), "{{run}} {{stat}}")], {"axis": "tokens"}),
-            ("Truncated responses", "percentunit", [(series("onlinerl_finish_ratio", 'reason="length"'), "{{run}}")], {}),
-            (
-                "Measured on too few prompts",
-                "none",
-                [(f"{series('onlinerl_metric_insufficient')}", "{{run}} {{name}}")],
-                {"description": "1: the latest value of this metric must not be trusted for a decision."},
+            figure("win_rate", "vs {{opponent}}", title="Win rate against base and previous"),
+            figure("length", "{{stat}}"),
+            figure("truncated", matchers=('reason="length"',)),
+            Panel(
+                title="Measured on too few prompts",
+                queries=((series("onlinerl_metric_insufficient"), "{{run}} {{name}}"),),
+                description="1: the latest value of this metric must not be trusted for a decision.",
             ),
         ],
     ),
     (
         "Time and throughput",
         [
-            ("Seconds per phase", "s", [(series("onlinerl_phase_seconds"), "{{run}} {{phase}}")], {"stack": True}),
-            (
-                "Token rates",
-                "none",
-                [
-                    (f"rate({series('onlinerl_generated_tokens_total')}[$__rate_interval])", "{{run}} generated"),
-                    (f"rate({series('onlinerl_trained_tokens_total')}[$__rate_interval])", "{{run}} trained"),
-                ],
-                {"axis": "tokens/s"},
+            figure("phase_seconds", "{{phase}}", stack=True),
+            figures(
+                ("generated_tokens", "generated"),
+                ("trained_tokens", "trained"),
+                title="Token rates",
+                query="rate(%s[$__rate_interval])",
+                axis="tokens/s",
             ),
-            (
-                "Mean seconds per phase, whole run",
-                "s",
-                [
-                    (
-                        f"{series('onlinerl_phase_duration_seconds_sum')} / {series('onlinerl_phase_duration_seconds_count')}",
-                        "{{run}} {{phase}}",
-                    )
-                ],
-                {},
-            ),
+            mean_phase_seconds(),
         ],
     ),
     (
         "Weight sync",
         [
-            ("Push and proof", "s", [(series("onlinerl_weight_sync_seconds"), "{{run}}")], {}),
-            ("Bytes pushed", "bytes", [(series("onlinerl_weight_sync_bytes"), "{{run}}")], {}),
-            ("Delivery proved", "bool_yes_no", [(series("onlinerl_weight_sync_ok"), "{{run}}")], {"type": "stat"}),
-            ("Failed pushes", "none", [(series("onlinerl_weight_sync_failures_total"), "{{run}}")], {"type": "stat"}),
-            (
-                "Log-prob mismatch between learner and engine",
-                "none",
-                [
-                    (series("onlinerl_logprob_mismatch_nats"), "{{run}} |difference| {{stat}}"),
-                    (series("onlinerl_logprob_mismatch_k3_nats"), "{{run}} k3"),
-                    (series("onlinerl_weight_sync_canary_nats"), "{{run}} canary after the push"),
-                ],
-                {"axis": "nats per token"},
+            figure("weight_sync_seconds"),
+            figure("weight_sync_bytes"),
+            figure("weight_sync_ok", stat=True),
+            figure("weight_sync_failures", stat=True),
+            figures(
+                ("logp_mismatch", "|difference| {{stat}}"),
+                ("logp_mismatch_k3", "k3"),
+                ("weight_sync_canary", "canary after the push"),
+                title="Log-prob mismatch between learner and engine",
             ),
         ],
     ),
     (
         "Oracle and data",
         [
-            (
-                "Oracle calls",
-                "none",
-                [(f"sum by (run, kind) ({series('onlinerl_oracle_calls_total')})", "{{run}} {{kind}}")],
-                {},
+            figure("oracle_calls", "{{kind}}", query="sum by (run, kind) (%s)"),
+            figure(
+                "oracle_calls",
+                "{{kind}} {{status}}",
+                title="Oracle failures",
+                query="sum by (run, kind, status) (%s)",
+                matchers=('status!="ok"',),
             ),
-            (
-                "Oracle failures",
-                "none",
-                [
-                    (
-                        f"sum by (run, kind, status) ({FAILED_CALLS})",
-                        "{{run}} {{kind}} {{status}}",
-                    )
-                ],
-                {},
-            ),
-            (
-                "Groups that the oracle could not judge",
-                "percentunit",
-                [(series("onlinerl_oracle_failed_ratio"), "{{run}} {{phase}}")],
-                {},
-            ),
-            (
-                "Pair yield and groups without spread",
-                "percentunit",
-                [
-                    (series("onlinerl_pair_yield_ratio"), "{{run}} pair yield"),
-                    (series("onlinerl_zero_spread_ratio"), "{{run}} zero spread"),
-                ],
-                {},
-            ),
-            ("Pairs dropped", "none", [(series("onlinerl_pairs_dropped_total"), "{{run}} {{reason}}")], {}),
+            figure("oracle_failed", "{{phase}}"),
+            figures(("pair_yield", "pair yield"), ("zero_spread", "zero spread"), title="Pair yield and groups without spread"),
+            figure("pairs_dropped", "{{reason}}"),
         ],
     ),
     (
         "Learner",
         [
-            ("Loss", "none", [(series("onlinerl_loss"), "{{run}}")], {}),
-            ("Gradient norm", "none", [(series("onlinerl_grad_norm"), "{{run}}")], {}),
-            ("Skipped steps", "none", [(series("onlinerl_skipped_steps"), "{{run}}")], {}),
-            ("Learning rate", "sci", [(series("onlinerl_learning_rate"), "{{run}}")], {}),
+            figure("loss"),
+            figure("grad_norm"),
+            figure("skipped_steps"),
+            figure("learning_rate", unit="sci"),
         ],
     ),
 ]
@@ -226,34 +220,32 @@ def _row(number: int, title: str, top: int) -> dict[str, Any]:
 
 
 def _panel(number: int, panel: Panel, place: dict[str, int]) -> dict[str, Any]:
-    title, unit, queries, options = panel
-    stat = options.get("type") == "stat"
     custom: dict[str, Any] = {
         "drawStyle": "line",
         "showPoints": "auto",
         "spanNulls": True,
-        "axisLabel": options.get("axis", ""),
+        "axisLabel": panel.axis,
     }
-    if options.get("stack"):
+    if panel.stack:
         custom |= {"stacking": {"mode": "normal", "group": "A"}, "fillOpacity": 40, "lineInterpolation": "stepAfter"}
     shown: dict[str, Any] = {
         "reduceOptions": {"calcs": ["lastNotNull"]},
-        "textMode": options.get("text", "value"),
+        "textMode": panel.text,
         "colorMode": "value",
     }
     legend = {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}}
     return {
         "id": number,
-        "type": "stat" if stat else "timeseries",
-        "title": title,
-        "description": options.get("description", ""),
+        "type": "stat" if panel.stat else "timeseries",
+        "title": panel.title,
+        "description": panel.description,
         "datasource": DATASOURCE,
         "gridPos": place,
-        "fieldConfig": {"defaults": {"unit": unit, "custom": {} if stat else custom}, "overrides": []},
-        "options": shown if stat else legend,
+        "fieldConfig": {"defaults": {"unit": panel.unit, "custom": {} if panel.stat else custom}, "overrides": []},
+        "options": shown if panel.stat else legend,
         "targets": [
             {"refId": chr(ord("A") + i), "datasource": DATASOURCE, "expr": query, "legendFormat": name}
-            for i, (query, name) in enumerate(queries)
+            for i, (query, name) in enumerate(panel.queries)
         ],
     }
 

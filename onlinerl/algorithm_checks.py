@@ -5,6 +5,7 @@ from __future__ import annotations
 from onlinerl.config import ReferenceConfig, RunConfig
 from onlinerl.controller.parts import reference_iteration
 from onlinerl.errors import ConfigError
+from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Plan, Verdict
@@ -17,6 +18,7 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
         ConfigError: naming the field, the cause and the fix.
     """
     name, needs, k = config.algorithm["name"], algorithm.needs, config.sampling.samples_per_prompt
+    CATALOGUE.including(algorithm.metrics, name)
     if k < needs.min_samples:
         raise ConfigError(
             f"{name} compares responses and needs at least {needs.min_samples} per prompt, got {k}",

@@ -24,6 +24,7 @@ from onlinerl.controller import loop, time_limit
 from onlinerl.controller.asking import Asker
 from onlinerl.controller.parts import Parts
 from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
+from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.network import outside_address
 from onlinerl.preflight import Checked
 from onlinerl.prompts._kept import Kept
@@ -208,7 +209,7 @@ def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
     with _signals():
         (store.path / _FAILURE).unlink(missing_ok=True)  # of an earlier attempt
         clock = time_limit.PhaseClock(store)
-        tracker = FanoutTracker([clock, *_trackers(checked.config, store.path, console)])
+        tracker = FanoutTracker([clock, *_trackers(checked, store.path, console)])
         if store.caveat is not None:
             tracker.note(store.caveat)
         status = "failed"
@@ -336,7 +337,8 @@ def _wire(checked: Checked, store: RunDirectory, tracker: Tracker, **connected: 
     )
 
 
-def _trackers(config: RunConfig, directory: Path, console: Console) -> list[Tracker]:
+def _trackers(checked: Checked, directory: Path, console: Console) -> list[Tracker]:
+    config = checked.config
     trackers: list[Tracker] = [ConsoleTracker(console), JsonlTracker(directory / "metrics.jsonl")]
     if config.metrics.tensorboard:
         from onlinerl.trackers.tensorboard import TensorboardTracker
@@ -347,10 +349,16 @@ def _trackers(config: RunConfig, directory: Path, console: Console) -> list[Trac
 
         host, port = config.metrics.prometheus_host, config.metrics.prometheus_port
         advertised = outside_address() if host in ("0.0.0.0", "::", "") else host
+        catalogue = CATALOGUE.including(checked.algorithm.metrics, config.algorithm["name"])
         exporter = PrometheusTracker(
-            config.name, host=host, port=port, discovery=directory.parent / ".prometheus", advertised=advertised
+            config.name,
+            host=host,
+            port=port,
+            discovery=directory.parent / ".prometheus",
+            advertised=advertised,
+            catalogue=catalogue,
         )
-        exporter.restore(totals(read_metrics(directory / "metrics.jsonl")))  # counters go on where they stopped
+        exporter.restore(totals(read_metrics(directory / "metrics.jsonl"), catalogue))  # counters go on where they stopped
         taken = f" (port {port} is taken)" if port not in (0, exporter.port) else ""
         console.print(f"metrics: http://{advertised}:{exporter.port}/metrics{taken}", highlight=False)
         trackers.append(exporter)

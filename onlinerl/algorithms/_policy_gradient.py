@@ -60,7 +60,7 @@ class PolicyGradient(Algorithm):
             "entropy_sampled": Mean.of(-old, mask),
             "sampler_gap": Mean.of(gap.abs(), mask),  # how much learner and engine disagree, in nats
             "zero_advantage": Mean.of((advantages == 0).all(dim=1), mask.any(dim=1)),  # rows that teach nothing
-            "length": Mean.of(batch.lengths_B, mask.any(dim=1)),
+            "response_length": Mean.of(batch.lengths_B, mask.any(dim=1)),
         }
         if self.sampler_cap is not None:
             loss = loss * bounded_exp(gap).clamp(max=self.sampler_cap).detach()

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from onlinerl.algorithms._pairwise import Pairwise
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
+from onlinerl.metrics.definition import per_step
 from onlinerl.ops.logprobs import lengths, sequence_logprobs
 from onlinerl.ops.preference import by_pair, logistic, margin, pair_metrics, smoothed
 from onlinerl.protocols.algorithm import Needs, by_knobs
@@ -28,6 +29,8 @@ class Dpo(Pairwise):
     """Weight of the mean negative log-prob of the chosen tokens: "Iterative Reasoning Preference Optimization", equation 1."""
     length_norm: bool = False
     """Mean instead of sum over tokens: "The Hitchhiker's Guide to Human Alignment with *PO"."""
+
+    metrics = (per_step("chosen_nll", "Negative log-prob of the chosen tokens", "nats/token"),)
 
     @by_knobs
     def needs(self) -> Needs:

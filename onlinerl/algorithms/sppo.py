@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
+from onlinerl.metrics.definition import per_step
 from onlinerl.ops.items import judged_sequences, sample_items, train_sequences
 from onlinerl.ops.logprobs import log_ratios
 from onlinerl.ops.preference import pair_metrics
@@ -34,6 +35,12 @@ class Sppo(Algorithm):
     """Nats per unit of win rate; 1 / eta is the `beta` of the published configurations."""
     train: Literal["best_worst", "all"] = "best_worst"
     """Which responses of a group are trained: those with the highest and the lowest win rate, or all K."""
+
+    metrics = (
+        per_step("winner_log_ratio", "log(policy / reference) of responses that win more than half", "nats/sequence"),
+        per_step("loser_log_ratio", "log(policy / reference) of responses that win less than half", "nats/sequence"),
+        per_step("target", "How far log-ratios are asked to move, up or down", "nats/sequence"),
+    )
 
     def most_items(self, samples: int, pairs: int) -> int:
         """`best_worst` makes one item of the two."""

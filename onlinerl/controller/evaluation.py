@@ -15,9 +15,6 @@ from onlinerl.types import Failure, Group, TrainSequence, Verdict
 Judge = Callable[[Sequence[Group]], tuple[int, Mapping[str, Verdict | Failure]]]
 """Judges groups: how many verdicts that is, and they by prompt id."""
 
-# Smallest numbers of prompts a figure may be trusted at; below, it is shown and marked.
-N_MIN = {"kl": 256, "kl_forward": 512, "entropy_token": 20_000, "entropy_seq": 256, "reward": 400, "win_rate": 400, "text": 400}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:

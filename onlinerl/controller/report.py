@@ -1,11 +1,11 @@
-"""From what happened to figures with error bars: the only place that names metrics."""
+"""From what happened to figures with error bars. What each metric is stands in the catalogue (onlinerl/metrics)."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ import numpy as np
 from onlinerl.controller import evaluation
 from onlinerl.controller.parts import Built
 from onlinerl.controller.statistics import Divergence, Estimate, bootstrap, wilson
+from onlinerl.metrics.catalogue import CATALOGUE
+from onlinerl.metrics.collection import Catalogue
+from onlinerl.metrics.definition import per_iteration, per_step
 from onlinerl.protocols.tracker import Tracker
 from onlinerl.types import Failure, Group, Judged, Metric, SelfTest, SyncReport, UpdateReport, Verdict
 
@@ -23,10 +26,13 @@ class Reporter:
 
     tracker: Tracker
     attempt: int = 0
+    catalogue: Catalogue = CATALOGUE
+    """With what the algorithm of the run declares."""
+    _noted: set[str] = field(default_factory=set)
 
     def phase(self, iteration: int, phase: str, seconds: float, record: Mapping[str, Any]) -> None:
         """Exclusive wall time of a phase."""
-        self._log(iteration, self._one("phase_seconds", seconds, "s", labels={"phase": phase}))
+        self._log(iteration, self._one("phase_seconds", seconds, labels={"phase": phase}))
 
     def sampled(self, iteration: int, groups: Sequence[Group]) -> None:
         """What was generated."""
@@ -36,11 +42,11 @@ class Reporter:
         rejected = Counter(reason for g in groups for reason in g.rejected)
         self._log(
             iteration,
-            self._one("generated_tokens", float(sum(len(r.token_ids) for r in rollouts)), "tokens", n=len(rollouts)),
-            self._one("prompts_sampled", float(len(groups)), "prompts"),
-            self._estimate("unique_ratio", bootstrap(texts), "ratio", n_min=200),
-            self._estimate("rollouts_truncated", bootstrap(cut), "ratio", n_min=200),
-            *(self._one("rollouts_rejected", float(n), "responses", labels={"reason": r}) for r, n in sorted(rejected.items())),
+            self._one("generated_tokens", float(sum(len(r.token_ids) for r in rollouts)), n=len(rollouts)),
+            self._one("prompts_sampled", float(len(groups))),
+            self._estimate("unique_ratio", bootstrap(texts)),
+            self._estimate("rollouts_truncated", bootstrap(cut)),
+            *(self._one("rollouts_rejected", float(n), labels={"reason": r}) for r, n in sorted(rejected.items())),
         )
 
     def labelled(
@@ -50,12 +56,12 @@ class Reporter:
         failed = sum(isinstance(r, Failure) for r in results.values())
         spread = [float(np.std(j.verdict.scores)) for j in judged if j.verdict.scores is not None]
         metrics = [
-            self._one("oracle_calls", float(len(results) - failed), "calls", labels={"status": "ok"}),
-            self._one("oracle_calls", float(failed), "calls", labels={"status": "failed"}),
+            self._one("oracle_calls", float(len(results) - failed), labels={"status": "ok"}),
+            self._one("oracle_calls", float(failed), labels={"status": "failed"}),
         ]
         if spread:
-            metrics.append(self._estimate("zero_spread", wilson([float(s < 1e-6) for s in spread]), "ratio", n_min=200))
-            metrics.append(self._estimate("reward_std_group", bootstrap(spread), "reward", n_min=200))
+            metrics.append(self._estimate("zero_spread", wilson([float(s < 1e-6) for s in spread])))
+            metrics.append(self._estimate("reward_std_group", bootstrap(spread)))
         self._log(iteration, *metrics)
 
     def self_test(self, result: SelfTest) -> None:
@@ -80,31 +86,34 @@ class Reporter:
         if idle is not None:
             self.tracker.note(f"iteration {iteration} gives nothing to learn, so no step is taken: {idle}")
         metrics = [
-            self._one("trained_tokens", float(steps.tokens), "tokens"),
-            self._one("items_truncated", float(built.truncated), "items", n=len(built.items)),
-            self._one("pairs_per_prompt", len(built.items) / max(1, built.groups), "ratio", n=built.groups),
-            self._one("pair_yield", built.useful / max(1, built.groups), "ratio", n=built.groups),
-            self._one("skipped_steps", float(steps.skipped), "steps"),
-            self._one("idle_iterations", float(idle_in_a_row), "iterations"),
-            *(self._one("pairs_dropped", float(n), "pairs", labels={"reason": r}) for r, n in built.dropped.items()),
+            self._one("trained_tokens", float(steps.tokens)),
+            self._one("items_truncated", float(built.truncated), n=len(built.items)),
+            self._one("pairs_per_prompt", len(built.items) / max(1, built.groups), n=built.groups),
+            self._one("pair_yield", built.useful / max(1, built.groups), n=built.groups),
+            self._one("skipped_steps", float(steps.skipped)),
+            self._one("idle_iterations", float(idle_in_a_row)),
+            *(self._one("pairs_dropped", float(n), labels={"reason": r}) for r, n in built.dropped.items()),
             # Trained on all the same: chosen by win rate, although the oracle prefers the rejected one of the two.
-            self._one("pairs_contradicted", float(built.contradicted), "pairs"),
-            *(self._one(name, value, "", n=len(built.items)) for name, value in figures.items()),
+            self._one("pairs_contradicted", float(built.contradicted)),
         ]
-        for name in sorted({k for step in steps.metrics for k in step}):
+        self._learn_of({name for step in steps.metrics for name in step}, figures)
+        metrics += [
+            self._one(name, value, n=len(built.items)) for name, value in figures.items() if self._reports(name, "iteration")
+        ]
+        for name in sorted({name for step in steps.metrics for name in step if self._reports(name, "step")}):
             values = [step[name] for step in steps.metrics if name in step and math.isfinite(step[name])]
             if values:
-                metrics.append(self._estimate(name, bootstrap(values), "", estimator="mean over steps"))
+                metrics.append(self._estimate(name, bootstrap(values)))
         self._log(iteration, *metrics)
 
     def synced(self, iteration: int, report: SyncReport) -> None:
         """How the weights travelled."""
         self._log(
             iteration,
-            self._one("weight_sync_seconds", report.seconds, "s"),
-            self._one("weight_sync_bytes", float(report.bytes), "bytes"),
-            self._one("weight_sync_ok", float(report.proved), "bool"),
-            self._one("weight_sync_canary", report.canary_nats, "nats/token"),
+            self._one("weight_sync_seconds", report.seconds),
+            self._one("weight_sync_bytes", float(report.bytes)),
+            self._one("weight_sync_ok", float(report.proved)),
+            self._one("weight_sync_canary", report.canary_nats),
         )
 
     def push_failed(self, iteration: int) -> None:
@@ -113,56 +122,48 @@ class Reporter:
         labels = {"attempt": str(self.attempt)}
         self._log(
             iteration,
-            self._one("weight_sync_ok", 0.0, "bool"),
-            self._one("weight_sync_failures", 1.0, "pushes", labels=labels),
+            self._one("weight_sync_ok", 0.0),
+            self._one("weight_sync_failures", 1.0, labels=labels),
         )
 
     def asked(self, iteration: int, phase: str, failed: int, groups: int) -> None:
         """How many groups of a phase the oracle could not judge so far."""
-        self._log(iteration, self._one("oracle_failed", failed / max(1, groups), "ratio", n=groups, labels={"phase": phase}))
+        self._log(iteration, self._one("oracle_failed", failed / max(1, groups), n=groups, labels={"phase": phase}))
 
     def skipped(self, iteration: int, steps: int) -> None:
         """How many optimizer steps of the iteration were skipped so far."""
-        self._log(iteration, self._one("skipped_steps", float(steps), "steps"))
+        self._log(iteration, self._one("skipped_steps", float(steps)))
 
     def mismatch(self, iteration: int, gap: evaluation.Mismatch) -> None:
         """Engine against learner."""
         stats = ("mean", "p99", "max")
         self._log(
             iteration,
-            *(self._one("logp_mismatch", getattr(gap, s), "nats/token", n=gap.tokens, labels={"stat": s}) for s in stats),
-            self._one("logp_mismatch_k3", gap.k3, "nats/token", n=gap.tokens),
+            *(self._one("logp_mismatch", getattr(gap, s), n=gap.tokens, labels={"stat": s}) for s in stats),
+            self._one("logp_mismatch_k3", gap.k3, n=gap.tokens),
         )
 
     def evaluated(self, iteration: int, measured: evaluation.Measured) -> dict[str, Any]:
         """Held-out figures. Returns the record that `show` reads."""
-        now, n_min = measured.answers, evaluation.N_MIN
+        now = measured.answers
         reward, length, cut = evaluation.reward(now), evaluation.length(now), evaluation.truncated(now)
         oracle_version = next((v.oracle_version for v in now.verdicts.values() if isinstance(v, Verdict)), None)
         common: dict[str, Any] = {"set": "heldout", "policy_version": iteration, "oracle_version": oracle_version}
         metrics = [
-            self._estimate("length", length, "tokens", n_min=n_min["text"], **common),
-            self._estimate("truncated", cut, "ratio", n_min=n_min["text"], **common),
-            self._estimate("entropy_token", measured.entropy_token, "nats/token", n_min=n_min["entropy_token"], **common),
-            self._estimate("entropy_seq", measured.entropy_seq, "nats/sequence", n_min=n_min["entropy_seq"], **common),
+            self._estimate("length", length, **common),
+            self._estimate("truncated", cut, **common),
+            self._estimate("entropy_token", measured.entropy_token, **common),
+            self._estimate("entropy_seq", measured.entropy_seq, **common),
             *self._divergence("kl_ref", "initial", measured.kl_ref, common),
             *self._divergence("kl_prev", "prev_iter", measured.kl_prev, common),
         ]
         if reward.n:  # an oracle that only compares gives none
-            metrics.append(
-                self._estimate("reward", reward, "reward", n_min=n_min["reward"], labels={"oracle": "proxy"}, **common)
-            )
+            metrics.append(self._estimate("reward", reward, labels={"oracle": "proxy"}, **common))
         if measured.kl_forward is not None:
-            metrics.append(
-                self._estimate("kl_forward", measured.kl_forward, "nats/sequence", n_min=n_min["kl_forward"], **common)
-            )
+            metrics.append(self._estimate("kl_forward", measured.kl_forward, **common))
         for opponent, estimate in measured.wins.items():
             labels = {"opponent": opponent, "control": "raw"}
-            metrics.append(
-                self._estimate(
-                    "win_rate", estimate, "ratio", n_min=n_min["win_rate"], estimator="wilson", labels=labels, **common
-                )
-            )
+            metrics.append(self._estimate("win_rate", estimate, labels=labels, **common))
         self._log(iteration, *metrics)
         self.tracker.note(_headline(reward, measured))
         base, kl = measured.wins.get("base"), measured.kl_ref
@@ -187,48 +188,49 @@ class Reporter:
 
     def _divergence(self, name: str, reference: str, kl: Divergence, common: Mapping[str, Any]) -> list[Metric]:
         """Both estimators, which of them is the headline, and what speaks against it."""
-        unit, n_min, labels = "nats/sequence", evaluation.N_MIN["kl"], {"reference": reference}
+        labels = {"reference": reference}
         return [
-            self._estimate(name, kl.k1, unit, n_min=n_min, estimator="k1", labels={"estimator": "k1"}, **common),
-            self._estimate(name, kl.k3, unit, n_min=n_min, estimator="k3", labels={"estimator": "k3"}, **common),
-            self._estimate("kl_headline", kl.headline, unit, n_min=n_min, estimator=kl.estimator, labels=labels, **common),
-            self._one("kl_conflict", float(kl.conflict), "bool", n=kl.k1.n, labels=labels),
-            self._one("kl_clamped", kl.clamped_share, "ratio", n=kl.tokens, labels=labels),
+            self._estimate(name, kl.k1, estimator="k1", labels={"estimator": "k1"}, **common),
+            self._estimate(name, kl.k3, estimator="k3", labels={"estimator": "k3"}, **common),
+            self._estimate("kl_headline", kl.headline, estimator=kl.estimator, labels=labels, **common),
+            self._one("kl_conflict", float(kl.conflict), n=kl.k1.n, labels=labels),
+            self._one("kl_clamped", kl.clamped_share, n=kl.tokens, labels=labels),
         ]
 
-    def _log(self, iteration: int, *metrics: Metric) -> None:
-        from dataclasses import replace
+    def _learn_of(self, steps: Iterable[str], figures: Iterable[str]) -> None:
+        """Metrics of the algorithm or the learner that nobody has declared: recorded without a unit, and said once.
 
+        It is a mistake in the algorithm, found by its contract tests, and no reason to end a run that may have cost days.
+        """
+        makers = dict.fromkeys(sorted(figures), per_iteration) | dict.fromkeys(sorted(steps), per_step)
+        new = [
+            make(name, "Reported by an algorithm and not declared", "1")
+            for name, make in makers.items()
+            if name not in self.catalogue
+        ]
+        for definition in new:
+            self.tracker.note(
+                f"{definition.name} is recorded without a unit: the algorithm reports it, and its `metrics` do not declare it"
+            )
+        self.catalogue = Catalogue((*self.catalogue, *new), self.catalogue.states)
+
+    def _reports(self, name: str, origin: str) -> bool:
+        """Whether this is a metric of that origin, and not another one of the same name, whose records it would take the place of."""
+        right = self.catalogue[name].origin == origin
+        if not right and name not in self._noted:
+            self._noted.add(name)
+            self.tracker.note(f"{name}, as the algorithm reports it, is not recorded: it is the name of another metric")
+        return right
+
+    def _log(self, iteration: int, *metrics: Metric) -> None:
         self.tracker.log([replace(m, iteration=iteration, attempt=self.attempt) for m in metrics])
 
-    @staticmethod
-    def _one(name: str, value: float, unit: str, n: int = 1, labels: Mapping[str, str] | None = None) -> Metric:
-        return Metric(name=name, value=value, unit=unit, iteration=0, n=n, labels=labels or {})
+    def _one(self, name: str, value: float, *, n: int = 1, labels: Mapping[str, str] | None = None) -> Metric:
+        return self.catalogue.record(name, value, n=n, labels=labels)
 
-    @staticmethod
-    def _estimate(
-        name: str,
-        estimate: Estimate,
-        unit: str,
-        *,
-        n_min: int = 1,
-        estimator: str = "mean",
-        labels: Mapping[str, str] | None = None,
-        **more: Any,
-    ) -> Metric:
-        return Metric(
-            name=name,
-            value=estimate.value,
-            unit=unit,
-            iteration=0,
-            n=estimate.n,
-            se=estimate.se,
-            ci_low=estimate.low,
-            ci_high=estimate.high,
-            estimator=estimator,
-            insufficient=estimate.n < n_min,
-            labels=labels or {},
-            **more,
+    def _estimate(self, name: str, estimate: Estimate, **more: Any) -> Metric:
+        return self.catalogue.record(
+            name, estimate.value, n=estimate.n, se=estimate.se, ci_low=estimate.low, ci_high=estimate.high, **more
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from onlinerl.errors import StoreError
+from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.stores import _files, _lock, _tables
 from onlinerl.stores.rows import EVALUATION, EVALUATION_VERDICTS, PAIRS, ROLLOUTS, VERDICTS, result_from_row
 from onlinerl.types import Failure, Verdict
@@ -22,7 +23,7 @@ def summarise(path: str | Path, *, extras: bool = False) -> dict[str, Any]:
     and `idle` says why; before that "running", or "unfinished" if no process is working on the run. `kl_estimator` says which
     estimate `kl_ref` is (k3, or k1 where that has less noise), `kl_conflict` whether the two disagree, and `insufficient` which
     figures were measured on too few prompts to decide by.
-    With `extras`, each iteration also has "length" (mean response tokens) and "oracle_failures".
+    With `extras`, each iteration also has "oracle_failures" and every other metric with a column in the table (see the catalogue).
 
     Raises:
         StoreError: if there is no run or it is damaged.
@@ -103,7 +104,8 @@ def _iteration(number: int, phases: Mapping[str, Mapping[str, Any]], *, active: 
         "idle": phases.get("train", {}).get("idle"),
     }
     if extras:
-        row |= {"length": measure.get("length"), "oracle_failures": label.get("failures")}
+        row |= {name: measure.get(name) for name in CATALOGUE.columns() if name not in row}
+        row["oracle_failures"] = label.get("failures")
     return row
 
 

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
+from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.protocols.tracker import Tracker
 from onlinerl.types import Metric
 
@@ -83,14 +84,12 @@ class FanoutTracker(Tracker):
         changed = {name: count for name, count in self._failures.items() if count > self._logged[name]}
         self._logged.update(self._failures - self._logged)
         return [
-            Metric(
-                name="tracker_failures",
-                value=float(count),
-                unit="calls",
+            CATALOGUE.record(
+                "tracker_failures",
+                float(count),
+                labels={"tracker": name},
                 iteration=latest.iteration,
                 attempt=latest.attempt,
-                estimator="count",
-                labels={"tracker": name},
             )
             for name, count in changed.items()
         ]

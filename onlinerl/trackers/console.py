@@ -28,6 +28,9 @@ from rich.table import Table
 from rich.text import Text
 
 from onlinerl.graph import NAMES
+from onlinerl.metrics.catalogue import CATALOGUE
+from onlinerl.metrics.collection import Catalogue
+from onlinerl.metrics.definition import Column
 from onlinerl.protocols.tracker import Tracker
 
 __all__ = ["ConsoleTracker", "render_table", "sturdy_console"]
@@ -151,41 +154,36 @@ class ConsoleTracker(Tracker):
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-_FIGURES = {"reward": "reward", "kl_ref": "KL", "win_rate": "win rate", "length": "length"}
 _COLUMNS = {"annotate": "train", "checkpoint": "save", "answer": "eval", "measure": "eval"}
 """Where the seconds of a phase are shown, if not under its own name."""
 
 
-def render_table(summary: Mapping[str, Any]) -> Table:
-    """The iterations of a run (see `stores.summary.summarise`) as a table; `length` is shown where the summary has it."""
+def render_table(summary: Mapping[str, Any], catalogue: Catalogue = CATALOGUE) -> Table:
+    """The iterations of a run (see `stores.summary.summarise`) as a table: the metrics with a column, and the seconds of each phase."""
+    columns = catalogue.columns()
     title = " ".join(filter(None, (summary["run"], f"({summary['algorithm']})" if summary["algorithm"] else None)))
     table = Table(
         title=Text(title),
-        caption=Text("; ".join(_remarks(summary["iterations"]))),
+        caption=Text("; ".join(_remarks(summary["iterations"], catalogue))),
         box=SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
     table.add_column("it", justify="right")
-    table.add_column("reward", justify="right")
-    table.add_column("KL base", justify="right")
-    table.add_column("win rate vs base", justify="right", no_wrap=True)
-    table.add_column("len", justify="right")
+    for column in columns.values():
+        table.add_column(column.header, justify="right", no_wrap=column.interval)
     # One narrow column per group of phases that took any time: the whole table fits a terminal of 80 columns.
     seconds = [_seconds(row["phases"]) for row in summary["iterations"]]
-    names = {name for row in seconds for name, s in row.items() if s >= 0.5}
-    columns = [name for name in dict.fromkeys([*map(_column, NAMES), *sorted(names)]) if name in names]
-    for name in columns:
+    slow = {name for row in seconds for name, s in row.items() if s >= 0.5}
+    groups = [name for name in dict.fromkeys([*map(_column, NAMES), *sorted(slow)]) if name in slow]
+    for name in groups:
         table.add_column(name, justify="right")
     for row, took in zip(summary["iterations"], seconds, strict=True):
         cells = (
             str(row["iteration"]),
-            _number(row["reward"], ".3f"),
-            _kl(row),
-            _win_rate(row["win_rate"]),
-            _number(row.get("length"), ".1f"),
-            *(_number(took.get(name), ".0f") for name in columns),
+            *(_cell(name, column, row) for name, column in columns.items()),
+            *(_number(took.get(name), 0) for name in groups),
         )
         table.add_row(*map(Text, cells))
     return table
@@ -203,11 +201,13 @@ def _seconds(phases: Mapping[str, float]) -> dict[str, float]:
     return seconds
 
 
-def _remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _remarks(rows: Sequence[Mapping[str, Any]], catalogue: Catalogue) -> list[str]:
     """What must be said about the figures and the iterations of the table."""
-    remarks = ["phases in seconds"]
+    columns = catalogue.columns()
+    units = [f"{column.short} in {catalogue[name].unit}" for name, column in columns.items() if column.say_unit]
+    remarks = [*units, "phases in seconds"]
     few = {name for row in rows for name in row.get("insufficient") or ()}
-    if named := [shown for name, shown in _FIGURES.items() if name in few]:
+    if named := [column.short for name, column in columns.items() if name in few]:
         remarks.append(f"too few prompts to decide by: {', '.join(named)}")
     if any(row.get("kl_estimator") == "k1" for row in rows):
         remarks.append("k1: there k3 is the noisier estimate of the KL")
@@ -247,17 +247,20 @@ def _rate(done: float, seconds: float, unit: str) -> str:
     return f"{done / seconds:.1f} {unit}/s" if done and seconds > 0 else ""
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _kl(row: Mapping[str, Any]) -> str:
-    estimator = " k1" if row.get("kl_estimator") == "k1" else ""
-    return _number(row["kl_ref"], ".2f") + estimator + ("!" if row.get("kl_conflict") else "")
-
-
-def _win_rate(rate: Mapping[str, float | None] | None) -> str:
-    if rate is None or rate["value"] is None:
+def _cell(name: str, column: Column, row: Mapping[str, Any]) -> str:
+    """A figure of an iteration, with its interval or with what makes it doubtful, where the summary has that."""
+    value = row.get(name)
+    if not column.interval:
+        return _number(value, column.digits) + (_kl_marks(row) if name == "kl_ref" else "")
+    if value is None or value["value"] is None:
         return "-"
-    low, high = rate["low"], rate["high"]
-    return f"{rate['value']:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low is not None and high is not None else "")
+    bounds = ", ".join(_number(value[end], column.digits) for end in ("low", "high") if value[end] is not None)
+    return _number(value["value"], column.digits) + (f" [{bounds}]" if bounds else "")
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _kl_marks(row: Mapping[str, Any]) -> str:
+    return (" k1" if row.get("kl_estimator") == "k1" else "") + ("!" if row.get("kl_conflict") else "")

@@ -1,8 +1,8 @@
-"""Live figures for Prometheus: one declarative table from the controller's metrics to `onlinerl_*` series.
+"""Live figures for Prometheus: the series that the catalogue of metrics (onlinerl/metrics) has, with the values that are logged.
 
 Differences from a plain reading of metrics.jsonl: counters add up what each record reports; a figure measured on too few prompts
 is exported with its real value and `onlinerl_metric_insufficient{name=...}` is 1 beside it, so that small demonstrations show
-something and alert rules can tell. Names that are not in the table are not exported.
+something and alert rules can tell. Metrics without a series are not exported.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import errno
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 
 from onlinerl import __version__, graph
 from onlinerl.errors import ConfigError
+from onlinerl.metrics.catalogue import CATALOGUE
+from onlinerl.metrics.collection import Catalogue
+from onlinerl.metrics.definition import Series
 from onlinerl.protocols.tracker import Tracker
 from onlinerl.trackers._discovery import Discovery
 from onlinerl.types import Metric
@@ -28,173 +31,10 @@ from onlinerl.types import Metric
 __all__ = ["PrometheusTracker", "totals"]
 
 ROLE = "controller"
-STATUSES = ("ok", "failed")
-REJECTED = ("logprob", "abort")
 STATES = ("running", "finished", "failed", "interrupted")
 PORTS = 100
 """How many ports to try, from the configured one on."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Series:
-    """How one metric of the controller is exported."""
-
-    metric: str
-    """`Metric.name`."""
-    name: str
-    """Name in Prometheus; counters end in `_total`."""
-    help: str
-    kind: Literal["gauge", "counter", "histogram"] = "gauge"
-    labels: Mapping[str, str | None] = field(default_factory=dict)
-    """Label -> its value if the metric does not carry it; None: the metric must carry it. Other labels are dropped."""
-    bounds: str | None = None
-    """Name of a gauge with an added label `bound` (lower, upper) for the confidence interval."""
-
-
-_KL = "KL divergence of the policy from an earlier one, per sequence"
-TABLE: tuple[Series, ...] = (
-    Series(
-        metric="kl_ref", name="onlinerl_kl_nats", help=_KL, labels={"reference": "initial", "estimator": "k3", "stat": "mean"}
-    ),
-    Series(
-        metric="kl_prev",
-        name="onlinerl_kl_nats",
-        help=_KL,
-        labels={"reference": "prev_iter", "estimator": "k3", "stat": "mean"},
-    ),
-    Series(
-        metric="kl_conflict",
-        name="onlinerl_kl_conflict",
-        help="1 if the estimates k1 and k3 of a KL divergence disagree",
-        labels={"reference": None},
-    ),
-    Series(
-        metric="kl_clamped",
-        name="onlinerl_kl_clamped_ratio",
-        help="Share of tokens whose log-ratio was clamped in a KL divergence",
-        labels={"reference": None},
-    ),
-    Series(metric="kl_forward", name="onlinerl_kl_forward_nats", help="KL divergence of the base model from the policy"),
-    Series(metric="entropy_token", name="onlinerl_entropy_nats", help="Entropy of the policy per token, from its samples"),
-    Series(
-        metric="reward",
-        name="onlinerl_reward",
-        help="Oracle score on the held-out prompts",
-        labels={"oracle": "proxy", "stat": "mean"},
-        bounds="onlinerl_reward_bound",
-    ),
-    Series(
-        metric="win_rate",
-        name="onlinerl_win_rate_ratio",
-        help="Share of held-out prompts won against an opponent",
-        labels={"opponent": "base", "control": "raw"},
-        bounds="onlinerl_win_rate_bound_ratio",
-    ),
-    Series(metric="length", name="onlinerl_response_length_tokens", help="Tokens per response", labels={"stat": "mean"}),
-    Series(
-        metric="truncated",
-        name="onlinerl_finish_ratio",
-        help="Share of responses by finish reason",
-        labels={"reason": "length"},
-    ),
-    Series(
-        metric="phase_seconds",
-        name="onlinerl_phase_seconds",
-        help="Wall time of the latest run of a phase",
-        labels={"phase": None},
-    ),
-    Series(
-        metric="phase_seconds",
-        name="onlinerl_phase_duration_seconds",
-        help="Wall time of a phase",
-        kind="histogram",
-        labels={"phase": None},
-    ),
-    Series(
-        metric="prompts_sampled", name="onlinerl_prompts_sampled_total", help="Prompts sampled for training", kind="counter"
-    ),
-    Series(metric="generated_tokens", name="onlinerl_generated_tokens_total", help="Tokens generated", kind="counter"),
-    Series(metric="trained_tokens", name="onlinerl_trained_tokens_total", help="Tokens trained on, all epochs", kind="counter"),
-    Series(
-        metric="oracle_calls",
-        name="onlinerl_oracle_calls_total",
-        help="Groups judged, by oracle and outcome",
-        kind="counter",
-        labels={"kind": "oracle", "status": "ok"},
-    ),
-    Series(
-        metric="oracle_failed",
-        name="onlinerl_oracle_failed_ratio",
-        help="Share of the latest groups of a phase that the oracle could not judge",
-        labels={"phase": None},
-    ),
-    Series(
-        metric="pairs_dropped",
-        name="onlinerl_pairs_dropped_total",
-        help="Candidate pairs not trained on",
-        kind="counter",
-        labels={"reason": None},
-    ),
-    Series(metric="pair_yield", name="onlinerl_pair_yield_ratio", help="Share of prompts with at least one pair"),
-    Series(
-        metric="rollouts_rejected",
-        name="onlinerl_rollouts_rejected_total",
-        help="Training responses thrown away",
-        kind="counter",
-        labels={"reason": None},
-    ),
-    Series(
-        metric="rollouts_truncated",
-        name="onlinerl_rollouts_truncated_ratio",
-        help="Share of training responses that hit the length limit",
-    ),
-    Series(
-        metric="idle_iterations",
-        name="onlinerl_idle_iterations",
-        help="Iterations in a row that gave nothing to learn",
-    ),
-    Series(metric="zero_spread", name="onlinerl_zero_spread_ratio", help="Share of groups whose responses all score the same"),
-    Series(
-        metric="weight_sync_seconds", name="onlinerl_weight_sync_seconds", help="Wall time of the latest push and its proof"
-    ),
-    Series(metric="weight_sync_bytes", name="onlinerl_weight_sync_bytes", help="Bytes of weights of the latest push"),
-    Series(
-        metric="tracker_failures",
-        name="onlinerl_tracker_failures",
-        help="Calls to a tracker that failed, in this process",
-        labels={"tracker": None},
-    ),
-    Series(metric="weight_sync_ok", name="onlinerl_weight_sync_ok", help="1 if the latest push was proved to have arrived"),
-    Series(
-        metric="weight_sync_failures",
-        name="onlinerl_weight_sync_failures_total",
-        help="Pushes that failed or could not be proved to have arrived",
-        kind="counter",
-    ),
-    Series(
-        metric="weight_sync_canary",
-        name="onlinerl_weight_sync_canary_nats",
-        help="|log-prob difference| between learner and engine on the canary of the latest push",
-    ),
-    Series(
-        metric="logp_mismatch",
-        name="onlinerl_logprob_mismatch_nats",
-        help="|log-prob difference| between learner and engine at equal weights",
-        labels={"stat": "mean"},
-    ),
-    Series(
-        metric="logp_mismatch_k3", name="onlinerl_logprob_mismatch_k3_nats", help="KL divergence of the learner from the engine"
-    ),
-    Series(metric="loss", name="onlinerl_loss", help="Training loss, as last reported"),
-    Series(metric="grad_norm", name="onlinerl_grad_norm", help="Gradient norm, as last reported"),
-    Series(
-        metric="skipped_steps",
-        name="onlinerl_skipped_steps",
-        help="Optimizer steps of the latest iteration that were skipped because a gradient was not finite",
-    ),
-    Series(metric="learning_rate", name="onlinerl_learning_rate", help="Learning rate, as last reported"),
-    Series(metric="lr", name="onlinerl_learning_rate", help="Learning rate, as last reported"),
-)
 
 _BUCKETS = (1, 3, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 36000)
 
@@ -210,6 +50,7 @@ class PrometheusTracker(Tracker):
         drop_reasons: values of the label `reason` of `pairs_dropped`, whose counters start at 0.
         discovery: folder in which Prometheus finds the run, see `_discovery`; None writes no files.
         advertised: address that a scraper reaches `host` at, if that is not `host` itself.
+        catalogue: what is exported; with what the algorithm of the run declares.
 
     Raises:
         ConfigError: if no port is free, the address is not one of this machine, or the folder cannot be written.
@@ -225,8 +66,10 @@ class PrometheusTracker(Tracker):
         drop_reasons: Sequence[str] = (),
         discovery: Path | None = None,
         advertised: str | None = None,
+        catalogue: Catalogue = CATALOGUE,
     ) -> None:
         self._run = run
+        self._catalogue = catalogue
         self._registry = CollectorRegistry()
         self._collectors: dict[str, Any] = {}
         self._declare()
@@ -263,10 +106,10 @@ class PrometheusTracker(Tracker):
             self._child("onlinerl_iteration_end_timestamp_seconds").set(time.time())
 
     def log(self, metrics: Iterable[Metric]) -> None:
-        """Export the metrics that the table knows."""
+        """Export the metrics that have a series."""
         for metric in metrics:
             self._child("onlinerl_attempt").set(metric.attempt)
-            for series in (s for s in TABLE if s.metric == metric.name):
+            for series in self._catalogue[metric.name].series if metric.name in self._catalogue else ():
                 self._export(series, metric)
 
     def counters(self) -> dict[str, float]:
@@ -304,24 +147,7 @@ class PrometheusTracker(Tracker):
         self._thread.join(timeout=5)
 
     def _declare(self) -> None:
-        own: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-            ("onlinerl_build_info", "Version of onlinerl", ("version",)),
-            ("onlinerl_iteration", "Iteration being worked on", ()),
-            ("onlinerl_attempt", "How often the run was resumed", ()),
-            ("onlinerl_iteration_end_timestamp_seconds", "When the latest iteration was committed", ()),
-            ("onlinerl_last_progress_timestamp_seconds", "When something last moved", ("role",)),
-            ("onlinerl_run_state", "1 for the state that the run is in", ("state",)),
-            ("onlinerl_phase", "1 for every phase that is running", ("role", "phase")),
-            ("onlinerl_metric_insufficient", "1 if the latest value was measured on too few prompts to be trusted", ("name",)),
-        )
-        for name, text, labels in own:
-            self._collectors[name] = Gauge(name, text, ("run", *labels), registry=self._registry)
-        # Named after what was not finite; excluded from every figure, never replaced by 0.
-        nonfinite = "onlinerl_nonfinite_total"
-        self._collectors[nonfinite] = Counter(
-            nonfinite, "Values that were NaN or infinite", ("run", "reason"), registry=self._registry
-        )
-        for series in TABLE:
+        for series in self._catalogue.exported():
             labels = ("run", *series.labels)
             if series.name not in self._collectors:  # several metrics may share a name and differ in a label
                 self._collectors[series.name] = _collector(series, labels, self._registry)
@@ -332,16 +158,15 @@ class PrometheusTracker(Tracker):
     def _start_at_zero(self, oracle_kinds: Sequence[str], drop_reasons: Sequence[str]) -> None:
         # A counter that first appears with a value above 0 has no rate at that point.
         self._child("onlinerl_build_info", version=__version__).set(1)
-        for series in TABLE:
-            if series.kind == "counter" and not series.labels:
-                self._child(series.name)
-        for kind in oracle_kinds:
-            for status in STATUSES:
-                self._child("onlinerl_oracle_calls_total", kind=kind, status=status)
-        for reason in REJECTED:
-            self._child("onlinerl_rollouts_rejected_total", reason=reason)
-        for reason in drop_reasons:
-            self._child("onlinerl_pairs_dropped_total", reason=reason)
+        told = {"kind": oracle_kinds, "reason": drop_reasons}
+        for definition, series in self._catalogue.series():
+            if series.kind == "counter":
+                known = [
+                    definition.labels.get(label) or told.get(label) or filter(None, [default])
+                    for label, default in series.labels.items()
+                ]
+                for values in product(*known):
+                    self._child(series.name, **dict(zip(series.labels, values, strict=True)))
         for phase in graph.NAMES:
             self._show_phase(phase, running=False)
 
@@ -393,9 +218,9 @@ def _serve(host: str, port: int, registry: CollectorRegistry) -> tuple[Any, Any]
     )
 
 
-def totals(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+def totals(records: Iterable[Mapping[str, Any]], catalogue: Catalogue = CATALOGUE) -> dict[str, float]:
     """Counters as the records of metrics.jsonl add up to, for `PrometheusTracker.restore` after a resume."""
-    counters = {s.metric: s for s in TABLE if s.kind == "counter"}
+    counters = {definition.name: series for definition, series in catalogue.series() if series.kind == "counter"}
     sums: dict[str, float] = {}
     for record in records:
         series, value = counters.get(record["name"]), record["value"]

@@ -55,7 +55,7 @@ class UpdateReport:
     tokens: int
     """Prompt and response tokens trained on, all epochs."""
     metrics: Sequence[Mapping[str, float]]
-    """Per optimizer step: loss, grad_norm, lr and the algorithm's own metrics, already averaged over the global batch."""
+    """Per optimizer step: loss, grad_norm, learning_rate and the algorithm's own metrics, already averaged over the global batch."""
     skipped: int = 0
     """Steps dropped because the gradient was not finite (R-E6)."""
 

@@ -65,6 +65,8 @@ def test_the_contracts_are_kept():
         ("controller/loop.py", "from onlinerl import app", "Imports only go down"),
         ("pairing/ranked.py", "from onlinerl.prompts import jsonl", "Imports only go down"),
         ("stores/rows.py", "import torch", "reach no heavy library"),
+        ("metrics/catalogue.py", "import prometheus_client", "The catalogue of metrics is data"),
+        ("metrics/catalogue.py", "from onlinerl import protocols", "Imports only go down"),
         ("algorithms/dpo.py", "import deepspeed", "need torch at most"),
         ("engines/toy.py", "import ray", "Ray has one home"),
         ("cluster/pool.py", "import deepspeed", "DeepSpeed has one home"),

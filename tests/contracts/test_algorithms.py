@@ -12,7 +12,8 @@ import torch
 from algorithm_cases import Policy, annotated_items, build, pairs_of, refereed, trained, training_items
 
 from onlinerl import registry
-from onlinerl.batch import Outputs
+from onlinerl.batch import LossOutput, Mean, Outputs
+from onlinerl.metrics.catalogue import CATALOGUE, PAIRS, POLICY_GRADIENT
 from onlinerl.ops.batching import collate, plan_step
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Pair, TrainItem, Verdict
@@ -33,7 +34,7 @@ VARIANTS = {
     "dpo": [{}, {"soft_labels": True, "label_smoothing": 0.1, "nll_coef": 0.5, "length_norm": True}],
     "sppo": [{}, {"train": "all"}],
     "dno": [{}, {"reward_scale": 5.0}],
-    "dno_prct": [{}, {"margin": -1.0, "floor": -10.0}],
+    "dno_prct": [{}, {"margin": -1.0, "floor": -10.0, "nll_coef": 0.1}],
 }
 
 
@@ -223,6 +224,49 @@ def test_what_it_remembers_survives_the_run_directory(name, knobs, kind):
     for one, other in zip(algorithm.prepare(items, past), algorithm.prepare(items, stored), strict=True):
         for a, b in zip(one.sequences, other.sequences, strict=True):
             assert repr(a) == repr(b)
+
+
+def reported(algorithm: Algorithm) -> dict[str, str]:
+    """Names of the metrics that it reports -> who reports them, its loss or its `figures`."""
+    items = training_items(algorithm)
+    from_loss = Policy(items).gradient(algorithm, [items])[2]
+    return dict.fromkeys(from_loss, "step") | dict.fromkeys(algorithm.figures(annotated_items(algorithm)), "iteration")
+
+
+def undeclared(algorithm: Algorithm) -> set[str]:
+    """Metrics that it reports and that neither the catalogue nor its own `metrics` have."""
+    catalogue = CATALOGUE.including(algorithm.metrics, type(algorithm).__name__)
+    declared = {d.name: d.origin for d in catalogue}
+    return {name for name, origin in reported(algorithm).items() if declared.get(name) != origin}
+
+
+@pytest.mark.parametrize(("name", "knobs"), CASES)
+def test_reports_only_metrics_that_are_described(name, knobs):
+    assert undeclared(build(name, knobs)) == set(), "declare them in `metrics`, with per_step or per_iteration"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reports_every_metric_that_it_declares(name):
+    algorithms = [build(name, knobs) for knobs in VARIANTS.get(name, [{}])]
+    assert {d.name for d in algorithms[0].metrics} <= set().union(*map(reported, algorithms))
+
+
+def test_every_metric_that_families_share_is_reported_by_some_algorithm():
+    algorithms = [build(name, knobs) for name in NAMES for knobs in VARIANTS.get(name, [{}])]
+    assert {d.name for d in (*PAIRS, *POLICY_GRADIENT)} <= set().union(*map(reported, algorithms))
+
+
+def test_a_metric_that_is_not_described_is_noticed():
+    class Talkative(registry.load("algorithms", "dpo", Algorithm)):
+        def loss(self, outputs, batch):
+            out = super().loss(outputs, batch)
+            more = {"surprise": Mean.of(batch.prob_P), "length": Mean.of(batch.prob_P)}
+            return LossOutput(total=out.total, metrics=out.metrics | more)
+
+        def figures(self, items, past=()):
+            return {"mood": 1.0, "margin": 1.0}
+
+    assert undeclared(Talkative()) == {"surprise", "length", "mood", "margin"}
 
 
 @pytest.mark.parametrize(("name", "knobs"), CASES)

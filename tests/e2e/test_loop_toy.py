@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from recorded import disagreements
 
 from onlinerl.graph import NAMES as PHASES
 from onlinerl.stores.directory import RunDirectory
@@ -145,6 +146,7 @@ def test_every_algorithm_learns(toy_config, warm_cli, tmp_path, algorithm):
     assert rows[-1]["reward"] > rows[0]["reward"] + 0.4, done.message
     assert rows[-1]["win_rate"]["low"] > 0.5
     assert all(row["sync"]["proved"] for row in rows)
+    assert disagreements(tmp_path / "runs/toy", algorithm) == [], "with the catalogue, of what was recorded"
 
 
 def test_a_learning_rate_of_zero_changes_nothing(toy_config, warm_cli, tmp_path):

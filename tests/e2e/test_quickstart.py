@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from recorded import disagreements
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -72,6 +73,15 @@ def test_engine_and_learner_agree(run):
     assert max(gaps) < 0.06
     assert max(k3) < 0.01
     assert 0 < max(metrics(directory, "weight_sync_canary")) < 0.1
+
+
+def test_every_figure_is_what_the_catalogue_says(run):
+    """Those of the real learner and of the algorithm's loss as well."""
+    directory, out = run
+    assert disagreements(directory, "dpo") == []
+    assert metrics(directory, "grad_norm")
+    assert metrics(directory, "ranking_accuracy")
+    assert "is recorded without a unit" not in out
 
 
 def test_the_export_is_an_ordinary_model(run):

@@ -1,0 +1,1 @@
+"""What is measured: every metric once, with its meaning, unit, estimator and smallest n."""

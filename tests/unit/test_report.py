@@ -1,0 +1,166 @@
+"""The reporter records every metric of the catalogue, and only as the catalogue has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from onlinerl.controller import evaluation
+from onlinerl.controller.parts import Built
+from onlinerl.controller.report import Reporter
+from onlinerl.controller.statistics import bootstrap, divergence, wilson
+from onlinerl.metrics.catalogue import CATALOGUE
+from onlinerl.metrics.collection import Catalogue
+from onlinerl.metrics.definition import per_step
+from onlinerl.protocols.tracker import Tracker
+from onlinerl.trackers._fanout import FanoutTracker
+from onlinerl.types import (
+    Failure,
+    Group,
+    Judged,
+    Metric,
+    Prompt,
+    Rollout,
+    Sampling,
+    SyncReport,
+    UpdateReport,
+    Verdict,
+)
+
+
+class Recorder(Tracker):
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.records: list[Metric] = []
+        self.notes: list[str] = []
+
+    def log(self, metrics) -> None:
+        self.records += metrics
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class Broken(Tracker):
+    """Takes no figures."""
+
+    def log(self, metrics) -> None:
+        raise OSError("no")
+
+
+def group(number: int) -> Group:
+    rollouts = tuple(
+        Rollout(
+            token_ids=(k,), logprobs=(-1.0,), text=str(k), finish_reason="stop", policy_version=0, sampler=Sampling(), seed=k
+        )
+        for k in range(2)
+    )
+    return Group(prompt=Prompt(id=str(number), text="", token_ids=(1,)), rollouts=rollouts, rejected=("logprob", "abort"))
+
+
+VERDICT = Verdict(annotator="a", oracle_version="1", scores=(0.0, 1.0))
+GROUPS = [group(n) for n in range(3)]
+LOGPROBS = [np.array([-1.0, -2.0]), np.array([-1.5])]
+BUILT = Built(items=(), judged=(), dropped={"tie": 1}, contradicted=0, truncated=0, useful=2, groups=3)
+
+
+def steps(*metrics: dict[str, float]) -> UpdateReport:
+    return UpdateReport(steps=len(metrics), tokens=9, metrics=metrics)
+
+
+def measured() -> evaluation.Measured:
+    one = [Group(prompt=g.prompt, rollouts=g.rollouts[:1]) for g in GROUPS]
+    scores = Verdict(annotator="a", oracle_version="1", scores=(0.5,))
+    kl = divergence(LOGPROBS, [x - 0.1 for x in LOGPROBS])
+    return evaluation.Measured(
+        answers=evaluation.Evaluated(groups=one, verdicts={g.prompt.id: scores for g in one}),
+        kl_ref=kl,
+        kl_prev=kl,
+        kl_forward=bootstrap([0.1, 0.2]),
+        entropy_token=evaluation.entropy_token(LOGPROBS),
+        entropy_seq=evaluation.entropy_seq(LOGPROBS),
+        wins={"base": wilson([1.0, 0.0]), "prev": wilson([0.5])},
+        mismatch=evaluation.mismatch(one, [np.array([-1.0])] * 3),
+    )
+
+
+def everything(report: Reporter, learner: dict[str, float], figures: dict[str, float]) -> None:
+    """All that can happen in an iteration."""
+    report.phase(1, "sample", 1.0, {})
+    report.sampled(1, GROUPS)
+    judged = [Judged(group=g, verdict=VERDICT) for g in GROUPS[1:]]
+    failure = Failure(kind="timeout", message="")
+    report.labelled(1, GROUPS, {"0": failure, "1": VERDICT, "2": VERDICT}, judged)
+    report.asked(1, "label", 1, 3)
+    report.skipped(1, 1)
+    report.trained(1, steps(learner, learner), BUILT, None, 0, figures)
+    sync = SyncReport(
+        version=1, seconds=1.0, bytes=8, replicas=1, backend="gloo", phases={}, proved=True, tensors_checked=1, canary_nats=0.0
+    )
+    report.synced(1, sync)
+    report.push_failed(1)
+    now = measured()
+    report.mismatch(1, now.mismatch)
+    report.evaluated(1, now)
+
+
+def of(origin: str, catalogue: Catalogue = CATALOGUE) -> dict[str, float]:
+    return {d.name: 0.5 for d in catalogue if d.origin == origin}
+
+
+def test_every_metric_is_recorded_as_the_catalogue_has_it_and_none_is_left_out():
+    recorder = Recorder()
+    tracker = FanoutTracker([Broken(), recorder])
+    everything(Reporter(tracker, attempt=2), of("step"), of("iteration"))
+    problems = [CATALOGUE.problem(record) for record in recorder.records]
+    assert not any(problems), problems
+    assert {record.name for record in recorder.records} == {d.name for d in CATALOGUE}, "described, and measured nowhere"
+    assert {(record.iteration, record.attempt) for record in recorder.records} == {(1, 2)}
+    found = {record.name: record for record in recorder.records}
+    assert found["loss"].estimator == "mean over steps"
+    assert found["truncated"].estimator == "wilson"
+    assert found["reward"].insufficient
+    assert not found["pair_yield"].insufficient
+
+
+@pytest.mark.parametrize("gone", ["phase_seconds", "kl_headline", "logp_mismatch"])
+def test_a_metric_that_the_catalogue_does_not_have_is_an_error(gone):
+    without = Catalogue([d for d in CATALOGUE if d.name != gone])
+    with pytest.raises(ValueError, match=f"no metric '{gone}'"):
+        everything(Reporter(Recorder(), catalogue=without), {"loss": 0.5}, {})
+
+
+def trained(report: Reporter, learner: Sequence[dict[str, float]], figures: dict[str, float]) -> dict[str, Metric]:
+    report.tracker.records.clear()
+    report.trained(1, steps(*learner), BUILT, None, 0, figures)
+    return {record.name: record for record in report.tracker.records}
+
+
+def test_what_an_algorithm_declares_has_its_unit():
+    own = per_step("surprise", "How unexpected it was", "nats")
+    report = Reporter(Recorder(), catalogue=CATALOGUE.including([own], "mine"))
+    found = trained(report, [{"surprise": 1.0}, {"surprise": 2.0}], {})
+    assert (found["surprise"].value, found["surprise"].unit, found["surprise"].n) == (1.5, "nats", 2)
+    assert report.tracker.notes == []
+
+
+def test_what_an_algorithm_does_not_declare_is_recorded_all_the_same_and_said_once():
+    report = Reporter(Recorder())
+    for _ in range(2):
+        found = trained(report, [{"surprise": 1.0}], {"mood": 3.0})
+        assert (found["surprise"].value, found["surprise"].estimator) == (1.0, "mean over steps")
+        assert (found["mood"].value, found["mood"].estimator) == (3.0, "exact")
+    assert [note.split()[0] for note in report.tracker.notes] == ["mood", "surprise"]
+
+
+def test_an_algorithm_cannot_take_the_place_of_another_metric():
+    """Its mean score of a batch would be shown as the reward on held-out prompts."""
+    report = Reporter(Recorder())
+    for _ in range(2):
+        found = trained(report, [{"reward": 1.0, "loss": 0.5}], {"length": 3.0, "z": 1.0})
+        assert "loss" in found
+        assert not {"reward", "length", "z"} & found.keys()
+    assert sorted(note.split(",")[0] for note in report.tracker.notes) == ["length", "reward", "z"]
