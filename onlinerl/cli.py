@@ -86,10 +86,16 @@ def show(
     heldout: Annotated[bool, typer.Option("--heldout", help="Print an iterate's own answers to the held-out prompts.")] = False,
     iteration: Annotated[int | None, typer.Option(help="Iteration of the samples; the last one by default.")] = None,
     limit: Annotated[int, typer.Option(help="How many prompts of samples.")] = 5,
+    timeline: Annotated[
+        bool, typer.Option("--timeline", help="When each phase worked, on which parts; with --json as a Chrome trace.")
+    ] = False,
 ) -> None:
-    """Show a run: one line per iteration, or what was sampled."""
+    """Show a run: one line per iteration, or what was sampled, or what ran when."""
     from onlinerl.stores import summary
 
+    if timeline:
+        _show_timeline(run, as_json=as_json)
+        return
     report = summary.summarise(run)
     if samples or heldout:
         numbers = [i["iteration"] for i in report["iterations"]]
@@ -100,6 +106,17 @@ def show(
         sys.stdout.write(json.dumps(report, indent=1, allow_nan=False) + "\n")
     else:
         out.print(render_table(summary.summarise(run, extras=True)))
+
+
+def _show_timeline(run: Path, *, as_json: bool) -> None:
+    from onlinerl.views import timeline
+
+    spans = timeline.spans(run)
+    if as_json:
+        sys.stdout.write(json.dumps(timeline.chrome_trace(spans)) + "\n")
+        return
+    for line in timeline.text(spans):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("fetch-model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable
 from typing import Generic, TypeVar
@@ -29,6 +30,8 @@ class Feed(Generic[T]):
         self._waiting: deque[T] = deque()
         self._closed = False
         self._changed = threading.Condition()
+        self.waited = 0.0
+        """Seconds that all takers together have waited."""
 
     @classmethod
     def of(cls, things: Iterable[T], stop: threading.Event) -> Feed[T]:
@@ -57,8 +60,10 @@ class Feed(Generic[T]):
             Stopped: if the run is being stopped.
         """
         with self._changed:
+            began = time.monotonic()
             while not self._waiting and not self._closed and not self._stop.is_set():
                 self._changed.wait(LOOK_S)
+            self.waited += time.monotonic() - began
             if self._stop.is_set():
                 raise Stopped
             return [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]

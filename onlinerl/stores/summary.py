@@ -32,14 +32,24 @@ def summarise(path: str | Path, *, extras: bool = False) -> dict[str, Any]:
     manifest = _run_manifest(path)
     fingerprint = manifest.get("fingerprint") or {}
     active = manifest.get("status") == "running" and _lock.held(path / "lock")
-    folders = sorted((p for p in (path / "iterations").glob("[0-9]*") if p.name.isdigit()), key=lambda p: int(p.name))
     return _files.finite(
         {
             "run": manifest.get("name"),
             "algorithm": fingerprint.get("algorithm.name"),
-            "iterations": [_iteration(int(f.name), _phases(f), active=active, extras=extras) for f in folders],
+            "iterations": [_iteration(t, phases, active=active, extras=extras) for t, phases in records(path).items()],
         }
     )
+
+
+def records(path: str | Path) -> dict[int, dict[str, dict[str, Any]]]:
+    """What each finished phase recorded, by iteration and name.
+
+    Raises:
+        StoreError: if there is no run or it is damaged.
+    """
+    _run_manifest(Path(path))
+    folders = sorted((p for p in (Path(path) / "iterations").glob("[0-9]*") if p.name.isdigit()), key=lambda p: int(p.name))
+    return {int(folder.name): _tables.manifest(folder).get("phases", {}) for folder in folders}
 
 
 def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = False) -> list[dict[str, Any]]:
@@ -77,10 +87,6 @@ def _run_manifest(path: Path) -> dict[str, Any]:
         raise StoreError(
             f"{path} holds no run", field="name", fix=f"check the path; `ls {path.parent}` lists the runs there"
         ) from None
-
-
-def _phases(folder: Path) -> dict[str, dict[str, Any]]:
-    return _tables.manifest(folder).get("phases", {})
 
 
 def _iteration(number: int, phases: Mapping[str, Mapping[str, Any]], *, active: bool, extras: bool) -> dict[str, Any]:

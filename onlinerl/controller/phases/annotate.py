@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from onlinerl.controller import items
+from onlinerl.controller.feed import Feed
 from onlinerl.controller.iteration import Answer, Iteration
 from onlinerl.controller.parts import batched
 from onlinerl.stores.rows import LOGPROBS, logprob_row
@@ -24,7 +25,8 @@ def annotate(it: Iteration) -> dict[str, Any]:
     total = len(it.prompts()[0])
     it.parts.tracker.phase_started(it.number, "annotate", total, "groups")
     scored = 0
-    for chunk in _chunks(it):
+    labelled = it.labelled()
+    for chunk in _chunks(it, labelled):
         todo = [(group, answer) for group, answer in chunk if group.prompt.id not in done]
         sequences = [_sequences(it, group, answer) for group, answer in todo]
         arrays = _arrays(it, [s for group in sequences for s in group])
@@ -37,12 +39,12 @@ def annotate(it: Iteration) -> dict[str, Any]:
         it.parts.tracker.phase_advanced(it.number, "annotate", len(chunk))
         it.check_stop()
     store.seal(it.number, LOGPROBS)
-    return {"sequences": scored, "reference": it.reference()}
+    return {"sequences": scored, "reference": it.reference(), "waited": labelled.waited}
 
 
-def _chunks(it: Iteration) -> Iterator[list[tuple[Group, Answer]]]:
+def _chunks(it: Iteration, feed: Feed[tuple[Group, Answer]]) -> Iterator[list[tuple[Group, Answer]]]:
     """All groups with what is known about them, in the order of the prompts; each chunk as soon as it is complete."""
-    feed, arrived = it.labelled(), dict[str, tuple[Group, Answer]]()
+    arrived: dict[str, tuple[Group, Answer]] = {}
     prompts, _ = it.prompts()
     for chunk in batched(prompts, STREAMED if it.parts.config.schedule.stream else AT_ONCE):
         while not all(prompt.id in arrived for prompt in chunk):
