@@ -189,10 +189,10 @@ def _stored_config(directory: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def _require_in_order(store: RunDirectory) -> None:
-    """Nothing may be stored of what comes after the first unfinished iteration: it came from weights that are no longer there."""
+    """Nothing may be stored of an iteration whose predecessor was not pushed: it came from weights that are no longer there."""
     stored = store.iterations()
     unfinished = next(n for n in range(len(stored) + 1) if not store.phase_done(n, "commit"))
-    later = [n for n in stored if n > unfinished]
+    later = [n for n in stored if n > unfinished and not store.phase_done(n - 1, "sync")]
     if later:
         folders = " ".join(f"iterations/{n:04d}" for n in later)
         raise StoreError(
@@ -283,7 +283,10 @@ def _on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iter
             turns.learner_starts(learner)
             canary = _canary(checked.heldout, config.evaluation.canary)
             sync = WeightPush(learner, pool, turns, config.sync, config.engine, backend, canary)
-            yield _wire(checked, store, tracker, asker=Asker(oracle), engine=pool, learner=learner, sync=sync)
+            shared = config.cluster.colocate or cluster.share_cores()
+            yield _wire(
+                checked, store, tracker, asker=Asker(oracle), engine=pool, learner=learner, sync=sync, shared_hardware=shared
+            )
         finally:
             oracle.close()
             for part in (pool, learner):
@@ -321,8 +324,10 @@ def _loss_temperature(checked: Checked) -> float:
 def _wire(checked: Checked, store: RunDirectory, tracker: Tracker, **connected: Any) -> Parts:
     assert checked.train is not None
     schedule = checked.config.schedule
+    # Where engine and learner take turns, an evaluation would only be reported later.
+    beside = schedule.evaluate_beside and not connected.get("shared_hardware")
     return Parts(
-        phases=graph.phases(stream=schedule.stream, evaluate_beside=schedule.evaluate_beside),
+        phases=graph.phases(stream=schedule.stream, evaluate_beside=beside),
         config=checked.config,
         algorithm=checked.algorithm,
         pairing=checked.pairing,

@@ -116,7 +116,8 @@ class ScheduleConfig(Section):
     stream: bool = True
     """Responses are judged, and scored by the learner, while the engine still samples."""
     evaluate_beside: bool = True
-    """The next iteration samples while this one is evaluated."""
+    """The next iteration samples while this one is evaluated. Where engine and learner compute on the same GPUs or cores, only one of
+    them works at a time, and this changes nothing; on CPU they do unless engine.threads and learner.threads say how many each has."""
 
 
 class EvaluationConfig(Section):

@@ -104,7 +104,7 @@ def ready(
     done: Mapping[int, Collection[str]],
     running: Collection[Task],
     *,
-    colocated: bool = False,
+    shared_hardware: bool = False,
 ) -> Iterator[Task]:
     """Phases that may start now, most urgent first. Whoever starts one looks again: it may have taken a part that another one needs.
 
@@ -113,7 +113,7 @@ def ready(
         iterations: which of them may be worked on, ascending.
         done: names of the finished phases of every iteration.
         running: what has been started and is not finished.
-        colocated: engine and learner share hardware, so that only one of them works at a time.
+        shared_hardware: engine and learner compute on the same GPUs or cores, so that only one of them works at a time.
     """
     rows = {phase.name: phase for phase in graph}
     for t in iterations:
@@ -122,7 +122,7 @@ def ready(
                 continue
             waiting = [name for name, back in phase.waits_for if not _past(rows[name], t - back, done)]
             begun = phase.follows is None or phase.follows in done[t] or (t, phase.follows) in running
-            if not waiting and begun and not any(_conflict(phase, rows[name], colocated) for _, name in running):
+            if not waiting and begun and not any(_conflict(phase, rows[name], shared_hardware) for _, name in running):
                 yield t, phase.name
 
 
@@ -131,10 +131,10 @@ def _past(phase: Phase, iteration: int, done: Mapping[int, Collection[str]]) -> 
     return missing or phase.name in done[iteration]
 
 
-def _conflict(one: Phase, other: Phase, colocated: bool) -> bool:
+def _conflict(one: Phase, other: Phase, shared_hardware: bool) -> bool:
     """Whether two phases cannot run at the same time."""
     if one.alone & (other.alone | other.shares) or one.shares & other.alone:
         return True
     hardware = frozenset({"engine", "learner"})
     mine, theirs = hardware & (one.alone | one.shares), hardware & (other.alone | other.shares)
-    return colocated and bool(mine and theirs and mine != theirs)
+    return shared_hardware and bool(mine and theirs and mine != theirs)

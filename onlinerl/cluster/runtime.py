@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from onlinerl.cluster import _reaper
 from onlinerl.config import RunConfig
@@ -50,6 +50,14 @@ class Cluster:
             self.__exit__()
             raise
         return self
+
+    def share_cores(self) -> bool:
+        """Whether a replica and a rank would compute on the same cores at the same time, as CPU parts of one machine do by default."""
+        ranks, replicas = self._config.learner.ranks, self._config.engine.replicas
+        if self.device != "cpu" or (self._config.engine.threads and self._config.learner.threads):
+            return False
+        nodes = placement_group_table(self._group)["bundles_to_node_id"]
+        return not {nodes[i] for i in range(ranks)}.isdisjoint(nodes[ranks + i] for i in range(replicas))
 
     def __exit__(self, *exc: object) -> None:
         if self._group is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from onlinerl import graph
@@ -52,8 +53,7 @@ class _Loop:
         left = len(self.unfinished())
         self.weights = start.restore(self.parts, self.done, self.report)
         while unfinished := self.unfinished():
-            colocated = self.parts.config.cluster.colocate
-            while task := next(graph.ready(self.parts.phases, unfinished, self.done, self.running, colocated=colocated), None):
+            while task := next(self.ready(unfinished), None):
                 self.begin(task)
             task, result = self.ended.get()
             del self.running[task]
@@ -61,6 +61,9 @@ class _Loop:
                 raise result
             self.finish(task, result)
         return left
+
+    def ready(self, unfinished: Sequence[int]) -> Iterator[Task]:
+        return graph.ready(self.parts.phases, unfinished, self.done, self.running, shared_hardware=self.parts.shared_hardware)
 
     def unfinished(self) -> list[int]:
         return [t for t, done in self.done.items() if "commit" not in done][: graph.IN_FLIGHT]

@@ -39,6 +39,8 @@ class Parts:
     tracker: Tracker
     phases: tuple[Phase, ...]
     """What the loop does."""
+    shared_hardware: bool = False
+    """Whether engine and learner compute on the same GPUs or cores: then only one of them works at a time."""
     base_model: str
     """Directory or id of the initial policy: iteration 0 and the anchor of `kl_ref`."""
     oracle_scores: bool = True

@@ -281,6 +281,9 @@ def install(monkeypatch: Any, world: World, *, device: str) -> None:
             self.device = device
             counts.update(replica=0, rank=0)
 
+        def share_cores(self) -> bool:
+            return False
+
         def __enter__(self) -> Cluster:
             return self
 

@@ -30,7 +30,7 @@ def simulate(
     rows: Sequence[Phase],
     done: dict[int, set[str]],
     *,
-    colocated: bool = False,
+    shared: bool = False,
     until: float = 1e9,
     jitter: random.Random | None = None,
 ) -> list[tuple[float, float, Task]]:
@@ -40,7 +40,7 @@ def simulate(
     heap: list[tuple[float, Task]] = []
     while True:
         unfinished = [t for t, names in done.items() if "commit" not in names][: graph.IN_FLIGHT]
-        while task := next(graph.ready(rows, unfinished, done, running, colocated=colocated), None):
+        while task := next(graph.ready(rows, unfinished, done, running, shared_hardware=shared), None):
             t, name = task
             seconds = SECONDS.get(name, 0.0) * (jitter.uniform(0.5, 2) if jitter else 1)
             followed = running.get((t, follows[name] or ""), 0.0)
@@ -80,19 +80,19 @@ def test_side_by_side_pays():
     assert last[True, True] < min(last[True, False], last[False, True])
 
 
-@pytest.mark.parametrize("colocated", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("stream", "beside"), MODES)
-def test_no_part_is_used_twice(stream, beside, colocated):
+def test_no_part_is_used_twice(stream, beside, shared):
     rows = {row.name: row for row in graph.phases(stream=stream, evaluate_beside=beside)}
     for seed in range(20):
-        made = simulate(list(rows.values()), nothing_done(), colocated=colocated, jitter=random.Random(seed))
+        made = simulate(list(rows.values()), nothing_done(), shared=shared, jitter=random.Random(seed))
         assert len(made) == ITERATIONS * len(NAMES) + 4
         for (start, end, one), (other_start, other_end, other) in combinations(made, 2):
             if start < other_end and other_start < end:
                 a, b = rows[one[1]], rows[other[1]]
                 assert not a.alone & (b.alone | b.shares), (one, other)
                 assert not b.alone & (a.alone | a.shares), (one, other)
-                if colocated:
+                if shared:
                     hardware = [{"engine", "learner"} & (row.alone | row.shares) for row in (a, b)]
                     assert not (hardware[0] and hardware[1] and hardware[0] != hardware[1]), (one, other)
 
@@ -118,4 +118,6 @@ def test_a_phase_starts_only_when_what_it_follows_has_begun():
     assert list(graph.ready(rows, [1], done, [])) == [(1, "sample")]
     assert list(graph.ready(rows, [1], done, [(1, "sample")])) == [(1, "label")]
     assert list(graph.ready(rows, [1], done, [(1, "sample"), (1, "label")])) == [(1, "annotate")]
-    assert list(graph.ready(rows, [1], done, [(1, "sample"), (1, "label")], colocated=True)) == [], "the engine has the GPU"
+    assert list(graph.ready(rows, [1], done, [(1, "sample"), (1, "label")], shared_hardware=True)) == [], (
+        "the engine has the GPU"
+    )
