@@ -192,8 +192,9 @@ def _require_in_order(store: RunDirectory) -> None:
     """Nothing may be stored of an iteration whose predecessor was not pushed: it came from weights that are no longer there."""
     stored = store.iterations()
     unfinished = next(n for n in range(len(stored) + 1) if not store.phase_done(n, "commit"))
-    later = [n for n in stored if n > unfinished and not store.phase_done(n - 1, "sync")]
-    if later:
+    gap = next((n for n in stored if n > unfinished and not store.phase_done(n - 1, "sync")), None)
+    if gap is not None:
+        later = [n for n in stored if n >= gap]
         folders = " ".join(f"iterations/{n:04d}" for n in later)
         raise StoreError(
             f"iteration {unfinished} is not finished, and there are results of iteration {later[0]}: some files were removed",
