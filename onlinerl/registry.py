@@ -15,6 +15,8 @@ from importlib import metadata
 from types import ModuleType
 from typing import Any
 
+from pydantic import BaseModel
+
 from onlinerl.errors import ConfigError
 
 
@@ -32,19 +34,14 @@ def load(role: str, name: str, base: type | None = None) -> type:
     module's `__all__`).
 
     Raises:
-        ConfigError: if there is no such name; the message suggests close ones.
+        ConfigError: if there is no such name, with close ones; or if what it names does not implement the role.
     """
     field = f"{role.removesuffix('s')}.name"
     if "." in name:
-        found = _dotted(name, field)
-        if base is not None and not (inspect.isclass(found) and issubclass(found, base) and found is not base):
-            raise ConfigError(
-                f"{name} is no subclass of {base.__module__}.{base.__name__}", field=field, fix="give the dotted path of one"
-            )
-        return found
+        return _checked(_dotted(name, field), name, base, field)
     for entry in metadata.entry_points(group=f"onlinerl.{role}"):
         if entry.name == name:
-            return entry.load()
+            return _checked(entry.load(), entry.value, base, field)
     if name not in names(role):
         close = get_close_matches(name, names(role), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
@@ -54,6 +51,29 @@ def load(role: str, name: str, base: type | None = None) -> type:
             fix=f"{hint}choose one of {', '.join(names(role))}, or give a dotted path to a class",
         )
     return _implementation(importlib.import_module(f"onlinerl.{role}.{name}"), base)
+
+
+def _checked(found: Any, where: str, base: type | None, field: str) -> Any:
+    """What comes from outside the package implements its role, and declares what the role asks for."""
+    if base is None:
+        return found
+    role = f"{base.__module__}.{base.__name__}"
+    if not (inspect.isclass(found) and issubclass(found, base) and found is not base):
+        raise ConfigError(f"{where} is no subclass of {role}", field=field, fix="give the dotted path of one")
+    asked = [name for name in inspect.get_annotations(base) if name not in {*vars(base), *_fields(base)}]
+    for name in asked:
+        value = inspect.getattr_static(found, name, None)
+        if value is None or inspect.isfunction(value):
+            raise ConfigError(
+                f"{where} does not declare `{name}`",
+                field=field,
+                fix=f"state it in the class, `{name} = ...`; {role} says what it means",
+            )
+    return found
+
+
+def _fields(base: type) -> set[str]:
+    return set(base.model_fields) if issubclass(base, BaseModel) else set()
 
 
 def _implementation(module: ModuleType, base: type | None) -> type:

@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 SUPPORT = Path(__file__).parent / "support"
+PACKAGE = Path(__file__).parents[1] / "onlinerl"
 
 POSITIVE = ["good", "great", "wonderful", "excellent", "lovely", "superb", "happy", "best"]
 NEGATIVE = ["bad", "awful", "terrible", "horrible", "worst", "sad", "hate", "dreadful"]
@@ -187,7 +188,7 @@ PRELOADED = [
     "onlinerl.oracles.python",
     "onlinerl.oracles.sentiment",
     "onlinerl.pairing.best_worst",
-    *(f"onlinerl.algorithms.{name}" for name in ("ppo", "grpo", "dpo", "sppo", "dno", "dno_prct")),
+    *(f"onlinerl.algorithms.{file.stem}" for file in (PACKAGE / "algorithms").glob("[a-z]*.py")),
     "pyarrow.parquet",
     "transformers.models.auto.tokenization_auto",
     "vaderSentiment.vaderSentiment",

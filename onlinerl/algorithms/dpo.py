@@ -11,8 +11,8 @@ from pydantic import Field
 from onlinerl.algorithms._pairwise import Pairwise
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.metrics.definition import per_step
-from onlinerl.ops.logprobs import lengths, sequence_logprobs
-from onlinerl.ops.preference import by_pair, logistic, margin, pair_metrics, smoothed
+from onlinerl.ops.logprobs import lengths
+from onlinerl.ops.preference import by_pair, logistic, margin, pair_metrics, sequence_logprobs, smoothed
 from onlinerl.protocols.algorithm import Needs, by_knobs
 
 

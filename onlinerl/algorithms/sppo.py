@@ -11,8 +11,7 @@ from pydantic import Field
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.metrics.definition import per_step
 from onlinerl.ops.items import judged_sequences, sample_items, train_sequences
-from onlinerl.ops.logprobs import log_ratios
-from onlinerl.ops.preference import pair_metrics
+from onlinerl.ops.preference import log_ratios, pair_metrics
 from onlinerl.protocols.algorithm import Algorithm, Needs
 from onlinerl.types.training import TrainItem
 

@@ -1,4 +1,4 @@
-"""Sums of log-probs over a response. Axes: B rows, T response positions."""
+"""Log-probs of response tokens. Axes: B rows, T response positions."""
 
 from __future__ import annotations
 
@@ -18,11 +18,6 @@ def masked(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return values_BT.masked_fill(~mask_BT, 0.0)
 
 
-def sequence_logprobs(outputs: Outputs, batch: Batch) -> Tensor:
-    """S[B] = sum_t m * lp: log-prob of each whole response under the policy, in nats."""
-    return masked(outputs.logprobs_BT, batch.mask_BT).sum(dim=1)
-
-
 def token_log_ratios(outputs: Outputs, batch: Batch) -> Tensor:
     """d[B, T] = lp - ref: log-ratio of policy to reference of each response token, in nats; zero where the mask is false.
 
@@ -30,17 +25,6 @@ def token_log_ratios(outputs: Outputs, batch: Batch) -> Tensor:
         ValueError: if the batch carries no reference log-probs.
     """
     return masked(outputs.logprobs_BT, batch.mask_BT) - masked(batch.need("reference_BT"), batch.mask_BT)
-
-
-def log_ratios(outputs: Outputs, batch: Batch) -> Tensor:
-    """D[B] = S - S_ref: log-ratio of policy to reference of each whole response, in nats. Gradient flows through S only.
-
-    Tokens are subtracted before they are summed: two sums of a thousand nats would leave little of a difference of one.
-
-    Raises:
-        ValueError: if the batch carries no reference log-probs.
-    """
-    return token_log_ratios(outputs, batch).sum(dim=1)
 
 
 def lengths(batch: Batch) -> Tensor:

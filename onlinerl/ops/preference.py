@@ -1,4 +1,4 @@
-"""What the pair losses share. Axes: B rows, T response positions, P pairs (w the chosen response, l the rejected one)."""
+"""What the preference losses share: sums over whole responses, and pairs of them. Axes: B rows, T response positions, P pairs (w the chosen response, l the rejected one)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,23 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from onlinerl.batch import Batch, Mean, Outputs
-from onlinerl.ops.logprobs import lengths, log_ratios, sequence_logprobs
+from onlinerl.ops.logprobs import lengths, masked, token_log_ratios
+
+
+def sequence_logprobs(outputs: Outputs, batch: Batch) -> Tensor:
+    """S[B] = sum_t m * lp: log-prob of each whole response under the policy, in nats."""
+    return masked(outputs.logprobs_BT, batch.mask_BT).sum(dim=1)
+
+
+def log_ratios(outputs: Outputs, batch: Batch) -> Tensor:
+    """D[B] = S - S_ref: log-ratio of policy to reference of each whole response, in nats. Gradient flows through S only.
+
+    Tokens are subtracted before they are summed: two sums of a thousand nats would leave little of a difference of one.
+
+    Raises:
+        ValueError: if the batch carries no reference log-probs.
+    """
+    return token_log_ratios(outputs, batch).sum(dim=1)
 
 
 def by_pair(values_B: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -109,7 +109,7 @@ def test_the_core_imports_nothing_heavy(module):
 
 def test_algorithms_import_torch_and_nothing_else_that_is_heavy():
     names = registry.names("algorithms")
-    assert {"ppo", "grpo", "dpo", "sppo", "dno", "dno_prct"} <= set(names)
+    assert names
     assert imported_by(*(f"onlinerl.algorithms.{name}" for name in names)) == {"torch"}
 
 

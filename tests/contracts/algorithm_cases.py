@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -16,9 +19,31 @@ from onlinerl.ops.batching import collate
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Group, Judged, Pair, Prompt, Query, Rollout, Sampling, TrainItem, TrainSequence, Verdict
 
+GOLDEN = Path(__file__).parents[1] / "unit" / "algorithms"
+
 
 def build(name: str, knobs: dict) -> Algorithm:
     return registry.load("algorithms", name, Algorithm)(**knobs)
+
+
+def golden(name: str) -> ModuleType:
+    """The test file of an algorithm, which brings what no contract can know: values worked out by hand, and how its knobs are set.
+
+    test_value_by_hand    the loss of a few tokens
+    at_reference(items)   the mean loss where policy, old policy, reference and engine agree, with the first of the variants
+    VARIANTS              knobs that the contracts are tried with
+    KNOBS                 by knob: which others are set with it, and a value that must change something
+    """
+    file = GOLDEN / f"test_{name}.py"
+    assert file.is_file(), (
+        f"{name} has no golden test: write {file.relative_to(GOLDEN.parents[2])} (see `golden` for what it holds)"
+    )
+    return importlib.import_module(file.stem)
+
+
+def variants(name: str) -> list[dict]:
+    """What the contracts are tried with: of an algorithm without a golden test, which is a failure of its own, the defaults."""
+    return golden(name).VARIANTS if (GOLDEN / f"test_{name}.py").is_file() else [{}]
 
 
 def group(rng: np.random.Generator, number: int, kind: str, K: int = 4) -> Judged:

@@ -6,75 +6,40 @@ from typing import Any
 
 import numpy as np
 import pytest
-from algorithm_cases import Policy, annotated_items, build, group, pairs_of
+from algorithm_cases import GOLDEN, Policy, annotated_items, build, golden, group, pairs_of
 
 from onlinerl import registry
-
-LEARNERS = {("ppo", "critic"), ("ppo", "critic_learning_rate")}
-"""Keys that the learner reads, where they are tested."""
+from onlinerl.protocols.algorithm import Needs
 
 PAST = [{"responses": 20.0, "score_mean": 2.0, "score_std": 3.0, "kl_rollouts": 9.0, "kl_coef": 0.05}]
-REWARD = {"kl_in": "reward"}
-PAIRWISE = {"beta": [({}, 0.3)], "label_smoothing": [({}, 0.2)], "soft_labels": [({}, True)], "nll_coef": [({}, 0.5)]}
-PAIRWISE |= {"length_norm": [({}, True)]}
 
-CHANGES: dict[str, dict[str, list[tuple[dict[str, Any], Any]]]] = {
-    "dpo": PAIRWISE,
-    "dno_prct": PAIRWISE | {"floor": [({}, 0.5)], "margin": [({}, 0.5)]},
-    "dno": {"eta": [({}, 0.3)], "reward_scale": [({}, 4.0)]},
-    "sppo": {"eta": [({}, 10.0)], "train": [({}, "all")]},
-    "grpo": {
-        "std_norm": [({}, "batch"), ({}, "none"), ({"std_norm": "batch"}, "none")],
-        "agg": [({}, "token_mean")],
-        "clip_low": [({}, 0.05)],
-        "clip_high": [({}, 0.05)],
-        "dual_clip": [({}, 1.01)],
-        "kl": [({}, 0.5)],
-        "sampler_cap": [({}, 0.9), ({}, None), ({"sampler_cap": 0.9}, None)],
-    },
-    "ppo": {
-        "kl": [({}, 0.5), (REWARD, 0.5), ({}, 0.0)],
-        "kl_in": [({}, "reward")],
-        "target_kl": [(REWARD, 1.0)],
-        "kl_horizon": [(REWARD | {"target_kl": 1.0}, 100)],
-        "gamma": [({}, 0.5)],
-        "lam": [({}, 0.5)],
-        "clip": [({}, 0.05)],
-        "dual_clip": [({}, 1.01)],
-        "normalize_scores": [({}, False)],
-        "whiten_rewards": [({}, True)],
-        "missing_eos_score": [({}, -1.0)],
-        "whiten_advantages": [({}, False)],
-        "value_clip": [({}, 0.1), ({"value_clip": 0.1}, 0.3)],
-        "vf_coef": [({}, 1.0)],
-        "entropy_coef": [({}, 0.1)],
-        "sampler_cap": [({}, 0.9), ({}, None), ({"sampler_cap": 0.9}, None)],
-        "critic_warmup": [({}, 2)],
-    },
-}
+
+def knobs(name: str) -> dict[str, list[tuple[dict[str, Any], Any]]]:
+    """How each knob is set, with which others, and to what; without a golden test, which is a failure of its own, none."""
+    return golden(name).KNOBS if (GOLDEN / f"test_{name}.py").is_file() else {}
+
 
 CASES = [
     pytest.param(name, field, base, value, id=f"{name}-{field}-{number}")
-    for name, fields in CHANGES.items()
-    for field, changes in fields.items()
+    for name in registry.names("algorithms")
+    for field, changes in knobs(name).items()
     for number, (base, value) in enumerate(changes)
 ]
 
 
 @pytest.mark.parametrize("name", registry.names("algorithms"))
 def test_every_knob_is_here(name):
-    fields = {field for field in type(build(name, {})).model_fields if (name, field) not in LEARNERS}
-    assert set(CHANGES.get(name, {})) == fields, f"say in CHANGES how each knob of {name} is set, and to what"
+    assert set(golden(name).KNOBS) == set(type(build(name, {})).model_fields), f"say in KNOBS how each knob of {name} is set"
 
 
-def outcome(name: str, knobs: dict[str, Any]) -> tuple[float, list[float], list[int], list[str]]:
-    """Loss per unit, its gradient, items per group, and what was left out."""
-    algorithm = build(name, knobs)
+def outcome(name: str, values: dict[str, Any]) -> tuple[Needs, float, list[float], list[int], list[str]]:
+    """What the learner is told, loss per unit, its gradient, items per group, and what was left out."""
+    algorithm = build(name, values)
     groups = [group(np.random.default_rng(number), number, "scores") for number in range(5)]
     built = [algorithm.items(one, pairs_of(one) if algorithm.needs.pairs else []) for one in groups]
     items = algorithm.prepare(annotated_items(algorithm), PAST)
     loss, gradient, _ = Policy(items).gradient(algorithm, [items])
-    return loss, gradient.tolist(), [len(kept) for kept, _ in built], [str(dropped) for _, dropped in built]
+    return algorithm.needs, loss, gradient.tolist(), [len(kept) for kept, _ in built], [str(dropped) for _, dropped in built]
 
 
 @pytest.mark.parametrize(("name", "field", "base", "value"), CASES)

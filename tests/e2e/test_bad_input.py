@@ -131,6 +131,11 @@ def test_a_missing_key(toy_config, refused, tmp_path):
             ),
         ),
         ({"reference.schedule": "none"}, ("reference.schedule: dpo needs a reference", "set it to fixed")),
+        ({"reference.every": 2}, ("reference.every: is 2, and nothing would read it", "leave it out")),
+        (
+            {"algorithm.name": "grpo", "pairing.name": "ranked"},
+            ("pairing: grpo trains no pairs, so nothing would read it", "leave it out (pairing=null on the command line)"),
+        ),
         ({"algorithm.name": "sppo", "reference.schedule": "fixed"}, ("reference.schedule: sppo", "allow_nonstandard=true")),
         ({"algorithm.name": "grpo", "sampling.top_p": 0.9}, ("sampling.top_p: grpo weighs samples", "set top_p to 1.0")),
         (
@@ -372,6 +377,23 @@ def test_a_resume_by_a_version_with_other_keys(toy_config, onlinerl, tmp_path):
     code, message = onlinerl("resume", run, "iterations=3")
     assert code == REFUSED
     says(message, "training.momentum: was 0.5 when the run started, and this version has no such key")
+
+
+def test_a_resume_of_a_run_whose_pairing_nothing_reads(toy_config, onlinerl, tmp_path):
+    """An older version stored one with every run; whoever sets one now is told."""
+    assert onlinerl("run", toy_config(tmp_path, {"algorithm.name": "grpo"}, iterations=1))[0] == 0
+    run = tmp_path / "runs/toy"
+    stored = run / "config.yaml"
+    stored.write_text(stored.read_text() + "pairing: {name: best_worst, min_gap: 0.0}\n")
+    with directory.RunDirectory.open(run) as store:
+        store.update_manifest(
+            fingerprint={**store.manifest["fingerprint"], "pairing.name": "best_worst", "pairing.min_gap": 0.0}
+        )
+    code, message = onlinerl("resume", run, "iterations=2", "pairing.name=ranked")
+    assert code == REFUSED
+    says(message, "pairing.", "is now 'ranked'")
+    assert onlinerl("resume", run, "iterations=2")[0] == 0
+    assert "pairing" not in stored.read_text()
 
 
 @pytest.mark.parametrize(("removed", "unfinished", "later"), [("0001", 1, 2), ("0000", 0, 1), ("0001/manifest.json", 1, 2)])

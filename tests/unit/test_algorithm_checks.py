@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from onlinerl import config as configuration
-from onlinerl.algorithm_checks import check_algorithm, implied_preferences
+from onlinerl.algorithm_checks import check_algorithm, check_sections, implied_preferences
 from onlinerl.errors import ConfigError
 from onlinerl.metrics.definition import per_step
 from onlinerl.types import Verdict
@@ -62,6 +62,52 @@ def test_a_target_without_a_price_to_adapt_is_refused(knobs):
     with pytest.raises(ConfigError) as caught:
         notes(*knobs)
     assert caught.value.field == "algorithm.target_kl"
+
+
+def sections(*overrides: str) -> None:
+    config = configuration.load(QUICKSTART, list(overrides))
+    check_sections(config, configuration.algorithm(config))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "said"),
+    [
+        (["algorithm.name=grpo", "pairing.name=best_worst"], "pairing", "grpo trains no pairs"),
+        (["algorithm.name=sppo", "pairing.name=ranked"], "pairing", "sppo trains no pairs"),
+        (["algorithm.name=grpo", "reference.schedule=previous"], "reference.schedule", "grpo as configured needs no reference"),
+        (["algorithm.name=ppo", "algorithm.kl=0.0", "reference.schedule=fixed"], "reference.schedule", "needs no reference"),
+        (["algorithm.name=grpo", "reference.every=2"], "reference.every", "needs no reference"),
+        (["reference.every=2"], "reference.every", "dpo with this schedule does not"),
+        (["reference.allow_nonstandard=true"], "reference.allow_nonstandard", "dpo with this schedule does not"),
+        (
+            ["algorithm.name=dno", "reference.schedule=previous", "reference.allow_nonstandard=true"],
+            "reference.allow_nonstandard",
+            "dno with this schedule does not",
+        ),
+    ],
+)
+def test_what_nothing_would_read_is_refused(overrides, field, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        sections(*overrides)
+    assert caught.value.field == field
+    assert caught.value.fix is not None
+    assert caught.value.fix.startswith("leave it out")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["pairing.name=ranked"],
+        ["algorithm.name=grpo"],
+        ["algorithm.name=grpo", "pairing=null"],
+        ["algorithm.name=grpo", "reference.schedule=none"],  # says what is so
+        ["algorithm.name=grpo", "algorithm.kl=0.1", "reference.schedule=previous"],
+        ["reference.schedule=every_n", "reference.every=2"],
+        ["algorithm.name=dno", "reference.schedule=fixed", "reference.allow_nonstandard=true"],
+    ],
+)
+def test_what_is_read_is_accepted(overrides):
+    sections(*overrides)
 
 
 SCORED = Verdict(annotator="a", oracle_version="v", scores=(0.0, 1.0))

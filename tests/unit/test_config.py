@@ -378,6 +378,30 @@ def test_a_key_that_came_with_a_later_version_counts_as_its_default():
     assert list(configuration.changes({k: v for k, v in stored.items() if k != "seed"}, changed(seed=3))) == ["seed"]
 
 
+def test_a_pairing_that_was_left_out_is_the_default_where_pairs_are_trained():
+    config = changed()
+    assert config.pairing is None
+    assert configuration.fingerprint(config)["pairing.name"] == "best_worst"
+    assert configuration.parse(yaml.safe_load(configuration.dump(config))).pairing == {"name": "best_worst", "min_gap": 0.0}
+    assert configuration.digest(changed(pairing={"name": "best_worst"})) == configuration.digest(config)
+    assert configuration.digest(changed(pairing={"name": "ranked"})) != configuration.digest(config)
+
+
+def test_a_pairing_that_an_older_version_filled_in_changes_nothing():
+    """It was stored whether or not the algorithm trains pairs; setting one now is another thing."""
+    config = changed(algorithm={"name": "grpo"})
+    assert "pairing" not in yaml.safe_load(configuration.dump(config))
+    stored = {**configuration.fingerprint(config), "pairing.name": "best_worst", "pairing.min_gap": 0.0}
+    older = changed(algorithm={"name": "grpo"}, pairing={"name": "best_worst"})
+    assert configuration.without_unread(older) == config
+    assert configuration.changes(stored, config) == {}
+    assert set(configuration.changes(stored, changed(algorithm={"name": "grpo"}, pairing={"name": "ranked"}))) == {
+        "pairing.name"
+    }
+    pairs = changed(pairing={"name": "ranked"})
+    assert configuration.without_unread(pairs) == pairs
+
+
 def test_a_key_that_is_gone_is_named():
     stored = {**configuration.fingerprint(changed()), "training.momentum": 0.5, "algorithm.beta": 0.1}
     assert configuration.changes(stored, changed()) == {

@@ -7,11 +7,16 @@ import torch
 from algorithm_batches import evaluate, items_of, judged, pair, sequence, values
 
 from onlinerl.algorithms.dno import Dno
-from onlinerl.algorithms.dno_prct import DnoPrct
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.types import Pair
 
+VARIANTS = [{}, {"reward_scale": 5.0}]
+KNOBS = {"eta": [({}, 0.3)], "reward_scale": [({}, 4.0)]}
 PAIRS = [Pair(chosen=2, rejected=0, prob=0.9), Pair(chosen=2, rejected=1, prob=0.8), Pair(chosen=1, rejected=0, prob=0.7)]
+
+
+def at_reference(items):
+    return math.log(2)
 
 
 def item(rate_1: float, rate_2: float, **changes):
@@ -63,37 +68,3 @@ def test_metrics_report_the_target():
 def test_win_rates_come_from_the_group():
     items = items_of(Dno(), judged([1, 2, 3], scores=(0.0, 0.0, 100.0)), PAIRS[:1])
     assert [s.win_rate for s in items[0].sequences] == pytest.approx([2.5 / 3, 1.0 / 3])
-
-
-def test_prct_without_filters_is_dpo_against_the_previous_policy():
-    group = judged([1, 2, 3], scores=(0.0, 1.0, 2.0))
-    assert (
-        [i.prob for i in items_of(DnoPrct(), group, PAIRS)]
-        == [i.prob for i in items_of(Dpo(), group, PAIRS)]
-        == [0.9, 0.8, 0.7]
-    )
-    assert DnoPrct().reference == "previous"
-    for knobs in ({}, {"beta": 0.5, "label_smoothing": 0.2}):
-        ours, theirs = (evaluate(cls(**knobs), [item(0.9, 0.1)], [-0.4, -1.3]) for cls in (DnoPrct, Dpo))
-        assert ours[0] == theirs[0]
-        assert torch.equal(ours[1], theirs[1])
-
-
-@pytest.mark.parametrize(
-    ("knobs", "kept", "counted"),
-    [
-        ({"floor": 5.0}, [0.9, 0.8], {"floor": 1}),  # the winner of the third pair scores 4
-        ({"margin": 2.0}, [0.9, 0.7], {"gap": 1}),  # gaps are 3, 1 and 2
-        ({"floor": 5.0, "margin": 2.0}, [0.9], {"floor": 1, "gap": 1}),
-        ({"floor": 5.5}, [], {"floor": 3}),
-    ],
-)
-def test_prct_filters_by_the_oracles_scores_and_counts(knobs, kept, counted):
-    items, dropped = DnoPrct(**knobs).items(judged([1, 2, 3], scores=(2.0, 4.0, 5.0)), PAIRS)
-    assert ([i.prob for i in items], dropped) == (kept, counted)
-
-
-def test_prct_filters_by_win_rates_where_the_oracle_gives_no_scores():
-    even = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.1), (0.5, 0.9, 0.5))
-    items, _ = DnoPrct(margin=0.2).items(judged([1, 2, 3], preferences=even), PAIRS)
-    assert [i.prob for i in items] == [0.8]  # win rates 0.5, 0.3667 and 0.6333

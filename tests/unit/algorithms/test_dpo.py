@@ -13,6 +13,20 @@ from trl_losses import dpo_loss
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.types import Pair
 
+VARIANTS = [{}, {"soft_labels": True, "label_smoothing": 0.1, "nll_coef": 0.5, "length_norm": True}]
+KNOBS = {
+    "beta": [({}, 0.3)],
+    "label_smoothing": [({}, 0.2)],
+    "soft_labels": [({}, True)],
+    "nll_coef": [({}, 0.5)],
+    "length_norm": [({}, True)],
+}
+
+
+def at_reference(items):
+    return math.log(2)
+
+
 # Chosen: D_w = 2 over 4 tokens. Rejected: D_l = -1 over 2 tokens. So h = 3, and z = 0.3 at beta 0.1.
 ITEM = pair(sequence(4, reference=-1.0), sequence(2, 50, reference=-2.0), prob=0.8)
 ROWS = [-0.5, -2.5]

@@ -11,7 +11,25 @@ from trl_losses import grpo_loss
 
 from onlinerl.algorithms.grpo import Grpo
 
+VARIANTS = [
+    {"std_norm": "group", "agg": "seq_mean_token_mean"},
+    {"std_norm": "batch", "agg": "token_mean", "kl": 0.04, "clip_high": 0.28, "sampler_cap": None},
+    {"std_norm": "none", "agg": "token_mean"},
+]
+KNOBS = {
+    "std_norm": [({}, "batch"), ({}, "none"), ({"std_norm": "batch"}, "none")],
+    "agg": [({}, "token_mean")],
+    "clip_low": [({}, 0.05)],
+    "clip_high": [({}, 0.05)],
+    "dual_clip": [({}, 1.01)],
+    "kl": [({}, 0.5)],
+    "sampler_cap": [({}, 0.9), ({}, None), ({"sampler_cap": 0.9}, None)],
+}
 AGGREGATIONS = ("seq_mean_token_mean", "token_mean")
+
+
+def at_reference(items):
+    return -np.mean([item.sequences[0].advantages[0] for item in items])
 
 
 def grpo(std_norm="group", agg="seq_mean_token_mean", **knobs) -> Grpo:
@@ -95,6 +113,16 @@ def test_on_policy_the_loss_is_minus_the_mean_advantage():
     by_token, gradient, _, _ = evaluate(grpo(agg="token_mean"), items, [-1.0, -1.0])
     assert by_token == pytest.approx(0.0)  # -(4 * 1 - 2 * 2) / 6
     assert gradient[0].tolist() == pytest.approx([-1.0 / 6] * 4)
+
+
+def test_value_by_hand():
+    # ratios 1.5 (clipped to 1.2) and 1 with A = 1; ratio 0.9 with A = -2
+    items = [
+        single(sequence(2, old=[-1.0 - np.log(1.5), -1.0], behaviour=[-1.0 - np.log(1.5), -1.0], advantages=1.0)),
+        single(sequence(1, old=-1.0 - np.log(0.9), behaviour=-1.0 - np.log(0.9), advantages=-2.0)),
+    ]
+    assert evaluate(grpo(), items, [-1.0, -1.0])[0] == pytest.approx((-1.1 + 1.8) / 2, rel=1e-6)
+    assert evaluate(grpo(agg="token_mean"), items, [-1.0, -1.0])[0] == pytest.approx((-1.2 - 1.0 + 1.8) / 3, rel=1e-5)
 
 
 def test_clipping():

@@ -12,6 +12,42 @@ from onlinerl.learners.toy import ToyLearner
 from onlinerl.ops.batching import collate
 from onlinerl.types import TrainSequence
 
+REWARD = {"kl_in": "reward"}
+VARIANTS = [
+    {},
+    {"kl_in": "reward", "target_kl": 1.0, "kl_horizon": 10, "whiten_rewards": True, "value_clip": 0.2},
+    {"entropy_coef": 0.01, "dual_clip": 3.0, "normalize_scores": False},
+    {"kl": 0.0},
+]
+KNOBS = {
+    "kl": [({}, 0.5), (REWARD, 0.5), ({}, 0.0)],
+    "kl_in": [({}, "reward")],
+    "target_kl": [(REWARD, 1.0)],
+    "kl_horizon": [(REWARD | {"target_kl": 1.0}, 100)],
+    "gamma": [({}, 0.5)],
+    "lam": [({}, 0.5)],
+    "clip": [({}, 0.05)],
+    "dual_clip": [({}, 1.01)],
+    "normalize_scores": [({}, False)],
+    "whiten_rewards": [({}, True)],
+    "missing_eos_score": [({}, -1.0)],
+    "whiten_advantages": [({}, False)],
+    "value_clip": [({}, 0.1), ({"value_clip": 0.1}, 0.3)],
+    "vf_coef": [({}, 1.0)],
+    "entropy_coef": [({}, 0.1)],
+    "sampler_cap": [({}, 0.9), ({}, None), ({"sampler_cap": 0.9}, None)],
+    "critic": [({}, "shared")],
+    "critic_learning_rate": [({}, 1e-3)],
+    "critic_warmup": [({}, 2)],
+}
+
+
+def at_reference(items):
+    advantages, returns, values = (
+        np.concatenate([getattr(item.sequences[0], name) for item in items]) for name in ("advantages", "returns", "values")
+    )
+    return -advantages.mean() + 0.1 * 0.5 * np.mean((values - returns) ** 2)
+
 
 def prepared(algorithm: Ppo, *sequences, past=()) -> list:
     return [item.sequences[0] for item in algorithm.prepare([single(s) for s in sequences], past)]
@@ -27,6 +63,23 @@ def loss_of(algorithm: Ppo, items, rows, value_rows, **outputs):
     mean, gradient, out, batch = evaluate(algorithm, items, rows, values_BT=value, **outputs)
     (value_gradient,) = torch.autograd.grad(out.total / sum(item.count("token") for item in items), value)
     return mean, gradient, value_gradient, values(out), batch
+
+
+def test_value_by_hand():
+    # Ratios 1.5 (clipped to 1.2) and 1, A = (1, -1); values (1, 0) against returns (0, 2); d = (1, 0)
+    item = single(
+        sequence(
+            2,
+            old=[-np.log(1.5), 0.0],
+            behaviour=[-np.log(1.5), 0.0],
+            reference=[-1.0, 0.0],
+            advantages=[1.0, -1.0],
+            returns=[0.0, 2.0],
+        )
+    )
+    policy, value, kl = (-1.2 + 1.0) / 2, 0.5 * (1.0 + 4.0) / 2, 0.36787944 / 2
+    mean = loss_of(Ppo(), [item], [0.0], [[1.0, 0.0]])[0]
+    assert mean == pytest.approx(policy + 0.05 * kl + 0.1 * value, rel=1e-5)
 
 
 def test_advantages_and_returns_by_hand():

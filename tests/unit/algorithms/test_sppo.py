@@ -10,13 +10,21 @@ from trl_losses import dpo_loss
 
 from onlinerl.algorithms.sppo import Sppo
 
+VARIANTS = [{}, {"train": "all"}]
+KNOBS = {"eta": [({}, 10.0)], "train": [({}, "all")]}
 NAN = float("nan")
 CYCLE = ((NAN, 0.9, 0.2), (0.1, NAN, 0.7), (0.8, 0.3, NAN))
 
 
-def test_value_at_the_reference_with_published_knobs():
+def at_reference(items):
+    return np.mean([(1000 * (s.win_rate - 0.5)) ** 2 for item in items for s in item.sequences])
+
+
+def test_value_by_hand():
     items = [pair(sequence(3, win_rate=0.9), sequence(2, 50, win_rate=0.1))]
-    assert evaluate(Sppo(), items, [0.0, 0.0])[0] == pytest.approx(160000, rel=1e-6)
+    assert evaluate(Sppo(), items, [0.0, 0.0])[0] == pytest.approx(160000, rel=1e-6)  # at the reference, with published knobs
+    # D = (3, -1) against targets (4, -4)
+    assert evaluate(Sppo(eta=10.0), items, [1.0, -0.5])[0] == pytest.approx((1.0 + 9.0) / 2, rel=1e-6)
 
 
 def test_even_game_at_the_reference_has_no_loss_and_no_gradient():
