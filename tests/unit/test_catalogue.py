@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 def script(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look
     spec.loader.exec_module(module)
     return module
 
@@ -173,6 +175,18 @@ def test_a_new_metric_costs_one_entry():
 
 def test_the_documentation_is_what_its_generator_writes():
     assert (ROOT / "docs/metrics.md").read_text() == script("tools/metrics_docs.py").text(), "run python tools/metrics_docs.py"
+
+
+def test_the_dashboard_is_what_its_generator_writes():
+    module = script("dashboards/make_grafana.py")
+    assert (ROOT / "dashboards/onlinerl.json").read_text() == module.text(), "run python dashboards/make_grafana.py"
+    ids = [panel["id"] for panel in module.dashboard()["panels"]]
+    assert len(ids) == len(set(ids))
+    explained = {panel["title"]: panel.get("description") for panel in module.dashboard()["panels"]}
+    assert (
+        explained["Response length"]
+        == f"length: {CATALOGUE['length'].help}. Below 400 prompts it must not be trusted for a decision."
+    )
 
 
 # --- dashboard and alerts ---

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import io
 import json
 import math
@@ -27,8 +26,6 @@ from onlinerl.trackers.jsonl import JsonlTracker, read_metrics
 from onlinerl.trackers.prometheus import PrometheusTracker, totals
 from onlinerl.trackers.tensorboard import TensorboardTracker
 from onlinerl.types import Metric
-
-DASHBOARDS = Path(__file__).parents[2] / "dashboards"
 
 
 def metric(name="reward", value=0.5, iteration=1, **more):
@@ -515,15 +512,3 @@ def test_the_table_says_what_its_figures_are_worth():
     assert "k1: there k3 is the noisier estimate" in doubtful
     assert "the two estimates of the KL disagree" in doubtful
     assert "iteration 1 gave nothing to learn" in table(status="keep")
-
-
-# --- the dashboard file ---
-
-
-def test_the_dashboard_is_what_its_generator_writes():
-    spec = importlib.util.spec_from_file_location("make_grafana", DASHBOARDS / "make_grafana.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert (DASHBOARDS / "onlinerl.json").read_text() == module.text(), "run python dashboards/make_grafana.py"
-    ids = [panel["id"] for panel in module.dashboard()["panels"]]
-    assert len(ids) == len(set(ids))
