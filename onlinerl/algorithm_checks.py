@@ -17,7 +17,7 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
         ConfigError: naming the field, the cause and the fix.
     """
     name, needs, k = config.algorithm["name"], algorithm.needs(), config.sampling.samples_per_prompt
-    CATALOGUE.including(algorithm.metrics, name)
+    CATALOGUE.including(name, algorithm.metrics, algorithm.figure_metrics)
     if k < needs.min_samples:
         raise ConfigError(
             f"{name} compares responses and needs at least {needs.min_samples} per prompt, got {k}",

@@ -344,7 +344,8 @@ def _trackers(checked: Checked, directory: Path, console: Console) -> list[Track
 
         host, port = config.metrics.prometheus_host, config.metrics.prometheus_port
         advertised = outside_address() if host in ("0.0.0.0", "::", "") else host
-        catalogue = CATALOGUE.including(checked.algorithm.metrics, config.algorithm["name"])
+        algorithm = checked.algorithm
+        catalogue = CATALOGUE.including(config.algorithm["name"], algorithm.metrics, algorithm.figure_metrics)
         exporter = PrometheusTracker(
             config.name,
             host=host,

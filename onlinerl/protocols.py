@@ -11,7 +11,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from onlinerl.errors import OracleError
-from onlinerl.metrics.definition import Definition
 from onlinerl.types import (
     Failure,
     Group,
@@ -70,8 +69,10 @@ class Algorithm(Component):
     Subclasses set the class attributes and implement `items` and `loss`; `prepare` is optional.
     """
 
-    metrics: ClassVar[tuple[Definition, ...]] = ()
-    """What its loss and `figures` report and the catalogue (onlinerl/metrics) does not have: `per_step` and `per_iteration` make them."""
+    metrics: ClassVar[tuple[tuple[str, str, str], ...]] = ()
+    """(name, what it is, unit) of all that its loss reports and the catalogue (onlinerl/metrics) does not have."""
+    figure_metrics: ClassVar[tuple[tuple[str, str, str], ...]] = ()
+    """The same of `figures`."""
 
     def needs(self) -> Needs:
         """What must be computed before `loss` can run."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import starmap
 from pathlib import Path
 
 from onlinerl import registry
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
-from onlinerl.metrics.definition import Definition, Series
+from onlinerl.metrics.definition import Definition, Series, per_iteration, per_step
 from onlinerl.metrics.vocabulary import ESTIMATORS, UNITS
 from onlinerl.protocols import Algorithm
 
@@ -45,7 +46,11 @@ def document(catalogue: Catalogue, declared: Mapping[str, Sequence[Definition]])
 def text() -> str:
     """The content of docs/metrics.md."""
     names = registry.names("algorithms")
-    return document(CATALOGUE, {name: registry.load("algorithms", name, Algorithm).metrics for name in names})
+    return document(CATALOGUE, {name: _own(registry.load("algorithms", name, Algorithm)) for name in names})
+
+
+def _own(algorithm: type[Algorithm]) -> list[Definition]:
+    return [*starmap(per_step, algorithm.metrics), *starmap(per_iteration, algorithm.figure_metrics)]
 
 
 def _table(definitions: Iterable[Definition]) -> str:

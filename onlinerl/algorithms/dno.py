@@ -11,7 +11,6 @@ import torch
 from pydantic import Field
 
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.metrics.definition import per_step
 from onlinerl.ops.items import pair_items
 from onlinerl.ops.preference import by_pair, logistic, margin, pair_metrics
 from onlinerl.protocols import Algorithm, Needs
@@ -29,7 +28,7 @@ class Dno(Algorithm):
     reward_scale: float = Field(1.0, gt=0)
     """Win rates are multiplied by this; the paper has 1."""
 
-    metrics = (per_step("target_prob", "Probability that a pair is trained towards", "ratio"),)
+    metrics = (("target_prob", "Probability that a pair is trained towards", "ratio"),)
 
     def needs(self) -> Needs:
         """Pairs and the reference."""

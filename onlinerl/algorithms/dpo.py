@@ -12,7 +12,6 @@ import torch
 from pydantic import Field
 
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.metrics.definition import per_step
 from onlinerl.ops.items import pair_items
 from onlinerl.ops.logprobs import lengths, sequence_logprobs
 from onlinerl.ops.preference import by_pair, logistic, margin, pair_metrics, smoothed
@@ -34,7 +33,7 @@ class Dpo(Algorithm):
     length_norm: bool = False
     """Mean instead of sum over tokens: "The Hitchhiker's Guide to Human Alignment with *PO"."""
 
-    metrics = (per_step("chosen_nll", "Negative log-prob of the chosen tokens", "nats/token"),)
+    metrics = (("chosen_nll", "Negative log-prob of the chosen tokens", "nats/token"),)
 
     def needs(self) -> Needs:
         """Pairs and the reference; probabilities if labels are soft."""

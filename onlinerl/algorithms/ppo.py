@@ -11,7 +11,6 @@ import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.metrics.definition import per_iteration, per_step
 from onlinerl.ops.advantages import adapted_kl, gae, normalized, whiten
 from onlinerl.ops.items import judged_sequences, need, sample_items, with_sequence
 from onlinerl.ops.kl import k3_plus
@@ -67,17 +66,17 @@ class Ppo(Algorithm):
     """Iterations at the start in which only the critic learns."""
 
     metrics = (
-        per_step("value_loss", "The critic's loss", "loss"),
-        per_step("value", "What the critic expects, mean over tokens", "reward"),
-        per_step("return", "What the critic is taught, mean over tokens", "reward"),
-        per_iteration("responses", "Responses trained on", "responses"),
-        per_iteration("score_mean", "Mean score of the training responses", "reward"),
-        per_iteration("score_std", "Standard deviation of the scores of the training responses", "reward"),
-        per_iteration("kl_coef", "Price of one nat of KL to the reference", "1"),
-        per_iteration("kl_rollouts", "KL of the rollouts to the reference (k1)", "nats/sequence"),
-        per_iteration(
-            "explained_variance", "1 - Var(return - value) / Var(return) before training; 1 is a perfect critic", "1"
-        ),
+        ("value_loss", "The critic's loss", "loss"),
+        ("value", "What the critic expects, mean over tokens", "reward"),
+        ("return", "What the critic is taught, mean over tokens", "reward"),
+    )
+    figure_metrics = (
+        ("responses", "Responses trained on", "responses"),
+        ("score_mean", "Mean score of the training responses", "reward"),
+        ("score_std", "Standard deviation of the scores of the training responses", "reward"),
+        ("kl_coef", "Price of one nat of KL to the reference", "1"),
+        ("kl_rollouts", "KL of the rollouts to the reference (k1)", "nats/sequence"),
+        ("explained_variance", "1 - Var(return - value) / Var(return) before training; 1 is a perfect critic", "1"),
     )
 
     @field_validator("target_kl")

@@ -9,7 +9,6 @@ from typing import Literal
 from pydantic import Field
 
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.metrics.definition import per_step
 from onlinerl.ops.items import judged_sequences, sample_items, train_sequences
 from onlinerl.ops.logprobs import log_ratios
 from onlinerl.ops.preference import pair_metrics
@@ -30,9 +29,9 @@ class Sppo(Algorithm):
     """Which responses of a group are trained: those with the highest and the lowest win rate, or all K."""
 
     metrics = (
-        per_step("winner_log_ratio", "log(policy / reference) of responses that win more than half", "nats/sequence"),
-        per_step("loser_log_ratio", "log(policy / reference) of responses that win less than half", "nats/sequence"),
-        per_step("target", "How far log-ratios are asked to move, up or down", "nats/sequence"),
+        ("winner_log_ratio", "log(policy / reference) of responses that win more than half", "nats/sequence"),
+        ("loser_log_ratio", "log(policy / reference) of responses that win less than half", "nats/sequence"),
+        ("target", "How far log-ratios are asked to move, up or down", "nats/sequence"),
     )
 
     def needs(self) -> Needs:

@@ -39,7 +39,8 @@ def run(parts: Parts, attempt: int = 0) -> int:
     Raises:
         OnlineRLError: of the boundary that failed; everything finished until then is on disk and `run` continues from it.
     """
-    report = Reporter(parts.tracker, attempt, CATALOGUE.including(parts.algorithm.metrics, type(parts.algorithm).__name__))
+    name, algorithm = parts.config.algorithm["name"], parts.algorithm
+    report = Reporter(parts.tracker, attempt, CATALOGUE.including(name, algorithm.metrics, algorithm.figure_metrics))
     weights = Weights()
     done = 0
     for number in range(parts.config.iterations + 1):

@@ -210,7 +210,7 @@ class Reporter:
         ]
         for definition in new:
             self.tracker.note(
-                f"{definition.name} is recorded without a unit: the algorithm reports it, and its `metrics` do not declare it"
+                f"{definition.name} is recorded without a unit: the algorithm reports it, and does not declare it in `metrics` or `figure_metrics`"
             )
         self.catalogue = Catalogue((*self.catalogue, *new), self.catalogue.states)
 

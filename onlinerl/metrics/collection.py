@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from itertools import starmap
 from typing import Any
 
 from onlinerl.errors import ConfigError
-from onlinerl.metrics.definition import Column, Definition, Series
+from onlinerl.metrics.definition import Column, Definition, Series, per_iteration, per_step
 from onlinerl.metrics.vocabulary import ESTIMATORS, UNITS
 from onlinerl.types import Metric
+
+Row = tuple[str, str, str]
+"""(name, what it is, unit) of a metric, as an algorithm declares it."""
 
 
 class Catalogue:
@@ -66,20 +70,25 @@ class Catalogue:
         """How the metrics of the table of iterations are shown, by name."""
         return {d.name: d.column for d in self.definitions if d.column}
 
-    def including(self, more: Sequence[Definition], owner: str) -> Catalogue:
-        """With the metrics that `owner`, an algorithm, declares.
+    def including(self, algorithm: str, steps: Iterable[Row], figures: Iterable[Row]) -> Catalogue:
+        """With the metrics that an algorithm declares.
+
+        Args:
+            algorithm: its name.
+            steps: what its loss reports, `Algorithm.metrics`.
+            figures: what its `figures` report, `Algorithm.figure_metrics`.
 
         Raises:
-            ConfigError: if one of them contradicts itself, or is there already and is something else.
+            ConfigError: if one of them contradicts itself, or has the name of another metric.
         """
-        new = [d for d in more if self._by_name.get(d.name) != d]
         try:
-            return Catalogue((*self.definitions, *new), self.states)
-        except ValueError as error:
+            own = [*starmap(per_step, steps), *starmap(per_iteration, figures)]
+            return Catalogue((*self.definitions, *own), self.states)
+        except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"{owner} declares metrics that cannot be recorded: {error}",
+                f"{algorithm} declares metrics that cannot be recorded: {error}",
                 field="algorithm.name",
-                fix="see docs/metrics.md for the names that are taken, and for units and estimators",
+                fix="give (name, what it is, unit) of each; docs/metrics.md lists the units, and the names that are taken",
             ) from None
 
     def record(

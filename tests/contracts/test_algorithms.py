@@ -236,21 +236,22 @@ def reported(algorithm: Algorithm) -> dict[str, str]:
 
 
 def undeclared(algorithm: Algorithm) -> set[str]:
-    """Metrics that it reports and that neither the catalogue nor its own `metrics` have."""
-    catalogue = CATALOGUE.including(algorithm.metrics, type(algorithm).__name__)
+    """Metrics that it reports and that neither the catalogue nor its own declarations have."""
+    catalogue = CATALOGUE.including("it", algorithm.metrics, algorithm.figure_metrics)
     declared = {d.name: d.origin for d in catalogue}
     return {name for name, origin in reported(algorithm).items() if declared.get(name) != origin}
 
 
 @pytest.mark.parametrize(("name", "knobs"), CASES)
 def test_reports_only_metrics_that_are_described(name, knobs):
-    assert undeclared(build(name, knobs)) == set(), "declare them in `metrics`, with per_step or per_iteration"
+    assert undeclared(build(name, knobs)) == set(), "declare them in `metrics` or `figure_metrics`"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_reports_every_metric_that_it_declares(name):
     algorithms = [build(name, knobs) for knobs in VARIANTS.get(name, [{}])]
-    assert {d.name for d in algorithms[0].metrics} <= set().union(*map(reported, algorithms))
+    declared = {name for name, _, _ in (*algorithms[0].metrics, *algorithms[0].figure_metrics)}
+    assert declared <= set().union(*map(reported, algorithms))
 
 
 def test_every_metric_that_families_share_is_reported_by_some_algorithm():

@@ -19,7 +19,7 @@ from rich.console import Console
 from onlinerl.errors import ConfigError
 from onlinerl.metrics.catalogue import CATALOGUE, STATES
 from onlinerl.metrics.collection import Catalogue
-from onlinerl.metrics.definition import Column, Definition, Series, per_step
+from onlinerl.metrics.definition import Column, Definition, Series
 from onlinerl.trackers.console import render_table
 from onlinerl.trackers.prometheus import PrometheusTracker
 from onlinerl.types import Metric
@@ -127,14 +127,25 @@ def test_a_record_made_without_the_catalogue_is_compared_with_it():
 
 
 def test_an_algorithm_adds_its_metrics_and_takes_nobody_elses():
-    own = per_step("surprise", "How unexpected it was", "nats")
-    assert CATALOGUE.including([own, CATALOGUE["margin"]], "mine")["surprise"].estimators == ("mean over steps",)
+    own = ("surprise", "How unexpected it was", "nats")
+    assert CATALOGUE.including("mine", [own], [])["surprise"].estimators == ("mean over steps",)
+    assert CATALOGUE.including("mine", [], [own])["surprise"].estimators == ("exact",)
     assert "surprise" not in CATALOGUE
-    with pytest.raises(ConfigError, match="mine declares metrics that cannot be recorded: defined twice: reward") as caught:
-        CATALOGUE.including([per_step("reward", "Mine", "reward")], "mine")
-    assert caught.value.field == "algorithm.name"
-    with pytest.raises(ConfigError, match="metric 'wow': unknown unit 'wows'; choose one of 1, "):
-        CATALOGUE.including([per_step("wow", "How unexpected it was", "wows")], "mine")
+
+
+@pytest.mark.parametrize(
+    ("own", "problem"),
+    [
+        (("reward", "Mean score of the batch", "reward"), "defined twice: reward"),
+        (("wow", "How unexpected it was", "wows"), "metric 'wow': unknown unit 'wows'; choose one of 1, "),
+        (("wow", "nats"), "missing 1 required positional argument: 'unit'"),
+    ],
+)
+def test_what_an_algorithm_cannot_declare(own, problem):
+    for declared in ([[own], []], [[], [own]]):
+        with pytest.raises(ConfigError, match=f"mine declares metrics that cannot be recorded: .*{problem}") as caught:
+            CATALOGUE.including("mine", *declared)
+        assert caught.value.field == "algorithm.name"
 
 
 # --- what is made of it ---

@@ -13,7 +13,6 @@ from onlinerl.controller.report import Reporter
 from onlinerl.controller.statistics import bootstrap, divergence, wilson
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
-from onlinerl.metrics.definition import per_step
 from onlinerl.protocols import Tracker
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.types import (
@@ -140,9 +139,10 @@ def trained(report: Reporter, learner: Sequence[dict[str, float]], figures: dict
 
 
 def test_what_an_algorithm_declares_has_its_unit():
-    own = per_step("surprise", "How unexpected it was", "nats")
-    report = Reporter(Recorder(), catalogue=CATALOGUE.including([own], "mine"))
-    found = trained(report, [{"surprise": 1.0}, {"surprise": 2.0}], {})
+    own = CATALOGUE.including("mine", [("surprise", "How unexpected it was", "nats")], [("mood", "How it felt", "1")])
+    report = Reporter(Recorder(), catalogue=own)
+    found = trained(report, [{"surprise": 1.0}, {"surprise": 2.0}], {"mood": 3.0})
+    assert (found["mood"].value, found["mood"].estimator) == (3.0, "exact")
     assert (found["surprise"].value, found["surprise"].unit, found["surprise"].n) == (1.5, "nats", 2)
     assert report.tracker.notes == []
 
