@@ -24,7 +24,6 @@ from onlinerl.controller.phases.sample import sample
 from onlinerl.controller.phases.sync import sync
 from onlinerl.controller.phases.train import train
 from onlinerl.controller.report import Reporter
-from onlinerl.metrics.catalogue import CATALOGUE
 
 Phase = Callable[[Iteration], dict[str, Any]]
 BASE: Mapping[str, Phase] = {"sync": sync, "evaluate": evaluate, "commit": commit}
@@ -39,8 +38,7 @@ def run(parts: Parts, attempt: int = 0) -> int:
     Raises:
         OnlineRLError: of the boundary that failed; everything finished until then is on disk and `run` continues from it.
     """
-    name, algorithm = parts.config.algorithm["name"], parts.algorithm
-    report = Reporter(parts.tracker, attempt, CATALOGUE.including(name, algorithm.metrics, algorithm.figure_metrics))
+    report = Reporter.of(parts, attempt)
     weights = Weights()
     done = 0
     for number in range(parts.config.iterations + 1):
