@@ -18,7 +18,6 @@ from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import Parts
 from onlinerl.controller.report import Reporter
 from onlinerl.graph import Task
-from onlinerl.metrics.catalogue import CATALOGUE
 
 PATIENCE_S = 5.0
 """How long phases have to end by themselves when the run is stopped; what they still say after that is ignored."""
@@ -41,8 +40,7 @@ class _Loop:
     """Which phases are done and which are running."""
 
     def __init__(self, parts: Parts, attempt: int) -> None:
-        catalogue = CATALOGUE.including(parts.algorithm.metrics, type(parts.algorithm).__name__)
-        self.parts, self.report = parts, Reporter(parts.tracker, attempt, catalogue)
+        self.parts, self.report = parts, Reporter.of(parts, attempt)
         self.done = {t: start.finished(parts.store, t) for t in range(parts.config.iterations + 1)}
         self.stop = threading.Event()
         self.iterations: dict[int, Iteration] = {}

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from onlinerl.controller import evaluation
-from onlinerl.controller.parts import Built
+from onlinerl.controller.parts import Built, Parts
 from onlinerl.controller.statistics import Divergence, Estimate, bootstrap, wilson
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
@@ -30,6 +30,11 @@ class Reporter:
     catalogue: Catalogue = CATALOGUE
     """With what the algorithm of the run declares."""
     _noted: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, parts: Parts, attempt: int) -> Reporter:
+        """For a run with these parts."""
+        return cls(parts.tracker, attempt, CATALOGUE.including(parts.algorithm.metrics, parts.config.algorithm["name"]))
 
     def phase(self, iteration: int, phase: str, seconds: float, record: Mapping[str, Any]) -> None:
         """Exclusive wall time of a phase."""
