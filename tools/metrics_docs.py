@@ -8,7 +8,7 @@ from pathlib import Path
 from onlinerl import registry
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
-from onlinerl.metrics.definition import Definition, Series, of_own
+from onlinerl.metrics.definition import Definition, Series
 from onlinerl.metrics.vocabulary import ESTIMATORS, UNITS
 from onlinerl.protocols.algorithm import Algorithm
 
@@ -45,8 +45,7 @@ def document(catalogue: Catalogue, declared: Mapping[str, Sequence[Definition]])
 def text() -> str:
     """The content of docs/metrics.md."""
     names = registry.names("algorithms")
-    declared = {name: registry.load("algorithms", name, Algorithm).metrics for name in names}
-    return document(CATALOGUE, {name: [*map(of_own, own)] for name, own in declared.items()})
+    return document(CATALOGUE, {name: registry.load("algorithms", name, Algorithm).metrics for name in names})
 
 
 def _table(definitions: Iterable[Definition]) -> str:

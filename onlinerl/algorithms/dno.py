@@ -9,7 +9,7 @@ from pydantic import Field
 
 from onlinerl.algorithms._pairwise import Pairwise
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.metrics.own import OwnMetric
+from onlinerl.metrics.definition import per_step
 from onlinerl.ops.preference import by_pair, logistic, margin, pair_metrics
 from onlinerl.protocols.algorithm import Needs
 
@@ -29,7 +29,7 @@ class Dno(Pairwise):
     reward_scale: float = Field(1.0, gt=0)
     """Win rates are multiplied by this; the paper has 1."""
 
-    metrics = (OwnMetric("target_prob", "Probability that a pair is trained towards", "ratio"),)
+    metrics = (per_step("target_prob", "Probability that a pair is trained towards", "ratio"),)
 
     def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
         """Sum over pairs.

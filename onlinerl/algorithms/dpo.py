@@ -10,7 +10,7 @@ from pydantic import Field
 
 from onlinerl.algorithms._pairwise import Pairwise
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.metrics.own import OwnMetric
+from onlinerl.metrics.definition import per_step
 from onlinerl.ops.logprobs import lengths
 from onlinerl.ops.preference import by_pair, logistic, margin, pair_metrics, sequence_logprobs, smoothed
 from onlinerl.protocols.algorithm import Needs, by_knobs
@@ -30,7 +30,7 @@ class Dpo(Pairwise):
     length_norm: bool = False
     """Mean instead of sum over tokens: "The Hitchhiker's Guide to Human Alignment with *PO"."""
 
-    metrics = (OwnMetric("chosen_nll", "Negative log-prob of the chosen tokens", "nats/token"),)
+    metrics = (per_step("chosen_nll", "Negative log-prob of the chosen tokens", "nats/token"),)
 
     @by_knobs
     def needs(self) -> Needs:

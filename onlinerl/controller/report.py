@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +15,7 @@ from onlinerl.controller.parts import Built, Parts
 from onlinerl.controller.statistics import Divergence, Estimate, bootstrap, wilson
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
-from onlinerl.metrics.definition import of_own
-from onlinerl.metrics.own import OwnMetric
+from onlinerl.metrics.definition import per_iteration, per_step
 from onlinerl.protocols.tracker import Tracker
 from onlinerl.types import Failure, Group, Judged, Metric, SelfTest, SyncReport, UpdateReport, Verdict
 
@@ -208,18 +207,17 @@ class Reporter:
 
         It is a mistake in the algorithm, found by its contract tests, and no reason to end a run that may have cost days.
         """
-        origins: dict[str, Literal["step", "iteration"]] = {name: "iteration" for name in sorted(figures)}
-        origins |= {name: "step" for name in sorted(steps)}
+        makers = dict.fromkeys(sorted(figures), per_iteration) | dict.fromkeys(sorted(steps), per_step)
         new = [
-            OwnMetric(name, "Reported by an algorithm and not declared", "1", per)
-            for name, per in origins.items()
+            make(name, "Reported by an algorithm and not declared", "1")
+            for name, make in makers.items()
             if name not in self.catalogue
         ]
-        for own in new:
+        for definition in new:
             self.tracker.note(
-                f"{own.name} is recorded without a unit: the algorithm reports it, and its `metrics` do not declare it"
+                f"{definition.name} is recorded without a unit: the algorithm reports it, and its `metrics` do not declare it"
             )
-        self.catalogue = Catalogue((*self.catalogue, *map(of_own, new)), self.catalogue.states)
+        self.catalogue = Catalogue((*self.catalogue, *new), self.catalogue.states)
 
     def _reports(self, name: str, origin: str) -> bool:
         """Whether this is a metric of that origin, and not another one of the same name, whose records it would take the place of."""

@@ -8,8 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from onlinerl.errors import ConfigError
-from onlinerl.metrics.definition import Column, Definition, Series, of_own
-from onlinerl.metrics.own import OwnMetric
+from onlinerl.metrics.definition import Column, Definition, Series
 from onlinerl.metrics.vocabulary import ESTIMATORS, UNITS
 from onlinerl.types import Metric
 
@@ -67,14 +66,15 @@ class Catalogue:
         """How the metrics of the table of iterations are shown, by name."""
         return {d.name: d.column for d in self.definitions if d.column}
 
-    def including(self, more: Sequence[OwnMetric], owner: str) -> Catalogue:
+    def including(self, more: Sequence[Definition], owner: str) -> Catalogue:
         """With the metrics that `owner`, an algorithm, declares.
 
         Raises:
-            ConfigError: if one of them contradicts itself, or is there already.
+            ConfigError: if one of them contradicts itself, or is there already and is something else.
         """
+        new = [d for d in more if self._by_name.get(d.name) != d]
         try:
-            return Catalogue((*self.definitions, *map(of_own, more)), self.states)
+            return Catalogue((*self.definitions, *new), self.states)
         except ValueError as error:
             raise ConfigError(
                 f"{owner} declares metrics that cannot be recorded: {error}",

@@ -1,12 +1,10 @@
-"""What one metric is."""
+"""What one metric is. Plain data without dependencies, so that an algorithm can declare its own metrics at no cost."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
-
-from onlinerl.metrics.own import OwnMetric
 
 Estimator = Literal["exact", "mean", "wilson", "ratio", "k1", "k3", "mean over steps"]
 Kind = Literal["gauge", "counter", "histogram"]
@@ -97,8 +95,6 @@ def per_step(
     )
 
 
-def of_own(own: OwnMetric) -> Definition:
-    """What an algorithm declares, as the catalogue has it."""
-    if own.per == "step":
-        return per_step(own.name, own.help, own.unit)
-    return Definition(name=own.name, help=own.help, unit=own.unit, section="", n_of="items", origin="iteration")
+def per_iteration(name: str, help: str, unit: str, *, section: str = "", series: tuple[Series, ...] = ()) -> Definition:
+    """A metric that an algorithm returns from `figures`."""
+    return Definition(name=name, help=help, unit=unit, section=section, n_of="items", origin="iteration", series=series)

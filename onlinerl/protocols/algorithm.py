@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from onlinerl.metrics.own import OwnMetric
+from onlinerl.metrics.definition import Definition
 from onlinerl.protocols.component import Component
 from onlinerl.types.training import TrainItem, Unit
 
@@ -67,8 +67,8 @@ class Algorithm(Component):
     depends on a knob is a method of the same name under `by_knobs`.
     """
 
-    metrics: ClassVar[tuple[OwnMetric, ...]] = ()
-    """What its loss and `figures` report and the catalogue (onlinerl/metrics) does not have."""
+    metrics: ClassVar[tuple[Definition, ...]] = ()
+    """What its loss and `figures` report and the catalogue (onlinerl/metrics) does not have: `per_step` and `per_iteration` make them."""
     unit: ClassVar[Unit]
     """What the summed loss is divided by the global count of."""
     needs: ClassVar[Needs]

@@ -18,8 +18,7 @@ from rich.console import Console
 from onlinerl.errors import ConfigError
 from onlinerl.metrics.catalogue import CATALOGUE, STATES
 from onlinerl.metrics.collection import Catalogue
-from onlinerl.metrics.definition import Column, Definition, Series
-from onlinerl.metrics.own import OwnMetric
+from onlinerl.metrics.definition import Column, Definition, Series, per_step
 from onlinerl.trackers.console import render_table
 from onlinerl.trackers.prometheus import PrometheusTracker
 from onlinerl.types import Metric
@@ -126,14 +125,14 @@ def test_a_record_made_without_the_catalogue_is_compared_with_it():
 
 
 def test_an_algorithm_adds_its_metrics_and_takes_nobody_elses():
-    own = OwnMetric("surprise", "How unexpected it was", "nats")
-    assert CATALOGUE.including([own], "mine")["surprise"].estimators == ("mean over steps",)
+    own = per_step("surprise", "How unexpected it was", "nats")
+    assert CATALOGUE.including([own, CATALOGUE["margin"]], "mine")["surprise"].estimators == ("mean over steps",)
     assert "surprise" not in CATALOGUE
     with pytest.raises(ConfigError, match="mine declares metrics that cannot be recorded: defined twice: reward") as caught:
-        CATALOGUE.including([OwnMetric("reward", "Mine", "reward")], "mine")
+        CATALOGUE.including([per_step("reward", "Mine", "reward")], "mine")
     assert caught.value.field == "algorithm.name"
     with pytest.raises(ConfigError, match="metric 'wow': unknown unit 'wows'; choose one of 1, "):
-        CATALOGUE.including([OwnMetric("wow", "How unexpected it was", "wows")], "mine")
+        CATALOGUE.including([per_step("wow", "How unexpected it was", "wows")], "mine")
 
 
 # --- what is made of it ---

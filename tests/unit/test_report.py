@@ -13,7 +13,7 @@ from onlinerl.controller.report import Reporter
 from onlinerl.controller.statistics import bootstrap, divergence, wilson
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
-from onlinerl.metrics.own import OwnMetric
+from onlinerl.metrics.definition import per_step
 from onlinerl.protocols.tracker import Tracker
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.types import (
@@ -140,7 +140,7 @@ def trained(report: Reporter, learner: Sequence[dict[str, float]], figures: dict
 
 
 def test_what_an_algorithm_declares_has_its_unit():
-    own = OwnMetric("surprise", "How unexpected it was", "nats")
+    own = per_step("surprise", "How unexpected it was", "nats")
     report = Reporter(Recorder(), catalogue=CATALOGUE.including([own], "mine"))
     found = trained(report, [{"surprise": 1.0}, {"surprise": 2.0}], {})
     assert (found["surprise"].value, found["surprise"].unit, found["surprise"].n) == (1.5, "nats", 2)
