@@ -7,7 +7,7 @@ from pathlib import Path
 
 from onlinerl import registry
 from onlinerl.metrics.catalogue import CATALOGUE
-from onlinerl.metrics.collection import Catalogue
+from onlinerl.metrics.collection import Catalogue, defined
 from onlinerl.metrics.definition import Definition, Series
 from onlinerl.metrics.vocabulary import ESTIMATORS, UNITS
 from onlinerl.protocols.algorithm import Algorithm
@@ -45,7 +45,8 @@ def document(catalogue: Catalogue, declared: Mapping[str, Sequence[Definition]])
 def text() -> str:
     """The content of docs/metrics.md."""
     names = registry.names("algorithms")
-    return document(CATALOGUE, {name: registry.load("algorithms", name, Algorithm).metrics for name in names})
+    reported = {name: registry.load("algorithms", name, Algorithm).metrics for name in names}
+    return document(CATALOGUE, {name: [defined(*metric) for metric in metrics] for name, metrics in reported.items()})
 
 
 def _table(definitions: Iterable[Definition]) -> str:

@@ -9,9 +9,8 @@ from pydantic import Field
 
 from onlinerl.algorithms._pairwise import Pairwise
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.metrics.definition import per_step
 from onlinerl.ops.preference import by_pair, logistic, margin, pair_metrics
-from onlinerl.protocols.algorithm import Needs
+from onlinerl.protocols.algorithm import Needs, Reported
 
 
 class Dno(Pairwise):
@@ -29,7 +28,7 @@ class Dno(Pairwise):
     reward_scale: float = Field(1.0, gt=0)
     """Win rates are multiplied by this; the paper has 1."""
 
-    metrics = (per_step("target_prob", "Probability that a pair is trained towards", "ratio"),)
+    metrics = (Reported("target_prob", "Probability that a pair is trained towards", "ratio"),)
 
     def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
         """Sum over pairs.

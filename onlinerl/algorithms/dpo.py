@@ -10,10 +10,9 @@ from pydantic import Field
 
 from onlinerl.algorithms._pairwise import Pairwise
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.metrics.definition import per_step
 from onlinerl.ops.logprobs import lengths
 from onlinerl.ops.preference import by_pair, logistic, margin, pair_metrics, sequence_logprobs, smoothed
-from onlinerl.protocols.algorithm import Needs, by_knobs
+from onlinerl.protocols.algorithm import Needs, Reported, by_knobs
 
 
 class Dpo(Pairwise):
@@ -30,7 +29,7 @@ class Dpo(Pairwise):
     length_norm: bool = False
     """Mean instead of sum over tokens: "The Hitchhiker's Guide to Human Alignment with *PO"."""
 
-    metrics = (per_step("chosen_nll", "Negative log-prob of the chosen tokens", "nats/token"),)
+    metrics = (Reported("chosen_nll", "Negative log-prob of the chosen tokens", "nats/token"),)
 
     @by_knobs
     def needs(self) -> Needs:

@@ -12,13 +12,12 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from onlinerl.algorithms._policy_gradient import PolicyGradient
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.metrics.definition import per_iteration, per_step
 from onlinerl.ops.critic import clipped_value_loss, gae
 from onlinerl.ops.items import judged_sequences, need, sample_items, with_sequence
 from onlinerl.ops.kl import k3_plus
 from onlinerl.ops.logprobs import masked, token_log_ratios
 from onlinerl.ops.scaling import adapted_kl, normalized, whiten
-from onlinerl.protocols.algorithm import Needs, by_knobs
+from onlinerl.protocols.algorithm import Needs, Reported, by_knobs
 from onlinerl.types.plan import Objection, Plan
 from onlinerl.types.training import TrainItem, TrainSequence
 
@@ -71,16 +70,19 @@ class Ppo(PolicyGradient):
     """Iterations at the start in which only the critic learns."""
 
     metrics = (
-        per_step("value_loss", "The critic's loss", "loss"),
-        per_step("value", "What the critic expects, mean over tokens", "reward"),
-        per_step("return", "What the critic is taught, mean over tokens", "reward"),
-        per_iteration("responses", "Responses trained on", "responses"),
-        per_iteration("score_mean", "Mean score of the training responses", "reward"),
-        per_iteration("score_std", "Standard deviation of the scores of the training responses", "reward"),
-        per_iteration("kl_coef", "Price of one nat of KL to the reference", "1"),
-        per_iteration("kl_rollouts", "KL of the rollouts to the reference (k1)", "nats/sequence"),
-        per_iteration(
-            "explained_variance", "1 - Var(return - value) / Var(return) before training; 1 is a perfect critic", "1"
+        Reported("value_loss", "The critic's loss", "loss"),
+        Reported("value", "What the critic expects, mean over tokens", "reward"),
+        Reported("return", "What the critic is taught, mean over tokens", "reward"),
+        Reported("responses", "Responses trained on", "responses", "iteration"),
+        Reported("score_mean", "Mean score of the training responses", "reward", "iteration"),
+        Reported("score_std", "Standard deviation of the scores of the training responses", "reward", "iteration"),
+        Reported("kl_coef", "Price of one nat of KL to the reference", "1", "iteration"),
+        Reported("kl_rollouts", "KL of the rollouts to the reference (k1)", "nats/sequence", "iteration"),
+        Reported(
+            "explained_variance",
+            "1 - Var(return - value) / Var(return) before training; 1 is a perfect critic",
+            "1",
+            "iteration",
         ),
     )
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.metrics.definition import per_step
 from onlinerl.ops.items import judged_sequences, sample_items, train_sequences
 from onlinerl.ops.preference import log_ratios, pair_metrics
-from onlinerl.protocols.algorithm import Algorithm, Needs
+from onlinerl.protocols.algorithm import Algorithm, Needs, Reported
 from onlinerl.types.training import TrainItem
 
 if TYPE_CHECKING:
@@ -36,9 +35,9 @@ class Sppo(Algorithm):
     """Which responses of a group are trained: those with the highest and the lowest win rate, or all K."""
 
     metrics = (
-        per_step("winner_log_ratio", "log(policy / reference) of responses that win more than half", "nats/sequence"),
-        per_step("loser_log_ratio", "log(policy / reference) of responses that win less than half", "nats/sequence"),
-        per_step("target", "How far log-ratios are asked to move, up or down", "nats/sequence"),
+        Reported("winner_log_ratio", "log(policy / reference) of responses that win more than half", "nats/sequence"),
+        Reported("loser_log_ratio", "log(policy / reference) of responses that win less than half", "nats/sequence"),
+        Reported("target", "How far log-ratios are asked to move, up or down", "nats/sequence"),
     )
 
     def most_items(self, samples: int, pairs: int) -> int:

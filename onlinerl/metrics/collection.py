@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 from onlinerl.errors import ConfigError
-from onlinerl.metrics.definition import Column, Definition, Series
+from onlinerl.metrics.definition import Column, Definition, Series, per_iteration, per_step
 from onlinerl.metrics.vocabulary import ESTIMATORS, UNITS
 from onlinerl.types import Metric
+
+Declared = tuple[str, str, str, Literal["step", "iteration"]]
+"""A metric as an algorithm declares it: name, help, unit, and who reports it."""
 
 
 class Catalogue:
@@ -66,13 +69,14 @@ class Catalogue:
         """How the metrics of the table of iterations are shown, by name."""
         return {d.name: d.column for d in self.definitions if d.column}
 
-    def including(self, more: Sequence[Definition], owner: str) -> Catalogue:
+    def including(self, more: Iterable[Definition | Declared], owner: str) -> Catalogue:
         """With the metrics that `owner`, an algorithm, declares.
 
         Raises:
             ConfigError: if one of them contradicts itself, or is there already and is something else.
         """
-        new = [d for d in more if self._by_name.get(d.name) != d]
+        definitions = [d if isinstance(d, Definition) else defined(*d) for d in more]
+        new = [d for d in definitions if self._by_name.get(d.name) != d]
         try:
             return Catalogue((*self.definitions, *new), self.states)
         except ValueError as error:
@@ -144,6 +148,11 @@ class Catalogue:
         if record.insufficient != (record.n < (definition.n_min or 0)):
             return f"{record.name} may be trusted from n = {definition.n_min} on, and n is {record.n}"
         return None
+
+
+def defined(name: str, help: str, unit: str, origin: Literal["step", "iteration"]) -> Definition:
+    """The definition of a metric that an algorithm declares."""
+    return (per_step if origin == "step" else per_iteration)(name, help, unit)
 
 
 def _contradiction(metric: Definition) -> str | None:

@@ -1,4 +1,4 @@
-"""What one metric is. Plain data without dependencies, so that an algorithm can declare its own metrics at no cost."""
+"""What one metric is. Plain data without dependencies."""
 
 from __future__ import annotations
 

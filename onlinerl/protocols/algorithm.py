@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from onlinerl.metrics.definition import Definition
 from onlinerl.protocols.component import Component
 from onlinerl.types.training import TrainItem, Unit
 
@@ -60,6 +59,15 @@ class Needs(BaseModel):
         return sampling if self.sampling_temperature else 1.0
 
 
+class Reported(NamedTuple):
+    """A metric that few algorithms have, from `loss` at each optimizer step or from `figures` for each iteration."""
+
+    name: str
+    help: str
+    unit: str
+    origin: Literal["step", "iteration"] = "step"
+
+
 class Algorithm(Component):
     """An algorithm is its hyper-parameters plus a pure loss. It is stateless and frozen: the configuration is the algorithm.
 
@@ -67,8 +75,8 @@ class Algorithm(Component):
     depends on a knob is a method of the same name under `by_knobs`.
     """
 
-    metrics: ClassVar[tuple[Definition, ...]] = ()
-    """What its loss and `figures` report and the catalogue (onlinerl/metrics) does not have: `per_step` and `per_iteration` make them."""
+    metrics: ClassVar[tuple[Reported, ...]] = ()
+    """What its loss and `figures` report and the catalogue (onlinerl/metrics) does not have."""
     unit: ClassVar[Unit]
     """What the summed loss is divided by the global count of."""
     needs: ClassVar[Needs]

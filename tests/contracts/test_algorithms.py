@@ -209,7 +209,7 @@ def undeclared(algorithm: Algorithm) -> set[str]:
 
 @pytest.mark.parametrize(("name", "knobs"), CASES)
 def test_reports_only_metrics_that_are_described(name, knobs):
-    assert undeclared(build(name, knobs)) == set(), "declare them in `metrics`, with per_step or per_iteration"
+    assert undeclared(build(name, knobs)) == set(), "declare them in `metrics`"
 
 
 @pytest.mark.parametrize("name", NAMES)

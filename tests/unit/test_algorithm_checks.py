@@ -9,7 +9,7 @@ import pytest
 from onlinerl import config as configuration
 from onlinerl.algorithm_checks import check_algorithm, check_sections, implied_preferences
 from onlinerl.errors import ConfigError
-from onlinerl.metrics.definition import per_step
+from onlinerl.protocols.algorithm import Reported
 from onlinerl.types import Verdict
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
@@ -135,9 +135,9 @@ def test_what_reads_preferences_of_an_oracle_that_scores_is_told_what_they_are(a
 def test_an_algorithm_that_declares_a_metric_of_others_is_refused():
     config = configuration.load(QUICKSTART)
     algorithm = configuration.algorithm(config)
-    own = type("Own", (type(algorithm),), {"metrics": (per_step("surprise", "How unexpected it was", "nats"),)})
+    own = type("Own", (type(algorithm),), {"metrics": (Reported("surprise", "How unexpected it was", "nats"),)})
     check_algorithm(config, own())
-    clash = type("Clash", (type(algorithm),), {"metrics": (per_step("reward", "Mean score of the batch", "reward"),)})
+    clash = type("Clash", (type(algorithm),), {"metrics": (Reported("reward", "Mean score of the batch", "reward"),)})
     with pytest.raises(ConfigError, match="dpo declares metrics that cannot be recorded: defined twice: reward") as caught:
         check_algorithm(config, clash())
     assert caught.value.field == "algorithm.name"
