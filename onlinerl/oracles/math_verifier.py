@@ -12,11 +12,12 @@ import os
 import selectors
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pydantic import Field, PrivateAttr
 
@@ -44,6 +45,8 @@ class MathVerifier(Oracle):
     would say 0.73."""
 
     _worker: subprocess.Popen[bytes] | None = PrivateAttr(None)
+    _turn: Any = PrivateAttr(default_factory=threading.Lock)
+    _calls: int = PrivateAttr(0)
 
     def open(self) -> None:
         """Start the process that compares. Idempotent; `judge` calls it too.
@@ -99,9 +102,12 @@ class MathVerifier(Oracle):
     def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
         """One Verdict with K scores of 0 or 1 per query, in order.
 
+        A call that missed its deadline is left to itself and may still be at work when the next one comes: it then gives up.
+
         Raises:
             OracleError: if a prompt has no reference answer.
         """
+        self._calls = call = self._calls + 1
         for query in queries:
             if query.prompt.reference_answer is None:
                 raise OracleError(
@@ -109,14 +115,17 @@ class MathVerifier(Oracle):
                     field="prompts",
                     fix='add "reference_answer": "..." to its line in the prompt file',
                 )
-        return [self._judge(query) for query in queries]
+        return [self._judge(query, call) for query in queries]
 
-    def _judge(self, query: Query) -> Verdict | Failure:
+    def _judge(self, query: Query, call: int) -> Verdict | Failure:
         started = time.perf_counter()
         scores: list[float] = []
         remarks: list[str] = []
         for index, response in enumerate(query.responses):
-            score = self._compare(str(query.prompt.reference_answer), response)
+            with self._turn:  # one question at a time: answers do not say whose they are
+                if call != self._calls:
+                    return Failure(kind="timeout", message=f"prompt {query.prompt.id!r}: nobody waits for this answer any more")
+                score = self._compare(str(query.prompt.reference_answer), response)
             if isinstance(score, Failure):
                 message = f"response {index}: {score.message}"
                 if score.kind == "parse_fail" or self.uncomparable_score is None:
