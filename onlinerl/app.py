@@ -77,13 +77,13 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False) -> int:
     Raises:
         OnlineRLError: naming field, cause and fix.
     """
+    config = configuration.located(config)
     if (config.directory / "manifest.json").exists() and not fresh:
         raise StoreError(
             f"{config.directory} already holds a run",
             field="name",
             fix=f"continue it with `onlinerl resume {config.directory}`, choose another name=..., or move it aside with --fresh",
         )
-    config = configuration.located(config)
     checked = check(config, console)
     _require_startable(checked)
     if fresh and (aside := RunDirectory.move_aside(config.directory)) is not None:

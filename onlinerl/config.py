@@ -240,7 +240,7 @@ def _number_as_text(value: Any) -> Any:
 class RunConfig(Section):
     """A whole run."""
 
-    name: Annotated[str, BeforeValidator(_number_as_text)] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Annotated[str, BeforeValidator(_number_as_text)] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     model: str
     """Directory of a Hugging Face model, or a hub id."""
     iterations: int = Field(ge=1)
@@ -267,20 +267,32 @@ class RunConfig(Section):
     @property
     def directory(self) -> Path:
         """Where everything about this run is kept."""
-        return Path(self.runs) / self.name
+        return at_home(self.runs, "runs") / self.name
+
+
+def at_home(path: str, field: str) -> Path:
+    """A path in which a leading `~` or `~USER` is that home directory.
+
+    Raises:
+        ConfigError: if there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{path} is in the home of a user that is not there", field=field, fix=f"write ./{path}") from None
 
 
 def located(config: RunConfig) -> RunConfig:
     """The same configuration with absolute paths, so that it means the same in every working directory."""
-    model = Path(config.model).expanduser()
+    model = at_home(config.model, "model")
     prompts = {
-        key: path if path.startswith("package:") else str(Path(path).expanduser().absolute())
+        key: path if path.startswith("package:") else str(at_home(path, f"prompts.{key}").absolute())
         for key, path in (("train", config.prompts.train), ("heldout", config.prompts.heldout))
     }
     return config.model_copy(
         update={
             "model": str(model.absolute()) if model.is_dir() else config.model,  # otherwise perhaps a hub id
-            "runs": str(Path(config.runs).expanduser().absolute()),
+            "runs": str(at_home(config.runs, "runs").absolute()),
             "prompts": config.prompts.model_copy(update=prompts),
         }
     )

@@ -371,7 +371,7 @@ def _is_hub_id(model: str) -> bool:
 
 def _local(model: str) -> Path | None:
     """Where the files of a model lie: its directory, or the snapshot of a hub id that has been downloaded. Fetches nothing."""
-    path = Path(model).expanduser()
+    path = configuration.at_home(model, "model")
     if path.is_dir():
         return path.absolute()
     if not _is_hub_id(model):

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator
 
+from onlinerl.config import at_home
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
 from onlinerl.protocols import ModelOracle
@@ -51,7 +52,7 @@ class RewardModel(ModelOracle):
     @field_validator("path")
     @classmethod
     def _absolute(cls, path: str) -> str:
-        folder = Path(path).expanduser()
+        folder = at_home(path, "oracle.path")
         return str(folder.absolute()) if folder.is_dir() else path  # a resume may start in another working directory
 
     def open(self) -> None:

@@ -282,6 +282,27 @@ def test_a_directory_that_holds_another_run(toy_config, onlinerl, tmp_path):
     assert (tmp_path / "runs/toy.1/manifest.json").exists()
 
 
+def test_paths_in_the_home_directory(toy_config, onlinerl, monkeypatch, tmp_path):
+    """`check` and `run` take them for the same place, and a run that lies there is not taken for none."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {"runs": "~/runs", "prompts.train": "~/train.jsonl", "prompts.heldout": "~/heldout.jsonl"}
+    config = toy_config(tmp_path, {**paths, "iterations": 1, "evaluation.prompts": 4})
+    assert onlinerl("check", config) == (0, "")
+    assert onlinerl("run", config)[0] == 0
+    code, message = onlinerl("run", config)
+    assert code == REFUSED
+    says(message, f"store: name: {tmp_path}/runs/toy already holds a run", "onlinerl resume")
+
+
+@pytest.mark.parametrize("key", ["runs", "model", "prompts.train"])
+def test_a_path_in_the_home_of_nobody(toy_config, refused, tmp_path, key):
+    says(
+        refused(toy_config(tmp_path), f"{key}=~nobody-here/x"),
+        f"config: {key}: ~nobody-here/x is in the home",
+        "./~nobody-here/x",
+    )
+
+
 def test_a_directory_that_holds_other_files(toy_config, onlinerl, tmp_path):
     (tmp_path / "runs/toy").mkdir(parents=True)
     (tmp_path / "runs/toy/thesis.tex").write_text("x")
