@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from onlinerl import registry, yaml_files
 from onlinerl.errors import ConfigError
-from onlinerl.protocols import Algorithm, Component, Oracle, PairBuilder
+from onlinerl.protocols import Algorithm, Component, CustomResources, Oracle, PairBuilder
 from onlinerl.types import Sampling
 
 _SECRET = re.compile(r"(^|_)(api)?(key|token|password|passwd|secret|credential)s?$")
@@ -57,7 +57,8 @@ class SamplingConfig(Section):
 
     samples_per_prompt: int = Field(4, ge=1)
     """K."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=0.01)
+    """Not below 0.01: vLLM samples at 0.01 instead, and the learner would score at another temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(-1, ge=-1)
     max_new_tokens: int = Field(256, ge=1)
@@ -144,7 +145,7 @@ class EngineConfig(Section):
     threads: int | None = Field(None, ge=1)
     """Threads a CPU replica computes with, over all its workers; by default its machine's cores, shared with the other replicas there
     (rollouts and training take turns). Never more than there are cores."""
-    resources: dict[str, float] = Field(default_factory=dict)
+    resources: CustomResources = Field(default_factory=dict)
     """Extra Ray resources per replica, e.g. {rollout_node: 1} to choose a node."""
     start_timeout_s: float = Field(900, gt=0)
     generate_timeout_s: float = Field(1800, gt=0)
@@ -169,7 +170,7 @@ class LearnerConfig(Section):
     """CPUs reserved per rank."""
     threads: int | None = Field(None, ge=1)
     """Threads per CPU rank; the cores divided by the ranks by default."""
-    resources: dict[str, float] = Field(default_factory=dict)
+    resources: CustomResources = Field(default_factory=dict)
     """Extra Ray resources per rank, e.g. {learner_node: 1} to choose a node."""
     start_timeout_s: float = Field(900, gt=0)
     """Longest start: meeting of the ranks, and loading the model."""
@@ -244,7 +245,7 @@ class RunConfig(Section):
     model: str
     """Directory of a Hugging Face model, or a hub id."""
     iterations: int = Field(ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     runs: str = "runs"
     """The run directory is `<runs>/<name>`."""
     algorithm: dict[str, Any]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from onlinerl.errors import OracleError
 from onlinerl.types import (
@@ -31,6 +31,19 @@ from onlinerl.types import (
 
 if TYPE_CHECKING:  # torch stays out of everything that only passes batches along
     from onlinerl.batch import Batch, LossOutput, Outputs
+
+
+def _custom(resources: dict[str, float]) -> dict[str, float]:
+    for name, amount in resources.items():
+        if name in ("CPU", "GPU"):  # would take the place of what the run reserves for itself
+            raise ValueError(f"{name} is no custom resource; the key `cpus` and the layout say how many there are")
+        if amount < 0:
+            raise ValueError(f"{name} cannot be negative")
+    return resources
+
+
+CustomResources = Annotated[dict[str, float], AfterValidator(_custom)]
+"""Amounts of Ray's custom resources, by name."""
 
 
 class Component(BaseModel):
@@ -212,7 +225,7 @@ class ModelOracle(Oracle):
     """CPUs reserved per replica; 0 shares those of engine and learner, which work at other times."""
     threads: int | None = Field(None, ge=1)
     """Threads that a replica on a CPU computes with; the cores of its machine divided by the replicas by default."""
-    resources: dict[str, float] = Field(default_factory=dict)
+    resources: CustomResources = Field(default_factory=dict)
     """Extra Ray resources per replica, e.g. {oracle_node: 1} to choose a node."""
     start_timeout_s: float = Field(900.0, gt=0)
 

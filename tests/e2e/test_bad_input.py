@@ -86,6 +86,23 @@ def test_keys_and_types(toy_config, refused, tmp_path, override, parts):
     says(refused(toy_config(tmp_path), override), "config: ", *parts)
 
 
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        (".dpo", ("'.dpo' is no dotted path", "PACKAGE.MODULE.CLASS")),
+        ("..x", ("'..x' is no dotted path",)),
+        ("unfinished.Mine", ("cannot import 'unfinished': ", "SyntaxError: ", "correct the error")),
+        ("raising.Mine", ("cannot import 'raising': ZeroDivisionError: division by zero",)),
+    ],
+)
+@pytest.mark.parametrize("section", ["algorithm", "oracle", "pairing"])
+def test_a_class_of_the_users_own_that_cannot_be_imported(toy_config, refused, monkeypatch, tmp_path, section, name, parts):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "unfinished.py").write_text("class Mine(:\n")
+    (tmp_path / "raising.py").write_text("1 / 0\n")
+    says(refused(toy_config(tmp_path), f"{section}.name={name}"), f"config: {section}.name: ", *parts)
+
+
 def test_a_typo_in_the_file(toy_config, cli, tmp_path):
     """In a process of its own: the message comes without a traceback and the exit code is that of a refusal."""
     done = cli("run", toy_config(tmp_path, {"training.learning_rat": 0.1}))

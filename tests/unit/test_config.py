@@ -169,6 +169,12 @@ def test_naming_the_engine_or_learner_keeps_the_other_keys(write):
         ("prompts.reuse", 1),
         ("sampling.temperature", "1.0"),
         ("sampling.temperature", 0),
+        ("sampling.temperature", 0.009),  # vLLM would sample at 0.01
+        ("seed", 2**32),  # numpy takes no more, and vLLM seeds it
+        ("name", "a" * 101),  # a file name ends somewhere
+        ("engine.resources", {"CPU": 2.0}),  # is engine.cpus
+        ("learner.resources", {"GPU": 0.0}),
+        ("learner.resources", {"learner_node": -1.0}),
         ("name", 7.5),
         ("runs", ["a"]),
         ("algorithm.beta", "0.1"),
