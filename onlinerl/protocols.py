@@ -117,6 +117,10 @@ class Algorithm(Component):
         """
         raise NotImplementedError
 
+    def score(self, sequence: TrainSequence) -> float:
+        """What a response earns: the oracle's score, unless the algorithm puts another one in its place."""
+        return sequence.score
+
     def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> list[TrainItem]:
         """See all items of the iteration at once, with log-probs and values filled in: advantages, whitening, weights.
 

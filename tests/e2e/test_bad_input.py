@@ -95,12 +95,11 @@ def test_keys_and_types(toy_config, refused, tmp_path, override, parts):
         ("raising.Mine", ("cannot import 'raising': ZeroDivisionError: division by zero",)),
     ],
 )
-@pytest.mark.parametrize("section", ["algorithm", "oracle", "pairing"])
-def test_a_class_of_the_users_own_that_cannot_be_imported(toy_config, refused, monkeypatch, tmp_path, section, name, parts):
+def test_a_class_of_the_users_own_that_cannot_be_imported(toy_config, refused, monkeypatch, tmp_path, name, parts):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "unfinished.py").write_text("class Mine(:\n")
     (tmp_path / "raising.py").write_text("1 / 0\n")
-    says(refused(toy_config(tmp_path), f"{section}.name={name}"), f"config: {section}.name: ", *parts)
+    says(refused(toy_config(tmp_path), f"algorithm.name={name}"), "config: algorithm.name: ", *parts)
 
 
 def test_a_typo_in_the_file(toy_config, cli, tmp_path):

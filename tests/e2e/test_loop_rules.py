@@ -81,6 +81,17 @@ def test_a_run_may_end_with_nothing_left_to_learn(toy_config, onlinerl, oracle, 
     assert onlinerl("resume", tmp_path / "runs/toy")[0] == 4
 
 
+def test_ppo_learns_from_cut_responses_whatever_the_oracle_says(toy_config, onlinerl, oracle, tmp_path):
+    """As at the start of a run on hard problems: every answer is wrong, but those that end are better than those that do not."""
+    cut = {"iterations": 1, "algorithm.name": "ppo", "algorithm.missing_eos_score": -1.0, "sampling.max_new_tokens": 30}
+    config = toy_config(tmp_path, {**oracle(CONSTANT), **cut})
+    assert onlinerl("run", config)[0] == 0
+    (sample,), (train,) = (records(tmp_path / "runs/toy", phase) for phase in ("sample", "train"))
+    assert 0 < sample["truncated"] < sample["samples"]
+    assert train["idle"] is None
+    assert train["steps"] > 0
+
+
 # --- responses that were thrown away ---
 
 

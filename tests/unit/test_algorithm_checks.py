@@ -63,6 +63,14 @@ def test_a_target_without_a_price_to_adapt_is_refused(knobs):
     assert caught.value.field == "algorithm.target_kl"
 
 
+def test_a_warm_up_of_a_critic_that_shares_the_policys_network_is_refused():
+    """The policy would learn in it, against its name and what `check` says about the KL in the reward."""
+    with pytest.raises(ConfigError, match="the policy would change with it") as caught:
+        notes("algorithm.critic=shared", "algorithm.critic_warmup=1")
+    assert caught.value.field == "algorithm.critic_warmup"
+    assert notes("algorithm.critic=separate", "algorithm.critic_warmup=1") == []
+
+
 SCORED = Verdict(annotator="a", oracle_version="v", scores=(0.0, 1.0))
 COMPARED = Verdict(annotator="a", oracle_version="v", preferences=((float("nan"), 0.9), (0.1, float("nan"))))
 

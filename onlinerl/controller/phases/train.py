@@ -22,9 +22,9 @@ def train(it: Iteration) -> dict[str, Any]:
     it.weights.engine = None
     built_at = time.monotonic()
     built = _items(it)
-    idle = health.nothing_to_learn(
-        built.judged, len(built.items), built.dropped, within_groups=it.parts.algorithm.needs().min_samples > 1
-    )
+    algorithm = it.parts.algorithm
+    earned = [algorithm.score(sequence) for item in built.items for sequence in item.sequences]
+    idle = health.nothing_to_learn(built.judged, earned, built.dropped, within_groups=algorithm.needs().min_samples > 1)
     in_a_row = it.idle_before() + 1 if idle else 0
     annotated_at = trained_at = time.monotonic()
     steps = UpdateReport(steps=0, tokens=0, metrics=())
