@@ -147,7 +147,11 @@ def _kept(store: RunDirectory) -> Kept | None:
 
 def _require_unchanged(config: RunConfig, store: RunDirectory) -> None:
     """A resume may change where it runs, not what is computed; the reference must be the very same weights (R-D3)."""
+    was, found = store.manifest.get("reference") or {}, preflight.identity(config.model)
+    same_model = all(found.get(key) == value for key, value in was.items() if key != "model")
     changed = configuration.changes(store.manifest["fingerprint"], config)
+    if same_model and "checksum" in was:
+        changed.pop("model", None)  # it lies somewhere else now
     if changed:
         key, *others = changed
         raise ConfigError(
@@ -155,12 +159,13 @@ def _require_unchanged(config: RunConfig, store: RunDirectory) -> None:
             field=key,
             fix="resume without this change, or start a new run with it",
         )
-    was, found = store.manifest.get("reference") or {}, preflight.identity(config.model)
-    if was.get("checksum") != found.get("checksum"):
+    if not same_model:
         raise ConfigError(
-            "the base model on disk is not the one this run started from",
+            "the base model on disk is not the one this run started from"
+            if "checksum" in found
+            else f"the base model is no longer at {config.model}",
             field="model",
-            fix="restore it: the reference and every KL figure depend on it",
+            fix="restore it, or say where it is now with model=...: the reference and every KL figure depend on it",
         )
 
 

@@ -29,6 +29,8 @@ from onlinerl.types import Failure, Prompt, Query, Verdict
 
 PAIRINGS = (("vllm", "deepspeed"), ("toy", "toy"))
 """(engine, learner) that can work together."""
+BLOCKS, BLOCK_BYTES = 256, 2**16
+"""Of each large file of a model, by which it is recognised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,22 +198,26 @@ def memory(config: RunConfig, parameters: float | None, *, critic: bool = False)
 
 
 def identity(model: str) -> dict[str, str]:
-    """What a model is, cheaply: names, sizes, and the first and last MiB of its files (R-D3)."""
+    """What a model is, cheaply: names and sizes of its files, their first and last MiB (`checksum`), and blocks in between (`blocks`),
+    because a fine-tuned model may differ from its base in its layers only (R-D3)."""
     path = _local(model)
     if path is None:
         return {"model": model}
-    hasher = hashlib.sha256()
+    ends, blocks = hashlib.sha256(), hashlib.sha256()
     for file in sorted(p for p in path.iterdir() if p.suffix in {".json", ".safetensors", ".bin", ".jinja", ".model"}):
         if file.name == "onlinerl_source.json":
             continue
         size = file.stat().st_size
-        hasher.update(f"{file.name}:{size}:".encode())
+        ends.update(f"{file.name}:{size}:".encode())
         with file.open("rb") as data:
-            hasher.update(data.read(2**20))
+            ends.update(data.read(2**20))
             if size > 2**21:
                 data.seek(-(2**20), 2)
-                hasher.update(data.read())
-    return {"model": model, "checksum": hasher.hexdigest()}
+                ends.update(data.read())
+                for i in range(BLOCKS):
+                    data.seek(i * (size - BLOCK_BYTES) // (BLOCKS - 1))
+                    blocks.update(data.read(BLOCK_BYTES))
+    return {"model": model, "checksum": ends.hexdigest(), "blocks": blocks.hexdigest()}
 
 
 def _check_enough(config: RunConfig, total: int, *, resumed: bool) -> None:

@@ -155,6 +155,18 @@ def test_identity(tiny_model, tmp_path):
     assert preflight.identity(str(model))["checksum"] != before["checksum"]
 
 
+def test_a_model_is_recognised_by_its_layers_too(tmp_path):
+    """A fine-tuned model of the same size may begin and end with the bytes of its base."""
+    (tmp_path / "config.json").write_text("{}")
+    weights = bytearray(4 * 2**20)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    base = preflight.identity(str(tmp_path))
+    assert preflight.identity(str(tmp_path)) == base
+    weights[3 * 2**19 : 5 * 2**19] = b"\1" * 2**20
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    assert preflight.identity(str(tmp_path)) != base
+
+
 def test_identity_does_not_depend_on_the_place(tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "copy")
     assert preflight.identity(str(tmp_path / "copy"))["checksum"] == preflight.identity(str(tiny_model))["checksum"]
