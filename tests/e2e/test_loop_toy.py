@@ -406,9 +406,12 @@ def test_a_renamed_run_continues_where_it_is(toy_config, warm_cli, tmp_path):
     assert warm_cli("run", toy_config(tmp_path, iterations=1)).returncode == 0
     (tmp_path / "runs/toy").rename(tmp_path / "runs/renamed")
     (tmp_path / "7").mkdir()  # a parent that YAML would take for a number
-    (tmp_path / "runs/renamed").rename(tmp_path / "7/moved")
-    done = warm_cli("resume", "7/moved", "iterations=2")
+    (tmp_path / "7/[/b]").mkdir(parents=True)  # and one that a console may take for markup
+    (tmp_path / "runs/renamed").rename(tmp_path / "7/[/b]/moved")
+    done = warm_cli("resume", "7/[/b]/moved", "iterations=2")
     assert done.returncode == 0, done.message
+    assert f"model: {tmp_path}/7/[/b]/moved/exports" in done.stdout
+    (tmp_path / "7/[/b]/moved").rename(tmp_path / "7/moved")
     assert not (tmp_path / "runs/toy").exists()
     assert not (tmp_path / "7/toy").exists()
     assert max(record["iteration"] for record in read_metrics(tmp_path / "7/moved/metrics.jsonl")) == 2
