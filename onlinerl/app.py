@@ -78,7 +78,7 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False) -> int:
         OnlineRLError: naming field, cause and fix.
     """
     config = configuration.located(config)
-    if (config.directory / "manifest.json").exists() and not fresh:
+    if os.path.exists(config.directory / "manifest.json") and not fresh:
         raise StoreError(
             f"{config.directory} already holds a run",
             field="name",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import re
 import socket
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -341,12 +343,12 @@ def _check_port(config: RunConfig) -> None:
 
 def _check_writable(config: RunConfig) -> None:
     folder = config.directory.parent.absolute()
-    while not folder.exists():
+    while not os.path.exists(folder):  # Path.exists raises where a folder may not be looked into
         folder = folder.parent
-    probe = folder / f".onlinerl-{socket.gethostname()}-write-test"
     try:
-        probe.write_bytes(b"")
-        probe.unlink()
+        # A name of its own: of two runs that start at once, neither may take away the other's file.
+        with tempfile.TemporaryFile(dir=folder, prefix=".onlinerl-write-test-") as probe:
+            probe.write(b"0")
     except OSError as error:
         raise ConfigError(
             f"{folder} cannot be written: {error.strerror}", field="runs", fix="choose another directory"

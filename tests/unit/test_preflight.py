@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -235,3 +236,11 @@ def test_a_learning_rate_of_0_cannot_be_scheduled(toy_config, tmp_path, override
     with pytest.raises(ConfigError, match="would do nothing") as error:
         preflight.check(configuration.load(toy_config(tmp_path), [*fixed, override]))
     assert error.value.field == "training.learning_rate"
+
+
+def test_runs_that_start_at_once_do_not_spoil_each_others_check(tmp_path):
+    """As the jobs of an array do, on one machine or several."""
+    loaded = config(f"runs={tmp_path}")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: preflight._check_writable(loaded), range(400)))
+    assert not list(tmp_path.iterdir())
