@@ -107,6 +107,17 @@ def test_run_or_resume(tmp_path, exists, name):
         assert said == f'run c.yaml runs="{run.parent}" name="{name}" cluster.address=auto iterations=2'
 
 
+def test_run_or_resume_refuses_what_onlinerl_would_refuse(tmp_path):
+    """With its exit code, by which a scheduler knows that trying again is of no use, and without a traceback."""
+    (tmp_path / "c.yaml").write_text("name: mine\nmodl: here\n")
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CONFIG": str(tmp_path / "c.yaml")}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "secret"}
+    done = subprocess.run(["bash", str(LAUNCHERS / "run_or_resume.sh")], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: config: model: is missing")
+    assert "\n  fix: " in done.stderr
+
+
 @pytest.mark.engine
 @pytest.mark.timeout(300)
 def test_head_and_worker_make_a_cluster(tmp_path):
