@@ -21,12 +21,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from onlinerl import registry, yaml_files
 from onlinerl.errors import ConfigError
-from onlinerl.protocols import Algorithm, Component, CustomResources, Oracle, PairBuilder
+from onlinerl.protocols import Algorithm, Component, CustomResources, Oracle, PairBuilder, Seconds
 from onlinerl.types import Sampling
 
-_SECRET = re.compile(r"(^|_)(api)?(key|token|password|passwd|secret|credential)s?$")
+_SECRET = re.compile(r"(^|_)(api)?(key|token|password|passwd|secret|credential|authorization)s?$")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_CREDENTIALS = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+_CREDENTIALS = re.compile(
+    r"://[^/@\s]*:[^/@\s]+@|[?&][^=&\s]*(key|token|password|secret)=[^&\s]|\bbearer\s+\S{4}", re.IGNORECASE
+)
+_WORD_ENDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|-")
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -147,8 +150,8 @@ class EngineConfig(Section):
     (rollouts and training take turns). Never more than there are cores."""
     resources: CustomResources = Field(default_factory=dict)
     """Extra Ray resources per replica, e.g. {rollout_node: 1} to choose a node."""
-    start_timeout_s: float = Field(900, gt=0)
-    generate_timeout_s: float = Field(1800, gt=0)
+    start_timeout_s: Seconds = 900
+    generate_timeout_s: Seconds = 1800
     """Longest wait without any response finishing."""
     max_rejected: float = Field(0.1, ge=0, le=1)
     """Largest share of a phase's responses that may be thrown away, because their log-probs were unusable or the engine gave up on
@@ -172,9 +175,9 @@ class LearnerConfig(Section):
     """Threads per CPU rank; the cores divided by the ranks by default."""
     resources: CustomResources = Field(default_factory=dict)
     """Extra Ray resources per rank, e.g. {learner_node: 1} to choose a node."""
-    start_timeout_s: float = Field(900, gt=0)
+    start_timeout_s: Seconds = 900
     """Longest start: meeting of the ranks, and loading the model."""
-    step_timeout_s: float = Field(3600, gt=0)
+    step_timeout_s: Seconds = 3600
     """Longest single call to the learner, and longest wait of one rank for the others."""
 
 
@@ -183,7 +186,7 @@ class SyncConfig(Section):
 
     backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
     """`auto`: gloo on CPU, ipc where learner and replica share a GPU, nccl otherwise."""
-    timeout_s: float = Field(300, gt=0)
+    timeout_s: Seconds = 300
     """One deadline over the whole push: rendezvous, send, cache reset and proof (R-A1)."""
     bucket_mib: int = Field(64, ge=1)
     """Size of one message, which is the extra memory that a transfer takes on either side: one message at a time over gloo, two in
@@ -205,9 +208,9 @@ class ClusterConfig(Section):
     colocate: bool = False
     """Learner ranks and replicas share GPUs, one of each on a GPU, and take turns: while one works, the memory of the other waits on
     the host."""
-    start_timeout_s: float = Field(180, gt=0)
+    start_timeout_s: Seconds = 180
     """Longest wait for Ray to start on this machine, or for an existing cluster to answer."""
-    wait_s: float = Field(60, ge=0)
+    wait_s: float = Field(60, ge=0, le=1e6)
     """How long to wait for a cluster to become big enough."""
 
 
@@ -497,7 +500,7 @@ def _refuse_values(tree: Mapping[str, Any]) -> None:
             raise ConfigError(f"is {value}", field=key, fix="give a finite number")
         if not isinstance(value, str):
             continue
-        name = key.rsplit(".", 1)[-1].lower()
+        name = _WORD_ENDS.sub("_", key.rsplit(".", 1)[-1]).lower()
         if _SECRET.search(name) and value:
             raise ConfigError(
                 "looks like a secret, and the configuration is stored with the run and shown to people",
@@ -510,9 +513,9 @@ def _refuse_values(tree: Mapping[str, Any]) -> None:
             )
         if _CREDENTIALS.search(value):
             raise ConfigError(
-                "holds a user's password, and the configuration is stored with the run and shown to people",
+                "holds a secret, and the configuration is stored with the run and shown to people",
                 field=key,
-                fix="give the address without it",
+                fix="give the address without it, and let the component read it from an environment variable",
             )
 
 

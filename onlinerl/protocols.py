@@ -46,6 +46,10 @@ CustomResources = Annotated[dict[str, float], AfterValidator(_custom)]
 """Amounts of Ray's custom resources, by name."""
 
 
+Seconds = Annotated[float, Field(gt=0, le=1e6)]
+"""A deadline. Eleven days are longer than any wait should be, and short enough for every timer that is set to it."""
+
+
 class Component(BaseModel):
     """Base of everything that a configuration selects by name: its fields are its knobs, an unknown one is an error."""
 
@@ -151,7 +155,7 @@ class Oracle(Component):
     a reward model, whose scores are log-odds by training; an oracle with other units needs another. Comparisons do not read it."""
     groups_per_call: int = Field(1, ge=1)
     """Groups that one call of `judge` gets. A call that fails is asked again as a whole: keep it at 1 where answers cost money."""
-    call_timeout_s: float = Field(120.0, gt=0)
+    call_timeout_s: Seconds = 120.0
     """Longest wait for the next answer of a call."""
     retries: int = Field(2, ge=0)
     """How often a call is tried again after a missed deadline, a lost connection or an HTTP status that may pass (408, 429, 5xx)."""
@@ -231,7 +235,7 @@ class ModelOracle(Oracle):
     """Threads that a replica on a CPU computes with; the cores of its machine divided by the replicas by default."""
     resources: CustomResources = Field(default_factory=dict)
     """Extra Ray resources per replica, e.g. {oracle_node: 1} to choose a node."""
-    start_timeout_s: float = Field(900.0, gt=0)
+    start_timeout_s: Seconds = 900.0
 
     def inspect(self) -> None:
         """Find out what is wrong without loading the weights.

@@ -23,7 +23,7 @@ from pydantic import Field, PrivateAttr
 
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
-from onlinerl.protocols import Oracle
+from onlinerl.protocols import Oracle, Seconds
 from onlinerl.types import Cost, Failure, Query, Verdict
 
 _START_TIMEOUT_S = 120.0
@@ -33,8 +33,8 @@ _END_TIMEOUT_S = 5.0
 class MathVerifier(Oracle):
     """Scores 1 for the right answer, 0 for a wrong one or none."""
 
-    call_timeout_s: float = Field(3600.0, gt=0)  # each comparison has a deadline of its own
-    timeout_s: float = Field(5.0, gt=0)
+    call_timeout_s: Seconds = 3600.0  # each comparison has a deadline of its own
+    timeout_s: Seconds = 5.0
     """Longest comparison of one response with the reference answer, in seconds."""
     uncomparable_score: float | None = 0.0
     """Score of a response that cannot be compared within that time, or within the memory of the process that compares, such as a

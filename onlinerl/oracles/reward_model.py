@@ -21,7 +21,7 @@ from pydantic import Field, PrivateAttr, field_validator
 from onlinerl.config import at_home
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
-from onlinerl.protocols import ModelOracle
+from onlinerl.protocols import ModelOracle, Seconds
 from onlinerl.types import Cost, Failure, Query, Verdict
 
 _HASH_BLOCKS, _HASH_BLOCK_BYTES = 64, 64 * 1024
@@ -32,7 +32,7 @@ class RewardModel(ModelOracle):
     """Scores prompt and response with a reward model."""
 
     groups_per_call: int = Field(16, ge=1)  # fills its batches, and asking again costs no money
-    call_timeout_s: float = Field(1800.0, gt=0)
+    call_timeout_s: Seconds = 1800.0
     path: str
     """Directory of the model and its tokenizer, or a Hugging Face hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
