@@ -310,6 +310,7 @@ def test_how_many_prompts_the_canary_has():
     prompts = [Prompt(id=str(n), text="", token_ids=tuple(range(n))) for n in (1, 2, 5, 4)]
     assert application._canary(prompts, 2) == [((0,), (1,)), ((0, 1), (2, 3, 4))]
     assert len(application._canary(prompts, 16)) == 3
+    assert application._canary(prompts[:1] * 3, 2) == [((0,), (0,))] * 2, "no push can be proved without a canary"
 
 
 def test_how_far_engine_and_learner_may_differ(toy_config, onlinerl, monkeypatch, tmp_path):
