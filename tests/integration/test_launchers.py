@@ -227,6 +227,18 @@ def test_two_heads_make_one_secret_and_a_readable_one_is_closed(tmp_path):
     assert made.stat().st_mode & 0o777 == 0o600
 
 
+def test_an_empty_secret_is_none(tmp_path):
+    """As a full disk leaves behind: a cluster would start that everybody can join, or none."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    env |= {"HOME": str(tmp_path), "TOKEN_MISSING": "make"}
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").touch()
+    command = ["bash", "-c", f"source {LAUNCHERS}/ray/auth.sh"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"is empty: remove {tmp_path}/.ray/auth_token" in done.stderr
+
+
 def _wait_for(path: Path, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
