@@ -11,7 +11,7 @@ import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -405,10 +405,10 @@ def tokenizer(model: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file the library may raise anything, a bare Exception among it
         raise ConfigError(
             f"its tokenizer cannot be loaded: {error}", field="model", fix="put the tokenizer's files beside the weights"
-        ) from None
+        ) from error
 
 
 def check_family(config: RunConfig) -> None:
@@ -421,10 +421,10 @@ def check_family(config: RunConfig) -> None:
 
     try:
         model = AutoConfig.from_pretrained(config.model).to_dict()  # not the file alone: that may leave out what is a default
-    except (OSError, ValueError) as error:
+    except Exception as error:  # models check their own configurations, each in its way
         raise ConfigError(
             f"its config.json cannot be read: {error}", field="model", fix="use a model that the installed transformers knows"
-        ) from None
+        ) from error
     logit_rule(model)
     check_attention(model, config.learner.attention)
 
@@ -433,14 +433,34 @@ def _parameters(model: str, local: Path | None) -> float | None:
     if local is None:
         match = re.search(r"(\d+(?:\.\d+)?)([bm])\b", model.lower())  # as names have it: 7B, 0.5b, 135M
         return float(match[1]) * (1e9 if match[2] == "b" else 1e6) if match else None
-    total = 0.0
-    for file in local.glob("*.safetensors"):
+    files = sorted(local.glob("*.safetensors"))
+    if not files and not any(local.glob("*.bin")):
+        raise ConfigError(f"{local} holds no weights", field="model", fix="put the *.safetensors files there")
+    shapes = [tensor["shape"] for file in files for tensor in _tensors(file).values()]
+    return float(sum(prod(shape) for shape in shapes)) or None
+
+
+def _tensors(file: Path) -> dict[str, Any]:
+    """What a safetensors file says about its tensors, by name.
+
+    Raises:
+        ConfigError: if it is none, or is not whole.
+    """
+    try:
+        size = file.stat().st_size
         with file.open("rb") as data:
-            header = json.loads(data.read(int.from_bytes(data.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                count = 1
-                for dim in entry["shape"]:
-                    count *= dim
-                total += count
-    return total or None
+            length = int.from_bytes(data.read(8), "little")
+            if length > size:
+                raise ValueError("it does not begin with a header")
+            tensors = json.loads(data.read(length))
+        tensors.pop("__metadata__", None)
+        wanted = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+        if size != wanted:
+            raise ValueError(f"it should have {wanted} bytes and has {size}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{file} is no whole safetensors file: {error}",
+            field="model",
+            fix="download it again; a few lines of text in its place are a pointer, which `git lfs pull` replaces by the file",
+        ) from None
+    return tensors

@@ -278,6 +278,32 @@ def test_models(toy_config, refused, tiny_model, tmp_path):
     says(attempt(tmp_path / "bare"), "model: its tokenizer cannot be loaded", "put the tokenizer's files beside the weights")
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "parts"),
+    [
+        (
+            "model.safetensors",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            ("does not begin with a header", "git lfs pull"),
+        ),
+        ("model.safetensors", b"", ("is no whole safetensors file", "download it again")),
+        ("model.safetensors", None, ("holds no weights",)),
+        ("model.safetensors", -1, ("it should have ", " bytes and has ")),
+        ("tokenizer.json", b"{}", ("its tokenizer cannot be loaded",)),
+        ("tokenizer_config.json", b"[1]", ("its tokenizer cannot be loaded",)),
+        ("config.json", b'{"model_type": "llama", "num_attention_heads": 0}', ("its config.json cannot be read",)),
+    ],
+)
+def test_models_that_are_not_whole(toy_config, refused, tiny_model, tmp_path, file, content, parts):
+    """As an interrupted download or a clone without Git LFS leaves them; content: None for no file, a number for where it is cut."""
+    damaged = shutil.copytree(tiny_model, tmp_path / "model") / file
+    if content is None:
+        damaged.unlink()
+    else:
+        damaged.write_bytes(damaged.read_bytes()[:content] if isinstance(content, int) else content)
+    says(refused(toy_config(tmp_path, model=str(tmp_path / "model"))), "config: model: ", *parts)
+
+
 # --- the surroundings ---
 
 

@@ -266,6 +266,11 @@ class TestPythonFunction:
         assert caught.value.field == "oracle.function"
         assert caught.value.fix
 
+    def test_what_is_built_into_python_has_no_source(self):
+        oracle = PythonFunction(function="builtins.sum")
+        oracle.open()
+        assert oracle.version.startswith("builtins.sum-")
+
     def test_version_follows_the_source_and_the_revision(self, oracle):
         first = oracle("return 1")
         one = first.version
