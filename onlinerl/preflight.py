@@ -436,8 +436,23 @@ def _parameters(model: str, local: Path | None) -> float | None:
     files = sorted(local.glob("*.safetensors"))
     if not files and not any(local.glob("*.bin")):
         raise ConfigError(f"{local} holds no weights", field="model", fix="put the *.safetensors files there")
+    if missing := _listed(local) - {file.name for file in files}:
+        raise ConfigError(
+            f"{local} lacks {len(missing)} of the files that its index lists, {min(missing)} among them",
+            field="model",
+            fix="download it again",
+        )
     shapes = [tensor["shape"] for file in files for tensor in _tensors(file).values()]
     return float(sum(prod(shape) for shape in shapes)) or None
+
+
+def _listed(model: Path) -> set[str]:
+    """The files that a model in several files is made of."""
+    index = model / "model.safetensors.index.json"
+    try:
+        return set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index} cannot be read: {error}", field="model", fix="download it again") from None
 
 
 def _tensors(file: Path) -> dict[str, Any]:

@@ -289,6 +289,12 @@ def test_models(toy_config, refused, tiny_model, tmp_path):
         ("model.safetensors", b"", ("is no whole safetensors file", "download it again")),
         ("model.safetensors", None, ("holds no weights",)),
         ("model.safetensors", -1, ("it should have ", " bytes and has ")),
+        (
+            "model.safetensors.index.json",
+            b'{"weight_map": {"a": "x-2.safetensors"}}',
+            ("lacks 1 of the files", "x-2.safetensors"),
+        ),
+        ("model.safetensors.index.json", b"{}", ("model.safetensors.index.json cannot be read",)),
         ("tokenizer.json", b"{}", ("its tokenizer cannot be loaded",)),
         ("tokenizer_config.json", b"[1]", ("its tokenizer cannot be loaded",)),
         ("config.json", b'{"model_type": "llama", "num_attention_heads": 0}', ("its config.json cannot be read",)),
