@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -95,7 +96,7 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     notes = [derived(config, algorithm), *check_algorithm(config, algorithm)]
     _check_schedule(config)
     _check_layout(config)
-    _check_port(config)
+    _check_trackers(config)
     _check_writable(config)
     local = _check_model(config.model)
     if local is not None:  # from here on by its place: other processes may have another working directory
@@ -323,8 +324,15 @@ def _runs_on_cpu(config: RunConfig) -> bool:
     )
 
 
-def _check_port(config: RunConfig) -> None:
+def _check_trackers(config: RunConfig) -> None:
+    """What would only be noticed when the run directory is there already."""
     metrics = config.metrics
+    if metrics.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            "TensorBoard is not installed",
+            field="metrics.tensorboard",
+            fix="pip install 'onlinerl[tensorboard]', or set metrics.tensorboard=false",
+        )
     if not metrics.prometheus or metrics.prometheus_port == 0:
         return
     with socket.socket() as probe:

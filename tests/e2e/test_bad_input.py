@@ -313,6 +313,12 @@ def test_models_that_are_not_whole(toy_config, refused, tiny_model, tmp_path, fi
 # --- the surroundings ---
 
 
+def test_a_tracker_that_is_not_installed(toy_config, refused, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    message = refused(toy_config(tmp_path, {"metrics.tensorboard": True}))
+    says(message, "config: metrics.tensorboard: TensorBoard is not installed", "onlinerl[tensorboard]")
+
+
 def test_an_address_of_another_machine(toy_config, refused, tmp_path):
     message = refused(toy_config(tmp_path, {"metrics.prometheus_host": "192.0.2.1", "metrics.prometheus_port": 9470}))
     says(message, "config: metrics.prometheus_port: 192.0.2.1:9470 cannot be listened on", "metrics.prometheus=false")
