@@ -81,6 +81,17 @@ def test_a_run_may_end_with_nothing_left_to_learn(toy_config, onlinerl, oracle, 
     assert onlinerl("resume", tmp_path / "runs/toy")[0] == 4
 
 
+def test_groups_that_the_oracle_failed_on_are_said_and_counted(toy_config, onlinerl, oracle, tmp_path):
+    """Where nothing is left, the reason must not be that no reason is known."""
+    silent = oracle("return [None if len(q['responses']) == 4 else [len(r) for r in q['responses']] for q in queries]")
+    few = {"prompts.per_iteration": 4, "iterations": 1, "evaluation.prompts": 4, "max_failed_labels": 1.0}
+    assert onlinerl("run", toy_config(tmp_path, {**silent, **few}))[0] == 0
+    (train,) = records(tmp_path / "runs/toy", "train")
+    assert train["dropped"] == {"not_judged": 4}
+    assert train["idle"] == "no training item is left of 0 judged groups (dropped: 4 not_judged)"
+    assert values(tmp_path / "runs/toy", "pairs_dropped", reason="not_judged") == [4]
+
+
 def test_ppo_learns_from_cut_responses_whatever_the_oracle_says(toy_config, onlinerl, oracle, tmp_path):
     """As at the start of a run on hard problems: every answer is wrong, but those that end are better than those that do not."""
     cut = {"iterations": 1, "algorithm.name": "ppo", "algorithm.missing_eos_score": -1.0, "sampling.max_new_tokens": 30}

@@ -60,7 +60,7 @@ def _items(it: Iteration) -> Built:
     everything = it.groups()
     groups = it.large_enough(everything)
     told = judged(groups, dict(result_from_row(row) for row in it.parts.store.read(it.number, VERDICTS)))
-    dropped = Counter({"few_samples": len(everything) - len(groups)})
+    dropped = Counter({"few_samples": len(everything) - len(groups), "not_judged": len(groups) - len(told)})
     drop = config.training.on_truncated == "drop"
     truncated = useful = contradicted = 0
     items: list[TrainItem] = []
