@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,7 +28,7 @@ from onlinerl.network import outside_address
 from onlinerl.preflight import Checked
 from onlinerl.prompts._kept import Kept
 from onlinerl.protocols import ModelOracle, Oracle, Tracker
-from onlinerl.stores.directory import RunDirectory
+from onlinerl.stores.directory import KINDS, RunDirectory
 from onlinerl.stores.summary import summarise
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import ConsoleTracker, render_table
@@ -191,11 +192,11 @@ def _stored_config(directory: Path, overrides: Sequence[str]) -> RunConfig:
 
 def _require_in_order(store: RunDirectory) -> None:
     """Nothing may be stored of what comes after the first unfinished iteration: it came from weights that are no longer there."""
-    stored = store.iterations()
-    unfinished = next(n for n in range(len(stored) + 1) if not store.phase_done(n, "commit"))
-    later = [n for n in stored if n > unfinished]
+    unfinished = next(n for n in count() if not store.phase_done(n, "commit"))
+    stored = {"iterations": store.iterations()} | {str(kind): store.artefacts(kind) for kind in KINDS}
+    later = sorted(n for numbers in stored.values() for n in numbers if n > unfinished)
     if later:
-        folders = " ".join(f"iterations/{n:04d}" for n in later)
+        folders = " ".join(f"{kind}/{n:04d}" for kind, numbers in stored.items() for n in numbers if n > unfinished)
         raise StoreError(
             f"iteration {unfinished} is not finished, and there are results of iteration {later[0]}: some files were removed",
             field="runs",

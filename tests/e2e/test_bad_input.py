@@ -449,7 +449,9 @@ def test_a_resume_by_a_version_with_other_keys(toy_config, onlinerl, tmp_path):
     says(message, "training.momentum: was 0.5 when the run started, and this version has no such key")
 
 
-@pytest.mark.parametrize(("removed", "unfinished", "later"), [("0001", 1, 2), ("0000", 0, 1), ("0001/manifest.json", 1, 2)])
+@pytest.mark.parametrize(
+    ("removed", "unfinished", "later"), [("0001", 1, 2), ("0000", 0, 1), ("0001/manifest.json", 1, 2), ("", 0, 1)]
+)
 def test_a_resume_of_a_run_of_which_something_was_removed(toy_config, onlinerl, tmp_path, removed, unfinished, later):
     """Iterations after a missing one came from weights that are no longer known."""
     assert onlinerl("run", toy_config(tmp_path, iterations=2))[0] == 0
@@ -461,7 +463,7 @@ def test_a_resume_of_a_run_of_which_something_was_removed(toy_config, onlinerl, 
         gone.unlink()
     code, message = onlinerl("resume", run, "iterations=3")
     assert code == REFUSED
-    says(message, f"iteration {unfinished} is not finished, and there are results of iteration {later}", "rm -r iterations/")
+    says(message, f"iteration {unfinished} is not finished, and there are results of iteration {later}", "rm -r ")
 
 
 def test_a_resume_may_change_where_it_runs(toy_config, onlinerl, tmp_path):
