@@ -26,7 +26,15 @@ if [ -n "${RUN:-}" ]; then
   place=("runs=$(text "$(dirname "$RUN")")" "name=$(text "$(basename "$RUN")")")
 else
   place=()
-  RUN=$(python -c 'import sys; from onlinerl import config; print(config.load(sys.argv[1], sys.argv[2:]).directory)' "$CONFIG" "$@")
+  # A configuration that cannot be read is refused as `onlinerl` would refuse it: nothing is gained by trying again.
+  where='import sys
+from onlinerl import config, errors
+try:
+    print(config.load(sys.argv[1], sys.argv[2:]).directory)
+except errors.OnlineRLError as error:
+    sys.stderr.write(f"error: {error.boundary}: {error}\n")
+    sys.exit(2)'
+  RUN=$(python -c "$where" "$CONFIG" "$@")
 fi
 
 # exec: signals reach onlinerl itself, which stops resumably on SIGTERM.

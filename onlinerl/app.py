@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,7 +31,7 @@ from onlinerl.preflight import Checked
 from onlinerl.prompts._kept import Kept
 from onlinerl.protocols.oracle import ModelOracle, Oracle
 from onlinerl.protocols.tracker import Tracker
-from onlinerl.stores.directory import RunDirectory
+from onlinerl.stores.directory import KINDS, RunDirectory
 from onlinerl.stores.summary import summarise
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import ConsoleTracker, render_table
@@ -80,13 +81,13 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False) -> int:
     Raises:
         OnlineRLError: naming field, cause and fix.
     """
-    if (config.directory / "manifest.json").exists() and not fresh:
+    config = configuration.located(config)
+    if os.path.exists(config.directory / "manifest.json") and not fresh:
         raise StoreError(
             f"{config.directory} already holds a run",
             field="name",
             fix=f"continue it with `onlinerl resume {config.directory}`, choose another name=..., or move it aside with --fresh",
         )
-    config = configuration.located(config)
     checked = check(config, console)
     _require_startable(checked)
     if fresh and (aside := RunDirectory.move_aside(config.directory)) is not None:
@@ -150,7 +151,11 @@ def _kept(store: RunDirectory) -> Kept | None:
 
 def _require_unchanged(config: RunConfig, store: RunDirectory) -> None:
     """A resume may change where it runs, not what is computed; the reference must be the very same weights (R-D3)."""
+    was, found = store.manifest.get("reference") or {}, preflight.identity(config.model)
+    same_model = all(found.get(key) == value for key, value in was.items() if key != "model")
     changed = configuration.changes(store.manifest["fingerprint"], config)
+    if same_model and "checksum" in was:
+        changed.pop("model", None)  # it lies somewhere else now
     if changed:
         key, *others = changed
         raise ConfigError(
@@ -158,12 +163,13 @@ def _require_unchanged(config: RunConfig, store: RunDirectory) -> None:
             field=key,
             fix="resume without this change, or start a new run with it",
         )
-    was, found = store.manifest.get("reference") or {}, preflight.identity(config.model)
-    if was.get("checksum") != found.get("checksum"):
+    if not same_model:
         raise ConfigError(
-            "the base model on disk is not the one this run started from",
+            "the base model on disk is not the one this run started from"
+            if "checksum" in found
+            else f"the base model is no longer at {config.model}",
             field="model",
-            fix="restore it: the reference and every KL figure depend on it",
+            fix="restore it, or say where it is now with model=...: the reference and every KL figure depend on it",
         )
 
 
@@ -190,14 +196,14 @@ def _stored_config(directory: Path, overrides: Sequence[str]) -> RunConfig:
 
 def _require_in_order(store: RunDirectory) -> None:
     """Nothing may be stored of an iteration whose predecessor was not pushed: it came from weights that are no longer there."""
-    stored = store.iterations()
-    unfinished = next(n for n in range(len(stored) + 1) if not store.phase_done(n, "commit"))
-    gap = next((n for n in stored if n > unfinished and not store.phase_done(n - 1, "sync")), None)
+    unfinished = next(n for n in count() if not store.phase_done(n, "commit"))
+    stored = {"iterations": store.iterations()} | {str(kind): store.artefacts(kind) for kind in KINDS}
+    later = sorted({n for numbers in stored.values() for n in numbers if n > unfinished})
+    gap = next((n for n in later if not store.phase_done(n - 1, "sync")), None)
     if gap is not None:
-        later = [n for n in stored if n >= gap]
-        folders = " ".join(f"iterations/{n:04d}" for n in later)
+        folders = " ".join(f"{kind}/{n:04d}" for kind, numbers in stored.items() for n in numbers if n >= gap)
         raise StoreError(
-            f"iteration {unfinished} is not finished, and there are results of iteration {later[0]}: some files were removed",
+            f"iteration {unfinished} is not finished, and there are results of iteration {gap}: some files were removed",
             field="runs",
             fix=f"restore {store.path}/iterations/{unfinished:04d}; or, in {store.path}, rm -r {folders}, then resume, and all "
             f"from iteration {unfinished} on is computed again",
@@ -298,7 +304,10 @@ def _on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iter
 def _canary(prompts: Sequence[Prompt], count: int) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
     """What is scored after each push: second halves of prompts, given the first; fixed for the whole run."""
     halves = [(p.token_ids[: len(p.token_ids) // 2], p.token_ids[len(p.token_ids) // 2 :]) for p in prompts]
-    return [(first, second) for first, second in halves if first][:count]
+    # Where no prompt has two tokens, each is scored given itself.
+    return [(first, second) for first, second in halves if first][:count] or [
+        (p.token_ids, p.token_ids) for p in prompts[:count]
+    ]
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
     from onlinerl import app as application
     from onlinerl import placement
 
-    loaded = configuration.load(config, overrides or ())
+    loaded = configuration.located(configuration.load(config, overrides or ()))
     application.check(loaded, out)
     device = (
         "cpu"

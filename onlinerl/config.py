@@ -22,14 +22,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from onlinerl import registry, yaml_files
 from onlinerl.errors import ConfigError
 from onlinerl.protocols.algorithm import Algorithm
-from onlinerl.protocols.component import Component
+from onlinerl.protocols.component import Component, CustomResources, Seconds
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.types import Sampling
 
-_SECRET = re.compile(r"(^|_)(api)?(key|token|password|passwd|secret|credential)s?$")
+_SECRET = re.compile(r"(^|_)(api)?(key|token|password|passwd|secret|credential|authorization)s?$")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_CREDENTIALS = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+_CREDENTIALS = re.compile(
+    r"://[^/@\s]*:[^/@\s]+@|[?&][^=&\s]*(key|token|password|secret)=[^&\s]|\bbearer\s+\S{4}", re.IGNORECASE
+)
+_WORD_ENDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|-")
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -60,7 +63,8 @@ class SamplingConfig(Section):
 
     samples_per_prompt: int = Field(4, ge=1)
     """K."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=0.01)
+    """Not below 0.01: vLLM samples at 0.01 instead, and the learner would score at another temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(-1, ge=-1)
     max_new_tokens: int = Field(256, ge=1)
@@ -157,10 +161,10 @@ class EngineConfig(Section):
     threads: int | None = Field(None, ge=1)
     """Threads a CPU replica computes with, over all its workers; by default its machine's cores, shared with the other replicas there
     (rollouts and training take turns). Never more than there are cores."""
-    resources: dict[str, float] = Field(default_factory=dict)
+    resources: CustomResources = Field(default_factory=dict)
     """Extra Ray resources per replica, e.g. {rollout_node: 1} to choose a node."""
-    start_timeout_s: float = Field(900, gt=0)
-    generate_timeout_s: float = Field(1800, gt=0)
+    start_timeout_s: Seconds = 900
+    generate_timeout_s: Seconds = 1800
     """Longest wait without any response finishing."""
     max_rejected: float = Field(0.1, ge=0, le=1)
     """Largest share of a phase's responses that may be thrown away, because their log-probs were unusable or the engine gave up on
@@ -182,11 +186,11 @@ class LearnerConfig(Section):
     """CPUs reserved per rank."""
     threads: int | None = Field(None, ge=1)
     """Threads per CPU rank; the cores divided by the ranks by default."""
-    resources: dict[str, float] = Field(default_factory=dict)
+    resources: CustomResources = Field(default_factory=dict)
     """Extra Ray resources per rank, e.g. {learner_node: 1} to choose a node."""
-    start_timeout_s: float = Field(900, gt=0)
+    start_timeout_s: Seconds = 900
     """Longest start: meeting of the ranks, and loading the model."""
-    step_timeout_s: float = Field(3600, gt=0)
+    step_timeout_s: Seconds = 3600
     """Longest single call to the learner, and longest wait of one rank for the others."""
 
 
@@ -195,7 +199,7 @@ class SyncConfig(Section):
 
     backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
     """`auto`: gloo on CPU, ipc where learner and replica share a GPU, nccl otherwise."""
-    timeout_s: float = Field(300, gt=0)
+    timeout_s: Seconds = 300
     """One deadline over the whole push: rendezvous, send, cache reset and proof (R-A1)."""
     bucket_mib: int = Field(64, ge=1)
     """Size of one message, which is the extra memory that a transfer takes on either side: one message at a time over gloo, two in
@@ -217,9 +221,9 @@ class ClusterConfig(Section):
     colocate: bool = False
     """Learner ranks and replicas share GPUs, one of each on a GPU, and take turns: while one works, the memory of the other waits on
     the host."""
-    start_timeout_s: float = Field(180, gt=0)
+    start_timeout_s: Seconds = 180
     """Longest wait for Ray to start on this machine, or for an existing cluster to answer."""
-    wait_s: float = Field(60, ge=0)
+    wait_s: float = Field(60, ge=0, le=1e6)
     """How long to wait for a cluster to become big enough."""
 
 
@@ -253,11 +257,11 @@ def _number_as_text(value: Any) -> Any:
 class RunConfig(Section):
     """A whole run."""
 
-    name: Annotated[str, BeforeValidator(_number_as_text)] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Annotated[str, BeforeValidator(_number_as_text)] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     model: str
     """Directory of a Hugging Face model, or a hub id."""
     iterations: int = Field(ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     runs: str = "runs"
     """The run directory is `<runs>/<name>`."""
     algorithm: dict[str, Any]
@@ -282,20 +286,32 @@ class RunConfig(Section):
     @property
     def directory(self) -> Path:
         """Where everything about this run is kept."""
-        return Path(self.runs) / self.name
+        return at_home(self.runs, "runs") / self.name
+
+
+def at_home(path: str, field: str) -> Path:
+    """A path in which a leading `~` or `~USER` is that home directory.
+
+    Raises:
+        ConfigError: if there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{path} is in the home of a user that is not there", field=field, fix=f"write ./{path}") from None
 
 
 def located(config: RunConfig) -> RunConfig:
     """The same configuration with absolute paths, so that it means the same in every working directory."""
-    model = Path(config.model).expanduser()
+    model = at_home(config.model, "model")
     prompts = {
-        key: path if path.startswith("package:") else str(Path(path).expanduser().absolute())
+        key: path if path.startswith("package:") else str(at_home(path, f"prompts.{key}").absolute())
         for key, path in (("train", config.prompts.train), ("heldout", config.prompts.heldout))
     }
     return config.model_copy(
         update={
             "model": str(model.absolute()) if model.is_dir() else config.model,  # otherwise perhaps a hub id
-            "runs": str(Path(config.runs).expanduser().absolute()),
+            "runs": str(at_home(config.runs, "runs").absolute()),
             "prompts": config.prompts.model_copy(update=prompts),
         }
     )
@@ -515,7 +531,7 @@ def _refuse_values(tree: Mapping[str, Any]) -> None:
             raise ConfigError(f"is {value}", field=key, fix="give a finite number")
         if not isinstance(value, str):
             continue
-        name = key.rsplit(".", 1)[-1].lower()
+        name = _WORD_ENDS.sub("_", key.rsplit(".", 1)[-1]).lower()
         if _SECRET.search(name) and value:
             raise ConfigError(
                 "looks like a secret, and the configuration is stored with the run and shown to people",
@@ -528,9 +544,9 @@ def _refuse_values(tree: Mapping[str, Any]) -> None:
             )
         if _CREDENTIALS.search(value):
             raise ConfigError(
-                "holds a user's password, and the configuration is stored with the run and shown to people",
+                "holds a secret, and the configuration is stored with the run and shown to people",
                 field=key,
-                fix="give the address without it",
+                fix="give the address without it, and let the component read it from an environment variable",
             )
 
 

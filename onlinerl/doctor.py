@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.table import Table
+from rich.text import Text
 
 Release = tuple[int, ...]
 Verdict = Literal["ok", "missing", "wrong version", "broken"]
@@ -76,7 +77,7 @@ def render(parts: list[Part]) -> Table:
     for part in parts:
         colour = colours[part.verdict] if part.required or part.verdict == "ok" else "yellow"
         verdict = part.verdict if part.required or part.verdict == "ok" else f"{part.verdict} (optional)"
-        table.add_row(part.name, part.version or "-", f"[{colour}]{verdict}[/{colour}]", part.detail)
+        table.add_row(part.name, part.version or "-", Text(verdict, style=colour), part.detail)
     return table
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import json
+import os
 import re
 import socket
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ from onlinerl.types import Failure, Prompt, Query, Verdict
 
 PAIRINGS = (("vllm", "deepspeed"), ("toy", "toy"))
 """(engine, learner) that can work together."""
+BLOCKS, BLOCK_BYTES = 256, 2**16
+"""Of each large file of a model, by which it is recognised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +100,7 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     notes = [derived(config, algorithm), *check_algorithm(config, algorithm)]
     _check_schedule(config)
     _check_layout(config)
-    _check_port(config)
+    _check_trackers(config)
     _check_writable(config)
     local = _check_model(config.model)
     if local is not None:  # from here on by its place: other processes may have another working directory
@@ -200,22 +205,26 @@ def memory(config: RunConfig, parameters: float | None, *, critic: bool = False)
 
 
 def identity(model: str) -> dict[str, str]:
-    """What a model is, cheaply: names, sizes, and the first and last MiB of its files (R-D3)."""
+    """What a model is, cheaply: names and sizes of its files, their first and last MiB (`checksum`), and blocks in between (`blocks`),
+    because a fine-tuned model may differ from its base in its layers only (R-D3)."""
     path = _local(model)
     if path is None:
         return {"model": model}
-    hasher = hashlib.sha256()
+    ends, blocks = hashlib.sha256(), hashlib.sha256()
     for file in sorted(p for p in path.iterdir() if p.suffix in {".json", ".safetensors", ".bin", ".jinja", ".model"}):
         if file.name == "onlinerl_source.json":
             continue
         size = file.stat().st_size
-        hasher.update(f"{file.name}:{size}:".encode())
+        ends.update(f"{file.name}:{size}:".encode())
         with file.open("rb") as data:
-            hasher.update(data.read(2**20))
+            ends.update(data.read(2**20))
             if size > 2**21:
                 data.seek(-(2**20), 2)
-                hasher.update(data.read())
-    return {"model": model, "checksum": hasher.hexdigest()}
+                ends.update(data.read())
+                for i in range(BLOCKS):
+                    data.seek(i * (size - BLOCK_BYTES) // (BLOCKS - 1))
+                    blocks.update(data.read(BLOCK_BYTES))
+    return {"model": model, "checksum": ends.hexdigest(), "blocks": blocks.hexdigest()}
 
 
 def _check_enough(config: RunConfig, total: int, *, resumed: bool) -> None:
@@ -314,8 +323,15 @@ def _runs_on_cpu(config: RunConfig) -> bool:
     )
 
 
-def _check_port(config: RunConfig) -> None:
+def _check_trackers(config: RunConfig) -> None:
+    """What would only be noticed when the run directory is there already."""
     metrics = config.metrics
+    if metrics.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            "TensorBoard is not installed",
+            field="metrics.tensorboard",
+            fix="pip install 'onlinerl[tensorboard]', or set metrics.tensorboard=false",
+        )
     if not metrics.prometheus or metrics.prometheus_port == 0:
         return
     with socket.socket() as probe:
@@ -334,12 +350,12 @@ def _check_port(config: RunConfig) -> None:
 
 def _check_writable(config: RunConfig) -> None:
     folder = config.directory.parent.absolute()
-    while not folder.exists():
+    while not os.path.exists(folder):  # Path.exists raises where a folder may not be looked into
         folder = folder.parent
-    probe = folder / f".onlinerl-{socket.gethostname()}-write-test"
     try:
-        probe.write_bytes(b"")
-        probe.unlink()
+        # A name of its own: of two runs that start at once, neither may take away the other's file.
+        with tempfile.TemporaryFile(dir=folder, prefix=".onlinerl-write-test-") as probe:
+            probe.write(b"0")
     except OSError as error:
         raise ConfigError(
             f"{folder} cannot be written: {error.strerror}", field="runs", fix="choose another directory"
@@ -370,7 +386,7 @@ def _is_hub_id(model: str) -> bool:
 
 def _local(model: str) -> Path | None:
     """Where the files of a model lie: its directory, or the snapshot of a hub id that has been downloaded. Fetches nothing."""
-    path = Path(model).expanduser()
+    path = configuration.at_home(model, "model")
     if path.is_dir():
         return path.absolute()
     if not _is_hub_id(model):
@@ -396,10 +412,10 @@ def tokenizer(model: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file the library may raise anything, a bare Exception among it
         raise ConfigError(
             f"its tokenizer cannot be loaded: {error}", field="model", fix="put the tokenizer's files beside the weights"
-        ) from None
+        ) from error
 
 
 def check_family(config: RunConfig) -> None:
@@ -412,10 +428,10 @@ def check_family(config: RunConfig) -> None:
 
     try:
         model = AutoConfig.from_pretrained(config.model).to_dict()  # not the file alone: that may leave out what is a default
-    except (OSError, ValueError) as error:
+    except Exception as error:  # models check their own configurations, each in its way
         raise ConfigError(
             f"its config.json cannot be read: {error}", field="model", fix="use a model that the installed transformers knows"
-        ) from None
+        ) from error
     logit_rule(model)
     check_attention(model, config.learner.attention)
 
@@ -424,14 +440,49 @@ def _parameters(model: str, local: Path | None) -> float | None:
     if local is None:
         match = re.search(r"(\d+(?:\.\d+)?)([bm])\b", model.lower())  # as names have it: 7B, 0.5b, 135M
         return float(match[1]) * (1e9 if match[2] == "b" else 1e6) if match else None
-    total = 0.0
-    for file in local.glob("*.safetensors"):
+    files = sorted(local.glob("*.safetensors"))
+    if not files and not any(local.glob("*.bin")):
+        raise ConfigError(f"{local} holds no weights", field="model", fix="put the *.safetensors files there")
+    if missing := _listed(local) - {file.name for file in files}:
+        raise ConfigError(
+            f"{local} lacks {len(missing)} of the files that its index lists, {min(missing)} among them",
+            field="model",
+            fix="download it again",
+        )
+    shapes = [tensor["shape"] for file in files for tensor in _tensors(file).values()]
+    return float(sum(prod(shape) for shape in shapes)) or None
+
+
+def _listed(model: Path) -> set[str]:
+    """The files that a model in several files is made of."""
+    index = model / "model.safetensors.index.json"
+    try:
+        return set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index} cannot be read: {error}", field="model", fix="download it again") from None
+
+
+def _tensors(file: Path) -> dict[str, Any]:
+    """What a safetensors file says about its tensors, by name.
+
+    Raises:
+        ConfigError: if it is none, or is not whole.
+    """
+    try:
+        size = file.stat().st_size
         with file.open("rb") as data:
-            header = json.loads(data.read(int.from_bytes(data.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                count = 1
-                for dim in entry["shape"]:
-                    count *= dim
-                total += count
-    return total or None
+            length = int.from_bytes(data.read(8), "little")
+            if length > size:
+                raise ValueError("it does not begin with a header")
+            tensors = json.loads(data.read(length))
+        tensors.pop("__metadata__", None)
+        wanted = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+        if size != wanted:
+            raise ValueError(f"it should have {wanted} bytes and has {size}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{file} is no whole safetensors file: {error}",
+            field="model",
+            fix="download it again; a few lines of text in its place are a pointer, which `git lfs pull` replaces by the file",
+        ) from None
+    return tensors

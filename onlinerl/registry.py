@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import traceback
 from difflib import get_close_matches
 from importlib import metadata
 from types import ModuleType
@@ -89,13 +90,15 @@ def _implementation(module: ModuleType, base: type | None) -> type:
 
 def _dotted(path: str, field: str) -> Any:
     module_name, _, attribute = path.rpartition(".")
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise ConfigError(f"{path!r} is no dotted path", field=field, fix="write PACKAGE.MODULE.CLASS, or a name without dots")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # an import runs the user's code, which may raise anything
         raise ConfigError(
-            f"cannot import {module_name!r}: {error}",
+            f"cannot import {module_name!r}: {''.join(traceback.format_exception_only(error)).strip()}",
             field=field,
-            fix="put the package on the Python path, e.g. PYTHONPATH=. onlinerl ...",
+            fix="put the package on the Python path, e.g. PYTHONPATH=. onlinerl ..., or correct the error",
         ) from error
     try:
         return getattr(module, attribute)

@@ -16,6 +16,10 @@ if [ "$RAY_AUTH_MODE" = token ] && [ -z "${RAY_AUTH_TOKEN:-}" ]; then
     # Ray's own command makes this file readable by everybody.
     [ ! -e "$RAY_AUTH_TOKEN_PATH" ] || chmod 600 "$RAY_AUTH_TOKEN_PATH"
   fi
+  if [ -e "$RAY_AUTH_TOKEN_PATH" ] && [ ! -s "$RAY_AUTH_TOKEN_PATH" ]; then
+    echo "the secret of the Ray cluster is empty: remove $RAY_AUTH_TOKEN_PATH, and head.sh makes a new one" >&2
+    exit 2
+  fi
   if [ ! -s "$RAY_AUTH_TOKEN_PATH" ]; then
     if [ "${TOKEN_MISSING:-refuse}" != make ]; then
       echo "no secret of the Ray cluster: $RAY_AUTH_TOKEN_PATH is missing. Copy it from the machine that runs head.sh (mode 0600)," \

@@ -67,7 +67,7 @@ class Ppo(PolicyGradient):
     critic_learning_rate: float | None = Field(None, gt=0)
     """The policy's learning rate if None; ten times that is common, because the critic's head starts at 0."""
     critic_warmup: int = Field(0, ge=0)
-    """Iterations at the start in which only the critic learns."""
+    """Iterations at the start in which only the critic learns; it must be separate."""
 
     metrics = (
         Reported("value_loss", "The critic's loss", "loss"),
@@ -94,6 +94,13 @@ class Ppo(PolicyGradient):
         if target is not None and not info.data.get("kl"):
             raise ValueError("there is no price to adapt: kl is 0")
         return target
+
+    @field_validator("critic_warmup")
+    @classmethod
+    def _leaves_the_policy_alone(cls, iterations: int, info: ValidationInfo) -> int:
+        if iterations > 0 and info.data.get("critic") == "shared":
+            raise ValueError("a shared critic learns on the policy's own network, so the policy would change with it")
+        return iterations
 
     @by_knobs
     def needs(self) -> Needs:
@@ -169,7 +176,7 @@ class Ppo(PolicyGradient):
         everywhere. `kl_rollouts` is the mean over responses of sum_t (old - reference), in nats.
         """
         sequences = [item.sequences[0] for item in items]
-        scores = np.array([self._score(s) for s in sequences])
+        scores = np.array([self.score(s) for s in sequences])
         if not scores.size:
             return {}
         figures = {"responses": float(len(scores)), "score_mean": float(scores.mean()), "score_std": float(scores.std())}
@@ -211,7 +218,7 @@ class Ppo(PolicyGradient):
         self, sequences: Sequence[TrainSequence], past: Sequence[Mapping[str, float]]
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Advantages and critic targets of each response, f64[T]."""
-        scores = np.array([self._score(s) for s in sequences])
+        scores = np.array([self.score(s) for s in sequences])
         if self.normalize_scores:
             scores = normalized(scores, [(f["responses"], f["score_mean"], f["score_std"]) for f in past if "score_std" in f])
         price = self._price(past)
@@ -229,7 +236,8 @@ class Ppo(PolicyGradient):
         rewards[-1:] += score  # a slice, because an empty response has no last token
         return rewards
 
-    def _score(self, sequence: TrainSequence) -> float:
+    def score(self, sequence: TrainSequence) -> float:
+        """The oracle's, or `missing_eos_score`."""
         cut = sequence.finish_reason == "length" and self.missing_eos_score is not None
         return self.missing_eos_score if cut and self.missing_eos_score is not None else sequence.score
 

@@ -64,20 +64,22 @@ def check_failures(failures: Sequence[Failure], groups: int, limit: float) -> No
         )
 
 
-def nothing_to_learn(judged: Sequence[Judged], items: int, dropped: Mapping[str, int], *, within_groups: bool) -> str | None:
+def nothing_to_learn(
+    judged: Sequence[Judged], earned: Sequence[float], dropped: Mapping[str, int], *, within_groups: bool
+) -> str | None:
     """Why an iteration gives nothing to learn, or None if it does (R-G4).
 
     Args:
         judged: everything of an iteration that has a verdict.
-        items: how many training items it gave.
+        earned: what each response of its training items earns.
         dropped: what was left out, by reason.
         within_groups: the algorithm compares responses to one prompt with each other; otherwise any difference will do.
     """
     if within_groups and judged and all(_spread([j]) < TIE for j in judged):
         return f"all {len(judged)} groups are ties: the oracle gives every response to a prompt the same judgement"
-    if not within_groups and judged and _spread(judged) < TIE:
+    if not within_groups and earned and max(earned) - min(earned) < TIE:
         return f"all responses of {len(judged)} groups got the same judgement"
-    if items == 0:
+    if not earned:
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "no reason recorded"
         return f"no training item is left of {len(judged)} judged groups (dropped: {reasons})"
     return None

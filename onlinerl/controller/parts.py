@@ -57,7 +57,8 @@ class Built:
     """In the order of the prompts."""
     judged: Sequence[Judged]
     dropped: Mapping[str, int]
-    """What was left out, by reason: groups (`few_samples`), candidate pairs (the pair builder's reasons), items (`truncated`)."""
+    """What was left out, by reason: groups (`few_samples`, `not_judged`), candidate pairs (the pair builder's reasons), items
+    (`truncated`)."""
     contradicted: int
     """Pairs whose winner lost the direct comparison with its own loser; they are trained all the same."""
     truncated: int

@@ -8,6 +8,7 @@ same phase was stopped after as much time as there is now, and left nothing behi
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -98,7 +99,10 @@ def given() -> float | None:
     """
     text = os.environ.get(VARIABLE, "")
     try:
-        return float(text) if text else None
+        seconds = float(text) if text else None
+        if seconds is not None and math.isnan(seconds):
+            raise ValueError
+        return seconds
     except ValueError:
         raise ConfigError(f"is {text!r}, which is no number of seconds", field=VARIABLE, fix="correct or unset it") from None
 

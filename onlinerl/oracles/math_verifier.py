@@ -12,16 +12,18 @@ import os
 import selectors
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from pydantic import Field, PrivateAttr
 
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
+from onlinerl.protocols.component import Seconds
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Cost, Failure, Query, Verdict
 
@@ -32,9 +34,9 @@ _END_TIMEOUT_S = 5.0
 class MathVerifier(Oracle):
     """Scores 1 for the right answer, 0 for a wrong one or none."""
 
-    call_timeout_s: float = Field(3600.0, gt=0)  # each comparison has a deadline of its own
+    call_timeout_s: Seconds = 3600.0  # each comparison has a deadline of its own
     max_concurrent: Literal[1] = 1  # there is one process that compares
-    timeout_s: float = Field(5.0, gt=0)
+    timeout_s: Seconds = 5.0
     """Longest comparison of one response with the reference answer, in seconds."""
     uncomparable_score: float | None = 0.0
     """Score of a response that cannot be compared within that time, or within the memory of the process that compares, such as a
@@ -45,6 +47,8 @@ class MathVerifier(Oracle):
     would say 0.73."""
 
     _worker: subprocess.Popen[bytes] | None = PrivateAttr(None)
+    _turn: Any = PrivateAttr(default_factory=threading.Lock)
+    _calls: int = PrivateAttr(0)
 
     def open(self) -> None:
         """Start the process that compares. Idempotent; `judge` calls it too.
@@ -100,9 +104,12 @@ class MathVerifier(Oracle):
     def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
         """One Verdict with K scores of 0 or 1 per query, in order.
 
+        A call that missed its deadline is left to itself and may still be at work when the next one comes: it then gives up.
+
         Raises:
             OracleError: if a prompt has no reference answer.
         """
+        self._calls = call = self._calls + 1
         for query in queries:
             if query.prompt.reference_answer is None:
                 raise OracleError(
@@ -110,14 +117,17 @@ class MathVerifier(Oracle):
                     field="prompts",
                     fix='add "reference_answer": "..." to its line in the prompt file',
                 )
-        return [self._judge(query) for query in queries]
+        return [self._judge(query, call) for query in queries]
 
-    def _judge(self, query: Query) -> Verdict | Failure:
+    def _judge(self, query: Query, call: int) -> Verdict | Failure:
         started = time.perf_counter()
         scores: list[float] = []
         remarks: list[str] = []
         for index, response in enumerate(query.responses):
-            score = self._compare(str(query.prompt.reference_answer), response)
+            with self._turn:  # one question at a time: answers do not say whose they are
+                if call != self._calls:
+                    return Failure(kind="timeout", message=f"prompt {query.prompt.id!r}: nobody waits for this answer any more")
+                score = self._compare(str(query.prompt.reference_answer), response)
             if isinstance(score, Failure):
                 message = f"response {index}: {score.message}"
                 if score.kind == "parse_fail" or self.uncomparable_score is None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import inspect
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -62,7 +61,7 @@ class PythonFunction(Oracle):
         if not callable(function):
             problem = f"has no {name!r}" if function is None else f"has {name!r}, which is not a function"
             raise OracleError(f"{module_name} {problem}", field="oracle.function", fix="check the spelling of the dotted path")
-        file = inspect.getsourcefile(module)
+        file = getattr(module, "__file__", None)  # None for what is built into Python
         self._source_hash = hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()[:12]
         self._loaded = function
 

@@ -18,8 +18,10 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator
 
+from onlinerl.config import at_home
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
+from onlinerl.protocols.component import Seconds
 from onlinerl.protocols.oracle import ModelOracle
 from onlinerl.types import Cost, Failure, Query, Verdict
 
@@ -31,7 +33,7 @@ class RewardModel(ModelOracle):
     """Scores prompt and response with a reward model."""
 
     groups_per_call: int = Field(16, ge=1)  # fills its batches, and asking again costs no money
-    call_timeout_s: float = Field(1800.0, gt=0)
+    call_timeout_s: Seconds = 1800.0
     path: str
     """Directory of the model and its tokenizer, or a Hugging Face hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -51,7 +53,7 @@ class RewardModel(ModelOracle):
     @field_validator("path")
     @classmethod
     def _absolute(cls, path: str) -> str:
-        folder = Path(path).expanduser()
+        folder = at_home(path, "oracle.path")
         return str(folder.absolute()) if folder.is_dir() else path  # a resume may start in another working directory
 
     def open(self) -> None:

@@ -272,10 +272,15 @@ def _find(path: str, field: str) -> Any:
 def _parse(raw: bytes, where: _Line, source: str) -> RawPrompt:
     try:
         row = json.loads(raw.decode("utf-8-sig"))
+        json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         where.fail(f"is not UTF-8: {error}", "save the file as UTF-8")
     except json.JSONDecodeError as error:
         where.fail(f"is not JSON: {error.msg} at column {error.colno}", "write one JSON object per line")
+    except UnicodeEncodeError:
+        where.fail("holds half of a surrogate pair, which is no text", "remove the \\ud8.. to \\udf.. that stands alone")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or lists in lists in lists
+        where.fail(f"cannot be read: {error}", "write plain strings, and numbers of ordinary size")
     if not isinstance(row, dict):
         where.fail(f"holds a JSON {type(row).__name__}, not an object", 'write e.g. {"text": "Once upon a time"}')
     for key in row:
@@ -297,7 +302,7 @@ def _parse(raw: bytes, where: _Line, source: str) -> RawPrompt:
                 "model's chat template itself",
             )
     return RawPrompt(
-        id=str(row["id"]) if "id" in row else _content_id(text, messages),
+        id=_content_id(text, messages) if row.get("id") is None else _id(row["id"], where),
         text=text,
         messages=messages,
         reference_answer=_answer(row, where),
@@ -336,9 +341,16 @@ def _answer(row: Mapping[str, object], where: _Line) -> str | None:
         where.fail("has both reference_answer and answer", "keep reference_answer")
     if not given:
         return None
-    if isinstance(given[0], bool) or not isinstance(given[0], str | int | float) or not str(given[0]).strip():
+    known = isinstance(given[0], str | int | float) and not isinstance(given[0], bool) and given[0] == given[0]  # NaN is none
+    if not known or not str(given[0]).strip():
         where.fail(f"the reference answer must be a string or a number, got {given[0]!r}", 'write "reference_answer": "..."')
     return str(given[0])
+
+
+def _id(value: object, where: _Line) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
+        where.fail(f"id must be a string or a number, got {value!r}", "give each prompt its own id, or none at all")
+    return str(value)
 
 
 def _content_id(text: str, messages: Sequence[Message]) -> str:
@@ -359,6 +371,12 @@ def _render(prompt: RawPrompt, tokenizer: Any, field: str) -> Prompt:
     else:
         text = prompt.text
         token_ids = tuple(tokenizer(text, add_special_tokens=True)["input_ids"])
+    if not token_ids:
+        raise PromptError(
+            f"the tokenizer makes nothing of prompt {prompt.id!r}: {text!r} has no tokens",
+            field=field,
+            fix="remove it, or give text that the model can read",
+        )
     _check_special_tokens(prompt, token_ids, tokenizer, field)
     return Prompt(
         id=prompt.id,

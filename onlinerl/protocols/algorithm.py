@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from onlinerl.protocols.component import Component
-from onlinerl.types.training import TrainItem, Unit
+from onlinerl.types.training import TrainItem, TrainSequence, Unit
 
 if TYPE_CHECKING:  # torch stays out of everything that only passes batches along, and labels out of losses
     from onlinerl.batch import Batch, LossOutput, Outputs
@@ -104,6 +104,10 @@ class Algorithm(Component):
         `pairs` is empty unless `needs.pairs`.
         """
         raise NotImplementedError
+
+    def score(self, sequence: TrainSequence) -> float:
+        """What a response earns: the oracle's score, unless the algorithm puts another one in its place."""
+        return sequence.score
 
     def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> list[TrainItem]:
         """See all items of the iteration at once, with log-probs and values filled in: advantages, whitening, weights.

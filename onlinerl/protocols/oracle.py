@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from onlinerl.errors import OracleError
-from onlinerl.protocols.component import Component
+from onlinerl.protocols.component import Component, CustomResources, Seconds
 from onlinerl.types import Failure, Query, Verdict
 
 
@@ -26,7 +26,7 @@ class Oracle(Component):
     """Groups that one call of `judge` gets. A call that fails is asked again as a whole: keep it at 1 where answers cost money."""
     max_concurrent: int = Field(1, ge=1)
     """Calls that may be under way at the same time, each in a thread of its own: more than one needs an oracle that allows it."""
-    call_timeout_s: float = Field(120.0, gt=0)
+    call_timeout_s: Seconds = 120.0
     """Longest wait for the next answer of a call."""
     retries: int = Field(2, ge=0)
     """How often a call is tried again after a missed deadline, a lost connection or an HTTP status that may pass (408, 429, 5xx)."""
@@ -105,9 +105,9 @@ class ModelOracle(Oracle):
     """CPUs reserved per replica; 0 shares those of engine and learner, which work at other times."""
     threads: int | None = Field(None, ge=1)
     """Threads that a replica on a CPU computes with; the cores of its machine divided by the replicas by default."""
-    resources: dict[str, float] = Field(default_factory=dict)
+    resources: CustomResources = Field(default_factory=dict)
     """Extra Ray resources per replica, e.g. {oracle_node: 1} to choose a node."""
-    start_timeout_s: float = Field(900.0, gt=0)
+    start_timeout_s: Seconds = 900.0
 
     def inspect(self) -> None:
         """Find out what is wrong without loading the weights.

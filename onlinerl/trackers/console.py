@@ -41,8 +41,8 @@ QUIET_S = 30.0
 
 def sturdy_console() -> Console:
     """A console on stdout that cannot end a run: when its reader is gone it falls silent, which is said once on stderr, and a letter
-    that the terminal does not know becomes a question mark."""
-    return Console(file=cast(IO[str], _Sturdy()))
+    that the terminal does not know becomes a question mark. Square brackets are text: paths and ids may hold them."""
+    return Console(file=cast(IO[str], _Sturdy()), markup=False)
 
 
 class _Sturdy:

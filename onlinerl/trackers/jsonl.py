@@ -20,6 +20,9 @@ from onlinerl.types import Metric
 
 __all__ = ["JsonlTracker", "read_metrics"]
 
+_NEEDED: Mapping[str, Any] = {"name": str, "value": int | float | None, "iteration": int, "attempt": int, "labels": dict}
+"""What a record must hold to be read."""
+
 
 class JsonlTracker(Tracker):
     """Appends metrics to a file. Records outlive a killed process at once, and a power cut after the phase they belong to.
@@ -69,7 +72,8 @@ class JsonlTracker(Tracker):
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The valid records of a metrics file: per name, labels and iteration the last one of the highest attempt.
 
-    Empty if there is no file. Lines that a killed process left unfinished are skipped.
+    Empty if there is no file. Lines that a killed process left unfinished are skipped, and so are damaged ones: figures are for
+    people, and no run depends on them.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -113,4 +117,5 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and "name" in record else None
+    whole = isinstance(record, dict) and all(isinstance(record.get(key, ...), kind) for key, kind in _NEEDED.items())
+    return record if whole else None

@@ -78,6 +78,11 @@ class Verdict:
             cells = np.asarray(self.preferences, dtype=np.float64)
             if ((cells < 0) | (cells > 1)).any():
                 return Failure(kind="non_finite", message="a preference is no probability")
+        if self.strength is not None and np.asarray(self.strength, dtype=np.float64).shape != (count, count):
+            return Failure(kind="wrong_length", message=f"the strengths of {count} responses must be {count} x {count}")
+        texts = (self.annotator, self.oracle_version, self.raw or "")
+        if not all(isinstance(text, str) for text in texts) or not isinstance(self.cost, Cost):
+            return Failure(kind="parse_fail", message="annotator, oracle_version and raw must be texts, and cost a Cost")
         return None
 
     def judged(self) -> np.ndarray:

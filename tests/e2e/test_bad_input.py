@@ -86,6 +86,22 @@ def test_keys_and_types(toy_config, refused, tmp_path, override, parts):
     says(refused(toy_config(tmp_path), override), "config: ", *parts)
 
 
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        (".dpo", ("'.dpo' is no dotted path", "PACKAGE.MODULE.CLASS")),
+        ("..x", ("'..x' is no dotted path",)),
+        ("unfinished.Mine", ("cannot import 'unfinished': ", "SyntaxError: ", "correct the error")),
+        ("raising.Mine", ("cannot import 'raising': ZeroDivisionError: division by zero",)),
+    ],
+)
+def test_a_class_of_the_users_own_that_cannot_be_imported(toy_config, refused, monkeypatch, tmp_path, name, parts):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "unfinished.py").write_text("class Mine(:\n")
+    (tmp_path / "raising.py").write_text("1 / 0\n")
+    says(refused(toy_config(tmp_path), f"algorithm.name={name}"), "config: algorithm.name: ", *parts)
+
+
 def test_a_typo_in_the_file(toy_config, cli, tmp_path):
     """In a process of its own: the message comes without a traceback and the exit code is that of a refusal."""
     done = cli("run", toy_config(tmp_path, {"training.learning_rat": 0.1}))
@@ -267,7 +283,45 @@ def test_models(toy_config, refused, tiny_model, tmp_path):
     says(attempt(tmp_path / "bare"), "model: its tokenizer cannot be loaded", "put the tokenizer's files beside the weights")
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "parts"),
+    [
+        (
+            "model.safetensors",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            ("does not begin with a header", "git lfs pull"),
+        ),
+        ("model.safetensors", b"", ("is no whole safetensors file", "download it again")),
+        ("model.safetensors", None, ("holds no weights",)),
+        ("model.safetensors", -1, ("it should have ", " bytes and has ")),
+        (
+            "model.safetensors.index.json",
+            b'{"weight_map": {"a": "x-2.safetensors"}}',
+            ("lacks 1 of the files", "x-2.safetensors"),
+        ),
+        ("model.safetensors.index.json", b"{}", ("model.safetensors.index.json cannot be read",)),
+        ("tokenizer.json", b"{}", ("its tokenizer cannot be loaded",)),
+        ("tokenizer_config.json", b"[1]", ("its tokenizer cannot be loaded",)),
+        ("config.json", b'{"model_type": "llama", "num_attention_heads": 0}', ("its config.json cannot be read",)),
+    ],
+)
+def test_models_that_are_not_whole(toy_config, refused, tiny_model, tmp_path, file, content, parts):
+    """As an interrupted download or a clone without Git LFS leaves them; content: None for no file, a number for where it is cut."""
+    damaged = shutil.copytree(tiny_model, tmp_path / "model") / file
+    if content is None:
+        damaged.unlink()
+    else:
+        damaged.write_bytes(damaged.read_bytes()[:content] if isinstance(content, int) else content)
+    says(refused(toy_config(tmp_path, model=str(tmp_path / "model"))), "config: model: ", *parts)
+
+
 # --- the surroundings ---
+
+
+def test_a_tracker_that_is_not_installed(toy_config, refused, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    message = refused(toy_config(tmp_path, {"metrics.tensorboard": True}))
+    says(message, "config: metrics.tensorboard: TensorBoard is not installed", "onlinerl[tensorboard]")
 
 
 def test_an_address_of_another_machine(toy_config, refused, tmp_path):
@@ -285,6 +339,27 @@ def test_a_directory_that_holds_another_run(toy_config, onlinerl, tmp_path):
     assert sorted(str(p) for p in (tmp_path / "runs").rglob("*")) == before
     assert onlinerl("run", config, "--fresh")[0] == 0
     assert (tmp_path / "runs/toy.1/manifest.json").exists()
+
+
+def test_paths_in_the_home_directory(toy_config, onlinerl, monkeypatch, tmp_path):
+    """`check` and `run` take them for the same place, and a run that lies there is not taken for none."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {"runs": "~/runs", "prompts.train": "~/train.jsonl", "prompts.heldout": "~/heldout.jsonl"}
+    config = toy_config(tmp_path, {**paths, "iterations": 1, "evaluation.prompts": 4})
+    assert onlinerl("check", config) == (0, "")
+    assert onlinerl("run", config)[0] == 0
+    code, message = onlinerl("run", config)
+    assert code == REFUSED
+    says(message, f"store: name: {tmp_path}/runs/toy already holds a run", "onlinerl resume")
+
+
+@pytest.mark.parametrize("key", ["runs", "model", "prompts.train"])
+def test_a_path_in_the_home_of_nobody(toy_config, refused, tmp_path, key):
+    says(
+        refused(toy_config(tmp_path), f"{key}=~nobody-here/x"),
+        f"config: {key}: ~nobody-here/x is in the home",
+        "./~nobody-here/x",
+    )
 
 
 def test_a_directory_that_holds_other_files(toy_config, onlinerl, tmp_path):
@@ -396,7 +471,9 @@ def test_a_resume_of_a_run_whose_pairing_nothing_reads(toy_config, onlinerl, tmp
     assert "pairing" not in stored.read_text()
 
 
-@pytest.mark.parametrize(("removed", "unfinished", "later"), [("0001", 1, 2), ("0000", 0, 1), ("0001/manifest.json", 1, 2)])
+@pytest.mark.parametrize(
+    ("removed", "unfinished", "later"), [("0001", 1, 2), ("0000", 0, 1), ("0001/manifest.json", 1, 2), ("", 0, 1)]
+)
 def test_a_resume_of_a_run_of_which_something_was_removed(toy_config, onlinerl, tmp_path, removed, unfinished, later):
     """Iterations after a missing one came from weights that are no longer known."""
     assert onlinerl("run", toy_config(tmp_path, iterations=2))[0] == 0
@@ -408,7 +485,7 @@ def test_a_resume_of_a_run_of_which_something_was_removed(toy_config, onlinerl, 
         gone.unlink()
     code, message = onlinerl("resume", run, "iterations=3")
     assert code == REFUSED
-    says(message, f"iteration {unfinished} is not finished, and there are results of iteration {later}", "rm -r iterations/")
+    says(message, f"iteration {unfinished} is not finished, and there are results of iteration {later}", "rm -r ")
 
 
 def test_a_resume_may_change_where_it_runs(toy_config, onlinerl, tmp_path):

@@ -82,6 +82,28 @@ def test_a_run_may_end_with_nothing_left_to_learn(toy_config, onlinerl, oracle, 
     assert onlinerl("resume", tmp_path / "runs/toy")[0] == 4
 
 
+def test_groups_that_the_oracle_failed_on_are_said_and_counted(toy_config, onlinerl, oracle, tmp_path):
+    """Where nothing is left, the reason must not be that no reason is known."""
+    silent = oracle("return [None if len(q['responses']) == 4 else [len(r) for r in q['responses']] for q in queries]")
+    few = {"prompts.per_iteration": 4, "iterations": 1, "evaluation.prompts": 4, "max_failed_labels": 1.0}
+    assert onlinerl("run", toy_config(tmp_path, {**silent, **few}))[0] == 0
+    (train,) = records(tmp_path / "runs/toy", "train")
+    assert train["dropped"] == {"not_judged": 4}
+    assert train["idle"] == "no training item is left of 0 judged groups (dropped: 4 not_judged)"
+    assert values(tmp_path / "runs/toy", "pairs_dropped", reason="not_judged") == [4]
+
+
+def test_ppo_learns_from_cut_responses_whatever_the_oracle_says(toy_config, onlinerl, oracle, tmp_path):
+    """As at the start of a run on hard problems: every answer is wrong, but those that end are better than those that do not."""
+    cut = {"iterations": 1, "algorithm.name": "ppo", "algorithm.missing_eos_score": -1.0, "sampling.max_new_tokens": 30}
+    config = toy_config(tmp_path, {**oracle(CONSTANT), **cut})
+    assert onlinerl("run", config)[0] == 0
+    (sample,), (train,) = (records(tmp_path / "runs/toy", phase) for phase in ("sample", "train"))
+    assert 0 < sample["truncated"] < sample["samples"]
+    assert train["idle"] is None
+    assert train["steps"] > 0
+
+
 # --- responses that were thrown away ---
 
 
@@ -300,6 +322,7 @@ def test_how_many_prompts_the_canary_has():
     prompts = [Prompt(id=str(n), text="", token_ids=tuple(range(n))) for n in (1, 2, 5, 4)]
     assert application._canary(prompts, 2) == [((0,), (1,)), ((0, 1), (2, 3, 4))]
     assert len(application._canary(prompts, 16)) == 3
+    assert application._canary(prompts[:1] * 3, 2) == [((0,), (0,))] * 2, "no push can be proved without a canary"
 
 
 def test_how_far_engine_and_learner_may_differ(toy_config, onlinerl, monkeypatch, tmp_path):

@@ -427,9 +427,12 @@ def test_a_renamed_run_continues_where_it_is(toy_config, warm_cli, tmp_path):
     assert warm_cli("run", toy_config(tmp_path, iterations=1)).returncode == 0
     (tmp_path / "runs/toy").rename(tmp_path / "runs/renamed")
     (tmp_path / "7").mkdir()  # a parent that YAML would take for a number
-    (tmp_path / "runs/renamed").rename(tmp_path / "7/moved")
-    done = warm_cli("resume", "7/moved", "iterations=2")
+    (tmp_path / "7/[/b]").mkdir(parents=True)  # and one that a console may take for markup
+    (tmp_path / "runs/renamed").rename(tmp_path / "7/[/b]/moved")
+    done = warm_cli("resume", "7/[/b]/moved", "iterations=2")
     assert done.returncode == 0, done.message
+    assert f"model: {tmp_path}/7/[/b]/moved/exports" in done.stdout
+    (tmp_path / "7/[/b]/moved").rename(tmp_path / "7/moved")
     assert not (tmp_path / "runs/toy").exists()
     assert not (tmp_path / "7/toy").exists()
     assert max(record["iteration"] for record in read_metrics(tmp_path / "7/moved/metrics.jsonl")) == 2
@@ -705,7 +708,10 @@ def test_one_process_at_a_time(counted, warm_cli, tmp_path):
 
 
 def test_the_reference_stays_the_same(toy_config, warm_cli, tiny_model, tmp_path):
-    """R-D3: resume refuses another base model, and the KL goes on from where it was instead of starting at 0 again."""
+    """R-D3: resume refuses another base model, and the KL goes on from where it was instead of starting at 0 again.
+
+    The same model at another place is no other model.
+    """
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     run, log = tmp_path / "runs/toy", tmp_path / "log"
@@ -724,7 +730,18 @@ def test_the_reference_stays_the_same(toy_config, warm_cli, tiny_model, tmp_path
     assert "fix: restore it" in refused.stderr
 
     file.write_bytes(original)
-    done = warm_cli("resume", run)
+    moved = model.rename(tmp_path / "moved")
+    refused = warm_cli("resume", run)
+    assert refused.returncode == 2, refused.message
+    assert f"config: model: the base model is no longer at {model}" in refused.stderr
+    assert "say where it is now with model=..." in refused.stderr
+    other = shutil.copytree(moved, tmp_path / "other")
+    (other / "tokenizer_config.json").write_text("{}")
+    refused = warm_cli("resume", run, f"model={other}")
+    assert refused.returncode == 2, refused.message
+    assert f"config: model: was '{model}' when the run started and is now '{other}'" in refused.stderr
+
+    done = warm_cli("resume", run, f"model={moved}")
     assert done.returncode == 0, done.message
     with RunDirectory.open(run) as opened:
         assert opened.manifest["reference"] == before

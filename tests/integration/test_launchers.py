@@ -107,6 +107,17 @@ def test_run_or_resume(tmp_path, exists, name):
         assert said == f'run c.yaml runs="{run.parent}" name="{name}" cluster.address=auto iterations=2'
 
 
+def test_run_or_resume_refuses_what_onlinerl_would_refuse(tmp_path):
+    """With its exit code, by which a scheduler knows that trying again is of no use, and without a traceback."""
+    (tmp_path / "c.yaml").write_text("name: mine\nmodl: here\n")
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CONFIG": str(tmp_path / "c.yaml")}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "secret"}
+    done = subprocess.run(["bash", str(LAUNCHERS / "run_or_resume.sh")], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: config: model: is missing")
+    assert "\n  fix: " in done.stderr
+
+
 @pytest.mark.engine
 @pytest.mark.timeout(300)
 def test_head_and_worker_make_a_cluster(tmp_path):
@@ -214,6 +225,18 @@ def test_two_heads_make_one_secret_and_a_readable_one_is_closed(tmp_path):
     made.chmod(0o644)
     subprocess.run(command, env=env, check=True, capture_output=True)
     assert made.stat().st_mode & 0o777 == 0o600
+
+
+def test_an_empty_secret_is_none(tmp_path):
+    """As a full disk leaves behind: a cluster would start that everybody can join, or none."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    env |= {"HOME": str(tmp_path), "TOKEN_MISSING": "make"}
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").touch()
+    command = ["bash", "-c", f"source {LAUNCHERS}/ray/auth.sh"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"is empty: remove {tmp_path}/.ray/auth_token" in done.stderr
 
 
 def _wait_for(path: Path, seconds: float = 30) -> None:

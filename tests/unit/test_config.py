@@ -169,6 +169,14 @@ def test_naming_the_engine_or_learner_keeps_the_other_keys(write):
         ("prompts.reuse", 1),
         ("sampling.temperature", "1.0"),
         ("sampling.temperature", 0),
+        ("sync.timeout_s", 1e10),  # no timer can be set to it
+        ("oracle.call_timeout_s", 1e10),
+        ("sampling.temperature", 0.009),  # vLLM would sample at 0.01
+        ("seed", 2**32),  # numpy takes no more, and vLLM seeds it
+        ("name", "a" * 101),  # a file name ends somewhere
+        ("engine.resources", {"CPU": 2.0}),  # is engine.cpus
+        ("learner.resources", {"GPU": 0.0}),
+        ("learner.resources", {"learner_node": -1.0}),
         ("name", 7.5),
         ("runs", ["a"]),
         ("algorithm.beta", "0.1"),
@@ -258,6 +266,12 @@ def judge(tmp_path, monkeypatch):
         ({"base_url": "https://me:sk-3141@judge.example/v1"}, "oracle.base_url", "without it"),
         ({"headers": {"X_Token": "sk-3141"}}, "oracle.headers.X_Token", "`x_token_env`"),
         ({"passwords": ["sk-3141"]}, "oracle.passwords", "`passwords_env`"),
+        ({"apiKey": "sk-3141"}, "oracle.apiKey", "`api_key_env`"),
+        ({"accessToken": "sk-3141"}, "oracle.accessToken", "`access_token_env`"),
+        ({"headers": {"x-api-key": "sk-3141"}}, "oracle.headers.x-api-key", "`x_api_key_env`"),
+        ({"headers": {"Authorization": "sk-3141"}}, "oracle.headers.Authorization", "`authorization_env`"),
+        ({"header": "Bearer sk-3141"}, "oracle.header", "environment variable"),
+        ({"base_url": "https://judge.example/v1?model=a&api_key=sk-3141"}, "oracle.base_url", "environment variable"),
     ],
 )
 def test_a_secret_is_never_part_of_a_configuration(judge, options, field, fix):

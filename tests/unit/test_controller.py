@@ -144,8 +144,9 @@ def test_the_commonest_failure_is_shown():
         health.check_failures(kinds, 4, 0.5)
 
 
-def learnable(*groups: Judged, items: int = 1, within_groups: bool = True, **dropped: int) -> str | None:
-    return health.nothing_to_learn(groups, items, dropped, within_groups=within_groups)
+def learnable(*groups: Judged, items: bool = True, within_groups: bool = True, **dropped: int) -> str | None:
+    earned = [score for group in groups for score in group.verdict.scores or ()] if items else []
+    return health.nothing_to_learn(groups, earned, dropped, within_groups=within_groups)
 
 
 def test_an_oracle_that_separates_nothing_gives_nothing_to_learn():
@@ -170,10 +171,10 @@ def test_what_says_nothing_has_no_spread():
 
 def test_no_item_is_nothing_to_learn():
     good = judged(1.0, 2.0)
-    assert learnable(good, items=0, tie=3, identical=1) == (
+    assert learnable(good, items=False, tie=3, identical=1) == (
         "no training item is left of 1 judged groups (dropped: 3 tie, 1 identical)"
     )
-    assert learnable(items=0) == "no training item is left of 0 judged groups (dropped: no reason recorded)"
+    assert learnable(items=False) == "no training item is left of 0 judged groups (dropped: no reason recorded)"
 
 
 def test_too_many_idle_iterations_in_a_row_stop_the_run():

@@ -6,6 +6,8 @@ import math
 import signal
 import sys
 import textwrap
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -135,6 +137,24 @@ class TestMathVerifier:
         (failure,) = oracle.judge([query("72", answer="?!")])
         assert failure.kind == "parse_fail"
 
+    def test_a_call_that_nobody_waits_for_spoils_no_other(self):
+        """One that missed its deadline is still at work when the next one comes, and there is one process for both."""
+        oracle = MathVerifier(timeout_s=2)
+        late: list[Verdict | Failure] = []
+        left_alone = threading.Thread(
+            target=lambda: late.extend(oracle.judge([query(r"$9^{9^{9^{9}}}$", "The answer is 72.", answer="72")]))
+        )
+        try:
+            oracle.open()
+            left_alone.start()
+            time.sleep(0.5)  # it has put its first question
+            (verdict,) = oracle.judge([query("The answer is 72.", "The answer is 71.", "72", "71", answer="72")])
+            assert verdict.scores == (1.0, 0.0, 1.0, 0.0)
+            left_alone.join(60)
+            assert [(r.kind, r.message) for r in late] == [("timeout", "prompt 'p': nobody waits for this answer any more")]
+        finally:
+            oracle.close()
+
     def test_what_cannot_be_compared_in_time(self):
         slow = query("It is $9^{9^{9^{9}}}$", "4", answer="4")
         oracle = MathVerifier(timeout_s=2, uncomparable_score=None)
@@ -245,6 +265,11 @@ class TestPythonFunction:
             PythonFunction(function=path).open()
         assert caught.value.field == "oracle.function"
         assert caught.value.fix
+
+    def test_what_is_built_into_python_has_no_source(self):
+        oracle = PythonFunction(function="builtins.sum")
+        oracle.open()
+        assert oracle.version.startswith("builtins.sum-")
 
     def test_version_follows_the_source_and_the_revision(self, oracle):
         first = oracle("return 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,18 @@ def test_identity(tiny_model, tmp_path):
     assert preflight.identity(str(model))["checksum"] != before["checksum"]
 
 
+def test_a_model_is_recognised_by_its_layers_too(tmp_path):
+    """A fine-tuned model of the same size may begin and end with the bytes of its base."""
+    (tmp_path / "config.json").write_text("{}")
+    weights = bytearray(4 * 2**20)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    base = preflight.identity(str(tmp_path))
+    assert preflight.identity(str(tmp_path)) == base
+    weights[3 * 2**19 : 5 * 2**19] = b"\1" * 2**20
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    assert preflight.identity(str(tmp_path)) != base
+
+
 def test_identity_does_not_depend_on_the_place(tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "copy")
     assert preflight.identity(str(tmp_path / "copy"))["checksum"] == preflight.identity(str(tiny_model))["checksum"]
@@ -223,3 +236,11 @@ def test_a_learning_rate_of_0_cannot_be_scheduled(toy_config, tmp_path, override
     with pytest.raises(ConfigError, match="would do nothing") as error:
         preflight.check(configuration.load(toy_config(tmp_path), [*fixed, override]))
     assert error.value.field == "training.learning_rate"
+
+
+def test_runs_that_start_at_once_do_not_spoil_each_others_check(tmp_path):
+    """As the jobs of an array do, on one machine or several."""
+    loaded = config(f"runs={tmp_path}")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: preflight._check_writable(loaded), range(400)))
+    assert not list(tmp_path.iterdir())

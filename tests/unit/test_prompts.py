@@ -84,6 +84,13 @@ class TestReading:
             ({"messages": [{"role": "assistant", "content": "x"}]}, ["nothing to answer"]),
             ({"text": "x", "answer": "1", "reference_answer": "1"}, ["both reference_answer and answer"]),
             ({"text": "x", "answer": ["1"]}, ["must be a string or a number"]),
+            ('{"text": "x", "answer": NaN}', ["must be a string or a number", "nan"]),
+            ('{"text": "x", "answer": ' + "9" * 5000 + "}", ["line 2", "cannot be read"]),
+            ("[" * 100_000, ["line 2", "cannot be read"]),
+            (r'{"text": "x \ud800"}', ["line 2", "half of a surrogate pair"]),
+            (r'{"id": "\udc00", "text": "x"}', ["line 2", "half of a surrogate pair"]),
+            ({"id": True, "text": "x"}, ["id must be a string or a number, got True"]),
+            ({"id": "", "text": "x"}, ["id must be a string or a number, got ''"]),
         ],
     )
     def test_a_bad_line_is_named(self, tmp_path, row, words):
@@ -154,6 +161,16 @@ class TestRendering:
         """R-F2."""
         with pytest.raises(PromptError, match="nothing to continue"):
             render(self.raw(tmp_path, {"text": "This film"}), WordTokenizer(end=True), 64)
+
+    def test_a_prompt_that_a_tokenizer_makes_nothing_of_is_an_error(self, tmp_path):
+        """Some drop characters without a width; an engine would only say so in the middle of a run."""
+
+        class Dropping(WordTokenizer):
+            def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+                return {"input_ids": []}
+
+        with pytest.raises(PromptError, match=r"makes nothing of prompt '7': '\\u200b' has no tokens"):
+            render(self.raw(tmp_path, {"id": 7, "text": "\u200b"}), Dropping(), 64)
 
     def test_long_prompts_are_counted(self, tmp_path):
         """R-F5."""

@@ -93,9 +93,10 @@ def test_the_limit_comes_from_the_environment(monkeypatch):
     assert time_limit.given() is None
     monkeypatch.setenv(VARIABLE, "90")
     assert time_limit.given() == 90.0
-    monkeypatch.setenv(VARIABLE, "soon")
-    with pytest.raises(ConfigError, match="no number"):
-        time_limit.given()
+    for text in ("soon", "nan"):
+        monkeypatch.setenv(VARIABLE, text)
+        with pytest.raises(ConfigError, match="no number"):
+            time_limit.given()
 
 
 def test_a_run_stopped_in_training_does_not_repeat_it_in_the_same_time(toy_config, warm_cli, tmp_path):

@@ -204,6 +204,21 @@ def test_a_file_torn_at_any_byte_stays_readable(tmp_path):
         assert [r["iteration"] for r in read_metrics(path)] == [*range(complete), 99], cut
 
 
+def test_a_damaged_figure_is_skipped_and_stops_nobody(tmp_path):
+    """A resume reads the file for its counters: each bit is flipped once."""
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path)
+    tracker.log([metric("pairs_dropped", 2.0, labels={"reason": "tie"}), metric("generated_tokens", 10.0)])
+    tracker.close()
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        counted = totals(read_metrics(path))
+        assert len(counted) <= 2
+
+
 def test_no_file_is_no_metrics(tmp_path):
     assert read_metrics(tmp_path / "none") == []
 

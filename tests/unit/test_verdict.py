@@ -65,3 +65,20 @@ def test_what_is_judged():
     assert scored(1.0).judged().tolist() == [True]
     both = compared((NAN, 0.5, NAN), (0.5, NAN, NAN), (NAN, NAN, NAN), scores=(1.0, 2.0, 3.0))
     assert both.judged().tolist() == [True, True, False]  # scored, but compared with nobody
+
+
+@pytest.mark.parametrize(
+    ("more", "kind"),
+    [
+        ({"raw": {"words": "good"}}, "parse_fail"),
+        ({"cost": None}, "parse_fail"),
+        ({"strength": ((1.0,),)}, "wrong_length"),
+    ],
+)
+def test_what_could_not_be_stored_is_no_verdict(more, kind):
+    """A class of the user's own makes Verdicts as it likes: what is wrong is found when it answers, and costs its group only."""
+    problem = scored(1.0, 0.0, **more).problem(2)
+    assert problem is not None
+    assert problem.kind == kind
+    fine = scored(1.0, 0.0, raw="good", strength=((NAN, 1.0), (NAN, NAN)))
+    assert fine.problem(2) is None

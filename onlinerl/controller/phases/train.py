@@ -19,9 +19,9 @@ from onlinerl.types import TrainItem, UpdateReport, derive_seed
 def train(it: Iteration) -> dict[str, Any]:
     """One pass of the learner over what was judged; no step at all where that gives nothing to learn."""
     built = _items(it)
-    idle = health.nothing_to_learn(
-        built.judged, len(built.items), built.dropped, within_groups=it.parts.algorithm.needs.min_samples > 1
-    )
+    algorithm = it.parts.algorithm
+    earned = [algorithm.score(sequence) for item in built.items for sequence in item.sequences]
+    idle = health.nothing_to_learn(built.judged, earned, built.dropped, within_groups=algorithm.needs.min_samples > 1)
     in_a_row = it.idle_before() + 1 if idle else 0
     steps = UpdateReport(steps=0, tokens=0, metrics=())
     figures: Mapping[str, float] = {}
@@ -53,7 +53,7 @@ def _items(it: Iteration) -> Built:
     groups = [group for group in everything if it.large_enough(group)]
     told = judged(groups, it.results())
     logprobs = dict(logprobs_from_row(row) for row in it.parts.store.read(it.number, LOGPROBS))
-    dropped = Counter({"few_samples": len(everything) - len(groups)})
+    dropped = Counter({"few_samples": len(everything) - len(groups), "not_judged": len(groups) - len(told)})
     truncated = useful = contradicted = 0
     annotated: list[TrainItem] = []
     rows: list[dict[str, Any]] = []
