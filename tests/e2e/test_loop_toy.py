@@ -521,7 +521,7 @@ def test_killed_in_every_phase_of_an_iteration_that_gives_nothing_to_learn(
     assert idle == [0, 1, 0]
     assert Counter(e["kind"] for e in events(folder / "log"))["step"] == 2 * 2
 
-    for command, phase in zip(["run", *["resume"] * 6], PHASES, strict=True):
+    for command, phase in zip(["run", *["resume"] * (len(PHASES) - 1)], PHASES, strict=True):
         assert counted(command, tied=tied, kill=[f"before 2 {phase}", 1]).returncode == -signal.SIGKILL
     done = counted("resume", tied=tied, kill=["after 2 commit", 1])
     assert done.returncode == -signal.SIGKILL
