@@ -24,6 +24,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from onlinerl.errors import ConfigError
+
 Part = Literal["engine", "oracle", "learner"]
 Task = tuple[int, str]
 """A phase of an iteration."""
@@ -77,6 +79,20 @@ def phases(*, stream: bool, evaluate_beside: bool) -> tuple[Phase, ...]:
         Phase(name="commit", waits_for=(("measure", 0), ("commit", 1)), of_base=True),
     )
     return graph if stream else tuple(_in_turn(phase) for phase in graph)
+
+
+def require_running(running: Collection[Task], unfinished: Sequence[int]) -> None:
+    """Refuse to wait for ever, where rows of the graph wait for each other or for a phase that there is not.
+
+    Raises:
+        ConfigError: naming the iteration.
+    """
+    if not running:
+        raise ConfigError(
+            f"no phase of iteration {unfinished[0]} can start, and it is not finished",
+            field="graph",
+            fix="correct `waits_for` and `follows` of the rows: two of them wait for each other",
+        )
 
 
 def _in_turn(phase: Phase) -> Phase:

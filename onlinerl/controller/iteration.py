@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from onlinerl.controller import health
 from onlinerl.controller.feed import Feed, Stopped
 from onlinerl.controller.parts import Parts, reference_iteration
 from onlinerl.controller.report import Reporter
@@ -95,6 +96,15 @@ class Iteration:
     def idle_before(self) -> int:
         """How many iterations right before this one gave nothing to learn."""
         return self._train_record(self.number - 1).get("idle_in_a_row", 0)
+
+    def check_idle(self) -> None:
+        """After its last phase. The last iteration ends the run anyway.
+
+        Raises:
+            OracleError: if too many iterations in a row gave nothing to learn.
+        """
+        if 0 < self.number < self.parts.config.iterations:
+            health.check_idle(self._train_record(self.number), self.parts.config.training.max_idle_iterations)
 
     def trained_before(self) -> bool:
         """Whether any earlier iteration has taken an optimizer step."""

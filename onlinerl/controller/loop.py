@@ -9,26 +9,22 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from onlinerl import graph
-from onlinerl.controller import health, phases, start
+from onlinerl.controller import phases, start
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import Parts
 from onlinerl.controller.report import Reporter
 from onlinerl.graph import Task
 
 PATIENCE_S = 5.0
-"""How long phases have to end by themselves when the run is stopped; what they still say after that is ignored."""
+"""How long phases have to end by themselves when the run is stopped; after that nobody listens to them."""
 
 
 def run(parts: Parts, attempt: int = 0) -> int:
-    """Run every iteration that is not finished. Returns how many were run; 0 means there was nothing left to do.
-
-    Raises:
-        OnlineRLError: of the boundary that failed first; everything finished until then is on disk and `run` continues from it.
-    """
+    """Run every iteration that is not finished; returns how many these were. Raises the error of the boundary that failed first."""
     loop = _Loop(parts, attempt)
     try:
         return loop.run()
@@ -48,43 +44,42 @@ class _Loop:
         self.ended: queue.SimpleQueue[tuple[Task, dict[str, Any] | BaseException]] = queue.SimpleQueue()
 
     def run(self) -> int:
-        left = len(self.unfinished())
+        left = self.unfinished()
         self.weights = start.restore(self.parts, self.done, self.report)
-        while unfinished := self.unfinished():
-            while task := next(self.ready(unfinished), None):
+        while self.unfinished():
+            while task := next(self.ready(), None):
                 self.begin(task)
+            graph.require_running(self.running, self.unfinished())
             task, result = self.ended.get()
             del self.running[task]
             if isinstance(result, BaseException):
                 raise result
             self.finish(task, result)
-        return left
-
-    def ready(self, unfinished: Sequence[int]) -> Iterator[Task]:
-        return graph.ready(self.parts.phases, unfinished, self.done, self.running, shared_hardware=self.parts.shared_hardware)
+        return len(left)
 
     def unfinished(self) -> list[int]:
-        return [t for t, done in self.done.items() if "commit" not in done][: graph.IN_FLIGHT]
+        return [t for t, done in self.done.items() if "commit" not in done]
+
+    def ready(self) -> Iterator[Task]:
+        now = self.unfinished()[: graph.IN_FLIGHT]
+        return graph.ready(self.parts.phases, now, self.done, self.running, shared_hardware=self.parts.shared_hardware)
 
     def begin(self, task: Task) -> None:
         t, name = task
         if t not in self.iterations:
             self.iterations[t] = Iteration(self.parts, t, self.weights, self.report, self.stop)
-        self.running[task] = threading.Thread(
-            target=self.work, args=(task, self.iterations[t]), name=f"{name} {t}", daemon=True
-        )
-        self.running[task].start()
+        work = threading.Thread(target=self.work, args=(task, self.iterations[t]), name=f"{name} {t}", daemon=True)
+        self.running[task] = work
+        work.start()
 
     def work(self, task: Task, it: Iteration) -> None:
         """In a thread of its own."""
         began = time.time()
         try:
             record = phases.function(self.parts.phases, task[1])(it)
+            self.ended.put((task, {"seconds": time.time() - began, "began": began, "ended": time.time(), **record}))
         except BaseException as error:  # noqa: BLE001  (raised again in the thread of the loop)
             self.ended.put((task, error))
-        else:
-            ended = time.time()
-            self.ended.put((task, {"seconds": ended - began, "began": began, "ended": ended, **record}))
 
     def finish(self, task: Task, record: dict[str, Any]) -> None:
         t, name = task
@@ -95,12 +90,9 @@ class _Loop:
         self.parts.tracker.phase_finished(t, name, seconds)
         self.report.phase(t, name, seconds, record)
         if name == "commit":
-            del self.iterations[t]
-            if 0 < t < self.parts.config.iterations:
-                health.check_idle(self.parts.store.phases(t)["train"], self.parts.config.training.max_idle_iterations)
+            self.iterations.pop(t).check_idle()
 
     def end(self) -> None:
-        """Whatever still runs is told to stop."""
         self.stop.set()
         deadline = time.monotonic() + PATIENCE_S
         for thread in self.running.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -133,3 +134,13 @@ def test_a_toy_run_needs_no_engine_learner_or_cluster(toy_config, tmp_path):
     config = toy_config(tmp_path, iterations=1)
     code = BLOCK.format(blocked={"vllm", "ray", "deepspeed"}) + "from onlinerl.cli import main\nmain()"
     assert "win rate vs base" in python(code, "run", str(config), cwd=tmp_path)
+
+
+def test_the_loop_is_one_screen():
+    controller = ROOT / "onlinerl" / "controller"
+    assert len((controller / "loop.py").read_text().splitlines()) <= 100
+    for file in (controller / "phases").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno is not None
+                assert node.end_lineno - node.lineno < 80, f"{file.name}: {node.name}"

@@ -10,6 +10,7 @@ from itertools import combinations, pairwise
 import pytest
 
 from onlinerl import graph
+from onlinerl.errors import ConfigError
 from onlinerl.graph import NAMES, Phase, Task
 
 SECONDS = {
@@ -110,6 +111,12 @@ def test_killed_and_resumed_nothing_is_done_twice_and_no_weights_are_mixed(strea
             assert at[t - 1, "sync"] < at[t, "sample"] < at[t, "sync"], "sampled by the weights of the iterate before"
             assert at[t - 1, "answer"] < at[t, "sync"], "the answers of an iterate are its own"
             assert at[t - 1, "measure"] < at[t, "train"], "measured while the learner holds its weights"
+
+
+def test_rows_that_wait_for_each_other_are_an_error_and_no_hang():
+    with pytest.raises(ConfigError, match="no phase of iteration 2 can start"):
+        graph.require_running([], [2, 3])
+    graph.require_running([(2, "sample")], [2, 3])
 
 
 def test_a_phase_starts_only_when_what_it_follows_has_begun():
