@@ -22,11 +22,10 @@ import time
 from pathlib import Path
 
 from onlinerl.errors import StoreError
+from onlinerl.mounts import network_mount
 from onlinerl.stores import _files
 
 _PATIENCE_S = 0.5
-_MOUNTS = Path("/proc/self/mountinfo")
-_NETWORK = ("nfs", "nfs4", "lustre", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "beegfs", "gpfs", "afs", "fuse.")
 _LOCAL_ONLY = re.compile(r"\b(nolock|local_lock=(flock|all)|localflock)\b")
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -73,12 +72,10 @@ class Lock:
 
 def caveat(path: Path) -> str | None:
     """What to know about locks where `path` lies; None on a local disk."""
-    mount = _mount_of(path)
+    mount = network_mount(path)
     if mount is None:
         return None
     kind, options = mount
-    if not any(kind == each or (each.endswith(".") and kind.startswith(each)) for each in _NETWORK):
-        return None
     if local := _LOCAL_ONLY.search(options):
         return (
             f"{path} is on {kind}, mounted with {local[0]}: the lock of a run holds on this machine only; "
@@ -88,23 +85,6 @@ def caveat(path: Path) -> str | None:
         f"{path} is on {kind}: the lock of a run holds between machines only if the server passes locks on; "
         "never resume it on two machines at once"
     )
-
-
-def _mount_of(path: Path) -> tuple[str, str] | None:
-    """Type and options of the file system that a path lies on."""
-    try:
-        lines = _MOUNTS.read_text().splitlines()
-    except OSError:  # no Linux
-        return None
-    path, best, found = path.resolve(), -1, None
-    for line in lines:
-        # 36 35 98:0 /root /mount/point rw,noatime - type source options
-        before, _, after = line.partition(" - ")
-        fields, (kind, _, options) = before.split(), after.split(" ", 2)
-        point = Path(fields[4].encode().decode("unicode_escape"))  # spaces are written as \040
-        if path.is_relative_to(point) and len(point.parts) >= best:  # of two mounts on one place, the later one is seen
-            best, found = len(point.parts), (kind, f"{fields[5]},{options}")
-    return found
 
 
 def held(path: Path) -> bool:

@@ -17,7 +17,7 @@ from onlinerl import cli as command_line
 from onlinerl import config as configuration
 from onlinerl import placement
 from onlinerl.learners.toy import ToyLearner
-from onlinerl.stores import _files, _lock, directory
+from onlinerl.stores import _files, directory
 from onlinerl.stores.summary import summarise
 
 FAILED, REFUSED = 1, 2
@@ -496,7 +496,7 @@ def test_a_resume_may_change_where_it_runs(toy_config, onlinerl, tmp_path):
 
 def test_a_run_on_a_network_disk_says_so(toy_config, monkeypatch, capsys, tmp_path):
     (tmp_path / "mounts").write_text("22 1 0:35 / / rw,relatime - nfs4 server:/export rw,local_lock=flock\n")
-    monkeypatch.setattr(_lock, "_MOUNTS", tmp_path / "mounts")
+    monkeypatch.setattr(mounts, "_MOUNTS", tmp_path / "mounts")
     monkeypatch.setattr(sys, "argv", ["onlinerl", "run", str(toy_config(tmp_path, iterations=1))])
     with pytest.raises(SystemExit):
         command_line.main()

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from onlinerl import mounts
 from onlinerl.errors import StoreError
 from onlinerl.protocols.store import Store
 from onlinerl.stores import _files, _lock, _tables
@@ -197,7 +198,7 @@ MOUNTS = r"""22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
 )
 def test_a_network_file_system_is_said(tmp_path, monkeypatch, path, says):
     (tmp_path / "mounts").write_text(MOUNTS)
-    monkeypatch.setattr(_lock, "_MOUNTS", tmp_path / "mounts")
+    monkeypatch.setattr(mounts, "_MOUNTS", tmp_path / "mounts")
     found = _lock.caveat(Path(path))
     assert (found is None) if says is None else (says in found)
 
