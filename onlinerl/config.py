@@ -30,7 +30,7 @@ from onlinerl.types import Sampling
 _SECRET = re.compile(r"(^|_)(api)?(key|token|password|passwd|secret|credential|authorization)s?$")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _CREDENTIALS = re.compile(
-    r"://[^/@\s]*:[^/@\s]+@|[?&][^=&\s]*(key|token|password|secret)=[^&\s]|\bbearer\s+\S{4}", re.IGNORECASE
+    r"://[^/@\s]*:[^/@\s]+@|[?&][^=&\s]*(key|token|password|secret)=[^&\s]|^\s*bearer\s+\S+\s*$", re.IGNORECASE
 )
 _WORD_ENDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|-")
 

@@ -12,12 +12,12 @@ import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from onlinerl import config as configuration
-from onlinerl import placement
+from onlinerl import placement, weight_files
 from onlinerl.algorithm_checks import check_algorithm, check_sections
 from onlinerl.config import RunConfig
 from onlinerl.controller.asking import answers
@@ -133,7 +133,7 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
                 fix=f"lower it to {len(heldout)}",
             )
         heldout = heldout[: config.evaluation.prompts]
-    parameters = _parameters(config.model, local)
+    parameters = weight_files.parameters(config.model, local)
     notes.append(memory(config, parameters, critic=algorithm.needs.critic == "separate"))
     checked = Checked(
         config=config,
@@ -434,55 +434,3 @@ def check_family(config: RunConfig) -> None:
         ) from error
     logit_rule(model)
     check_attention(model, config.learner.attention)
-
-
-def _parameters(model: str, local: Path | None) -> float | None:
-    if local is None:
-        match = re.search(r"(\d+(?:\.\d+)?)([bm])\b", model.lower())  # as names have it: 7B, 0.5b, 135M
-        return float(match[1]) * (1e9 if match[2] == "b" else 1e6) if match else None
-    files = sorted(local.glob("*.safetensors"))
-    if not files and not any(local.glob("*.bin")):
-        raise ConfigError(f"{local} holds no weights", field="model", fix="put the *.safetensors files there")
-    if missing := _listed(local) - {file.name for file in files}:
-        raise ConfigError(
-            f"{local} lacks {len(missing)} of the files that its index lists, {min(missing)} among them",
-            field="model",
-            fix="download it again",
-        )
-    shapes = [tensor["shape"] for file in files for tensor in _tensors(file).values()]
-    return float(sum(prod(shape) for shape in shapes)) or None
-
-
-def _listed(model: Path) -> set[str]:
-    """The files that a model in several files is made of."""
-    index = model / "model.safetensors.index.json"
-    try:
-        return set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{index} cannot be read: {error}", field="model", fix="download it again") from None
-
-
-def _tensors(file: Path) -> dict[str, Any]:
-    """What a safetensors file says about its tensors, by name.
-
-    Raises:
-        ConfigError: if it is none, or is not whole.
-    """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as data:
-            length = int.from_bytes(data.read(8), "little")
-            if length > size:
-                raise ValueError("it does not begin with a header")
-            tensors = json.loads(data.read(length))
-        tensors.pop("__metadata__", None)
-        wanted = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-        if size != wanted:
-            raise ValueError(f"it should have {wanted} bytes and has {size}")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{file} is no whole safetensors file: {error}",
-            field="model",
-            fix="download it again; a few lines of text in its place are a pointer, which `git lfs pull` replaces by the file",
-        ) from None
-    return tensors

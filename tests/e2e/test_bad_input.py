@@ -15,7 +15,7 @@ import yaml
 from onlinerl import app as application
 from onlinerl import cli as command_line
 from onlinerl import config as configuration
-from onlinerl import placement
+from onlinerl import mounts, placement
 from onlinerl.learners.toy import ToyLearner
 from onlinerl.stores import _files, directory
 from onlinerl.stores.summary import summarise

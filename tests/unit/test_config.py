@@ -283,7 +283,9 @@ def test_a_secret_is_never_part_of_a_configuration(judge, options, field, fix):
 
 
 def test_the_name_of_a_variable_that_holds_a_secret_may_be(judge):
-    config = changed(oracle={**judge, "api_key_env": "MY_KEY", "base_url": "https://judge.example:8000/v1@2"})
+    config = changed(
+        oracle={**judge, "api_key_env": "MY_KEY", "base_url": "https://judge.example:8000/v1@2", "yes_word": "the bearer token"}
+    )
     assert configuration.oracle(config).api_key_env == "MY_KEY"
     assert "api_key_env: MY_KEY" in configuration.dump(config)
 

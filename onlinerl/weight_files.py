@@ -1,0 +1,72 @@
+"""What the files of a model's weights say about it, and whether all of them are there, from their headers alone. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from onlinerl.errors import ConfigError
+
+
+def parameters(model: str, local: Path | None) -> float | None:
+    """How many parameters a model has; of one that is not on this machine, what its name says. None if that is not known.
+
+    Args:
+        model: directory or hub id.
+        local: where its files lie, if they are on this machine.
+
+    Raises:
+        ConfigError: if a file is missing or not whole.
+    """
+    if local is None:
+        match = re.search(r"(\d+(?:\.\d+)?)([bm])\b", model.lower())  # as names have it: 7B, 0.5b, 135M
+        return float(match[1]) * (1e9 if match[2] == "b" else 1e6) if match else None
+    files = sorted(local.glob("*.safetensors"))
+    if not files and not any(local.glob("*.bin")):
+        raise ConfigError(f"{local} holds no weights", field="model", fix="put the *.safetensors files there")
+    if missing := _listed(local) - {file.name for file in files}:
+        raise ConfigError(
+            f"{local} lacks {len(missing)} of the files that its index lists, {min(missing)} among them",
+            field="model",
+            fix="download it again",
+        )
+    shapes = [tensor["shape"] for file in files for tensor in _tensors(file).values()]
+    return float(sum(prod(shape) for shape in shapes)) or None
+
+
+def _listed(model: Path) -> set[str]:
+    """The files that a model in several files is made of."""
+    index = model / "model.safetensors.index.json"
+    try:
+        return set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index} cannot be read: {error}", field="model", fix="download it again") from None
+
+
+def _tensors(file: Path) -> dict[str, Any]:
+    """What a safetensors file says about its tensors, by name.
+
+    Raises:
+        ConfigError: if it is none, or is not whole.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as data:
+            length = int.from_bytes(data.read(8), "little")
+            if length > size:
+                raise ValueError("it does not begin with a header")
+            tensors = json.loads(data.read(length))
+        tensors.pop("__metadata__", None)
+        wanted = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+        if size != wanted:
+            raise ValueError(f"it should have {wanted} bytes and has {size}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{file} is no whole safetensors file: {error}",
+            field="model",
+            fix="download it again; a few lines of text in its place are a pointer, which `git lfs pull` replaces by the file",
+        ) from None
+    return tensors
