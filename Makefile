@@ -36,8 +36,8 @@ realdata: install fetch-model  ## GSM8K and HH dialogues, tensor parallel 2, ZeR
 bench-memory: install  ## peak memory of learner ranks with half a billion parameters, beside what `check` says (16 GiB, 10 minutes)
 	$(BIN)/python benchmarks/zero3_memory.py --out runs/learner-memory.json
 
-gpu-check:  ## what works on this machine's GPUs, in at most 10 minutes (needs the gpu extra; PYTHON=... chooses the environment)
-	@$(or $(PYTHON),$(wildcard $(BIN)/python),python3) tools/gpu_check.py
+gpu-check: $(if $(PYTHON),,install-dev)  ## what works on this machine's GPUs, in at most 10 minutes (PYTHON=... of an environment with the gpu extra)
+	@$(or $(PYTHON),$(BIN)/python) tools/gpu_check.py
 
 check: install-dev  ## format, lint, types, layers
 	$(BIN)/ruff format --check .

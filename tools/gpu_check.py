@@ -4,7 +4,7 @@
 
 Each part is a test under tests/gpu in a process of its own with a deadline of its own, so that one that hangs or crashes costs nothing but
 itself. Prints a verdict per part, and writes the same with versions, driver, times and error texts to a file to send back. Without a
-GPU it runs the recorded sequences, which need none. Exit code 1: a part failed.
+GPU it runs the recorded sequences, which need none. Exit code 1: a part failed, or not one could be tried.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def obstacle(found: dict[str, Any]) -> str | None:
 def impossible(part: Part, found: dict[str, Any]) -> str | None:
     """Why this part cannot be tried here."""
     if not {"pytest", "pytest-timeout"} <= found["versions"].keys():
-        return "pytest is missing: pip install pytest pytest-timeout"
+        return f"pytest or pytest-timeout is missing: {sys.executable} -m pip install pytest pytest-timeout"
     if part.gpus == 0:
         return None
     if (reason := obstacle(found)) is not None:
@@ -247,6 +247,9 @@ def check(parts: Sequence[Part], out: Path, budget_s: float = BUDGET_S) -> int:
         write(out, found, verdicts)
     write(out, found, verdicts)
     print(f"\n{table(verdicts)}\n\nwritten to {out}: please send it back")
+    if all(v.verdict == "not possible here" for v in verdicts):
+        print("nothing was tried, so this says nothing about the machine")
+        return 1
     return int(any(v.verdict == "failed" for v in verdicts))
 
 

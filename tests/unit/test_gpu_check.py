@@ -129,9 +129,18 @@ def test_a_part_that_fails_hangs_or_crashes_costs_only_itself(
 
 
 def test_when_time_is_up_the_rest_is_left_out(behaviours: Path, tmp_path: Path) -> None:
-    assert gpu_check.check([part("good", f"{behaviours}::test_good")], tmp_path / "out.json", budget_s=5) == 0
+    assert gpu_check.check([part("good", f"{behaviours}::test_good")], tmp_path / "out.json", budget_s=5) == 1
     (only,) = json.loads((tmp_path / "out.json").read_text())["parts"]
     assert (only["verdict"], only["reason"]) == ("not possible here", "the 5 s are used up")
+
+
+def test_a_check_that_could_try_nothing_does_not_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after `make install`, without pytest."""
+    monkeypatch.setattr(gpu_check, "machine", lambda: found(versions={"torch": "1"}))
+    assert gpu_check.check(gpu_check.PARTS, tmp_path / "out.json") == 1
+    assert "nothing was tried" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
