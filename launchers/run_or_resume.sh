@@ -13,6 +13,7 @@
 # Its exit code is that of onlinerl: 0 finished, 1 failed on the way, 2 refused before anything was started, 75 stopped resumably by a
 # signal. launchers/slurm/README.md says which of them are worth a restart.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit ;; esac
 source "$(dirname "$0")/ray/auth.sh"
 
 : "${CONFIG:?set CONFIG to a configuration file}"

@@ -10,6 +10,7 @@
 # RAY_AUTH_TOKEN  secret of the cluster; by default ~/.ray/auth_token, made if it is missing, see auth.sh
 # TEMP_DIR      where Ray keeps sockets and logs; by default /tmp/ray
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit ;; esac
 TOKEN_MISSING=make
 source "$(dirname "$0")/auth.sh"
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # as auth.sh has it; Ray reads this when it is imported
 
-import ray
-
 
 def main() -> int:
     """0 when the nodes are there, 1 with a message when they are not in time or are too many."""
-    address, expected = sys.argv[1], int(sys.argv[2])
-    patience = float(sys.argv[3]) if len(sys.argv) > 3 else 300.0
+    parser = argparse.ArgumentParser(description="Wait until a Ray cluster has exactly as many nodes as were asked for.")
+    parser.add_argument("address", metavar="ADDRESS", help="HOST:PORT of the head")
+    parser.add_argument("nodes", metavar="NODES", type=int)
+    parser.add_argument("seconds", metavar="SECONDS", type=float, nargs="?", default=300.0, help="to wait (300)")
+    given = parser.parse_args()
+    address, expected, patience = given.address, given.nodes, given.seconds
+
+    import ray  # takes seconds, which usage need not wait for
+
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     deadline = time.monotonic() + patience
     while True:

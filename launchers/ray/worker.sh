@@ -6,6 +6,7 @@
 # CPUS, GPUS, RESOURCES, OBJECT_STORE_MIB, WORKER_PORTS   as for head.sh
 # RAY_AUTH_TOKEN  secret of the cluster; by default in ~/.ray/auth_token, see auth.sh
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit ;; esac
 source "$(dirname "$0")/auth.sh"
 
 : "${ADDRESS:?set ADDRESS to HOST:PORT of the head}"

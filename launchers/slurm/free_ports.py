@@ -5,6 +5,7 @@ Jobs with neighbouring numbers may share a node, and Ray takes three ports each,
 
 from __future__ import annotations
 
+import argparse
 import socket
 import sys
 
@@ -32,7 +33,9 @@ def is_free(port: int) -> bool:
 
 def main() -> int:
     """0 with the port on standard output, 1 with a message when none is free."""
-    job = int(sys.argv[1])
+    parser = argparse.ArgumentParser(description="The first of three free ports in a row for a job's Ray cluster.")
+    parser.add_argument("job", metavar="JOB", type=int, help="number of the job")
+    job = parser.parse_args().job
     for turn in range(JOBS):
         port = start(job + turn * STRIDE)
         if all(is_free(port + i) for i in range(PER_JOB)):
