@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from onlinerl import registry, yaml_files
 from onlinerl.errors import ConfigError
+from onlinerl.explain import explain
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.component import Component, CustomResources, Seconds
 from onlinerl.protocols.oracle import Oracle
@@ -28,6 +29,8 @@ from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.types import Sampling
 
 _SECRET = re.compile(r"(^|_)(api)?(key|token|password|passwd|secret|credential|authorization)s?$")
+_PLAIN_KEY = re.compile(r"(^|_)(?<!api_)(?<!access_)(?<!auth_)(?<!private_)(?<!secret_)keys?$")
+"""As in `input_key`, which other trainers have and which names a column."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _CREDENTIALS = re.compile(
     r"://[^/@\s]*:[^/@\s]+@|[?&][^=&\s]*(key|token|password|secret)=[^&\s]|^\s*bearer\s+\S+\s*$", re.IGNORECASE
@@ -62,12 +65,15 @@ class SamplingConfig(Section):
     """How responses are drawn."""
 
     samples_per_prompt: int = Field(4, ge=1)
-    """K."""
+    """K: responses drawn for each training prompt. The held-out prompts get one each."""
     temperature: float = Field(1.0, ge=0.01)
     """Not below 0.01: vLLM samples at 0.01 instead, and the learner would score at another temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Draw from the most probable tokens that make up this share; 1 draws from all."""
     top_k: int = Field(-1, ge=-1)
+    """Draw from so many of the most probable tokens; -1 draws from all."""
     max_new_tokens: int = Field(256, ge=1)
+    """Longest response in tokens; a longer one is cut there, and `training.on_truncated` says what becomes of it."""
 
     def spec(self) -> Sampling:
         """The part that engine and learner share."""
@@ -93,6 +99,7 @@ class TrainingConfig(Section):
     epochs: int = Field(1, ge=1)
     """Passes over the iteration's items."""
     learning_rate: float = Field(5e-7, ge=0)
+    """At its peak. The default suits a model of 7B; one of 135M needs 5e-5 to move at all."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape within one iteration."""
     warmup: float = Field(0.0, ge=0, lt=1)
@@ -100,6 +107,7 @@ class TrainingConfig(Section):
     iteration_decay: float = Field(1.0, gt=0, le=1)
     """The learning rate of iteration t is multiplied by this to the power t - 1."""
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    """`rmsprop` keeps one moment less, and is what SPPO's authors train with."""
     optimizer_state: Literal["keep", "reset"] = "keep"
     """What happens to the moments between iterations (R-O1)."""
     weight_decay: float = Field(0.0, ge=0)
@@ -142,10 +150,13 @@ class EngineConfig(Section):
     """The rollout engine."""
 
     name: str = "vllm"
+    """vllm; `toy` is for tests."""
     replicas: int = Field(1, ge=1)
+    """Copies of the model that sample in parallel, from one queue of prompts."""
     tensor_parallel_size: int = Field(1, ge=1)
     """Workers that one replica is split over: each needs a GPU, or a core on CPU, of one machine."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of its weights and computation."""
     max_concurrent: int = Field(64, ge=1)
     """Sequences that one replica works on at a time."""
     kv_cache_gib: float = Field(1.0, gt=0)
@@ -175,9 +186,13 @@ class LearnerConfig(Section):
     """The learner."""
 
     name: str = "deepspeed"
+    """deepspeed; `toy` is for tests."""
     ranks: int = Field(1, ge=1)
+    """Processes that train data-parallel: one GPU each, or cores on CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 0
+    """What the ranks divide among them: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also weights."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the weights as they compute; the optimizer keeps them and its moments in fp32."""
     tokens_per_microbatch: int = Field(4096, ge=1)
     """Prompt and response tokens of one forward pass of one rank; a single longer item goes alone."""
     gradient_checkpointing: bool = False
@@ -257,15 +272,25 @@ def _number_as_text(value: Any) -> Any:
 class RunConfig(Section):
     """A whole run."""
 
-    name: Annotated[str, BeforeValidator(_number_as_text)] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    name: Annotated[str, BeforeValidator(_number_as_text)] = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=100,
+        description="at most 100 letters, digits, dots, - and _, a letter or digit first",
+        examples=["my-run"],
+    )
+    """The run directory is `<runs>/<name>`."""
     model: str
     """Directory of a Hugging Face model, or a hub id."""
     iterations: int = Field(ge=1)
+    """How often the whole loop runs: sample, label, train, push, evaluate. A resume may raise it."""
     seed: int = Field(0, ge=0, lt=2**32)
+    """Of the order of the prompts, the sampling and the order of training. Decimals still depend on how requests are batched."""
     runs: str = "runs"
-    """The run directory is `<runs>/<name>`."""
+    """Folder of run directories."""
     algorithm: dict[str, Any]
+    """`name` and the knobs of that algorithm: the fields of its class in onlinerl/algorithms, or of a class of your own."""
     oracle: dict[str, Any]
+    """`name` and the knobs of that oracle: the fields of its class in onlinerl/oracles, and of onlinerl/protocols/oracle.py."""
     pairing: dict[str, Any] | None = None
     """Best against worst by default; refused where the algorithm trains no pairs."""
     prompts: PromptsConfig
@@ -382,14 +407,15 @@ def parse(tree: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: naming the field, the cause and the fix.
     """
-    _refuse_values(tree)
+    _refuse_values(leaf for leaf in _leaves(tree) if not _PLAIN_KEY.search(_plain_name(leaf[0])))
     try:
         # JSON mode: YAML knows no tuples or enums, so strictness is that of JSON (no "1" for 1, lists for tuples allowed).
         config = RunConfig.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
-        raise _explain(error, RunConfig, "") from None
+        raise explain(error, RunConfig, "", [section for section, *_ in _COMPONENTS]) from None
     for section, role, base in _COMPONENTS:
         component(_spec(config, section), section, role, base)
+    _refuse_values(_leaves(tree))  # every key is known now, and one that is called a key holds one
     return config
 
 
@@ -409,7 +435,7 @@ def component(spec: Mapping[str, Any], section: str, role: str, base: type[Compo
     try:
         return cls.model_validate_json(json.dumps(options, default=str))
     except ValidationError as error:
-        raise _explain(error, cls, f"{section}.") from None
+        raise explain(error, cls, f"{section}.") from None
 
 
 def algorithm(config: RunConfig) -> Algorithm:
@@ -524,14 +550,14 @@ def _resolved(config: RunConfig) -> dict[str, Any]:
     return tree
 
 
-def _refuse_values(tree: Mapping[str, Any]) -> None:
+def _refuse_values(leaves: Iterable[tuple[str, Any]]) -> None:
     """Refuse what no key may hold: numbers without an end, and secrets, because the configuration is stored with the run."""
-    for key, value in _leaves(tree):
+    for key, value in leaves:
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"is {value}", field=key, fix="give a finite number")
         if not isinstance(value, str):
             continue
-        name = _WORD_ENDS.sub("_", key.rsplit(".", 1)[-1]).lower()
+        name = _plain_name(key)
         if _SECRET.search(name) and value:
             raise ConfigError(
                 "looks like a secret, and the configuration is stored with the run and shown to people",
@@ -550,6 +576,11 @@ def _refuse_values(tree: Mapping[str, Any]) -> None:
             )
 
 
+def _plain_name(key: str) -> str:
+    """The last part of a dotted key, as Python would write it."""
+    return _WORD_ENDS.sub("_", key.rsplit(".", 1)[-1]).lower()
+
+
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every value that is no mapping or list, with its dotted key."""
     if isinstance(tree, Mapping):
@@ -560,31 +591,3 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, prefix)
     else:
         yield prefix, tree
-
-
-def _explain(error: ValidationError, model: type[BaseModel], prefix: str) -> ConfigError:
-    first = error.errors()[0]
-    path = [str(p) for p in first["loc"]]
-    field = prefix + ".".join(path)
-    more = f" (and {error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = _keys(model, path[:-1])
-        if issubclass(model, Component) and len(path) == 1:
-            known.append("name")
-        close = get_close_matches(path[-1], known, n=1)
-        fix = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
-        return ConfigError(f"is not a known key{more}", field=field, fix=fix)
-    if first["type"] == "missing":
-        return ConfigError(f"is missing{more}", field=field, fix=f"add `{path[-1]}: ...`")
-    return ConfigError(
-        f"{first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}{more}", field=field, fix="correct the value"
-    )
-
-
-def _keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
-    for part in path:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)

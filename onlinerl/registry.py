@@ -7,9 +7,12 @@ dotted path to a class anywhere on the Python path. Other packages can add names
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
+import os
 import pkgutil
+import re
 import traceback
 from difflib import get_close_matches
 from importlib import metadata
@@ -18,7 +21,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from onlinerl.errors import ConfigError
+from onlinerl import synonyms
+from onlinerl.errors import ConfigError, OnlineRLError
 
 
 def names(role: str) -> list[str]:
@@ -44,7 +48,7 @@ def load(role: str, name: str, base: type | None = None) -> type:
         if entry.name == name:
             return _checked(entry.load(), entry.value, base, field)
     if name not in names(role):
-        close = get_close_matches(name, names(role), n=1)
+        close = get_close_matches(synonyms.name(name), names(role), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ConfigError(
             f"there is no {name!r}",
@@ -61,6 +65,12 @@ def _checked(found: Any, where: str, base: type | None, field: str) -> Any:
     role = f"{base.__module__}.{base.__name__}"
     if not (inspect.isclass(found) and issubclass(found, base) and found is not base):
         raise ConfigError(f"{where} is no subclass of {role}", field=field, fix="give the dotted path of one")
+    if any("__init__" in vars(cls) for cls in found.__mro__[: found.__mro__.index(base)]):
+        raise ConfigError(
+            f"{where} has an `__init__`, and knobs are set from the configuration",
+            field=field,
+            fix="write knobs as fields (`word: str = 'good'`) and set other state in `open`: `_client: Any = PrivateAttr(None)`",
+        )
     asked = [name for name in inspect.get_annotations(base) if name not in {*vars(base), *_fields(base)}]
     for name in asked:
         value = inspect.getattr_static(found, name, None)
@@ -92,17 +102,48 @@ def _dotted(path: str, field: str) -> Any:
     module_name, _, attribute = path.rpartition(".")
     if not all(part.isidentifier() for part in path.split(".")):
         raise ConfigError(f"{path!r} is no dotted path", field=field, fix="write PACKAGE.MODULE.CLASS, or a name without dots")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # an import runs the user's code, which may raise anything
-        raise ConfigError(
-            f"cannot import {module_name!r}: {''.join(traceback.format_exception_only(error)).strip()}",
-            field=field,
-            fix="put the package on the Python path, e.g. PYTHONPATH=. onlinerl ..., or correct the error",
-        ) from error
+    module = imported(module_name, field)
     try:
         return getattr(module, attribute)
     except AttributeError as error:
         raise ConfigError(
             f"{module_name} has no {attribute!r}", field=field, fix="check the spelling of the dotted path"
         ) from error
+
+
+def imported(module_name: str, field: str, error: type[OnlineRLError] = ConfigError) -> ModuleType:
+    """A module of the user's own.
+
+    Raises:
+        OnlineRLError: of type `error`, if it is not there or cannot be imported, with the line that is to blame.
+    """
+    try:
+        return importlib.import_module(module_name)
+    except Exception as problem:  # an import runs the user's code, which may raise anything
+        said = "".join(traceback.format_exception_only(problem)).strip()
+        if isinstance(problem, ModuleNotFoundError) and problem.name and f"{module_name}.".startswith(f"{problem.name}."):
+            fix = "put the package on the Python path, e.g. PYTHONPATH=. onlinerl ..., or correct the name"
+            raise error(f"cannot import {module_name!r}: {said}", field=field, fix=fix) from None
+        where, fix = _line(problem), "correct the error"
+        if untyped := re.search(r"non-annotated attribute was detected: `(\w+) = (.*?)`", said):
+            knob, value = untyped.groups()
+            said = f"`{knob} = {value}` has no type"
+            fix = f"write `{knob}: {_type_of(value)} = {value}` for a knob, `_{knob}: Any = PrivateAttr(None)` for other state"
+        raise error(f"cannot import {module_name!r}: {said}{where}", field=field, fix=fix) from problem
+
+
+def _line(problem: Exception) -> str:
+    """Where in the user's code an import failed. A SyntaxError says so itself."""
+    own = [frame for frame in traceback.extract_tb(problem.__traceback__) if not _is_library(frame.filename)]
+    return f"\n  in {own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else ""
+
+
+def _is_library(file: str) -> bool:
+    return file.startswith(("<frozen", os.path.dirname(os.__file__), os.path.dirname(__file__))) or "site-packages" in file
+
+
+def _type_of(value: str) -> str:
+    try:
+        return type(ast.literal_eval(value)).__name__
+    except (ValueError, SyntaxError):
+        return "..."

@@ -53,7 +53,11 @@ def read(path: Path, choices: Collection[str], _seen: tuple[Path, ...] = ()) -> 
     except FileNotFoundError:
         near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1) if path.parent.is_dir() else []
         hint = (
-            f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file, e.g. configs/quickstart.yaml"
+            f"write CONFIG first, then keys without dashes, e.g. {_bare(path.name.partition('=')[0])}=VALUE"
+            if path.name.startswith("-")
+            else f"did you mean {path.parent / near[0]}?"
+            if near
+            else "give the path of a YAML file, e.g. configs/quickstart.yaml"
         )
         raise ConfigError(f"there is no file {path}", field="CONFIG", fix=hint) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -105,6 +109,12 @@ def override(tree: dict[str, Any], text: str, choices: Collection[str]) -> None:
         ConfigError: if it is not of that form.
     """
     key, equals, value_text = text.partition("=")
+    if key.startswith("-"):
+        raise ConfigError(
+            f"{text!r} is no option",
+            field="override",
+            fix=f"write keys without dashes, {_bare(key)}={value_text or 'VALUE'}; --help lists the options",
+        )
     if not equals or not key:
         raise ConfigError(
             f"{text!r} is not of the form key=value", field="override", fix="write e.g. training.learning_rate=1e-5"
@@ -123,3 +133,8 @@ def override(tree: dict[str, Any], text: str, choices: Collection[str]) -> None:
     if key in choices and _name(node) != value:
         node.clear()  # as in `_merge`
     node[leaf] = value
+
+
+def _bare(option: str) -> str:
+    """A key that was written like an option of other tools."""
+    return option.lstrip("-").replace("-", "_")

@@ -14,15 +14,14 @@ An entry that is none of these, or that holds NaN or infinity, is a Failure and 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, PrivateAttr
 
+from onlinerl import registry
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
 from onlinerl.protocols.oracle import Oracle
@@ -32,7 +31,7 @@ from onlinerl.types import Cost, Failure, Query, Verdict
 class PythonFunction(Oracle):
     """Calls a function given by its dotted path."""
 
-    function: str = Field(pattern=r"^\w+(\.\w+)+$")
+    function: str = Field(pattern=r"^\w+(\.\w+)+$", description="module.function", examples=["brevity.judge"])
     """Dotted path of the function, e.g. `my_package.my_module.my_function`."""
     revision: str = ""
     """Part of the oracle's version. Change it when something that the function depends on changes; its own file is noticed."""
@@ -49,14 +48,7 @@ class PythonFunction(Oracle):
         if self._loaded is not None:
             return
         module_name, _, name = self.function.rpartition(".")
-        try:
-            module = importlib.import_module(module_name)
-        except Exception as error:  # an import runs the user's code, which may raise anything
-            raise OracleError(
-                f"cannot import {module_name!r}: {_traceback(error)}",
-                field="oracle.function",
-                fix="put it on the Python path, e.g. PYTHONPATH=. onlinerl run ..., or correct the error above",
-            ) from error
+        module = registry.imported(module_name, "oracle.function", OracleError)
         function = getattr(module, name, None)
         if not callable(function):
             problem = f"has no {name!r}" if function is None else f"has {name!r}, which is not a function"
@@ -124,7 +116,3 @@ def _plain(value: Any) -> Any:
 
 def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _traceback(error: Exception) -> str:
-    return "".join(traceback.format_exception(error)).rstrip()

@@ -16,11 +16,12 @@ from onlinerl.types import Judged, Pair
 
 
 class FloorMargin(PairBuilder):
-    """Keeps (w, l) if score(w) >= floor and score(w) - score(l) >= margin. The defaults are for a judge with six points."""
+    """Keeps (w, l) if score(w) >= floor and score(w) - score(l) >= margin. Both depend on the units of the oracle's scores,
+    so there is no default: the source has 5 and 2 for a judge with six points."""
 
-    floor: float = 5.0
+    floor: float
     """Lowest score of a winner."""
-    margin: float = Field(2.0, gt=0)
+    margin: float = Field(gt=0)
     """Smallest difference between winner and loser."""
 
     def build(self, judged: Judged) -> tuple[list[Pair], Mapping[str, int]]:

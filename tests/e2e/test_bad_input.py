@@ -68,7 +68,7 @@ def says(message: str, *parts: str) -> None:
         ("sampling.zzz=1", ("sampling.zzz: is not a known key", "known keys: max_new_tokens, samples_per_prompt")),
         ("algorithm.name=dpoo", ("algorithm.name: there is no 'dpoo'", "did you mean 'dpo'? choose one of")),
         ("oracle.name=sentimental", ("oracle.name: there is no 'sentimental'", "did you mean 'sentiment'?")),
-        ("iterations=four", ("iterations: input should be a valid integer, got 'four'", "correct the value")),
+        ("iterations=four", ("iterations: input should be a valid integer, got 'four'", "give a whole number from 1")),
         ("iterations=2.5", ("iterations: input should be a valid integer", "got 2.5")),
         ("iterations='2'", ("iterations: input should be a valid integer, got '2'",)),
         ("iterations=0", ("iterations: input should be greater than or equal to 1, got 0",)),

@@ -160,16 +160,16 @@ class TestRanked:
 
 class TestFloorMargin:
     def test_every_kept_pair_satisfies_both(self):
-        pairs, dropped = FloorMargin().build(judged(scores=(6.0, 5.0, 4.0, 3.0, 1.0)))
+        pairs, dropped = FloorMargin(floor=5.0, margin=2.0).build(judged(scores=(6.0, 5.0, 4.0, 3.0, 1.0)))
         assert sorted(indices(pairs)) == [(0, 2), (0, 3), (0, 4), (1, 3), (1, 4)]
         assert dropped == {"gap": 3, "floor": 2}
 
     def test_lowering_the_margin_is_monotone(self):
         group = judged(scores=(6.0, 5.5, 5.0, 4.0, 2.0, 1.0))
-        kept = [set(indices(FloorMargin(margin=margin).build(group)[0])) for margin in (0.5, 1.0, 2.0, 4.0)]
+        kept = [set(indices(FloorMargin(floor=5.0, margin=margin).build(group)[0])) for margin in (0.5, 1.0, 2.0, 4.0)]
         assert kept[0] >= kept[1] >= kept[2] >= kept[3]
 
     def test_needs_scores(self):
         with pytest.raises(OracleError, match="without scores") as caught:
-            FloorMargin().build(judged(preferences=MATRIX))
+            FloorMargin(floor=5.0, margin=2.0).build(judged(preferences=MATRIX))
         assert caught.value.field == "pairing.name"

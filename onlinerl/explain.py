@@ -1,0 +1,144 @@
+"""What pydantic finds wrong with a configuration, as field, cause and fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from onlinerl import synonyms
+from onlinerl.errors import ConfigError
+from onlinerl.protocols.component import Component
+
+_KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+_BOUNDS = (
+    ("ge", "from {}"),
+    ("gt", "above {}"),
+    ("le", "up to {}"),
+    ("lt", "below {}"),
+    ("max_length", "of at most {} characters"),
+)
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str, components: Sequence[str] = ()) -> ConfigError:
+    """The first thing that is wrong.
+
+    Args:
+        error: of pydantic.
+        model: what was validated.
+        prefix: of its keys, e.g. `algorithm.`.
+        components: keys of `model` that are sections with a `name` of their own.
+    """
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    field = prefix + ".".join(path)
+    more = f" (and {error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _keys(model, path[:-1])
+        if issubclass(model, Component) and len(path) == 1:
+            known.append("name")
+        return ConfigError(f"is not a known key{more}", field=field, fix=_meant(path[-1], field, known))
+    info = _field(model, path)
+    if first["type"] == "missing":
+        what = f" with {_allowed(info)}" if info is not None and path[-1] not in components and _allowed(info) else ""
+        return ConfigError(f"is missing{more}", field=field, fix=f"add `{path[-1]}: ...`{what}")
+    cause = f"{first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}{more}"
+    return ConfigError(cause, field=field, fix=_fix(first["input"], field, info, path[-1] in components))
+
+
+def _meant(written: str, field: str, known: Sequence[str]) -> str:
+    """What to write instead of an unknown key."""
+    section = field.rpartition(".")[0]
+    for key in (synonyms.key(field) or "").split(" or "):
+        home, _, leaf = key.partition(",")[0].rpartition(".")
+        if home == section and leaf in known:
+            return f"did you mean {leaf!r}?"
+        if key and home != section and home != "algorithm":
+            return f"did you mean {key}?"
+    plain = written.lower().replace("-", "_")
+    close = [plain] if plain in known else get_close_matches(written, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
+
+
+def _fix(value: object, field: str, info: FieldInfo | None, component: bool) -> str:
+    """What a value that is refused should be."""
+    section = _section(info)
+    if component or section is not None:
+        named = component or (section is not None and "name" in section.model_fields)
+        if named and isinstance(value, str):
+            return f"it is a section: write {field}.name={synonyms.name(value)}"
+        return f"it is a section: write {field}.KEY=VALUE" + (
+            f", KEY one of {', '.join(section.model_fields)}" if section else ""
+        )
+    if info is not None and info.examples:
+        return f"write {info.description}, e.g. {info.examples[0]}"
+    allowed = _allowed(info) if info is not None else ""
+    return f"give {allowed}" if allowed else "correct the value"
+
+
+def _allowed(info: FieldInfo) -> str:
+    """In words, what a field takes."""
+    kinds, bounds = _described(info.annotation)
+    bounds += _range(info.metadata)
+    optional = "null" in kinds
+    kinds = [kind for kind in kinds if kind != "null"]
+    words = " ".join(filter(None, (" or ".join(kinds), " and ".join(bounds))))
+    return f"{words}, or null" if kinds and optional else words if kinds else ""
+
+
+def _described(annotation: Any) -> tuple[list[str], list[str]]:
+    """Kinds of values, and bounds."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        kinds, bounds = _described(arguments[0])
+        return kinds, bounds + _range(arguments[1:])
+    if origin in (Union, UnionType):
+        described = [_described(argument) for argument in arguments]
+        return [kind for kinds, _ in described for kind in kinds], [bound for _, bounds in described for bound in bounds]
+    if origin is Literal:
+        return [f"one of {', '.join(map(str, arguments))}"], []
+    if origin is dict:
+        return ["a mapping, e.g. {name: 1}"], []
+    return [_KINDS[annotation]] if annotation in _KINDS else [], []
+
+
+def _range(metadata: Iterable[Any]) -> list[str]:
+    found = []
+    for each in metadata:
+        nested = getattr(each, "metadata", None)  # a Field inside Annotated keeps its bounds there
+        if nested:
+            found += _range(nested)
+        found += [words.format(getattr(each, name)) for name, words in _BOUNDS if getattr(each, name, None) is not None]
+    return found
+
+
+def _field(model: type[BaseModel], path: Sequence[str]) -> FieldInfo | None:
+    """The field that a path leads to; of a value inside a mapping, the mapping."""
+    info = None
+    for part in path:
+        if part not in model.model_fields:
+            return info
+        info = model.model_fields[part]
+        inner = _section(info)
+        if inner is None:
+            return info
+        model = inner
+    return info
+
+
+def _section(info: FieldInfo | None) -> type[BaseModel] | None:
+    kind = info.annotation if info is not None else None
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        inner = _section(model.model_fields.get(part))
+        if inner is None:
+            return []
+        model = inner
+    return list(model.model_fields)

@@ -1,0 +1,174 @@
+"""What a user who knows other trainers gets told, and what a value that is refused should have been."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from onlinerl import config as configuration
+from onlinerl import registry, synonyms, yaml_files
+from onlinerl.config import RunConfig
+from onlinerl.errors import ConfigError
+from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.oracle import Oracle
+
+BASE: dict[str, Any] = {
+    "name": "demo",
+    "model": "org/name-7B",
+    "iterations": 3,
+    "algorithm": {"name": "dpo"},
+    "oracle": {"name": "sentiment"},
+    "prompts": {"train": "a.jsonl", "heldout": "b.jsonl"},
+}
+
+
+def refused(*overrides: str) -> ConfigError:
+    with pytest.raises(ConfigError) as error:
+        parse(overrides)
+    return error.value
+
+
+def parse(overrides: Sequence[str]) -> RunConfig:
+    tree = copy.deepcopy(BASE)
+    for override in overrides:
+        yaml_files.override(tree, override, {"algorithm.name", "oracle.name", "pairing.name"})
+    return configuration.parse(tree)
+
+
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [
+        ("training.lr=1e-5", "'learning_rate'"),
+        ("training.learning-rate=1e-5", "'learning_rate'"),
+        ("training.train_batch_size=8", "'items_per_step'"),
+        ("batch_size=8", "training.items_per_step"),
+        ("training.num_train_epochs=2", "'epochs'"),
+        ("learner.micro_batch_size=2", "'tokens_per_microbatch'"),
+        ("sampling.n=8", "'samples_per_prompt'"),
+        ("num_generations=8", "sampling.samples_per_prompt"),
+        ("sampling.max_tokens=99", "'max_new_tokens'"),
+        ("prompts.max_length=99", "'max_tokens'"),
+        ("engine.tp=2", "'tensor_parallel_size'"),
+        ("engine.num_engines=2", "'replicas'"),
+        ("learner.zero=3", "'zero_stage'"),
+        ("learner.world_size=2", "'ranks'"),
+        ("learner.attn_implementation=eager", "'attention'"),
+        ("output_dir=x", "'runs'"),
+        ("model_name_or_path=x", "'model'"),
+        ("dataset=x", "prompts.train"),
+        ("reward_model=x", "oracle.path, with oracle.name=reward_model"),
+        ("rollout.n=8", "'engine'"),
+        ("algorithm.kl_coef=0.1", "'beta'"),
+        ("algorithm={name: ppo, kl_coef: 0.1}", "'kl'"),
+        ("algorithm={name: ppo, beta: 0.1}", "'kl'"),
+        ("prompts.input_key=question", "known keys: heldout, max_tokens"),
+        ("prompts.prompt_key=prompt", "known keys: heldout, max_tokens"),
+    ],
+)
+def test_a_key_of_another_trainer(override, fix):
+    error = refused(override)
+    assert error.cause == "is not a known key"
+    assert fix in error.fix
+
+
+def test_every_suggested_key_exists():
+    flat = configuration.flatten(configuration.parse(BASE).model_dump()) | dict.fromkeys(RunConfig.model_fields)
+    knobs = {k for name in ("ppo", "grpo", "dpo") for k in registry.load("algorithms", name, Algorithm).model_fields}
+    known = {*flat, *(f"algorithm.{k}" for k in knobs), "oracle.path"}
+    for key in synonyms.KEYS.values():
+        assert set(key.partition(",")[0].split(" or ")) <= known, key
+    names = {name for role in ("algorithms", "oracles", "pairing") for name in registry.names(role)}
+    assert set(synonyms.NAMES.values()) <= names
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "fix"),
+    [
+        ("algorithm=grpo", "algorithm", "write algorithm.name=grpo"),
+        ("oracle=math", "oracle", "write oracle.name=math_verifier"),
+        ("pairing=ranked", "pairing", "write pairing.name=ranked"),
+        ("engine=vllm", "engine", "write engine.name=vllm"),
+        ("learner=deepspeed", "learner", "write learner.name=deepspeed"),
+        ("sampling=greedy", "sampling", "write sampling.KEY=VALUE, KEY one of samples_per_prompt, temperature"),
+        ("algorithm.name=GRPO", "algorithm.name", "did you mean 'grpo'?"),
+        ("oracle.name=math", "oracle.name", "did you mean 'math_verifier'?"),
+        ("learner.zero_stage=4", "learner.zero_stage", "give one of 0, 1, 2, 3"),
+        ("reference.schedule=always", "reference.schedule", "give one of default, fixed, previous, every_n, none"),
+        ("iterations=four", "iterations", "give a whole number from 1"),
+        ("sampling.top_p=2", "sampling.top_p", "give a number above 0 and up to 1"),
+        ("prompts.reuse=maybe", "prompts.reuse", "give true or false"),
+        ("engine.threads=0", "engine.threads", "give a whole number from 1, or null"),
+        ("sync.timeout_s=0", "sync.timeout_s", "give a number above 0 and up to 1000000.0"),
+        ("algorithm.beta=0", "algorithm.beta", "give a number above 0"),
+        ("name=a/b", "name", "e.g. my-run"),
+        ("oracle={name: python, function: judge}", "oracle.function", "write module.function, e.g. brevity.judge"),
+        ("oracle={name: python, function: ../my/brevity.py}", "oracle.function", "write module.function, e.g. brevity.judge"),
+        ("pairing.name=floor_margin", "pairing.floor", "add `floor: ...` with a number"),
+        ("--iterations=2", "override", "write keys without dashes, iterations=2"),
+        ("--learning-rate", "override", "write keys without dashes, learning_rate=VALUE"),
+    ],
+)
+def test_what_a_value_should_be(override, field, fix):
+    error = refused(override)
+    assert error.field == field
+    assert fix in error.fix
+
+
+MODULES = {
+    "untyped": "from onlinerl.protocols.oracle import Oracle\nclass Mine(Oracle):\n    word = 'good'\n",
+    "undefined": "limit = LIMIT\n",
+    "unfinished": "class Mine(:\n",
+    "constructor": "from onlinerl.protocols.oracle import Oracle\n"
+    "class Mine(Oracle):\n    def __init__(self):\n        self.word = 'good'\n",
+    "state": "from onlinerl.protocols.oracle import Oracle\nclass Mine(Oracle):\n    def open(self):\n        self.client = 1\n",
+}
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    for name, code in MODULES.items():
+        (tmp_path / f"mine_{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "cause", "fix"),
+    [
+        (
+            "untyped",
+            "`word = 'good'` has no type\n  in {folder}/mine_untyped.py, line 2",
+            "write `word: str = 'good'` for a knob",
+        ),
+        (
+            "undefined",
+            "NameError: name 'LIMIT' is not defined\n  in {folder}/mine_undefined.py, line 1: limit = LIMIT",
+            "correct",
+        ),
+        ("unfinished", '{folder}/mine_unfinished.py", line 1', "correct the error"),
+        ("constructor", "has an `__init__`", "set other state in `open`"),
+    ],
+)
+def test_a_class_of_the_users_own(modules, name, cause, fix):
+    error = refused(f"oracle.name=mine_{name}.Mine")
+    assert error.field == "oracle.name"
+    assert cause.format(folder=modules) in error.cause
+    assert fix in error.fix
+
+
+def test_state_that_is_no_knob(modules):
+    oracle = registry.load("oracles", "mine_state.Mine", Oracle)()
+    with pytest.raises(ConfigError, match=r"Mine sets `self\.client`, which is no knob") as error:
+        oracle.open()
+    assert "`_client: Any = PrivateAttr(None)`" in error.value.fix
+
+
+def test_a_module_that_is_not_there_takes_one_line():
+    oracle = registry.load("oracles", "python", Oracle)(function="no_such_module.judge")
+    with pytest.raises(Exception, match="cannot import 'no_such_module'") as error:
+        oracle.open()
+    assert "\n" not in error.value.cause
+    assert "PYTHONPATH=." in error.value.fix
