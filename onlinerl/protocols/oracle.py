@@ -109,6 +109,10 @@ class ModelOracle(Oracle):
     """Extra Ray resources per replica, e.g. {oracle_node: 1} to choose a node."""
     start_timeout_s: Seconds = 900.0
 
+    def absent(self) -> str | None:
+        """The hub id of its weights if they are not on this machine: a run fetches them, a check goes on without them."""
+        return None
+
     def inspect(self) -> None:
         """Find out what is wrong without loading the weights.
 

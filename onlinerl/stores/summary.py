@@ -12,6 +12,9 @@ from onlinerl.stores import _files, _lock, _tables
 from onlinerl.stores.rows import EVALUATION, EVALUATION_VERDICTS, PAIRS, ROLLOUTS, VERDICTS, result_from_row
 from onlinerl.types import Failure, Verdict
 
+FAILURE = "failure.json"
+"""In the run directory: what the last attempt failed on."""
+
 
 def summarise(path: str | Path, *, extras: bool = False) -> dict[str, Any]:
     """What a run has reached, as plain JSON: every number is finite, a missing value is None.
@@ -39,6 +42,38 @@ def summarise(path: str | Path, *, extras: bool = False) -> dict[str, Any]:
             "iterations": [_iteration(t, phases, active=active, extras=extras) for t, phases in records(path).items()],
         }
     )
+
+
+def state(path: str | Path) -> str:
+    """How a run stands, in words: running, interrupted, failed (and why) or finished.
+
+    Raises:
+        StoreError: if there is no run or it is damaged.
+    """
+    path = Path(path)
+    status = _run_manifest(path).get("status")
+    if status == "running" and not _lock.held(path / "lock"):
+        return f"interrupted: its process is gone; continue with `onlinerl resume {path}`"
+    if status == "interrupted":
+        return f"interrupted; continue with `onlinerl resume {path}`"
+    if status == "failed":
+        return f"failed: {_cause(path)}; once that is repaired, continue with `onlinerl resume {path}`"
+    return str(status)
+
+
+def runs(folder: str | Path) -> list[Path]:
+    """The runs in a folder, by name."""
+    return sorted(manifest.parent for manifest in Path(folder).glob("*/manifest.json"))
+
+
+def _cause(path: Path) -> str:
+    """What a run failed on, in one line."""
+    try:
+        record = _files.read_json(path / FAILURE)
+    except (FileNotFoundError, StoreError):
+        return f"{FAILURE} is missing or damaged"
+    lines = str(record.get("message") or record.get("error")).strip().splitlines()
+    return f"{record.get('boundary')}: {lines[0] if lines else 'no message'}"
 
 
 def records(path: str | Path) -> dict[int, dict[str, dict[str, Any]]]:
@@ -71,7 +106,10 @@ def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = Fal
         raise StoreError(
             f"{path} has no samples of iteration {iteration}",
             field="iteration",
-            fix=f"choose one of {', '.join(map(str, known))}" if known else "wait until the first iteration has sampled",
+            fix=f"choose one of {', '.join(map(str, known))}"
+            if known
+            else "wait until the first iteration has sampled"
+            + ("" if heldout else "; --heldout shows the base model's answers"),
         )
     results = dict(result_from_row(row) for row in _tables.read(folder, verdicts))
     pairs: dict[str, list[dict[str, Any]]] = {}

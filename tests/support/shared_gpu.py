@@ -278,7 +278,7 @@ def install(monkeypatch: Any, world: World, *, device: str) -> None:
 
     class Cluster:
         def __init__(self, config: Any) -> None:
-            self.device = device
+            self.device, self.logs = device, "/tmp/ray/session/logs"
             counts.update(replica=0, rank=0)
 
         def share_cores(self) -> bool:

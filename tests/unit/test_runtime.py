@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,11 +82,14 @@ def test_a_cluster_that_fails_while_room_is_reserved(monkeypatch):
     def fail():
         raise exceptions.RaySystemError("the head is gone")
 
-    monkeypatch.setattr(runtime.ray, "init", lambda **_: None)
+    context = SimpleNamespace(address_info={"session_dir": "/tmp/ray/session_1"})
+    monkeypatch.setattr(runtime.ray, "init", lambda **_: context)
     monkeypatch.setattr(runtime.ray, "shutdown", lambda: None)
     monkeypatch.setattr(runtime.ray, "cluster_resources", fail)
+    asked = cluster(address="10.0.0.1:6379")
     with pytest.raises(ClusterError, match="Ray failed while room was reserved: RaySystemError"):
-        cluster(address="10.0.0.1:6379").__enter__()
+        asked.__enter__()
+    assert asked.logs == "/tmp/ray/session_1/logs"
 
 
 def test_a_rank_that_wrote_nothing_makes_no_checkpoint(tmp_path):
