@@ -29,7 +29,7 @@ def files(tmp_path, monkeypatch):
 
 
 def test_all_blocks_are_covered():
-    assert set(BLOCKS) == {"brevity.py", "wordcount.py", "slic.py"}
+    assert set(BLOCKS) == {"brevity.py", "wordcount.py", "shorter.py", "slic.py"}
 
 
 def test_oracle_function(files):
@@ -46,6 +46,14 @@ def test_oracle_class(files):
     [verdict] = oracle.judge([QUERY])
     assert verdict.scores == (0.0, 1.0, 0.0)
     assert oracle.version == "wordcount-bad"
+
+
+def test_oracle_that_compares(files):
+    oracle = configuration.component({"name": "shorter.Shorter"}, "oracle", "oracles", configuration.Oracle)
+    [verdict] = oracle.ask([QUERY])
+    assert isinstance(verdict, Verdict), verdict
+    assert [row[2] for row in verdict.preferences[:2]] == [0.0, 0.0]
+    assert verdict.preferences[0][1] == 1.0
 
 
 def test_algorithm_trains_the_toy(files):
