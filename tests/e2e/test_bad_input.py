@@ -78,6 +78,9 @@ def says(message: str, *parts: str) -> None:
         ("learner.zero_stage=4", ("learner.zero_stage: input should be 0, 1, 2 or 3, got 4",)),
         ("name=a/b", ("name: string should match pattern", "got 'a/b'")),
         ("training", ("override: 'training' is not of the form key=value", "training.learning_rate=1e-5")),
+        ("--iterations=2", ("override: '--iterations=2' is no option", "write keys without dashes, iterations=2")),
+        ("learner.name=fsdp", ("learner.name: there is no 'fsdp'", "deepspeed")),
+        ("engine.name=sglang", ("engine.name: there is no 'sglang'", "vllm")),
         ("name.first=x", ("name.first: 'name' holds a value, not a section",)),
     ],
 )
@@ -351,6 +354,49 @@ def test_paths_in_the_home_directory(toy_config, onlinerl, monkeypatch, tmp_path
     code, message = onlinerl("run", config)
     assert code == REFUSED
     says(message, f"store: name: {tmp_path}/runs/toy already holds a run", "onlinerl resume")
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs/recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_check_where_the_models_are_not_on_the_machine(recipe, cli, tmp_path):
+    """Everything else is checked and printed; the verdict is that of a run."""
+    done = cli("check", recipe)
+    assert done.returncode == REFUSED, done.message
+    for said in ("memory (estimate, 8.00 B parameters)", "placement (cuda):", "the oracle was not tried"):
+        assert said in done.stdout, done.message
+    assert done.stdout.count("not ok yet: ") == 2
+    assert "not ok yet: model: " in done.stdout
+    assert "fix: download it first: hf download sfairXC/FsfairX-LLaMA3-RM-v0.1" in done.stdout
+    assert not done.stderr
+
+
+def test_how_a_run_stands(toy_config, onlinerl, oracle, capsys, tmp_path):
+    """`show` says so; of a folder, it lists the runs."""
+
+    def shown(*arguments: object) -> str:
+        capsys.readouterr()
+        sys.argv = ["onlinerl", "show", *map(str, arguments)]
+        with pytest.raises(SystemExit):
+            command_line.main()
+        return capsys.readouterr().out
+
+    assert onlinerl("run", toy_config(tmp_path, iterations=1))[0] == 0
+    bad = {
+        **oracle(
+            "1 / 0 if len(queries[0]['responses']) > 2 else None; return [[1.0, 2.0][:len(q['responses'])] for q in queries]"
+        )
+    }
+    assert onlinerl("run", toy_config(tmp_path, {**bad, "name": "bad"}, iterations=1))[0] == FAILED
+    manifest = tmp_path / "runs/gone/manifest.json"
+    manifest.parent.mkdir()
+    manifest.write_text(json.dumps({"name": "gone", "status": "running"}))  # and nobody holds its lock
+    assert "finished" in shown(tmp_path / "runs/toy").splitlines()
+    assert f"interrupted: its process is gone; continue with `onlinerl resume {tmp_path}/runs/gone`" in shown(manifest.parent)
+    lines = shown(tmp_path / "runs").splitlines()
+    assert [line.split()[:2] for line in lines] == [["bad", "failed:"], ["gone", "interrupted:"], ["toy", "finished"]]
+    assert "oracle" in lines[0]
 
 
 @pytest.mark.parametrize("key", ["runs", "model", "prompts.train"])

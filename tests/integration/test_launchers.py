@@ -27,6 +27,25 @@ def test_script_parses(script):
     assert "set -euo pipefail" in script.read_text()
 
 
+@pytest.mark.parametrize("script", ["ray/head.sh", "ray/worker.sh", "run_or_resume.sh"])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_a_script_that_is_asked_for_help_starts_nothing(script, option, tmp_path):
+    """Not even the secret of a cluster is made."""
+    command = ["bash", str(LAUNCHERS / script), option]
+    home = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=home).stdout
+    assert "RAY_AUTH_TOKEN " in said
+    assert "set -e" not in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["ray/wait_for_nodes.py", "slurm/free_ports.py"])
+def test_a_script_without_its_arguments_says_how_it_is_called(script):
+    done = subprocess.run([sys.executable, LAUNCHERS / script], capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"usage: {Path(script).name}")
+
+
 def test_every_platform_has_notes():
     for platform in ("ray", "slurm", "kubernetes"):
         assert (LAUNCHERS / platform / "README.md").is_file()
