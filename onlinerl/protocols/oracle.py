@@ -9,7 +9,8 @@ from typing import Literal
 from pydantic import Field
 
 from onlinerl.errors import OracleError
-from onlinerl.protocols.component import Component, CustomResources, Seconds
+from onlinerl.protocols.component import Component
+from onlinerl.protocols.keys import CustomResources, Seconds
 from onlinerl.types import Failure, Query, Verdict
 
 
