@@ -23,7 +23,8 @@ from onlinerl import registry, yaml_files
 from onlinerl.errors import ConfigError
 from onlinerl.explain import explain
 from onlinerl.protocols.algorithm import Algorithm
-from onlinerl.protocols.component import Component, CustomResources, Seconds
+from onlinerl.protocols.component import Component
+from onlinerl.protocols.keys import CustomResources, Seconds
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.types import Sampling

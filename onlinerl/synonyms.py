@@ -78,7 +78,6 @@ NAMES: dict[str, str] = {
     "gsm8k": "math_verifier",
     "rm": "reward_model",
     "function": "python",
-    "online_dpo": "dpo",
 }
 """Name of an implementation -> its name here."""
 

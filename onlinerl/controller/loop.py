@@ -77,7 +77,9 @@ class _Loop:
         began = time.time()
         try:
             record = phases.function(self.parts.phases, task[1])(it)
-            self.ended.put((task, {"seconds": time.time() - began, "began": began, "ended": time.time(), **record}))
+            ended = time.time()
+            busy = ended - began - record.get("waited", 0.0)
+            self.ended.put((task, {"seconds": busy, "began": began, "ended": ended, **record}))
         except BaseException as error:  # noqa: BLE001  (raised again in the thread of the loop)
             self.ended.put((task, error))
 
@@ -86,9 +88,8 @@ class _Loop:
         self.parts.store.finish_phase(t, name, record)
         self.done[t].add(name)
         self.iterations[t].finished(name)
-        seconds = record["ended"] - record["began"]
-        self.parts.tracker.phase_finished(t, name, seconds)
-        self.report.phase(t, name, seconds, record)
+        self.parts.tracker.phase_finished(t, name, record["seconds"])
+        self.report.phase(t, name, record["seconds"], record)
         if name == "commit":
             self.iterations.pop(t).check_idle()
 

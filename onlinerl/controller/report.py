@@ -74,7 +74,7 @@ class Reporter:
         gaps = ", ".join(f"stored {name} {gap:.1e}" for name, gap in result.stored_gaps.items())
         self.tracker.note(
             f"self-test: loss {result.loss:.6f} with policy = reference ({result.stored_loss:.6f} as stored), KL {result.repeat_kl:.1e}; "
-            f"per token off by: {gaps}{', ' if gaps else ''}base model {result.base_gap:.1e}"
+            f"per token off by: {gaps}{', ' if gaps else ''}base model {result.base_gap:.1e}, rounding {result.noise:.1e}"
         )
 
     def trained(

@@ -274,7 +274,8 @@ class DeepSpeedRank:
         def base(batch: Batch) -> Tensor:
             return self._reader.frozen(base_model)(batch, temperature=self.temperature).logprobs_BT
 
-        found = compare(forward, base, self.algorithm, micro, self.device)
+        longest = getattr(self._policy.model.config.get_text_config(), "max_position_embeddings", None)
+        found = compare(forward, base, self.algorithm, micro, self.device, longest)
         parts = [found] * self.world_size
         dist.all_gather_object(parts, found)
         return parts

@@ -23,7 +23,7 @@ from pydantic import Field, PrivateAttr
 
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
-from onlinerl.protocols.component import Seconds
+from onlinerl.protocols.keys import Seconds
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Cost, Failure, Query, Verdict
 

@@ -22,7 +22,7 @@ from onlinerl import hub
 from onlinerl.config import at_home
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
-from onlinerl.protocols.component import Seconds
+from onlinerl.protocols.keys import Seconds
 from onlinerl.protocols.oracle import ModelOracle
 from onlinerl.types import Cost, Failure, Query, Verdict
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from onlinerl.errors import OracleError
-from onlinerl.protocols.component import Component, CustomResources, Seconds
+from onlinerl.protocols.component import Component
+from onlinerl.protocols.keys import CustomResources, Seconds
 from onlinerl.types import Failure, Query, Verdict
 
 
@@ -30,6 +31,19 @@ class Oracle(Component):
     """Longest wait for the next answer of a call."""
     retries: int = Field(2, ge=0)
     """How often a call is tried again after a missed deadline, a lost connection or an HTTP status that may pass (408, 429, 5xx)."""
+
+    if not TYPE_CHECKING:  # type checkers know that fields are frozen, and which there are
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if not name.startswith("_"):
+                what = "is a knob that only the configuration sets" if name in type(self).model_fields else "is no knob"
+                raise OracleError(
+                    f"{type(self).__name__} sets `self.{name}`, which {what}",
+                    field="oracle",
+                    fix=f"keep state that is no knob private: `_{name}: Any = PrivateAttr(None)` in the class (from pydantic), "
+                    f"set in `open` as `self._{name}`",
+                )
+            super().__setattr__(name, value)
 
     def open(self) -> None:
         """Load models, open connections. Called once in the process that will judge, but not in the thread that `judge` runs in."""

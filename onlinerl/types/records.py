@@ -75,5 +75,10 @@ class SelfTest:
     stored_gaps: Mapping[str, float]
     """By name of an array that the items carry (reference, old, values): how far it is from what the policy says, token by token.
     Mean of the worst sequence, in nats per token; values relative to the largest one if that is above 1."""
+    noise: float
+    """The same between two passes of the policy of which one pads its batch further: rounding, in the learner's dtype, on these items."""
+    stored_tilts: Mapping[str, float]
+    """By name of an array of log-probs that the items carry: by how much it is off in proportion to how improbable a token is, beyond
+    what rounding explains. Nats per token at one standard deviation. Another temperature shows here first."""
     base_gap: float
     """Mean |log-prob difference| between the policy and the base model as it is on disk, in nats per token."""

@@ -11,7 +11,7 @@ import pytest
 from onlinerl import config as configuration
 from onlinerl import registry, synonyms, yaml_files
 from onlinerl.config import RunConfig
-from onlinerl.errors import ConfigError
+from onlinerl.errors import ConfigError, OracleError
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.oracle import Oracle
 
@@ -161,14 +161,14 @@ def test_a_class_of_the_users_own(modules, name, cause, fix):
 
 def test_state_that_is_no_knob(modules):
     oracle = registry.load("oracles", "mine_state.Mine", Oracle)()
-    with pytest.raises(ConfigError, match=r"Mine sets `self\.client`, which is no knob") as error:
+    with pytest.raises(OracleError, match=r"Mine sets `self\.client`, which is no knob") as error:
         oracle.open()
     assert "`_client: Any = PrivateAttr(None)`" in error.value.fix
 
 
 def test_a_module_that_is_not_there_takes_one_line():
     oracle = registry.load("oracles", "python", Oracle)(function="no_such_module.judge")
-    with pytest.raises(Exception, match="cannot import 'no_such_module'") as error:
+    with pytest.raises(OracleError, match="cannot import 'no_such_module'") as error:
         oracle.open()
     assert "\n" not in error.value.cause
     assert "PYTHONPATH=." in error.value.fix

@@ -13,6 +13,7 @@ from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.grpo import Grpo
 from onlinerl.controller import self_test
 from onlinerl.errors import LearnerError
+from onlinerl.learners._self_test import Moments
 from onlinerl.learners.toy import ToyLearner
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import SelfTest, TrainItem, TrainSequence
@@ -23,6 +24,8 @@ GOOD = SelfTest(
     stored_loss=math.log(2),
     stored_loss_slope=5.0,
     stored_gaps={"reference": 1e-5},
+    noise=1e-5,
+    stored_tilts={"reference": 1e-5},
     base_gap=1e-5,
 )
 
@@ -36,6 +39,15 @@ GOOD = SelfTest(
         ({"repeat_kl": math.nan}, "two passes of one policy", "learner"),
         ({"stored_gaps": {"reference": 1e-5, "old": 0.03}}, r"the stored old differs .* by 0\.0300", "learner"),
         ({"stored_gaps": {"values": math.nan}}, "the stored values differs", "learner"),
+        (
+            {"stored_gaps": {"old": 0.11}, "noise": 0.05},
+            r"the stored old differs .* by 0\.1100 per token \(limit 0\.1 ",
+            "learner",
+        ),
+        ({"stored_tilts": {"old": 0.03}, "noise": 0.05}, "the more, the less probable a token is: by 0\\.03", "learner"),
+        ({"stored_tilts": {"old": math.nan}}, "the less probable a token is", "learner"),
+        ({"noise": 0.3}, "if its batch is padded further", "learner.attention"),
+        ({"noise": math.nan}, "if its batch is padded further", "learner.attention"),
         ({"stored_loss": math.log(2) + 0.2}, "with the stored reference the loss is", "learner"),
         ({"base_gap": 0.03}, r"policy and base model differ by 0\.0300", "model"),
         ({"base_gap": math.nan}, "policy and base model differ", "model"),
@@ -54,6 +66,12 @@ def test_limits_follow_the_dtype():
     self_test.check(rounded, math.log(2), "bfloat16")
     with pytest.raises(LearnerError, match=r"limit 0\.001 in float32"):
         self_test.check(rounded, math.log(2), "float32")
+
+
+def test_rounding_that_goes_far_is_no_fault():
+    """Prompts of 400 tokens in bfloat16: the stored arrays are off by as much as the same pass with other padding."""
+    far = {"stored_gaps": {"old": 0.056}, "noise": 0.049, "base_gap": 0.0286, "stored_tilts": {"old": 0.002}}
+    self_test.check(replace(GOOD, **far), math.log(2), "bfloat16")
 
 
 def test_an_algorithm_without_a_fixed_loss_is_asked_for_none():
@@ -95,6 +113,20 @@ def test_the_toy_learner_notices_too(algorithm: Algorithm, name: str, temperatur
     sequences = [s.with_(**{name: a, "behaviour": a}) for s, a in zip(sequences, scores, strict=True)]
     items = [TrainItem(prompt_id=str(i), sequences=tuple(sequences[2 * i : 2 * i + 2])) for i in range(4)]
 
-    gap = learner.self_test(items, "base").stored_gaps[name]
+    result = learner.self_test(items, "base")
 
-    assert (gap > self_test.GAP["bfloat16"]) == (spoiled != "nothing")
+    assert (result.stored_gaps[name] > self_test.GAP["bfloat16"]) == (spoiled != "nothing")
+    assert (result.stored_tilts[name] > self_test.GAP["bfloat16"]) == (spoiled != "nothing")
+    assert result.noise == 0
+
+
+@pytest.mark.parametrize(("temperature", "caught"), [(1.0, False), (0.98, True), (1.02, True)])
+def test_a_temperature_shows_under_the_rounding_of_long_prompts(temperature: float, caught: bool) -> None:
+    """Of 0.05 nats per token, as was measured: more than the temperature makes of it, so that a limit on the gap would miss it."""
+    rng = np.random.default_rng(0)
+    said = -rng.exponential(2.0, 500)
+    stored = said + (1 / temperature - 1) * (said + 1.0) + rng.normal(0.0, 0.06, 500)
+    d = stored - said
+    moments = Moments(n=500, d=d.sum(), c=said.sum(), dc=(d * said).sum(), cc=(said * said).sum())
+    assert abs(d).mean() < 2 * 0.05
+    assert (moments.tilt(0.05) > self_test.GAP["bfloat16"]) == caught

@@ -1,0 +1,22 @@
+"""Types of keys that several roles have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+
+def _custom(resources: dict[str, float]) -> dict[str, float]:
+    for name, amount in resources.items():
+        if name in ("CPU", "GPU"):  # would take the place of what the run reserves for itself
+            raise ValueError(f"{name} is no custom resource; the key `cpus` and the layout say how many there are")
+        if amount < 0:
+            raise ValueError(f"{name} cannot be negative")
+    return resources
+
+
+CustomResources = Annotated[dict[str, float], AfterValidator(_custom)]
+"""Amounts of Ray's custom resources, by name."""
+Seconds = Annotated[float, Field(gt=0, le=1e6)]
+"""A deadline. Eleven days are longer than any wait should be, and short enough for every timer that is set to it."""
