@@ -42,12 +42,9 @@ class RankActor:
 
         from torch.distributed import TCPStore
 
-        from onlinerl.learners._extensions import without_abandoned_locks
-
         store = self._store if rank == 0 else TCPStore(address, port, timeout=timedelta(seconds=timeout_s))
         self.address = address
-        with without_abandoned_locks():
-            self._rank = backend.DeepSpeedRank(rank=rank, store=store, address=address, **settings)
+        self._rank = backend.DeepSpeedRank(rank=rank, store=store, address=address, **settings)
 
     def free_port(self) -> int:
         """A port that is free on this rank's machine."""

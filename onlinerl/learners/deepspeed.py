@@ -23,6 +23,7 @@ from torch import Tensor
 from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.config import LearnerConfig, TrainingConfig
 from onlinerl.errors import LearnerError
+from onlinerl.learners._extensions import without_abandoned_locks
 from onlinerl.learners._loading import ModelReader, give_back
 from onlinerl.learners._offload import HostMemory, tensors_of
 from onlinerl.learners._optimizer import build_optimizer, critic_rate, parameter_groups
@@ -98,7 +99,8 @@ class DeepSpeedRank:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
         )
-        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+        with without_abandoned_locks():  # it compiles an extension for CPUs
+            deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         self.needs = algorithm.needs
         self._reader = ModelReader(DTYPES[config.dtype], config.attention, self.device, self._deepspeed_config())
         self._policy = self._reader.trained(model, self.needs.critic)
