@@ -58,8 +58,8 @@ def _as_now(phases: Mapping[str, Any]) -> dict[str, Any]:
     for name, record in phases.items():
         if name == "evaluate":
             now |= {"answer": {}, "measure": record}
-        elif name == "train" and "annotate" not in phases:
-            now |= {"annotate": {}, "train": record}
+        elif name == "train" and "annotate" not in phases and "checkpoint" in phases:
+            now |= {"annotate": {}, "train": record}  # without a checkpoint it is trained again, and needs log-probs of its own
         else:
             now[name] = record
     return now

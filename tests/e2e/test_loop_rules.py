@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from onlinerl import graph
 from onlinerl.controller import evaluation
 from onlinerl.engines.toy import ToyEngine
 from onlinerl.learners.toy import ToyLearner
+from onlinerl.stores import _files
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import summarise
 from onlinerl.trackers.jsonl import read_metrics
@@ -416,3 +418,45 @@ def test_a_phase_is_one_file_and_one_row(toy_config, onlinerl, tmp_path, monkeyp
     assert code == 0, message
     assert all(record["words"] > 0 for record in records(tmp_path / "runs/toy", "lengths"))
     assert [set(r["phases"]) for r in summarise(tmp_path / "runs/toy")["iterations"][1:]] == [{*graph.NAMES, "lengths"}] * 3
+
+
+# --- runs of earlier versions ---
+
+
+def as_format_2(run: Path) -> None:
+    """As the previous version left a run that was killed between the training and the checkpoint of iteration 2."""
+    for folder in sorted((run / "iterations").iterdir()):
+        stored = _files.read_json(folder / "manifest.json")
+        phases = {name: record for name, record in stored["phases"].items() if name not in ("annotate", "answer")}
+        phases = {"evaluate" if name == "measure" else name: record for name, record in phases.items()}
+        if folder.name == "0002":
+            phases = {name: phases[name] for name in ("sample", "label", "train")}
+            for table in ("evaluation", "evaluation_verdicts"):
+                (folder / f"{table}.parquet").unlink()
+                del stored["tables"][table]
+        (folder / "logprobs.parquet").unlink(missing_ok=True)
+        stored["tables"].pop("logprobs", None)
+        _files.replace_json(folder / "manifest.json", {**stored, "phases": phases, "format": 2})
+    for kind in ("checkpoints", "exports"):
+        shutil.rmtree(run / kind / "0002")
+    manifest = _files.read_json(run / "manifest.json")
+    fingerprint = {key: value for key, value in manifest["fingerprint"].items() if not key.startswith("schedule.")}
+    changes = {"fingerprint": fingerprint, "status": "running", "format": 2}
+    _files.replace_json(run / "manifest.json", {**manifest, **changes})
+
+
+def test_a_run_of_the_previous_version_is_shown_and_resumed(toy_config, onlinerl, tmp_path):
+    """Its phases had other names, and log-probs were not kept: they are taken again where the training is."""
+    assert onlinerl("run", toy_config(tmp_path, iterations=2))[0] == 0
+    run = tmp_path / "runs/toy"
+    expected, rows = np.load(run / "exports/0002/logits.npy"), summarise(run)["iterations"]
+    as_format_2(run)
+    shown = summarise(run)["iterations"]
+    assert [row["reward"] for row in shown] == [*(row["reward"] for row in rows[:2]), None]
+    assert list(shown[1]["phases"]) == ["sample", "label", "train", "checkpoint", "sync", "measure", "commit"]
+    code, message = onlinerl("resume", run)
+    assert code == 0, message
+    assert np.array_equal(np.load(run / "exports/0002/logits.npy"), expected)
+    assert [row["reward"] for row in summarise(run)["iterations"]] == [row["reward"] for row in rows]
+    with RunDirectory.open(run) as opened:
+        assert opened.manifest["format"] == 3
