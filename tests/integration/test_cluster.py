@@ -58,6 +58,7 @@ def write_config(folder: Path, model: Path, **changes: Any) -> Path:
         "sync": {"canary_tolerance_nats": 0.001, "timeout_s": 120},
         "cluster": {"device": "cpu"},
         "metrics": {"prometheus": False},
+        "schedule": {},
         "checkpoints": {"min_free_gib": 0},
     }
     for key, value in changes.items():
@@ -300,7 +301,8 @@ PHASES = {
 def test_killed_in_every_phase(start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path) -> None:
     """R-D1 on the real parts: no prompt is generated and no label requested twice, as engine and oracle count them."""
     oracle = {"name": "python", "function": "hooks.judge", "groups_per_call": GROUPS_PER_CALL}
-    config = write_config(tmp_path, tiny_llama, engine={"replicas": 1}, learner={"ranks": 1}, oracle=oracle)
+    in_turn = {"stream": False, "evaluate_beside": False}  # so that it is known what is finished when
+    config = write_config(tmp_path, tiny_llama, engine={"replicas": 1}, learner={"ranks": 1}, oracle=oracle, schedule=in_turn)
     run, log = tmp_path / "runs" / "run", tmp_path / "events"
     hooks = {"log": str(log), "parts": "real"}
 

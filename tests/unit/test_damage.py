@@ -237,7 +237,7 @@ def test_a_run_of_format_1_opens_and_goes_on(tmp_path):
         assert run.read(1, "verdicts") == [{"a": 1}, {"a": 2}]
         assert list(run.phases(1)) == ["sample"]
         run.update_manifest(status="running")
-        assert run.manifest["format"] == 2, "an older version must not go on with it"
+        assert run.manifest["format"] == 3, "an older version must not go on with it"
         run.append(1, "verdicts", [{"a": 3}])
         assert run.read(1, "verdicts") == [{"a": 1}, {"a": 2}, {"a": 3}]
         run.seal(1, "verdicts")
