@@ -18,7 +18,7 @@ def generate(
     """All groups of a table, in the order of the requests; only those not on disk yet are generated.
 
     Until the table is complete, a group with rejected responses is asked for again, so a repaired engine gets its chance. Each group
-    that is on disk goes to `feed` too.
+    goes to `feed` too, once it is on disk for good.
     """
     store, tracker = it.parts.store, it.parts.tracker
     by_id = {r.prompt.id: r.prompt for r in requests}
@@ -35,13 +35,15 @@ def generate(
         health.check_group(group, it.number if phase == "answer" else it.number - 1)
         store.append(it.number, table, [group_row(group)])
         groups[group.prompt.id] = group
-        if feed is not None:
+        if feed is not None and not group.rejected:
             feed.put([group])
         tracker.phase_advanced(it.number, phase, len(group.rollouts) + len(group.rejected))
         rejected.update(group.rejected)
         health.check_rejected(rejected, asked, it.parts.config.engine.max_rejected)
         it.check_stop()
     store.seal(it.number, table)
+    if feed is not None:  # until now a resume would have asked for these again, and nobody may judge what can still change
+        feed.put(groups[r.prompt.id] for r in todo if groups[r.prompt.id].rejected)
     return [groups[r.prompt.id] for r in requests]
 
 

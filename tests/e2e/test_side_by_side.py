@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -166,3 +167,55 @@ def test_what_a_stopped_phase_still_says_is_not_written(tmp_path):
             write()
     with RunDirectory.open(tmp_path / "r") as again:
         assert again.read(1, "rollouts") == [{"a": 1}]
+
+
+def test_a_group_that_the_oracle_failed_on_is_scored_after_the_repair(toy_config, onlinerl, oracle, tmp_path, monkeypatch):
+    """Log-probs follow the labels, and the run stops for too many failures; the resume has verdicts, and log-probs of all of them."""
+    monkeypatch.setattr(annotate, "STREAMED", 2)
+    repaired = tmp_path / "repaired"
+    body = (
+        f"import os\nif len(queries[0]['responses']) == 4 and not os.path.exists({str(repaired)!r}):\n"
+        "    judge.labels = getattr(judge, 'labels', 0) + 1\n"
+        "    import time\n"
+        f"    while judge.labels == 8 and not os.path.exists({str(tmp_path / 'runs/toy/iterations/0001/logprobs.jsonl')!r}):\n"
+        "        time.sleep(0.05)\n"
+        "    if judge.labels in (1, 2, 8):\n"
+        "        return [None]\n" + SCORES
+    )
+    keys = {**AS_BY_DEFAULT, **oracle(body), "oracle.groups_per_call": 1, "iterations": 1, "max_failed_labels": 0.3}
+    keys["schedule.evaluate_beside"] = False  # the base model is measured before
+    code, message = onlinerl("run", toy_config(tmp_path, keys))
+    assert code == FAILED, message
+    repaired.touch()
+    code, message = onlinerl("resume", tmp_path / "runs/toy")
+    assert code == 0, message
+    with RunDirectory.open(tmp_path / "runs/toy") as run:
+        assert len(run.read(1, "logprobs")) == 8
+        assert all(row["reference"] or row["old"] for row in run.read(1, "logprobs"))
+
+
+def test_what_a_resume_would_ask_for_again_is_not_judged_before(toy_config, onlinerl, tmp_path, monkeypatch):
+    """A group of which the engine rejected a response may still be replaced: its old verdict would be that of other responses."""
+    judged: list[str] = []
+    verdicts = tmp_path / "runs/toy/iterations/0001/verdicts.jsonl"
+
+    def generate(self, requests, sampling, original=ToyEngine.generate):
+        requests = list(requests)
+        for i, group in enumerate(original(self, requests, sampling)):
+            if len(group.rollouts) == 4 and i == 0:
+                group = replace(group, rollouts=group.rollouts[1:], rejected=("logprob",))
+            if len(requests[0].seeds) == 4 and i == len(requests) - 1:
+                deadline = time.monotonic() + PATIENCE_S
+                while time.monotonic() < deadline and len(judged) < len(requests) - 2:
+                    lines = verdicts.read_text().splitlines() if verdicts.exists() else []
+                    judged[:] = [r.prompt.id for r in requests if any(f'"{r.prompt.id}"' in line for line in lines)]
+                judged.append(f"not {requests[0].prompt.id}" if requests[0].prompt.id not in judged else "too early")
+            yield group
+
+    monkeypatch.setattr(ToyEngine, "generate", generate)
+    code, message = onlinerl("run", toy_config(tmp_path, {**AS_BY_DEFAULT, "iterations": 1}))
+    assert code == 0, message
+    assert len(judged) == 7, "the others are judged meanwhile"
+    assert judged[-1].startswith("not ")
+    with RunDirectory.open(tmp_path / "runs/toy") as run:
+        assert len(run.read(1, "verdicts")) == 8

@@ -27,7 +27,8 @@ def annotate(it: Iteration) -> dict[str, Any]:
     scored = 0
     labelled = it.labelled()
     for chunk in _chunks(it, labelled):
-        todo = [(group, answer) for group, answer in chunk if group.prompt.id not in done]
+        # A group without a verdict gets no row: a resume may ask the oracle again, and then it has something to score.
+        todo = [(g, answer) for g, answer in chunk if g.prompt.id not in done and isinstance(answer, Verdict)]
         sequences = [_sequences(it, group, answer) for group, answer in todo]
         arrays = _arrays(it, [s for group in sequences for s in group])
         rows, start = [], 0
