@@ -5,34 +5,39 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
 
 EVENTS = Counter()
+COUNTING = threading.Lock()  # phases run in threads of their own: the number of an event is the one that it raised the counter to
 SPEC = {}
 
 
 def event(kind, **facts):
-    """One thing happened: log it durably, then die or wait here if that is asked for."""
-    EVENTS[kind] += 1
-    line = json.dumps({"pid": os.getpid(), "kind": kind, **facts}) + "\n"
-    with open(SPEC["log"], "a") as file:
-        file.write(line)
-    if SPEC.get("kill") == [kind, EVENTS[kind]]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if SPEC.get("wait") == [kind, EVENTS[kind]]:
+    """One thing happened: log it durably, then die or wait here if that is asked for. Returns how many of its kind there were."""
+    with COUNTING:
+        EVENTS[kind] += 1
+        number = EVENTS[kind]
+        line = json.dumps({"pid": os.getpid(), "kind": kind, **facts}) + "\n"
+        with open(SPEC["log"], "a") as file:
+            file.write(line)
+        if SPEC.get("kill") == [kind, number]:
+            os.kill(os.getpid(), signal.SIGKILL)
+    if SPEC.get("wait") == [kind, number]:
         with open(SPEC["log"], "a") as file:
             file.write(json.dumps({"kind": "waiting"}) + "\n")
         time.sleep(60)
+    return number
 
 
 def judge(queries):
     """An oracle that counts: VADER on the response, as the sentiment oracle with include_prompt=false."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-    event("judge", asked=[[q["prompt"], *q["responses"]] for q in queries])
-    if SPEC.get("down") == ["judge", EVENTS["judge"]]:
+    number = event("judge", asked=[[q["prompt"], *q["responses"]] for q in queries])
+    if SPEC.get("down") == ["judge", number]:
         return [None for _ in queries]
     analyzer = SentimentIntensityAnalyzer()
     tied = SPEC.get("tied", ())
