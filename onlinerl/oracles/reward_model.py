@@ -22,7 +22,7 @@ from onlinerl import hub
 from onlinerl.config import at_home
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
-from onlinerl.protocols.keys import Seconds
+from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.oracle import ModelOracle
 from onlinerl.types import Cost, Failure, Query, Verdict
 
@@ -39,7 +39,7 @@ class RewardModel(ModelOracle):
     """Directory of the model and its tokenizer, or a Hugging Face hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` is bfloat16 on a GPU and float32 on a CPU."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: Resumable[int] = Field(32, ge=1)
     """Responses per forward pass."""
     max_length: int = Field(4096, ge=1)
     """Longest prompt and response together, in tokens of the reward model; its own limit, if that is lower. Nothing is ever cut."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, Field
 
@@ -18,5 +18,14 @@ def _custom(resources: dict[str, float]) -> dict[str, float]:
 
 CustomResources = Annotated[dict[str, float], AfterValidator(_custom)]
 """Amounts of Ray's custom resources, by name."""
+T = TypeVar("T")
+
+
+class MayChange:
+    """Marks a key that a resume may change."""
+
+
+Resumable = Annotated[T, MayChange()]
+"""A key of this type may differ between a run and its resume: where it runs, what is watched and when to stop, not what is computed."""
 Seconds = Annotated[float, Field(gt=0, le=1e6)]
 """A deadline. Eleven days are longer than any wait should be, and short enough for every timer that is set to it."""

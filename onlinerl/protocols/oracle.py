@@ -10,7 +10,7 @@ from pydantic import Field
 
 from onlinerl.errors import OracleError
 from onlinerl.protocols.component import Component
-from onlinerl.protocols.keys import CustomResources, Seconds
+from onlinerl.protocols.keys import CustomResources, Resumable, Seconds
 from onlinerl.types import Failure, Query, Verdict
 
 
@@ -23,13 +23,13 @@ class Oracle(Component):
     preference_temperature: float = Field(1.0, gt=0)
     """Where scores must stand in for preferences, P(i beats j) = sigmoid((s_i - s_j) / preference_temperature): Bradley-Terry. 1 suits
     a reward model, whose scores are log-odds by training; an oracle with other units needs another. Comparisons do not read it."""
-    groups_per_call: int = Field(1, ge=1)
+    groups_per_call: Resumable[int] = Field(1, ge=1)
     """Groups that one call of `judge` gets. A call that fails is asked again as a whole: keep it at 1 where answers cost money."""
-    max_concurrent: int = Field(1, ge=1)
+    max_concurrent: Resumable[int] = Field(1, ge=1)
     """Calls that may be under way at the same time, each in a thread of its own: more than one needs an oracle that allows it."""
-    call_timeout_s: Seconds = 120.0
+    call_timeout_s: Resumable[Seconds] = 120.0
     """Longest wait for the next answer of a call."""
-    retries: int = Field(2, ge=0)
+    retries: Resumable[int] = Field(2, ge=0)
     """How often a call is tried again after a missed deadline, a lost connection or an HTTP status that may pass (408, 429, 5xx)."""
 
     if not TYPE_CHECKING:  # type checkers know that fields are frozen, and which there are
@@ -110,18 +110,18 @@ class ModelOracle(Oracle):
     """An oracle that loads weights. On a cluster it runs in processes of its own, for which room is reserved before anything is
     loaded; each gets an equal share of the groups."""
 
-    max_concurrent: Literal[1] = 1  # a model computes one call at a time; see `replicas`
-    replicas: int = Field(1, ge=1)
+    max_concurrent: Resumable[Literal[1]] = 1  # a model computes one call at a time; see `replicas`
+    replicas: Resumable[int] = Field(1, ge=1)
     """Processes that judge in parallel, each with a copy of the weights."""
     device: Literal["cpu", "cuda", "auto"] = "auto"
     """`auto` takes a whole GPU per replica where the run uses GPUs."""
-    cpus: int = Field(0, ge=0)
+    cpus: Resumable[int] = Field(0, ge=0)
     """CPUs reserved per replica; 0 shares those of engine and learner, which work at other times."""
-    threads: int | None = Field(None, ge=1)
+    threads: Resumable[int | None] = Field(None, ge=1)
     """Threads that a replica on a CPU computes with; the cores of its machine divided by the replicas by default."""
-    resources: CustomResources = Field(default_factory=dict)
+    resources: Resumable[CustomResources] = Field(default_factory=dict)
     """Extra Ray resources per replica, e.g. {oracle_node: 1} to choose a node."""
-    start_timeout_s: Seconds = 900.0
+    start_timeout_s: Resumable[Seconds] = 900.0
 
     def absent(self) -> str | None:
         """The hub id of its weights if they are not on this machine: a run fetches them, a check goes on without them."""

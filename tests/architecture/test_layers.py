@@ -144,3 +144,13 @@ def test_the_loop_is_one_screen():
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno is not None
                 assert node.end_lineno - node.lineno < 80, f"{file.name}: {node.name}"
+
+
+def test_no_file_is_too_long():
+    files = list((ROOT / "onlinerl").rglob("*.py"))
+    assert len(files) > 100
+    assert {str(file): n for file in files if (n := len(file.read_text().splitlines())) > LONGEST_FILE} == {}
+
+
+LONGEST_FILE = 450
+"""Lines; what is longer is more than one thing."""

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from onlinerl import app as application
 from onlinerl import cli as command_line
 from onlinerl import config as configuration
-from onlinerl import mounts, placement
+from onlinerl import mounts, placement, wiring
 from onlinerl.learners.toy import ToyLearner
 from onlinerl.stores import _files, directory
 from onlinerl.stores.summary import summarise
@@ -32,7 +31,7 @@ def refused(onlinerl, monkeypatch, tmp_path):
 
     def run(*arguments: object) -> str:
         with monkeypatch.context() as patch:
-            patch.setattr(application, "_started", started)
+            patch.setattr(wiring, "started", started)
             code, message = onlinerl("run", *arguments)
         assert code == REFUSED, message
         assert not (tmp_path / "runs/toy").exists()

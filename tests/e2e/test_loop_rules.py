@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onlinerl import app as application
-from onlinerl import graph
+from onlinerl import graph, wiring
 from onlinerl.controller import evaluation
 from onlinerl.engines.toy import ToyEngine
 from onlinerl.learners.toy import ToyLearner
@@ -322,9 +321,9 @@ def test_what_an_evaluation_looks_at(toy_config, onlinerl, monkeypatch, tmp_path
 def test_how_many_prompts_the_canary_has():
     """evaluation.canary; a prompt of one token has no first half."""
     prompts = [Prompt(id=str(n), text="", token_ids=tuple(range(n))) for n in (1, 2, 5, 4)]
-    assert application._canary(prompts, 2) == [((0,), (1,)), ((0, 1), (2, 3, 4))]
-    assert len(application._canary(prompts, 16)) == 3
-    assert application._canary(prompts[:1] * 3, 2) == [((0,), (0,))] * 2, "no push can be proved without a canary"
+    assert wiring.canary(prompts, 2) == [((0,), (1,)), ((0, 1), (2, 3, 4))]
+    assert len(wiring.canary(prompts, 16)) == 3
+    assert wiring.canary(prompts[:1] * 3, 2) == [((0,), (0,))] * 2, "no push can be proved without a canary"
 
 
 def test_how_far_engine_and_learner_may_differ(toy_config, onlinerl, monkeypatch, tmp_path):

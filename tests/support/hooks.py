@@ -11,7 +11,9 @@ from collections import Counter
 from dataclasses import replace
 
 EVENTS = Counter()
-COUNTING = threading.Lock()  # phases run in threads of their own: the number of an event is the one that it raised the counter to
+COUNTING = (
+    threading.Lock()
+)  # phases run in threads of their own: the number of an event is the one that it raised the counter to
 SPEC = {}
 
 
@@ -130,10 +132,10 @@ def _end_slowly():
     """The clean-up of a run waits for something that never comes."""
     from contextlib import contextmanager
 
-    from onlinerl import app
+    from onlinerl import wiring
 
     @contextmanager
-    def toy(*arguments, original=app._toy):
+    def toy(*arguments, original=wiring.toy):
         with original(*arguments) as parts:
             try:
                 yield parts
@@ -141,7 +143,7 @@ def _end_slowly():
                 event("cleaning up")
                 time.sleep(60)
 
-    app._toy = toy
+    wiring.toy = toy
 
 
 def command(arguments, spec):

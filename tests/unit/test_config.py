@@ -9,10 +9,8 @@ import pytest
 import yaml
 
 from onlinerl import config as configuration
-from onlinerl import registry
-from onlinerl.config import RESUMABLE_CHANGES, RunConfig
+from onlinerl.config import RunConfig
 from onlinerl.errors import ConfigError
-from onlinerl.protocols.oracle import Oracle
 
 BASE = {
     "name": "demo",
@@ -350,12 +348,78 @@ def test_a_default_written_out_changes_nothing():
     assert configuration.fingerprint(spelled)["algorithm.label_smoothing"] == 0.0
 
 
-def test_every_resumable_key_exists():
-    flat = configuration.flatten(changed().model_dump(mode="json"))
-    with_weights = registry.load("oracles", "reward_model", Oracle).model_fields
-    flat |= {f"oracle.{name}": None for name in with_weights}
-    for key in RESUMABLE_CHANGES:
-        assert any(k == key or k.startswith(key + ".") for k in flat), key
+def test_a_mark_at_a_field_is_all_that_lets_a_resume_change_it(tmp_path, monkeypatch):
+    """In a class of the user's own too."""
+    (tmp_path / "marked_judge.py").write_text(MARKED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    started = changed(oracle={"name": "marked_judge.Judge"})
+    assert {"oracle.workers", "oracle.retries"} <= set(configuration.resumable(started))
+    for key, refused in (("workers", set()), ("retries", set()), ("strictness", {"oracle.strictness"})):
+        now = changed(oracle={"name": "marked_judge.Judge", key: 7})
+        assert set(configuration.changes(configuration.fingerprint(started), now)) == refused
+
+
+MARKED = """
+from onlinerl.protocols.keys import Resumable
+from onlinerl.protocols.oracle import Oracle
+
+
+class Judge(Oracle):
+    workers: Resumable[int] = 1
+    retries: int = 3
+    strictness: int = 1
+"""
+
+
+def test_what_a_resume_may_change():
+    """As it is promised to whoever resumes a run: a mark that is forgotten or put at the wrong key shows here."""
+    config = changed(oracle={"name": "reward_model", "path": "/models/judge"})
+    assert sorted(configuration.resumable(config)) == sorted(RESUMABLE)
+
+
+RESUMABLE = [
+    "runs",
+    "iterations",
+    "metrics",
+    "cluster",
+    "checkpoints",
+    "sync",
+    "engine.replicas",
+    "engine.tensor_parallel_size",
+    "engine.max_concurrent",
+    "engine.kv_cache_gib",
+    "engine.gpu_memory_utilization",
+    "engine.enforce_eager",
+    "engine.cpus",
+    "engine.threads",
+    "engine.resources",
+    "engine.start_timeout_s",
+    "engine.generate_timeout_s",
+    "engine.max_rejected",
+    "schedule",
+    "oracle.groups_per_call",
+    "oracle.max_concurrent",
+    "oracle.call_timeout_s",
+    "oracle.retries",
+    "oracle.replicas",
+    "oracle.cpus",
+    "oracle.threads",
+    "oracle.resources",
+    "oracle.start_timeout_s",
+    "oracle.batch_size",
+    "max_failed_labels",
+    "prompts.reuse",
+    "evaluation.max_mismatch_k3",
+    "training.max_skipped_steps",
+    "training.max_idle_iterations",
+    "learner.cpus",
+    "learner.threads",
+    "learner.resources",
+    "learner.tokens_per_microbatch",
+    "learner.gradient_checkpointing",
+    "learner.start_timeout_s",
+    "learner.step_timeout_s",
+]
 
 
 # --- paths ---

@@ -1,0 +1,55 @@
+"""Configuration of a run: its sections, how they are read, and what identifies a run."""
+
+from onlinerl.config.identity import changes, digest, fingerprint, flatten, resumable, without_unread
+from onlinerl.config.loading import algorithm, component, dump, load, located, oracle, pair_builder, parse
+from onlinerl.config.paths import at_home
+from onlinerl.config.sections import (
+    CheckpointConfig,
+    ClusterConfig,
+    Device,
+    EngineConfig,
+    EvaluationConfig,
+    LearnerConfig,
+    MetricsConfig,
+    PromptsConfig,
+    ReferenceConfig,
+    RunConfig,
+    SamplingConfig,
+    ScheduleConfig,
+    Section,
+    SyncConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "ClusterConfig",
+    "Device",
+    "EngineConfig",
+    "EvaluationConfig",
+    "LearnerConfig",
+    "MetricsConfig",
+    "PromptsConfig",
+    "ReferenceConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "ScheduleConfig",
+    "Section",
+    "SyncConfig",
+    "TrainingConfig",
+    "algorithm",
+    "at_home",
+    "changes",
+    "component",
+    "digest",
+    "dump",
+    "fingerprint",
+    "flatten",
+    "load",
+    "located",
+    "oracle",
+    "pair_builder",
+    "parse",
+    "resumable",
+    "without_unread",
+]

@@ -1,0 +1,104 @@
+"""What identifies a run: the part of its configuration that a resume must not change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from onlinerl.config.loading import COMPONENTS, algorithm, component, resolved, spec_of
+from onlinerl.config.sections import RunConfig
+from onlinerl.protocols.keys import MayChange
+
+
+def without_unread(stored: RunConfig) -> RunConfig:
+    """The configuration of a run without the pairing that an older version filled in whether or not anything read it."""
+    return stored if algorithm(stored).needs.pairs else stored.model_copy(update={"pairing": None})
+
+
+def fingerprint(config: RunConfig) -> dict[str, Any]:
+    """The part of a configuration that a resume must not change, flattened to dotted keys."""
+    flat = flatten(resolved(config))
+    free = resumable(config)
+    return {k: v for k, v in flat.items() if not any(k == p or k.startswith(p + ".") for p in free)}
+
+
+def resumable(config: RunConfig) -> list[str]:
+    """The dotted keys that are marked as `Resumable`: where it runs, what is watched and when to stop, not what is computed."""
+    chosen = {section: type(component(spec_of(config, section), section, role, base)) for section, role, base in COMPONENTS}
+    return list(_marked(RunConfig, "", chosen))
+
+
+def _marked(model: type[BaseModel], prefix: str, chosen: Mapping[str, type[BaseModel]]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        inner = chosen.get(prefix + name, field.annotation)
+        if any(_is_marked(base, name) for base in model.__mro__):  # a class that only gives another default repeats no mark
+            yield prefix + name
+        elif isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _marked(inner, f"{prefix}{name}.", chosen)
+
+
+def _is_marked(model: type, name: str) -> bool:
+    field = model.model_fields.get(name) if issubclass(model, BaseModel) else None
+    return field is not None and any(isinstance(each, MayChange) for each in field.metadata)
+
+
+def changes(stored: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
+    """What differs between the fingerprint that a run was started with and a configuration, in words, by key.
+
+    A key that the stored one lacks came with a later version: it counts as set to its default.
+    """
+    now, defaults = fingerprint(config), flatten(_defaults(config))
+    if not algorithm(config).needs.pairs:  # an older version filled it in whether or not anything read it
+        stored = {k: v for k, v in stored.items() if not k.startswith("pairing.")}
+    before = {**{k: _as_json(defaults[k]) for k in now.keys() - stored.keys() if k in defaults}, **stored}
+    gone = {k: f"was {before[k]!r} when the run started, and this version has no such key" for k in before.keys() - now.keys()}
+    differ = {
+        k: f"was {before.get(k)!r} when the run started and is now {now[k]!r}"
+        for k in now
+        if k not in before or before[k] != _as_json(now[k])
+    }
+    return dict(sorted({**gone, **differ}.items()))
+
+
+def _defaults(config: RunConfig) -> dict[str, Any]:
+    """Every default of the sections and of the components that this configuration chooses."""
+    tree = _defaults_of(RunConfig)
+    for section, role, base in COMPONENTS:
+        tree[section] = _defaults_of(type(component(spec_of(config, section), section, role, base)))
+    return tree
+
+
+def _defaults_of(model: type[BaseModel]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found[name] = _defaults_of(kind)
+        elif not field.is_required():
+            found[name] = field.get_default(call_default_factory=True)
+    return found
+
+
+def _as_json(value: Any) -> Any:
+    """As it is after it was stored."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def digest(config: RunConfig) -> str:
+    """Short hash of `fingerprint`."""
+    return hashlib.sha256(json.dumps(fingerprint(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings -> one mapping with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,292 @@
+"""The sections of a configuration: every key with its type, bounds, default and meaning.
+
+A key marked `Resumable` may differ between a run and its resume; all others are part of what is computed. Sections that select an
+implementation by `name` (algorithm, oracle, pairing) keep their remaining keys in the component's own class, which validates them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from onlinerl.config.paths import at_home
+from onlinerl.protocols.keys import CustomResources, Resumable, Seconds
+from onlinerl.types import Sampling
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Section(BaseModel):
+    """Base of all configuration sections."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class PromptsConfig(Section):
+    """Which prompts are trained on and held out."""
+
+    train: str
+    """Path of a JSONL file, or `package:NAME` for one that ships with onlinerl."""
+    heldout: str
+    """Prompts for evaluation; must not overlap with `train`."""
+    per_iteration: int = Field(64, ge=1)
+    """Fresh prompts taken in each iteration."""
+    max_tokens: int = Field(512, ge=1)
+    """Longest prompt accepted; longer ones are an error that counts them."""
+    reuse: Resumable[bool] = False
+    """Start over when the prompts run out; otherwise asking for more than there are is an error."""
+
+
+class SamplingConfig(Section):
+    """How responses are drawn."""
+
+    samples_per_prompt: int = Field(4, ge=1)
+    """K: responses drawn for each training prompt. The held-out prompts get one each."""
+    temperature: float = Field(1.0, ge=0.01)
+    """Not below 0.01: vLLM samples at 0.01 instead, and the learner would score at another temperature."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Draw from the most probable tokens that make up this share; 1 draws from all."""
+    top_k: int = Field(-1, ge=-1)
+    """Draw from so many of the most probable tokens; -1 draws from all."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest response in tokens; a longer one is cut there, and `training.on_truncated` says what becomes of it."""
+
+    def spec(self) -> Sampling:
+        """The part that engine and learner share."""
+        return Sampling(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, max_new_tokens=self.max_new_tokens)
+
+
+class ReferenceConfig(Section):
+    """Which weights the reference log-probs come from."""
+
+    schedule: Literal["default", "fixed", "previous", "every_n", "none"] = "default"
+    """`default` is what the algorithm's paper uses; `fixed` the base model; `previous` the weights at the start of the iteration."""
+    every: int = Field(1, ge=1)
+    """For `every_n`: iterations between snapshots."""
+    allow_nonstandard: bool = False
+    """Permit a schedule other than the one the algorithm's theory asks for."""
+
+
+class TrainingConfig(Section):
+    """How the learner steps."""
+
+    items_per_step: int = Field(8, ge=1)
+    """Pairs (or samples) per optimizer step, over all ranks."""
+    epochs: int = Field(1, ge=1)
+    """Passes over the iteration's items."""
+    learning_rate: float = Field(5e-7, ge=0)
+    """At its peak. The default suits a model of 7B; one of 135M needs 5e-5 to move at all."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape within one iteration."""
+    warmup: float = Field(0.0, ge=0, lt=1)
+    """Share of an iteration's steps with a rising learning rate."""
+    iteration_decay: float = Field(1.0, gt=0, le=1)
+    """The learning rate of iteration t is multiplied by this to the power t - 1."""
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    """`rmsprop` keeps one moment less, and is what SPPO's authors train with."""
+    optimizer_state: Literal["keep", "reset"] = "keep"
+    """What happens to the moments between iterations (R-O1)."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Of matrices; biases and the weights of norms do not decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_skipped_steps: Resumable[int] = Field(3, ge=0)
+    """Steps with a non-finite gradient that are dropped before the run stops (R-E6)."""
+    max_idle_iterations: Resumable[int] = Field(3, ge=1)
+    """Iterations in a row that give nothing to learn (every response to a prompt judged the same, or no pair left) before the run
+    stops. Each is committed without an optimizer step; a resume goes on with the next one."""
+    on_truncated: Literal["keep", "drop"] = "keep"
+    """Responses that hit max_new_tokens: train on them as they are, or leave them out (counted either way) (R-F4)."""
+
+
+class ScheduleConfig(Section):
+    """Which phases may run side by side. What is computed does not depend on it."""
+
+    stream: bool = True
+    """Responses are judged, and scored by the learner, while the engine still samples."""
+    evaluate_beside: bool = True
+    """The next iteration samples while this one is evaluated. Where engine and learner compute on the same GPUs or cores, only one of
+    them works at a time, and this changes nothing; on CPU they do unless engine.threads and learner.threads say how many each has."""
+
+
+class EvaluationConfig(Section):
+    """What is measured on the held-out prompts after each iteration."""
+
+    prompts: int | None = Field(None, ge=2)
+    """How many held-out prompts to use; all by default."""
+    canary: int = Field(16, ge=1)
+    """Sequences teacher-forced on learner and replicas after each sync."""
+    mismatch_sample: int = Field(32, ge=1)
+    """Fresh rollouts on which engine and learner log-probs are compared."""
+    max_mismatch_k3: Resumable[float] = Field(0.01, gt=0)
+    """Largest accepted KL estimate (k3, nats per token) between engine and learner on them. bfloat16 kernels of two libraries differ by
+    about 0.002; more than this is a bug, not noise (R-E1)."""
+
+
+class EngineConfig(Section):
+    """The rollout engine."""
+
+    name: str = "vllm"
+    """vllm; `toy` is for tests."""
+    replicas: Resumable[int] = Field(1, ge=1)
+    """Copies of the model that sample in parallel, from one queue of prompts."""
+    tensor_parallel_size: Resumable[int] = Field(1, ge=1)
+    """Workers that one replica is split over: each needs a GPU, or a core on CPU, of one machine."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of its weights and computation."""
+    max_concurrent: Resumable[int] = Field(64, ge=1)
+    """Sequences that one replica works on at a time."""
+    kv_cache_gib: Resumable[float] = Field(1.0, gt=0)
+    """Memory for the KV cache of each worker of a replica on CPU, in GiB."""
+    gpu_memory_utilization: Resumable[float] = Field(0.85, gt=0, le=1)
+    """Share of a GPU's memory that a replica may take."""
+    max_model_len: int | None = Field(None, ge=8)
+    """Longest prompt plus response; derived from the budgets by default."""
+    enforce_eager: Resumable[bool | None] = None
+    """Skip graph capture; by default on for CPU, off for GPU."""
+    cpus: Resumable[int] = Field(1, ge=0)
+    """CPUs reserved per replica."""
+    threads: Resumable[int | None] = Field(None, ge=1)
+    """Threads a CPU replica computes with, over all its workers; by default its machine's cores, shared with the other replicas there
+    (rollouts and training take turns). Never more than there are cores."""
+    resources: Resumable[CustomResources] = Field(default_factory=dict)
+    """Extra Ray resources per replica, e.g. {rollout_node: 1} to choose a node."""
+    start_timeout_s: Resumable[Seconds] = 900
+    generate_timeout_s: Resumable[Seconds] = 1800
+    """Longest wait without any response finishing."""
+    max_rejected: Resumable[float] = Field(0.1, ge=0, le=1)
+    """Largest share of a phase's responses that may be thrown away, because their log-probs were unusable or the engine gave up on
+    them, before the run stops."""
+
+
+class LearnerConfig(Section):
+    """The learner."""
+
+    name: str = "deepspeed"
+    """deepspeed; `toy` is for tests."""
+    ranks: int = Field(1, ge=1)
+    """Processes that train data-parallel: one GPU each, or cores on CPU."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What the ranks divide among them: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also weights."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the weights as they compute; the optimizer keeps them and its moments in fp32."""
+    tokens_per_microbatch: Resumable[int] = Field(4096, ge=1)
+    """Prompt and response tokens of one forward pass of one rank; a single longer item goes alone."""
+    gradient_checkpointing: Resumable[bool] = False
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    cpus: Resumable[int] = Field(1, ge=0)
+    """CPUs reserved per rank."""
+    threads: Resumable[int | None] = Field(None, ge=1)
+    """Threads per CPU rank; the cores divided by the ranks by default."""
+    resources: Resumable[CustomResources] = Field(default_factory=dict)
+    """Extra Ray resources per rank, e.g. {learner_node: 1} to choose a node."""
+    start_timeout_s: Resumable[Seconds] = 900
+    """Longest start: meeting of the ranks, and loading the model."""
+    step_timeout_s: Resumable[Seconds] = 3600
+    """Longest single call to the learner, and longest wait of one rank for the others."""
+
+
+class SyncConfig(Section):
+    """How weights get from the learner into the replicas."""
+
+    backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
+    """`auto`: gloo on CPU, ipc where learner and replica share a GPU, nccl otherwise."""
+    timeout_s: Seconds = 300
+    """One deadline over the whole push: rendezvous, send, cache reset and proof (R-A1)."""
+    bucket_mib: int = Field(64, ge=1)
+    """Size of one message, which is the extra memory that a transfer takes on either side: one message at a time over gloo, two in
+    flight over nccl, one buffer per GPU for ipc. A larger tensor travels alone (R-A2)."""
+    tensors_checked: int = Field(24, ge=1)
+    """Tensors whose checksum is compared after each push, in rotation; all of them at the first."""
+    canary_tolerance_nats: float = Field(0.1, gt=0)
+    """Largest accepted mean |log-prob difference| between learner and replica on the canary. It is about 0.05 in bfloat16; stale or
+    small changes are what versions and checksums are for."""
+
+
+class ClusterConfig(Section):
+    """Where it runs."""
+
+    address: str | None = None
+    """Address of an existing Ray cluster (`auto` finds the one this machine belongs to); None starts one on this machine."""
+    device: Device = "auto"
+    """`auto` takes GPUs if there are any when the run starts; on a cluster whose GPU nodes are still joining say `cuda`."""
+    colocate: bool = False
+    """Learner ranks and replicas share GPUs, one of each on a GPU, and take turns: while one works, the memory of the other waits on
+    the host."""
+    start_timeout_s: Seconds = 180
+    """Longest wait for Ray to start on this machine, or for an existing cluster to answer."""
+    wait_s: float = Field(60, ge=0, le=1e6)
+    """How long to wait for a cluster to become big enough."""
+
+
+class MetricsConfig(Section):
+    """Where figures go. metrics.jsonl in the run directory is always written."""
+
+    prometheus: bool = True
+    prometheus_host: str = "127.0.0.1"
+    """Address to listen on; a scraper on another machine needs one that it can reach, or 0.0.0.0."""
+    prometheus_port: int = Field(9470, ge=0, le=65535)
+    """If another run has it, the next free one; 0 takes any. `<runs>/.prometheus` tells Prometheus which."""
+    tensorboard: bool = False
+
+
+class CheckpointConfig(Section):
+    """What is kept on disk."""
+
+    keep: int = Field(2, ge=1)
+    """Resumable checkpoints kept; older ones are removed after a newer one is committed."""
+    exports: Literal["all", "last"] = "all"
+    """Hugging Face exports kept: every iterate, or the last one (the reference is always kept)."""
+    min_free_gib: float = Field(1.0, ge=0)
+    """Refuse to write a checkpoint that would leave less than this free."""
+
+
+def _number_as_text(value: Any) -> Any:
+    """A run may be called 123, which YAML takes for a number."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: Annotated[str, BeforeValidator(_number_as_text)] = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=100,
+        description="at most 100 letters, digits, dots, - and _, a letter or digit first",
+        examples=["my-run"],
+    )
+    """The run directory is `<runs>/<name>`."""
+    model: str
+    """Directory of a Hugging Face model, or a hub id."""
+    iterations: Resumable[int] = Field(ge=1)
+    """How often the whole loop runs: sample, label, train, push, evaluate. A resume may raise it."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Of the order of the prompts, the sampling and the order of training. Decimals still depend on how requests are batched."""
+    runs: Resumable[str] = "runs"
+    """Folder of run directories."""
+    algorithm: dict[str, Any]
+    """`name` and the knobs of that algorithm: the fields of its class in onlinerl/algorithms, or of a class of your own."""
+    oracle: dict[str, Any]
+    """`name` and the knobs of that oracle: the fields of its class in onlinerl/oracles, and of onlinerl/protocols/oracle.py."""
+    pairing: dict[str, Any] | None = None
+    """Best against worst by default; refused where the algorithm trains no pairs."""
+    prompts: PromptsConfig
+    sampling: SamplingConfig = SamplingConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    training: TrainingConfig = TrainingConfig()
+    schedule: Resumable[ScheduleConfig] = ScheduleConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    engine: EngineConfig = EngineConfig()
+    learner: LearnerConfig = LearnerConfig()
+    sync: Resumable[SyncConfig] = SyncConfig()
+    cluster: Resumable[ClusterConfig] = ClusterConfig()
+    metrics: Resumable[MetricsConfig] = MetricsConfig()
+    checkpoints: Resumable[CheckpointConfig] = CheckpointConfig()
+    max_failed_labels: Resumable[float] = Field(0.1, ge=0, le=1)
+    """Largest share of groups that the oracle may fail on before the run stops."""
+
+    @property
+    def directory(self) -> Path:
+        """Where everything about this run is kept."""
+        return at_home(self.runs, "runs") / self.name

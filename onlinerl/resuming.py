@@ -1,0 +1,82 @@
+"""What a resume may go on with, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+
+from onlinerl import config as configuration
+from onlinerl import preflight
+from onlinerl.config import RunConfig
+from onlinerl.errors import ConfigError, StoreError
+from onlinerl.prompts._kept import Kept
+from onlinerl.stores.directory import KINDS, RunDirectory
+
+
+def kept(store: RunDirectory) -> Kept | None:
+    """The prompts of a run; None if it was stopped before it had stored any, or is older than that."""
+    train, heldout = store.prompts("train"), store.prompts("heldout")
+    return None if train is None or heldout is None else Kept(train=train, heldout=heldout)
+
+
+def require_unchanged(config: RunConfig, store: RunDirectory) -> None:
+    """A resume may change where it runs, not what is computed; the reference must be the very same weights (R-D3)."""
+    was, found = store.manifest.get("reference") or {}, preflight.identity(config.model)
+    same_model = all(found.get(key) == value for key, value in was.items() if key != "model")
+    changed = configuration.changes(store.manifest["fingerprint"], config)
+    if same_model and "checksum" in was:
+        changed.pop("model", None)  # it lies somewhere else now
+    if changed:
+        key, *others = changed
+        raise ConfigError(
+            changed[key] + (f" (also changed: {', '.join(others)})" if others else ""),
+            field=key,
+            fix="resume without this change, or start a new run with it",
+        )
+    if not same_model:
+        raise ConfigError(
+            "the base model on disk is not the one this run started from"
+            if "checksum" in found
+            else f"the base model is no longer at {config.model}",
+            field="model",
+            fix="restore it, or say where it is now with model=...: the reference and every KL figure depend on it",
+        )
+
+
+def stored_config(directory: Path, overrides: Sequence[str]) -> RunConfig:
+    """The configuration that a run is kept with, and what this resume changes.
+
+    Raises:
+        ConfigError: naming the file if it is the file that is wrong.
+    """
+    file = directory / "config.yaml"
+    try:
+        config = configuration.load(file, [*overrides, f"runs={json.dumps(str(directory.parent))}"])
+        return config if any(o.startswith("pairing") for o in overrides) else configuration.without_unread(config)
+    except ConfigError as error:
+        if not file.is_file():
+            fix = f"copy the configuration there that the run was started with; {file.name} is compared with the run's manifest"
+            raise ConfigError(f"{file} is gone", field="CONFIG", fix=fix) from None
+        try:
+            configuration.load(file)
+        except ConfigError as stored:
+            raise ConfigError(stored.cause, field=stored.field, fix=f"{stored.fix}, in {file}") from error
+        raise
+
+
+def require_in_order(store: RunDirectory) -> None:
+    """Nothing may be stored of an iteration whose predecessor was not pushed: it came from weights that are no longer there."""
+    unfinished = next(n for n in count() if not store.phase_done(n, "commit"))
+    stored = {"iterations": store.iterations()} | {str(kind): store.artefacts(kind) for kind in KINDS}
+    later = sorted({n for numbers in stored.values() for n in numbers if n > unfinished})
+    gap = next((n for n in later if not store.phase_done(n - 1, "sync")), None)
+    if gap is not None:
+        folders = " ".join(f"{kind}/{n:04d}" for kind, numbers in stored.items() for n in numbers if n >= gap)
+        raise StoreError(
+            f"iteration {unfinished} is not finished, and there are results of iteration {gap}: some files were removed",
+            field="runs",
+            fix=f"restore {store.path}/iterations/{unfinished:04d}; or, in {store.path}, rm -r {folders}, then resume, and all "
+            f"from iteration {unfinished} on is computed again",
+        )

@@ -1,0 +1,179 @@
+"""Starts the parts of a run, connects them, and ends them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from onlinerl import graph, preflight
+from onlinerl.controller.asking import Asker
+from onlinerl.controller.parts import Parts
+from onlinerl.errors import ConfigError
+from onlinerl.metrics.catalogue import CATALOGUE
+from onlinerl.network import outside_address
+from onlinerl.preflight import Checked
+from onlinerl.protocols.oracle import ModelOracle, Oracle
+from onlinerl.protocols.tracker import Tracker
+from onlinerl.stores.directory import RunDirectory
+from onlinerl.trackers.console import ConsoleTracker
+from onlinerl.trackers.jsonl import JsonlTracker, read_metrics
+from onlinerl.types import Prompt, Verdict
+
+
+def started(checked: Checked, store: RunDirectory, tracker: Tracker) -> AbstractContextManager[Parts]:
+    """Engine, learner and what connects them, as the configuration names them."""
+    if checked.config.engine.name == "toy":
+        return toy(checked, store, tracker)
+    return on_cluster(checked, store, tracker)
+
+
+@contextmanager
+def on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterator[Parts]:
+    """Start the cluster and everything on it; end all of it, whatever happens."""
+    from onlinerl.cluster.colocation import Turns, require_gpus
+    from onlinerl.cluster.group import LearnerGroup
+    from onlinerl.cluster.oracle import PlacedOracle
+    from onlinerl.cluster.pool import EnginePool
+    from onlinerl.cluster.runtime import Cluster
+    from onlinerl.cluster.sync import WeightPush, choose_backend
+
+    config, algorithm = checked.config, checked.algorithm
+    tracker.phase_started(0, "start", None, "")
+    tracker.note("starting Ray, engine and learner: a minute or more, until the first phase begins")
+    with Cluster(config) as cluster:
+        store.update_manifest(logs=cluster.logs)
+        tracker.note(f"logs of all processes: {cluster.logs}")
+        require_gpus(cluster.device, config.cluster.colocate, config.sync.backend)
+        backend = choose_backend(config.sync.backend, cluster.device, config.cluster.colocate)
+        settings = {
+            "device": cluster.device,
+            "max_model_len": checked.max_model_len,
+            "sync_backend": backend,
+            "seed": config.seed,
+        }
+        pool: EnginePool | None = None
+        learner: LearnerGroup | None = None
+        oracle: Oracle = checked.oracle
+        try:
+            if isinstance(checked.oracle, ModelOracle):
+                oracle = PlacedOracle.start(cluster, config.learner.ranks + config.engine.replicas, checked.oracle)
+            turns = Turns(shared=config.cluster.colocate)
+            pool = EnginePool(cluster, config.learner.ranks, config.model, config.engine, settings, turns)
+            turns.engine_starts(pool)
+            learner = LearnerGroup(cluster, config, algorithm, _loss_temperature(checked), turns)
+            if oracle is not checked.oracle:
+                checked = replace(checked, oracle_scores=probed(checked, oracle).scores is not None)
+            turns.learner_starts(learner)
+            asked = canary(checked.heldout, config.evaluation.canary)
+            sync = WeightPush(learner, pool, turns, config.sync, config.engine, backend, asked)
+            shared = config.cluster.colocate or cluster.share_cores()
+            yield _wire(
+                checked, store, tracker, asker=Asker(oracle), engine=pool, learner=learner, sync=sync, shared_hardware=shared
+            )
+        finally:
+            oracle.close()
+            for part in (pool, learner):
+                if part is not None:
+                    part.shutdown()
+
+
+def canary(prompts: Sequence[Prompt], count: int) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
+    """What is scored after each push: second halves of prompts, given the first; fixed for the whole run."""
+    halves = [(p.token_ids[: len(p.token_ids) // 2], p.token_ids[len(p.token_ids) // 2 :]) for p in prompts]
+    # Where no prompt has two tokens, each is scored given itself.
+    return [(first, second) for first, second in halves if first][:count] or [
+        (p.token_ids, p.token_ids) for p in prompts[:count]
+    ]
+
+
+@contextmanager
+def toy(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterator[Parts]:
+    """Everything in this process, for fast tests of the loop."""
+    from onlinerl.engines.toy import ToyEngine
+    from onlinerl.learners.toy import ToyLearner
+    from onlinerl.sync.toy import ToySync
+
+    if isinstance(checked.oracle, ModelOracle):
+        checked = replace(checked, oracle_scores=probed(checked, checked.oracle).scores is not None)
+    tokenizer = preflight.tokenizer(checked.config.model)
+    engine = ToyEngine(len(tokenizer), tokenizer.decode)
+    learner = ToyLearner(len(tokenizer), checked.algorithm, checked.config.model, _loss_temperature(checked))
+    sync = ToySync(lambda: learner.logits.detach().numpy(), engine.load, lambda: engine.logits)
+    yield _wire(checked, store, tracker, asker=Asker(checked.oracle), engine=engine, learner=learner, sync=sync)
+
+
+def _loss_temperature(checked: Checked) -> float:
+    """At which the loss takes log-probs."""
+    return checked.algorithm.needs.temperature(checked.config.sampling.temperature)
+
+
+def _wire(checked: Checked, store: RunDirectory, tracker: Tracker, **connected: Any) -> Parts:
+    assert checked.train is not None
+    schedule = checked.config.schedule
+    # Where engine and learner take turns, an evaluation would only be reported later.
+    beside = schedule.evaluate_beside and not connected.get("shared_hardware")
+    return Parts(
+        phases=graph.phases(stream=schedule.stream, evaluate_beside=beside),
+        config=checked.config,
+        algorithm=checked.algorithm,
+        pairing=checked.pairing,
+        train_prompts=checked.train,
+        heldout=checked.heldout,
+        oracle_scores=checked.oracle_scores,
+        store=store,
+        tracker=tracker,
+        base_model=checked.config.model,
+        state_bytes=checked.state_bytes,
+        **connected,
+    )
+
+
+def trackers(checked: Checked, directory: Path, console: Console) -> list[Tracker]:
+    """Who is told what happens in a run."""
+    config = checked.config
+    found: list[Tracker] = [ConsoleTracker(console), JsonlTracker(directory / "metrics.jsonl")]
+    if config.metrics.tensorboard:
+        from onlinerl.trackers.tensorboard import TensorboardTracker
+
+        found.append(TensorboardTracker(directory / "tensorboard"))
+    if config.metrics.prometheus:  # last: from here on Prometheus is told that the run is there
+        from onlinerl.trackers.prometheus import PrometheusTracker, totals
+
+        host, port = config.metrics.prometheus_host, config.metrics.prometheus_port
+        advertised = outside_address() if host in ("0.0.0.0", "::", "") else host
+        catalogue = CATALOGUE.including(checked.algorithm.metrics, config.algorithm["name"])
+        exporter = PrometheusTracker(
+            config.name,
+            host=host,
+            port=port,
+            discovery=directory.parent / ".prometheus",
+            advertised=advertised,
+            catalogue=catalogue,
+        )
+        exporter.restore(totals(read_metrics(directory / "metrics.jsonl"), catalogue))  # counters go on where they stopped
+        taken = f" (port {port} is taken)" if port not in (0, exporter.port) else ""
+        console.print(f"metrics: http://{advertised}:{exporter.port}/metrics{taken}", highlight=False)
+        found.append(exporter)
+    return found
+
+
+def probed(checked: Checked, oracle: Oracle) -> Verdict:
+    """Ask the oracle once; returns what it said: without scores, it only compares.
+
+    Raises:
+        OracleError: if it cannot judge.
+        ConfigError: if it only compares, and there is nothing to compare.
+    """
+    verdict = preflight.probe_oracle(oracle, checked.heldout[0])
+    if verdict.scores is None and checked.config.sampling.samples_per_prompt < 2:
+        raise ConfigError(
+            "the oracle only compares responses with each other, and there is one per prompt",
+            field="sampling.samples_per_prompt",
+            fix="set it to 2 or more",
+        )
+    return verdict
