@@ -11,7 +11,9 @@ from collections import Counter
 from dataclasses import replace
 
 EVENTS = Counter()
-COUNTING = threading.Lock()  # phases run in threads of their own: the number of an event is the one that it raised the counter to
+COUNTING = (
+    threading.Lock()
+)  # phases run in threads of their own: the number of an event is the one that it raised the counter to
 SPEC = {}
 
 
