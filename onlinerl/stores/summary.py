@@ -44,6 +44,17 @@ def summarise(path: str | Path, *, extras: bool = False) -> dict[str, Any]:
     )
 
 
+def status(path: str | Path) -> str:
+    """How a run stands, in one word: running, interrupted, failed or finished.
+
+    Raises:
+        StoreError: if there is no run or it is damaged.
+    """
+    stored = _run_manifest(Path(path)).get("status")
+    gone = stored == "running" and not _lock.held(Path(path) / "lock")
+    return "interrupted" if gone else str(stored)
+
+
 def state(path: str | Path) -> str:
     """How a run stands, in words: running, interrupted, failed (and why) or finished.
 
@@ -87,6 +98,38 @@ def records(path: str | Path) -> dict[int, dict[str, dict[str, Any]]]:
     return {int(folder.name): _tables.manifest(folder).get("phases", {}) for folder in folders}
 
 
+def tables(path: str | Path) -> list[str]:
+    """Names of the tables that any iteration of a run has, by name."""
+    files = [*Path(path).glob("iterations/[0-9]*/*.jsonl"), *Path(path).glob("iterations/[0-9]*/*.parquet")]
+    return sorted({file.stem for file in files})
+
+
+def rows(path: str | Path, iteration: int, table: str) -> list[dict[str, Any]]:
+    """All rows of a table of an iteration, in the order in which they were appended; empty if there are none.
+
+    Raises:
+        StoreError: if the table is damaged.
+    """
+    folder = Path(path) / "iterations" / f"{iteration:04d}"
+    try:
+        found = _tables.read(folder, table)
+    except StoreError:
+        found = []
+    # A table that is being completed at this moment may be seen in neither of its two places; then it is in the second by now.
+    return found or _tables.read(folder, table)
+
+
+def sampled(path: str | Path, *, heldout: bool = False) -> list[int]:
+    """Iterations of which `samples` are there, ascending."""
+    return [t for t in records(path) if rows(path, t, EVALUATION if heldout else ROLLOUTS)]
+
+
+def last_sampled(path: str | Path, *, heldout: bool = False) -> int:
+    """The last iteration of which `samples` are there; 0 if there is none."""
+    found = (t for t in reversed(list(records(path))) if rows(path, t, EVALUATION if heldout else ROLLOUTS))
+    return next(found, 0)
+
+
 def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = False) -> list[dict[str, Any]]:
     """The first `limit` prompts of an iteration with their responses, scores and pairs, for people.
 
@@ -98,11 +141,10 @@ def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = Fal
     path = Path(path)
     table, verdicts = (EVALUATION, EVALUATION_VERDICTS) if heldout else (ROLLOUTS, VERDICTS)
     _run_manifest(path)
-    folder = path / "iterations" / f"{iteration:04d}"
     # A group that was asked for again, because the engine's first answer was unusable, has two rows: the later one counts.
-    groups = list({row["prompt_id"]: row for row in _tables.read(folder, table)}.values())
+    groups = list({row["prompt_id"]: row for row in rows(path, iteration, table)}.values())
     if not groups:
-        known = [int(p.name) for p in sorted((path / "iterations").glob("[0-9]*")) if _tables.read(p, table)]
+        known = sampled(path, heldout=heldout)
         raise StoreError(
             f"{path} has no samples of iteration {iteration}",
             field="iteration",
@@ -111,9 +153,9 @@ def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = Fal
             else "wait until the first iteration has sampled"
             + ("" if heldout else "; --heldout shows the base model's answers"),
         )
-    results = dict(result_from_row(row) for row in _tables.read(folder, verdicts))
+    results = dict(result_from_row(row) for row in rows(path, iteration, verdicts))
     pairs: dict[str, list[dict[str, Any]]] = {}
-    for row in () if heldout else _tables.read(folder, PAIRS):
+    for row in () if heldout else rows(path, iteration, PAIRS):
         pairs.setdefault(row["prompt_id"], []).append({k: row[k] for k in ("chosen", "rejected", "prob", "gap")})
     return _files.finite([_sample(row, results.get(row["prompt_id"]), pairs) for row in groups[: max(0, limit)]])
 

@@ -3,19 +3,8 @@
 `from onlinerl.types import Verdict` finds it in its file, which is imported only then: a loss does not pull in all of them.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from onlinerl.types.labels import *
-    from onlinerl.types.plan import *
-    from onlinerl.types.prompts import *
-    from onlinerl.types.records import *
-    from onlinerl.types.rollouts import *
-    from onlinerl.types.seeds import *
-    from onlinerl.types.training import *
+from typing import Any
 
 
 def __getattr__(name: str) -> Any:

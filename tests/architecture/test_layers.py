@@ -13,7 +13,7 @@ import pytest
 from onlinerl import registry
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "ray", "vllm", "deepspeed")
+HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers", "pandas")
 LINT = Path(sys.executable).with_name("lint-imports")
 
 # No finder finds these packages, as if they were not installed.
@@ -98,6 +98,7 @@ def test_a_wrong_import_is_noticed(tmp_path, module, line, broken):
         "onlinerl.config",
         "onlinerl.controller.loop",
         "onlinerl.preflight",
+        "onlinerl.api",
         "onlinerl.app",
         "onlinerl.cli",
         "onlinerl.stores.directory",
@@ -106,6 +107,17 @@ def test_a_wrong_import_is_noticed(tmp_path, module, line, broken):
 )
 def test_the_core_imports_nothing_heavy(module):
     assert imported_by(module) == set()
+
+
+def test_importing_the_package_imports_nothing_at_all():
+    before = python("import sys; print(*sys.modules)").split()
+    after = python("import sys, onlinerl; print(*sys.modules)").split()
+    assert {*after} - {*before} <= {"onlinerl", *_standard_library(after)}
+    assert "onlinerl.api" in python("import sys; from onlinerl import Run, load_config; print(*sys.modules)").split()
+
+
+def _standard_library(modules: list[str]) -> set[str]:
+    return {name for name in modules if name.partition(".")[0].lstrip("_") in {m.lstrip("_") for m in sys.stdlib_module_names}}
 
 
 def test_algorithms_import_torch_and_nothing_else_that_is_heavy():
