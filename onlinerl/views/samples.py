@@ -15,7 +15,7 @@ from rich.text import Text
 
 from onlinerl.stores import summary
 
-PROMPT_LINES = 6
+PROMPT_LINES = 10
 ANSWER_LINES = 8
 OPPONENTS = 4
 """So many opponents of an answer are named."""
@@ -96,7 +96,7 @@ def _numbered(others: Sequence[int]) -> str:
 
 
 def _body(text: str, width: int, lines: int | None, *, tail: bool) -> Iterator[Text]:
-    """A text, indented and wrapped, of at most so many lines; with `tail` its end is kept too, which a prompt leads up to."""
+    """A text, indented and wrapped, of at most so many lines; with `tail` most of them from its end, which a prompt leads up to."""
     if not text.strip():
         yield Text(" " * INDENT + "(empty)", style="dim")
         return
@@ -104,7 +104,7 @@ def _body(text: str, width: int, lines: int | None, *, tail: bool) -> Iterator[T
     whole = [line for paragraph in visible(text).split("\n") for line in _wrapped(paragraph, room)]
     if lines is not None and len(whole) > lines:
         kept = lines - 1
-        end = kept // 2 if tail else 0
+        end = kept * 2 // 3 if tail else 0
         left_out = len(whole) - kept
         middle = f"[... {left_out} more lines; see --full]"
         whole = [*whole[: kept - end], middle, *whole[len(whole) - end :]]
