@@ -96,10 +96,13 @@ def check(config: Config, overrides: Overrides = None) -> None:
 def show(
     run: Run,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable, one object.")] = False,
-    samples: Annotated[bool, typer.Option("--samples", help="Print judged responses of the last iteration.")] = False,
-    heldout: Annotated[bool, typer.Option("--heldout", help="Print an iterate's own answers to the held-out prompts.")] = False,
+    samples: Annotated[
+        bool, typer.Option("--samples", help="What an iteration was trained on, and how it was judged.")
+    ] = False,
+    heldout: Annotated[bool, typer.Option("--heldout", help="An iterate's own answers to the held-out prompts.")] = False,
     iteration: Annotated[int | None, typer.Option(help="Iteration of the samples; the last one by default.")] = None,
     limit: Annotated[int, typer.Option(help="How many prompts of samples.")] = 5,
+    full: Annotated[bool, typer.Option("--full", help="Do not shorten the texts of samples.")] = False,
     timeline: Annotated[
         bool, typer.Option("--timeline", help="When each phase worked, on which parts; with --json as a Chrome trace.")
     ] = False,
@@ -113,17 +116,26 @@ def show(
     if not (run / "manifest.json").exists() and (found := summary.runs(run)):
         _show_runs(found, as_json=as_json)
         return
-    report = summary.summarise(run)
     if samples or heldout:
-        numbers = [i["iteration"] for i in report["iterations"]]
-        chosen = iteration if iteration is not None else max(numbers, default=0)
-        rows = summary.samples(run, chosen, limit, heldout=heldout)
-        out.print_json(json.dumps(rows, allow_nan=False))
+        _show_samples(run, iteration, limit, heldout=heldout, as_json=as_json, full=full)
     elif as_json:
-        sys.stdout.write(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(summary.summarise(run), indent=1, allow_nan=False) + "\n")
     else:
         out.print(render_table(summary.summarise(run, extras=True)))
         out.print(summary.state(run), highlight=False, soft_wrap=True)
+
+
+def _show_samples(run: Path, iteration: int | None, limit: int, *, heldout: bool, as_json: bool, full: bool) -> None:
+    from onlinerl.stores import summary
+    from onlinerl.views import samples
+
+    chosen = summary.last_sampled(run, heldout=heldout) if iteration is None else iteration
+    if as_json:
+        found = summary.samples(run, chosen, limit, heldout=heldout)
+        sys.stdout.write(json.dumps(found, indent=1, allow_nan=False) + "\n")
+        return
+    for line in samples.page(run, chosen, limit, heldout=heldout, width=out.width, full=full):
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 def _show_runs(found: Sequence[Path], *, as_json: bool) -> None:
