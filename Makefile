@@ -24,8 +24,9 @@ fetch-model: install  ## put SmolLM2-135M-Instruct into models/
 demo: install fetch-model  ## one small real run on the CPU, from nothing (older runs of it are moved aside)
 	$(BIN)/onlinerl run $(CONFIG) --fresh
 
-test: install-dev fetch-model  ## all tests
-	$(BIN)/python -m pytest tests -m "not families"
+test: install-dev fetch-model  ## all tests: two files at a time, then those that start engines and ranks, one after the other
+	$(BIN)/python -m pytest tests -m "not families and not engine" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests -m "not families and engine"
 
 test-families: install-dev  ## every model family through engine and push (about 6 minutes)
 	$(BIN)/python -m pytest tests/integration/test_families.py
