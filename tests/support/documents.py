@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,12 @@ def scripts(document: Path) -> list[Block]:
     return [block for block in blocks(document) if block.language == "python" and block.file is None]
 
 
+def entry_points(pyproject: str) -> str:
+    """What `pip install` makes of the entry points of a pyproject.toml: the content of entry_points.txt."""
+    groups = tomllib.loads(pyproject)["project"]["entry-points"]
+    return "\n".join(f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in names.items()) for group, names in groups.items())
+
+
 def write(document: Path, folder: Path) -> list[Path]:
     """Write the files that a document shows into a folder."""
     written = []
@@ -59,3 +66,8 @@ def write(document: Path, folder: Path) -> list[Path]:
         (folder / name).write_text(text)
         written.append(folder / name)
     return written
+
+
+def execute(document: Path, block: Block, names: dict[str, object]) -> None:
+    """Run a block of Python; a failure names the line of the document."""
+    exec(compile("\n" * (block.line - 1) + block.text, document, "exec"), names)
