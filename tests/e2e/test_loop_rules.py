@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import documents
 import numpy as np
 import pytest
 
@@ -400,12 +401,14 @@ def test_the_base_models_answers_give_the_forward_kl(toy_config, onlinerl, tmp_p
 
 
 def test_a_phase_is_one_file_and_one_row(toy_config, onlinerl, tmp_path, monkeypatch):
-    """It reads what is there, is resumed like any other, and its record stands beside the others."""
-    (tmp_path / "lengths.py").write_text(
-        "def lengths(it):\n    return {'words': sum(len(r.text.split()) for g in it.groups() for r in g.rollouts)}\n"
-    )
+    """That of docs/add-a-part.md: it reads what is there, and its record stands beside the others."""
+    document = documents.ROOT / "docs/add-a-part.md"
+    documents.write(document, tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    row = graph.Phase(name="lengths", waits_for=(("sample", 0),), function="lengths:lengths")
+    printed: dict[str, graph.Phase] = {}
+    [block] = [block for block in documents.scripts(document) if "Phase(" in block.text]
+    documents.execute(document, block, printed)
+    row = printed["row"]
 
     def phases(original=graph.phases, **schedule):
         *others, commit = original(**schedule)

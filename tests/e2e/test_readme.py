@@ -17,9 +17,11 @@ from onlinerl import cli as command_line
 from onlinerl import config as configuration
 from onlinerl import registry
 from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.stores.summary import summarise
+from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import render_table
-from onlinerl.types import Prompt, Query, Verdict
+from onlinerl.types import Group, Judged, Prompt, Query, Rollout, Sampling, Verdict
 
 ROOT = documents.ROOT
 README = ROOT / "README.md"
@@ -29,6 +31,7 @@ QUERY = Query(prompt=Prompt(id="p", text="It was", token_ids=(1,)), responses=("
 SHOWN = {"text", "json", "mermaid"}
 ELSEWHERE = {"python-api.md"}
 """Documents whose scripts have a test of their own."""
+PATIENCE_S = 300
 
 
 def name_of(document: Path) -> str:
@@ -71,7 +74,7 @@ def tried(command: str, folder: Path, warm_cli) -> str | None:
     """Do what the command does, or, where that is expensive, what shows that it would; returns what went wrong."""
     program, *arguments = shlex.split(command.removeprefix("PYTHONPATH=. "))
     if program == "onlinerl":
-        done = warm_cli(*arguments, timeout=240)
+        done = warm_cli.finish(*warm_cli.start(*arguments), timeout=PATIENCE_S)
         return None if done.returncode == 0 else done.message
     if program == "make":
         return made(arguments, folder, warm_cli)
@@ -210,11 +213,45 @@ def test_oracle_that_compares(files):
 
 def test_oracle_that_may_fail(files):
     asked = oracle(name="asked.Asked")
-    silent = Query(prompt=QUERY.prompt, responses=(" good", " "))
+    silent = Query(prompt=QUERY.prompt, responses=(" good", " so?"))
     verdict, failure = asked.ask([QUERY, silent])
     assert verdict.scores == (0.0, 3.0, 3.0)
     assert verdict.cost.calls == 3
     assert failure.kind == "parse_fail"
+
+
+def test_a_pair_builder(sandbox):
+    documents.write(ROOT / "docs/add-a-part.md", sandbox)
+    builder = registry.load("pairing", "middle.BestMiddle", PairBuilder)(min_gap=0.01)
+    nan = float("nan")
+    rollouts = (
+        Rollout(token_ids=(1,), logprobs=(-1.0,), text="x", finish_reason="stop", policy_version=0, sampler=Sampling(), seed=0),
+    )
+    group = Group(prompt=QUERY.prompt, rollouts=rollouts * 5)
+
+    def pairs(**verdict):
+        return builder.build(Judged(group=group, verdict=Verdict(annotator="j", oracle_version="1", **verdict)))
+
+    [pair], dropped = pairs(scores=(1.0, 5.0, 3.0, 2.0, 4.0))
+    assert (pair.chosen, pair.rejected, dropped) == (1, 2, {})
+    assert pair.prob > 0.5
+    assert pairs(scores=(1.0,) * 5) == ([], {"tie": 1})
+    unknown = tuple(tuple(0.9 if (i, j) == (0, 1) else nan for j in range(5)) for i in range(5))
+    [pair], _ = pairs(preferences=unknown)
+    assert (pair.chosen, pair.rejected) == (0, 1), "nobody judged the others"
+
+
+def test_a_tracker(sandbox):
+    documents.write(ROOT / "docs/add-a-part.md", sandbox)
+    from slow import SlowPhases
+
+    tracker = FanoutTracker([SlowPhases(sandbox / "slow.txt", seconds=10.0)])
+    tracker.phase_started(1, "train", 64, "items")
+    tracker.phase_finished(1, "sample", 2.0)
+    tracker.phase_finished(1, "train", 12.0)
+    tracker.ended("finished")
+    tracker.close()
+    assert (sandbox / "slow.txt").read_text() == "iteration 1 train: 12 s\n"
 
 
 def test_algorithm_trains_the_toy(files):
@@ -244,7 +281,7 @@ def test_figures_are_written_into_the_documents_by_a_program(sandbox, warm_cli, 
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import readme_figures
 
-    done = warm_cli("run", "configs/quickstart.yaml")
+    done = warm_cli.finish(*warm_cli.start("run", "configs/quickstart.yaml"), timeout=PATIENCE_S)
     assert done.returncode == 0, done.message
     for name in ("README.md", "docs/results.md"):
         (sandbox / name).parent.mkdir(exist_ok=True)
