@@ -57,7 +57,7 @@ CONSTANT = "return [[0.5] * len(q['responses']) for q in queries]"
     ],
 )
 def test_a_run_that_never_learns_stops_and_can_go_on(toy_config, onlinerl, oracle, tmp_path, algorithm, reason):
-    """R-G4: nothing is wrong with a batch of ties; several in a row are worth a look, and are no dead end."""
+    """Nothing is wrong with a batch of ties; several in a row are worth a look, and are no dead end."""
     few = {"prompts.per_iteration": 4, "iterations": 4, "training.max_idle_iterations": 2, "evaluation.prompts": 4}
     code, message = onlinerl("run", toy_config(tmp_path, {**oracle(CONSTANT), **few, "algorithm.name": algorithm}))
     run = tmp_path / "runs/toy"
@@ -128,7 +128,7 @@ def rejecting(monkeypatch):
 
 
 def test_rejected_responses_are_counted_and_left_out(toy_config, onlinerl, rejecting, tmp_path):
-    """R-E3: a group keeps what is usable of it; one with too few responses, and a held-out prompt without, are left out."""
+    """A group keeps what is usable of it; one with too few responses, and a held-out prompt without, are left out."""
     heldout = 10
     # The second held-out prompt of each evaluation; then of the first training groups all but 3, 1 and 0.
     plan = {1: 0, heldout: 3, heldout + 1: 1, heldout + 2: 0, heldout + 8 + 1: 0}
@@ -176,7 +176,7 @@ def test_too_many_rejected_responses_stop_the_run(toy_config, onlinerl, rejectin
 
 @pytest.mark.parametrize("algorithm", ["dpo", "grpo"])
 def test_truncated_responses_are_kept_or_dropped_and_counted_either_way(toy_config, onlinerl, monkeypatch, tmp_path, algorithm):
-    """R-F4: a pair is dropped if either side is truncated."""
+    """A pair is dropped if either side is truncated."""
     seen: list[list] = []
 
     def update(self, steps, rates, original=ToyLearner.update):
@@ -240,7 +240,7 @@ def test_the_learning_rates_that_the_learner_is_given(toy_config, onlinerl, monk
 
 @pytest.mark.parametrize(("state", "resets"), [("keep", 0), ("reset", 2)])
 def test_what_happens_to_the_optimizer_between_iterations(toy_config, onlinerl, monkeypatch, tmp_path, state, resets):
-    """R-O1."""
+    """The configuration states it."""
     calls: list[int] = []
 
     def reset(self, original=ToyLearner.reset_optimizer):
@@ -328,7 +328,7 @@ def test_how_many_prompts_the_canary_has():
 
 
 def test_how_far_engine_and_learner_may_differ(toy_config, onlinerl, monkeypatch, tmp_path):
-    """R-E1: evaluation.max_mismatch_k3 stops the run, and a resume may raise it."""
+    """`evaluation.max_mismatch_k3` stops the run, and a resume may raise it."""
 
     def generate(self, requests, sampling, original=ToyEngine.generate):
         for group in original(self, requests, sampling):
