@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import documents
@@ -26,11 +25,7 @@ def package(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/__init__.py").write_text("")
     (tmp_path / "elsewhere/ipo.py").write_text(FILES["elsewhere/ipo.py"])
-    installed = tmp_path / "elsewhere-1.0.dist-info"
-    installed.mkdir()
-    project = tomllib.loads(FILES["pyproject.toml"])["project"]
-    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    (installed / "entry_points.txt").write_text(documents.entry_points(FILES["pyproject.toml"]))
+    documents.install(FILES["pyproject.toml"], tmp_path)
     return tmp_path
 
 

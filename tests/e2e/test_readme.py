@@ -220,6 +220,12 @@ def test_oracle_that_may_fail(files):
     assert failure.kind == "parse_fail"
 
 
+def test_an_oracle_of_another_package_by_its_name(files):
+    documents.install(documents.files(ROOT / "docs/add-an-oracle.md")["pyproject.toml"], files)
+    assert "shorter" in registry.names("oracles")
+    assert oracle(name="shorter").version == "shorter-1"
+
+
 def test_a_pair_builder(sandbox):
     documents.write(ROOT / "docs/add-a-part.md", sandbox)
     builder = registry.load("pairing", "middle.BestMiddle", PairBuilder)(min_gap=0.01)

@@ -52,10 +52,15 @@ def scripts(document: Path) -> list[Block]:
     return [block for block in blocks(document) if block.language == "python" and block.file is None]
 
 
-def entry_points(pyproject: str) -> str:
-    """What `pip install` makes of the entry points of a pyproject.toml: the content of entry_points.txt."""
-    groups = tomllib.loads(pyproject)["project"]["entry-points"]
-    return "\n".join(f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in names.items()) for group, names in groups.items())
+def install(pyproject: str, folder: Path) -> None:
+    """Leave what `pip install` makes of a pyproject.toml in a folder of the Python path: name, version and entry points."""
+    project = tomllib.loads(pyproject)["project"]
+    installed = folder / f"{project['name']}-{project['version']}.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    groups = project["entry-points"].items()
+    lines = [line for group, names in groups for line in (f"[{group}]", *(f"{key} = {value}" for key, value in names.items()))]
+    (installed / "entry_points.txt").write_text("\n".join(lines) + "\n")
 
 
 def write(document: Path, folder: Path) -> list[Path]:
