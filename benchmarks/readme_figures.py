@@ -1,22 +1,26 @@
-"""Write the figures of finished runs into the README, so that no number there is typed by hand.
+"""Write the figures of finished runs into docs/results.md and README.md, so that no number there is typed by hand.
 
 python benchmarks/readme_figures.py quickstart runs/seed0 runs/seed1 runs/seed2
 python benchmarks/readme_figures.py algorithms runs/ppo runs/grpo ...
 python benchmarks/readme_figures.py layouts runs/seed0 runs/two-by-two ...
+python benchmarks/readme_figures.py demo runs/quickstart     (the README's output of `make demo`)
 """
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
 
 from onlinerl.stores.summary import summarise
+from onlinerl.trackers.console import ConsoleTracker, render_table
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
 def cell(row: dict[str, Any]) -> str:
@@ -53,24 +57,45 @@ def table(runs: list[Path], first: str, label: Any) -> list[str]:
 def layout(run: Path) -> str:
     """How a run was spread out."""
     config = yaml.safe_load((run / "config.yaml").read_text())
-    parts = (config["engine"]["replicas"], "replica"), (config["learner"]["ranks"], "rank")
-    return ", ".join(f"{n} {what}{'s' if n > 1 else ''}" for n, what in parts) + f", ZeRO-{config['learner']['zero_stage']}"
+    parts = (config["engine"].get("replicas", 1), "replica"), (config["learner"].get("ranks", 1), "rank")
+    spread = ", ".join(f"{n} {what}{'s' if n > 1 else ''}" for n, what in parts)
+    return f"{spread}, ZeRO-{config['learner'].get('zero_stage', 0)}"
+
+
+def demo(run: Path) -> list[str]:
+    """The last push and the table, as a terminal of 80 columns shows them: eight lines for four iterations."""
+    report = summarise(run, extras=True)
+    file = io.StringIO()
+    console = Console(file=file, width=80, color_system=None)
+    last = report["iterations"][-1]
+    ConsoleTracker(console).phase_finished(last["iteration"], "sync", last["phases"]["sync"])
+    shown = render_table(report)
+    shown.title = shown.caption = None
+    console.print(shown)
+    return ["```text", *(line.rstrip() for line in file.getvalue().splitlines()), "```"]
+
+
+def write(kind: str, lines: list[str], document: Path) -> None:
+    """Replace the block of a document between the markers of `kind`."""
+    text = document.read_text()
+    pattern = rf"(<!-- figures: {kind} -->\n).*?(<!-- /figures -->)"
+    if not re.search(pattern, text, flags=re.DOTALL):
+        sys.exit(f"{document.name} has no block '{kind}'")
+    document.write_text(re.sub(pattern, lambda m: m[1] + "\n".join(lines) + "\n" + m[2], text, flags=re.DOTALL))
 
 
 def main(kind: str, *paths: str) -> None:
-    """Replace the block of the README between the markers of `kind`."""
+    """Make the block of this kind from finished runs."""
     runs = [Path(p) for p in paths]
-    if kind == "quickstart":
-        lines = quickstart(runs)
-    elif kind == "algorithms":
-        lines = table(runs, "algorithm", lambda run: f"`{summarise(run)['algorithm']}`")
-    else:
-        lines = table(runs, "layout", layout)
-    text = README.read_text()
-    pattern = rf"(<!-- figures: {kind} -->\n).*?(<!-- /figures -->)"
-    if not re.search(pattern, text, flags=re.DOTALL):
-        sys.exit(f"README.md has no block '{kind}'")
-    README.write_text(re.sub(pattern, lambda m: m[1] + "\n".join(lines) + "\n" + m[2], text, flags=re.DOTALL))
+    if kind == "demo":
+        write(kind, demo(runs[0]), ROOT / "README.md")
+        return
+    made = {
+        "quickstart": lambda: quickstart(runs),
+        "algorithms": lambda: table(runs, "algorithm", lambda run: f"`{summarise(run)['algorithm']}`"),
+        "layouts": lambda: table(runs, "layout", layout),
+    }
+    write(kind, made[kind](), ROOT / "docs/results.md")
 
 
 if __name__ == "__main__":

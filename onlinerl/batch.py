@@ -52,7 +52,7 @@ class Outputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A micro-batch. Right-padded; masks come from lengths, never from token values, so pad may equal eos (R-F3)."""
+    """A micro-batch. Right-padded; masks come from lengths, never from token values, so pad may equal eos."""
 
     tokens_BS: Tensor
     """int64, prompt then response then padding."""

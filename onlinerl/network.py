@@ -1,4 +1,4 @@
-"""Addresses that other machines can reach (R-A5)."""
+"""Addresses that other machines can reach."""
 
 from __future__ import annotations
 

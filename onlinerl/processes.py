@@ -1,4 +1,4 @@
-"""No process of a run outlives the run (R-J3)."""
+"""No process of a run outlives the run."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine
 ROLES = ["user", "assistant", "system", ":"]
 END = "[end]"
 WORDS = ["[unk]", *POSITIVE, *NEGATIVE, *NEUTRAL, *NUMBERS, *ROLES, END]
-"""The end token comes last, where the toy engine expects it; it is the padding token too (R-F3)."""
+"""The end token comes last, where the toy engine expects it; it is the padding token too."""
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' [end] ' }}{% endfor %}"

@@ -1,4 +1,4 @@
-"""The only way oracles of this package make a Verdict: numbers are checked first, so a bad one can only become a Failure (R-G1)."""
+"""The only way oracles of this package make a Verdict: numbers are checked first, so a bad one can only become a Failure."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ The function gets a list of dicts with the keys `prompt` (str), `messages` (list
   function that answers like this is never asked about a single response;
 - None: refused to judge.
 
-An entry that is none of these, or that holds NaN or infinity, is a Failure and never reaches training (R-G1).
+An entry that is none of these, or that holds NaN or infinity, is a Failure and never reaches training.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Scores from any Hugging Face sequence classifier with one label.
 
-The reward model reads text through its own tokenizer and chat template, never the policy's (R-F6). Padding is on the right with a
+The reward model reads text through its own tokenizer and chat template, never the policy's. Padding is on the right with a
 token that occurs nowhere in the batch, so that the model's "last token that is not padding" is the true last one even where the
-tokenizer pads with end-of-sequence (R-F3).
+tokenizer pads with end-of-sequence.
 
 Source: Skywork-Reward-V2 (sequence classifier, scalar at the last token).
 """
@@ -205,7 +205,7 @@ class RewardModel(ModelOracle):
             messages.append({"role": "assistant", "content": response})
             tokens = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
         if tokenizer.bos_token_id is not None and list(tokens[:2]) == [tokenizer.bos_token_id] * 2:
-            raise OracleError(  # R-F2: it shifts scores silently
+            raise OracleError(  # it shifts scores silently
                 f"the chat template of {self.path} starts prompt {query.prompt.id!r} with two {tokenizer.bos_token} tokens",
                 field="oracle.path",
                 fix="remove one from the chat template or from the tokenizer's post-processor",

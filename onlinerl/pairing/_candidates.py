@@ -84,7 +84,7 @@ def by_score(judged: Judged) -> Candidates:
 def select(
     candidates: Candidates, proposals: Sequence[tuple[int, int]], min_gap: float = 0.0
 ) -> tuple[list[Pair], Counter[str]]:
-    """Turn (better, worse) index pairs into pairs whose gap exceeds `min_gap`; count the others by reason (R-G4).
+    """Turn (better, worse) index pairs into pairs whose gap exceeds `min_gap`; count the others by reason.
 
     Reasons: `tie` (no gap at all), `gap` (a gap, but not above `min_gap`), `unknown` (no probability for this pair).
     """

@@ -1,6 +1,6 @@
 """Prompts from JSONL files.
 
-Each line is one JSON object in one of two forms (R-F7):
+Each line is one JSON object in one of two forms:
 
     {"text": "I watched this film on a train and"}                        the model continues the text
     {"messages": [{"role": "user", "content": "What is 6 times 7?"}]}     the model answers, through its chat template
@@ -123,7 +123,7 @@ def read_prompts(path: str, field: str = "prompts.train") -> list[RawPrompt]:
 
 
 def render(raw: Sequence[RawPrompt], tokenizer: Any, max_tokens: int, field: str = "prompts.train") -> list[Prompt]:
-    """Apply the chat template where there are messages and tokenise, once and for all (R-F1).
+    """Apply the chat template where there are messages and tokenise, once and for all.
 
     Args:
         raw: what `read_prompts` returned.
@@ -132,8 +132,8 @@ def render(raw: Sequence[RawPrompt], tokenizer: Any, max_tokens: int, field: str
         field: the configuration key that named the file, for messages.
 
     Raises:
-        PromptError: if there is no chat template for messages, special tokens are doubled or misplaced (R-F2), or prompts are too
-            long (R-F5: none is cut or left out silently).
+        PromptError: if there is no chat template for messages, special tokens are doubled or misplaced, or prompts are too
+            long (none is cut or left out silently).
     """
     prompts = [_render(prompt, tokenizer, field) for prompt in raw]
     long = [prompt for prompt in prompts if len(prompt.token_ids) > max_tokens]
@@ -207,7 +207,7 @@ class JsonlPrompts:
         """`count` different prompts from `cursor` on, and the next cursor.
 
         The cursor counts prompts over all passes, starting at 0. Where a call reaches into the next pass, prompts that it already
-        holds are skipped there: twice the same prompt in one iteration would draw the same seeds (R-F8).
+        holds are skipped there: twice the same prompt in one iteration would draw the same seeds.
 
         Raises:
             PromptError: if there are not enough prompts (left).

@@ -71,7 +71,7 @@ class Oracle(Component):
         raise NotImplementedError
 
     def ask(self, queries: Sequence[Query]) -> Iterator[Verdict | Failure]:
-        """`judge` as the rest of the system calls it: every answer is checked before anybody believes it (R-G1).
+        """`judge` as the rest of the system calls it: every answer is checked before anybody believes it.
 
         A Verdict with bad numbers becomes a Failure; a good one gets the temperature of this oracle.
 

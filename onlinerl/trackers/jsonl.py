@@ -1,7 +1,7 @@
 """metrics.jsonl: every figure with its error bar, one JSON object per line. The source of truth; all other trackers are views.
 
 The file is only ever appended to. What a resumed run measures again is written again; `read_metrics` lets the newer record
-supersede the older one instead of mixing the two (R-D8).
+supersede the older one instead of mixing the two.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Query:
 
     prompt: Prompt
     responses: tuple[str, ...]
-    """Texts, length K. Oracles apply their own tokenizer and template (R-F6)."""
+    """Texts, length K. Oracles apply their own tokenizer and template."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,7 @@ class Verdict:
     cost: Cost = field(default_factory=Cost)
 
     def problem(self, count: int) -> Failure | None:
-        """What is wrong with this as a judgement of `count` responses, or None (R-G1)."""
+        """What is wrong with this as a judgement of `count` responses, or None."""
         if self.scores is None and self.preferences is None:
             return Failure(kind="parse_fail", message="a Verdict with neither scores nor preferences")
         if self.scores is not None:
@@ -132,7 +132,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """The oracle could not judge. Never a score, never a tie (R-G1)."""
+    """The oracle could not judge. Never a score, never a tie."""
 
     kind: Literal["error", "timeout", "refused", "parse_fail", "non_finite", "wrong_length", "budget"]
     message: str

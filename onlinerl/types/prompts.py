@@ -15,7 +15,7 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A prompt, rendered and tokenised exactly once; nothing downstream tokenises it again (R-F1)."""
+    """A prompt, rendered and tokenised exactly once; nothing downstream tokenises it again."""
 
     id: str
     """Unique within its source."""

@@ -30,7 +30,7 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyncReport:
-    """What one push of the weights into all replicas did, and how it was proved (R-B2, R-A8)."""
+    """What one push of the weights into all replicas did, and how it was proved."""
 
     version: int
     seconds: float
@@ -57,7 +57,7 @@ class UpdateReport:
     metrics: Sequence[Mapping[str, float]]
     """Per optimizer step: loss, grad_norm, learning_rate and the algorithm's own metrics, already averaged over the global batch."""
     skipped: int = 0
-    """Steps dropped because the gradient was not finite (R-E6)."""
+    """Steps dropped because the gradient was not finite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ RejectReason = Literal["logprob", "abort"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How responses are drawn. The engine samples with it and the learner scores with it (R-E2)."""
+    """How responses are drawn. The engine samples with it and the learner scores with it."""
 
     temperature: float = 1.0
     top_p: float = 1.0

@@ -6,7 +6,7 @@ import hashlib
 
 
 def derive_seed(*parts: object) -> int:
-    """A 31-bit seed that depends on every part and on nothing else (R-F8).
+    """A 31-bit seed that depends on every part and on nothing else.
 
     Seeds are derived, never drawn: the same (run seed, iteration, prompt, sample) gives the same seed whatever the number of
     replicas, the order of arrival or the number of restarts.

@@ -165,7 +165,7 @@ def test_what_is_configured_imports_nothing_heavy(role):
 
 
 def test_check_needs_no_engine_learner_or_cluster(toy_config, tmp_path):
-    """R-M1: `onlinerl check` of a configuration for vLLM and DeepSpeed, on a machine that has neither of them, nor Ray."""
+    """`onlinerl check` of a configuration for vLLM and DeepSpeed, on a machine that has neither of them, nor Ray."""
     config = toy_config(tmp_path, {"engine.name": "vllm", "learner.name": "deepspeed"})
     code = BLOCK.format(blocked={"vllm", "ray", "deepspeed"}) + "from onlinerl.cli import main\nmain()"
     said = python(code, "check", str(config), cwd=tmp_path)

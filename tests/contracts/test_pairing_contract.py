@@ -53,7 +53,7 @@ def described(group: Judged, builder: PairBuilder) -> set[tuple]:
 
 @pytest.mark.parametrize("count", range(2, 10))
 def test_ties_yield_nothing_and_are_counted(builder, count):
-    """R-G4: a constant oracle gives no pairs."""
+    """A constant oracle gives no pairs."""
     pairs, dropped = builder.build(judged([f"text {i}" for i in range(count)], [5.0] * count))
     assert pairs == []
     assert sum(dropped.values()) > 0
@@ -62,7 +62,7 @@ def test_ties_yield_nothing_and_are_counted(builder, count):
 
 @pytest.mark.parametrize("count", range(2, 10))
 def test_identical_texts_yield_nothing_and_are_counted(builder, count):
-    """R-G4: whatever an inconsistent oracle says about them."""
+    """Whatever an inconsistent oracle says about them."""
     pairs, dropped = builder.build(judged(["same"] * count, [float(i) for i in range(count)]))
     assert pairs == []
     assert set(dropped) == {"identical"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
+import documents
 import pytest
 
 from onlinerl import cli as command_line
@@ -42,3 +44,34 @@ def oracle(tmp_path, monkeypatch):
         return {"oracle.name": "python", "oracle.function": f"{name}.judge", "oracle.groups_per_call": 16}
 
     return make
+
+
+CHEAP = """
+extends: as_printed.yaml
+iterations: 1
+prompts: {per_iteration: 8}
+evaluation: {prompts: 10}
+sampling: {max_new_tokens: 12}
+training: {learning_rate: 0.2}
+engine: {name: toy}
+learner: {name: toy}
+metrics: {prometheus_port: 0}
+checkpoints: {min_free_gib: 0.0}
+"""
+
+
+@pytest.fixture
+def sandbox(tmp_path, monkeypatch, tiny_model):
+    """A folder in which what the documents say can be done as printed, and is cheap: the quickstart on toy parts and a tiny model."""
+    (tmp_path / "configs").mkdir()
+    shutil.copy(documents.ROOT / "configs/quickstart.yaml", tmp_path / "configs/as_printed.yaml")
+    (tmp_path / "configs/quickstart.yaml").write_text(CHEAP)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/SmolLM2-135M-Instruct").symlink_to(tiny_model)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in [
+        name for name, module in sys.modules.items() if str(getattr(module, "__file__", "")).startswith(str(tmp_path))
+    ]:
+        del sys.modules[name]

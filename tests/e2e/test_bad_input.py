@@ -1,4 +1,4 @@
-"""What a user can get wrong: each is refused with the field, the cause and the fix, before anything is started (R-L3)."""
+"""What a user can get wrong: each is refused with the field, the cause and the fix, before anything is started."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def says(message: str, *parts: str) -> None:
     ],
 )
 def test_keys_and_types(toy_config, refused, tmp_path, override, parts):
-    """R-L2."""
+    """An unknown key is an error with a suggestion, and so is a value of another type."""
     says(refused(toy_config(tmp_path), override), "config: ", *parts)
 
 
@@ -244,7 +244,7 @@ GOOD = [{"text": f"the film {i} was"} for i in range(3)]
     ids=["missing", "empty", "blank", "json", "key", "type", "twice", "templated", "long"],
 )
 def test_prompt_files(toy_config, refused, tmp_path, content, parts):
-    """R-F5, R-F7, R-F2."""
+    """Checked when they are loaded: form, template, length."""
     config = toy_config(tmp_path, {"prompts.train": str(tmp_path / "mine.jsonl")})
     if content is not None:
         (tmp_path / "mine.jsonl").write_text(content)
@@ -572,7 +572,7 @@ def test_a_resume_of_nothing(onlinerl, tmp_path):
     ids=["raises", "nan", "no-entries", "short", "text", "none"],
 )
 def test_an_oracle_that_cannot_judge(toy_config, refused, oracle, tmp_path, body, parts):
-    """R-G1: found out with one question, before anything is started."""
+    """Found out with one question, before anything is started."""
     says(refused(toy_config(tmp_path, oracle(body))), "error: oracle: oracle", *parts)
 
 
@@ -607,7 +607,7 @@ SCORES = "[[len(r) for r in q['responses']] for q in queries]"
     ids=["raises", "nan", "short", "missing-entry"],
 )
 def test_an_oracle_that_goes_wrong_later(toy_config, onlinerl, oracle, tmp_path, body, parts):
-    """R-G1, R-G4: a clear stop of its own boundary; nothing was trained and all that was generated is kept."""
+    """A clear stop of its own boundary; nothing was trained and all that was generated is kept."""
     code, message = onlinerl("run", toy_config(tmp_path, oracle(body)))
     assert code == FAILED
     says(message, "error: oracle: oracle", *parts)
@@ -631,7 +631,7 @@ def test_a_few_failures_are_left_out(toy_config, onlinerl, oracle, tmp_path):
 
 
 def test_too_little_space(toy_config, onlinerl, monkeypatch, tmp_path):
-    """R-D4: refused before anything of the checkpoint is written, and the run goes on when there is room."""
+    """Refused before anything of the checkpoint is written, and the run goes on when there is room."""
     config = toy_config(tmp_path, {"iterations": 1, "checkpoints.min_free_gib": 2.0})
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(tmp_path)._replace(free=2**30)
@@ -649,7 +649,7 @@ def full(*_: object) -> int:
 
 @pytest.mark.parametrize("where", ["journal", "checkpoint"])
 def test_a_full_disk(toy_config, onlinerl, monkeypatch, tmp_path, where):
-    """R-D4: the message says what to do, what was finished stays readable, and a resume finishes the run."""
+    """The message says what to do, what was finished stays readable, and a resume finishes the run."""
     config = toy_config(tmp_path, iterations=2)
     with monkeypatch.context() as patch:
         if where == "checkpoint":
@@ -689,7 +689,7 @@ def big(**sections):
 
 
 def test_more_than_the_cluster_has():
-    """R-J1: what is missing is said in numbers, per role."""
+    """What is missing is said in numbers, per role."""
     config = big(
         engine={"replicas": 3, "tensor_parallel_size": 2, "cpus": 2, "resources": {"rollout_node": 1.0}},
         learner={"ranks": 4, "cpus": 1},

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import documents
 import numpy as np
 import pytest
 
@@ -56,7 +57,7 @@ CONSTANT = "return [[0.5] * len(q['responses']) for q in queries]"
     ],
 )
 def test_a_run_that_never_learns_stops_and_can_go_on(toy_config, onlinerl, oracle, tmp_path, algorithm, reason):
-    """R-G4: nothing is wrong with a batch of ties; several in a row are worth a look, and are no dead end."""
+    """Nothing is wrong with a batch of ties; several in a row are worth a look, and are no dead end."""
     few = {"prompts.per_iteration": 4, "iterations": 4, "training.max_idle_iterations": 2, "evaluation.prompts": 4}
     code, message = onlinerl("run", toy_config(tmp_path, {**oracle(CONSTANT), **few, "algorithm.name": algorithm}))
     run = tmp_path / "runs/toy"
@@ -127,7 +128,7 @@ def rejecting(monkeypatch):
 
 
 def test_rejected_responses_are_counted_and_left_out(toy_config, onlinerl, rejecting, tmp_path):
-    """R-E3: a group keeps what is usable of it; one with too few responses, and a held-out prompt without, are left out."""
+    """A group keeps what is usable of it; one with too few responses, and a held-out prompt without, are left out."""
     heldout = 10
     # The second held-out prompt of each evaluation; then of the first training groups all but 3, 1 and 0.
     plan = {1: 0, heldout: 3, heldout + 1: 1, heldout + 2: 0, heldout + 8 + 1: 0}
@@ -175,7 +176,7 @@ def test_too_many_rejected_responses_stop_the_run(toy_config, onlinerl, rejectin
 
 @pytest.mark.parametrize("algorithm", ["dpo", "grpo"])
 def test_truncated_responses_are_kept_or_dropped_and_counted_either_way(toy_config, onlinerl, monkeypatch, tmp_path, algorithm):
-    """R-F4: a pair is dropped if either side is truncated."""
+    """A pair is dropped if either side is truncated."""
     seen: list[list] = []
 
     def update(self, steps, rates, original=ToyLearner.update):
@@ -239,7 +240,7 @@ def test_the_learning_rates_that_the_learner_is_given(toy_config, onlinerl, monk
 
 @pytest.mark.parametrize(("state", "resets"), [("keep", 0), ("reset", 2)])
 def test_what_happens_to_the_optimizer_between_iterations(toy_config, onlinerl, monkeypatch, tmp_path, state, resets):
-    """R-O1."""
+    """The configuration states it."""
     calls: list[int] = []
 
     def reset(self, original=ToyLearner.reset_optimizer):
@@ -327,7 +328,7 @@ def test_how_many_prompts_the_canary_has():
 
 
 def test_how_far_engine_and_learner_may_differ(toy_config, onlinerl, monkeypatch, tmp_path):
-    """R-E1: evaluation.max_mismatch_k3 stops the run, and a resume may raise it."""
+    """`evaluation.max_mismatch_k3` stops the run, and a resume may raise it."""
 
     def generate(self, requests, sampling, original=ToyEngine.generate):
         for group in original(self, requests, sampling):
@@ -400,12 +401,14 @@ def test_the_base_models_answers_give_the_forward_kl(toy_config, onlinerl, tmp_p
 
 
 def test_a_phase_is_one_file_and_one_row(toy_config, onlinerl, tmp_path, monkeypatch):
-    """It reads what is there, is resumed like any other, and its record stands beside the others."""
-    (tmp_path / "lengths.py").write_text(
-        "def lengths(it):\n    return {'words': sum(len(r.text.split()) for g in it.groups() for r in g.rollouts)}\n"
-    )
+    """That of docs/add-a-part.md: it reads what is there, and its record stands beside the others."""
+    document = documents.ROOT / "docs/add-a-part.md"
+    documents.write(document, tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    row = graph.Phase(name="lengths", waits_for=(("sample", 0),), function="lengths:lengths")
+    printed: dict[str, graph.Phase] = {}
+    [block] = [block for block in documents.scripts(document) if "Phase(" in block.text]
+    documents.execute(document, block, printed)
+    row = printed["row"]
 
     def phases(original=graph.phases, **schedule):
         *others, commit = original(**schedule)

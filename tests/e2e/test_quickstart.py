@@ -49,7 +49,7 @@ def test_what_is_shown(run):
     base, last = json.loads(shown.stdout)["iterations"]
     assert base["sync"]["proved"] is True
     assert last["sync"]["proved"] is True
-    assert last["sync"]["bytes"] == 2 * 134515008  # every parameter once, in bf16; the tied output matrix not twice (R-B7)
+    assert last["sync"]["bytes"] == 2 * 134515008  # every parameter once, in bf16; the tied output matrix not twice
     assert last["samples"] == 32
     assert last["oracle_calls"] == 8 + 12
     assert base["kl_ref"] == 0
@@ -58,7 +58,7 @@ def test_what_is_shown(run):
 
 
 def test_before_the_first_step_policy_and_reference_agree(run):
-    """R-E5: the DPO loss is ln 2 and the KL 0; a gap would have stopped the run."""
+    """The DPO loss is ln 2 and the KL 0; a gap would have stopped the run."""
     _, out = run
     line = next(text for text in out.splitlines() if text.startswith("self-test"))
     assert f"loss {math.log(2):.6f}" in line
@@ -66,7 +66,7 @@ def test_before_the_first_step_policy_and_reference_agree(run):
 
 
 def test_engine_and_learner_agree(run):
-    """R-E1: on the same tokens with the same weights, in both iterations."""
+    """On the same tokens with the same weights, in both iterations."""
     directory, _ = run
     gaps, k3 = metrics(directory, "logp_mismatch", stat="mean"), metrics(directory, "logp_mismatch_k3")
     assert len(gaps) == len(k3) == 2

@@ -1,4 +1,4 @@
-"""The real DeepSpeed learner against plain single-process autograd and plain torch optimizers (R-E6, R-E7, R-E8, R-B6, R-B7)."""
+"""The real DeepSpeed learner against plain single-process autograd and plain torch optimizers."""
 
 from __future__ import annotations
 
@@ -315,7 +315,7 @@ def test_more_tokens_than_a_chunk_at_another_temperature(
 def test_gradient_with_a_critic_equals_that_of_one_process(
     answers: Answers, tiny_llama: Path, ranks: int, stage: int, recompute: bool
 ) -> None:
-    """Also with `learner.gradient_checkpointing` (R-C4) and `learner.attention: eager`, and after loading a checkpoint."""
+    """Also with `learner.gradient_checkpointing` and `learner.attention: eager`, and after loading a checkpoint."""
     answer = answers(ranks, "critic", stage, recompute)
     algorithm, items = CRITIC
     expected = plain_gradients(plain_policy(tiny_llama, "float32", "separate"), algorithm, items)

@@ -1,4 +1,4 @@
-"""One real vLLM engine on CPU that is sent weights over gloo from this process, and the proofs that they arrived (R-A4, R-B1 to R-B5)."""
+"""One real vLLM engine on CPU that is sent weights over gloo from this process, and the proofs that they arrived."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_pushed_weights_are_computed_with(
 def test_every_part_of_the_model_follows(
     replica: Replica, sender: Sender, base: LlamaForCausalLM, other: LlamaForCausalLM, part: str
 ) -> None:
-    """On CPU the engine computes with packed copies of its matrices, tied embeddings included (R-B7): all must be made anew."""
+    """On CPU the engine computes with packed copies of its matrices, tied embeddings included: all must be made anew."""
     mixed = copy.deepcopy(base)
     theirs = dict(other.named_parameters())
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_every_part_of_the_model_follows(
 def test_nothing_computed_with_older_weights_is_used(
     replica: Replica, sender: Sender, base: LlamaForCausalLM, other: LlamaForCausalLM
 ) -> None:
-    """With prefix caching, a repeated prompt must not be answered from the cache of older weights (R-B1)."""
+    """With prefix caching, a repeated prompt must not be answered from the cache of older weights."""
     prompt = [int(t) for t in np.random.default_rng(1).integers(4, 150, 200)]  # longer than a block of the cache
     sender.push(state_of(base), 1)
     first = replica.sample(prompt, [0], temperature=0.0).rollouts[0]
@@ -98,7 +98,7 @@ def test_nothing_computed_with_older_weights_is_used(
     np.testing.assert_allclose(again.logprobs, plain(other, prompt, again.token_ids), atol=CLOSE)
 
 
-# --- pushes that do not (R-B2) ---
+# --- pushes that do not ---
 
 
 def zeros(state: State) -> State:

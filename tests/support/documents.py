@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,17 @@ def scripts(document: Path) -> list[Block]:
     return [block for block in blocks(document) if block.language == "python" and block.file is None]
 
 
+def install(pyproject: str, folder: Path) -> None:
+    """Leave what `pip install` makes of a pyproject.toml in a folder of the Python path: name, version and entry points."""
+    project = tomllib.loads(pyproject)["project"]
+    installed = folder / f"{project['name']}-{project['version']}.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    groups = project["entry-points"].items()
+    lines = [line for group, names in groups for line in (f"[{group}]", *(f"{key} = {value}" for key, value in names.items()))]
+    (installed / "entry_points.txt").write_text("\n".join(lines) + "\n")
+
+
 def write(document: Path, folder: Path) -> list[Path]:
     """Write the files that a document shows into a folder."""
     written = []
@@ -59,3 +71,8 @@ def write(document: Path, folder: Path) -> list[Path]:
         (folder / name).write_text(text)
         written.append(folder / name)
     return written
+
+
+def execute(document: Path, block: Block, names: dict[str, object]) -> None:
+    """Run a block of Python; a failure names the line of the document."""
+    exec(compile("\n" * (block.line - 1) + block.text, document, "exec"), names)

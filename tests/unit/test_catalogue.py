@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import documents
 import pytest
 import yaml
 from prometheus_client import generate_latest
@@ -18,7 +19,7 @@ from rich.console import Console
 from onlinerl.errors import ConfigError
 from onlinerl.metrics.catalogue import CATALOGUE, STATES
 from onlinerl.metrics.collection import Catalogue
-from onlinerl.metrics.definition import Column, Definition, Series, per_step
+from onlinerl.metrics.definition import Definition, Series, per_step
 from onlinerl.trackers.console import render_table
 from onlinerl.trackers.prometheus import PrometheusTracker
 from onlinerl.types import Metric
@@ -139,14 +140,12 @@ def test_an_algorithm_adds_its_metrics_and_takes_nobody_elses():
 
 
 def test_a_new_metric_costs_one_entry():
-    """Prometheus, the documentation and the table of iterations have it at once."""
-    new = definition(
-        estimators=("mean",),
-        n_min=50,
-        series=(Series(name="onlinerl_surprise_nats"),),
-        column=Column(header="wow", short="wow", digits=1),
-    )
-    catalogue = Catalogue((*CATALOGUE, new), STATES)
+    """That of docs/add-a-part.md: Prometheus, the documentation and the table of iterations have it at once."""
+    printed: dict[str, Definition] = {}
+    document = documents.ROOT / "docs/add-a-part.md"
+    [block] = [block for block in documents.scripts(document) if "Definition(" in block.text]
+    documents.execute(document, block, printed)
+    catalogue = Catalogue((*CATALOGUE, printed["surprise"]), STATES)
 
     exporter = PrometheusTracker("demo", port=0, catalogue=catalogue)
     exporter.log([catalogue.record("surprise", 2.5, n=49)])

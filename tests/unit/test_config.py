@@ -227,7 +227,7 @@ def test_a_config_cannot_be_changed():
     ],
 )
 def test_suggestions(tree, field, fix):
-    """R-L2."""
+    """An unknown key is an error that says which one may be meant."""
     with pytest.raises(ConfigError) as error:
         changed(**tree)
     assert error.value.field == field

@@ -99,7 +99,7 @@ def test_good_rollouts_pass():
 
 
 def test_a_few_rejected_responses_are_tolerated():
-    """R-E3."""
+    """What lacks usable log-probs is rejected and counted, never filled in."""
     health.check_rejected({"logprob": 1}, asked=10, limit=0.1)
     health.check_rejected({}, asked=0, limit=0.0)
     with pytest.raises(EngineError, match=re.escape("3 of 10 responses had to be thrown away (1 abort, 2 logprob)")) as error:
@@ -109,7 +109,7 @@ def test_a_few_rejected_responses_are_tolerated():
 
 @pytest.mark.parametrize("version", [1, 3])
 def test_another_policy_than_the_current_one_is_refused(version):
-    """R-B3: with a lag of 0, one stale replica is an error and no noise."""
+    """With a lag of 0, one stale replica is an error and no noise."""
     with pytest.raises(EngineError, match=f"p1: sampled by version {version}, expected 2") as error:
         health.check_group(group(policy_version=version), 2)
     assert "missed a weight update" in error.value.fix
@@ -128,7 +128,7 @@ def judged(*scores: float) -> Judged:
 
 
 def test_failures_up_to_the_limit_are_tolerated():
-    """R-G1."""
+    """A failure is counted and never becomes a score."""
     failure = Failure(kind="timeout", message="took 9 s")
     health.check_failures([failure], 10, 0.1)
     health.check_failures([], 0, 0.0)
@@ -150,7 +150,7 @@ def learnable(*groups: Judged, items: bool = True, within_groups: bool = True, *
 
 
 def test_an_oracle_that_separates_nothing_gives_nothing_to_learn():
-    """R-G4."""
+    """A tie makes no pair."""
     assert learnable(judged(1.0, 1.0), judged(1.0, 2.0)) is None
     said = learnable(judged(1.0, 1.0), judged(0.0, 0.0))
     assert said is not None
@@ -222,7 +222,7 @@ def test_scores_of_two_versions_of_the_oracle_are_not_compared():
 
 
 def test_mismatch():
-    """R-E1: engine against learner, token by token."""
+    """Engine against learner, token by token."""
     one = group()
     same = evaluation.mismatch([one], [np.array([-0.5, -1.0])] * 2)
     assert (same.mean, same.p99, same.max, same.k3, same.tokens) == (0, 0, 0, 0, 4)
@@ -234,7 +234,7 @@ def test_mismatch():
 
 @pytest.mark.parametrize("k3", [0.021, math.inf, math.nan])
 def test_engine_and_learner_must_agree(k3):
-    """R-E1."""
+    """On the same tokens with the same weights."""
     health.check_mismatch(0.019, 0.02)
     with pytest.raises(EngineError, match="max_mismatch_k3"):
         health.check_mismatch(k3, 0.02)

@@ -1,4 +1,4 @@
-"""Oracles on hand-made fixtures: right numbers where there is an answer, Failures where there is none (R-G1, R-F6)."""
+"""Oracles on hand-made fixtures: right numbers where there is an answer, Failures where there is none."""
 
 from __future__ import annotations
 
@@ -335,7 +335,7 @@ class TestRewardModel:
         assert len(set(batched[0].scores)) == 4
 
     def test_score_is_the_head_at_the_true_last_token(self, tmp_path):
-        """Against the model's own layers, end-of-sequence included although it is also the pad token (R-F3)."""
+        """Against the model's own layers, end-of-sequence included although it is also the pad token."""
         import torch
         from transformers import AutoModelForSequenceClassification
 
@@ -350,7 +350,7 @@ class TestRewardModel:
         assert verdict.cost.tokens == len(ids)
 
     def test_reads_conversations_through_its_own_template(self, tmp_path):
-        """R-F6: the policy's rendering of the prompt is not looked at."""
+        """The policy's rendering of the prompt is not looked at."""
         path = save_reward_model(tmp_path)
         oracle = RewardModel(path=path, device="cpu")
         (one, other) = oracle.judge([query("it", text="X", messages=USER), query("it", text="Y", messages=USER)])
@@ -376,7 +376,7 @@ class TestRewardModel:
 
     def test_double_bos_is_an_error(self, tmp_path):
         oracle = RewardModel(path=save_reward_model(tmp_path, double_bos=True), device="cpu")
-        with pytest.raises(OracleError, match="two <s> tokens"):  # R-F2
+        with pytest.raises(OracleError, match="two <s> tokens"):  # it shifts scores silently
             oracle.judge([query("it", messages=USER)])
 
     def test_what_is_no_reward_model_is_refused(self, tmp_path):

@@ -98,7 +98,7 @@ class TestBestWorst:
         assert indices(pairs)[0][1] == 0
 
     def test_what_was_never_compared_is_not_average(self):
-        """R-G1: a missing judgement is no judgement."""
+        """A missing judgement is no judgement."""
         matrix = ((NAN, 0.2, NAN), (0.8, NAN, NAN), (NAN, NAN, NAN))
         pairs, _ = BestWorst().build(judged(preferences=matrix))
         assert indices(pairs) == [(1, 0)]

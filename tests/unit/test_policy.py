@@ -329,7 +329,7 @@ def test_gradients_through_fp32_logits_are_those_of_a_linear_layer(bias: bool, m
 
 @pytest.mark.parametrize("critic", [None, "separate"])
 def test_recomputation_happens_and_changes_nothing(critic):
-    """R-C4: activations of a layer are computed again in the backward pass, although the policy stays in evaluation mode."""
+    """Activations of a layer are computed again in the backward pass, although the policy stays in evaluation mode."""
     batch = batch_of(ROWS)
 
     def run(recompute: bool) -> tuple[int, dict[str, Tensor]]:

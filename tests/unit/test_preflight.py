@@ -29,7 +29,7 @@ def derived(*overrides: str) -> str:
     return preflight.derived(loaded, configuration.algorithm(loaded))
 
 
-# --- numbers that follow from others (R-L1) ---
+# --- numbers that follow from others ---
 
 
 def test_the_quickstart():
@@ -135,7 +135,7 @@ def test_a_hub_id_leaves_the_prompts_unrendered(check):
     assert any("is not on this machine" in note for note in checked.notes)
 
 
-# --- identity (R-D3) ---
+# --- identity ---
 
 
 def test_identity(tiny_model, tmp_path):
@@ -201,7 +201,7 @@ def test_probe_wants_one_result_per_query():
     ],
 )
 def test_an_oracle_class_is_checked_as_a_function_is(answer, says):
-    """R-G1: whatever a class of the user's own returns, nothing bad gets past."""
+    """Whatever a class of the user's own returns, nothing bad gets past."""
 
     class Strange(Oracle):
         def judge(self, queries):

@@ -1,4 +1,4 @@
-"""Prompt files: what is accepted, what is refused and with which words (R-F1, R-F2, R-F5, R-F7, R-F8)."""
+"""Prompt files: what is accepted, what is refused and with which words."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class TestReading:
 
     @pytest.mark.parametrize("marker", ["<|im_start|>user", "[INST] hi", "<|start_header_id|>", "<s>hello", "<start_of_turn>"])
     def test_what_is_templated_already_is_refused(self, tmp_path, marker):
-        """R-F7."""
+        """A prompt has one documented form, and the template is applied once."""
         for row in ({"text": marker}, {"messages": [{"role": "user", "content": marker}]}):
             with pytest.raises(PromptError, match="a template was applied to it already") as caught:
                 read_prompts(write(tmp_path, row))
@@ -132,7 +132,7 @@ class TestRendering:
         return read_prompts(write(tmp_path, *rows))
 
     def test_tokenised_once(self, tmp_path):
-        """R-F1: what is stored is what the tokenizer said, the one time it was asked."""
+        """What is stored is what the tokenizer said, the one time it was asked."""
         tokenizer = WordTokenizer()
         plain, chat = render(self.raw(tmp_path, {"text": "This film"}, CHAT), tokenizer, 64)
         assert tokenizer.calls == 2
@@ -153,12 +153,12 @@ class TestRendering:
             render(self.raw(tmp_path, row), WordTokenizer(), 64)
 
     def test_double_bos_is_an_error(self, tmp_path):
-        """R-F2."""
+        """It would shift every log-prob, silently."""
         with pytest.raises(PromptError, match="two beginning-of-sequence tokens"):
             render(self.raw(tmp_path, CHAT), WordTokenizer(template="<bos> <bos> {}"), 64)
 
     def test_a_prompt_that_is_over_is_an_error(self, tmp_path):
-        """R-F2."""
+        """After the end of a sequence a model writes anything."""
         with pytest.raises(PromptError, match="nothing to continue"):
             render(self.raw(tmp_path, {"text": "This film"}), WordTokenizer(end=True), 64)
 
@@ -173,7 +173,7 @@ class TestRendering:
             render(self.raw(tmp_path, {"id": 7, "text": "\u200b"}), Dropping(), 64)
 
     def test_long_prompts_are_counted(self, tmp_path):
-        """R-F5."""
+        """None is cut or left out silently."""
         rows = [{"id": str(n), "text": "word " * n} for n in (2, 5, 9)]
         with pytest.raises(PromptError, match=r"2 of 3 prompts are longer than 4 tokens; the longest, '9', has 10") as caught:
             render(self.raw(tmp_path, *rows), WordTokenizer(), 4)
@@ -257,7 +257,7 @@ class TestTaking:
         assert ids(first) != ids(second)
 
     def test_no_prompt_twice_in_one_take(self):
-        """R-F8: the same prompt twice in an iteration would draw the same seeds."""
+        """The same prompt twice in an iteration would draw the same seeds."""
         for seed in range(10):
             source = JsonlPrompts(prompts(*self.names), seed=seed, reuse=True)
             cursor, seen = 0, set()
