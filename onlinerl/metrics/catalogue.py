@@ -277,6 +277,16 @@ DATA = (
         section=_ORACLE,
         n_of="items",
     ),
+    Definition(
+        name="staleness",
+        help="Version that training starts from less the one that sampled, over the responses trained on; 0 unless schedule.max_lag is 1",
+        unit="versions",
+        section=_ORACLE,
+        title="Staleness of the responses",
+        n_of="responses",
+        labels={"stat": ("mean", "p95", "max")},
+        series=(Series(name="onlinerl_staleness_versions", labels={"stat": None}),),
+    ),
 )
 
 _TRAINING = "Training"
