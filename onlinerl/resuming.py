@@ -69,7 +69,6 @@ def stored_config(directory: Path, overrides: Sequence[str]) -> RunConfig:
 def require_in_order(store: RunDirectory, max_lag: int) -> None:
     """Nothing may be stored of an iteration that came from weights which are no longer there: those that it was sampled from, or those
     that it was trained from, which were pushed before."""
-
     unfinished = next(n for n in count() if not store.phase_done(n, "commit"))
     stored = {"iterations": store.iterations()} | {str(kind): store.artefacts(kind) for kind in KINDS}
     later = sorted({n for numbers in stored.values() for n in numbers if n > unfinished})
