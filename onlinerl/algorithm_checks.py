@@ -48,7 +48,30 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
     objection = algorithm.objection(plan)
     if objection is not None:
         raise ConfigError(objection.cause, field=objection.field, fix=objection.fix)
-    return algorithm.remarks(plan)
+    return [*_stale(config, algorithm), *algorithm.remarks(plan)]
+
+
+def _stale(config: RunConfig, algorithm: Algorithm) -> list[str]:
+    """What an algorithm makes of responses of an older policy.
+
+    Raises:
+        ConfigError: if it would be wrong.
+    """
+    name, declared = config.algorithm["name"], algorithm.needs.off_policy
+    if config.schedule.max_lag == 0 or declared in ("valid", "corrected"):
+        return []
+    if declared == "refused":
+        raise ConfigError(
+            f"is 1, and {name} as configured takes every response for one of the policy that training starts from",
+            field="schedule.max_lag",
+            fix="set algorithm.importance_sampling_cap, which corrects for older ones, or max_lag to 0"
+            if "importance_sampling_cap" in type(algorithm).model_fields
+            else "set it to 0, or choose another algorithm",
+        )
+    return [
+        f"{name} is about responses, and win rates, of the policy that training starts from; with schedule.max_lag=1 they are those of the "
+        "policy before it, and nothing corrects for that"
+    ]
 
 
 def check_sections(config: RunConfig, algorithm: Algorithm) -> None:
@@ -94,7 +117,7 @@ def planned(config: RunConfig, algorithm: Algorithm) -> Plan:
     chosen = config.reference
     schedule = algorithm.reference if chosen.schedule == "default" else chosen.schedule
     references = (reference_iteration(schedule, chosen.every, t) for t in range(1, config.iterations + 1))
-    return Plan(iterations=config.iterations, references=tuple(references))
+    return Plan(iterations=config.iterations, references=tuple(references), max_lag=config.schedule.max_lag)
 
 
 def implied_preferences(config: RunConfig, algorithm: Algorithm, oracle: Oracle, verdict: Verdict | None) -> list[str]:

@@ -95,7 +95,7 @@ def resume(directory: Path, overrides: Sequence[str], console: Console) -> int:
     try:
         config = configuration.located(resuming.stored_config(directory, overrides))
         resuming.require_unchanged(config, store)
-        resuming.require_in_order(store)
+        resuming.require_in_order(store, config.schedule.max_lag)
         if all(store.phase_done(number, "commit") for number in range(config.iterations + 1)):
             store.close()
             return 0

@@ -4,18 +4,25 @@ A phase reads tables and weights, occupies one or two parts, writes a table or n
 knows only this: start every phase whose inputs are there and whose parts are free. What differs between runs is the edges:
 
     phase        waits for                             may follow   uses                          writes
-    sample t     commit t-1, or only sync t-1          -            engine (shared)               rollouts t
+    sample t     commit t-1, or only sync t-1 (1)      -            engine (shared)               rollouts t
     label t      sample t                              sample t     oracle (shared)               verdicts t
-    annotate t   label t, measure t-1                  label t      learner                       logprobs t
-    train t      label t, annotate t                   -            learner                       pairs t, weights t
+    annotate t   label t, measure t-1 (2)              label t      learner                       logprobs t
+    train t      label t, annotate t (2)               -            learner                       pairs t, weights t
     checkpoint t train t                               -            learner                       checkpoint t, export t
-    sync t       checkpoint t, answer t-1              -            learner, engine               version t in every replica, proved
+    sync t       checkpoint t, answer t-1 (3)          -            learner, engine               version t in every replica, proved
     answer t     sync t                                -            engine (shared)               answers t to the held-out prompts
     measure t    answer t, measure t-1                 -            learner, oracle (shared)      figures t
     commit t     measure t, commit t-1                 -            -                             what became of the iterate
 
 The base model, iteration 0, is only pushed, measured and committed. The engine is shared by phases that read its weights and taken
 alone by the one that writes them.
+
+With `max_lag: 1` iteration t is sampled while t-1 trains, so from the weights of t-2. Only these edges differ:
+
+(1) sample t waits for the same phase of t-2, and for sample t-1, which says where its prompts begin.
+(2) annotate t waits for checkpoint t-1 only; train t, which changes the weights, for measure t-1 and sync t-1, which read them.
+(3) sync t waits for sample t+1 too: a sampling phase ends with the version that it began with. Where that is sampled only after a
+    sync t that could not know of it, as when a run gets more iterations, sync t and commit t are done again (see `undone`).
 """
 
 from __future__ import annotations
@@ -37,7 +44,8 @@ class Phase:
 
     name: str
     waits_for: tuple[tuple[str, int], ...] = ()
-    """Phases that must be finished, each with how many iterations back it is. Those that no iteration has are no obstacle."""
+    """Phases that must be finished, each with how many iterations back it is: of a later one, if that is negative. What lies before the
+    base model is waited for there; a phase that an iteration does not have, and an iteration that there is not, are no obstacle."""
     follows: str | None = None
     """A phase of the same iteration whose rows are taken as they become durable: it must have begun, instead of being finished."""
     alone: frozenset[Part] = frozenset()
@@ -52,21 +60,43 @@ class Phase:
     """Dotted path, `package.module:function`, of a phase that is not in onlinerl.controller.phases."""
 
 
-def phases(*, stream: bool, evaluate_beside: bool) -> tuple[Phase, ...]:
+def phases(*, stream: bool, evaluate_beside: bool, max_lag: int = 0) -> tuple[Phase, ...]:
     """The graph, in the order in which an iteration goes through it if nothing runs side by side.
 
     Args:
         stream: labels follow the rollouts, and log-probs follow the labels.
         evaluate_beside: the next iteration samples while this one is evaluated.
+        max_lag: how many iterations are trained while the next one is sampled: 0 or 1.
     """
-    before = ("sync", 1) if evaluate_beside else ("commit", 1)
+    sampled_from = ("sync" if evaluate_beside else "commit", 1 + max_lag)
+    lagging = max_lag > 0
     graph = (
-        Phase(name="sample", waits_for=(before,), shares=frozenset({"engine"}), keeps=True),
+        Phase(
+            name="sample",
+            waits_for=(sampled_from, *([("sample", 1)] if lagging else [])),
+            shares=frozenset({"engine"}),
+            keeps=True,
+        ),
         Phase(name="label", follows="sample", shares=frozenset({"oracle"}), keeps=True),
-        Phase(name="annotate", follows="label", waits_for=(("measure", 1),), alone=frozenset({"learner"}), keeps=True),
-        Phase(name="train", waits_for=(("label", 0), ("annotate", 0)), alone=frozenset({"learner"})),
+        Phase(
+            name="annotate",
+            follows="label",
+            waits_for=(("checkpoint" if lagging else "measure", 1),),
+            alone=frozenset({"learner"}),
+            keeps=True,
+        ),
+        Phase(
+            name="train",
+            waits_for=(("label", 0), ("annotate", 0), *([("measure", 1), ("sync", 1)] if lagging else [])),
+            alone=frozenset({"learner"}),
+        ),
         Phase(name="checkpoint", waits_for=(("train", 0),), alone=frozenset({"learner"})),
-        Phase(name="sync", waits_for=(("checkpoint", 0), ("answer", 1)), alone=frozenset({"learner", "engine"}), of_base=True),
+        Phase(
+            name="sync",
+            waits_for=(("checkpoint", 0), ("answer", 1), *([("sample", -max_lag)] if lagging else [])),
+            alone=frozenset({"learner", "engine"}),
+            of_base=True,
+        ),
         Phase(name="answer", waits_for=(("sync", 0),), shares=frozenset({"engine"}), of_base=True, keeps=True),
         Phase(
             name="measure",
@@ -76,9 +106,18 @@ def phases(*, stream: bool, evaluate_beside: bool) -> tuple[Phase, ...]:
             of_base=True,
             keeps=True,
         ),
-        Phase(name="commit", waits_for=(("measure", 0), ("commit", 1)), of_base=True),
+        Phase(name="commit", waits_for=(("measure", 0), ("commit", 1), *([("sync", 0)] if lagging else [])), of_base=True),
     )
     return graph if stream else tuple(_in_turn(phase) for phase in graph)
+
+
+def sampling_version(iteration: int, max_lag: int) -> int:
+    """Which weights an iteration is sampled from. The first one that lags has only the base model, like the one before it.
+
+    >>> [sampling_version(t, 0) for t in (1, 2, 3)], [sampling_version(t, 1) for t in (1, 2, 3)]
+    ([0, 1, 2], [0, 0, 1])
+    """
+    return max(0, iteration - 1 - max_lag)
 
 
 def require_running(running: Collection[Task], unfinished: Sequence[int]) -> None:
@@ -136,15 +175,38 @@ def ready(
         for phase in of_iteration(graph, t):
             if phase.name in done[t] or (t, phase.name) in running:
                 continue
-            waiting = [name for name, back in phase.waits_for if not _past(rows[name], t - back, done)]
+            waiting = [name for name, back in phase.waits_for if not _past(rows[name], _back(t, back), done)]
             begun = phase.follows is None or phase.follows in done[t] or (t, phase.follows) in running
             if not waiting and begun and not any(_conflict(phase, rows[name], shared_hardware) for _, name in running):
                 yield t, phase.name
 
 
+def _back(iteration: int, steps: int) -> int:
+    """So many iterations back, but not beyond the base model, which itself waits for no other iteration (-1)."""
+    if iteration == 0:
+        return 0 if steps == 0 else -1
+    return max(0, iteration - steps)
+
+
 def _past(phase: Phase, iteration: int, done: Mapping[int, Collection[str]]) -> bool:
-    missing = iteration < 0 or (iteration == 0 and not phase.of_base)
+    missing = iteration not in done or (iteration == 0 and not phase.of_base)
     return missing or phase.name in done[iteration]
+
+
+def undone(graph: Sequence[Phase], done: Mapping[int, set[str]]) -> dict[int, set[str]]:
+    """`done`, without phases that had to wait for one of a later iteration which is not finished: it was asked for afterwards, or its
+    files were removed. Their iterations are committed anew."""
+    rows = {phase.name: phase for phase in graph}
+    again = {
+        t: {
+            phase.name
+            for phase in graph
+            for name, back in phase.waits_for
+            if back < 0 and not _past(rows[name], _back(t, back), done)
+        }
+        for t in done
+    }
+    return {t: names - again[t] - ({"commit"} if names & again[t] else set()) for t, names in done.items()}
 
 
 def _conflict(one: Phase, other: Phase, shared_hardware: bool) -> bool:

@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 
 from onlinerl import config as configuration
-from onlinerl import preflight
+from onlinerl import graph, preflight
 from onlinerl.config import RunConfig
 from onlinerl.errors import ConfigError, StoreError
 from onlinerl.prompts._kept import Kept
@@ -66,12 +66,20 @@ def stored_config(directory: Path, overrides: Sequence[str]) -> RunConfig:
         raise
 
 
-def require_in_order(store: RunDirectory) -> None:
-    """Nothing may be stored of an iteration whose predecessor was not pushed: it came from weights that are no longer there."""
+def require_in_order(store: RunDirectory, max_lag: int) -> None:
+    """Nothing may be stored of an iteration that came from weights which are no longer there: those that it was sampled from, or those
+    that it was trained from, which were pushed before."""
     unfinished = next(n for n in count() if not store.phase_done(n, "commit"))
     stored = {"iterations": store.iterations()} | {str(kind): store.artefacts(kind) for kind in KINDS}
     later = sorted({n for numbers in stored.values() for n in numbers if n > unfinished})
-    gap = next((n for n in later if not store.phase_done(n - 1, "sync")), None)
+
+    def in_order(n: int) -> bool:
+        sampled = n == 1 or store.phase_done(n - 1, "sample")
+        trained = any(n in numbers for kind, numbers in stored.items() if kind != "iterations")
+        pushed = n - 1 if trained else graph.sampling_version(n, max_lag)
+        return sampled and store.phase_done(pushed, "sync")
+
+    gap = next((n for n in later if not in_order(n)), None)
     if gap is not None:
         folders = " ".join(f"{kind}/{n:04d}" for kind, numbers in stored.items() for n in numbers if n >= gap)
         raise StoreError(

@@ -70,6 +70,16 @@ KEYS: dict[str, str] = {
     "clip_range": "algorithm.clip or algorithm.clip_low",
     "clip_ratio": "algorithm.clip or algorithm.clip_low",
     "epsilon": "algorithm.clip or algorithm.clip_low",
+    "sampler_cap": "algorithm.importance_sampling_cap",
+    "vllm_importance_sampling_cap": "algorithm.importance_sampling_cap",
+    "vllm_importance_sampling_clip_max": "algorithm.importance_sampling_cap",
+    "vllm_is_truncated_threshold": "algorithm.importance_sampling_cap",
+    "rollout_is_threshold": "algorithm.importance_sampling_cap",
+    "vllm_importance_sampling_mode": "algorithm.importance_sampling_mode",
+    "rollout_is": "algorithm.importance_sampling_mode",
+    "async_level": "schedule.max_lag",
+    "max_async_level": "schedule.max_lag",
+    "staleness_threshold": "schedule.max_lag",
 }
 """A key, or its last part -> what to write. Of several the first that the chosen implementation has."""
 

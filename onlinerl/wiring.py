@@ -118,7 +118,7 @@ def _wire(checked: Checked, store: RunDirectory, tracker: Tracker, **connected: 
     # Where engine and learner take turns, an evaluation would only be reported later.
     beside = schedule.evaluate_beside and not connected.get("shared_hardware")
     return Parts(
-        phases=graph.phases(stream=schedule.stream, evaluate_beside=beside),
+        phases=graph.phases(stream=schedule.stream, evaluate_beside=beside, max_lag=schedule.max_lag),
         config=checked.config,
         algorithm=checked.algorithm,
         pairing=checked.pairing,

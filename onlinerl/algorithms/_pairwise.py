@@ -18,7 +18,7 @@ class Pairwise(Algorithm):
     """An item is a pair, the chosen response first."""
 
     unit = "pair"
-    needs = Needs(pairs=True, reference=True, min_samples=2)
+    needs = Needs(pairs=True, reference=True, min_samples=2, off_policy="valid")  # a preference holds whoever wrote the two
     reference: ClassVar[Reference] = "fixed"
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:

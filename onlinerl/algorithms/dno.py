@@ -20,7 +20,8 @@ class Dno(Pairwise):
     iteration. Win rates differ by less than 1, so q stays within [0.27, 0.73] unless `reward_scale` stretches them.
     """
 
-    needs = Needs(pairs=True, reference=True, preferences=True, min_samples=2)
+    # Win rates are against the responses of the policy that the iteration starts from.
+    needs = Needs(pairs=True, reference=True, preferences=True, min_samples=2, off_policy="approximate")
     reference = "previous"
     loss_at_reference = math.log(2)  # with z = 0 both orientations give it, whatever q
 

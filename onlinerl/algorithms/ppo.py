@@ -134,6 +134,11 @@ class Ppo(PolicyGradient):
         """From when on a KL in the reward acts."""
         if not self._pays_in_reward:
             return []
+        if plan.max_lag:
+            return [
+                "the KL in the reward is that of the policy which training starts from, on responses of an older one (schedule.max_lag): a "
+                "biased estimate; algorithm.kl_in=loss does not depend on who sampled"
+            ]
         return [
             f"the KL in the reward is that of the policy that sampled: it is 0 until iteration {self._first_paid(plan)}, because that "
             "policy is the reference until then; algorithm.kl_in=loss acts at every step"

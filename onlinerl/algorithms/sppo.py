@@ -26,7 +26,7 @@ class Sppo(Algorithm):
     """
 
     unit = "sequence"
-    needs = Needs(reference=True, preferences=True, min_samples=2)
+    needs = Needs(reference=True, preferences=True, min_samples=2, off_policy="approximate")
     reference = "previous"  # win rates are against responses of the policy at the iteration's start
 
     eta: float = Field(1000.0, gt=0)

@@ -101,13 +101,16 @@ class TrainingConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Which phases may run side by side. What is computed does not depend on it."""
+    """Which phases may run side by side. What is computed depends on `max_lag` alone."""
 
-    stream: bool = True
+    stream: Resumable[bool] = True
     """Responses are judged, and scored by the learner, while the engine still samples."""
-    evaluate_beside: bool = True
+    evaluate_beside: Resumable[bool] = True
     """The next iteration samples while this one is evaluated. Where engine and learner compute on the same GPUs or cores, only one of
     them works at a time, and this changes nothing; on CPU they do unless engine.threads and learner.threads say how many each has."""
+    max_lag: Literal[0, 1] = 0
+    """With 1, the next iteration is sampled while this one trains: from weights that are one training older. An iteration then takes as
+    long as the longer of the two. Engine and learner must have GPUs or cores of their own."""
 
 
 class EvaluationConfig(Section):
@@ -275,7 +278,7 @@ class RunConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     reference: ReferenceConfig = ReferenceConfig()
     training: TrainingConfig = TrainingConfig()
-    schedule: Resumable[ScheduleConfig] = ScheduleConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: EngineConfig = EngineConfig()
     learner: LearnerConfig = LearnerConfig()

@@ -32,7 +32,7 @@ def generate(
     tracker.phase_started(it.number, phase, asked, "samples")
     tracker.phase_advanced(it.number, phase, sum(len(g.rollouts) for g in groups.values()))
     for group in it.parts.engine.generate(todo, sampling) if todo else ():
-        health.check_group(group, it.number if phase == "answer" else it.number - 1)
+        health.check_group(group, it.number if phase == "answer" else it.sampling_version)
         store.append(it.number, table, [group_row(group)])
         groups[group.prompt.id] = group
         if feed is not None and not group.rejected:

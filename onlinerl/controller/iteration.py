@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from onlinerl import graph
 from onlinerl.controller import health
 from onlinerl.controller.feed import Feed, Stopped
 from onlinerl.controller.parts import Parts, reference_iteration
@@ -64,6 +65,11 @@ class Iteration:
     def cursor(self) -> int:
         """Where the prompts of this iteration start."""
         return self.parts.store.phases(self.number - 1)["sample"]["next_cursor"] if self.number > 1 else 0
+
+    @property
+    def sampling_version(self) -> int:
+        """Which weights this iteration is sampled from."""
+        return graph.sampling_version(self.number, self.parts.config.schedule.max_lag)
 
     def prompts(self) -> tuple[list[Prompt], int]:
         """The prompts to train on, and the cursor of the next iteration."""

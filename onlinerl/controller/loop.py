@@ -37,7 +37,7 @@ class _Loop:
 
     def __init__(self, parts: Parts, attempt: int) -> None:
         self.parts, self.report = parts, Reporter.of(parts, attempt)
-        self.done = {t: start.finished(parts.store, t) for t in range(parts.config.iterations + 1)}
+        self.done = start.finished(parts)
         self.stop = threading.Event()
         self.iterations: dict[int, Iteration] = {}
         self.running: dict[Task, threading.Thread] = {}

@@ -100,6 +100,7 @@ class Reporter:
             *(self._one("pairs_dropped", float(n), labels={"reason": r}) for r, n in built.dropped.items()),
             # Trained on all the same: chosen by win rate, although the oracle prefers the rejected one of the two.
             self._one("pairs_contradicted", float(built.contradicted)),
+            *self._staleness(iteration - 1, [s.policy_version for item in built.items for s in item.sequences]),
         ]
         self._learn_of({name for step in steps.metrics for name in step}, figures)
         metrics += [
@@ -201,6 +202,14 @@ class Reporter:
             self._one("kl_conflict", float(kl.conflict), n=kl.k1.n, labels=labels),
             self._one("kl_clamped", kl.clamped_share, n=kl.tokens, labels=labels),
         ]
+
+    def _staleness(self, version: int, sampled: Sequence[int]) -> list[Metric]:
+        """How far the versions that sampled lie behind the one that training starts from."""
+        if not sampled:
+            return []
+        behind = version - np.asarray(sampled, dtype=float)
+        figures = {"mean": behind.mean(), "p95": np.quantile(behind, 0.95), "max": behind.max()}
+        return [self._one("staleness", float(v), n=len(sampled), labels={"stat": stat}) for stat, v in figures.items()]
 
     def _learn_of(self, steps: Iterable[str], figures: Iterable[str]) -> None:
         """Metrics of the algorithm or the learner that nobody has declared: recorded without a unit, and said once.

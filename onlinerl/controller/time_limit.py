@@ -49,7 +49,7 @@ class Place:
     iteration: int
     phase: str
     kept: int
-    """Bytes on disk that belong to the iteration: more of them is progress."""
+    """Bytes on disk that the phase goes on from, and those of later iterations, which were worked on beside it: other ones are progress."""
 
     @classmethod
     def of(cls, run: Run) -> Place:
@@ -60,7 +60,9 @@ class Place:
         order = [phase.name for phase in of_iteration(PHASES, iteration)]
         # Training counts from the moment its checkpoint is complete.
         phase = next(p for p in order if p not in done or (p == "train" and "checkpoint" not in done))
-        files = (run.path / "iterations" / f"{iteration:04d}").glob("*")
+        first = iteration if phase in KEEPING else iteration + 1
+        folders = (p for p in (run.path / "iterations").glob("[0-9]*") if p.name.isdigit() and int(p.name) >= first)
+        files = (file for folder in folders for file in folder.glob("*"))
         return cls(iteration=iteration, phase=phase, kept=sum(file.stat().st_size for file in files if file.is_file()))
 
 
@@ -115,7 +117,7 @@ def check(run: Run, limit_s: float) -> list[str]:
     """
     here, stopped = Place.of(run), run.manifest.get("stopped")
     if stopped is not None and (stopped["iteration"], stopped["phase"]) == (here.iteration, here.phase):
-        progress = here.phase in KEEPING and here.kept != stopped["kept"]
+        progress = here.kept != stopped["kept"]
         if not progress and limit_s <= MARGIN * stopped["seconds"]:
             raise ConfigError(
                 f"{here.phase} of iteration {here.iteration} was stopped after {stopped['seconds']:.0f} s with nothing to go on "

@@ -277,6 +277,16 @@ DATA = (
         section=_ORACLE,
         n_of="items",
     ),
+    Definition(
+        name="staleness",
+        help="Version that training starts from less the one that sampled, over the responses trained on; 0 unless schedule.max_lag is 1",
+        unit="versions",
+        section=_ORACLE,
+        title="Staleness of the responses",
+        n_of="responses",
+        labels={"stat": ("mean", "p95", "max")},
+        series=(Series(name="onlinerl_staleness_versions", labels={"stat": None}),),
+    ),
 )
 
 _TRAINING = "Training"
@@ -336,13 +346,25 @@ POLICY_GRADIENT = (
     per_step("policy_loss", "The clipped surrogate", "loss", section=_GRADIENT),
     per_step("clip_low", "Share of tokens clipped at the lower bound of the ratio", "ratio", section=_GRADIENT),
     per_step("clip_high", "Share of tokens clipped at the upper bound of the ratio", "ratio", section=_GRADIENT),
-    per_step("kl_old", "How far the policy moved since the rollouts (k3)", "nats/token", section=_GRADIENT),
+    per_step(
+        "kl_old", "How far the policy moved since training on these responses began (k3)", "nats/token", section=_GRADIENT
+    ),
     per_step("kl_reference", "KL to the reference, as the loss takes it (k3)", "nats/token", section=_GRADIENT),
     per_step("clamped", "Share of tokens whose log-ratio to the old policy was clamped", "ratio", section=_GRADIENT),
     per_step("entropy", "Entropy of the policy", "nats/token", section=_GRADIENT),
-    per_step("entropy_sampled", "Entropy of the policy that sampled, from its samples", "nats/token", section=_GRADIENT),
-    per_step("sampler_gap", "|log-prob difference| between learner and engine", "nats/token", section=_GRADIENT),
-    per_step("sampler_capped", "Share of tokens whose correction for the engine was capped", "ratio", section=_GRADIENT),
+    per_step(
+        "entropy_sampled",
+        "Entropy of the policy that training starts from, estimated from the responses",
+        "nats/token",
+        section=_GRADIENT,
+    ),
+    per_step(
+        "sampler_gap",
+        "|log-prob difference| between the learner before training and the engine that sampled; with lag, of another version too",
+        "nats/token",
+        section=_GRADIENT,
+    ),
+    per_step("sampler_capped", "Share of tokens whose importance weight was capped or masked", "ratio", section=_GRADIENT),
     per_step("zero_advantage", "Share of responses without any advantage", "ratio", section=_GRADIENT),
     per_step("response_length", "Tokens of a response that is trained on", "tokens", section=_GRADIENT),
 )

@@ -38,5 +38,6 @@ UNITS: Mapping[str, str] = {
     "s": "seconds",
     "steps": "",
     "tokens": "",
+    "versions": "",
 }
 """Unit -> what must be said about it."""

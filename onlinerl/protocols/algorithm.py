@@ -19,6 +19,15 @@ Value = TypeVar("Value")
 Reference = Literal["fixed", "previous", "none"]
 """A schedule: the base model, the policy at the start of the iteration, or nothing."""
 
+OffPolicy = Literal["valid", "corrected", "approximate", "refused"]
+"""What a loss makes of responses that an older policy sampled than the one that training starts from (`schedule.max_lag: 1`):
+
+valid        it holds for responses of any policy
+corrected    it weighs them by how probable they are for the policy that training starts from
+approximate  its theory is about responses of that policy itself; older ones come close
+refused      it would take them for that policy's own, and be wrong
+"""
+
 
 def by_knobs(of: Callable[[Any], Value]) -> Value:
     """A declaration that depends on the knobs: a property, of which type checkers see what it returns."""
@@ -46,6 +55,8 @@ class Needs(BaseModel):
     """Log-probs at the temperature of the sampling, as ratios of probabilities must be; preference losses take them at 1."""
     min_samples: int = 1
     """Fewest responses per prompt that make sense."""
+    off_policy: OffPolicy = "approximate"
+    """What the loss makes of responses of an older policy."""
     preferences: bool = False
     """How probable it is that one response beats another (win rates, soft labels); scores alone only imply it."""
 

@@ -12,6 +12,8 @@ class Plan:
     iterations: int
     references: tuple[int | None, ...]
     """Which iterate is the reference in each iteration: 0 is the base model, None no reference."""
+    max_lag: int = 0
+    """How many versions the policy that samples may be behind the one that training starts from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from recorded import disagreements
+from toy_runs import BATCH, COUNTED, HELDOUT, PROBE, PROMPTS, events, everything, weights
 
 from onlinerl import registry
 from onlinerl.graph import NAMES as PHASES
@@ -22,9 +23,6 @@ from onlinerl.stores.summary import summarise
 from onlinerl.trackers.jsonl import read_metrics
 
 NOTHING_LEFT, REQUEUE = 4, 75
-PROBE = [" It was good.", " It was bad, the answer is 7."]
-"""What the oracle is asked at every start before anything else; it is no label."""
-
 NUMBER, NONE = (int, float), type(None)
 ROW = {
     "iteration": int,
@@ -42,33 +40,6 @@ ROW = {
     "insufficient": list,
     "idle": NONE,
 }
-
-
-def events(log: Path) -> list[dict]:
-    """What the hooks in the processes logged."""
-    return [json.loads(line) for line in log.read_text().splitlines()]
-
-
-def figures(run: Path) -> dict:
-    """Everything a run reports that does not measure time."""
-    report = summarise(run, extras=True)
-    for row in report["iterations"]:
-        row["phases"] = list(row["phases"])
-        row["sync"].pop("seconds")
-    return report
-
-
-def metrics(run: Path) -> list[tuple]:
-    """The run's records without times, in an order of their own; an attempt that was superseded does not count (R-D8)."""
-    records = [r for r in read_metrics(run / "metrics.jsonl") if "seconds" not in r["name"]]
-    for record in records:
-        record.pop("attempt")
-    return sorted(json.dumps(record, sort_keys=True) for record in records)
-
-
-def weights(run: Path, iteration: int) -> np.ndarray:
-    """The iterate."""
-    return np.load(run / "exports" / f"{iteration:04d}" / "logits.npy")
 
 
 # --- a whole run ---
@@ -154,13 +125,6 @@ def test_a_learning_rate_of_zero_changes_nothing(toy_config, warm_cli, tmp_path)
 
 # --- killed and resumed ---
 
-HELDOUT, PROMPTS, BATCH = 10, 8, 4
-COUNTED = {
-    "oracle.name": "python",
-    "oracle.function": "hooks.judge",
-    "oracle.groups_per_call": BATCH,
-    "metrics.prometheus": False,
-}
 # Calls of the oracle in one evaluation and one labelling, with batches of 4.
 EVALUATION_CALLS, LABEL_CALLS = 3, 2
 # The event during which iteration 2 of the first process is killed, phase by phase.
@@ -175,21 +139,6 @@ INSIDE = {
     "measure": ["judge", 1 + 2 * (EVALUATION_CALLS + LABEL_CALLS) + 2],
     "commit": ["retain", 2],
 }
-
-
-def everything(run: Path, iterations: int = 3) -> dict:
-    """Figures, metrics and weights of a run."""
-    return {
-        "figures": figures(run),
-        "metrics": metrics(run),
-        "weights": [weights(run, i).tolist() for i in range(1, iterations + 1)],
-        "pairs": [pairs(run, i) for i in range(1, iterations + 1)],
-    }
-
-
-def pairs(run: Path, iteration: int) -> list[dict]:
-    with RunDirectory.open(run) as opened:
-        return opened.read(iteration, "pairs")
 
 
 def finished_phases(run: Path, iteration: int) -> set[str]:

@@ -72,6 +72,33 @@ def test_a_warm_up_of_a_critic_that_shares_the_policys_network_is_refused():
     assert notes("algorithm.critic=separate", "algorithm.critic_warmup=1") == []
 
 
+LAG = "schedule.max_lag=1"
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_lag_without_a_correction_is_refused_where_the_loss_needs_one(algorithm):
+    name = f"algorithm.name={algorithm}"
+    assert notes(name, LAG) == []
+    with pytest.raises(ConfigError, match="takes every response for one of the policy that training starts from") as caught:
+        notes(name, LAG, "algorithm.importance_sampling_cap=null")
+    assert caught.value.field == "schedule.max_lag"
+    assert "algorithm.importance_sampling_cap" in caught.value.fix
+    assert notes(name, "algorithm.importance_sampling_cap=null") == []
+
+
+@pytest.mark.parametrize(("algorithm", "said"), [("dpo", 0), ("dno", 1), ("dno_prct", 1), ("sppo", 1)])
+def test_what_lag_means_for_losses_on_preferences_is_said(algorithm, said):
+    found = notes(f"algorithm.name={algorithm}", LAG)
+    assert len(found) == said
+    assert all("those of the policy before it" in note for note in found)
+    assert notes(f"algorithm.name={algorithm}") == []
+
+
+def test_a_kl_in_the_reward_is_biased_with_lag():
+    (note,) = notes("algorithm.kl_in=reward", LAG)
+    assert "a biased estimate" in note
+
+
 def sections(*overrides: str) -> None:
     config = configuration.load(QUICKSTART, list(overrides))
     check_sections(config, configuration.algorithm(config))

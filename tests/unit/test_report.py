@@ -25,6 +25,8 @@ from onlinerl.types import (
     Rollout,
     Sampling,
     SyncReport,
+    TrainItem,
+    TrainSequence,
     UpdateReport,
     Verdict,
 )
@@ -64,7 +66,9 @@ def group(number: int) -> Group:
 VERDICT = Verdict(annotator="a", oracle_version="1", scores=(0.0, 1.0))
 GROUPS = [group(n) for n in range(3)]
 LOGPROBS = [np.array([-1.0, -2.0]), np.array([-1.5])]
-BUILT = Built(items=(), judged=(), dropped={"tie": 1}, contradicted=0, truncated=0, useful=2, groups=3)
+SAMPLED_BY = [TrainSequence(prompt_ids=(1,), response_ids=(2,), policy_version=v) for v in (4, 4, 4, 3)]
+ITEMS = tuple(TrainItem(prompt_id=str(n), sequences=(s,)) for n, s in enumerate(SAMPLED_BY))
+BUILT = Built(items=ITEMS, judged=(), dropped={"tie": 1}, contradicted=0, truncated=0, useful=2, groups=3)
 
 
 def steps(*metrics: dict[str, float]) -> UpdateReport:
@@ -105,6 +109,13 @@ def everything(report: Reporter, learner: dict[str, float], figures: dict[str, f
     now = measured()
     report.mismatch(1, now.mismatch)
     report.evaluated(1, now)
+
+
+def test_staleness_counts_versions_from_the_one_that_training_starts_from():
+    recorder = Recorder()
+    Reporter(FanoutTracker([recorder])).trained(5, steps(), BUILT, None, 0, {})
+    found = {r.labels["stat"]: (r.value, r.n) for r in recorder.records if r.name == "staleness"}
+    assert found == {"mean": (0.25, 4), "p95": (pytest.approx(0.85), 4), "max": (1.0, 4)}
 
 
 def of(origin: str, catalogue: Catalogue = CATALOGUE) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from onlinerl import graph
 from onlinerl.controller.iteration import Iteration
 
 
@@ -11,10 +12,12 @@ def commit(it: Iteration) -> dict[str, Any]:
     """Remove old checkpoints and exports; the record says what became of the iterate."""
     config, store = it.parts.config, it.parts.store
     if it.number > 0:
-        keep = {it.number - i for i in range(config.checkpoints.keep)}
-        store.retain("checkpoints", keep)
+        # Where the engine samples from older weights than the learner has, a resume needs both.
+        kept = max(config.checkpoints.keep, 1 + config.schedule.max_lag)
+        newer = range(it.number + 1, it.number + graph.IN_FLIGHT)
+        store.retain("checkpoints", {*(it.number - i for i in range(kept)), *newer})
         if config.checkpoints.exports == "last":
             reference = it.reference()
-            store.retain("exports", {it.number, it.number - 1, *([] if reference is None else [reference])})
+            store.retain("exports", {it.number, it.number - 1, *newer, *([] if reference is None else [reference])})
     idle = it.number > 0 and store.phases(it.number)["train"].get("idle")
     return {"status": "keep" if idle else "promoted"}

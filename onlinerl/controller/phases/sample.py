@@ -12,7 +12,7 @@ from onlinerl.types import Request, derive_seed
 
 
 def sample(it: Iteration) -> dict[str, Any]:
-    """Sample from the iterate before this one."""
+    """Sample from the iterate before this one, or from the one before that (`schedule.max_lag`)."""
     config = it.parts.config
     prompts, next_cursor = it.prompts()
     k = config.sampling.samples_per_prompt
@@ -28,4 +28,5 @@ def sample(it: Iteration) -> dict[str, Any]:
         "truncated": sum(r.finish_reason == "length" for r in rollouts),
         "rejected": dict(Counter(reason for g in groups for reason in g.rejected)),
         "next_cursor": next_cursor,
+        "policy_version": it.sampling_version,
     }

@@ -44,6 +44,8 @@ def train(it: Iteration) -> dict[str, Any]:
         "loss_first": steps.metrics[0].get("loss") if steps.metrics else None,
         "loss_last": steps.metrics[-1].get("loss") if steps.metrics else None,
         "reference": it.reference(),
+        "policy_version": it.number - 1,
+        "sampled_by": sorted({s.policy_version for item in built.items for s in item.sequences}),
     }
 
 

@@ -10,12 +10,15 @@ from pydantic import ValidationError
 from trl_losses import grpo_loss
 
 from onlinerl.algorithms.grpo import Grpo
+from onlinerl.batch import Outputs
+from onlinerl.ops.batching import collate
 
 VARIANTS = [
     {"std_norm": "group", "agg": "seq_mean_token_mean"},
-    {"std_norm": "batch", "agg": "token_mean", "kl": 0.04, "clip_high": 0.28, "sampler_cap": None},
+    {"std_norm": "batch", "agg": "token_mean", "kl": 0.04, "clip_high": 0.28, "importance_sampling_cap": None},
     {"std_norm": "none", "agg": "token_mean"},
 ]
+CAPPED = {"importance_sampling_cap": 0.9}
 KNOBS = {
     "std_norm": [({}, "batch"), ({}, "none"), ({"std_norm": "batch"}, "none")],
     "agg": [({}, "token_mean")],
@@ -23,7 +26,8 @@ KNOBS = {
     "clip_high": [({}, 0.05)],
     "dual_clip": [({}, 1.01)],
     "kl": [({}, 0.5)],
-    "sampler_cap": [({}, 0.9), ({}, None), ({"sampler_cap": 0.9}, None)],
+    "importance_sampling_cap": [({}, 0.9), ({}, None), ({"importance_sampling_cap": 0.9}, None)],
+    "importance_sampling_mode": [(CAPPED, mode) for mode in ("token_mask", "sequence_truncate", "sequence_mask")],
 }
 AGGREGATIONS = ("seq_mean_token_mean", "token_mean")
 
@@ -169,7 +173,58 @@ def test_sampler_weight_is_capped_and_carries_no_gradient():
     assert gradient[0].tolist() == pytest.approx([-0.75, -1.0], rel=1e-6)
     assert values(out)["sampler_gap"] == pytest.approx((np.log(1.5) + np.log(5.0)) / 2, rel=1e-6)
     assert values(out)["sampler_capped"] == 0.5
-    assert evaluate(grpo(sampler_cap=None), [item], [-1.0])[0] == pytest.approx(-1.0)
+    assert evaluate(grpo(importance_sampling_cap=None), [item], [-1.0])[0] == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "weights", "capped"),
+    [
+        ("token_truncate", [1.5, 2.0, 0.5], 1 / 3),
+        ("token_mask", [1.5, 0.0, 0.5], 1 / 3),
+        ("sequence_truncate", [2.0, 2.0, 2.0], 1.0),  # the product is 1.5 * 5 * 0.5
+        ("sequence_mask", [0.0, 0.0, 0.0], 1.0),
+    ],
+)
+def test_responses_of_an_older_policy_are_weighted_by_how_probable_they_are_now(mode, weights, capped):
+    """The padding of a shorter neighbour takes no part, and the KL term is not weighted."""
+    behaviour = [-1.0 - np.log(1.5), -1.0 - np.log(5.0), -1.0 - np.log(0.5)]
+    stale = single(sequence(3, old=-1.0, behaviour=behaviour, advantages=1.0))
+    near = single(sequence(1, old=-1.0, behaviour=-1.0, advantages=1.0))
+    algorithm = grpo(agg="token_mean", importance_sampling_mode=mode)
+    loss, gradient, out, _ = evaluate(algorithm, [stale, near], [-1.0, -1.0])
+    assert loss == pytest.approx(-(sum(weights) + 1.0) / 4, rel=1e-6)
+    assert gradient[0].tolist() == pytest.approx([-w / 4 for w in weights], rel=1e-6)
+    assert values(out)["sampler_capped"] == pytest.approx(capped * 3 / 4)
+    priced = grpo(agg="token_mean", importance_sampling_mode=mode, kl=0.5)
+    with_kl = evaluate(priced, [stale, near], [-1.0, -1.0])[0]
+    assert with_kl - loss == pytest.approx(0.5 * (np.exp(1.0) - 2.0), rel=1e-6), "k3 of d = -1, the reference at 0"
+
+
+def test_truncated_weights_give_the_gradient_of_the_policy_that_training_starts_from():
+    """Over all responses that the older policy can give, each as often as it gives it: with no weight the gradient is another one."""
+    behaviour, old = np.log([0.7, 0.2, 0.1]), np.log([0.5, 0.2, 0.3])
+    rewards = np.array([0.0, 1.0, 2.0])
+
+    def gradient(algorithm) -> np.ndarray:
+        logits = torch.tensor(old, requires_grad=True)
+        total = torch.zeros(())
+        for token in range(3):
+            item = single(sequence(1, old=old[token], behaviour=behaviour[token], advantages=rewards[token]))
+            batch = collate([item])
+            logprobs = torch.log_softmax(logits, dim=0)[token].float().reshape(1, 1)
+            total = total + np.exp(behaviour[token]) * algorithm.loss(Outputs(logprobs_BT=logprobs), batch).total
+        (found,) = torch.autograd.grad(total, logits)
+        return found.numpy()
+
+    probabilities = np.exp(old)
+    exact = -probabilities * (rewards - probabilities @ rewards)
+    assert gradient(grpo(importance_sampling_cap=4.0)) == pytest.approx(exact, abs=1e-6)
+    assert np.abs(gradient(grpo(importance_sampling_cap=None)) - exact).max() > 0.05
+
+
+def test_a_mode_without_a_weight_is_refused():
+    with pytest.raises(ValidationError, match="there is no weight"):
+        grpo(importance_sampling_cap=None, importance_sampling_mode="token_mask")
 
 
 @pytest.mark.parametrize("agg", AGGREGATIONS)

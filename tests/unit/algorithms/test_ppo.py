@@ -19,6 +19,7 @@ VARIANTS = [
     {"entropy_coef": 0.01, "dual_clip": 3.0, "normalize_scores": False},
     {"kl": 0.0},
 ]
+CAPPED = {"importance_sampling_cap": 0.9}
 KNOBS = {
     "kl": [({}, 0.5), (REWARD, 0.5), ({}, 0.0)],
     "kl_in": [({}, "reward")],
@@ -35,7 +36,8 @@ KNOBS = {
     "value_clip": [({}, 0.1), ({"value_clip": 0.1}, 0.3)],
     "vf_coef": [({}, 1.0)],
     "entropy_coef": [({}, 0.1)],
-    "sampler_cap": [({}, 0.9), ({}, None), ({"sampler_cap": 0.9}, None)],
+    "importance_sampling_cap": [({}, 0.9), ({}, None), ({"importance_sampling_cap": 0.9}, None)],
+    "importance_sampling_mode": [(CAPPED, mode) for mode in ("token_mask", "sequence_truncate", "sequence_mask")],
     "critic": [({}, "shared")],
     "critic_learning_rate": [({}, 1e-3)],
     "critic_warmup": [({}, 2)],
