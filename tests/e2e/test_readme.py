@@ -17,6 +17,7 @@ from onlinerl import cli as command_line
 from onlinerl import config as configuration
 from onlinerl import registry
 from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.stores.summary import summarise
 from onlinerl.trackers._fanout import FanoutTracker
@@ -65,9 +66,9 @@ def test_its_commands_and_scripts_run_as_printed(document, sandbox, warm_cli):
 def write_prompts(folder: Path) -> None:
     """The prompts of the README, and as many more as a run needs."""
     [printed] = [block.text for block in documents.blocks(README) if block.language == "json"]
-    more = [f'{{"id": "m{i}", "text": "Film {i} was"}}\n' for i in range(30)]
-    (folder / "my-prompts.jsonl").write_text(printed + "".join(more[:10]))
-    (folder / "my-heldout.jsonl").write_text("".join(more[10:]))
+    more = [f'{{"id": "m{i}", "text": "Film {i} was"}}\n' for i in range(60)]
+    (folder / "my-prompts.jsonl").write_text(printed + "".join(more[:40]))
+    (folder / "my-heldout.jsonl").write_text("".join(more[40:]))
 
 
 def tried(command: str, folder: Path, warm_cli) -> str | None:
@@ -186,7 +187,7 @@ def test_the_guides_show_the_same_files_as_the_readme():
 
 
 def oracle(**spec):
-    built = configuration.component(spec, "oracle", "oracles", configuration.Oracle)
+    built = configuration.component(spec, "oracle", "oracles", Oracle)
     built.open()
     return built
 
