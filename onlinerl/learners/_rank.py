@@ -97,7 +97,7 @@ class Rank:
 
     def _build(self, model: str) -> None:
         """Read the model and make the optimizer. Dropout stays off: log-probs of one and the same policy must not differ from pass
-        to pass (R-E5)."""
+        to pass."""
         raise NotImplementedError
 
     @property
@@ -119,7 +119,7 @@ class Rank:
         raise NotImplementedError
 
     def gradients(self, micro: Sequence[Sequence[TrainItem]], count: int) -> dict[str, np.ndarray]:
-        """The gradient that `step` would use, by parameter name, and no step: for parity tests (R-E7)."""
+        """The gradient that `step` would use, by parameter name, and no step: for parity tests."""
         raise NotImplementedError
 
     def reset_optimizer(self) -> None:
@@ -191,7 +191,7 @@ class Rank:
         """Accumulate the gradient of this rank's share; returns sum and count of each metric.
 
         A loss that is not finite gets a gradient that is not finite either, whatever its formula says: the optimizer then drops the
-        whole step, on all ranks (R-E6).
+        whole step, on all ranks.
         """
         totals: dict[str, Tensor] = {}
         for items in micro:
@@ -243,7 +243,7 @@ class Rank:
         self._sender = open_sender(init_info, client, self.source)
 
     def send_weights(self, version: int) -> None:
-        """Send everything to everyone. No training collective may be in flight, so the ranks meet before and after (R-A2)."""
+        """Send everything to everyone. No training collective may be in flight, so the ranks meet before and after."""
         dist.barrier()
         self._sender.client.version = version
         self._sender.send_weights()

@@ -13,7 +13,7 @@ from onlinerl.protocols.learner import TensorMeta
 class PolicySource:
     """Yields every parameter once, whole, in the wire dtype, layer by layer; a `protocols.learner.WeightSource`.
 
-    Tied weights appear once, under the name the model's own loader expects (R-B7).
+    Tied weights appear once, under the name the model's own loader expects.
 
     Args:
         model: the language model, without critic.

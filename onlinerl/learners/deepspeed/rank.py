@@ -104,7 +104,7 @@ class DeepSpeedRank(Rank):
         return float(self._engine.get_global_grad_norm()), self._engine.was_step_applied()
 
     def gradients(self, micro: Sequence[Sequence[TrainItem]], count: int) -> dict[str, np.ndarray]:
-        """The gradient that `step` would use, by parameter name, and no step: for parity tests (R-E7)."""
+        """The gradient that `step` would use, by parameter name, and no step: for parity tests."""
         from deepspeed.utils import safe_get_full_grad
 
         self._backward(micro, count)

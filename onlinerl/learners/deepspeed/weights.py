@@ -11,14 +11,14 @@ from onlinerl.learners._weights import PolicySource
 
 class ShardedSource(PolicySource):
     """Under ZeRO-3 a parameter is a zero-size stub between uses: its true shape is `ds_shape`, and it is gathered, one at a time, for
-    the moment it is yielded (R-B6). All ranks iterate in lockstep."""
+    the moment it is yielded. All ranks iterate in lockstep."""
 
     def _shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
         return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.whole():
-            # A copy, because gathered storage is given back before the bytes may have been sent (R-B4).
+            # A copy, because gathered storage is given back before the bytes may have been sent.
             yield name, parameter.detach().to(self._dtype, copy=hasattr(parameter, "ds_id"))
 
     def whole(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -84,7 +84,7 @@ class TorchRank(Rank):
                 parameter.copy_(stepped)
 
     def gradients(self, micro: Sequence[Sequence[TrainItem]], count: int) -> dict[str, np.ndarray]:
-        """The gradient that `step` would use, by parameter name, and no step: for parity tests (R-E7)."""
+        """The gradient that `step` would use, by parameter name, and no step: for parity tests."""
         self._backward(micro, count)
         self._sum_over_ranks()
         named = [(name, self._stepped[p].grad) for name, p in self._policy.named_parameters()]
