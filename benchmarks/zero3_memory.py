@@ -110,17 +110,16 @@ def measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run all ranks of a case; peaks in bytes by phase, of the rank that needs most."""
     import torch.distributed as dist
 
-    from onlinerl.config import LearnerConfig
-    from onlinerl.learners.deepspeed import environment
+    from onlinerl.learners.deepspeed import DeepSpeed
 
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     (work / "job").write_text(json.dumps({**job, "work": str(work)}))
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=300), wait_for_workers=False)
-    config = LearnerConfig(ranks=job["ranks"], zero_stage=job["stage"], dtype=job["dtype"])
+    config = DeepSpeed(ranks=job["ranks"], zero_stage=job["stage"], dtype=job["dtype"])
     threads = max(1, len(os.sched_getaffinity(0)) // job["ranks"])
-    env = {**os.environ, **environment(config, "cpu", threads), "DEEPSPEED_LOG_LEVEL": "ERROR", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, **config.environment("cpu", threads), "DEEPSPEED_LOG_LEVEL": "ERROR", "CUDA_VISIBLE_DEVICES": ""}
     env.pop("ONLINERL_DIE_WITH_PARENT")
     logs = [work / f"phases{r}" for r in range(job["ranks"])]
     outputs = [(work / f"output{r}").open("w+") for r in range(job["ranks"])]
@@ -198,8 +197,9 @@ def run_rank(job: dict[str, Any], rank: int, port: int, log: Path) -> None:
 
     from onlinerl.algorithms.dpo import Dpo
     from onlinerl.algorithms.ppo import Ppo
-    from onlinerl.config import LearnerConfig, TrainingConfig
-    from onlinerl.learners.deepspeed import DeepSpeedRank
+    from onlinerl.config import TrainingConfig
+    from onlinerl.learners.deepspeed import DeepSpeed
+    from onlinerl.learners.deepspeed.rank import DeepSpeedRank
     from onlinerl.types import TrainItem, TrainSequence
 
     ends: dict[str, float] = {}
@@ -232,7 +232,7 @@ def run_rank(job: dict[str, Any], rank: int, port: int, log: Path) -> None:
     learner = DeepSpeedRank(
         job["model"],
         Ppo(critic="separate") if job["critic"] else Dpo(),
-        LearnerConfig(ranks=job["ranks"], zero_stage=job["stage"], dtype=job["dtype"]),
+        DeepSpeed(ranks=job["ranks"], zero_stage=job["stage"], dtype=job["dtype"]),
         TrainingConfig(learning_rate=1e-5),
         rank=rank,
         world_size=job["ranks"],
@@ -270,10 +270,10 @@ def run_rank(job: dict[str, Any], rank: int, port: int, log: Path) -> None:
 
 def estimate(job: dict[str, Any], parameters: int) -> float:
     """What `onlinerl check` says of such a run."""
-    from onlinerl.config import LearnerConfig
-    from onlinerl.memory import learner_rank
+    from onlinerl.learners.deepspeed import DeepSpeed
+    from onlinerl.learners.deepspeed.memory import learner_rank
 
-    config = LearnerConfig(ranks=job["ranks"], zero_stage=job["stage"], dtype=job["dtype"])
+    config = DeepSpeed(ranks=job["ranks"], zero_stage=job["stage"], dtype=job["dtype"])
     return sum(learner_rank(config, parameters, critic=job["critic"]).values())
 
 

@@ -121,7 +121,7 @@ class Run:
     @property
     def config(self) -> RunConfig:
         """Its whole configuration, defaults included."""
-        return configuration.without_unread(configuration.load(self.path / "config.yaml"))
+        return configuration.without_unread(configuration.load(self.path / "config.yaml", stored=True))
 
     @property
     def iterations(self) -> list[int]:

@@ -39,7 +39,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str, compone
     more = f" (and {error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _keys(model, path[:-1])
-        if issubclass(model, Component) and len(path) == 1:
+        if issubclass(model, Component) and len(path) == 1 and "name" not in known:
             known.append("name")
         return ConfigError(f"is not a known key{more}", field=field, fix=_meant(path[-1], field, known))
     info = _field(model, path)

@@ -11,9 +11,6 @@ from onlinerl.config import RunConfig
 from onlinerl.errors import ClusterError, ConfigError
 from onlinerl.protocols.oracle import ModelOracle
 
-COLOCATED_UTILIZATION = 0.95
-"""More than this of a GPU cannot go to an engine that shares it: 0.05 of the largest GPUs is what an idle learner keeps."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
@@ -148,16 +145,4 @@ def require_shareable(config: RunConfig) -> None:
             field="cluster.colocate",
             fix="make learner.ranks and engine.replicas equal",
         )
-    if config.engine.tensor_parallel_size > 1:
-        raise ConfigError(
-            "colocated replicas cannot span GPUs",
-            field="engine.tensor_parallel_size",
-            fix="set it to 1, or cluster.colocate=false",
-        )
-    if config.engine.gpu_memory_utilization > COLOCATED_UTILIZATION:
-        raise ConfigError(
-            f"is {config.engine.gpu_memory_utilization}, and a learner that has given its memory away still holds its CUDA context "
-            "and communication buffers, about 1.5 GiB",
-            field="engine.gpu_memory_utilization",
-            fix=f"set it to {COLOCATED_UTILIZATION} or less",
-        )
+    config.engine.check_shared()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import importlib.util
 import json
 import os
-import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +17,8 @@ from onlinerl import hub, placement, weight_files
 from onlinerl.algorithm_checks import check_algorithm, check_sections
 from onlinerl.config import RunConfig
 from onlinerl.controller.asking import answers
-from onlinerl.engines import _fit
 from onlinerl.errors import ConfigError, OracleError
 from onlinerl.families import check_attention, logit_rule
-from onlinerl.memory import GIB, learner_rank
 from onlinerl.prompts._kept import Kept
 from onlinerl.prompts.jsonl import JsonlPrompts, check_answers, check_overlap, load_prompts, read_prompts
 from onlinerl.protocols.algorithm import Algorithm
@@ -31,8 +26,7 @@ from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.types import Failure, Prompt, Query, Verdict
 
-PAIRINGS = (("vllm", "deepspeed"), ("toy", "toy"))
-"""(engine, learner) that can work together."""
+GIB = 2**30
 BLOCKS, BLOCK_BYTES = 256, 2**16
 """Of each large file of a model, by which it is recognised."""
 
@@ -99,7 +93,8 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     notes = [derived(config, algorithm), *check_algorithm(config, algorithm)]
     _check_schedule(config)
     _check_layout(config)
-    _check_trackers(config)
+    for tracker in config.metrics.all():
+        tracker.check()
     _check_writable(config)
     local = _check_model(config.model)
     if local is not None:  # from here on by its place: other processes may have another working directory
@@ -191,13 +186,13 @@ def memory(config: RunConfig, parameters: float | None, *, critic: bool = False)
     if parameters is None:
         return "memory: the size of the model is not known, so nothing was estimated"
     learner, ranks = config.learner, config.learner.ranks
-    parts = learner_rank(learner, parameters, critic=critic)
+    parts = learner.memory(parameters, critic=critic)
     of_what = " + ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
     engine_weight = 4 if config.engine.dtype == "float32" else 2
     replica = parameters * engine_weight / config.engine.tensor_parallel_size / GIB
     return (
         f"memory (estimate, {parameters / 1e9:.2f} B parameters): learner {ranks} rank{'s' if ranks > 1 else ''} x "
-        f"{sum(parts.values()) / GIB:.1f} GiB (ZeRO-{learner.zero_stage}, {learner.dtype}: {of_what}; activations come on top); "
+        f"{sum(parts.values()) / GIB:.1f} GiB ({learner.layout}: {of_what}; activations come on top); "
         f"engine {config.engine.replicas} replica{'s' if config.engine.replicas > 1 else ''} x "
         f"{config.engine.tensor_parallel_size} x {replica:.1f} GiB of weights plus KV cache"
     )
@@ -260,15 +255,13 @@ def _check_schedule(config: RunConfig) -> None:
 
 
 def _check_layout(config: RunConfig) -> None:
-    names = config.engine.name, config.learner.name
-    for i, section in enumerate(("engine", "learner")):
-        if names[i] not in (there := [pairing[i] for pairing in PAIRINGS]):
-            raise ConfigError(f"there is no {names[i]!r}", field=f"{section}.name", fix=f"leave it out: it is {there[0]}")
-    if names not in PAIRINGS:
+    if config.engine.in_process != config.learner.in_process:
+        here, there = ("learner", "engine") if config.learner.in_process else ("engine", "learner")
         raise ConfigError(
-            f"engine {names[0]!r} and learner {names[1]!r} do not go together",
+            f"engine {config.engine.name!r} and learner {config.learner.name!r} do not go together: the {here} runs in this process, "
+            f"the {there} on the cluster",
             field="engine.name",
-            fix="use vllm with deepspeed (toy with toy in tests)",
+            fix="choose both of one kind, e.g. vllm with deepspeed (toy with toy in tests)",
         )
     if config.cluster.device == "cpu" and (config.cluster.colocate or config.sync.backend in ("nccl", "ipc")):
         raise ConfigError(
@@ -305,16 +298,11 @@ def _check_lengths(checked: Checked, model: Path) -> None:
 
 
 def _check_engine(checked: Checked, model: Path) -> None:
-    """What vLLM would say only after it has started, or in no words that name a key of ours."""
+    """What the engine would say only after it has started."""
     config = checked.config
-    if config.engine.name != "vllm":
-        return
     description = json.loads((model / "config.json").read_text())
-    _fit.check_division(config.engine, description)
-    if _runs_on_cpu(config):
-        _fit.check_kv_cache(config.engine, description, checked.max_model_len)
-        if config.cluster.address is None:  # otherwise the replicas' machines are known only once they are there
-            _fit.share_cores([_fit.this_place()], 0, config.engine)
+    on_cpu, alone = _runs_on_cpu(config), config.cluster.address is None
+    config.engine.check(description, checked.max_model_len, on_cpu=on_cpu, alone=alone)
 
 
 def _runs_on_cpu(config: RunConfig) -> bool:
@@ -323,31 +311,6 @@ def _runs_on_cpu(config: RunConfig) -> bool:
     return device == "cpu" or (
         device == "auto" and alone and not [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd")]
     )
-
-
-def _check_trackers(config: RunConfig) -> None:
-    """What would only be noticed when the run directory is there already."""
-    metrics = config.metrics
-    if metrics.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError(
-            "TensorBoard is not installed",
-            field="metrics.tensorboard",
-            fix="pip install 'onlinerl[tensorboard]', or set metrics.tensorboard=false",
-        )
-    if not metrics.prometheus or metrics.prometheus_port == 0:
-        return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((metrics.prometheus_host, metrics.prometheus_port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:  # another run has it: this one takes the next free port
-                return
-            raise ConfigError(
-                f"{metrics.prometheus_host}:{metrics.prometheus_port} cannot be listened on: {error.strerror}",
-                field="metrics.prometheus_port",
-                fix="choose another port, 0 for any free one, or set metrics.prometheus=false",
-            ) from None
 
 
 def _check_writable(config: RunConfig) -> None:

@@ -53,14 +53,14 @@ def stored_config(directory: Path, overrides: Sequence[str]) -> RunConfig:
     """
     file = directory / "config.yaml"
     try:
-        config = configuration.load(file, [*overrides, f"runs={json.dumps(str(directory.parent))}"])
+        config = configuration.load(file, [*overrides, f"runs={json.dumps(str(directory.parent))}"], stored=True)
         return config if any(o.startswith("pairing") for o in overrides) else configuration.without_unread(config)
     except ConfigError as error:
         if not file.is_file():
             fix = f"copy the configuration there that the run was started with; {file.name} is compared with the run's manifest"
             raise ConfigError(f"{file} is gone", field="CONFIG", fix=fix) from None
         try:
-            configuration.load(file)
+            configuration.load(file, stored=True)
         except ConfigError as stored:
             raise ConfigError(stored.cause, field=stored.field, fix=f"{stored.fix}, in {file}") from error
         raise

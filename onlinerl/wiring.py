@@ -15,21 +15,21 @@ from onlinerl.controller.asking import Asker
 from onlinerl.controller.parts import Parts
 from onlinerl.errors import ConfigError
 from onlinerl.metrics.catalogue import CATALOGUE
-from onlinerl.network import outside_address
 from onlinerl.preflight import Checked
+from onlinerl.protocols.engine import InProcessEngine
+from onlinerl.protocols.learner import InProcessLearner
 from onlinerl.protocols.oracle import ModelOracle, Oracle
-from onlinerl.protocols.tracker import Tracker
+from onlinerl.protocols.tracker import Tracked, Tracker
 from onlinerl.stores.directory import RunDirectory
-from onlinerl.trackers.console import ConsoleTracker
-from onlinerl.trackers.jsonl import JsonlTracker, read_metrics
+from onlinerl.trackers.console import OnConsole
+from onlinerl.trackers.jsonl import Jsonl, read_metrics
 from onlinerl.types import Prompt, Verdict
 
 
 def started(checked: Checked, store: RunDirectory, tracker: Tracker) -> AbstractContextManager[Parts]:
     """Engine, learner and what connects them, as the configuration names them."""
-    if checked.config.engine.name == "toy":
-        return toy(checked, store, tracker)
-    return on_cluster(checked, store, tracker)
+    start = in_process if checked.config.engine.in_process else on_cluster
+    return start(checked, store, tracker)
 
 
 @contextmanager
@@ -92,18 +92,17 @@ def canary(prompts: Sequence[Prompt], count: int) -> Sequence[tuple[Sequence[int
 
 
 @contextmanager
-def toy(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterator[Parts]:
+def in_process(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterator[Parts]:
     """Everything in this process, for fast tests of the loop."""
-    from onlinerl.engines.toy import ToyEngine
-    from onlinerl.learners.toy import ToyLearner
-    from onlinerl.sync.toy import ToySync
-
+    config = checked.config
+    assert isinstance(config.engine, InProcessEngine)
+    assert isinstance(config.learner, InProcessLearner)
     if isinstance(checked.oracle, ModelOracle):
         checked = replace(checked, oracle_scores=probed(checked, checked.oracle).scores is not None)
-    tokenizer = preflight.tokenizer(checked.config.model)
-    engine = ToyEngine(len(tokenizer), tokenizer.decode)
-    learner = ToyLearner(len(tokenizer), checked.algorithm, checked.config.model, _loss_temperature(checked))
-    sync = ToySync(lambda: learner.logits.detach().numpy(), engine.load, lambda: engine.logits)
+    tokenizer = preflight.tokenizer(config.model)
+    engine = config.engine.open(len(tokenizer), tokenizer.decode)
+    learner = config.learner.open(len(tokenizer), checked.algorithm, config.model, _loss_temperature(checked))
+    sync = config.learner.connect(learner, engine)
     yield _wire(checked, store, tracker, asker=Asker(checked.oracle), engine=engine, learner=learner, sync=sync)
 
 
@@ -136,30 +135,14 @@ def _wire(checked: Checked, store: RunDirectory, tracker: Tracker, **connected: 
 def trackers(checked: Checked, directory: Path, console: Console) -> list[Tracker]:
     """Who is told what happens in a run."""
     config = checked.config
-    found: list[Tracker] = [ConsoleTracker(console), JsonlTracker(directory / "metrics.jsonl")]
-    if config.metrics.tensorboard:
-        from onlinerl.trackers.tensorboard import TensorboardTracker
-
-        found.append(TensorboardTracker(directory / "tensorboard"))
-    if config.metrics.prometheus:  # last: from here on Prometheus is told that the run is there
-        from onlinerl.trackers.prometheus import PrometheusTracker, totals
-
-        host, port = config.metrics.prometheus_host, config.metrics.prometheus_port
-        advertised = outside_address() if host in ("0.0.0.0", "::", "") else host
-        catalogue = CATALOGUE.including(checked.algorithm.metrics, config.algorithm["name"])
-        exporter = PrometheusTracker(
-            config.name,
-            host=host,
-            port=port,
-            discovery=directory.parent / ".prometheus",
-            advertised=advertised,
-            catalogue=catalogue,
-        )
-        exporter.restore(totals(read_metrics(directory / "metrics.jsonl"), catalogue))  # counters go on where they stopped
-        taken = f" (port {port} is taken)" if port not in (0, exporter.port) else ""
-        console.print(f"metrics: http://{advertised}:{exporter.port}/metrics{taken}", highlight=False)
-        found.append(exporter)
-    return found
+    run = Tracked(
+        name=config.name,
+        directory=directory,
+        catalogue=CATALOGUE.including(checked.algorithm.metrics, config.algorithm["name"]),
+        earlier=read_metrics(directory / "metrics.jsonl"),
+        console=console,
+    )
+    return [each.open(run) for each in (OnConsole(), Jsonl(), *config.metrics.all())]
 
 
 def probed(checked: Checked, oracle: Oracle) -> Verdict:

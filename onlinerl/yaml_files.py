@@ -12,6 +12,10 @@ import yaml
 
 from onlinerl.errors import ConfigError
 
+Choices = Mapping[str, tuple[str | None, Collection[str]]]
+"""Dotted keys that choose an implementation, whose section holds this implementation's keys only: by key, what is chosen where the
+section says nothing, and the keys that all implementations have, which stay when another one is chosen."""
+
 
 class _Loader(yaml.SafeLoader):
     """YAML in which 1e-5 is a number, as it is in YAML 1.2 and everywhere else (YAML 1.1 wants 1.0e-5), and a key comes once."""
@@ -36,12 +40,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read(path: Path, choices: Collection[str], _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read(path: Path, choices: Choices, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The tree in a file, on top of those that it extends.
 
     Args:
         path: of the file.
-        choices: dotted keys that choose an implementation, whose section holds this implementation's keys only.
+        choices: see `Choices`.
 
     Raises:
         ConfigError: if there is no such file, or it is not what it should be.
@@ -76,13 +80,13 @@ def read(path: Path, choices: Collection[str], _seen: tuple[Path, ...] = ()) -> 
     return _merge(read(path.parent / base, choices, (*_seen, path.resolve())), tree, choices)
 
 
-def _merge(base: dict[str, Any], over: Mapping[str, Any], choices: Collection[str]) -> dict[str, Any]:
+def _merge(base: dict[str, Any], over: Mapping[str, Any], choices: Choices) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        # Another implementation shares no knobs with the one it replaces.
-        replaced = f"{key}.name" in choices and isinstance(value, Mapping) and "name" in value and value["name"] != _name(old)
-        if isinstance(value, Mapping) and isinstance(old, Mapping) and not replaced:
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            if "name" in value:
+                old = _kept(old, f"{key}.name", value["name"], choices)
             merged[key] = _merge(dict(old), value, choices)
         else:
             merged[key] = value
@@ -98,11 +102,15 @@ def _load(text: str, where: str) -> Any:
         loader.dispose()
 
 
-def _name(section: Any) -> Any:
-    return section.get("name") if isinstance(section, Mapping) else None
+def _kept(section: Mapping[str, Any], key: str, name: Any, choices: Choices) -> dict[str, Any]:
+    """What stays of a section when `key` chooses an implementation: all if it is the same, else what every one of them has."""
+    default, common = choices.get(key, (None, ()))
+    if key not in choices or name == section.get("name", default):
+        return dict(section)
+    return {k: v for k, v in section.items() if k in common}
 
 
-def override(tree: dict[str, Any], text: str, choices: Collection[str]) -> None:
+def override(tree: dict[str, Any], text: str, choices: Choices) -> None:
     """Set one key of a tree from `key=value`, the value in YAML.
 
     Raises:
@@ -130,8 +138,10 @@ def override(tree: dict[str, Any], text: str, choices: Collection[str]) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"{part!r} holds a value, not a section", field=key, fix="check the key")
         node = child
-    if key in choices and _name(node) != value:
-        node.clear()  # as in `_merge`
+    if key in choices:
+        kept = _kept(node, key, value, choices)
+        node.clear()
+        node.update(kept)
     node[leaf] = value
 
 

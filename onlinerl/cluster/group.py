@@ -14,17 +14,17 @@ from onlinerl.cluster.colocation import Turn, Turns
 from onlinerl.cluster.runtime import Cluster, get
 from onlinerl.config import RunConfig
 from onlinerl.errors import LearnerError
-from onlinerl.learners import deepspeed as backend
 from onlinerl.learners._self_test import combine
 from onlinerl.network import free_port
 from onlinerl.ops.batching import plan_step
 from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.learner import LearnerConfig
 from onlinerl.types import SelfTest, TrainItem, TrainSequence, UpdateReport
 
 
 @ray.remote
 class RankActor:
-    """A DeepSpeedRank in a process of its own."""
+    """A rank in a process of its own."""
 
     def host(self, timeout_s: float) -> tuple[str, int]:
         """Rank 0 only: open the place where the ranks meet. Returns its address and port."""
@@ -36,15 +36,16 @@ class RankActor:
         self._store = TCPStore(self.address, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
         return self.address, self._store.port
 
-    def start(self, address: str, port: int, rank: int, timeout_s: float, settings: dict[str, Any]) -> None:
+    def start(self, address: str, port: int, rank: int, config: LearnerConfig, settings: dict[str, Any]) -> None:
         """Meet the others and load the model."""
         from datetime import timedelta
 
         from torch.distributed import TCPStore
 
-        store = self._store if rank == 0 else TCPStore(address, port, timeout=timedelta(seconds=timeout_s))
+        timeout = timedelta(seconds=config.start_timeout_s)
+        store = self._store if rank == 0 else TCPStore(address, port, timeout=timeout)
         self.address = address
-        self._rank = backend.DeepSpeedRank(rank=rank, store=store, address=address, **settings)
+        self._rank = config.rank(rank=rank, store=store, address=address, **settings)
 
     def free_port(self) -> int:
         """A port that is free on this rank's machine."""
@@ -71,7 +72,7 @@ class LearnerGroup:
         self._model = config.model
         ranks = config.learner.ranks
         threads = config.learner.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
-        env = backend.environment(config.learner, cluster.device, threads)
+        env = config.learner.environment(cluster.device, threads)
         self.names = [f"learner rank {i}" for i in range(ranks)]
         self.actors = [
             RankActor.options(**cluster.options(i, env)).remote()  # type: ignore[attr-defined]
@@ -84,7 +85,6 @@ class LearnerGroup:
         settings = {
             "model": config.model,
             "algorithm": algorithm,
-            "config": config.learner,
             "training": config.training,
             "world_size": ranks,
             "device": cluster.device,
@@ -92,7 +92,7 @@ class LearnerGroup:
             "seed": config.seed,
         }
         self._started = {
-            n: a.start.remote(self.address, port, i, timeout_s, settings)
+            n: a.start.remote(self.address, port, i, config.learner, settings)
             for i, (n, a) in enumerate(zip(self.names, self.actors, strict=True))
         }
 
@@ -102,7 +102,7 @@ class LearnerGroup:
         Raises:
             LearnerError: with the rank's own error.
         """
-        get(self._started, timeout_s=self._config.start_timeout_s, error=LearnerError, what="starting DeepSpeed")
+        get(self._started, timeout_s=self._config.start_timeout_s, error=LearnerError, what="starting the learner")
 
     def free_port(self) -> int:
         """A port that is free on the machine of rank 0."""

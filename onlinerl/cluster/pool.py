@@ -1,4 +1,4 @@
-"""Several vLLM replicas behind one pull queue: a RolloutEngine."""
+"""Several replicas behind one pull queue: a RolloutEngine."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import ray
 
 from onlinerl.cluster.colocation import Turns
 from onlinerl.cluster.runtime import Cluster, get
-from onlinerl.config import EngineConfig
-from onlinerl.engines import _fit, vllm
+from onlinerl.engines import _fit
 from onlinerl.engines._fit import Place
 from onlinerl.errors import EngineError
+from onlinerl.protocols.engine import EngineConfig
 from onlinerl.types import Group, Request, Sampling
 
 TokenPair = tuple[Sequence[int], Sequence[int]]
@@ -22,7 +22,7 @@ TokenPair = tuple[Sequence[int], Sequence[int]]
 
 @ray.remote
 class ReplicaActor:
-    """A VLLMReplica in a process of its own."""
+    """A replica in a process of its own."""
 
     async def place(self) -> Place:
         """Where Ray has put it."""
@@ -30,9 +30,7 @@ class ReplicaActor:
 
     async def start(self, model: str, config: EngineConfig, settings: dict[str, Any], index: int, *places: Place) -> None:
         """Load the model; takes tens of seconds. Replica `index` of those at `places`."""
-        if settings["device"] == "cpu":
-            vllm.bind(_fit.share_cores(places, index, config))
-        self._replica = vllm.VLLMReplica(model, config, **settings)
+        self._replica = config.replica(model, places, index, settings)
 
     async def call(self, method: str, *args: Any) -> Any:
         """Any method of the replica."""
@@ -67,7 +65,7 @@ class EnginePool:
         self.names = [f"replica {i}" for i in range(config.replicas)]
         self.actors = []
         for i in range(config.replicas):
-            options = cluster.options(first + i, vllm.environment(settings["sync_backend"]), max_concurrency=1000)
+            options = cluster.options(first + i, config.environment(settings["sync_backend"]), max_concurrency=1000)
             actor = ReplicaActor.options(**options).remote()  # type: ignore[attr-defined]
             self.actors.append(actor)
         # Each learns where all of them are, to share the cores of its own machine; Ray hands the answers over when they are there.
@@ -85,7 +83,7 @@ class EnginePool:
             EngineError: with the replica's own error.
         """
         get(self._placed, timeout_s=self._config.start_timeout_s, error=EngineError, what="starting the process")
-        get(self._started, timeout_s=self._config.start_timeout_s, error=EngineError, what="starting vLLM")
+        get(self._started, timeout_s=self._config.start_timeout_s, error=EngineError, what="starting the engine")
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
         """Groups as they finish.

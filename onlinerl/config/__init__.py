@@ -1,15 +1,14 @@
 """Configuration of a run: its sections, how they are read, and what identifies a run."""
 
 from onlinerl.config.identity import changes, digest, fingerprint, flatten, resumable, without_unread
-from onlinerl.config.loading import algorithm, component, dump, load, located, oracle, pair_builder, parse
+from onlinerl.config.loading import algorithm, dump, load, located, oracle, pair_builder, parse
 from onlinerl.config.paths import at_home
+from onlinerl.config.roles import component
 from onlinerl.config.sections import (
     CheckpointConfig,
     ClusterConfig,
     Device,
-    EngineConfig,
     EvaluationConfig,
-    LearnerConfig,
     MetricsConfig,
     PromptsConfig,
     ReferenceConfig,
@@ -20,6 +19,8 @@ from onlinerl.config.sections import (
     SyncConfig,
     TrainingConfig,
 )
+from onlinerl.protocols.engine import EngineConfig
+from onlinerl.protocols.learner import LearnerConfig
 
 __all__ = [
     "CheckpointConfig",

@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from onlinerl.config.loading import COMPONENTS, algorithm, component, resolved, spec_of
+from onlinerl.config.loading import SPECS, algorithm, foreign, resolved, spec_of
+from onlinerl.config.roles import build
 from onlinerl.config.sections import RunConfig
 from onlinerl.protocols.keys import MayChange
 
@@ -28,17 +29,23 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
 
 def resumable(config: RunConfig) -> list[str]:
     """The dotted keys that are marked as `Resumable`: where it runs, what is watched and when to stop, not what is computed."""
-    chosen = {section: type(component(spec_of(config, section), section, role, base)) for section, role, base in COMPONENTS}
-    return list(_marked(RunConfig, "", chosen))
+    return list(_marked(RunConfig, "", _classes(config)))
 
 
-def _marked(model: type[BaseModel], prefix: str, chosen: Mapping[str, type[BaseModel]]) -> Iterator[str]:
+def _classes(config: RunConfig) -> dict[str, type[BaseModel]]:
+    """The class of each section, of the implementation that it chooses where it chooses one."""
+    chosen = {section: build(spec_of(config, section), section) for section in SPECS}
+    sections = {name: value for name in RunConfig.model_fields if isinstance(value := getattr(config, name), BaseModel)}
+    return {name: type(value) for name, value in {**sections, **chosen}.items()}
+
+
+def _marked(model: type[BaseModel], prefix: str, classes: Mapping[str, type[BaseModel]]) -> Iterator[str]:
     for name, field in model.model_fields.items():
-        inner = chosen.get(prefix + name, field.annotation)
+        inner = classes.get(prefix + name, field.annotation)
         if any(_is_marked(base, name) for base in model.__mro__):  # a class that only gives another default repeats no mark
             yield prefix + name
         elif isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from _marked(inner, f"{prefix}{name}.", chosen)
+            yield from _marked(inner, f"{prefix}{name}.", classes)
 
 
 def _is_marked(model: type, name: str) -> bool:
@@ -54,6 +61,10 @@ def changes(stored: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
     now, defaults = fingerprint(config), flatten(_defaults(config))
     if not algorithm(config).needs.pairs:  # an older version filled it in whether or not anything read it
         stored = {k: v for k, v in stored.items() if not k.startswith("pairing.")}
+    for section in ("engine", "learner"):
+        spec = {k.removeprefix(f"{section}."): v for k, v in stored.items() if k.startswith(f"{section}.")}
+        unread = {f"{section}.{key}" for key in foreign(section, spec)}
+        stored = {k: v for k, v in stored.items() if k not in unread}
     before = {**{k: _as_json(defaults[k]) for k in now.keys() - stored.keys() if k in defaults}, **stored}
     gone = {k: f"was {before[k]!r} when the run started, and this version has no such key" for k in before.keys() - now.keys()}
     differ = {
@@ -66,10 +77,7 @@ def changes(stored: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
 
 def _defaults(config: RunConfig) -> dict[str, Any]:
     """Every default of the sections and of the components that this configuration chooses."""
-    tree = _defaults_of(RunConfig)
-    for section, role, base in COMPONENTS:
-        tree[section] = _defaults_of(type(component(spec_of(config, section), section, role, base)))
-    return tree
+    return _defaults_of(RunConfig) | {section: _defaults_of(each) for section, each in _classes(config).items()}
 
 
 def _defaults_of(model: type[BaseModel]) -> dict[str, Any]:

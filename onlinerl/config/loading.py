@@ -8,35 +8,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from onlinerl import registry, yaml_files
 from onlinerl.config.paths import at_home
+from onlinerl.config.roles import ROLES, build
 from onlinerl.config.secrets import refuse_values
 from onlinerl.config.sections import RunConfig
-from onlinerl.errors import ConfigError
 from onlinerl.explain import explain
 from onlinerl.protocols.algorithm import Algorithm
-from onlinerl.protocols.component import Component
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a configuration file and apply `key=value` overrides.
+def load(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = False) -> RunConfig:
+    """Read a configuration file and apply `key=value` overrides. `stored`: the file is that of a run, perhaps of an older version.
 
     Raises:
         ConfigError: naming the field, the cause and the fix.
     """
-    tree = yaml_files.read(Path(path), _CHOICES)
+    tree = yaml_files.read(Path(path), CHOICES)
+    if stored:
+        for section in ("engine", "learner"):
+            for key in foreign(section, tree.get(section)):
+                del tree[section][key]
     # The choice of an implementation comes before its knobs, in whatever order they were typed.
-    for override in sorted(overrides, key=lambda each: each.partition("=")[0] not in _CHOICES):
-        yaml_files.override(tree, override, _CHOICES)
+    for override in sorted(overrides, key=lambda each: each.partition("=")[0] not in CHOICES):
+        yaml_files.override(tree, override, CHOICES)
     return parse(tree)
 
 
@@ -51,59 +53,47 @@ def parse(tree: Mapping[str, Any]) -> RunConfig:
         # JSON mode: YAML knows no tuples or enums, so strictness is that of JSON (no "1" for 1, lists for tuples allowed).
         config = RunConfig.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
-        raise explain(error, RunConfig, "", [section for section, *_ in COMPONENTS]) from None
-    for section, role, base in COMPONENTS:
-        component(spec_of(config, section), section, role, base)
+        raise explain(error, RunConfig, "", SPECS) from None
+    for section in SPECS:
+        build(spec_of(config, section), section)
     refuse_values(tree)  # every key is known now, and one that is called a key holds one
     return config
 
 
-def component(spec: Mapping[str, Any], section: str, role: str, base: type[Component]) -> Any:
-    """Build the component a section describes: `name` selects the class, the other keys are its fields.
-
-    Raises:
-        ConfigError: if the name or a key is unknown, or a value has the wrong type.
-    """
-    options = dict(spec)
-    name = options.pop("name", None)
-    if name is None and (near := get_close_matches("name", options, n=1)):
-        raise ConfigError("is not a known key", field=f"{section}.{near[0]}", fix="did you mean 'name'?")
-    if not isinstance(name, str):
-        raise ConfigError("is missing", field=f"{section}.name", fix=f"choose one of {', '.join(registry.names(role))}")
-    cls: type[Component] = registry.load(role, name, base)
-    try:
-        return cls.model_validate_json(json.dumps(options, default=str))
-    except ValidationError as error:
-        raise explain(error, cls, f"{section}.") from None
+def foreign(section: str, spec: Any) -> list[str]:
+    """Keys of another implementation: an older version filled in those of its default one, whichever was chosen."""
+    if not isinstance(spec, Mapping):
+        return []
+    role = ROLES[section]
+    name = spec.get("name", role.default)
+    of_default: type[BaseModel] = registry.load(role.folder, str(role.default), role.base)
+    own: type[BaseModel] = registry.load(role.folder, name, role.base)
+    return [key for key in spec if key in of_default.model_fields and key not in own.model_fields]
 
 
 def algorithm(config: RunConfig) -> Algorithm:
     """The configured algorithm."""
-    return component(config.algorithm, "algorithm", "algorithms", Algorithm)
+    return build(config.algorithm, "algorithm")
 
 
 def oracle(config: RunConfig) -> Oracle:
     """The configured oracle."""
-    return component(config.oracle, "oracle", "oracles", Oracle)
+    return build(config.oracle, "oracle")
 
 
 def pair_builder(config: RunConfig) -> PairBuilder:
     """The configured pair builder."""
-    return component(spec_of(config, "pairing"), "pairing", "pairing", PairBuilder)
+    return build(spec_of(config, "pairing"), "pairing")
 
 
 def spec_of(config: RunConfig, section: str) -> dict[str, Any]:
     """What a section says, or what it means where it is left out."""
-    return getattr(config, section) or {"name": "best_worst"}
+    return getattr(config, section) or {}
 
 
-COMPONENTS: tuple[tuple[str, str, type[Component]], ...] = (
-    ("algorithm", "algorithms", Algorithm),
-    ("oracle", "oracles", Oracle),
-    ("pairing", "pairing", PairBuilder),
-)
-"""(section, role, base class) of what is chosen by name."""
-_CHOICES = {f"{section}.name" for section, *_ in COMPONENTS}
+SPECS = ("algorithm", "oracle", "pairing")
+"""Sections that are kept as they are written; the component is built where it is needed."""
+CHOICES = {f"{section}.name": (role.default, role.keeps) for section, role in ROLES.items() if section != "tracker"}
 
 
 def located(config: RunConfig) -> RunConfig:
@@ -130,9 +120,9 @@ def dump(config: RunConfig) -> str:
 def resolved(config: RunConfig) -> dict[str, Any]:
     """The same with every default written out, as plain data."""
     tree = config.model_dump(mode="json")
-    for section, role, base in COMPONENTS:
+    for section in SPECS:
         spec = spec_of(config, section)
-        tree[section] = {"name": spec["name"], **component(spec, section, role, base).model_dump(mode="json")}
+        tree[section] = {"name": spec.get("name", ROLES[section].default), **build(spec, section).model_dump(mode="json")}
     if config.pairing is None and not algorithm(config).needs.pairs:
         del tree["pairing"]
     return tree

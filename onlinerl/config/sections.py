@@ -9,10 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
 
 from onlinerl.config.paths import at_home
-from onlinerl.protocols.keys import CustomResources, Resumable, Seconds
+from onlinerl.config.roles import build, chosen, default
+from onlinerl.protocols.engine import EngineConfig
+from onlinerl.protocols.keys import Resumable, Seconds
+from onlinerl.protocols.learner import LearnerConfig
+from onlinerl.protocols.tracker import TrackerConfig
 from onlinerl.types import Sampling
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -127,69 +131,6 @@ class EvaluationConfig(Section):
     about 0.002; more than this is a bug, not noise (R-E1)."""
 
 
-class EngineConfig(Section):
-    """The rollout engine."""
-
-    name: str = "vllm"
-    """vllm; `toy` is for tests."""
-    replicas: Resumable[int] = Field(1, ge=1)
-    """Copies of the model that sample in parallel, from one queue of prompts."""
-    tensor_parallel_size: Resumable[int] = Field(1, ge=1)
-    """Workers that one replica is split over: each needs a GPU, or a core on CPU, of one machine."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of its weights and computation."""
-    max_concurrent: Resumable[int] = Field(64, ge=1)
-    """Sequences that one replica works on at a time."""
-    kv_cache_gib: Resumable[float] = Field(1.0, gt=0)
-    """Memory for the KV cache of each worker of a replica on CPU, in GiB."""
-    gpu_memory_utilization: Resumable[float] = Field(0.85, gt=0, le=1)
-    """Share of a GPU's memory that a replica may take."""
-    max_model_len: int | None = Field(None, ge=8)
-    """Longest prompt plus response; derived from the budgets by default."""
-    enforce_eager: Resumable[bool | None] = None
-    """Skip graph capture; by default on for CPU, off for GPU."""
-    cpus: Resumable[int] = Field(1, ge=0)
-    """CPUs reserved per replica."""
-    threads: Resumable[int | None] = Field(None, ge=1)
-    """Threads a CPU replica computes with, over all its workers; by default its machine's cores, shared with the other replicas there
-    (rollouts and training take turns). Never more than there are cores."""
-    resources: Resumable[CustomResources] = Field(default_factory=dict)
-    """Extra Ray resources per replica, e.g. {rollout_node: 1} to choose a node."""
-    start_timeout_s: Resumable[Seconds] = 900
-    generate_timeout_s: Resumable[Seconds] = 1800
-    """Longest wait without any response finishing."""
-    max_rejected: Resumable[float] = Field(0.1, ge=0, le=1)
-    """Largest share of a phase's responses that may be thrown away, because their log-probs were unusable or the engine gave up on
-    them, before the run stops."""
-
-
-class LearnerConfig(Section):
-    """The learner."""
-
-    name: str = "deepspeed"
-    """deepspeed; `toy` is for tests."""
-    ranks: int = Field(1, ge=1)
-    """Processes that train data-parallel: one GPU each, or cores on CPU."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """What the ranks divide among them: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also weights."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the weights as they compute; the optimizer keeps them and its moments in fp32."""
-    tokens_per_microbatch: Resumable[int] = Field(4096, ge=1)
-    """Prompt and response tokens of one forward pass of one rank; a single longer item goes alone."""
-    gradient_checkpointing: Resumable[bool] = False
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    cpus: Resumable[int] = Field(1, ge=0)
-    """CPUs reserved per rank."""
-    threads: Resumable[int | None] = Field(None, ge=1)
-    """Threads per CPU rank; the cores divided by the ranks by default."""
-    resources: Resumable[CustomResources] = Field(default_factory=dict)
-    """Extra Ray resources per rank, e.g. {learner_node: 1} to choose a node."""
-    start_timeout_s: Resumable[Seconds] = 900
-    """Longest start: meeting of the ranks, and loading the model."""
-    step_timeout_s: Resumable[Seconds] = 3600
-    """Longest single call to the learner, and longest wait of one rank for the others."""
-
-
 class SyncConfig(Section):
     """How weights get from the learner into the replicas."""
 
@@ -232,6 +173,18 @@ class MetricsConfig(Section):
     prometheus_port: int = Field(9470, ge=0, le=65535)
     """If another run has it, the next free one; 0 takes any. `<runs>/.prometheus` tells Prometheus which."""
     tensorboard: bool = False
+    trackers: list[Annotated[SerializeAsAny[TrackerConfig], BeforeValidator(chosen("tracker"))]] = Field(default_factory=list)
+    """Further ones, each a section with `name` and the fields of its class in onlinerl/trackers, or of a class of your own."""
+
+    def all(self) -> list[TrackerConfig]:
+        """Every tracker that is told what happens, beside the console and metrics.jsonl."""
+        found = list(self.trackers)
+        if self.tensorboard:
+            found.append(build({"name": "tensorboard"}, "tracker"))
+        if self.prometheus:  # last: from here on Prometheus is told that the run is there
+            where = {"host": self.prometheus_host, "port": self.prometheus_port}
+            found.append(build({"name": "prometheus", **where}, "tracker"))
+        return found
 
 
 class CheckpointConfig(Section):
@@ -280,8 +233,14 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    engine: EngineConfig = EngineConfig()
-    learner: LearnerConfig = LearnerConfig()
+    engine: Annotated[SerializeAsAny[EngineConfig], BeforeValidator(chosen("engine"))] = Field(
+        default_factory=default("engine")
+    )
+    """`name` and the keys of that engine: vllm by default; `toy` is for tests."""
+    learner: Annotated[SerializeAsAny[LearnerConfig], BeforeValidator(chosen("learner"))] = Field(
+        default_factory=default("learner")
+    )
+    """`name` and the keys of that learner: deepspeed by default; `toy` is for tests."""
     sync: Resumable[SyncConfig] = SyncConfig()
     cluster: Resumable[ClusterConfig] = ClusterConfig()
     metrics: Resumable[MetricsConfig] = MetricsConfig()

@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from onlinerl.config import EngineConfig
 from onlinerl.errors import ConfigError
+from onlinerl.protocols.engine import EngineConfig
+
+if TYPE_CHECKING:
+    from onlinerl.engines.vllm import VLLM
 
 GIB = 2**30
 CPU_BLOCK = 128
@@ -90,7 +93,7 @@ def _indivisible(key: str, count: int, size: int) -> ConfigError:
     )
 
 
-def check_kv_cache(config: EngineConfig, model: Mapping[str, Any], max_model_len: int) -> None:
+def check_kv_cache(config: VLLM, model: Mapping[str, Any], max_model_len: int) -> None:
     """On CPU the KV cache has a fixed size; one sequence of the longest kind must fit into it, or it could never be finished.
 
     Args:

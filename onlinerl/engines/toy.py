@@ -6,9 +6,20 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from onlinerl.protocols.engine import InProcessEngine
 from onlinerl.types import Group, Request, Rollout, Sampling
 
-__all__ = ["ToyEngine"]
+__all__ = ["Toy", "ToyEngine"]
+
+
+class Toy(InProcessEngine):
+    """For tests; reads no key but its name."""
+
+    name: str = "toy"
+
+    def open(self, vocabulary: int, decode: Callable[[Sequence[int]], str]) -> ToyEngine:
+        """An engine with uniform weights."""
+        return ToyEngine(vocabulary, decode)
 
 
 class ToyEngine:

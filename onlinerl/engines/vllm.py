@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
-from onlinerl.config import EngineConfig
 from onlinerl.engines import _fit
-from onlinerl.errors import EngineError
+from onlinerl.errors import ConfigError, EngineError
+from onlinerl.protocols.engine import EngineConfig
+from onlinerl.protocols.keys import Resumable
 from onlinerl.types import FinishReason, Group, RejectReason, Request, Rollout, Sampling
 
-__all__ = ["VLLMReplica"]
+__all__ = ["VLLM", "VLLMReplica"]
 
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+COLOCATED_UTILIZATION = 0.95
+"""More than this of a GPU cannot go to an engine that shares it: 0.05 of the largest GPUs is what an idle learner keeps."""
 ATTEMPTS = 3
 """How often a response is asked for that vLLM aborts."""
 TOKENS_PER_STEP = 2048
@@ -46,6 +50,52 @@ def bind(cores: Sequence[Sequence[int]]) -> None:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, worker)) for worker in cores)
 
 
+class VLLM(EngineConfig):
+    """vLLM, on CPUs or GPUs."""
+
+    name: str = "vllm"
+    kv_cache_gib: Resumable[float] = Field(1.0, gt=0)
+    """Memory for the KV cache of each worker of a replica on CPU, in GiB."""
+    gpu_memory_utilization: Resumable[float] = Field(0.85, gt=0, le=1)
+    """Share of a GPU's memory that a replica may take."""
+    enforce_eager: Resumable[bool | None] = None
+    """Skip graph capture; by default on for CPU, off for GPU."""
+
+    def check(self, model: Mapping[str, Any], max_model_len: int, *, on_cpu: bool, alone: bool) -> None:
+        """What vLLM would say only after it has started, or in no words that name a key of ours."""
+        _fit.check_division(self, model)
+        if on_cpu:
+            _fit.check_kv_cache(self, model, max_model_len)
+            if alone:  # otherwise the replicas' machines are known only once they are there
+                _fit.share_cores([_fit.this_place()], 0, self)
+
+    def check_shared(self) -> None:
+        """A replica that shares a GPU lives on one, and leaves room on it."""
+        if self.tensor_parallel_size > 1:
+            raise ConfigError(
+                "colocated replicas cannot span GPUs",
+                field="engine.tensor_parallel_size",
+                fix="set it to 1, or cluster.colocate=false",
+            )
+        if self.gpu_memory_utilization > COLOCATED_UTILIZATION:
+            raise ConfigError(
+                f"is {self.gpu_memory_utilization}, and a learner that has given its memory away still holds its CUDA context "
+                "and communication buffers, about 1.5 GiB",
+                field="engine.gpu_memory_utilization",
+                fix=f"set it to {COLOCATED_UTILIZATION} or less",
+            )
+
+    def environment(self, sync_backend: str) -> dict[str, str]:
+        """Environment variables that a replica's process must start with."""
+        return environment(sync_backend)
+
+    def replica(self, model: str, places: Sequence[_fit.Place], index: int, settings: Mapping[str, Any]) -> VLLMReplica:
+        """Load the model; takes tens of seconds."""
+        if settings["device"] == "cpu":
+            bind(_fit.share_cores(places, index, self))
+        return VLLMReplica(model, self, **settings)
+
+
 class VLLMReplica:
     """Samples, scores and receives weights. All methods run on one asyncio loop.
 
@@ -61,9 +111,7 @@ class VLLMReplica:
         ConfigError: if the KV cache could not hold one sequence.
     """
 
-    def __init__(
-        self, model: str, config: EngineConfig, *, device: str, max_model_len: int, sync_backend: str, seed: int
-    ) -> None:
+    def __init__(self, model: str, config: VLLM, *, device: str, max_model_len: int, sync_backend: str, seed: int) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -243,7 +291,7 @@ class VLLMReplica:
         self._engine.shutdown()
 
 
-def _on_cpu(config: EngineConfig, max_model_len: int) -> dict[str, Any]:
+def _on_cpu(config: VLLM, max_model_len: int) -> dict[str, Any]:
     """vLLM's arguments that only a CPU replica takes."""
     return {
         "kv_cache_memory_bytes": int(config.kv_cache_gib * _fit.GIB),
@@ -254,6 +302,6 @@ def _on_cpu(config: EngineConfig, max_model_len: int) -> dict[str, Any]:
     }
 
 
-def _on_gpu(config: EngineConfig, sync_backend: str) -> dict[str, Any]:
+def _on_gpu(config: VLLM, sync_backend: str) -> dict[str, Any]:
     """vLLM's arguments that only a GPU replica takes."""
     return {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": sync_backend == "ipc"}

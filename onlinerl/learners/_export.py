@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from onlinerl.learners._weights import PolicySource
 
@@ -57,18 +57,17 @@ class _Shard:
 
 
 def export_weights(
-    model: nn.Module, path: Path, dtype: torch.dtype, *, writer: bool, max_shard_bytes: int = MAX_SHARD_BYTES
+    source: PolicySource, path: Path, dtype: torch.dtype, *, writer: bool, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Write all weights as safetensors. Collective: every rank takes part in gathering, and only the writer copies.
 
     Args:
-        model: the language model, perhaps cut up by ZeRO-3.
+        source: of the language model, whose weights may be cut up among the ranks.
         path: an existing directory.
         dtype: of the files.
         writer: whether this rank writes; exactly one does.
         max_shard_bytes: a larger model becomes several files with an index.
     """
-    source = PolicySource(model, dtype)
     shapes = {m.name: m.shape for m in source.metadata()}
     files = _plan(shapes, dtype.itemsize, max_shard_bytes)
     shards = (

@@ -1,17 +1,15 @@
-"""Reading a model from disk: whole on every rank, or, under ZeRO-3, cut up among the ranks while it is read."""
+"""Reading a model from disk, whole."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
-from onlinerl.learners._policy import LogProbHead, Policy
+from onlinerl.learners._policy import Policy
 
 
 class ModelReader:
@@ -20,34 +18,21 @@ class ModelReader:
     Args:
         dtype, attention: of the model, as transformers takes them.
         device: of this rank.
-        deepspeed_config: as DeepSpeed takes it. With ZeRO stage 3 no rank ever holds more than its share of a model and the tensors
-            that are being read.
     """
 
-    def __init__(self, dtype: torch.dtype, attention: str, device: torch.device, deepspeed_config: dict[str, Any]) -> None:
-        self._dtype, self._attention, self._device, self._config = dtype, attention, device, deepspeed_config
-        self._sharded = deepspeed_config["zero_optimization"]["stage"] == 3
+    def __init__(self, dtype: torch.dtype, attention: str, device: torch.device) -> None:
+        self._dtype, self._attention, self._device = dtype, attention, device
         self._frozen: tuple[str, Policy] | None = None
 
     def trained(self, model: str, critic: Literal["separate", "shared"] | None) -> Policy:
-        """The policy that is going to be trained. Collective under ZeRO-3."""
-        # A network that is cut up cannot be copied: the critic is read from disk a second time.
-        backbone = self._read(model).base_model if self._sharded and critic == "separate" else None
-        policy = Policy(self._read(model), critic, backbone)
-        if self._sharded:
-            import deepspeed
-
-            deepspeed.zero.register_external_parameter(policy.head, policy.head.weight)
-        return policy
+        """The policy that is going to be trained."""
+        return Policy(self._read(model), critic)
 
     def frozen(self, model: str) -> Policy:
-        """A saved model that only scores. One at a time is kept: base and previous take turns. Collective under ZeRO-3."""
+        """A saved model that only scores. One at a time is kept: base and previous take turns."""
         if self._frozen is None or self._frozen[0] != model:
             self.forget()  # free the old one before reading the new one
-            policy = Policy(self._read(model)).eval().requires_grad_(False)
-            if self._sharded:
-                gather_in_forward(policy)
-            self._frozen = (model, policy)
+            self._frozen = (model, self._prepared(Policy(self._read(model)).eval().requires_grad_(False)))
             give_back()
         return self._frozen[1]
 
@@ -63,29 +48,16 @@ class ModelReader:
             gc.collect()  # parameters that were cut up are part of reference cycles
 
     def _read(self, model: str) -> nn.Module:
+        return self._from_disk(model).to(self._device)
+
+    def _from_disk(self, model: str) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
-        with self._cut_up() if self._sharded else _nothing():
-            network = AutoModelForCausalLM.from_pretrained(model, dtype=self._dtype, attn_implementation=self._attention)
-        return network if self._sharded else network.to(self._device)
+        return AutoModelForCausalLM.from_pretrained(model, dtype=self._dtype, attn_implementation=self._attention)
 
-    @contextmanager
-    def _cut_up(self) -> Iterator[None]:
-        """Inside, transformers builds models under `deepspeed.zero.Init` and fills them layer by layer, read by rank 0."""
-        from transformers.integrations import HfDeepSpeedConfig
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-        config = HfDeepSpeedConfig(self._config)  # registers itself, and is known for as long as it lives
-        try:
-            yield
-        finally:
-            unset_hf_deepspeed_config()
-            del config
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+    def _prepared(self, policy: Policy) -> Policy:
+        """A frozen model as it is kept."""
+        return policy
 
 
 def give_back() -> None:
@@ -93,41 +65,3 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc only
     if trim is not None:
         trim(0)
-
-
-def gather_in_forward(policy: Policy) -> None:
-    """Make the weights of a layer whole for the time of its forward pass, and only then.
-
-    What DeepSpeed's engine does for a trained model; a model that only scores needs no more than this.
-    """
-    import deepspeed
-
-    def install(module: nn.Module, parameters: list[nn.Parameter]) -> None:
-        whole: list[Any] = []
-
-        def gather(*_: Any) -> None:
-            whole.append(deepspeed.zero.GatheredParameters(parameters, modifier_rank=None))
-            whole[-1].__enter__()
-
-        def release(*_: Any) -> None:
-            whole.pop().__exit__(None, None, None)
-
-        module.register_forward_pre_hook(gather)
-        module.register_forward_hook(release, always_call=True)
-
-    for module, parameters in _used_together(policy):
-        install(module, parameters)
-
-
-def _used_together(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
-    """Modules, and the parameters that their forward pass needs: whole layers, and single modules outside of layers."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    if isinstance(module, GradientCheckpointingLayer):
-        yield module, list(module.parameters())
-        return
-    own = module.parameters_of_output() if isinstance(module, LogProbHead) else list(module.parameters(recurse=False))
-    if own:
-        yield module, own
-    for child in module.children():
-        yield from _used_together(child)

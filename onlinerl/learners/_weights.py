@@ -1,19 +1,19 @@
-"""The policy's parameters as a vLLM `WeightSource`, also when ZeRO-3 has cut them up."""
+"""The policy's parameters as a `WeightSource`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource, layerwise_groups
+
+from onlinerl.protocols.learner import TensorMeta
 
 
-class PolicySource(WeightSource):
-    """Yields every parameter once, whole, in the wire dtype, layer by layer.
+class PolicySource:
+    """Yields every parameter once, whole, in the wire dtype, layer by layer; a `protocols.learner.WeightSource`.
 
-    Under ZeRO-3 a parameter is a zero-size stub between uses: its true shape is `ds_shape`, and it is gathered, one at a time, for
-    the moment it is yielded (R-B6). Tied weights appear once, under the name the model's own loader expects (R-B7).
+    Tied weights appear once, under the name the model's own loader expects.
 
     Args:
         model: the language model, without critic.
@@ -23,25 +23,40 @@ class PolicySource(WeightSource):
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._dtype = dtype
         by_name = dict(model.named_parameters())  # removes tied duplicates
-        # Layer order: vLLM buffers a layer until it is complete, so parameters of one layer must come together.
-        self._parameters = {name: by_name[name] for group in layerwise_groups(list(by_name)) for name in group}
+        self._parameters = {name: by_name[name] for name in layer_by_layer(list(by_name))}
 
-    def metadata(self) -> list[ParamMeta]:
+    def metadata(self) -> list[TensorMeta]:
         """Name, wire dtype and full shape of every parameter, without gathering."""
-        return [ParamMeta(name, self._dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in self._parameters.items()]
+        return [TensorMeta(name, self._dtype, self._shape(p)) for name, p in self._parameters.items()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.whole():
-            # A copy, because gathered storage is given back before the bytes may have been sent (R-B4).
-            yield name, parameter.detach().to(self._dtype, copy=hasattr(parameter, "ds_id"))
+            yield name, parameter.detach().to(self._dtype)
 
     def whole(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters themselves, each whole until the next one is asked for. Collective under ZeRO-3."""
-        for name, parameter in self._parameters.items():
-            if not hasattr(parameter, "ds_id"):
-                yield name, parameter
-                continue
-            import deepspeed
+        """The parameters themselves, each whole until the next one is asked for."""
+        yield from self._parameters.items()
 
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
-                yield name, parameter
+    def _shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        return tuple(parameter.shape)
+
+
+def layer_by_layer(names: Sequence[str]) -> list[str]:
+    """Parameters of one layer together, because an engine keeps a layer in memory until all of it has arrived.
+
+    What belongs to no layer and comes before the first one (embeddings) stays before, the rest comes last.
+
+    >>> layer_by_layer(["embed", "layers.1.a", "norm", "layers.0.a", "layers.1.b"])
+    ['embed', 'layers.0.a', 'layers.1.a', 'layers.1.b', 'norm']
+    """
+    stacks: dict[str, dict[int, list[str]]] = {}
+    before: list[str] = []
+    after: list[str] = []
+    for name in names:
+        parts = name.split(".")
+        index = next((i for i, part in enumerate(parts) if part.isdigit()), None)  # the outermost: experts stay in their layer
+        if index is None:
+            (after if stacks else before).append(name)
+        else:
+            stacks.setdefault(".".join(parts[:index]), {}).setdefault(int(parts[index]), []).append(name)
+    return before + [name for layers in stacks.values() for _, layer in sorted(layers.items()) for name in layer] + after

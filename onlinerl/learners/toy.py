@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,25 @@ from onlinerl.learners._plain import load_plain
 from onlinerl.learners._self_test import combine, compare
 from onlinerl.ops.batching import collate
 from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.learner import InProcessLearner
+from onlinerl.sync.toy import ToySync
 from onlinerl.types import SelfTest, TrainItem, TrainSequence, UpdateReport
 
-__all__ = ["ToyLearner"]
+__all__ = ["Toy", "ToyLearner"]
+
+
+class Toy(InProcessLearner):
+    """For tests; reads no key but its name."""
+
+    name: str = "toy"
+
+    def open(self, vocabulary: int, algorithm: Algorithm, base: str, temperature: float) -> ToyLearner:
+        """A learner with uniform weights."""
+        return ToyLearner(vocabulary, algorithm, base, temperature)
+
+    def connect(self, learner: ToyLearner, engine: Any) -> ToySync:
+        """A copy of the logits."""
+        return ToySync(lambda: learner.logits.detach().numpy(), engine.load, lambda: engine.logits)
 
 
 class ToyLearner:

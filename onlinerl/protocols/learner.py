@@ -4,11 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from pydantic import Field
 
+from onlinerl.protocols.component import Component
+from onlinerl.protocols.keys import CustomResources, Resumable, Seconds
 from onlinerl.types import SelfTest, TrainItem, TrainSequence, UpdateReport
+
+if TYPE_CHECKING:  # torch stays out of everything that only names the role
+    import torch
+
+    from onlinerl.protocols.algorithm import Algorithm
+    from onlinerl.protocols.sync import WeightSync
+
+
+class TensorMeta(NamedTuple):
+    """A tensor on the wire."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class WeightSource(Protocol):
+    """The policy's weights as a transport takes them: what it is going to get, and then, as often as it asks, the tensors themselves.
+
+    Where weights are cut up among ranks, all of them iterate in lockstep. Parameters of one layer come together.
+    """
+
+    def metadata(self) -> Sequence[TensorMeta]:
+        """Name, wire dtype and full shape of every tensor, in the order in which they come."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor once, whole, in the wire dtype."""
+        ...
 
 
 @runtime_checkable
@@ -46,3 +78,76 @@ class Learner(Protocol):
     def export(self, path: Path) -> None:
         """The policy in Hugging Face format."""
         ...
+
+
+class LearnerConfig(Component):
+    """A learner as it is configured: the keys that every learner has, and how this one is checked and started.
+
+    One that runs on the cluster says how a process of its own becomes a rank; see `InProcessLearner` for the others.
+    """
+
+    name: str = ""
+    ranks: int = Field(1, ge=1)
+    """Processes that train data-parallel: one GPU each, or cores on CPU."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the weights as they compute; the optimizer keeps them and its moments in fp32."""
+    tokens_per_microbatch: Resumable[int] = Field(4096, ge=1)
+    """Prompt and response tokens of one forward pass of one rank; a single longer item goes alone."""
+    gradient_checkpointing: Resumable[bool] = False
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    cpus: Resumable[int] = Field(1, ge=0)
+    """CPUs reserved per rank."""
+    threads: Resumable[int | None] = Field(None, ge=1)
+    """Threads per CPU rank; the cores divided by the ranks by default."""
+    resources: Resumable[CustomResources] = Field(default_factory=dict)
+    """Extra Ray resources per rank, e.g. {learner_node: 1} to choose a node."""
+    start_timeout_s: Resumable[Seconds] = 900
+    """Longest start: meeting of the ranks, and loading the model."""
+    step_timeout_s: Resumable[Seconds] = 3600
+    """Longest single call to the learner, and longest wait of one rank for the others."""
+
+    in_process: ClassVar[bool] = False
+    """Whether it runs in the controller's own process; the engine then must, too."""
+
+    @property
+    def layout(self) -> str:
+        """In a word or two, how ranks share the work."""
+        return self.dtype
+
+    def memory(self, parameters: float, *, critic: bool = False) -> Mapping[str, float]:
+        """Bytes that one rank holds when it holds most, without activations, by what they are for.
+
+        Args:
+            parameters: of the model.
+            critic: whether a second network of the same size is trained beside it.
+        """
+        return {}
+
+    def environment(self, device: str, threads: int) -> dict[str, str]:
+        """Environment variables that a rank's process must start with."""
+        raise NotImplementedError
+
+    def rank(self, **settings: Any) -> Any:
+        """Make this process a rank (`learners._rank.Rank`, whose arguments these are)."""
+        raise NotImplementedError
+
+
+class InProcessLearner(LearnerConfig):
+    """A learner that runs in the controller's own process."""
+
+    in_process: ClassVar[bool] = True
+
+    def open(self, vocabulary: int, algorithm: Algorithm, base: str, temperature: float) -> Any:
+        """A Learner.
+
+        Args:
+            vocabulary: number of tokens.
+            algorithm: whose loss is minimised.
+            base: the base model.
+            temperature: at which the loss takes log-probs.
+        """
+        raise NotImplementedError
+
+    def connect(self, learner: Any, engine: Any) -> WeightSync:
+        """What carries the weights of this learner into an engine beside it."""
+        raise NotImplementedError

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
+from onlinerl.metrics.collection import Catalogue
+from onlinerl.protocols.component import Component
 from onlinerl.types import Metric
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Tracker(Protocol):
@@ -38,3 +45,33 @@ class Tracker(Protocol):
     def close(self) -> None:
         """Nothing more will come."""
         return
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracked:
+    """The run that a tracker is told about."""
+
+    name: str
+    directory: Path
+    catalogue: Catalogue
+    """Every metric that it may report, those of its algorithm among them."""
+    earlier: Sequence[Mapping[str, Any]]
+    """What earlier attempts have reported: the records of metrics.jsonl."""
+    console: Console
+
+
+class TrackerConfig(Component):
+    """A tracker as it is configured: its fields are its knobs."""
+
+    name: str = ""
+
+    def check(self) -> None:
+        """Refuse what would only be noticed when the run directory is there already.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+
+    def open(self, run: Tracked) -> Tracker:
+        """A tracker of this run."""
+        raise NotImplementedError

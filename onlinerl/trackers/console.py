@@ -31,9 +31,9 @@ from onlinerl.graph import NAMES
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import Column
-from onlinerl.protocols.tracker import Tracker
+from onlinerl.protocols.tracker import Tracked, Tracker, TrackerConfig
 
-__all__ = ["ConsoleTracker", "render_table", "sturdy_console"]
+__all__ = ["ConsoleTracker", "OnConsole", "render_table", "sturdy_console"]
 
 QUIET_S = 30.0
 """Without a terminal, a long phase says how far it is this often."""
@@ -79,6 +79,16 @@ class _Sturdy:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class OnConsole(TrackerConfig):
+    """What every run says."""
+
+    name: str = "console"
+
+    def open(self, run: Tracked) -> ConsoleTracker:
+        """On the console of the command."""
+        return ConsoleTracker(run.console)
 
 
 class ConsoleTracker(Tracker):

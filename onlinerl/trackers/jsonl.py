@@ -15,13 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from onlinerl.errors import StoreError
-from onlinerl.protocols.tracker import Tracker
+from onlinerl.protocols.tracker import Tracked, Tracker, TrackerConfig
 from onlinerl.types import Metric
 
-__all__ = ["JsonlTracker", "read_metrics"]
+__all__ = ["Jsonl", "JsonlTracker", "read_metrics"]
 
 _NEEDED: Mapping[str, Any] = {"name": str, "value": int | float | None, "iteration": int, "attempt": int, "labels": dict}
 """What a record must hold to be read."""
+
+
+class Jsonl(TrackerConfig):
+    """metrics.jsonl in the run directory, which every run has."""
+
+    name: str = "jsonl"
+
+    def open(self, run: Tracked) -> JsonlTracker:
+        """Begin or go on with the file."""
+        return JsonlTracker(run.directory / "metrics.jsonl")
 
 
 class JsonlTracker(Tracker):

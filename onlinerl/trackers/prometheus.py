@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
@@ -18,17 +19,19 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import Field
 
 from onlinerl import __version__, graph
 from onlinerl.errors import ConfigError
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import Series
-from onlinerl.protocols.tracker import Tracker
+from onlinerl.network import outside_address
+from onlinerl.protocols.tracker import Tracked, Tracker, TrackerConfig
 from onlinerl.trackers._discovery import Discovery
 from onlinerl.types import Metric
 
-__all__ = ["PrometheusTracker", "totals"]
+__all__ = ["Prometheus", "PrometheusTracker", "totals"]
 
 ROLE = "controller"
 STATES = ("running", "finished", "failed", "interrupted")
@@ -37,6 +40,49 @@ PORTS = 100
 
 
 _BUCKETS = (1, 3, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 36000)
+
+
+class Prometheus(TrackerConfig):
+    """Figures at an address that a scraper reads."""
+
+    name: str = "prometheus"
+    host: str = "127.0.0.1"
+    """Address to listen on; a scraper on another machine needs one that it can reach, or 0.0.0.0."""
+    port: int = Field(9470, ge=0, le=65535)
+    """If another run has it, the next free one; 0 takes any."""
+
+    def check(self) -> None:
+        """The address is one of this machine, and the port one that this user may open."""
+        if self.port == 0:
+            return
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.host, self.port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:  # another run has it: this one takes the next free port
+                    return
+                raise ConfigError(
+                    f"{self.host}:{self.port} cannot be listened on: {error.strerror}",
+                    field="metrics.prometheus_port",
+                    fix="choose another port, 0 for any free one, or set metrics.prometheus=false",
+                ) from None
+
+    def open(self, run: Tracked) -> PrometheusTracker:
+        """Serve, with counters that go on where an earlier attempt stopped, and say where."""
+        advertised = outside_address() if self.host in ("0.0.0.0", "::", "") else self.host
+        exporter = PrometheusTracker(
+            run.name,
+            host=self.host,
+            port=self.port,
+            discovery=run.directory.parent / ".prometheus",
+            advertised=advertised,
+            catalogue=run.catalogue,
+        )
+        exporter.restore(totals(run.earlier, run.catalogue))
+        taken = f" (port {self.port} is taken)" if self.port not in (0, exporter.port) else ""
+        run.console.print(f"metrics: http://{advertised}:{exporter.port}/metrics{taken}", highlight=False)
+        return exporter
 
 
 class PrometheusTracker(Tracker):

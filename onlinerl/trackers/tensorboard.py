@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from onlinerl.errors import ConfigError
-from onlinerl.protocols.tracker import Tracker
+from onlinerl.protocols.tracker import Tracked, Tracker, TrackerConfig
 from onlinerl.types import Metric
 
-__all__ = ["TensorboardTracker"]
+__all__ = ["Tensorboard", "TensorboardTracker"]
+
+
+class Tensorboard(TrackerConfig):
+    """A folder `tensorboard` in the run directory."""
+
+    name: str = "tensorboard"
+
+    def check(self) -> None:
+        """The package is an extra."""
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError(
+                "TensorBoard is not installed",
+                field="metrics.tensorboard",
+                fix="pip install 'onlinerl[tensorboard]', or set metrics.tensorboard=false",
+            )
+
+    def open(self, run: Tracked) -> TensorboardTracker:
+        """Begin a file of events."""
+        return TensorboardTracker(run.directory / "tensorboard")
 
 
 class TensorboardTracker(Tracker):

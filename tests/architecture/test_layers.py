@@ -158,6 +158,12 @@ def test_algorithms_import_torch_and_nothing_else_that_is_heavy():
     assert imported_by(*(f"onlinerl.algorithms.{name}" for name in names)) == {"torch"}
 
 
+def test_each_learner_and_engine_imports_its_own_library_only():
+    """`check` of a run imports neither torch nor what the parts work with; the torch learner needs no other library, nor an engine's."""
+    assert imported_by("onlinerl.engines.vllm", "onlinerl.learners.deepspeed", "onlinerl.learners.torch") == set()
+    assert imported_by("onlinerl.learners.torch.rank") == {"torch"}
+
+
 @pytest.mark.parametrize("role", ["oracles", "pairing", "prompts", "trackers"])
 def test_what_is_configured_imports_nothing_heavy(role):
     names = [name for name in registry.names(role) if name != "tensorboard"]  # its package may not be installed

@@ -20,6 +20,7 @@ from onlinerl.stores import _files, directory
 from onlinerl.stores.summary import summarise
 
 FAILED, REFUSED = 1, 2
+REAL = {"engine.name": "vllm", "learner.name": "deepspeed"}
 
 
 @pytest.fixture
@@ -74,10 +75,11 @@ def says(message: str, *parts: str) -> None:
         ("prompts.reuse='yes'", ("prompts.reuse: input should be a valid boolean, got 'yes'",)),
         ("training.learning_rate=fast", ("training.learning_rate: input should be a valid number, got 'fast'",)),
         ("algorithm.beta=much", ("algorithm.beta: input should be a valid number, got 'much'",)),
-        ("learner.zero_stage=4", ("learner.zero_stage: input should be 0, 1, 2 or 3, got 4",)),
+        ("learner={name: deepspeed, zero_stage: 4}", ("learner.zero_stage: input should be 0, 1, 2 or 3, got 4",)),
         ("name=a/b", ("name: string should match pattern", "got 'a/b'")),
         ("training", ("override: 'training' is not of the form key=value", "training.learning_rate=1e-5")),
         ("--iterations=2", ("override: '--iterations=2' is no option", "write keys without dashes, iterations=2")),
+        ("learner.zero_stage=1", ("learner.zero_stage: is not a known key", "known keys: attention, ")),  # the toy has none
         ("learner.name=fsdp", ("learner.name: there is no 'fsdp'", "deepspeed")),
         ("engine.name=sglang", ("engine.name: there is no 'sglang'", "vllm")),
         ("name.first=x", ("name.first: 'name' holds a value, not a section",)),
@@ -158,7 +160,7 @@ def test_a_missing_key(toy_config, refused, tmp_path):
         ({"algorithm.name": "grpo", "sampling.top_p": 0.9}, ("sampling.top_p: grpo weighs samples", "set top_p to 1.0")),
         (
             {"engine.name": "vllm"},
-            ("engine.name: engine 'vllm' and learner 'toy' do not go together", "use vllm with deepspeed"),
+            ("engine.name: engine 'vllm' and learner 'toy' do not go together", "vllm with deepspeed"),
         ),
         (
             {"engine.max_model_len": 16},
@@ -185,11 +187,11 @@ def test_a_missing_key(toy_config, refused, tmp_path):
             ("sync.backend: takes the weights through host memory", "ipc is chosen"),
         ),
         (
-            {"cluster.colocate": True, "engine.tensor_parallel_size": 2},
+            {**REAL, "cluster.colocate": True, "engine.tensor_parallel_size": 2},
             ("engine.tensor_parallel_size: colocated replicas cannot span GPUs", "cluster.colocate=false"),
         ),
         (
-            {"cluster.colocate": True, "engine.gpu_memory_utilization": 0.97},
+            {**REAL, "cluster.colocate": True, "engine.gpu_memory_utilization": 0.97},
             ("engine.gpu_memory_utilization: is 0.97, and a learner that has given its memory away", "0.95 or less"),
         ),
         (

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onlinerl.config import EngineConfig, LearnerConfig, TrainingConfig
+from onlinerl.config import TrainingConfig
 from onlinerl.types import Prompt, Request, Sampling, TrainItem, TrainSequence
 
 pytestmark = [pytest.mark.engine, pytest.mark.gpus(1), pytest.mark.timeout(300)]
@@ -21,9 +21,9 @@ MIB = 2**20
 def test_an_engine_sleeps_and_wakes(gpu_model: Path, record_property: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from onlinerl.engines.vllm import VLLMReplica, environment
+    from onlinerl.engines.vllm import VLLM, VLLMReplica, environment
 
-    config = EngineConfig(dtype="bfloat16", enforce_eager=True, max_concurrent=16, gpu_memory_utilization=0.5)
+    config = VLLM(dtype="bfloat16", enforce_eager=True, max_concurrent=16, gpu_memory_utilization=0.5)
     for name, value in environment("ipc").items():
         monkeypatch.setenv(name, value)
 
@@ -61,12 +61,13 @@ def test_a_zero_3_learner_leaves_and_returns(gpu_model: Path, record_property: R
     from torch.distributed import TCPStore
 
     from onlinerl.algorithms.dpo import Dpo
-    from onlinerl.learners.deepspeed import DeepSpeedRank
+    from onlinerl.learners.deepspeed import DeepSpeed
+    from onlinerl.learners.deepspeed.rank import DeepSpeedRank
 
     rank = DeepSpeedRank(
         str(gpu_model),
         Dpo(),
-        LearnerConfig(zero_stage=3),
+        DeepSpeed(zero_stage=3),
         TrainingConfig(learning_rate=1e-4),
         rank=0,
         world_size=1,

@@ -1,4 +1,4 @@
-"""One rank of a real DeepSpeed learner, as a plain process: does what a job file says and writes what came out.
+"""One rank of a real learner, on DeepSpeed or on torch alone, as a plain process: does what a job file says and writes what came out.
 
     python rank_process.py JOB RANK WORLD_SIZE PORT
 
@@ -24,11 +24,13 @@ import torch.distributed as dist
 
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.batch import Batch, LossOutput, Outputs
-from onlinerl.config import LearnerConfig, TrainingConfig
+from onlinerl.config import TrainingConfig
 from onlinerl.errors import LearnerError
 from onlinerl.learners._loading import ModelReader
+from onlinerl.learners._rank import Rank
 from onlinerl.learners._self_test import combine
-from onlinerl.learners.deepspeed import DeepSpeedRank
+from onlinerl.learners.deepspeed import DeepSpeed
+from onlinerl.learners.torch import Torch
 from onlinerl.ops.batching import plan_step
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import SelfTest, TrainItem
@@ -65,16 +67,17 @@ class Ranks:
         model: str,
         algorithm: Algorithm,
         *,
-        stage: int,
+        stage: int | str,
         dtype: str,
         learner: dict[str, Any] | None = None,
         **training: Any,
-    ) -> DeepSpeedRank:
-        return DeepSpeedRank(
-            model,
-            algorithm,
-            LearnerConfig(ranks=self.world_size, zero_stage=stage, dtype=dtype, **(learner or {})),
-            TrainingConfig(**{"learning_rate": 1e-3, **training}),
+    ) -> Rank:
+        keys = {"ranks": self.world_size, "dtype": dtype, **(learner or {})}
+        config = Torch(**keys) if stage == "torch" else DeepSpeed(zero_stage=stage, **keys)
+        return config.rank(
+            model=model,
+            algorithm=algorithm,
+            training=TrainingConfig(**{"learning_rate": 1e-3, **training}),
             rank=self.rank,
             world_size=self.world_size,
             store=self.store,
@@ -87,11 +90,11 @@ class Ranks:
     def mine(self, items: list[TrainItem], budget: int) -> list[list[TrainItem]]:
         return plan_step(items, self.world_size, budget)[self.rank]
 
-    def step(self, learner: DeepSpeedRank, items: list[TrainItem], budget: int = 100_000, lr: float = 1e-3) -> dict[str, float]:
+    def step(self, learner: Rank, items: list[TrainItem], budget: int = 100_000, lr: float = 1e-3) -> dict[str, float]:
         return learner.step(self.mine(items, budget), sum(i.count(learner.algorithm.unit) for i in items), lr)
 
 
-def weights(learner: DeepSpeedRank) -> WEIGHTS:
+def weights(learner: Rank) -> WEIGHTS:
     return {name: array(tensor) for name, tensor in learner.weight_source(torch.float32)}
 
 
@@ -100,23 +103,28 @@ def array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().to(torch.float32, copy=True).numpy().copy()
 
 
-def innermost(learner: DeepSpeedRank) -> torch.optim.Optimizer:
+def innermost(learner: Rank) -> torch.optim.Optimizer:
     """The optimizer inside DeepSpeed's wrappers."""
+    if hasattr(learner, "_optimizer"):
+        return learner._optimizer
     inner = learner._engine.optimizer
     while hasattr(inner, "optimizer"):
         inner = inner.optimizer
     return inner
 
 
-def optimizer_state(learner: DeepSpeedRank) -> dict[str, float]:
+def optimizer_state(learner: Rank) -> dict[str, float]:
     """Largest moment and Adam's own step counts, wherever the wrappers keep them."""
     states = [s for s in innermost(learner).state.values() if s]
     moments = [float(s[k].abs().max()) for s in states for k in ("exp_avg", "exp_avg_sq") if s[k].numel()]
     return {"moment": max(moments, default=0.0), "step": max((float(s["step"]) for s in states), default=0.0)}
 
 
-def first_moments(learner: DeepSpeedRank) -> WEIGHTS:
+def first_moments(learner: Rank) -> WEIGHTS:
     """Adam's running mean of the gradients as they were after clipping, whole, by parameter. Collective."""
+    if hasattr(learner, "_stepped"):
+        state = learner._optimizer.state
+        return {n: array(state[learner._stepped[p]]["exp_avg"]) for n, p in learner._policy.model.named_parameters()}
     from deepspeed.utils import safe_get_full_optimizer_state
 
     wrapper, inner = learner._engine.optimizer, innermost(learner)
@@ -137,7 +145,7 @@ def first_moments(learner: DeepSpeedRank) -> WEIGHTS:
     return {n: array(moment(p)) for n, p in learner._policy.model.named_parameters()}
 
 
-def scored(learner: DeepSpeedRank, items: list[TrainItem], model: str, temperature: float) -> list[np.ndarray]:
+def scored(learner: Rank, items: list[TrainItem], model: str, temperature: float) -> list[np.ndarray]:
     """Log-probs of all sequences, on every rank, batched in another way than a step would."""
     (arrays,) = learner.score([[s for item in items for s in item.sequences]], model, temperature)
     return arrays
@@ -149,7 +157,7 @@ def with_arrays(items: list[TrainItem], **arrays: list[np.ndarray]) -> list[Trai
 
 
 def self_tests(
-    ranks: Ranks, learner: DeepSpeedRank, items: list[TrainItem], names: tuple[str, ...], base: str, other: str
+    ranks: Ranks, learner: Rank, items: list[TrainItem], names: tuple[str, ...], base: str, other: str
 ) -> dict[Any, SelfTest]:
     """The self-test of items as they should be, and with each of their arrays spoiled in every way."""
 
@@ -251,7 +259,7 @@ def critic_gradients(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) ->
     return result
 
 
-def parameters(learner: DeepSpeedRank) -> WEIGHTS:
+def parameters(learner: Rank) -> WEIGHTS:
     """All of them, the critic's too, whole. Collective."""
     import deepspeed
 
@@ -351,8 +359,8 @@ def steps(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, 
     ranks.step(fresh, job["steps"][1], budget)
     result["reset_continued"] = weights(fresh)
     result["reset_continued_state"] = optimizer_state(fresh)
-    kinds = ("model", "optim") if case["stage"] > 0 else ("model",)
-    result["planted"] = {kind: planted(ranks, fresh, here, kind) for kind in kinds}
+    files = {"torch": ["state"], 0: ["state/*model_states"]}.get(case["stage"], ["state/*model_states", "state/*optim_states"])
+    result["planted"] = {file: planted(ranks, fresh, here, file) for file in files}
     return result
 
 
@@ -366,13 +374,13 @@ class Bomb:
         return Path.touch, (self.mark,)
 
 
-def planted(ranks: Ranks, learner: DeepSpeedRank, checkpoint: Path, kind: str) -> dict[str, Any]:
+def planted(ranks: Ranks, learner: Rank, checkpoint: Path, files: str) -> dict[str, Any]:
     """What a rank says to a checkpoint in which a file of every rank holds something else, and whether that has run."""
-    folder = checkpoint.with_name(f"{checkpoint.name}-{kind}")
+    folder = checkpoint.with_name(f"{checkpoint.name}-{files.rpartition('*')[2]}")
     mark = folder / "ran"
     if ranks.rank == 0:
         shutil.copytree(checkpoint, folder)
-        for file in folder.glob(f"state/*{kind}_states.pt"):
+        for file in folder.glob(f"{files}.pt"):
             torch.save({"module": Bomb(mark), "optimizer_state_dict": Bomb(mark)}, file)
     dist.barrier()
     try:
@@ -478,13 +486,13 @@ def offload(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str
     return result
 
 
-def moments(learner: DeepSpeedRank) -> list[tuple[str, torch.Tensor]]:
+def moments(learner: Rank) -> list[tuple[str, torch.Tensor]]:
     """What the optimizer itself keeps."""
     states = innermost(learner).state.values()
     return [(f"{name} {i}", v) for i, state in enumerate(states) for name, v in state.items() if torch.is_tensor(v)]
 
 
-def optimizer_tensors(learner: DeepSpeedRank) -> WEIGHTS:
+def optimizer_tensors(learner: Rank) -> WEIGHTS:
     """And the weights that it steps: under a wrapper, a master copy."""
     stepped = [p for group in innermost(learner).param_groups for p in group["params"]]
     found = [*moments(learner), *((f"master {i}", p) for i, p in enumerate(stepped))]

@@ -240,6 +240,19 @@ def test_two_replicas_and_two_ranks(
     assert {row["annotator"] for row in rows(run, 1, "verdicts")} == {f"reward_model:{tiny_reward_model.name}"}
 
 
+def test_the_torch_learner_in_place_of_deepspeed(start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path) -> None:
+    """Nothing else changes: samples, pushes with proof, checkpoints."""
+    config = write_config(tmp_path, tiny_llama, engine={"replicas": 1})
+
+    controller = start("run", config, "learner.name=torch", "learner.ranks=1")
+
+    assert controller.wait() == 0, controller.text
+    controller.assert_nothing_survives()
+    run = tmp_path / "runs" / "run"
+    assert_finished(run, 8 * 4)
+    assert {file.name for file in (run / "checkpoints" / "0001").glob("*.pt")} == {"state.pt"}
+
+
 def test_a_controller_that_is_stopped_while_it_samples_leaves_nothing_and_resumes(
     start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from onlinerl.config import EngineConfig
 from onlinerl.sync import proof
 from onlinerl.types import Group, Prompt, Request, Sampling
 
@@ -61,16 +60,14 @@ class Replica:
     def __init__(self, model: Path, worker: str | None = None, **engine: Any) -> None:
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from onlinerl.engines.vllm import VLLMReplica
+        from onlinerl.engines.vllm import VLLM, VLLMReplica
 
         self.version = 0
         """Of the push that is under way."""
         self.watched = Watched()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self.config = EngineConfig(
-            **{"dtype": "float32", "max_concurrent": 16, "kv_cache_gib": KV_BLOCKS * BLOCK_GIB, **engine}
-        )
+        self.config = VLLM(**{"dtype": "float32", "max_concurrent": 16, "kv_cache_gib": KV_BLOCKS * BLOCK_GIB, **engine})
         usual = AsyncLLM.from_engine_args
 
         def watched(args: Any) -> AsyncLLM:

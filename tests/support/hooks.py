@@ -135,7 +135,7 @@ def _end_slowly():
     from onlinerl import wiring
 
     @contextmanager
-    def toy(*arguments, original=wiring.toy):
+    def toy(*arguments, original=wiring.in_process):
         with original(*arguments) as parts:
             try:
                 yield parts
@@ -143,7 +143,7 @@ def _end_slowly():
                 event("cleaning up")
                 time.sleep(60)
 
-    wiring.toy = toy
+    wiring.in_process = toy
 
 
 def command(arguments, spec):

@@ -144,13 +144,55 @@ def test_overrides_may_come_in_any_order(write):
     assert configuration.load(path, ["algorithm.clip_low=0.1", "algorithm.name=grpo"]).algorithm["clip_low"] == 0.1
 
 
-def test_naming_the_engine_or_learner_keeps_the_other_keys(write):
-    """Their sections are not the implementation's own."""
-    path = write("base.yaml", BASE)
-    config = configuration.load(path, ["learner.zero_stage=2", "learner.name=toy", "engine.name=toy", "engine.replicas=3"])
-    assert (config.learner.zero_stage, config.engine.replicas) == (2, 3)
-    over = write("over.yaml", {"extends": "base.yaml", "engine": {"name": "toy"}})
-    assert configuration.load(over).engine.resources == configuration.load(path).engine.resources
+def test_another_engine_or_learner_keeps_the_keys_that_all_of_them_have(write):
+    """And forgets those of the one that it replaces."""
+    path = write("base.yaml", BASE | {"learner": {"ranks": 2, "zero_stage": 2}})
+    config = configuration.load(path, ["learner.name=toy", "engine.name=toy", "engine.replicas=3"])
+    assert (config.learner.name, config.learner.ranks, config.engine.replicas) == ("toy", 2, 3)
+    assert "zero_stage" not in configuration.fingerprint(config)
+    same = configuration.load(path, ["learner.name=deepspeed"])
+    assert configuration.fingerprint(same)["learner.zero_stage"] == 2
+    over = write("over.yaml", {"extends": "base.yaml", "learner": {"name": "toy"}})
+    assert configuration.load(over).learner.ranks == 2
+
+
+@pytest.mark.parametrize(
+    ("section", "fix"),
+    [
+        ({"learner": {"name": "toy", "zero_stage": 2}}, "known keys: attention, "),
+        ({"learner": {"zero": 2}}, "did you mean 'zero_stage'?"),
+        ({"engine": {"kv_cache": 2}}, "did you mean 'kv_cache_gib'?"),
+        ({"engine": {"tp": 2}}, "did you mean 'tensor_parallel_size'?"),
+        ({"engine": "vllm"}, "it is a section: write engine.name=vllm"),
+        ({"learner": {"name": "fsdp"}}, "choose one of deepspeed, torch, toy"),
+    ],
+)
+def test_each_engine_and_learner_refuses_the_keys_of_others(section, fix):
+    with pytest.raises(ConfigError) as error:
+        changed(**section)
+    assert error.value.field is not None
+    assert error.value.field.partition(".")[0] in section
+    assert fix in error.value.fix
+
+
+def test_what_an_older_version_filled_in_for_every_engine_and_learner_changes_nothing(write):
+    """It wrote the keys of vllm and deepspeed into every run."""
+    toys = {"engine": {"name": "toy"}, "learner": {"name": "toy"}}
+    config = changed(**toys)
+    tree = yaml.safe_load(configuration.dump(config))
+    tree["engine"] |= {"kv_cache_gib": 1.0, "gpu_memory_utilization": 0.85}
+    tree["learner"] |= {"zero_stage": 0}
+    path = write("stored.yaml", tree)
+    assert configuration.dump(configuration.load(path, stored=True)) == configuration.dump(config)
+    with pytest.raises(ConfigError, match="is not a known key"):
+        configuration.load(path)
+    with pytest.raises(ConfigError, match="is not a known key"):
+        configuration.load(path, ["learner.zero_stage=1"], stored=True)
+    stored = {**configuration.fingerprint(config), "learner.zero_stage": 0}
+    assert configuration.changes(stored, config) == {}
+    real = changed()
+    stored = {**configuration.fingerprint(real), "learner.zero_stage": 1}
+    assert set(configuration.changes(stored, real)) == {"learner.zero_stage"}
 
 
 # --- types ---

@@ -11,6 +11,7 @@ import pytest
 from onlinerl import config as configuration
 from onlinerl import registry, synonyms, yaml_files
 from onlinerl.config import RunConfig
+from onlinerl.config.loading import CHOICES
 from onlinerl.errors import ConfigError, OracleError
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.oracle import Oracle
@@ -34,7 +35,7 @@ def refused(*overrides: str) -> ConfigError:
 def parse(overrides: Sequence[str]) -> RunConfig:
     tree = copy.deepcopy(BASE)
     for override in overrides:
-        yaml_files.override(tree, override, {"algorithm.name", "oracle.name", "pairing.name"})
+        yaml_files.override(tree, override, CHOICES)
     return configuration.parse(tree)
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from onlinerl.learners._export import export_weights
+from onlinerl.learners._weights import PolicySource
 
 
 def model(tied: bool) -> LlamaForCausalLM:
@@ -34,7 +35,7 @@ def test_the_file_is_what_the_library_writes(tmp_path: Path, tied: bool, dtype: 
     theirs = {n: p.detach().to(dtype) for n, p in network.named_parameters()}
     save_file(theirs, tmp_path / "theirs", metadata={"format": "pt"})
 
-    export_weights(network, tmp_path, dtype, writer=True)
+    export_weights(PolicySource(network, dtype), tmp_path, dtype, writer=True)
 
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
 
@@ -43,7 +44,7 @@ def test_a_large_model_becomes_several_files_that_transformers_reads(tmp_path: P
     network = model(tied=False)
     network.config.save_pretrained(tmp_path)
 
-    export_weights(network, tmp_path, torch.float32, writer=True, max_shard_bytes=8_000)
+    export_weights(PolicySource(network, torch.float32), tmp_path, torch.float32, writer=True, max_shard_bytes=8_000)
 
     files = list(tmp_path.glob("model-*-of-*.safetensors"))
     assert len(files) > 2
@@ -55,6 +56,6 @@ def test_a_large_model_becomes_several_files_that_transformers_reads(tmp_path: P
 
 
 def test_ranks_that_do_not_write_leave_nothing_behind(tmp_path: Path) -> None:
-    export_weights(model(tied=True), tmp_path, torch.float32, writer=False)
+    export_weights(PolicySource(model(tied=True), torch.float32), tmp_path, torch.float32, writer=False)
 
     assert list(tmp_path.iterdir()) == []

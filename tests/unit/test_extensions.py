@@ -11,7 +11,7 @@ import time
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from onlinerl.learners import _extensions
+from onlinerl.learners.deepspeed import extensions as _extensions
 
 
 @pytest.fixture

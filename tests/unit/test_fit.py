@@ -10,9 +10,9 @@ import pytest
 
 from onlinerl import config as configuration
 from onlinerl import preflight
-from onlinerl.config import EngineConfig
 from onlinerl.engines import _fit
 from onlinerl.engines._fit import Place
+from onlinerl.engines.vllm import VLLM
 from onlinerl.errors import ConfigError
 
 BLOCK = 128
@@ -23,7 +23,7 @@ def place(host: str, *cores: int) -> Place:
 
 
 def shares(places: list[Place], **engine: int) -> list[list[list[int]]]:
-    return [_fit.share_cores(places, i, EngineConfig(**engine)) for i in range(len(places))]
+    return [_fit.share_cores(places, i, VLLM(**engine)) for i in range(len(places))]
 
 
 # --- cores ---
@@ -80,12 +80,12 @@ def test_more_workers_than_cores_are_refused():
 )
 def test_what_two_workers_cannot_divide_is_named(model, key):
     with pytest.raises(ConfigError, match=rf"tensor_parallel_size: .*{key}"):
-        _fit.check_division(EngineConfig(tensor_parallel_size=2), model)
-    _fit.check_division(EngineConfig(), model)
+        _fit.check_division(VLLM(tensor_parallel_size=2), model)
+    _fit.check_division(VLLM(), model)
 
 
 def test_a_single_key_value_head_is_given_to_every_worker():
-    _fit.check_division(EngineConfig(tensor_parallel_size=4), {"num_attention_heads": 8, "num_key_value_heads": 1})
+    _fit.check_division(VLLM(tensor_parallel_size=4), {"num_attention_heads": 8, "num_key_value_heads": 1})
 
 
 # --- KV cache ---
@@ -99,7 +99,7 @@ def smallest(model: dict, max_model_len: int, **engine: object) -> float:
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            _fit.check_kv_cache(EngineConfig(kv_cache_gib=middle / 2**20, **engine), model, max_model_len)  # type: ignore[arg-type]
+            _fit.check_kv_cache(VLLM(kv_cache_gib=middle / 2**20, **engine), model, max_model_len)  # type: ignore[arg-type]
             high = middle
         except ConfigError:
             low = middle
@@ -124,12 +124,12 @@ def test_the_cache_must_hold_the_longest_sequence_and_the_block_that_vllm_keeps(
     ],
 )
 def test_models_that_keep_less_are_left_to_vllm(more):
-    _fit.check_kv_cache(EngineConfig(kv_cache_gib=1e-9), LLAMA | more, 4096)
+    _fit.check_kv_cache(VLLM(kv_cache_gib=1e-9), LLAMA | more, 4096)
 
 
 def test_a_window_that_is_switched_off_does_not_count():
     with pytest.raises(ConfigError, match=r"kv_cache_gib"):
-        _fit.check_kv_cache(EngineConfig(kv_cache_gib=1e-9), LLAMA | {"sliding_window": 64, "use_sliding_window": False}, 4096)
+        _fit.check_kv_cache(VLLM(kv_cache_gib=1e-9), LLAMA | {"sliding_window": 64, "use_sliding_window": False}, 4096)
 
 
 # --- `check` ---

@@ -13,7 +13,7 @@ from onlinerl import config as configuration
 from onlinerl import preflight
 from onlinerl.config import RunConfig
 from onlinerl.errors import ConfigError, OracleError
-from onlinerl.memory import learner_rank
+from onlinerl.learners.deepspeed.memory import learner_rank
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Prompt, Verdict
 

@@ -17,10 +17,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from onlinerl import registry
+from onlinerl.config.roles import build
 from onlinerl.errors import ConfigError, StoreError
 from onlinerl.graph import NAMES
 from onlinerl.metrics.catalogue import CATALOGUE
-from onlinerl.protocols.tracker import Tracker
+from onlinerl.protocols.tracker import Tracked, Tracker
 from onlinerl.trackers import console as console_module
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import ConsoleTracker, render_table, sturdy_console
@@ -50,16 +51,15 @@ def drive(tracker: Tracker) -> None:
     tracker.close()
 
 
-@pytest.mark.parametrize("name", ["jsonl", "prometheus", "tensorboard", "console"])
+@pytest.mark.parametrize("name", registry.names("trackers"))
 def test_every_tracker_takes_what_a_run_tells_it(name, tmp_path):
-    made = {
-        "jsonl": lambda: JsonlTracker(tmp_path / "m.jsonl"),
-        "prometheus": lambda: PrometheusTracker("r", port=0),
-        "tensorboard": lambda: TensorboardTracker(tmp_path / "tb"),
-        "console": lambda: ConsoleTracker(Console(file=io.StringIO())),
-    }[name]()
-    assert type(made) is registry.load("trackers", name)
-    drive(made)
+    chosen = build({"name": name, **({"port": 0} if name == "prometheus" else {})}, "tracker")
+    chosen.check()
+    said = io.StringIO()
+    directory = tmp_path / "runs" / "r"
+    directory.mkdir(parents=True)
+    drive(chosen.open(Tracked(name="r", directory=directory, catalogue=CATALOGUE, earlier=[], console=Console(file=said))))
+    assert said.getvalue() or any(tmp_path.rglob("*.*")), "it has left something"
 
 
 def test_fanout_tells_everybody_even_from_a_generator(tmp_path):

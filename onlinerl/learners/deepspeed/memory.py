@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from onlinerl.config import LearnerConfig
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onlinerl.learners.deepspeed import DeepSpeed
 
 GIB = 2**30
 MIB = 2**20
@@ -17,7 +20,7 @@ BUCKET = 20_000_000
 """Elements that DeepSpeed reduces, gathers or steps at a time."""
 
 
-def learner_rank(config: LearnerConfig, parameters: float, *, critic: bool = False) -> dict[str, float]:
+def learner_rank(config: DeepSpeed, parameters: float, *, critic: bool = False) -> dict[str, float]:
     """Bytes that one rank holds when it holds most, by what they are for. That is while it takes an optimizer step.
 
     Activations are not in it: they depend on the lengths of prompts and responses, and are bounded by

@@ -1,4 +1,4 @@
-"""One rank of the learner on DeepSpeed, ZeRO 0 to 3, on CPU over gloo or on GPUs over NCCL.
+"""One rank of a learner: what every way to step has in common.
 
 The ranks are told what to do by one group (the cluster's business): each call is collective, and every rank gets the same number
 of micro-batches. Losses arrive as sums and are divided by the global count given with them, so the gradient does not depend on
@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,44 +18,30 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from onlinerl.batch import Batch, Mean, Outputs
-from onlinerl.config import LearnerConfig, TrainingConfig
+from onlinerl.config import TrainingConfig
 from onlinerl.errors import LearnerError
-from onlinerl.learners._extensions import without_abandoned_locks
+from onlinerl.learners._export import export_weights
 from onlinerl.learners._loading import ModelReader, give_back
 from onlinerl.learners._offload import HostMemory, tensors_of
-from onlinerl.learners._optimizer import build_optimizer, critic_rate, parameter_groups
+from onlinerl.learners._optimizer import critic_rate
 from onlinerl.learners._plain import load_generators, save_generators
+from onlinerl.learners._policy import Policy
 from onlinerl.learners._self_test import Sums, compare
-from onlinerl.memory import BUCKET
+from onlinerl.learners._weights import PolicySource
 from onlinerl.network import choose_interface
 from onlinerl.ops.batching import collate
 from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.learner import LearnerConfig
 from onlinerl.types import TrainItem, TrainSequence
 
-__all__ = ["DeepSpeedRank"]
-
-_TAG = "state"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def environment(config: LearnerConfig, device: str, threads: int) -> dict[str, str]:
-    """Environment variables a rank's process must start with."""
-    env = {
-        "TOKENIZERS_PARALLELISM": "false",
-        "DEEPSPEED_LOG_LEVEL": "WARNING",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "ONLINERL_DIE_WITH_PARENT": "1",
-    }
-    if device == "cpu":
-        env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
-    return env
-
-
-class DeepSpeedRank:
-    """Holds this rank's share of the policy and its optimizer.
+class Rank:
+    """Holds this rank's share of the policy and its optimizer. A subclass says how it steps and what it writes to disk.
 
     Args:
         model: directory or hub id of the model to start from.
@@ -67,6 +53,9 @@ class DeepSpeedRank:
         temperature: at which log-probs are taken in the loss: the sampling temperature for policy gradients, else 1.
         seed: of everything random.
     """
+
+    _policy: Policy
+    _reader: ModelReader
 
     def __init__(
         self,
@@ -83,73 +72,71 @@ class DeepSpeedRank:
         temperature: float,
         seed: int,
     ) -> None:
-        import deepspeed
-
-        from onlinerl.learners._checkpoint import PlainCheckpointEngine
-
         self.algorithm, self.config, self.training = algorithm, config, training
         self.rank, self.world_size, self.temperature = rank, world_size, temperature
         self.device = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
+        self.needs = algorithm.needs
         seed_everything(seed)
         choose_interface(address)
         os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
-        backend = "nccl" if device == "cuda" else "gloo"
-        timeout = timedelta(seconds=config.start_timeout_s)
         # The object collectives of metrics and the barriers of CPU work go over gloo on GPU machines too.
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
+            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=config.start_timeout_s),
         )
-        with without_abandoned_locks():  # it compiles an extension for CPUs
-            deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
-        self.needs = algorithm.needs
-        self._reader = ModelReader(DTYPES[config.dtype], config.attention, self.device, self._deepspeed_config())
-        self._policy = self._reader.trained(model, self.needs.critic)
-        # Dropout stays off: log-probs of one and the same policy must not differ from pass to pass (R-E5).
-        self._policy.eval()
-        optimizer = build_optimizer(parameter_groups(self._policy, training), training, checked=self._bare)
-        self._engine, *_ = deepspeed.initialize(
-            model=self._policy, optimizer=optimizer, config=self._deepspeed_config(), dist_init_required=False
-        )
-        self._engine.checkpoint_engine = self._files = PlainCheckpointEngine()
-        self._engine.eval()
-        if config.gradient_checkpointing:
-            self._policy.recompute_activations()
-        self.reset_optimizer()  # a wrapper's trial step counts as one for Adam
+        self._build(model)
         _bound_collectives(timedelta(seconds=config.step_timeout_s))
         self._sender: Any = None
         self._host_memory = HostMemory(self.device)
         give_back()
 
-    @property
-    def _bare(self) -> bool:
-        """True where DeepSpeed calls the optimizer itself, without a wrapper that clips and looks for non-finite gradients."""
-        return self.config.zero_stage == 0 and self.config.dtype == "float32"
+    # --- what each way to step says for itself ---
 
-    def _deepspeed_config(self) -> dict[str, Any]:
-        return {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            # Steps hold as many micro-batches as their tokens need: backward() accumulates, step() reduces and updates.
-            "managed_gradient_accumulation": False,
-            "gradient_clipping": 0.0 if self._bare else self.training.max_grad_norm,
-            "zero_allow_untested_optimizer": True,
-            "zero_optimization": {
-                "stage": self.config.zero_stage,
-                "overlap_comm": False,
-                "reduce_scatter": self.device.type == "cuda",  # gloo has none
-                # DeepSpeed's own sizes (500 million elements and more) make no difference between a rank and a whole small model.
-                "reduce_bucket_size": BUCKET,
-                "allgather_bucket_size": BUCKET,
-                "sub_group_size": BUCKET,
-                "stage3_param_persistence_threshold": 0 if self.device.type == "cpu" else 100_000,
-                "stage3_prefetch_bucket_size": 0 if self.device.type == "cpu" else BUCKET,
-                "stage3_max_live_parameters": BUCKET,
-                "stage3_max_reuse_distance": 0,
-            },
-            "bf16": {"enabled": self.config.dtype == "bfloat16"},
-            "steps_per_print": 10**9,
-            "wall_clock_breakdown": False,
-        }
+    def _build(self, model: str) -> None:
+        """Read the model and make the optimizer. Dropout stays off: log-probs of one and the same policy must not differ from pass
+        to pass."""
+        raise NotImplementedError
+
+    @property
+    def _network(self) -> nn.Module:
+        """What a forward pass of the policy goes through."""
+        raise NotImplementedError
+
+    @property
+    def _groups(self) -> Sequence[dict[str, Any]]:
+        """The optimizer's parameter groups, see `parameter_groups`."""
+        raise NotImplementedError
+
+    def _accumulate(self, total: Tensor, count: float) -> None:
+        """Add the gradient of `total` divided by `count`, which is NaN for a loss that is not finite, to that of this step."""
+        raise NotImplementedError
+
+    def _apply(self) -> tuple[float, bool]:
+        """Sum the gradient over ranks, clip it, and take the step unless it is not finite. Returns its norm, and whether it did."""
+        raise NotImplementedError
+
+    def gradients(self, micro: Sequence[Sequence[TrainItem]], count: int) -> dict[str, np.ndarray]:
+        """The gradient that `step` would use, by parameter name, and no step: for parity tests."""
+        raise NotImplementedError
+
+    def reset_optimizer(self) -> None:
+        """Forget the optimizer's moments and how many steps it took."""
+        raise NotImplementedError
+
+    def _write(self, path: Path) -> Sequence[Path]:
+        """Weights and optimizer state. Collective; returns the files that this rank wrote."""
+        raise NotImplementedError
+
+    def _read(self, path: Path) -> None:
+        """The reverse of `_write`."""
+        raise NotImplementedError
+
+    def weight_source(self, dtype: torch.dtype) -> PolicySource:
+        """The policy's weights for a transport, in the engine's dtype."""
+        return PolicySource(self._policy.model, dtype)
 
     # --- scoring ---
 
@@ -165,7 +152,7 @@ class DeepSpeedRank:
     def _infer(
         self, micro: Any, model: str, temperature: float, values: bool
     ) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
-        network = self._engine if model == "policy" else self._reader.frozen(model)
+        network = self._network if model == "policy" else self._reader.frozen(model)
         results = []
         for sequences in micro:
             items = [TrainItem(prompt_id="", sequences=(s,)) for s in sequences]
@@ -189,37 +176,38 @@ class DeepSpeedRank:
         """
         of_critic = critic_rate(learning_rate, self.training, self.needs.critic_learning_rate)
         rates = {"policy": learning_rate, "critic": of_critic}
-        for group in self._engine.optimizer.param_groups:
+        for group in self._groups:
             group["lr"] = rates[group["part"]]
         totals = self._backward(micro, count)
         give_back()
-        self._engine.step()
-        norm = self._engine.get_global_grad_norm()
+        norm, applied = self._apply()
         metrics = self._reduce(totals, count)
-        metrics["grad_norm"] = float(norm)
+        metrics["grad_norm"] = norm
         metrics["learning_rate"] = learning_rate
-        metrics["skipped"] = float(not self._engine.was_step_applied())
+        metrics["skipped"] = float(not applied)
         return metrics
 
     def _backward(self, micro: Sequence[Sequence[TrainItem]], count: int) -> dict[str, Tensor]:
         """Accumulate the gradient of this rank's share; returns sum and count of each metric.
 
         A loss that is not finite gets a gradient that is not finite either, whatever its formula says: the optimizer then drops the
-        whole step, on all ranks (R-E6).
+        whole step, on all ranks.
         """
         totals: dict[str, Tensor] = {}
         for items in micro:
             batch = collate(items).to(self.device)
-            outputs = self._engine(batch, temperature=self.temperature, values=self.needs.values, entropy=self.needs.entropy)
+            outputs = self._forward(batch)
             loss = self.algorithm.loss(outputs, batch) if items else None
             total = loss.total if loss is not None else outputs.logprobs_BT.sum() * 0.0 + _zero(outputs.values_BT)
-            # DeepSpeed averages over ranks; a sum divided by the global count needs the sum over ranks.
-            scale = self.world_size / count if total.isfinite() else float("nan")
-            self._engine.backward(total * scale)
+            self._accumulate(total, count if total.isfinite() else float("nan"))
             _add(totals, "loss", Mean(total=total.detach().float(), count=torch.tensor(float(0))))
             for name, mean in (loss.metrics if loss else {}).items():
                 _add(totals, name, mean)
         return totals
+
+    def _forward(self, batch: Batch) -> Outputs:
+        """As the loss gets it."""
+        return self._network(batch, temperature=self.temperature, values=self.needs.values, entropy=self.needs.entropy)
 
     def _reduce(self, totals: dict[str, Tensor], count: int) -> dict[str, float]:
         """Sums and counts of all ranks -> means. Ranks without items know no metric names, so the names travel first."""
@@ -233,62 +221,19 @@ class DeepSpeedRank:
         means["loss"] = table[union.index("loss"), 0].item() / count
         return means
 
-    def gradients(self, micro: Sequence[Sequence[TrainItem]], count: int) -> dict[str, np.ndarray]:
-        """The gradient that `step` would use, by parameter name, and no step: for parity tests (R-E7)."""
-        from deepspeed.utils import safe_get_full_grad
-
-        self._backward(micro, count)
-        grads: dict[str, np.ndarray] = {}
-        original = self._engine.optimizer.step
-
-        def capture(*args: Any, **kwargs: Any) -> None:
-            for name, parameter in self._policy.named_parameters():
-                grad = safe_get_full_grad(parameter)
-                if grad is not None:
-                    grads[name] = grad.detach().float().cpu().numpy().copy()
-
-        self._engine.optimizer.step = capture
-        try:
-            self._engine.step()
-        finally:
-            self._engine.optimizer.step = original
-        return grads
-
-    def _inner_optimizer(self) -> torch.optim.Optimizer:
-        inner = self._engine.optimizer
-        while hasattr(inner, "optimizer"):
-            inner = inner.optimizer
-        return inner
-
-    def reset_optimizer(self) -> None:
-        """Forget the optimizer's moments and how many steps it took. In place: ZeRO's wrappers hold on to these tensors."""
-        for state in self._inner_optimizer().state.values():
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
-
     def self_test(self, micro: Sequence[Sequence[TrainItem]], base_model: str) -> list[Sums]:
         """See `SelfTest`; what each rank found about its micro-batches, by rank. Collective."""
-
-        def forward(batch: Batch) -> Outputs:
-            return self._engine(batch, temperature=self.temperature, values=self.needs.values, entropy=self.needs.entropy)
 
         def base(batch: Batch) -> Tensor:
             return self._reader.frozen(base_model)(batch, temperature=self.temperature).logprobs_BT
 
         longest = getattr(self._policy.model.config.get_text_config(), "max_position_embeddings", None)
-        found = compare(forward, base, self.algorithm, micro, self.device, longest)
+        found = compare(self._forward, base, self.algorithm, micro, self.device, longest)
         parts = [found] * self.world_size
         dist.all_gather_object(parts, found)
         return parts
 
     # --- weights out ---
-
-    def weight_source(self, dtype: torch.dtype) -> Any:
-        """The policy as a vLLM WeightSource in the engine's dtype."""
-        from onlinerl.learners._weights import PolicySource
-
-        return PolicySource(self._policy.model, dtype)
 
     def open_sync(self, init_info: Any, client: Any, dtype: str) -> None:
         """Meet the replicas. Called on every rank; `init_info` says which transport."""
@@ -298,7 +243,7 @@ class DeepSpeedRank:
         self._sender = open_sender(init_info, client, self.source)
 
     def send_weights(self, version: int) -> None:
-        """Send everything to everyone. No training collective may be in flight, so the ranks meet before and after (R-A2)."""
+        """Send everything to everyone. No training collective may be in flight, so the ranks meet before and after."""
         dist.barrier()
         self._sender.client.version = version
         self._sender.send_weights()
@@ -313,7 +258,7 @@ class DeepSpeedRank:
         return sum(int(np.prod(m.shape)) * m.dtype.itemsize for m in self.source.metadata())
 
     def digests(self, names: Sequence[str]) -> dict[str, str]:
-        """Checksums of these tensors as this learner holds them, in the wire dtype. Collective under ZeRO-3."""
+        """Checksums of these tensors as this learner holds them, in the wire dtype. Collective where weights are cut up."""
         from onlinerl.sync.proof import digest
 
         wanted = set(names)
@@ -323,10 +268,8 @@ class DeepSpeedRank:
 
     def offload(self, what: str) -> None:
         """Move to host memory and give the device's back: "optimizer" is all but the policy's weights, "all" is all."""
-        parameters = list(self._policy.parameters())
-        parts = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]  # under ZeRO-3, this rank's share
-        stay = [*parameters, *parts, *self._policy.buffers()] if what == "optimizer" else []
-        self._host_memory.take(tensors_of(self._engine, self._policy, self._reader.kept), leave=stay)
+        stay = list(self._weights()) if what == "optimizer" else []
+        self._host_memory.take(tensors_of(*self._owners(), self._policy, self._reader.kept), leave=stay)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -337,6 +280,15 @@ class DeepSpeedRank:
         """Take the device's memory back and put everything where it was."""
         self._host_memory.give_back()
 
+    def _weights(self) -> Iterator[Tensor]:
+        """The tensors that a push reads."""
+        yield from self._policy.parameters()
+        yield from self._policy.buffers()
+
+    def _owners(self) -> Sequence[object]:
+        """What else holds tensors on the device: optimizers and wrappers."""
+        raise NotImplementedError
+
     # --- disk ---
 
     def save(self, path: str) -> dict[str, int]:
@@ -345,12 +297,11 @@ class DeepSpeedRank:
         Returns:
             What this rank wrote: bytes by path relative to `path`.
         """
-        self._files.written.clear()
-        self._engine.save_checkpoint(path, tag=_TAG, client_state={}, exclude_frozen_parameters=False)
+        written = self._write(Path(path))
         mine = Path(path) / f"rng_{self.rank}.json"
         save_generators(mine)
         dist.barrier()
-        return {str(file.relative_to(path)): file.stat().st_size for file in (*self._files.written, mine)}
+        return {str(file.relative_to(path)): file.stat().st_size for file in (*written, mine)}
 
     def load(self, path: str) -> None:
         """The reverse of `save`.
@@ -365,29 +316,13 @@ class DeepSpeedRank:
                 field="learner.ranks",
                 fix=f"resume with learner.ranks={count}",
             )
-        loaded, _ = self._engine.load_checkpoint(path, tag=_TAG)
-        if loaded is None:
-            raise LearnerError(f"DeepSpeed found nothing to load in {path}", fix="resume from an older checkpoint")
-        self._own_moments()
-        gc.collect()  # DeepSpeed's copies of the state refer to each other, and hold on to the mapped file
+        self._read(Path(path))
         load_generators(Path(path) / f"rng_{self.rank}.json")
-        self._engine.eval()
-
-    def _own_moments(self) -> None:
-        """Copy the optimizer's moments out of the mapped checkpoint file, one by one: the file may be deleted, and is not needed."""
-        for state in self._inner_optimizer().state.values():
-            for name, value in state.items():
-                if isinstance(value, Tensor):
-                    state[name] = value.clone()
-        if hasattr(self._engine.optimizer, "_link_all_hp_params"):  # ZeRO's wrappers hold on to the tensors that are replaced
-            self._engine.optimizer._link_all_hp_params()
 
     def export(self, path: str, tokenizer: str) -> None:
         """The policy as a Hugging Face model with its tokenizer. Collective; rank 0 writes."""
-        from onlinerl.learners._export import export_weights
-
-        model = self._policy.model
-        export_weights(model, Path(path), DTYPES[self.config.dtype], writer=self.rank == 0)
+        model, dtype = self._policy.model, DTYPES[self.config.dtype]
+        export_weights(self.weight_source(dtype), Path(path), dtype, writer=self.rank == 0)
         if self.rank == 0:
             from transformers import AutoTokenizer
 
@@ -406,7 +341,7 @@ class DeepSpeedRank:
 def _bound_collectives(timeout: timedelta) -> None:
     """From now on a rank that waits longer than this for the others fails. Everything before belongs to the start, and its time.
 
-    For all groups, because DeepSpeed makes some of its own, with torch's default. torch has no public name for this.
+    For all groups, because libraries make some of their own, with torch's default. torch has no public name for this.
     """
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timeout, group)

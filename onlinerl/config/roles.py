@@ -1,0 +1,86 @@
+"""Sections that choose an implementation by its `name`: the other keys are the fields of its class, which refuses unknown ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from onlinerl import registry
+from onlinerl.errors import ConfigError
+from onlinerl.explain import explain
+from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.component import Component
+from onlinerl.protocols.engine import EngineConfig
+from onlinerl.protocols.learner import LearnerConfig
+from onlinerl.protocols.oracle import Oracle
+from onlinerl.protocols.pairing import PairBuilder
+from onlinerl.protocols.tracker import TrackerConfig
+
+
+class Role(NamedTuple):
+    """What a section chooses from."""
+
+    folder: str
+    """Of onlinerl, with one file or folder for each implementation."""
+    base: type[Component]
+    default: str | None = None
+    """Where the section gives no name."""
+    keeps: frozenset[str] = frozenset()
+    """Keys that every implementation has and that stay when another one is named."""
+
+
+ROLES: dict[str, Role] = {
+    "algorithm": Role("algorithms", Algorithm),
+    "oracle": Role("oracles", Oracle),
+    "pairing": Role("pairing", PairBuilder, "best_worst"),
+    "engine": Role("engines", EngineConfig, "vllm", frozenset(EngineConfig.model_fields)),
+    "learner": Role("learners", LearnerConfig, "deepspeed", frozenset(LearnerConfig.model_fields)),
+    "tracker": Role("trackers", TrackerConfig),
+}
+"""By section."""
+
+
+def component(spec: Mapping[str, Any], section: str, role: str, base: type[Component]) -> Any:
+    """Build the component a section describes: `name` selects the class, the other keys are its fields.
+
+    Raises:
+        ConfigError: if the name or a key is unknown, or a value has the wrong type.
+    """
+    options = dict(spec)
+    name = options.pop("name", None)
+    if name is None and (near := get_close_matches("name", options, n=1)):
+        raise ConfigError("is not a known key", field=f"{section}.{near[0]}", fix="did you mean 'name'?")
+    name = ROLES[section].default if name is None and section in ROLES else name
+    if not isinstance(name, str):
+        raise ConfigError("is missing", field=f"{section}.name", fix=f"choose one of {', '.join(registry.names(role))}")
+    cls: type[Component] = registry.load(role, name, base)
+    if "name" in cls.model_fields:
+        options["name"] = name
+    try:
+        # JSON mode: YAML knows no tuples or enums, so strictness is that of JSON (no "1" for 1, lists for tuples allowed).
+        return cls.model_validate_json(json.dumps(options, default=str))
+    except ValidationError as error:
+        raise explain(error, cls, f"{section}.") from None
+
+
+def build(spec: Mapping[str, Any], section: str) -> Any:
+    """The component that a section describes.
+
+    Raises:
+        ConfigError: see `component`.
+    """
+    return component(spec, section, ROLES[section].folder, ROLES[section].base)
+
+
+def chosen(section: str) -> Callable[[Any], Any]:
+    """Turns what a section says into its component; what is no section is left for the type check."""
+    return lambda spec: build(spec, section) if isinstance(spec, Mapping) else spec
+
+
+def default(section: str) -> Callable[[], Any]:
+    """Makes the component of a section that is left out."""
+    return lambda: build({}, section)

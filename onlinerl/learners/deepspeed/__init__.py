@@ -1,0 +1,42 @@
+"""DeepSpeed, ZeRO 0 to 3, on CPU over gloo or on GPUs over NCCL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from onlinerl.learners.deepspeed.memory import learner_rank
+from onlinerl.protocols.learner import LearnerConfig
+
+
+class DeepSpeed(LearnerConfig):
+    """Any number of ranks, which divide as much of the learner's state among them as `zero_stage` says."""
+
+    name: str = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What the ranks divide among them: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also weights."""
+
+    @property
+    def layout(self) -> str:
+        """Stage and dtype."""
+        return f"ZeRO-{self.zero_stage}, {self.dtype}"
+
+    def memory(self, parameters: float, *, critic: bool = False) -> Mapping[str, float]:
+        """Bytes that one rank holds when it holds most, without activations, by what they are for."""
+        return learner_rank(self, parameters, critic=critic)
+
+    def environment(self, device: str, threads: int) -> dict[str, str]:
+        """Environment variables that a rank's process must start with."""
+        env = {
+            "TOKENIZERS_PARALLELISM": "false",
+            "DEEPSPEED_LOG_LEVEL": "WARNING",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "ONLINERL_DIE_WITH_PARENT": "1",
+        }
+        return env | ({"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)} if device == "cpu" else {})
+
+    def rank(self, **settings: Any) -> Any:
+        """Load the model."""
+        from onlinerl.learners.deepspeed.rank import DeepSpeedRank
+
+        return DeepSpeedRank(config=self, **settings)

@@ -1,0 +1,102 @@
+"""Reading a model from disk: whole on every rank, or, under ZeRO-3, cut up among the ranks while it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from onlinerl.learners._loading import ModelReader
+from onlinerl.learners._policy import LogProbHead, Policy
+
+
+class ShardedReader(ModelReader):
+    """With ZeRO stage 3 no rank ever holds more than its share of a model and the tensors that are being read; reading is collective.
+
+    Args:
+        dtype, attention: of the model, as transformers takes them.
+        device: of this rank.
+        deepspeed_config: as DeepSpeed takes it.
+    """
+
+    def __init__(self, dtype: torch.dtype, attention: str, device: torch.device, deepspeed_config: dict[str, Any]) -> None:
+        super().__init__(dtype, attention, device)
+        self._config = deepspeed_config
+        self._sharded = deepspeed_config["zero_optimization"]["stage"] == 3
+
+    def trained(self, model: str, critic: Literal["separate", "shared"] | None) -> Policy:
+        """The policy that is going to be trained. Collective under ZeRO-3."""
+        if not self._sharded:
+            return super().trained(model, critic)
+        import deepspeed
+
+        # A network that is cut up cannot be copied: the critic is read from disk a second time.
+        backbone = self._read(model).base_model if critic == "separate" else None
+        policy = Policy(self._read(model), critic, backbone)
+        deepspeed.zero.register_external_parameter(policy.head, policy.head.weight)
+        return policy
+
+    def _read(self, model: str) -> nn.Module:
+        if not self._sharded:
+            return super()._read(model)
+        with self._cut_up():
+            return self._from_disk(model)
+
+    def _prepared(self, policy: Policy) -> Policy:
+        if self._sharded:
+            gather_in_forward(policy)
+        return policy
+
+    @contextmanager
+    def _cut_up(self) -> Iterator[None]:
+        """Inside, transformers builds models under `deepspeed.zero.Init` and fills them layer by layer, read by rank 0."""
+        from transformers.integrations import HfDeepSpeedConfig
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        config = HfDeepSpeedConfig(self._config)  # registers itself, and is known for as long as it lives
+        try:
+            yield
+        finally:
+            unset_hf_deepspeed_config()
+            del config
+
+
+def gather_in_forward(policy: Policy) -> None:
+    """Make the weights of a layer whole for the time of its forward pass, and only then.
+
+    What DeepSpeed's engine does for a trained model; a model that only scores needs no more than this.
+    """
+    import deepspeed
+
+    def install(module: nn.Module, parameters: list[nn.Parameter]) -> None:
+        whole: list[Any] = []
+
+        def gather(*_: Any) -> None:
+            whole.append(deepspeed.zero.GatheredParameters(parameters, modifier_rank=None))
+            whole[-1].__enter__()
+
+        def release(*_: Any) -> None:
+            whole.pop().__exit__(None, None, None)
+
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(release, always_call=True)
+
+    for module, parameters in _used_together(policy):
+        install(module, parameters)
+
+
+def _used_together(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    """Modules, and the parameters that their forward pass needs: whole layers, and single modules outside of layers."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if isinstance(module, GradientCheckpointingLayer):
+        yield module, list(module.parameters())
+        return
+    own = module.parameters_of_output() if isinstance(module, LogProbHead) else list(module.parameters(recurse=False))
+    if own:
+        yield module, own
+    for child in module.children():
+        yield from _used_together(child)

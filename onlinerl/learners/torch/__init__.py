@@ -1,0 +1,36 @@
+"""Plain torch: no DeepSpeed. Every rank keeps all weights; gradients are summed over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from onlinerl.protocols.learner import LearnerConfig
+
+
+class Torch(LearnerConfig):
+    """One rank, or several that each hold the whole model: the learner with the fewest parts, for models that fit."""
+
+    name: str = "torch"
+
+    def memory(self, parameters: float, *, critic: bool = False) -> Mapping[str, float]:
+        """Bytes that one rank holds when it holds most, without activations, by what they are for."""
+        low = self.dtype == "bfloat16"
+        weight, trained = (2 if low else 4), parameters * (2 if critic else 1)
+        return {
+            "weights": weight * trained,
+            "gradients": (4 + weight * low) * trained,  # summed in fp32; a micro-batch's own are in the dtype of the weights
+            "optimizer": (8 + 4 * low) * trained,
+            "reference": weight * parameters,
+        }
+
+    def environment(self, device: str, threads: int) -> dict[str, str]:
+        """Environment variables that a rank's process must start with."""
+        env = {"TOKENIZERS_PARALLELISM": "false", "VLLM_LOGGING_LEVEL": "WARNING", "ONLINERL_DIE_WITH_PARENT": "1"}
+        return env | ({"OMP_NUM_THREADS": str(threads)} if device == "cpu" else {})
+
+    def rank(self, **settings: Any) -> Any:
+        """Load the model."""
+        from onlinerl.learners.torch.rank import TorchRank
+
+        return TorchRank(config=self, **settings)

@@ -1,0 +1,120 @@
+"""One rank of the learner on plain torch.
+
+Every rank keeps all weights and an optimizer of its own. Gradients are added up in fp32, over micro-batches and then over ranks, so
+that all ranks take the same step. Weights that compute in bfloat16 have fp32 masters, which the optimizer steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from onlinerl.learners._loading import ModelReader
+from onlinerl.learners._optimizer import build_optimizer, parameter_groups
+from onlinerl.learners._plain import load_plain
+from onlinerl.learners._rank import DTYPES, Rank
+from onlinerl.types import TrainItem
+
+__all__ = ["TorchRank"]
+
+_FILE = "state.pt"
+
+
+class TorchRank(Rank):
+    """Holds the policy and its optimizer; see `Rank`."""
+
+    def _build(self, model: str) -> None:
+        self._reader = ModelReader(DTYPES[self.config.dtype], self.config.attention, self.device)
+        self._policy = self._reader.trained(model, self.needs.critic)
+        self._policy.eval()
+        if self.config.gradient_checkpointing:
+            self._policy.recompute_activations()
+        # By the parameter that computes, what the optimizer steps: itself, or its fp32 master.
+        self._stepped: dict[nn.Parameter, nn.Parameter] = {
+            p: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self._policy.parameters()
+        }
+        groups = parameter_groups(self._policy, self.training)
+        for group in groups:
+            group["params"] = [self._stepped[p] for p in group["params"]]
+        self._optimizer: Any = build_optimizer(groups, self.training, checked=True)
+
+    @property
+    def _network(self) -> nn.Module:
+        return self._policy
+
+    @property
+    def _groups(self) -> Sequence[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    def _accumulate(self, total: Tensor, count: float) -> None:
+        (total / count).backward()
+        for parameter, stepped in self._stepped.items():
+            if stepped is not parameter and parameter.grad is not None:
+                grad = parameter.grad.float()
+                stepped.grad = grad if stepped.grad is None else stepped.grad.add_(grad)
+                parameter.grad = None
+
+    def _sum_over_ranks(self) -> None:
+        """A parameter without a gradient has one of 0, so that all ranks sum the same, and any number of them take the same step."""
+        for stepped in self._stepped.values():
+            if stepped.grad is None:
+                stepped.grad = torch.zeros_like(stepped)
+            if self.world_size > 1:
+                dist.all_reduce(stepped.grad)
+
+    def _apply(self) -> tuple[float, bool]:
+        self._sum_over_ranks()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        applied = not self._optimizer.overflow
+        if applied:
+            self._copy_masters()
+        return self._optimizer._global_grad_norm, applied
+
+    @torch.no_grad()
+    def _copy_masters(self) -> None:
+        for parameter, stepped in self._stepped.items():
+            if stepped is not parameter:
+                parameter.copy_(stepped)
+
+    def gradients(self, micro: Sequence[Sequence[TrainItem]], count: int) -> dict[str, np.ndarray]:
+        """The gradient that `step` would use, by parameter name, and no step: for parity tests."""
+        self._backward(micro, count)
+        self._sum_over_ranks()
+        named = [(name, self._stepped[p].grad) for name, p in self._policy.named_parameters()]
+        grads = {name: grad.detach().cpu().numpy().copy() for name, grad in named if grad is not None}
+        self._optimizer.zero_grad(set_to_none=True)
+        return grads
+
+    def reset_optimizer(self) -> None:
+        """Forget the optimizer's moments and how many steps it took."""
+        self._optimizer.state.clear()
+
+    def _owners(self) -> Sequence[object]:
+        return self._optimizer, list(self._stepped.values())
+
+    def _write(self, path: Path) -> Sequence[Path]:
+        """Rank 0 writes: the others hold the same."""
+        if self.rank > 0:
+            return []
+        masters = {name: self._stepped[p].detach() for name, p in self._policy.named_parameters()}
+        torch.save({"weights": masters, "optimizer": self._optimizer.state_dict()}, path / _FILE)
+        return [path / _FILE]
+
+    def _read(self, path: Path) -> None:
+        state = load_plain(path / _FILE, map_location=self.device, mapped=self.device.type == "cpu")
+        with torch.no_grad():
+            for name, parameter in self._policy.named_parameters():
+                self._stepped[parameter].copy_(state["weights"][name])
+        self._copy_masters()
+        self._optimizer.load_state_dict(state["optimizer"])
+        for moments in self._optimizer.state.values():  # out of the mapped file, which may be deleted
+            for name, value in moments.items():
+                if isinstance(value, Tensor):
+                    moments[name] = value.clone()
