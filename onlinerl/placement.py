@@ -146,3 +146,26 @@ def require_shareable(config: RunConfig) -> None:
             fix="make learner.ranks and engine.replicas equal",
         )
     config.engine.check_shared()
+
+
+def require_apart(config: RunConfig, *, cores_are_shared: bool) -> None:
+    """What an engine needs that samples while the learner trains (`schedule.max_lag`): hardware that the learner does not compute on.
+
+    Raises:
+        ConfigError: if they would take turns: responses would be older, and nothing faster.
+    """
+    if config.schedule.max_lag == 0:
+        return
+    turns = "and only one of them works at a time: responses would be older, and nothing faster"
+    if config.cluster.colocate:
+        raise ConfigError(
+            f"is 1, but engine and learner share GPUs, {turns}",
+            field="schedule.max_lag",
+            fix="set it to 0, or cluster.colocate=false where there are GPUs for both",
+        )
+    if cores_are_shared:
+        raise ConfigError(
+            f"is 1, but engine and learner compute on the same cores, {turns}",
+            field="schedule.max_lag",
+            fix="set engine.threads and learner.threads, the cores of each, together no more than there are; or set it to 0",
+        )

@@ -269,6 +269,10 @@ def _check_layout(config: RunConfig) -> None:
             field="cluster.colocate" if config.cluster.colocate else "sync.backend",
             fix="leave it out on CPUs",
         )
+    threads = config.engine.threads and config.learner.threads
+    # On several machines it is known only once the parts have their places.
+    same_cores = not config.engine.in_process and config.cluster.address is None and _runs_on_cpu(config) and not threads
+    placement.require_apart(config, cores_are_shared=same_cores)
     if config.cluster.colocate:
         placement.require_shareable(config)
     elif config.sync.backend == "ipc":

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from onlinerl import graph, preflight
+from onlinerl import graph, placement, preflight
 from onlinerl.controller.asking import Asker
 from onlinerl.controller.parts import Parts
 from onlinerl.errors import ConfigError
@@ -49,6 +49,7 @@ def on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Itera
         store.update_manifest(logs=cluster.logs)
         tracker.note(f"logs of all processes: {cluster.logs}")
         require_gpus(cluster.device, config.cluster.colocate, config.sync.backend)
+        placement.require_apart(config, cores_are_shared=cluster.share_cores())
         backend = choose_backend(config.sync.backend, cluster.device, config.cluster.colocate)
         settings = {
             "device": cluster.device,

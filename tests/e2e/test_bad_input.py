@@ -195,6 +195,19 @@ def test_a_missing_key(toy_config, refused, tmp_path):
             ("engine.gpu_memory_utilization: is 0.97, and a learner that has given its memory away", "0.95 or less"),
         ),
         (
+            {"cluster.colocate": True, "schedule.max_lag": 1},
+            ("schedule.max_lag: is 1, but engine and learner share GPUs, and only one of them works at a time", "set it to 0"),
+        ),
+        (
+            {"engine.name": "vllm", "learner.name": "deepspeed", "cluster.device": "cpu", "schedule.max_lag": 1},
+            ("schedule.max_lag: is 1, but engine and learner compute on the same cores", "engine.threads and learner.threads"),
+        ),
+        (
+            {"algorithm.name": "grpo", "algorithm.sampler_cap": 2.0},
+            ("algorithm.sampler_cap: is not a known key", "importance_sampling_cap"),
+        ),
+        ({"schedule.max_lag": 2}, ("schedule.max_lag: ", "0")),
+        (
             {"prompts.per_iteration": 20},
             (
                 "prompts.per_iteration: 3 iterations of 20 fresh prompts need 60, and there are 40",
