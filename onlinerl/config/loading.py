@@ -24,6 +24,9 @@ from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
 
+RENAMED = {"algorithm.sampler_cap": "algorithm.importance_sampling_cap"}
+"""Keys of earlier versions, and what they are called now. What a run was started with is read with them; a new one is refused."""
+
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = False) -> RunConfig:
     """Read a configuration file and apply `key=value` overrides. `stored`: the file is that of a run, perhaps of an older version.
@@ -36,6 +39,10 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = Fals
         for section in ("engine", "learner"):
             for key in foreign(section, tree.get(section)):
                 del tree[section][key]
+        for old, new in RENAMED.items():
+            section, _, key = old.partition(".")
+            if isinstance(values := tree.get(section), dict) and key in values:
+                values[new.partition(".")[2]] = values.pop(key)
     # The choice of an implementation comes before its knobs, in whatever order they were typed.
     for override in sorted(overrides, key=lambda each: each.partition("=")[0] not in CHOICES):
         yaml_files.override(tree, override, CHOICES)

@@ -530,3 +530,24 @@ def test_a_key_that_is_gone_is_named():
         "algorithm.beta": "was 0.1 when the run started and is now 0.2",
         "training.momentum": "was 0.5 when the run started, and this version has no such key",
     }
+
+
+# --- keys of earlier versions ---
+
+
+def test_a_run_that_was_started_with_the_old_name_of_a_key_goes_on(write):
+    old = BASE | {"algorithm": {"name": "grpo", "sampler_cap": 3.0}}
+    with pytest.raises(ConfigError, match="importance_sampling_cap") as refused:
+        configuration.load(write("old.yaml", old))
+    assert refused.value.field == "algorithm.sampler_cap"
+    config = configuration.load(write("old.yaml", old), stored=True)
+    assert configuration.algorithm(config).importance_sampling_cap == 3.0
+    fingerprint = configuration.fingerprint(config)
+    fingerprint["algorithm.sampler_cap"] = fingerprint.pop("algorithm.importance_sampling_cap")
+    assert configuration.changes(fingerprint, config) == {}
+    fingerprint["algorithm.sampler_cap"] = 2.0
+    assert list(configuration.changes(fingerprint, config)) == ["algorithm.importance_sampling_cap"]
+
+
+def test_of_the_schedule_only_the_lag_is_fixed_for_a_run():
+    assert [key for key in configuration.fingerprint(changed()) if key.startswith("schedule")] == ["schedule.max_lag"]

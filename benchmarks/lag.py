@@ -1,0 +1,134 @@
+"""What it saves to sample while the learner trains: seconds of an iteration with `schedule.max_lag` 0 and 1, beside those of the longer part.
+
+    python benchmarks/lag.py
+
+On the toy engine and learner, made as slow as parts that have a core each: the engine takes SAMPLE_S per prompt, the learner SCORE_S per
+response and STEP_S per optimizer step. Says the ratio of an iteration with lag to what the engine, or the learner, is busy for in one
+where everything runs in turn, whichever is more, and writes it to docs/results.md.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from onlinerl import app, config, graph
+from onlinerl.engines.toy import ToyEngine
+from onlinerl.learners.toy import ToyLearner
+from onlinerl.stores.summary import records
+from onlinerl.types import Group, Request, Sampling, TrainItem, TrainSequence, UpdateReport
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results.md"
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+PROMPTS, HELDOUT, ITERATIONS = 64, 8, 6
+SAMPLE_S, SCORE_S, STEP_S = 0.0625, 0.005, 0.25
+LIMIT = 1.2
+STEADY = slice(2, None)
+"""The first two iterations are sampled by the same version, one after the other."""
+
+
+def judge(groups: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """Takes no time."""
+    return [[float(len(response)) for response in group["responses"]] for group in groups]
+
+
+def generate(self: ToyEngine, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
+    """As an engine that takes SAMPLE_S per prompt."""
+    for group in _generate(self, requests, sampling):
+        time.sleep(SAMPLE_S)
+        yield group
+
+
+def score(self: ToyLearner, sequences: Sequence[TrainSequence], **options: Any) -> list[np.ndarray]:
+    """As a learner that takes SCORE_S per response."""
+    time.sleep(SCORE_S * len(sequences))
+    return _score(self, sequences, **options)
+
+
+def update(self: ToyLearner, steps: Sequence[Sequence[TrainItem]], rates: Sequence[float]) -> Iterator[UpdateReport]:
+    """As a learner that takes STEP_S per step."""
+    for report in _update(self, steps, rates):
+        time.sleep(STEP_S)
+        yield report
+
+
+_generate, _score, _update = ToyEngine.generate, ToyLearner.score, ToyLearner.update
+
+
+def run(folder: Path, name: str, schedule: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """What the phases of every iteration recorded."""
+    train = PROMPTS * ITERATIONS
+    for file, first, count in (("train", 0, train), ("heldout", train, HELDOUT)):
+        rows = [json.dumps({"id": f"p{i}", "text": f"Film number {i} was"}) for i in range(first, first + count)]
+        (folder / f"{file}.jsonl").write_text("\n".join(rows))
+    tree = {
+        "name": name,
+        "runs": str(folder),
+        "model": str(MODEL),
+        "iterations": ITERATIONS,
+        "algorithm": {"name": "grpo"},
+        "oracle": {"name": "python", "function": "lag.judge"},
+        "prompts": {"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl"), "per_iteration": PROMPTS},
+        "sampling": {"samples_per_prompt": 2, "max_new_tokens": 4},
+        "training": {"items_per_step": 8},
+        "schedule": schedule,
+        "engine": {"name": "toy"},
+        "learner": {"name": "toy"},
+        "metrics": {"prometheus": False},
+    }
+    app.run(config.parse(tree), Console(file=io.StringIO()))
+    return records(folder / name)
+
+
+def seconds(found: dict[int, dict[str, Any]]) -> float:
+    """Of an iteration: from one commit to the next, median."""
+    ends = [found[t]["commit"]["ended"] for t in range(ITERATIONS + 1)]
+    return statistics.median([end - start for start, end in pairwise(ends)][STEADY])
+
+
+def busy(found: dict[int, dict[str, Any]], part: str) -> float:
+    """Seconds that a part has something to do in an iteration, median."""
+    mine = [phase.name for phase in graph.PHASES if part in phase.alone | phase.shares]
+    return statistics.median(sum(found[t][name]["seconds"] for name in mine) for t in range(1, ITERATIONS + 1))
+
+
+def main() -> int:
+    """Measure, record. Returns 1 if the ratio is above the limit."""
+    ToyEngine.generate = generate  # type: ignore[method-assign]
+    ToyLearner.score = score  # type: ignore[assignment, method-assign]
+    ToyLearner.update = update  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as place:
+        turns = run(Path(place), "turns", {"stream": False, "evaluate_beside": False})
+        beside, lagged = (run(Path(place), f"lag{lag}", {"max_lag": lag}) for lag in (0, 1))
+    parts = {part: busy(turns, part) for part in ("engine", "learner")}
+    ratio = seconds(lagged) / max(parts.values())
+    block = (
+        f"Measured {datetime.now(UTC):%Y-%m-%d} with `python benchmarks/lag.py`: {PROMPTS} prompts of 2 responses, an engine of {SAMPLE_S} s a "
+        f"prompt, a learner of {STEP_S} s a step of 8 responses and {SCORE_S} s a response that it scores; seconds of an iteration.\n\n"
+        "| engine alone | learner alone | in turn | side by side, lag 0 | lag 1 | of the longer one | limit |\n|---|---|---|---|---|---|---|\n"
+        f"| {parts['engine']:.1f} | {parts['learner']:.1f} | {seconds(turns):.1f} | {seconds(beside):.1f} | {seconds(lagged):.1f} | {ratio:.2f} "
+        f"| {LIMIT} |"
+    )
+    pattern = r"(<!-- figures: lag -->\n).*?(<!-- /figures -->)"
+    RESULTS.write_text(re.sub(pattern, lambda m: f"{m[1]}{block}\n{m[2]}", RESULTS.read_text(), flags=re.DOTALL))
+    print(block)
+    return int(ratio > LIMIT)
+
+
+if __name__ == "__main__":
+    sys.modules["lag"] = sys.modules[__name__]
+    sys.exit(main())
