@@ -206,7 +206,7 @@ class Run:
             limit: how many prompts.
             heldout: the iterate's own answers to the held-out prompts, instead of what it was trained on.
         """
-        chosen = summary.last_sampled(self.path, heldout=heldout) if iteration is None else iteration
+        chosen = max(summary.sampled(self.path, heldout=heldout), default=0) if iteration is None else iteration
         return summary.samples(self.path, chosen, limit, heldout=heldout)
 
     def __repr__(self) -> str:

@@ -129,7 +129,7 @@ def _show_samples(run: Path, iteration: int | None, limit: int, *, heldout: bool
     from onlinerl.stores import summary
     from onlinerl.views import samples
 
-    chosen = summary.last_sampled(run, heldout=heldout) if iteration is None else iteration
+    chosen = max(summary.sampled(run, heldout=heldout), default=0) if iteration is None else iteration
     if as_json:
         found = summary.samples(run, chosen, limit, heldout=heldout)
         sys.stdout.write(json.dumps(found, indent=1, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""Ends what Ray leaves behind when a controller is killed (R-J3).
+"""Ends what Ray leaves behind when a controller is killed.
 
 Ray's node notices the death of the controller that started it and ends itself and its workers at once, but the node's agents first
 try to report to the control service, which is gone too, for a minute.

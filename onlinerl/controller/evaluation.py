@@ -119,7 +119,7 @@ def drift(evaluated: Evaluated, learner: Learner, own: Sequence[np.ndarray], mod
 
 @dataclass(frozen=True, kw_only=True)
 class Mismatch:
-    """Engine against learner on the same tokens with the same weights (R-E1), in nats per token."""
+    """Engine against learner on the same tokens with the same weights, in nats per token."""
 
     mean: float
     p99: float

@@ -11,7 +11,7 @@ from onlinerl.config import TrainingConfig
 
 
 class _Checked:
-    """Clips the gradient, and takes no step if its norm is not finite (R-E6): what DeepSpeed's wrappers do where there is one.
+    """Clips the gradient, and takes no step if its norm is not finite: what DeepSpeed's wrappers do where there is one.
 
     `overflow` and `_global_grad_norm` are the names under which DeepSpeed looks for the outcome.
     """

@@ -13,7 +13,7 @@ from onlinerl.batch import Batch, Outputs
 from onlinerl.families import LogitRule, logit_rule
 from onlinerl.learners._logits import logits as fp32_logits
 
-# Logits of so many response tokens exist at a time: 1024 x 150k x 4 bytes is 0.6 GB, whatever the length of the batch (R-C4).
+# Logits of so many response tokens exist at a time: 1024 x 150k x 4 bytes is 0.6 GB, whatever the length of the batch.
 CHUNK = 1024
 
 
@@ -109,7 +109,7 @@ class Policy(nn.Module):
     def train(self, mode: bool = True) -> Policy:
         """As of any module, except that what recomputes goes on recomputing.
 
-        transformers recomputes only in layers that are in training mode, and the policy never is (R-E5): so the layers themselves
+        transformers recomputes only in layers that are in training mode, and the policy never is: so the layers themselves
         are switched, not what is inside them, and their own dropout is 0. `eval()`, which loading a checkpoint calls too, comes here.
         """
         super().train(mode)

@@ -1,4 +1,4 @@
-"""Numbered directories of files (checkpoints, exports) that exist completely or not at all (R-D4).
+"""Numbered directories of files (checkpoints, exports) that exist completely or not at all.
 
 A directory is written under a temporary name, described by `complete.json` (size and SHA-256 of every file), flushed to the disk and
 renamed. Whatever lacks a valid `complete.json` is not there as far as anybody else is concerned.

@@ -120,14 +120,9 @@ def rows(path: str | Path, iteration: int, table: str) -> list[dict[str, Any]]:
 
 
 def sampled(path: str | Path, *, heldout: bool = False) -> list[int]:
-    """Iterations of which `samples` are there, ascending."""
-    return [t for t in records(path) if rows(path, t, EVALUATION if heldout else ROLLOUTS)]
-
-
-def last_sampled(path: str | Path, *, heldout: bool = False) -> int:
-    """The last iteration of which `samples` are there; 0 if there is none."""
-    found = (t for t in reversed(list(records(path))) if rows(path, t, EVALUATION if heldout else ROLLOUTS))
-    return next(found, 0)
+    """Iterations of which `samples` are there, ascending. Only of one that is being sampled are any rows read."""
+    phase, table = ("answer", EVALUATION) if heldout else ("sample", ROLLOUTS)
+    return [t for t, phases in records(path).items() if phase in phases or rows(path, t, table)]
 
 
 def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = False) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Proof of delivery (R-B2): versions, checksums of sampled tensors, and a canary.
+"""Proof of delivery: versions, checksums of sampled tensors, and a canary.
 
 Three independent witnesses, because each has a blind spot: a version is only a label, a checksum is taken where the tensor is
 handed to the model's loader, a canary sees what the engine computes but not small differences.

@@ -12,17 +12,21 @@ import documents
 import numpy as np
 import pytest
 import typer
+from rich.console import Console
 
 from onlinerl import cli as command_line
 from onlinerl import config as configuration
 from onlinerl import registry
+from onlinerl.config.roles import build
+from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
+from onlinerl.protocols.tracker import Tracked
 from onlinerl.stores.summary import summarise
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import render_table
-from onlinerl.types import Group, Judged, Prompt, Query, Rollout, Sampling, Verdict
+from onlinerl.types import Group, Judged, Prompt, Query, Request, Rollout, Sampling, Verdict
 
 ROOT = documents.ROOT
 README = ROOT / "README.md"
@@ -250,15 +254,27 @@ def test_a_pair_builder(sandbox):
 
 def test_a_tracker(sandbox):
     documents.write(ROOT / "docs/add-a-part.md", sandbox)
-    from slow import SlowPhases
-
-    tracker = FanoutTracker([SlowPhases(sandbox / "slow.txt", seconds=10.0)])
+    run = Tracked(name="r", directory=sandbox, catalogue=CATALOGUE, earlier=[], console=Console())
+    tracker = FanoutTracker([build({"name": "slow.Slow", "seconds": 10.0}, "tracker").open(run)])
     tracker.phase_started(1, "train", 64, "items")
     tracker.phase_finished(1, "sample", 2.0)
     tracker.phase_finished(1, "train", 12.0)
     tracker.ended("finished")
     tracker.close()
     assert (sandbox / "slow.txt").read_text() == "iteration 1 train: 12 s\n"
+
+
+def test_an_engine_draws_from_the_distribution_that_it_reports(sandbox):
+    documents.write(ROOT / "docs/add-an-engine.md", sandbox)
+    engine = build({"name": "gumbel.Gumbel"}, "engine").open(3, lambda tokens: " ".join(map(str, tokens)))
+    engine.load(np.log([0.6, 0.3, 0.1]), 7)
+    [group] = engine.generate([Request(prompt=QUERY.prompt, seeds=tuple(range(500)))], Sampling(max_new_tokens=4))
+    tokens = [token for rollout in group.rollouts for token in rollout.token_ids]
+    assert np.bincount(tokens) / len(tokens) == pytest.approx([0.6, 0.3, 0.1], abs=0.05)
+    first = group.rollouts[0]
+    assert (first.policy_version, first.seed) == (7, 0)
+    assert np.allclose(engine.score([((1,), first.token_ids)])[0], first.logprobs)
+    assert {rollout.finish_reason for rollout in group.rollouts} == {"stop", "length"}
 
 
 def test_algorithm_trains_the_toy(files):

@@ -37,7 +37,7 @@ def figures(run: Path) -> dict:
 
 
 def metrics(run: Path) -> list[tuple]:
-    """The run's records without times, in an order of their own; an attempt that was superseded does not count (R-D8)."""
+    """The run's records without times, in an order of their own; an attempt that was superseded does not count."""
     records = [r for r in read_metrics(run / "metrics.jsonl") if "seconds" not in r["name"]]
     for record in records:
         record.pop("attempt")

@@ -10,6 +10,7 @@ import unicodedata
 import pytest
 from rich.console import Console
 
+from onlinerl.stores import summary
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.rows import group_row, pair_rows, result_row
 from onlinerl.types import Failure, Group, Pair, Prompt, Rollout, Sampling, Verdict
@@ -107,6 +108,22 @@ def test_answers_without_scores_are_ranked_by_their_win_rates_and_what_is_not_ju
     keep(run, [group("q", "x", ["a", "b"])], iteration=2)
     assert "not judged yet" in shown(run, 2)
     assert shown(run, 2)[0].endswith("--iteration: 1, 2")
+
+
+def test_which_iterations_there_are_is_known_without_reading_them(run, monkeypatch):
+    for iteration in (1, 2):
+        keep(run, [group("p", "x", ["a", "b"])], iteration=iteration)
+        run.finish_phase(iteration, "sample", {"samples": 2})
+    keep(run, [group("p", "x", ["a", "b"])], iteration=3)
+    read: list[int] = []
+
+    def counted(path, iteration, table, original=summary.rows):
+        read.append(iteration)
+        return original(path, iteration, table)
+
+    monkeypatch.setattr(summary, "rows", counted)
+    assert summary.sampled(run.path) == [1, 2, 3]
+    assert read == [3]
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
