@@ -1,13 +1,14 @@
 """Every metric of a run, once. Records, Prometheus, Grafana, alerts, the table of iterations and docs/metrics.md are made from this.
 
-To add a metric: one entry here, and a call of the reporter where it is measured. An algorithm declares what only it has in its own
-file, as `metrics`. `python tools/metrics_docs.py` writes the documentation anew.
+To add a metric: one entry here (in training.py if an optimizer step reports it), and a call of the reporter where it is measured. An
+algorithm declares what only it has in its own file, as `metrics`. `python tools/metrics_docs.py` writes the documentation anew.
 """
 
 from __future__ import annotations
 
 from onlinerl.metrics.collection import Catalogue
-from onlinerl.metrics.definition import Column, Definition, Series, per_step
+from onlinerl.metrics.definition import Column, Definition, Series
+from onlinerl.metrics.training import PAIRS, POLICY_GRADIENT, TRAINING
 
 _KL = "KL divergence of the policy from an earlier one, per sequence"
 _HELDOUT = "Held-out evaluation"
@@ -287,86 +288,6 @@ DATA = (
         labels={"stat": ("mean", "p95", "max")},
         series=(Series(name="onlinerl_staleness_versions", labels={"stat": None}),),
     ),
-)
-
-_TRAINING = "Training"
-TRAINING = (
-    Definition(
-        name="trained_tokens",
-        help="Prompt and response tokens trained on, all epochs",
-        unit="tokens",
-        section=_TRAINING,
-        series=(Series(name="onlinerl_trained_tokens_total", kind="counter"),),
-    ),
-    Definition(
-        name="skipped_steps",
-        help="Optimizer steps of the latest iteration that were skipped because a gradient was not finite",
-        unit="steps",
-        section=_TRAINING,
-        series=(Series(name="onlinerl_skipped_steps"),),
-    ),
-    Definition(
-        name="idle_iterations",
-        help="Iterations in a row that gave nothing to learn",
-        unit="iterations",
-        section=_TRAINING,
-        series=(Series(name="onlinerl_idle_iterations"),),
-    ),
-    per_step("loss", "Training loss", "loss", section=_TRAINING, series=(Series(name="onlinerl_loss"),)),
-    per_step(
-        "grad_norm",
-        "Norm of the gradient",
-        "1",
-        section=_TRAINING,
-        title="Gradient norm",
-        series=(Series(name="onlinerl_grad_norm"),),
-    ),
-    per_step("learning_rate", "Learning rate", "1", section=_TRAINING, series=(Series(name="onlinerl_learning_rate"),)),
-    per_step("skipped", "Share of the steps that were skipped", "ratio", section=_TRAINING),
-)
-
-_PAIRS = "Losses on pairs"
-PAIRS = (
-    per_step("preference_loss", "The loss on preferences alone", "loss", section=_PAIRS),
-    per_step("chosen_log_ratio", "log(policy / reference) of the chosen response", "nats/sequence", section=_PAIRS),
-    per_step("rejected_log_ratio", "log(policy / reference) of the rejected response", "nats/sequence", section=_PAIRS),
-    per_step("margin", "Log-ratio of the chosen response minus that of the rejected one", "nats/sequence", section=_PAIRS),
-    per_step("z", "What the loss is a function of: the margin in the algorithm's own scale", "1", section=_PAIRS),
-    per_step("accuracy", "Share of pairs whose margin favours the chosen response", "ratio", section=_PAIRS),
-    per_step("ranking_accuracy", "Share of pairs whose chosen response is the more probable one", "ratio", section=_PAIRS),
-    per_step("ranking_accuracy_per_token", "The same with log-probs per token", "ratio", section=_PAIRS),
-    per_step("chosen_fell", "Share of chosen responses less probable than under the reference", "ratio", section=_PAIRS),
-    per_step("chosen_length", "Tokens of the chosen response", "tokens", section=_PAIRS),
-    per_step("rejected_length", "Tokens of the rejected response", "tokens", section=_PAIRS),
-    per_step("length_ratio", "Length of the chosen response over that of the rejected one", "ratio", section=_PAIRS),
-)
-
-_GRADIENT = "Policy-gradient losses"
-POLICY_GRADIENT = (
-    per_step("policy_loss", "The clipped surrogate", "loss", section=_GRADIENT),
-    per_step("clip_low", "Share of tokens clipped at the lower bound of the ratio", "ratio", section=_GRADIENT),
-    per_step("clip_high", "Share of tokens clipped at the upper bound of the ratio", "ratio", section=_GRADIENT),
-    per_step(
-        "kl_old", "How far the policy moved since training on these responses began (k3)", "nats/token", section=_GRADIENT
-    ),
-    per_step("kl_reference", "KL to the reference, as the loss takes it (k3)", "nats/token", section=_GRADIENT),
-    per_step("clamped", "Share of tokens whose log-ratio to the old policy was clamped", "ratio", section=_GRADIENT),
-    per_step("entropy", "Entropy of the policy", "nats/token", section=_GRADIENT),
-    per_step(
-        "entropy_sampled",
-        "Entropy of the policy that training starts from, estimated from the responses",
-        "nats/token",
-        section=_GRADIENT,
-    ),
-    per_step(
-        "sampler_gap",
-        "|log-prob difference| between the learner before training and the engine that sampled; with lag, of another version too",
-        "nats/token",
-        section=_GRADIENT,
-    ),
-    per_step("sampler_capped", "Share of tokens whose importance weight was capped or masked", "ratio", section=_GRADIENT),
-    per_step("zero_advantage", "Share of responses without any advantage", "ratio", section=_GRADIENT),
-    per_step("response_length", "Tokens of a response that is trained on", "tokens", section=_GRADIENT),
 )
 
 _SYNC = "Weight sync"
