@@ -20,13 +20,8 @@ Reference = Literal["fixed", "previous", "none"]
 """A schedule: the base model, the policy at the start of the iteration, or nothing."""
 
 OffPolicy = Literal["valid", "corrected", "approximate", "refused"]
-"""What a loss makes of responses that an older policy sampled than the one that training starts from (`schedule.max_lag: 1`):
-
-valid        it holds for responses of any policy
-corrected    it weighs them by how probable they are for the policy that training starts from
-approximate  its theory is about responses of that policy itself; older ones come close
-refused      it would take them for that policy's own, and be wrong
-"""
+"""What a loss makes of responses of an older policy than the one that training starts from (`schedule.max_lag: 1`): it is right for them
+(`valid`), right by weighing them (`corrected`), near enough (`approximate`), or it would take them for the newer one's (`refused`)."""
 
 
 def by_knobs(of: Callable[[Any], Value]) -> Value:
