@@ -20,7 +20,7 @@ from onlinerl.controller.asking import answers
 from onlinerl.errors import ConfigError, OracleError
 from onlinerl.families import check_attention, logit_rule
 from onlinerl.prompts._kept import Kept
-from onlinerl.prompts.jsonl import JsonlPrompts, check_answers, check_overlap, load_prompts, read_prompts
+from onlinerl.prompts._source import ShuffledPrompts, check_answers, check_overlap, load_prompts
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
@@ -40,7 +40,7 @@ class Checked:
     algorithm: Algorithm
     oracle: Oracle
     pairing: PairBuilder
-    train: JsonlPrompts | None
+    train: ShuffledPrompts | None
     """None if the model is not on this machine, so that prompts could not be tokenised."""
     heldout: Sequence[Prompt]
     parameters: float | None
@@ -100,10 +100,10 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     if local is not None:  # from here on by its place: other processes may have another working directory
         config = config.model_copy(update={"model": str(local)})
         check_family(config)
-    train: JsonlPrompts | None = None
+    train: ShuffledPrompts | None = None
     heldout: Sequence[Prompt] = ()
     if kept is not None and local is not None:
-        train, heldout = JsonlPrompts(kept.train, seed=config.seed, reuse=config.prompts.reuse), kept.heldout
+        train, heldout = ShuffledPrompts(kept.train, seed=config.seed, reuse=config.prompts.reuse), kept.heldout
         total = len(train)
         notes += kept.changes(config)
     elif local is not None:
@@ -112,7 +112,7 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
         )
         total = len(train)
     else:
-        raw = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout, "prompts.heldout")
+        raw = config.prompts.raw("train"), config.prompts.raw("heldout")
         check_overlap(*raw)
         if oracle.needs_reference_answer:
             check_answers(raw[0])

@@ -32,8 +32,8 @@ def names(role: str) -> list[str]:
     return sorted({*own, *(e.name for e in metadata.entry_points(group=f"onlinerl.{role}"))})
 
 
-def load(role: str, name: str, base: type | None = None) -> type:
-    """The class that implements `name` for `role`.
+def load(role: str, name: str, base: type | None = None, field: str | None = None) -> type:
+    """The class that implements `name` for `role`; `field` is the key that names it, for messages.
 
     A module's implementation is the one class defined in it that subclasses `base` (or, without `base`, the one named in the
     module's `__all__`).
@@ -41,7 +41,7 @@ def load(role: str, name: str, base: type | None = None) -> type:
     Raises:
         ConfigError: if there is no such name, with close ones; or if what it names does not implement the role.
     """
-    field = f"{role.removesuffix('s')}.name"
+    field = field or f"{role.removesuffix('s')}.name"
     if "." in name:
         return _checked(_dotted(name, field), name, base, field)
     for entry in metadata.entry_points(group=f"onlinerl.{role}"):

@@ -10,7 +10,6 @@ from onlinerl.config.sections import (
     Device,
     EvaluationConfig,
     MetricsConfig,
-    PromptsConfig,
     ReferenceConfig,
     RunConfig,
     SamplingConfig,
@@ -21,6 +20,7 @@ from onlinerl.config.sections import (
 )
 from onlinerl.protocols.engine import EngineConfig
 from onlinerl.protocols.learner import LearnerConfig
+from onlinerl.protocols.prompts import PromptsConfig
 
 __all__ = [
     "CheckpointConfig",

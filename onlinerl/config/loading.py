@@ -106,15 +106,11 @@ CHOICES = {f"{section}.name": (role.default, role.keeps) for section, role in RO
 def located(config: RunConfig) -> RunConfig:
     """The same configuration with absolute paths, so that it means the same in every working directory."""
     model = at_home(config.model, "model")
-    prompts = {
-        key: path if path.startswith("package:") else str(at_home(path, f"prompts.{key}").absolute())
-        for key, path in (("train", config.prompts.train), ("heldout", config.prompts.heldout))
-    }
     return config.model_copy(
         update={
             "model": str(model.absolute()) if model.is_dir() else config.model,  # otherwise perhaps a hub id
             "runs": str(at_home(config.runs, "runs").absolute()),
-            "prompts": config.prompts.model_copy(update=prompts),
+            "prompts": config.prompts.located(),
         }
     )
 

@@ -18,6 +18,7 @@ from onlinerl.protocols.engine import EngineConfig
 from onlinerl.protocols.learner import LearnerConfig
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
+from onlinerl.protocols.prompts import PromptsConfig
 from onlinerl.protocols.tracker import TrackerConfig
 
 
@@ -39,6 +40,7 @@ ROLES: dict[str, Role] = {
     "pairing": Role("pairing", PairBuilder, "best_worst"),
     "engine": Role("engines", EngineConfig, "vllm", frozenset(EngineConfig.model_fields)),
     "learner": Role("learners", LearnerConfig, "deepspeed", frozenset(LearnerConfig.model_fields)),
+    "prompts": Role("prompts", PromptsConfig, "jsonl", frozenset(PromptsConfig.model_fields)),
     "tracker": Role("trackers", TrackerConfig),
 }
 """By section."""
@@ -57,7 +59,7 @@ def component(spec: Mapping[str, Any], section: str, role: str, base: type[Compo
     name = ROLES[section].default if name is None and section in ROLES else name
     if not isinstance(name, str):
         raise ConfigError("is missing", field=f"{section}.name", fix=f"choose one of {', '.join(registry.names(role))}")
-    cls: type[Component] = registry.load(role, name, base)
+    cls: type[Component] = registry.load(role, name, base, f"{section}.name")
     if "name" in cls.model_fields:
         options["name"] = name
     try:

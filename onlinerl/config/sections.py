@@ -16,6 +16,7 @@ from onlinerl.config.roles import build, chosen, default
 from onlinerl.protocols.engine import EngineConfig
 from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.learner import LearnerConfig
+from onlinerl.protocols.prompts import PromptsConfig
 from onlinerl.protocols.tracker import TrackerConfig
 from onlinerl.types import Sampling
 
@@ -26,21 +27,6 @@ class Section(BaseModel):
     """Base of all configuration sections."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class PromptsConfig(Section):
-    """Which prompts are trained on and held out."""
-
-    train: str
-    """Path of a JSONL file, or `package:NAME` for one that ships with onlinerl."""
-    heldout: str
-    """Prompts for evaluation; must not overlap with `train`."""
-    per_iteration: int = Field(64, ge=1)
-    """Fresh prompts taken in each iteration."""
-    max_tokens: int = Field(512, ge=1)
-    """Longest prompt accepted; longer ones are an error that counts them."""
-    reuse: Resumable[bool] = False
-    """Start over when the prompts run out; otherwise asking for more than there are is an error."""
 
 
 class SamplingConfig(Section):
@@ -227,7 +213,8 @@ class RunConfig(Section):
     """`name` and the knobs of that oracle: the fields of its class in onlinerl/oracles, and of onlinerl/protocols/oracle.py."""
     pairing: dict[str, Any] | None = None
     """Best against worst by default; refused where the algorithm trains no pairs."""
-    prompts: PromptsConfig
+    prompts: Annotated[SerializeAsAny[PromptsConfig], BeforeValidator(chosen("prompts"))]
+    """`name` and the keys of that source: jsonl by default."""
     sampling: SamplingConfig = SamplingConfig()
     reference: ReferenceConfig = ReferenceConfig()
     training: TrainingConfig = TrainingConfig()

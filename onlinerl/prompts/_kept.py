@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from onlinerl.config import RunConfig
 from onlinerl.errors import PromptError
-from onlinerl.prompts.jsonl import RawPrompt, read_prompts
-from onlinerl.types import Prompt
+from onlinerl.protocols.prompts import Which
+from onlinerl.types import Prompt, RawPrompt
 
 SHOWN = 3
 
@@ -24,17 +24,18 @@ class Kept:
     def changes(self, config: RunConfig) -> list[str]:
         """One sentence for each file that is not what it was."""
         sentences = []
-        for field, path, prompts, limit in (
-            ("prompts.train", config.prompts.train, self.train, None),
-            ("prompts.heldout", config.prompts.heldout, self.heldout, config.evaluation.prompts),
-        ):
+        kept: tuple[tuple[Which, Sequence[Prompt], int | None], ...] = (
+            ("train", self.train, None),
+            ("heldout", self.heldout, config.evaluation.prompts),
+        )
+        for which, prompts, limit in kept:
             try:
-                said = changes(prompts, read_prompts(path, field)[:limit])
+                said = changes(prompts, config.prompts.raw(which)[:limit])
             except PromptError as error:
                 said = f"it cannot be read any more: {error.cause}"
             if said is not None:
                 sentences.append(
-                    f"{field} has changed since the run started: {said}; the run goes on with the prompts that it keeps"
+                    f"prompts.{which} has changed since the run started: {said}; the run goes on with the prompts that it keeps"
                 )
         return sentences
 

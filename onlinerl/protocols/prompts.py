@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Literal, Protocol, Self
 
-from onlinerl.types import Prompt
+from pydantic import Field
+
+from onlinerl.protocols.component import Component
+from onlinerl.protocols.keys import Resumable
+from onlinerl.types import Prompt, RawPrompt
+
+Which = Literal["train", "heldout"]
 
 
 class PromptSource(Protocol):
@@ -15,3 +22,31 @@ class PromptSource(Protocol):
         ...
 
     def __len__(self) -> int: ...
+
+
+class PromptsConfig(Component):
+    """Where prompts come from, as it is configured: which are trained on and which are held out."""
+
+    name: str = ""
+    train: str
+    """Path of a JSONL file, or `package:NAME` for one that ships with onlinerl; another source says what it means there."""
+    heldout: str
+    """Prompts for evaluation; must not overlap with `train`."""
+    per_iteration: int = Field(64, ge=1)
+    """Fresh prompts taken in each iteration."""
+    max_tokens: int = Field(512, ge=1)
+    """Longest prompt accepted; longer ones are an error that counts them."""
+    reuse: Resumable[bool] = False
+    """Start over when the prompts run out; otherwise asking for more than there are is an error."""
+
+    def raw(self, which: Which) -> Sequence[RawPrompt]:
+        """All prompts of one kind, with unique ids, in an order of no meaning.
+
+        Raises:
+            PromptError: naming the place of what is wrong.
+        """
+        raise NotImplementedError
+
+    def located(self) -> Self:
+        """The same, so that it means the same in every working directory."""
+        return self

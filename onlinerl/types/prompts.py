@@ -14,6 +14,19 @@ class Message:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RawPrompt:
+    """A prompt as its source has it, checked but not yet seen by a tokenizer."""
+
+    id: str
+    text: str = ""
+    """Plain text to continue; empty if there are messages."""
+    messages: tuple[Message, ...] = ()
+    """A conversation to answer; empty if there is text."""
+    reference_answer: str | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
     """A prompt, rendered and tokenised exactly once; nothing downstream tokenises it again."""
 

@@ -12,7 +12,10 @@ from onlinerl.errors import ConfigError
 from onlinerl.protocols.engine import EngineConfig, InProcessEngine
 from onlinerl.protocols.learner import InProcessLearner, LearnerConfig
 
-FOUND = [(section, name) for section in ("engine", "learner", "tracker") for name in registry.names(ROLES[section].folder)]
+FOUND = [
+    (section, name) for section in ("engine", "learner", "prompts", "tracker") for name in registry.names(ROLES[section].folder)
+]
+NEEDED = {"prompts": {"train": "a", "heldout": "b"}}
 LEARNERS = [name for section, name in FOUND if section == "learner"]
 ENGINES = [name for section, name in FOUND if section == "engine"]
 
@@ -23,18 +26,18 @@ def test_what_is_there_is_found():
 
 @pytest.mark.parametrize(("section", "name"), FOUND)
 def test_the_name_chooses_it_and_it_knows_its_name(section, name):
-    part = build({"name": name}, section)
-    assert part.name == type(part)().name == name
+    part = build({"name": name, **NEEDED.get(section, {})}, section)
+    assert part.name == type(part)(**NEEDED.get(section, {})).name == name
     assert (inspect.getdoc(type(part)) or "").endswith(".")
     with pytest.raises(ConfigError, match=r"no_such_key: is not a known key") as error:
-        build({"name": name, "no_such_key": 1}, section)
+        build({"name": name, "no_such_key": 1, **NEEDED.get(section, {})}, section)
     assert error.value.fix
 
 
 @pytest.mark.parametrize(("section", "name"), FOUND)
 def test_it_has_every_method_that_its_kind_is_asked_for(section, name):
     """What only raises NotImplementedError in the base class is what an implementation must say."""
-    part = type(build({"name": name}, section))
+    part = type(build({"name": name, **NEEDED.get(section, {})}, section))
     base = next(c for c in part.__mro__ if c in (InProcessEngine, InProcessLearner) or c is ROLES[section].base)
     in_process = base in (InProcessEngine, InProcessLearner)
     wanted = {

@@ -1,4 +1,4 @@
-"""An engine, a learner and a tracker of a package of the user's own: the project is not touched."""
+"""An engine, a learner, a source of prompts and a tracker of a package of the user's own: the project is not touched."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 
 import yaml
 
+from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import summarise
 
 PARTS = '''
@@ -16,8 +17,10 @@ from onlinerl.engines.toy import ToyEngine
 from onlinerl.learners.toy import ToyLearner
 from onlinerl.protocols.engine import InProcessEngine
 from onlinerl.protocols.learner import InProcessLearner
+from onlinerl.protocols.prompts import PromptsConfig
 from onlinerl.protocols.tracker import Tracker, TrackerConfig
 from onlinerl.sync.toy import ToySync
+from onlinerl.types import RawPrompt
 
 
 class Engine(InProcessEngine):
@@ -43,6 +46,16 @@ class Learner(InProcessLearner):
         return ToySync(lambda: learner.logits.detach().numpy(), engine.load, lambda: engine.logits)
 
 
+class Sequels(PromptsConfig):
+    """Films by number."""
+
+    first: int = 1
+
+    def raw(self, which):
+        names = [f"{getattr(self, which)} {n}" for n in range(self.first, self.first + 20)]
+        return [RawPrompt(id=name, text=name) for name in names]
+
+
 class Listed(TrackerConfig):
     """Writes the phases down."""
 
@@ -62,13 +75,17 @@ class Phases(Tracker):
 '''
 
 
-def test_an_engine_a_learner_and_a_tracker_of_the_users_own(toy_config, warm_cli, tmp_path):
+def test_an_engine_a_learner_prompts_and_a_tracker_of_the_users_own(toy_config, warm_cli, tmp_path):
     (tmp_path / "mine.py").write_text(PARTS)
     keys = {
         "iterations": 1,
         "engine.name": "mine.Engine",
         "engine.end": 0.25,
         "learner.name": "mine.Learner",
+        "prompts.name": "mine.Sequels",
+        "prompts.train": "the film",
+        "prompts.heldout": "a film",
+        "prompts.first": 3,
         "metrics.trackers": [{"name": "mine.Listed", "file": "phases.txt"}],
         "metrics.prometheus": False,
     }
@@ -78,6 +95,8 @@ def test_an_engine_a_learner_and_a_tracker_of_the_users_own(toy_config, warm_cli
     assert done.returncode == 0, done.message
     run = tmp_path / "runs" / "toy"
     assert len(summarise(run)["iterations"]) == 2
+    with RunDirectory.open(run) as store:
+        assert {group["prompt_id"] for group in store.read(1, "rollouts")} <= {f"the film {n}" for n in range(3, 23)}
     assert "1 train" in (run / "phases.txt").read_text().splitlines()
     stored = yaml.safe_load((run / "config.yaml").read_text())
     assert (stored["engine"]["name"], stored["engine"]["end"]) == ("mine.Engine", 0.25)
@@ -92,6 +111,7 @@ def test_an_engine_a_learner_and_a_tracker_of_the_users_own(toy_config, warm_cli
 
     for wrong, said in (
         ("engine.ende=1", "did you mean 'end'?"),
+        ("prompts.firs=1", "did you mean 'first'?"),
         ("metrics.trackers=[{name: mine.Listed, file: x, fil: y}]", "did you mean 'file'?"),
         ("metrics.trackers=[{name: mine.Engine}]", "mine.Engine is no subclass of onlinerl.protocols.tracker.TrackerConfig"),
     ):

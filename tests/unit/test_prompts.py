@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from onlinerl import registry
-from onlinerl.config import PromptsConfig
 from onlinerl.errors import PromptError
 from onlinerl.prompts._kept import changes
-from onlinerl.prompts.jsonl import JsonlPrompts, check_answers, check_overlap, load_prompts, read_prompts, render
+from onlinerl.prompts._source import ShuffledPrompts, check_answers, check_overlap, load_prompts, render
+from onlinerl.prompts.jsonl import Jsonl, read_prompts
+from onlinerl.protocols.prompts import PromptsConfig
 from onlinerl.types import Prompt
 
 
@@ -227,30 +228,30 @@ class TestTaking:
     names = tuple(f"p{i}" for i in range(20))
 
     def test_the_cursor_decides(self):
-        source = JsonlPrompts(prompts(*self.names), seed=3)
+        source = ShuffledPrompts(prompts(*self.names), seed=3)
         first, cursor = source.take(8, 0)
         second, end = source.take(8, cursor)
         assert (cursor, end, len(source)) == (8, 16, 20)
         assert not set(ids(first)) & set(ids(second))  # fresh prompts are disjoint
-        again = JsonlPrompts(prompts(*reversed(self.names)), seed=3)  # whatever the order in the file
+        again = ShuffledPrompts(prompts(*reversed(self.names)), seed=3)  # whatever the order in the file
         assert ids(again.take(8, 8)[0]) == ids(second)
-        assert ids(JsonlPrompts(prompts(*self.names), seed=4).take(8, 0)[0]) != ids(first)
+        assert ids(ShuffledPrompts(prompts(*self.names), seed=4).take(8, 0)[0]) != ids(first)
 
     def test_more_prompts_leave_the_order_of_the_others_alone(self):
-        few = ids(JsonlPrompts(prompts(*self.names), seed=3).take(20, 0)[0])
-        more = ids(JsonlPrompts(prompts(*self.names, "new", "newer"), seed=3).take(22, 0)[0])
+        few = ids(ShuffledPrompts(prompts(*self.names), seed=3).take(20, 0)[0])
+        more = ids(ShuffledPrompts(prompts(*self.names, "new", "newer"), seed=3).take(22, 0)[0])
         assert [name for name in more if name in few] == few
 
     def test_running_out_is_an_error_that_counts(self):
-        source = JsonlPrompts(prompts(*self.names), seed=0)
+        source = ShuffledPrompts(prompts(*self.names), seed=0)
         with pytest.raises(PromptError, match="8 more prompts are wanted, but 4 of 20 are left") as caught:
             source.take(8, 16)
         assert "prompts.reuse" in caught.value.fix
         with pytest.raises(PromptError, match="21 prompts are wanted at once, but there are 20"):
-            JsonlPrompts(prompts(*self.names), seed=0, reuse=True).take(21, 0)
+            ShuffledPrompts(prompts(*self.names), seed=0, reuse=True).take(21, 0)
 
     def test_reuse_starts_over_in_a_new_order(self):
-        source = JsonlPrompts(prompts(*self.names), seed=0, reuse=True)
+        source = ShuffledPrompts(prompts(*self.names), seed=0, reuse=True)
         first, cursor = source.take(20, 0)
         second, _ = source.take(20, cursor)
         assert set(ids(first)) == set(ids(second))
@@ -259,7 +260,7 @@ class TestTaking:
     def test_no_prompt_twice_in_one_take(self):
         """The same prompt twice in an iteration would draw the same seeds."""
         for seed in range(10):
-            source = JsonlPrompts(prompts(*self.names), seed=seed, reuse=True)
+            source = ShuffledPrompts(prompts(*self.names), seed=seed, reuse=True)
             cursor, seen = 0, set()
             for _ in range(12):
                 taken, cursor = source.take(7, cursor)
@@ -268,7 +269,7 @@ class TestTaking:
             assert seen == set(self.names)
 
     def test_found_by_name(self):
-        assert registry.load("prompts", "jsonl") is JsonlPrompts
+        assert registry.load("prompts", "jsonl", PromptsConfig) is Jsonl
 
 
 class TestFilmReviews:
@@ -288,7 +289,7 @@ class TestFilmReviews:
             assert (tmp_path / f"{name}.jsonl").read_bytes() == (generator.FOLDER / f"{name}.jsonl").read_bytes()
 
     def test_the_files_are_fit_for_use(self):
-        config = PromptsConfig(train="package:film_reviews_train", heldout="package:film_reviews_heldout")
+        config = Jsonl(train="package:film_reviews_train", heldout="package:film_reviews_heldout")
         source, heldout = load_prompts(config, WordTokenizer(), seed=0)
         assert len(source) >= 480
         assert len(heldout) >= 120
@@ -316,11 +317,11 @@ def test_load_prompts_checks_everything(tmp_path):
     train = write(tmp_path, {"text": "one"}, {"text": "two"}, name="train.jsonl")
     heldout = write(tmp_path, {"text": "three"}, {"text": "two"}, name="heldout.jsonl")
     with pytest.raises(PromptError, match="also training prompts"):
-        load_prompts(PromptsConfig(train=train, heldout=heldout), WordTokenizer(), seed=0)
+        load_prompts(Jsonl(train=train, heldout=heldout), WordTokenizer(), seed=0)
     heldout = write(tmp_path, {"text": "three"}, name="heldout.jsonl")
     with pytest.raises(PromptError, match="2 of 2 prompts have no reference answer"):
-        load_prompts(PromptsConfig(train=train, heldout=heldout), WordTokenizer(), seed=0, needs_answers=True)
-    source, rendered = load_prompts(PromptsConfig(train=train, heldout=heldout), WordTokenizer(), seed=0)
+        load_prompts(Jsonl(train=train, heldout=heldout), WordTokenizer(), seed=0, needs_answers=True)
+    source, rendered = load_prompts(Jsonl(train=train, heldout=heldout), WordTokenizer(), seed=0)
     assert (len(source), len(rendered)) == (2, 1)
 
 
