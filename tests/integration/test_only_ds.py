@@ -1,0 +1,721 @@
+"""The real learners, DeepSpeed and torch alone, against plain single-process autograd and plain torch optimizers."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from onlinerl.algorithms.dpo import Dpo
+from onlinerl.algorithms.grpo import Grpo
+from onlinerl.algorithms.ppo import Ppo
+from onlinerl.controller import self_test
+from onlinerl.errors import LearnerError
+from onlinerl.learners import _policy
+from onlinerl.learners._policy import Policy
+from onlinerl.ops.batching import collate, plan_step
+from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.types import SelfTest, TrainItem, TrainSequence
+
+pytestmark = pytest.mark.engine
+
+STAGES, DTYPES, WORLDS = (0, 1, 2, 3, "torch"), ("float32", "bfloat16"), (1,)
+MICRO_BATCHES = (1, 4)
+VOCABULARY = 128
+# Relative error of the whole gradient, |ours - theirs| / |theirs|. In bfloat16 activations and gradients keep 8 bits.
+BOUND = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+def sequence(rng: np.random.Generator, response: int | None = None, **extra: Any) -> TrainSequence:
+    length = response or int(rng.integers(3, 10))
+    noise = lambda: rng.normal(-4.5, 0.5, length).astype(np.float32)  # noqa: E731
+    return TrainSequence(
+        prompt_ids=tuple(map(int, rng.integers(3, VOCABULARY, int(rng.integers(2, 8))))),
+        response_ids=tuple(map(int, rng.integers(3, VOCABULARY, length))),
+        reference=noise(),
+        **{name: make(length) for name, make in extra.items()},
+    )
+
+
+def pair_items(count: int, seed: int, response: int | None = None) -> list[TrainItem]:
+    rng = np.random.default_rng(seed)
+    return [TrainItem(prompt_id=str(i), sequences=(sequence(rng, response), sequence(rng, response))) for i in range(count)]
+
+
+def sample_items(count: int, seed: int) -> list[TrainItem]:
+    rng = np.random.default_rng(seed)
+    old = lambda n: rng.normal(-5.0, 0.3, n).astype(np.float32)  # noqa: E731  near log(1 / vocabulary): some ratios are clipped
+    normal = lambda n: rng.normal(0, 1, n).astype(np.float32)  # noqa: E731
+    extra = {"old": old, "behaviour": old, "advantages": normal, "values": normal, "returns": normal}
+    return [TrainItem(prompt_id=str(i), sequences=(sequence(rng, **extra),)) for i in range(count)]
+
+
+def budgets(items: Sequence[TrainItem], ranks: int) -> dict[int, int]:
+    """Token budgets that cut `items` into 1 and 4 micro-batches a rank."""
+    found: dict[int, int] = {}
+    for budget in range(8, 2000, 4):
+        found.setdefault(len(plan_step(items, ranks, budget)[0]), budget)
+    return {n: found[n] for n in MICRO_BATCHES}
+
+
+def spoiled(items: list[TrainItem], **changes: Any) -> list[TrainItem]:
+    """The same step with its last item changed."""
+    return [*items[:-1], replace(items[-1], **changes)]
+
+
+def with_reference(item: TrainItem, values: Sequence[float]) -> tuple[TrainSequence, ...]:
+    return tuple(
+        s.with_(reference=np.full(len(s.response_ids), value, np.float32))
+        for s, value in zip(item.sequences, values, strict=True)
+    )
+
+
+LOSSES: dict[str, tuple[Algorithm, list[TrainItem]]] = {
+    "dpo": (Dpo(), pair_items(8, seed=1)),
+    "grpo": (Grpo(agg="token_mean", kl=0.05), sample_items(12, seed=2)),
+    "fewer items than ranks": (Dpo(), pair_items(1, seed=3)),
+    "uneven": (Dpo(), pair_items(5, seed=4)),
+}
+CRITIC: tuple[Algorithm, list[TrainItem]] = (
+    Ppo(critic="separate", critic_learning_rate=1e-3, entropy_coef=0.01, kl_in="loss"),
+    sample_items(12, seed=5),
+)
+LONG = pair_items(6, seed=6, response=120)
+"""1,440 response tokens."""
+LONG_TEMPERATURE = 0.7
+
+
+def self_test_items() -> list[TrainItem]:
+    """Pairs whose responses are equally long, so that arrays can be exchanged; everything that ppo reads is there."""
+    rng = np.random.default_rng(7)
+    zeros = lambda n: np.zeros(n, np.float32)  # noqa: E731
+    extra = {"behaviour": zeros, "advantages": zeros, "returns": zeros, "values": zeros}
+    pair = lambda: tuple(sequence(rng, response=20, **extra) for _ in range(2))  # noqa: E731
+    return [TrainItem(prompt_id=str(i), sequences=pair()) for i in range(8)]
+
+
+MAX_GRAD_NORM = 0.5
+"""Below every gradient of `STEPS`, so that clipping acts."""
+STEPS = [pair_items(8, seed=10 + i) for i in range(3)]
+BAD_STEPS = {
+    "nan loss": spoiled(STEPS[0], sequences=with_reference(STEPS[0][-1], [float("nan"), 0.0])),
+    "infinite loss with a finite gradient": spoiled(STEPS[0], sequences=with_reference(STEPS[0][-1], [0.0, -float("inf")])),
+    "finite loss with an infinite gradient": spoiled(STEPS[0], weight=2.0),
+}
+EXPORTED = (0, 3, "torch")
+OTHER = (0, 2, 3, "torch")
+CASES: dict[tuple[Any, ...], dict[str, Any]] = {
+    **{("gradients", s, d): {"kind": "gradients", "stage": s, "dtype": d} for s, d in product(STAGES, DTYPES)},
+    **{
+        ("critic", s, r): {"kind": "critic_gradients", "stage": s, "dtype": "float32", "recompute": r, "attention": a}
+        for s, (r, a) in product(STAGES, ((False, "sdpa"), (True, "eager")))
+    },
+    **{("steps", s, d): {"kind": "steps", "stage": s, "dtype": d} for s, d in product(STAGES, DTYPES)},
+    **{
+        ("export", s, m): {"kind": "export", "stage": s, "dtype": "float32", "model": m}
+        for s, m in product(EXPORTED, ("model", "untied"))
+    },
+    **{("rmsprop", s): {"kind": "other_optimizer", "stage": s, "dtype": "float32"} for s in OTHER},
+    **{("offload", s, d): {"kind": "offload", "stage": s, "dtype": d} for s, d in product(STAGES, DTYPES)},
+    ("absent",): {"kind": "absent_rank", "stage": 2, "dtype": "float32", "timeout_s": 3.0},  # the last one: it breaks the group
+}
+
+CASES = {k: v for k, v in CASES.items() if k in {("steps", 3, "bfloat16"), ("export", 3, "untied"), ("critic", 3, True), ("gradients", 0, "float32")}}
+WORLDS = (1,)
+Answers = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def answers(tiny_llama: Path, tiny_llama_untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """`answers(ranks, *case)`: what the ranks computed. All cases of a number of ranks run together, when the first is asked for."""
+    done: dict[int, dict[tuple[Any, ...], Any]] = {}
+
+    def ask(ranks: int, *case: Any) -> dict[str, Any]:
+        if ranks not in done:
+            done[ranks] = run_ranks(ranks, tiny_llama, tiny_llama_untied, tmp_path_factory.mktemp(f"ranks-{ranks}"))
+        answer = done[ranks].get(case)
+        if isinstance(answer, str):
+            pytest.fail(answer)
+        if answer is None:
+            pytest.fail(f"the ranks did not get as far as {case}:\n{done[ranks]['output',]}")
+        return answer
+
+    return ask
+
+
+def run_ranks(ranks: int, tied: Path, untied: Path, directory: Path) -> dict[tuple[Any, ...], Any]:
+    def loss(algorithm: Algorithm, items: list[TrainItem]) -> dict[str, Any]:
+        few = len(items) < 8
+        cuts = {1: 10_000, 4: 40} if few else budgets(items, ranks)  # a few items cannot fill four micro-batches
+        return {"algorithm": algorithm, "items": items, "budgets": cuts}
+
+    job = {
+        "model": str(tied),
+        "untied": str(untied),
+        "directory": str(directory),
+        "losses": {name: loss(*what) for name, what in LOSSES.items()},
+        "critic_loss": loss(*CRITIC),
+        "long": {"algorithm": Dpo(), "items": LONG, "temperature": LONG_TEMPERATURE},
+        "self_test_items": self_test_items(),
+        "max_grad_norm": MAX_GRAD_NORM,
+        "steps": STEPS,
+        "bad_steps": BAD_STEPS,
+        "cases": list(CASES.values()),
+    }
+    job_file = directory / "job"
+    job_file.write_bytes(pickle.dumps(job))
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=120), wait_for_workers=False)
+    env = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "DEEPSPEED_LOG_LEVEL": "ERROR",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    script = Path(__file__).with_name("rank_process.py")
+    processes = []
+    logs = [(directory / f"rank{r}.log").open("w+") for r in range(ranks)]
+    for rank, log in enumerate(logs):
+        command = [sys.executable, str(script), str(job_file), str(rank), str(ranks), str(store.port)]
+        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=directory))
+    try:
+        for process in processes:
+            process.wait(timeout=600)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    found: dict[tuple[Any, ...], Any] = {}
+    for i, case in enumerate(CASES):
+        for rank in reversed(range(ranks)):
+            file = Path(f"{job_file}.{i}.{rank}")
+            if file.exists():
+                answer = pickle.loads(file.read_bytes())
+                found[case] = f"rank {rank}: {answer['error']}" if "error" in answer else answer
+    for log in logs:
+        log.close()
+    found["output",] = "\n".join((directory / f"rank{r}.log").read_text()[-3000:] for r in range(ranks))
+    return found
+
+
+# --- what it should be ---
+
+
+def plain_policy(model: Path, dtype: str, critic: Any = None) -> Policy:
+    """In fp32, from the weights as the learner's dtype rounds them."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if dtype == "bfloat16":
+        loaded = loaded.bfloat16().float()
+    return Policy(loaded, critic).eval()
+
+
+def backward(policy: Policy, algorithm: Algorithm, items: Sequence[TrainItem], temperature: float = 1.0) -> float:
+    """One forward and backward of everything at once, divided by the count of units. Returns the loss."""
+    batch, needs = collate(items), algorithm.needs
+    outputs = policy(batch, temperature=temperature, values=needs.values, entropy=needs.entropy)
+    total = algorithm.loss(outputs, batch).total
+    loss = total / sum(i.count(algorithm.unit) for i in items)
+    policy.zero_grad()
+    loss.backward()
+    return loss.item()
+
+
+def plain_gradients(
+    policy: Policy, algorithm: Algorithm, items: Sequence[TrainItem], temperature: float = 1.0
+) -> dict[str, np.ndarray]:
+    backward(policy, algorithm, items, temperature)
+    return {n: np.zeros(p.shape) if p.grad is None else p.grad.double().numpy() for n, p in policy.named_parameters()}
+
+
+def relative_error(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
+    """Of all tensors as one vector."""
+    assert ours.keys() == theirs.keys()
+    gap = sum(((ours[n].astype(np.float64) - theirs[n]) ** 2).sum() for n in theirs)
+    return float(np.sqrt(gap / sum((g**2).sum() for g in theirs.values())))
+
+
+def assert_equal(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [n for n in ours if not np.array_equal(ours[n], theirs[n])] == []
+
+
+def assert_stepped(ours: np.ndarray, theirs: torch.Tensor) -> None:
+    """Equal to 1e-5 of weights that moved by 1e-3. Adam divides by |g|: where g is rounding noise, so is the direction."""
+    gap = np.abs(ours - theirs.detach().numpy())
+    assert (gap > 1e-5).mean() < 1e-3
+    assert gap.max() < 1e-4
+
+
+configurations = pytest.mark.parametrize(("ranks", "stage", "dtype"), list(product(WORLDS, STAGES, DTYPES)))
+
+
+@configurations
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_gradient_equals_that_of_one_process(
+    answers: Answers, tiny_llama: Path, ranks: int, stage: int | str, dtype: str, loss: str
+) -> None:
+    answer = answers(ranks, "gradients", stage, dtype)
+    algorithm, items = LOSSES[loss]
+    expected = plain_gradients(plain_policy(tiny_llama, dtype), algorithm, items)
+
+    for cut in MICRO_BATCHES:
+        result = answer[loss, cut]
+        if len(items) >= 8:
+            assert result["micro_batches"] == cut
+        error = relative_error(result["gradients"], expected)
+        print(f"{ranks} ranks ZeRO {stage} {dtype} {loss} {result['micro_batches']} micro-batches: {error:.2e}")
+        assert error < BOUND[dtype]
+
+
+@configurations
+def test_nothing_of_earlier_gradients_is_left(answers: Answers, ranks: int, stage: int | str, dtype: str) -> None:
+    answer = answers(ranks, "gradients", stage, dtype)
+
+    for cut in MICRO_BATCHES:
+        assert_equal(answer["again", cut]["gradients"], answer["dpo", cut]["gradients"])
+
+
+@configurations
+def test_more_tokens_than_a_chunk_at_another_temperature(
+    answers: Answers, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, stage: int | str, dtype: str
+) -> None:
+    """Scores and gradient of micro-batches whose logits are computed, and computed again, piece by piece."""
+    answer = answers(ranks, "gradients", stage, dtype)
+    tokens = sum(len(s.response_ids) for item in LONG for s in item.sequences)
+    assert tokens / ranks > _policy.CHUNK / 2  # on one rank more than a chunk
+    policy = plain_policy(tiny_llama, dtype)
+    monkeypatch.setattr(_policy, "CHUNK", 10**6)
+    expected = plain_gradients(policy, Dpo(), LONG, LONG_TEMPERATURE)
+
+    assert relative_error(answer["long", "gradients"], expected) < BOUND[dtype]
+
+    with torch.no_grad():
+        scores = policy(collate(LONG), temperature=LONG_TEMPERATURE).logprobs_BT.numpy()
+        untempered = policy(collate(LONG)).logprobs_BT.numpy()
+    ours = np.stack(answer["long", "scores"])
+    assert np.abs(ours - scores).mean() < (1e-5 if dtype == "float32" else 0.02)
+    assert np.abs(ours - untempered).mean() > 0.05
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, STAGES)))
+def test_gradient_with_a_critic_equals_that_of_one_process(
+    answers: Answers, tiny_llama: Path, ranks: int, stage: int | str, recompute: bool
+) -> None:
+    """Also with `learner.gradient_checkpointing` and `learner.attention: eager`, and after loading a checkpoint."""
+    answer = answers(ranks, "critic", stage, recompute)
+    algorithm, items = CRITIC
+    expected = plain_gradients(plain_policy(tiny_llama, "float32", "separate"), algorithm, items)
+    assert np.abs(expected["value_head.weight"]).max() > 1e-3
+
+    for found in (answer, answer["loaded"]):
+        for cut in MICRO_BATCHES:
+            assert relative_error(found[cut], expected) < BOUND["float32"]
+
+
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, STAGES)))
+def test_recomputation_survives_a_checkpoint(answers: Answers, ranks: int, stage: int | str) -> None:
+    """A layer runs forward twice per micro-batch if its activations are computed again, also after a resume."""
+    for recompute, passes in ((False, 1), (True, 2)):
+        answer = answers(ranks, "critic", stage, recompute)
+        assert answer["passes"] == answer["loaded"]["passes"] == passes
+
+
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, STAGES)))
+def test_a_critic_learns_beside_a_policy_with_a_learning_rate_of_0(
+    answers: Answers, tiny_llama: Path, ranks: int, stage: int
+) -> None:
+    step = answers(ranks, "critic", stage, False)["critic_step"]
+    policy = plain_policy(tiny_llama, "float32", "separate")
+    of_critic = {n: p for n, p in policy.named_parameters() if n.startswith(("critic.", "value_head."))}
+    decay = [p for p in of_critic.values() if p.dim() > 1]
+    fixed = [p for p in of_critic.values() if p.dim() == 1]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": fixed, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+
+    backward(policy, *CRITIC)
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    optimizer.step()
+
+    assert step["metrics"]["learning_rate"] == 0
+    for name, weight in step["after"].items():
+        if name in of_critic:
+            assert_stepped(weight, of_critic[name])
+        else:
+            np.testing.assert_array_equal(weight, step["before"][name], err_msg=name)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, OTHER)))
+def test_rmsprop_with_weight_decay_equals_that_of_torch(
+    answers: Answers, tiny_llama: Path, ranks: int, stage: int | str
+) -> None:
+    """Only matrices decay: a tenth of a norm's weight is more than its gradient, so its step would be another one."""
+    answer = answers(ranks, "rmsprop", stage)
+    policy = plain_policy(tiny_llama, "float32")
+    groups = [
+        {"params": [p for p in policy.parameters() if (p.dim() > 1) is matrix], "weight_decay": 0.1 if matrix else 0.0}
+        for matrix in (True, False)
+    ]
+    optimizer = torch.optim.RMSprop(groups, lr=1e-3)
+
+    for items, after in zip(STEPS, answer["after"], strict=True):
+        backward(policy, Dpo(), items)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        for name, parameter in policy.model.named_parameters():
+            gap = np.abs(after[name] - parameter.detach().numpy())
+            assert (gap > 1e-4).mean() < 1e-2, name  # a first step has length 1e-2, whatever the gradient
+
+
+def sound(result: SelfTest, expected_loss: float | None, dtype: str) -> bool:
+    try:
+        self_test.check(result, expected_loss, dtype)
+    except LearnerError:
+        return False
+    return True
+
+
+SPOILED = ("shifted", "permuted", "temperature", "model")
+
+
+@configurations
+def test_the_self_test_notices_a_stored_reference_that_is_not_the_policy_s(
+    answers: Answers, ranks: int, stage: int | str, dtype: str
+) -> None:
+    results = answers(ranks, "steps", stage, dtype)["self_tests"]
+
+    self_test.check(results["sound"], Dpo().loss_at_reference, dtype)
+    assert {how: sound(results["reference", how], Dpo().loss_at_reference, dtype) for how in SPOILED} == dict.fromkeys(
+        SPOILED, False
+    )
+    assert not sound(results["base"], Dpo().loss_at_reference, dtype)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, STAGES)))
+def test_the_self_test_notices_old_log_probs_and_values_that_are_not_the_policy_s(
+    answers: Answers, ranks: int, stage: int
+) -> None:
+    answer = answers(ranks, "critic", stage, True)
+    results = answer["self_tests"]
+
+    self_test.check(results["sound"], None, "float32")
+    for name, how in product(("old", "reference"), SPOILED):
+        with pytest.raises(LearnerError, match=f"the stored {name} differs"):
+            self_test.check(results[name, how], None, "float32")
+
+    limit = self_test.GAP["float32"]
+    assert answer["values", "sound"].stored_gaps["values"] < limit
+    for how in ("shifted", "permuted"):
+        assert answer["values", how].stored_gaps["values"] > limit
+
+
+def test_ranks_do_not_wait_longer_than_a_step_for_one_that_is_gone(answers: Answers) -> None:
+    """Not as long as a start may take (900 s by default)."""
+    assert "3000ms" in answers(2, "absent")["message"].replace(" ", "")
+
+
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, STAGES)))
+def test_steps_equal_those_of_torch(answers: Answers, tiny_llama: Path, ranks: int, stage: int | str) -> None:
+    answer = answers(ranks, "steps", stage, "float32")
+    policy = plain_policy(tiny_llama, "float32")
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
+
+    for items, metrics, after in zip(STEPS, answer["metrics"], answer["after"], strict=True):
+        loss = backward(policy, Dpo(), items)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
+        assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert metrics["skipped"] == 0
+        for name, parameter in policy.model.named_parameters():
+            assert_stepped(after[name], parameter)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, STAGES)))
+def test_bfloat16_steps_follow_those_of_torch_in_fp32(answers: Answers, tiny_llama: Path, ranks: int, stage: int | str) -> None:
+    answer = answers(ranks, "steps", stage, "bfloat16")
+    policy = plain_policy(tiny_llama, "bfloat16")
+    before = {n: p.detach().double().numpy().copy() for n, p in policy.model.named_parameters()}
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
+
+    for items, metrics in zip(STEPS, answer["metrics"], strict=True):
+        assert metrics["loss"] == pytest.approx(backward(policy, Dpo(), items), rel=2e-2)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        assert metrics["skipped"] == 0
+        assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=2e-2)
+
+    moved = {n: p.detach().double().numpy() - before[n] for n, p in policy.model.named_parameters()}
+    ours = {n: answer["after"][-1][n] - before[n] for n in moved}
+    inner = sum((moved[n] * ours[n]).sum() for n in moved)
+    norms = [np.sqrt(sum((d[n] ** 2).sum() for n in moved)) for d in (moved, ours)]
+    assert inner / norms[0] / norms[1] > 0.97  # weights are rounded to 8 bits on the way out
+
+
+Clip = Callable[[Policy, Sequence[TrainItem], float], None]
+
+
+def clip_right(policy: Policy, items: Sequence[TrainItem], limit: float) -> None:
+    backward(policy, Dpo(), items)
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), limit)
+
+
+def clip_not(policy: Policy, items: Sequence[TrainItem], limit: float) -> None:
+    backward(policy, Dpo(), items)
+
+
+def clip_at_ten_times(policy: Policy, items: Sequence[TrainItem], limit: float) -> None:
+    clip_right(policy, items, 10 * limit)
+
+
+def clip_by_value(policy: Policy, items: Sequence[TrainItem], limit: float) -> None:
+    backward(policy, Dpo(), items)
+    torch.nn.utils.clip_grad_value_(policy.parameters(), limit)
+
+
+def clip_each_tensor(policy: Policy, items: Sequence[TrainItem], limit: float) -> None:
+    backward(policy, Dpo(), items)
+    for parameter in policy.parameters():
+        torch.nn.utils.clip_grad_norm_([parameter], limit)
+
+
+def clip_each_rank(policy: Policy, items: Sequence[TrainItem], limit: float) -> None:
+    """Before the mean over two ranks is taken, instead of after."""
+    shares = [[item for micro in rank for item in micro] for rank in plan_step(list(items), 2, 100_000)]
+    gathered: list[list[torch.Tensor]] = []
+    for share in shares:
+        backward(policy, Dpo(), share)
+        for p in policy.parameters():
+            assert p.grad is not None
+            p.grad.mul_(2 * len(share) / len(items))
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), limit)
+        gathered.append([p.grad.clone() for p in policy.parameters() if p.grad is not None])
+    for parameter, *parts in zip(policy.parameters(), *gathered, strict=True):
+        parameter.grad = sum(parts, torch.zeros(())) / 2
+
+
+def moments_of_torch(model: Path, dtype: str, clip: Clip) -> dict[str, np.ndarray]:
+    """Adam's running mean of clipped gradients after `STEPS`. It scales with them; Adam's steps do not."""
+    policy = plain_policy(model, dtype)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
+    for items in STEPS:
+        clip(policy, items, MAX_GRAD_NORM)
+        optimizer.step()
+    return {n: optimizer.state[p]["exp_avg"].double().numpy() for n, p in policy.model.named_parameters()}
+
+
+MOMENTS = {"float32": 1e-3, "bfloat16": 5e-2}
+"""Relative error of the running mean of clipped gradients after three steps."""
+
+
+@configurations
+def test_gradients_are_clipped_as_by_torch(
+    answers: Answers, tiny_llama: Path, ranks: int, stage: int | str, dtype: str
+) -> None:
+    answer = answers(ranks, "steps", stage, dtype)
+    assert min(m["grad_norm"] for m in answer["metrics"]) > 1.5 * MAX_GRAD_NORM
+
+    error = relative_error(answer["moments"], moments_of_torch(tiny_llama, dtype, clip_right))
+
+    print(f"{ranks} ranks ZeRO {stage} {dtype}: {error:.2e}")
+    assert error < MOMENTS[dtype]
+
+
+@pytest.mark.parametrize("wrong", [clip_not, clip_at_ten_times, clip_by_value, clip_each_tensor, clip_each_rank])
+def test_wrong_clipping_would_not_pass(tiny_llama: Path, wrong: Clip) -> None:
+    right = moments_of_torch(tiny_llama, "float32", clip_right)
+
+    assert relative_error(moments_of_torch(tiny_llama, "float32", wrong), right) > 2 * MOMENTS["bfloat16"]
+
+
+@configurations
+@pytest.mark.parametrize("what", list(BAD_STEPS))
+def test_a_step_that_is_not_finite_is_skipped(answers: Answers, ranks: int, stage: int | str, dtype: str, what: str) -> None:
+    answer = answers(ranks, "steps", stage, dtype)
+
+    assert answer["bad"][what]["metrics"]["skipped"] == 1
+    assert_equal(answer["bad"][what]["weights"], answer["after"][-1])
+
+
+@configurations
+def test_a_skipped_step_leaves_nothing_behind(answers: Answers, ranks: int, stage: int | str, dtype: str) -> None:
+    answer = answers(ranks, "steps", stage, dtype)
+
+    metrics, weights = answer["continued"]
+    assert metrics["skipped"] == 0
+    assert np.isfinite(metrics["loss"])
+    assert np.isfinite(metrics["grad_norm"])
+    assert all(np.isfinite(w).all() for w in weights.values())
+    assert any(not np.array_equal(w, answer["after"][-1][n]) for n, w in weights.items())
+
+
+@configurations
+def test_a_checkpoint_continues_bit_for_bit(answers: Answers, ranks: int, stage: int | str, dtype: str) -> None:
+    answer = answers(ranks, "steps", stage, dtype)
+
+    assert_equal(answer["loaded"], answer["after"][-1])
+    for name in ("loaded_continued", "fresh_continued"):
+        metrics, weights = answer[name]
+        assert metrics == answer["continued"][0]
+        assert_equal(weights, answer["continued"][1])
+
+
+@configurations
+def test_nothing_is_unpickled_from_a_checkpoint(answers: Answers, ranks: int, stage: int | str, dtype: str) -> None:
+    """Code planted in the files of a checkpoint does not run, and the refusal names the file."""
+    found = answers(ranks, "steps", stage, dtype)["planted"]
+
+    assert len(found) == (1 if stage in (0, "torch") else 2)
+    for files, answer in found.items():
+        assert not answer["ran"]
+        assert f"{files.rpartition('*')[2]}.pt holds something else than tensors and is not loaded" in answer["said"]
+
+
+@configurations
+def test_a_rank_says_what_it_wrote(answers: Answers, ranks: int, stage: int | str, dtype: str) -> None:
+    written = answers(ranks, "steps", stage, dtype)["written"]  # of rank 0
+
+    kinds = {"torch": ["state.pt"], 0: ["model_states.pt"]}.get(stage, ["model_states.pt", "optim_states.pt"])
+    assert [len([name for name in written if name.endswith(kind)]) for kind in kinds] == [1] * len(kinds)
+    assert "rng_0.json" in written
+    assert all(size > 0 for size in written.values())
+
+
+@configurations
+def test_reset_optimizer_clears_moments_and_step_count(answers: Answers, ranks: int, stage: int | str, dtype: str) -> None:
+    answer = answers(ranks, "steps", stage, dtype)
+
+    assert answer["before_reset"]["moment"] > 0
+    assert answer["before_reset"]["step"] == len(STEPS) + 1
+    assert answer["after_reset"] == {"moment": 0, "step": 0}
+    assert answer["reset_continued_state"]["step"] == 1
+    assert_equal(answer["reset_weights"], answer["continued"][1])
+
+
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, STAGES)))
+def test_the_step_after_a_reset_is_that_of_a_new_optimizer(
+    answers: Answers, tiny_llama: Path, ranks: int, stage: int | str
+) -> None:
+    answer = answers(ranks, "steps", stage, "float32")
+    policy = plain_policy(tiny_llama, "float32")
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            parameter.copy_(torch.from_numpy(answer["reset_weights"][name]))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
+
+    backward(policy, Dpo(), STEPS[1])
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
+    optimizer.step()
+
+    for name, parameter in policy.model.named_parameters():
+        assert_stepped(answer["reset_continued"][name], parameter)
+
+
+@configurations
+def test_the_weight_source_declares_what_it_yields(answers: Answers, ranks: int, stage: int | str, dtype: str) -> None:
+    source = answers(ranks, "steps", stage, dtype)["source"]
+
+    check_source(source)
+    assert "lm_head.weight" not in [name for name, *_ in source["yielded"]]  # tied: it is the embedding
+
+
+def check_source(source: dict[str, list[tuple[str, torch.dtype, tuple[int, ...]]]]) -> None:
+    assert source["declared"] == source["yielded"]
+    names = [name for name, *_ in source["yielded"]]
+    assert len(names) == len(set(names))
+    assert all(np.prod(shape) > 0 for _, _, shape in source["yielded"])
+
+
+@pytest.mark.parametrize(("ranks", "stage", "model"), list(product(WORLDS, EXPORTED, ("model", "untied"))))
+def test_an_export_is_the_policy(answers: Answers, ranks: int, stage: int | str, model: str) -> None:
+    answer = answers(ranks, "export", stage, model)
+    check_source(answer["source"])
+    names = [name for name, *_ in answer["source"]["yielded"]]
+    assert ("lm_head.weight" in names) == (model == "untied")
+
+    exported = AutoModelForCausalLM.from_pretrained(answer["path"], dtype=torch.float32)
+
+    assert_equal({n: p.detach().numpy() for n, p in exported.named_parameters()}, answer["weights"])
+    assert exported.config.tie_word_embeddings == (model == "model")
+    sequences = [s for i in STEPS[0] for s in i.sequences]
+    with torch.no_grad():
+        batch = collate([TrainItem(prompt_id="", sequences=(s,)) for s in sequences])
+        scores = Policy(exported)(batch).logprobs_BT
+    for ours, row, s in zip(answer["scores"][0], scores.numpy(), sequences, strict=True):
+        np.testing.assert_allclose(ours, row[: len(s.response_ids)], atol=1e-4)
+    assert AutoTokenizer.from_pretrained(answer["path"]).eos_token == "<eos>"
+
+
+@pytest.mark.parametrize(("ranks", "stage", "model"), list(product(WORLDS, EXPORTED, ("model", "untied"))))
+def test_a_reference_scores_as_the_whole_model_does(
+    answers: Answers, tiny_llama: Path, tiny_llama_untied: Path, ranks: int, stage: int | str, model: str
+) -> None:
+    """Also where each rank holds only its share of the reference, and after another one has taken its place and left again."""
+    answer = answers(ranks, "export", stage, model)
+    base = tiny_llama if model == "model" else tiny_llama_untied
+    sequences = [s for i in STEPS[0] for s in i.sequences]
+    assert set(answer["references"]) == {str(base), answer["path"]}
+
+    for where, rows in answer["references"].items():
+        whole = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+        with torch.no_grad():
+            expected = Policy(whole).eval()(collate([TrainItem(prompt_id="", sequences=(s,)) for s in sequences])).logprobs_BT
+        for ours, row, s in zip(rows, expected.numpy(), sequences, strict=True):
+            np.testing.assert_allclose(ours, row[: len(s.response_ids)], atol=1e-6)
+    buffers = {f"model.{n}": b.numpy() for n, b in AutoModelForCausalLM.from_pretrained(base).named_buffers()}
+    assert_equal(answer["buffers"], buffers)
+    held, all_of_it = answer["resident"]
+    share = ranks if stage == 3 else 1
+    assert all_of_it / share <= held <= 1.01 * all_of_it / share
+
+
+# --- memory that is shared with an engine ---
+
+
+@configurations
+def test_what_a_learner_gives_away_comes_back_bit_for_bit(answers: Answers, ranks: int, stage: int | str, dtype: str) -> None:
+    answer = answers(ranks, "offload", stage, dtype)
+
+    again = answer["reloaded"]
+    assert_equal(again["weights"], answer["weights"])
+    for ours, theirs in zip(again["scores"][0], answer["scores"][0], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert any(name.startswith("exp_avg") for name in answer["state"])
+    assert_equal(again["state"], answer["state"])
+    assert answer["next"][0] == answer["next_without"][0]
+    assert_equal(answer["next"][1], answer["next_without"][1])
+
+
+@configurations
+def test_a_learner_without_its_optimizer_can_still_send_its_weights(
+    answers: Answers, ranks: int, stage: int | str, dtype: str
+) -> None:
+    answer = answers(ranks, "offload", stage, dtype)
+
+    assert answer["moments_left"]
+    assert not any(answer["moments_left"])
+    assert_equal(answer["weights_for_a_push"], answer["weights"])
+
+
+@configurations
+def test_nothing_of_a_learner_stays_behind(answers: Answers, ranks: int, stage: int | str, dtype: str) -> None:
+    """Parameters, moments, gradients, buffers of communication, the reference: less than a hundredth stays."""
+    answer = answers(ranks, "offload", stage, dtype)
+
+    assert answer["kept"] > 100_000
+    assert sum(size for size, _ in answer["left"].values()) < answer["loaded"] / 100, answer["left"]
