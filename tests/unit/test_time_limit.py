@@ -80,6 +80,19 @@ def test_a_phase_may_be_tried_again_when_that_can_help(tmp_path):
         time_limit.check(Run(tmp_path, FIRST, stopped=stopped("sample")), 1000)
 
 
+def test_what_was_sampled_meanwhile_is_progress(tmp_path):
+    """With lag a push waits for the sampling of the next iteration, which keeps what it has; a training that begins again does not."""
+    here = FIRST, done("sample", "label", "annotate", "train", "checkpoint")
+    for iteration, size in ((1, 7), (2, 3)):
+        folder = tmp_path / "iterations" / f"{iteration:04d}"
+        folder.mkdir(parents=True)
+        (folder / "rollouts.jsonl").write_text("x" * size)
+    assert Place.of(Run(tmp_path, *here)) == Place(iteration=1, phase="sync", kept=3), "a push goes on from nothing of its own"
+    assert time_limit.check(Run(tmp_path, *here, stopped=stopped("sync", kept=2)), 1000)
+    with pytest.raises(ConfigError, match="sync of iteration 1 was stopped"):
+        time_limit.check(Run(tmp_path, *here, stopped=stopped("sync", kept=3)), 1000)
+
+
 def test_a_phase_that_took_longer_in_an_earlier_iteration_is_said(tmp_path):
     whole = done(*NAMES, seconds=3000.0) | done("train", seconds=500.0)
     notes = time_limit.check(Run(tmp_path, FIRST, whole), 1000)
