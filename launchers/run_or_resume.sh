@@ -11,7 +11,7 @@
 # RAY_AUTH_TOKEN  secret of the cluster; by default in ~/.ray/auth_token, see launchers/ray/auth.sh
 #
 # Its exit code is that of onlinerl: 0 finished, 1 failed on the way, 2 refused before anything was started, 75 stopped resumably by a
-# signal. launchers/slurm/README.md says which of them are worth a restart.
+# signal or by the loss of a learner rank. launchers/slurm/README.md says which of them are worth a restart.
 set -euo pipefail
 case ${1:-} in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit ;; esac
 source "$(dirname "$0")/ray/auth.sh"

@@ -1,4 +1,4 @@
-"""The command line: run, resume, check, show, fetch-model, doctor."""
+"""The command line: run, resume, scale, check, show, fetch-model, doctor."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import typer
 from rich.console import Console
 
 from onlinerl import config as configuration
-from onlinerl.errors import Interrupted, OnlineRLError
+from onlinerl.errors import Interrupted, LearnerLost, OnlineRLError
 from onlinerl.trackers.console import render_table, sturdy_console
 
 # Exit codes beyond 0: what a launcher may want to tell apart.
 FAILED = 1  # a run was under way; after a repair, resume continues
 REFUSED = 2  # the configuration or its surroundings are not usable; nothing was started
 NOTHING_LEFT = 4  # resume of a finished run
-REQUEUE = Interrupted.exit_code  # stopped by a signal; resume continues
+REQUEUE = Interrupted.exit_code  # stopped by a signal, or a learner rank was lost; resume continues
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Online iterative RLHF, the whole loop."
@@ -62,6 +62,17 @@ def resume(
     if application.resume(run, overrides or (), out) == 0:
         out.print(f"nothing left to do: {run} is finished; raise iterations=... to go on", highlight=False)
         raise typer.Exit(0 if finished_ok else NOTHING_LEFT)
+
+
+@app.command()
+def scale(
+    run: Run, replicas: Annotated[int, typer.Option(min=1, help="How many replicas of the engine there are to be.")]
+) -> None:
+    """Give a run that is under way more or fewer replicas. Its console says what becomes of it; a resume goes on with as many."""
+    from onlinerl import resuming
+
+    resuming.scale(run, replicas)
+    out.print(f"{run} is asked for {replicas} replicas: see its console", highlight=False, soft_wrap=True)
 
 
 @app.command(context_settings=KEYS_FOLLOW)
@@ -190,7 +201,9 @@ def main() -> None:
         sys.exit(REQUEUE)
     except OnlineRLError as error:
         err.print(f"error: {error.boundary}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(FAILED if error.started else REFUSED)
+        if not error.started:
+            sys.exit(REFUSED)
+        sys.exit(REQUEUE if isinstance(error, LearnerLost) else FAILED)
 
 
 if __name__ == "__main__":

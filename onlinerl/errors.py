@@ -67,6 +67,13 @@ class LearnerError(OnlineRLError):
     boundary = "learner"
 
 
+class LearnerLost(LearnerError):
+    """A rank of the learner is gone, and what it held in memory with it: this attempt ends, and a resume goes on.
+
+    Nothing has to be repaired for that, so it ends with the exit code of a run that was stopped.
+    """
+
+
 class SyncError(OnlineRLError):
     """Weights did not arrive, or could not be proved to have arrived."""
 

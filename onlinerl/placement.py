@@ -125,6 +125,26 @@ def explain_unplaceable(placements: Sequence[Placement], nodes: Sequence[Mapping
     return None
 
 
+def require_fleet(config: RunConfig) -> None:
+    """What the numbers of replicas and restarts must agree on.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    if config.engine.min_replicas > config.engine.replicas:
+        raise ConfigError(
+            f"is {config.engine.min_replicas}, and there are {config.engine.replicas} replicas: the run would wait for ever",
+            field="engine.min_replicas",
+            fix="lower it, or raise engine.replicas",
+        )
+    if config.cluster.colocate and config.engine.max_restarts:
+        raise ConfigError(
+            f"is {config.engine.max_restarts}, and a replica cannot start while the learner has its GPU",
+            field="engine.max_restarts",
+            fix="leave it out: on shared GPUs a replica that is lost ends the run, and a resume starts all of them",
+        )
+
+
 def require_shareable(config: RunConfig) -> None:
     """What learner ranks and replicas must agree on to take turns on GPUs (`cluster.colocate`).
 

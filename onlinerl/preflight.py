@@ -263,6 +263,7 @@ def _check_layout(config: RunConfig) -> None:
             field="engine.name",
             fix="choose both of one kind, e.g. vllm with deepspeed (toy with toy in tests)",
         )
+    placement.require_fleet(config)
     if config.cluster.device == "cpu" and (config.cluster.colocate or config.sync.backend in ("nccl", "ipc")):
         raise ConfigError(
             "needs GPUs, and cluster.device is cpu",

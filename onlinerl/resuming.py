@@ -1,4 +1,4 @@
-"""What a resume may go on with, and what it refuses."""
+"""What a resume may go on with, what it refuses, and what may be changed while a run is under way."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from onlinerl import graph, preflight
 from onlinerl.config import RunConfig
 from onlinerl.errors import ConfigError, StoreError
 from onlinerl.prompts._kept import Kept
+from onlinerl.stores import scaling
 from onlinerl.stores.directory import KINDS, RunDirectory
 
 
@@ -88,3 +89,27 @@ def require_in_order(store: RunDirectory, max_lag: int) -> None:
             fix=f"restore {store.path}/iterations/{unfinished:04d}; or, in {store.path}, rm -r {folders}, then resume, and all "
             f"from iteration {unfinished} on is computed again",
         )
+
+
+def scale(directory: Path, replicas: int) -> None:
+    """Ask a run that is under way for another number of replicas; it answers on its console, and a resume goes on with it.
+
+    Raises:
+        OnlineRLError: naming field, cause and fix, if it cannot have it.
+    """
+    config = stored_config(directory, ())
+    if config.engine.in_process:
+        raise ConfigError("has no replicas", field="engine.name", fix="only a run on a cluster can be scaled")
+    if config.cluster.colocate:
+        raise ConfigError(
+            "on shared GPUs each replica belongs to one rank of the learner, and ranks cannot be added during a run",
+            field="cluster.colocate",
+            fix=f"stop the run and resume it with engine.replicas={replicas} in a layout of its own GPUs (cluster.colocate=false)",
+        )
+    if replicas < config.engine.min_replicas:
+        raise ConfigError(
+            f"is {config.engine.min_replicas}, and {replicas} would be fewer",
+            field="engine.min_replicas",
+            fix="ask for as many, or resume the run with a lower one",
+        )
+    scaling.ask(directory, replicas)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from onlinerl import config as configuration
 from onlinerl import graph, placement, preflight
+from onlinerl.config import RunConfig
 from onlinerl.controller.asking import Asker
+from onlinerl.controller.fleet import FleetReporter
 from onlinerl.controller.parts import Parts
 from onlinerl.errors import ConfigError
 from onlinerl.metrics.catalogue import CATALOGUE
@@ -20,10 +24,14 @@ from onlinerl.protocols.engine import InProcessEngine
 from onlinerl.protocols.learner import InProcessLearner
 from onlinerl.protocols.oracle import ModelOracle, Oracle
 from onlinerl.protocols.tracker import Tracked, Tracker
+from onlinerl.stores import scaling
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.trackers.console import OnConsole
 from onlinerl.trackers.jsonl import Jsonl, read_metrics
 from onlinerl.types import Prompt, Verdict
+
+if TYPE_CHECKING:
+    from onlinerl.cluster.pool import EnginePool
 
 
 def started(checked: Checked, store: RunDirectory, tracker: Tracker) -> AbstractContextManager[Parts]:
@@ -65,6 +73,7 @@ def on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Itera
                 oracle = PlacedOracle.start(cluster, config.learner.ranks + config.engine.replicas, checked.oracle)
             turns = Turns(shared=config.cluster.colocate)
             pool = EnginePool(cluster, config.learner.ranks, config.model, config.engine, settings, turns)
+            _watch_over(pool, config, store, tracker)
             turns.engine_starts(pool)
             learner = LearnerGroup(cluster, config, algorithm, _loss_temperature(checked), turns)
             if oracle is not checked.oracle:
@@ -81,6 +90,21 @@ def on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Itera
             for part in (pool, learner):
                 if part is not None:
                     part.shutdown()
+
+
+def _watch_over(pool: EnginePool, config: RunConfig, store: RunDirectory, tracker: Tracker) -> None:
+    """What the replicas need of the run: where the weights of a version are, who hears of what happens, who may ask for more."""
+    pool.fleet.report = FleetReporter(tracker, store.manifest.get("attempt", 0))
+    pool.starter.learner_dtype = config.learner.dtype
+    pool.starter.timeout_s = config.sync.timeout_s
+    pool.starter.weights_of = lambda version: store.require("exports", version) if version else config.model
+
+    def resized(replicas: int) -> None:  # a resume goes on with as many
+        engine = config.engine.model_copy(update={"replicas": replicas})
+        store.write_config(configuration.dump(config.model_copy(update={"engine": engine})))
+
+    pool.fleet.resized = resized
+    pool.wanted = partial(scaling.take, store.path)
 
 
 def canary(prompts: Sequence[Prompt], count: int) -> Sequence[tuple[Sequence[int], Sequence[int]]]:

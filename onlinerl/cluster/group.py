@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayActorError, RayError
 
 from onlinerl.cluster.colocation import Turn, Turns
-from onlinerl.cluster.runtime import Cluster, get
+from onlinerl.cluster.runtime import Cluster, explained, get
 from onlinerl.config import RunConfig
-from onlinerl.errors import LearnerError
+from onlinerl.errors import LearnerError, LearnerLost, OnlineRLError
 from onlinerl.learners._self_test import combine
 from onlinerl.network import free_port
 from onlinerl.ops.batching import plan_step
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.learner import LearnerConfig
 from onlinerl.types import SelfTest, TrainItem, TrainSequence, UpdateReport
+
+LOST_S = 10.0
+"""How long after the failure of one rank it may take until it is known that another one is gone."""
 
 
 @ray.remote
@@ -129,7 +133,16 @@ class LearnerGroup:
 
     def _on_all(self, method: str, arguments: Sequence[tuple], timeout_s: float | None) -> list[Any]:
         refs = {n: a.call.remote(method, *args) for n, a, args in zip(self.names, self.actors, arguments, strict=True)}
-        return get(refs, timeout_s=timeout_s or self._config.step_timeout_s, error=LearnerError, what=method)
+        try:
+            return get(
+                refs, timeout_s=timeout_s or self._config.step_timeout_s, error=LearnerError, what=method, lost=LearnerLost
+            )
+        except LearnerLost:
+            raise
+        except OnlineRLError:
+            # A rank often fails because another one is gone, and says so first.
+            _require_alive(refs, method)
+            raise
 
     def score(
         self,
@@ -209,6 +222,22 @@ class LearnerGroup:
         ray.wait(refs, num_returns=len(refs), timeout=10)
         for actor in self.actors:
             ray.kill(actor)
+
+
+def _require_alive(refs: Mapping[str, Any], what: str) -> None:
+    """Look whether a rank is gone, once a call to all of them has failed.
+
+    Raises:
+        LearnerLost: naming it.
+    """
+    ray.wait(list(refs.values()), num_returns=len(refs), timeout=LOST_S)
+    for name, ref in refs.items():
+        try:
+            ray.get(ref, timeout=0)
+        except RayActorError as gone:
+            raise explained(gone, name, what, LearnerError, LearnerLost) from gone
+        except (RayError, OnlineRLError):
+            continue
 
 
 def _bare(sequence: TrainSequence) -> TrainSequence:

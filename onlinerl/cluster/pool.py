@@ -1,53 +1,29 @@
-"""Several replicas behind one pull queue: a RolloutEngine."""
+"""Several replicas as one RolloutEngine."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
-import ray
 
 from onlinerl.cluster.colocation import Turns
-from onlinerl.cluster.runtime import Cluster, get
-from onlinerl.engines import _fit
-from onlinerl.engines._fit import Place
+from onlinerl.cluster.fleet import Fleet
+from onlinerl.cluster.handout import Handout
+from onlinerl.cluster.replica import Replica, TokenPair, all_of
+from onlinerl.cluster.runtime import Cluster
+from onlinerl.cluster.starter import ClusterStarter
+from onlinerl.cluster.states import ReplicaState
 from onlinerl.errors import EngineError
 from onlinerl.protocols.engine import EngineConfig
 from onlinerl.types import Group, Request, Sampling
 
-TokenPair = tuple[Sequence[int], Sequence[int]]
-
-
-@ray.remote
-class ReplicaActor:
-    """A replica in a process of its own."""
-
-    async def place(self) -> Place:
-        """Where Ray has put it."""
-        return _fit.this_place()
-
-    async def start(self, model: str, config: EngineConfig, settings: dict[str, Any], index: int, *places: Place) -> None:
-        """Load the model; takes tens of seconds. Replica `index` of those at `places`."""
-        self._replica = config.replica(model, places, index, settings)
-
-    async def call(self, method: str, *args: Any) -> Any:
-        """Any method of the replica."""
-        result = getattr(self._replica, method)(*args)
-        return await result if hasattr(result, "__await__") else result
-
-    async def generate(self, request: Request, sampling: Sampling) -> Group:
-        """All responses to one prompt."""
-        return await self._replica.generate(request, sampling)
-
-    async def score(self, pairs: Sequence[TokenPair]) -> list[np.ndarray]:
-        """Teacher-forced log-probs."""
-        return [await self._replica.score(prompt, response) for prompt, response in pairs]
-
 
 class EnginePool:
-    """Replicas that pull prompts from one shared queue, so that no replica idles while another has a backlog (R-I1).
+    """Replicas that pull prompts from one shared queue.
 
     Args:
         cluster: where they run.
@@ -62,19 +38,19 @@ class EnginePool:
         self, cluster: Cluster, first: int, model: str, config: EngineConfig, settings: dict[str, Any], turns: Turns
     ) -> None:
         self._config, self._turns = config, turns
-        self.names = [f"replica {i}" for i in range(config.replicas)]
-        self.actors = []
-        for i in range(config.replicas):
-            options = cluster.options(first + i, config.environment(settings["sync_backend"]), max_concurrency=1000)
-            actor = ReplicaActor.options(**options).remote()  # type: ignore[attr-defined]
-            self.actors.append(actor)
+        self.starter = ClusterStarter(cluster, first, model, config, settings)
+        # On shared GPUs a replica cannot start while the learner has them.
+        self.fleet = Fleet(config, self.starter, heals=not turns.shared)
+        self.wanted: Callable[[], int | None] = lambda: None
+        """How many replicas somebody has asked for since the last look."""
+        self._starting = list(self.fleet.replicas)
+        for replica in self._starting:
+            self.starter.open(replica)
         # Each learns where all of them are, to share the cores of its own machine; Ray hands the answers over when they are there.
-        self._placed = {n: a.place.remote() for n, a in zip(self.names, self.actors, strict=True)}
-        places = self._placed.values()
-        self._started = {
-            name: actor.start.remote(model, config, settings, i, *places)
-            for i, (name, actor) in enumerate(zip(self.names, self.actors, strict=True))
-        }
+        self._placed = {r.name: r.place() for r in self._starting}
+        places = list(self._placed.values())
+        self._started = {r.name: r.start(model, config, settings, places, i) for i, r in enumerate(self._starting)}
+        self._waiting = threading.Lock()
 
     def wait_started(self) -> None:
         """Return once every replica has loaded its model.
@@ -82,69 +58,68 @@ class EnginePool:
         Raises:
             EngineError: with the replica's own error.
         """
-        get(self._placed, timeout_s=self._config.start_timeout_s, error=EngineError, what="starting the process")
-        get(self._started, timeout_s=self._config.start_timeout_s, error=EngineError, what="starting the engine")
+        timeout_s = self._config.start_timeout_s
+        placed = {name: ref.future() for name, ref in self._placed.items()}
+        places = all_of(placed, timeout_s, EngineError, "starting the process")
+        all_of(self._started, timeout_s, EngineError, "starting the engine")
+        self.starter.placed({r.index: place for r, place in zip(self._starting, places, strict=True)})
+        self.starter.remember(self._starting)
+        for replica in self._starting:
+            replica.to(ReplicaState.STALE)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
-        """Groups as they finish.
+        """Groups as they finish. The prompts of a replica that fails are asked again, with their seeds.
 
         Raises:
-            EngineError: if a replica fails, or none answers for `engine.generate_timeout_s`.
+            EngineError: if too few replicas are left, or a prompt cannot be answered.
         """
         self._turns.need("engine")
-        queue = deque(requests)
-        running: dict[Any, tuple[int, Request]] = {}
-        # Enough to keep every slot of a replica busy, plus one prompt that waits at its door.
-        depth = [0] * len(self.actors)
-        limit = 1 + -(-self._config.max_concurrent // max(1, len(requests[0].seeds))) if requests else 0
-        try:
-            while queue or running:
-                while queue and min(depth) < limit:
-                    i, request = depth.index(min(depth)), queue.popleft()
-                    running[self.actors[i].generate.remote(request, sampling)] = (i, request)
-                    depth[i] += 1
-                done, _ = ray.wait(list(running), num_returns=1, timeout=self._config.generate_timeout_s)
-                if not done:
-                    waiting = sorted({self.names[i] for i, _ in running.values()})
-                    raise EngineError(
-                        f"no response from {', '.join(waiting)} for {self._config.generate_timeout_s:.0f} s",
-                        field="engine.generate_timeout_s",
-                        fix="look at those replicas; raise the limit if single responses really take that long",
-                    )
-                i, _request = running.pop(done[0])
-                depth[i] -= 1
-                yield get({self.names[i]: done[0]}, timeout_s=60, error=EngineError, what="generating")[0]
-        finally:
-            for ref in running:  # the caller gave up: do not leave work behind
-                ray.cancel(ref, force=False)
+        for group in Handout(self.fleet, requests, sampling, self._config).groups():
+            self.look()
+            yield group
+
+    def look(self) -> None:
+        """See whether somebody has asked for more or fewer replicas."""
+        with self._waiting:
+            wanted = self.wanted()
+        if wanted is not None:
+            self.fleet.resize(wanted)
 
     def score(self, sequences: Sequence[TokenPair]) -> list[np.ndarray]:
-        """Log-probs by the first replica."""
-        return self.score_all(sequences)[0]
-
-    def score_all(self, sequences: Sequence[TokenPair], timeout_s: float | None = None) -> list[list[np.ndarray]]:
-        """Log-probs by every replica."""
+        """Log-probs by one replica."""
         self._turns.need("engine")
-        refs = {n: a.score.remote(sequences) for n, a in zip(self.names, self.actors, strict=True)}
-        return get(refs, timeout_s=timeout_s or self._config.generate_timeout_s, error=EngineError, what="scoring")
+        replica = (self.fleet.able() or self.fleet.replicas)[0]
+        futures = {replica.name: replica.score(sequences)}
+        return all_of(futures, self._config.generate_timeout_s, EngineError, "scoring")[0]
 
     def sleep(self, timeout_s: float | None = None) -> None:
         """Give the GPUs' memory to the learner: weights to host memory, KV caches dropped."""
-        self.call("sleep", timeout_s=timeout_s or self._config.start_timeout_s)
+        self._ask(self.fleet.move(ReplicaState.ASLEEP), "sleep", timeout_s)
 
     def wake_up(self, what: str, timeout_s: float | None = None) -> None:
         """Take memory back: "weights" before a push, "kv_cache" after it, or "all" where nothing was pushed."""
-        tags = None if what == "all" else [what]
-        self.call("wake_up", tags, timeout_s=timeout_s or self._config.start_timeout_s)
+        if what == "kv_cache":  # they are in the middle of an update
+            replicas = list(self.fleet.replicas)
+        else:
+            replicas = self.fleet.move(ReplicaState.STALE if what == "weights" else ReplicaState.SERVING)
+        self._ask(replicas, "wake_up", timeout_s, None if what == "all" else [what])
 
     def call(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
         """The same method on every replica; all must answer in time."""
-        refs = {n: a.call.remote(method, *args) for n, a in zip(self.names, self.actors, strict=True)}
-        return get(refs, timeout_s=timeout_s, error=EngineError, what=method)
+        return self._ask(self.fleet.replicas, method, timeout_s, *args)
+
+    def _ask(self, replicas: Sequence[Replica], method: str, timeout_s: float | None, *args: Any) -> list[Any]:
+        futures: Mapping[str, Any] = {r.name: r.call(method, *args) for r in replicas}
+        return all_of(futures, timeout_s or self._config.start_timeout_s, EngineError, method)
 
     def shutdown(self) -> None:
-        """End all replicas; one that does not answer is killed."""
-        refs = [a.call.remote("shutdown") for a in self.actors]
-        ray.wait(refs, num_returns=len(refs), timeout=20)
-        for actor in self.actors:
-            ray.kill(actor)
+        """End all replicas; one that does not answer is killed, with all that it had started."""
+        there = self.fleet.close()
+        asked = {r: r.call("shutdown") for r in there if r.state is not ReplicaState.DEAD}
+        wait(asked.values(), timeout=20)
+        for replica in there:
+            if replica in asked and asked[replica].done():
+                replica.kill()
+            else:
+                with suppress(EngineError):  # the run is over, and whatever ended it is on its way to the user
+                    replica.end()

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -145,13 +146,45 @@ class Cluster:
 
     def options(self, index: int, env: Mapping[str, str], **more: Any) -> dict[str, Any]:
         """Ray actor options for the placement at `index`."""
+        return self._options(self.placements[index], self._group, self.placements[index].bundle, env, more)
+
+    def reserve_like(self, index: int) -> PlacementGroup:
+        """Room for one more actor like the one at `index`, in a group of its own.
+
+        Raises:
+            ClusterError: if there is none.
+        """
+        placement = replace(self.placements[index], bundle=0)
+        group = placement_group(bundles([placement]))
+        ready, _ = ray.wait([group.ready()], timeout=max(self._config.cluster.wait_s, 10))
+        if not ready:
+            remove_placement_group(group)
+            free = {k: v for k, v in ray.available_resources().items() if k in {"CPU", "GPU"} or not k.startswith("node:")}
+            raise ClusterError(
+                f"one more needs {bundles([placement])[0]}, and available are {free}",
+                field="cluster",
+                fix="add a node, or lower engine.cpus",
+            )
+        return group
+
+    def options_in(self, group: PlacementGroup, index: int, env: Mapping[str, str], **more: Any) -> dict[str, Any]:
+        """The same for an actor like the one at `index`, in a room that `reserve_like` has given."""
+        return self._options(self.placements[index], group, 0, env, more)
+
+    def release(self, group: PlacementGroup) -> None:
+        """Give a room back."""
+        remove_placement_group(group)
+
+    @staticmethod
+    def _options(
+        placement: Placement, group: PlacementGroup | None, bundle: int, env: Mapping[str, str], more: Mapping[str, Any]
+    ) -> dict[str, Any]:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        placement = self.placements[index]
         return {
             "num_cpus": placement.cpus,
             "num_gpus": placement.gpus,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=placement.bundle),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
             "runtime_env": {"env_vars": dict(env)},
             "max_restarts": 0,
             **more,
@@ -184,7 +217,39 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def get(refs: Any, *, timeout_s: float, error: type[OnlineRLError], what: str) -> Any:
+def explained(
+    failure: RayError, role: str, what: str, error: type[OnlineRLError], lost: type[OnlineRLError] | None = None
+) -> OnlineRLError:
+    """What Ray says about a failed call, as an error of the role that was called, with that role's own error in the message.
+
+    Args:
+        failure: what Ray raised.
+        role: who was called, for the message; may be empty.
+        what: what was being done.
+        error: the boundary's exception.
+        lost: the one to take if the process is gone, where that is not the same.
+    """
+    where = f"{role}: " if role else ""
+    if isinstance(failure, RayTaskError):
+        cause = failure.cause
+        if isinstance(cause, OnlineRLError):
+            return type(cause)(f"{where}{cause.cause}", field=cause.field, fix=cause.fix)
+        return error(f"{where}{what} failed: {type(cause).__name__}: {cause}", fix="the traceback is below, or in the Ray logs")
+    if isinstance(failure, RayActorError):
+        return (lost or error)(
+            f"{where}its process died during {what}: {failure}",
+            fix="often out of memory: see the end of the Ray logs; then `onlinerl resume`",
+        )
+    memory = isinstance(failure, OutOfMemoryError)
+    return error(
+        f"{where}{what} failed in the cluster: {_said(failure)}",
+        fix="give that machine more memory or this run less (engine.kv_cache_gib, learner.tokens_per_microbatch), then resume"
+        if memory
+        else "see `ray status` and the Ray logs for a node or process that was lost, then `onlinerl resume`",
+    )
+
+
+def get(refs: Any, *, timeout_s: float, error: type[OnlineRLError], what: str, lost: type[OnlineRLError] | None = None) -> Any:
     """`ray.get` with a deadline, and with the failing role's own error in the message (R-J5).
 
     Args:
@@ -192,6 +257,7 @@ def get(refs: Any, *, timeout_s: float, error: type[OnlineRLError], what: str) -
         timeout_s: for all of them together.
         error: the boundary's exception.
         what: what was being done, for the message.
+        lost: the exception to raise if a process is gone, where that is not `error`.
 
     Raises:
         OnlineRLError: of type `error`, naming the role, what it was doing and its own error.
@@ -211,27 +277,8 @@ def get(refs: Any, *, timeout_s: float, error: type[OnlineRLError], what: str) -
                 fix="look for a stuck or overloaded process on that node",
             )
         role = roles[done[0]]
-        where = f"{role}: " if role else ""
         try:
             results[role] = ray.get(done[0])
-        except RayTaskError as failure:
-            cause = failure.cause
-            if isinstance(cause, OnlineRLError):
-                raise type(cause)(f"{where}{cause.cause}", field=cause.field, fix=cause.fix) from failure
-            raise error(
-                f"{where}{what} failed: {type(cause).__name__}: {cause}", fix="the traceback is below, or in the Ray logs"
-            ) from failure
-        except RayActorError as failure:
-            raise error(
-                f"{where}its process died during {what}: {failure}",
-                fix="often out of memory: see the end of the Ray logs; then `onlinerl resume`",
-            ) from failure
         except RayError as failure:
-            memory = isinstance(failure, OutOfMemoryError)
-            raise error(
-                f"{where}{what} failed in the cluster: {_said(failure)}",
-                fix="give that machine more memory or this run less (engine.kv_cache_gib, learner.tokens_per_microbatch), then resume"
-                if memory
-                else "see `ray status` and the Ray logs for a node or process that was lost, then `onlinerl resume`",
-            ) from failure
+            raise explained(failure, role, what, error, lost) from failure
     return [results[role] for role in named] if isinstance(refs, Mapping) else results[""]

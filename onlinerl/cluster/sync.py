@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-
 from onlinerl.cluster.colocation import Turns
+from onlinerl.cluster.delivery import Delivered
 from onlinerl.cluster.group import LearnerGroup
-from onlinerl.cluster.pool import EnginePool, TokenPair
+from onlinerl.cluster.pool import EnginePool
+from onlinerl.cluster.replica import Replica, TokenPair, all_of
 from onlinerl.cluster.runtime import get
 from onlinerl.config import EngineConfig, SyncConfig
-from onlinerl.errors import OnlineRLError, SyncError
+from onlinerl.errors import LearnerLost, OnlineRLError, SyncError
 from onlinerl.sync import proof
 from onlinerl.types import SyncReport, TrainSequence
 
@@ -88,91 +89,108 @@ class WeightPush:
     ) -> None:
         self._learner, self._pool, self._turns, self._config, self._engine = learner, pool, turns, config, engine
         self._backend, self._canary = backend, list(canary)
-        self._open = False
+        self._fleet = pool.fleet
+        self._members: list[Replica] = []
+        """Who takes part in the push that is under way."""
+        self._unproved: dict[Replica, OnlineRLError] = {}
+        """Which of them could not prove that the weights arrived."""
+        self._connected: list[Any] = []
+        """The processes of the replicas that the learner has a connection to."""
         self._first = True
 
     def push(self, version: int) -> SyncReport:
-        """Send, reset caches, prove.
+        """Send, reset caches, prove. Where a replica has failed, everything is sent again to the others.
 
         Raises:
             SyncError: naming phase and replica, with the replica's own error.
+            LearnerLost: if a rank is gone.
         """
-        started = time.monotonic()
-        deadline = started + self._config.timeout_s
-        marks: dict[str, float] = {}
+        self._pool.look()
+        while True:
+            self._members, self._unproved = [], {}
+            try:
+                return self._attempt(version, _Deadline(version, self._config.timeout_s))
+            except LearnerLost:
+                raise
+            except OnlineRLError as error:
+                self._connected = []  # a half-open update is never reused (R-A4)
+                blamed = self._failed()
+                if not blamed:
+                    raise SyncError(
+                        f"the push of version {version} failed: {error.cause}", field=error.field or "sync", fix=error.fix
+                    ) from error
+                for replica, reason in blamed.items():
+                    self._fleet.lost(replica, replica.actor, "push", reason)
 
-        def left(phase: str) -> float:
-            now = time.monotonic()
-            marks.setdefault(phase, now)
-            remaining = deadline - now
-            if remaining <= 0:
-                raise SyncError(
-                    f"the push of version {version} used up its {self._config.timeout_s:.0f} s before the {phase}",
-                    field="sync.timeout_s",
-                    fix="raise it if the transfer is just slow (see sync.seconds), otherwise look at the network",
-                )
-            return remaining
+    def _failed(self) -> dict[Replica, OnlineRLError]:
+        """Whom to do without next time, and why; nobody if it is not the replicas, or none of them can be replaced."""
+        self._fleet.end_update(self._members, None)
+        if not self._fleet.heals:
+            return {}
+        some = len(self._unproved) < len(self._members)
+        return self._fleet.silent(self._members) or (self._unproved if some else {})
 
+    def _attempt(self, version: int, left: _Deadline) -> SyncReport:
         def learner(method: str, *args: Any) -> Any:
             return self._learner.call(method, *args, timeout_s=left("push"), turn="both")[0]
 
-        try:
-            # The learner's half of the proof comes first: later it may have given its memory away.
-            self._turns.move("learner", left("canary"))
-            ours = self._learner.score(self._canary_sequences(), timeout_s=left("canary"))
-            self._turns.move("both", left("push"))
-            if not self._open:  # with the engine awake: a half-open update that is given up writes to its weights
-                self._connect(left("push"))
-            sample = proof.rotation(learner("parameter_names"), self._config.tensors_checked, version, everything=self._first)
-            self._pool.call("watch", sample, timeout_s=left("push"))
-            learner("send_weights", version)
-            sent, sent_bytes = learner("digests", sample), learner("wire_bytes")
-            self._turns.move("engine", left("push"))
-            self._pool.call("reset_caches", timeout_s=left("cache_reset"))
-            canary_gap = self._prove(version, sent, ours, left)
-        except OnlineRLError as error:
-            self._open = False  # a half-open update is never reused (R-A4)
-            raise SyncError(
-                f"the push of version {version} failed: {error.cause}", field=error.field or "sync", fix=error.fix
-            ) from error
+        # The learner's half of the proof comes first: later it may have given its memory away.
+        self._turns.move("learner", left("canary"))
+        ours = self._learner.score(self._canary_sequences(), timeout_s=left("canary"))
+        self._turns.move("both", left("push"))
+        with left.paused():
+            self._members = members = self._fleet.begin_update()
+        if self._connected != [r.actor for r in members]:
+            # With the engine awake: a half-open update that is given up writes to its weights.
+            self._connect(members, left("push"))
+        sample = proof.rotation(learner("parameter_names"), self._config.tensors_checked, version, everything=self._first)
+        self._all("watch", left("push"), sample)
+        learner("send_weights", version)
+        sent, sent_bytes = learner("digests", sample), learner("wire_bytes")
+        self._turns.move("engine", left("push"))
+        self._all("reset_caches", left("cache_reset"))
+        delivered = Delivered(
+            version=version,
+            digests=sent,
+            canary=self._canary,
+            logprobs=ours,
+            tolerance=self._config.canary_tolerance_nats,
+        )
+        gap, failed = delivered.prove(members, lambda: left("proof"))
+        self._unproved = {r: failed[r.name] for r in members if r.name in failed}
+        for reason in self._unproved.values():
+            raise reason
+        self._fleet.end_update(members, delivered)
         self._first = False
-        end = time.monotonic()
         return SyncReport(
             version=version,
-            seconds=end - started,
             bytes=sent_bytes,
-            replicas=len(self._pool.actors),
+            replicas=len(members),
             backend=self._backend,
-            phases={
-                "push": marks["cache_reset"] - marks["push"],
-                "cache_reset": marks["proof"] - marks["cache_reset"],
-                "proof": end - marks["proof"] + marks["push"] - marks["canary"],
-            },
+            **left.spent(),
             proved=True,
             tensors_checked=len(sample),
-            canary_nats=canary_gap,
+            canary_nats=gap,
         )
 
     def _canary_sequences(self) -> list[TrainSequence]:
         return [TrainSequence(prompt_ids=tuple(p), response_ids=tuple(r)) for p, r in self._canary]
 
-    def _prove(self, version: int, sent: Mapping[str, str], ours: Sequence[np.ndarray], left: Callable[[str], float]) -> float:
-        names = self._pool.names
-        proof.check_version(version, self._pool.call("weight_version", timeout_s=left("proof")), names)
-        proof.check_digests(sent, self._pool.call("received", timeout_s=left("proof")), names)
-        theirs = self._pool.score_all(self._canary, timeout_s=left("proof"))
-        return proof.check_canary(ours, theirs, names, self._config.canary_tolerance_nats)
+    def _all(self, method: str, timeout_s: float, *args: Any) -> None:
+        all_of({r.name: r.call(method, *args) for r in self._members}, timeout_s, SyncError, method)
 
-    def _connect(self, timeout_s: float) -> None:
-        client = FanOutClient(self._pool.actors, self._pool.names, self._engine.tensor_parallel_size, timeout_s)
+    def _connect(self, members: Sequence[Replica], timeout_s: float) -> None:
+        self._connected = []
+        actors = [replica.actor for replica in members]
+        width = self._engine.tensor_parallel_size
+        client = FanOutClient(actors, [replica.name for replica in members], width, timeout_s)
         port = self._learner.free_port() if self._backend == "nccl" else 0
-        infos = [self._init_info(rank, port) for rank in range(len(self._learner.actors))]
+        infos = [self._init_info(rank, port, 1 + len(actors) * width) for rank in range(len(self._learner.actors))]
         arguments = [(info, client, self._engine.dtype) for info in infos]
         self._learner.scatter("open_sync", arguments, timeout_s=timeout_s, turn="both")
-        self._open = True
+        self._connected = actors
 
-    def _init_info(self, rank: int, port: int) -> Any:
-        world_size = 1 + len(self._pool.actors) * self._engine.tensor_parallel_size
+    def _init_info(self, rank: int, port: int, world_size: int) -> Any:
         address = self._learner.address
         bucket_bytes = self._config.bucket_mib * 2**20
         if self._backend == "gloo":
@@ -190,3 +208,42 @@ class WeightPush:
         if self._backend == "ipc":
             return ipc.init_info(rank, bucket_bytes)
         return nccl.init_info(rank, address, port, world_size, bucket_bytes)
+
+
+class _Deadline:
+    """One deadline for a whole push. Called with the name of a phase, it says how many seconds are left, and that the phase has begun."""
+
+    def __init__(self, version: int, timeout_s: float) -> None:
+        self._version, self._timeout_s = version, timeout_s
+        self._started = time.monotonic()
+        self._marks: dict[str, float] = {}
+        self._waited = 0.0
+
+    def __call__(self, phase: str) -> float:
+        now = time.monotonic()
+        self._marks.setdefault(phase, now)
+        remaining = self._started + self._waited + self._timeout_s - now
+        if remaining <= 0:
+            raise SyncError(
+                f"the push of version {self._version} used up its {self._timeout_s:.0f} s before the {phase}",
+                field="sync.timeout_s",
+                fix="raise it if the transfer is just slow (see sync.seconds), otherwise look at the network",
+            )
+        return remaining
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While replicas are waited for that are being started again, which has a deadline of its own."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
+
+    def spent(self) -> dict[str, Any]:
+        """What a report says about time: all of it, and the parts."""
+        end, marks = time.monotonic(), self._marks
+        parts = {
+            "push": marks["cache_reset"] - marks["push"],
+            "cache_reset": marks["proof"] - marks["cache_reset"],
+            "proof": end - marks["proof"] + marks["push"] - marks["canary"],
+        }
+        return {"seconds": end - self._started, "phases": parts}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import wraps
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -24,6 +25,8 @@ __all__ = ["VLLM", "VLLMReplica"]
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 COLOCATED_UTILIZATION = 0.95
 """More than this of a GPU cannot go to an engine that shares it: 0.05 of the largest GPUs is what an idle learner keeps."""
+T = TypeVar("T")
+Arguments = ParamSpec("Arguments")
 ATTEMPTS = 3
 """How often a response is asked for that vLLM aborts."""
 TOKENS_PER_STEP = 2048
@@ -48,6 +51,23 @@ def environment(sync_backend: str) -> dict[str, str]:
 def bind(cores: Sequence[Sequence[int]]) -> None:
     """Give each worker of the replica that this process will start its cores, on CPU. vLLM hands them on to its workers."""
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, worker)) for worker in cores)
+
+
+def _alive(method: Callable[Arguments, Awaitable[T]]) -> Callable[Arguments, Coroutine[Any, Any, T]]:
+    """That the engine's own process is gone is said in our words, which need no vLLM to be read."""
+
+    @wraps(method)
+    async def said(*args: Arguments.args, **kwargs: Arguments.kwargs) -> T:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return await method(*args, **kwargs)
+        except EngineDeadError as error:
+            raise EngineError(
+                "the process of its engine died", fix="often out of memory: see the end of the Ray logs; then `onlinerl resume`"
+            ) from error
+
+    return said
 
 
 class VLLM(EngineConfig):
@@ -143,6 +163,7 @@ class VLLMReplica:
             )
         )
 
+    @_alive
     async def generate(self, request: Request, sampling: Sampling) -> Group:
         """A response to the prompt for each seed, and why there is none where it cannot be used.
 
@@ -204,6 +225,7 @@ class VLLMReplica:
             seed=seed,
         )
 
+    @_alive
     async def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> np.ndarray:
         """Log-probs f32[T] of given response tokens, by teacher forcing (vLLM's prompt log-probs)."""
         from vllm import SamplingParams
@@ -220,6 +242,7 @@ class VLLMReplica:
 
     # --- the control plane of a weight update: the four calls of vLLM's VLLMWeightSyncClient, plus ours ---
 
+    @_alive
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Join the learner's transfer group; an update that was left half-open is given up."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -231,22 +254,43 @@ class VLLMReplica:
         """Leave the learner's transfer group."""
         await self._engine.shutdown_weight_transfer_engine()
 
+    @_alive
     async def start_weight_update(self) -> None:
         """Open an update."""
         await self._engine.start_weight_update()
 
+    @_alive
     async def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive weights."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
 
+    @_alive
     async def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Close an update and take on its version."""
         await self._engine.finish_weight_update(weight_version)
         if weight_version is not None:
             self._version = int(weight_version)
 
+    @_alive
+    async def load_weights(self, path: str, version: int, dtypes: Sequence[str]) -> None:
+        """Take on a version from disk instead of from the learner: every weight, rounded to these dtypes in turn.
+
+        Raises:
+            EngineError: if the files are not on this machine.
+        """
+        if not Path(path).is_dir():
+            raise EngineError(
+                f"{path} is not on the machine of this replica",
+                field="runs",
+                fix="put runs and model on a disk that all nodes share; `onlinerl resume` sends the weights from the learner",
+            )
+        await self._engine.collective_rpc("onlinerl_load", args=(path, list(dtypes)))
+        await self._engine.update_weight_version(str(version))
+        self._version = version
+
+    @_alive
     async def reset_caches(self) -> None:
         """Forget everything computed with older weights; vLLM leaves this to its caller (R-B1).
 
@@ -256,14 +300,17 @@ class VLLMReplica:
         if not await self._engine.reset_prefix_cache():
             raise EngineError("vLLM refused to reset its prefix cache", fix="no request may run during a weight update")
 
+    @_alive
     async def weight_version(self) -> str:
         """The version the engine itself reports."""
         return await self._engine.get_weight_version()
 
+    @_alive
     async def watch(self, names: list[str]) -> None:
         """Record checksums of these tensors when they arrive."""
         await self._engine.collective_rpc("onlinerl_watch", args=(names,))
 
+    @_alive
     async def received(self) -> dict[str, str]:
         """Checksums recorded since `watch`; of a tensor that differs between workers or did not reach all of them, that it does."""
         workers = await self._engine.collective_rpc("onlinerl_received")
@@ -282,6 +329,7 @@ class VLLMReplica:
         """Take GPU memory again: "weights" before a sync, "kv_cache" after it, or everything."""
         await self._engine.wake_up(tags)
 
+    @_alive
     async def process_ids(self) -> list[int]:
         """Process ids of the workers."""
         return await self._engine.collective_rpc("onlinerl_pid")

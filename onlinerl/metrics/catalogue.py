@@ -334,6 +334,44 @@ SYNC = (
     ),
 )
 
+_FLEET = "Replicas"
+_REASONS = ("died", "hung", "garbage", "push", "start")
+FLEET = (
+    Definition(
+        name="replicas",
+        help="Replicas of the engine in each state",
+        unit="replicas",
+        section=_FLEET,
+        labels={"state": ("starting", "stale", "updating", "serving", "paused", "asleep", "dead")},
+        series=(Series(name="onlinerl_replicas", labels={"state": None}),),
+    ),
+    Definition(
+        name="replicas_least",
+        help="Fewest replicas that have to serve (engine.min_replicas)",
+        unit="replicas",
+        section=_FLEET,
+        title="Fewest replicas",
+        series=(Series(name="onlinerl_replicas_least"),),
+    ),
+    Definition(
+        name="replica_deaths",
+        help="Replicas that were given up: the process ended (died), it did not answer in time (hung), what it answered cannot be true "
+        "(garbage), it failed in a push (push), or while it was started again (start)",
+        unit="replicas",
+        section=_FLEET,
+        labels={"replica": (), "reason": _REASONS, "number": (), "attempt": ()},
+        series=(Series(name="onlinerl_replica_deaths_total", kind="counter", labels={"reason": None}),),
+    ),
+    Definition(
+        name="replica_restarts",
+        help="Replicas that were started again, by what they had been given up for",
+        unit="replicas",
+        section=_FLEET,
+        labels={"replica": (), "reason": _REASONS, "number": (), "attempt": ()},
+        series=(Series(name="onlinerl_replica_restarts_total", kind="counter", labels={"reason": None}),),
+    ),
+)
+
 _RUN = "The run itself"
 RUN = (
     Definition(
@@ -377,6 +415,6 @@ STATES = (
 """What the exporter says about the run and about its own figures; not in metrics.jsonl."""
 
 CATALOGUE = Catalogue(
-    (*EVALUATION, *SAMPLING, *DATA, *TRAINING, *PAIRS, *POLICY_GRADIENT, *SYNC, *RUN),
+    (*EVALUATION, *SAMPLING, *DATA, *TRAINING, *PAIRS, *POLICY_GRADIENT, *SYNC, *FLEET, *RUN),
     STATES,
 )

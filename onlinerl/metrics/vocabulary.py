@@ -33,6 +33,7 @@ UNITS: Mapping[str, str] = {
     "prompts": "",
     "pushes": "",
     "ratio": "a share within [0, 1], or a quotient",
+    "replicas": "",
     "responses": "",
     "reward": "the oracle's score; win rates where it gives none",
     "s": "seconds",

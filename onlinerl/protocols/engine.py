@@ -52,7 +52,13 @@ class EngineConfig(Component):
     """Extra Ray resources per replica, e.g. {rollout_node: 1} to choose a node."""
     start_timeout_s: Resumable[Seconds] = 900
     generate_timeout_s: Resumable[Seconds] = 1800
-    """Longest wait without any response finishing."""
+    """Longest wait for the next response of a replica; one that says nothing for longer is given up."""
+    max_restarts: Resumable[int | None] = Field(None, ge=0)
+    """How often replicas that died, hung or gave impossible answers are started again in one attempt, all together: 3 by default, and
+    after a resume as often again. Used up, the run goes on without them. 0: the first one ends the run, as on shared GPUs
+    (cluster.colocate)."""
+    min_replicas: Resumable[int] = Field(1, ge=1)
+    """While fewer serve, the run waits for those that are being started again; it ends if there are none."""
     max_rejected: Resumable[float] = Field(0.1, ge=0, le=1)
     """Largest share of a phase's responses that may be thrown away, because their log-probs were unusable or the engine gave up on
     them, before the run stops."""

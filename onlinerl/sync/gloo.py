@@ -31,6 +31,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from onlinerl.network import local_address
 from onlinerl.processes import die_with_parent
+from onlinerl.sync import reload
 
 BACKEND = "gloo"
 
@@ -136,15 +137,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def start_weight_update(self) -> None:
         """Prepare vLLM's layer-by-layer reload."""
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-        initialize_layerwise_reload(self.model)
-        # On CPU the kernel of a mixture of experts computes with packed matrices. vLLM packs them when it builds the kernel, and
-        # builds it once: new matrices would be taken for packed ones. Without its kernel, a layer builds it anew when they arrive.
-        for layer in self.model.modules():
-            method: Any = getattr(layer, "quant_method", None)
-            if getattr(method, "moe_kernel", None) is not None:
-                method.moe_kernel = None
+        reload.begin(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive and load. Unlike the base class, without `torch.accelerator.synchronize()`, which a CPU does not have."""
@@ -165,15 +158,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def finish_weight_update(self) -> None:
         """Finish the reload."""
-        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        finalize_layerwise_reload(self.model, self.model_config)
-        # On CPU an output matrix is packed into a copy. A tied one gets no weights of its own, so the reload leaves its copy as it
-        # was, and the model would go on computing its logits with the matrix it started with (R-B7).
-        for layer in self.model.modules():
-            if isinstance(layer, VocabParallelEmbedding):
-                layer.quant_method.process_weights_after_loading(layer)
+        reload.finish(self.model, self.model_config)
 
     def shutdown(self) -> None:
         """Leave the group."""

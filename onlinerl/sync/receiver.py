@@ -5,12 +5,14 @@ The recorder sits where a tensor is handed to the model's own loader, so it work
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from copy import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from onlinerl.sync import gloo
+from onlinerl.sync import gloo, reload
 from onlinerl.sync.proof import digest
 
 gloo.register()  # the module is imported in the worker process, also where entry points are not installed
@@ -46,6 +48,33 @@ class Receiver:
         """Checksums of every parameter as the model holds it now, under vLLM's own names (fused and repacked as it likes)."""
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
         return {name: digest(tensor) for name, tensor in model.named_parameters()}
+
+    def onlinerl_load(self, path: str, dtypes: list[str]) -> None:
+        """Load all weights from a model on disk, as if they had been sent: the transport to a replica that was down during a push.
+
+        Args:
+            path: directory in Hugging Face format.
+            dtypes: through which they go, in this order: the learner's, then that of the wire.
+        """
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader import get_model_loader
+
+        runner = self.model_runner  # type: ignore[attr-defined]
+        model = runner.get_model()
+        on_disk = copy(runner.model_config)
+        on_disk.model, on_disk.model_weights, on_disk.revision = path, "", None
+
+        def as_sent() -> Iterator[tuple[str, Tensor]]:
+            loader = get_model_loader(self.vllm_config.load_config)  # type: ignore[attr-defined]
+            for name, tensor in loader.get_all_weights(on_disk, model):
+                for dtype in dtypes:
+                    tensor = tensor.to(getattr(torch, dtype))
+                yield name, tensor.to(self.device)  # type: ignore[attr-defined]
+
+        with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+            reload.begin(model)
+            model.load_weights(as_sent())
+            reload.finish(model, runner.model_config)
 
     def onlinerl_abandon_update(self) -> None:
         """Close an update that was never finished, so that the next one can start (R-A4); does nothing if there is none.

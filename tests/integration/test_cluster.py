@@ -276,23 +276,30 @@ def test_a_controller_that_is_stopped_while_it_samples_leaves_nothing_and_resume
     assert 0 < before <= 8
 
 
-def test_a_replica_killed_while_it_works_is_named_and_ends_the_run(
+def test_replicas_are_killed_and_stopped_and_the_run_ends_as_if_nothing_had_happened(
     start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path
 ) -> None:
-    config = write_config(tmp_path, tiny_llama, **SLOW_SAMPLING)
-    run = tmp_path / "runs" / "run"
-    controller = start("run", config)
-    controller.until(lambda: sampled(run) > 0)
-    victim = next(p for p in controller.look() if "ReplicaActor" in " ".join(p.cmdline()))
+    """Both replicas while they sample, one killed and one stopped; then one in the middle of a push."""
+    engine = {"max_concurrent": 4, "generate_timeout_s": 40}
+    config = write_config(tmp_path, tiny_llama, engine=engine, learner={"ranks": 1}, sampling={"max_new_tokens": 100})
+    run, log = tmp_path / "runs" / "run", tmp_path / "events"
+    strikes = [
+        ("EngineCore", "generate", HELDOUT + 1, "SIGKILL"),
+        ("EngineCore", "generate", HELDOUT + 2, "SIGSTOP"),
+        ("EngineCore", "push: watch", 2, "SIGKILL"),
+    ]
 
-    victim.kill()
-    started = time.monotonic()
+    controller = start("run", config, log=str(log), parts="real", strikes=strikes)
 
-    assert controller.wait(timeout_s=90) == 1, controller.text
-    assert time.monotonic() - started < 90
-    assert "replica" in controller.text
-    assert "died" in controller.text
+    assert controller.wait(timeout_s=800) == 0, controller.text
     controller.assert_nothing_survives()
+    assert_finished(run, PROMPTS * 4)
+    said = controller.log.read_text()
+    assert [reason for reason in ("died", "hung", "push") if f"is given up ({reason})" in said] == ["died", "hung", "push"]
+    assert said.count("serves again: version 0 from disk, proved by") >= 2
+    happened = [json.loads(line) for line in log.read_text().splitlines()]
+    answered = [(e["prompt"], e["version"]) for e in happened if e["kind"] == "generate"]
+    assert len(set(answered)) == len(answered) == PROMPTS + 2 * HELDOUT, "nobody was asked twice, or by two versions"
 
 
 # Iteration 1 has 8 prompts and 4 held-out ones; the base model is measured before it. What is counted starts anew with each process.
@@ -300,7 +307,7 @@ PROMPTS, HELDOUT, GROUPS_PER_CALL = 8, 4, 4
 PROBE = [" It was good.", " It was bad, the answer is 7."]
 PHASES = {
     "sample": ["generate", HELDOUT + 3],
-    "train": ["step", 1],
+    "train": ["update", 1],
     "checkpoint": ["save", 1],
     "sync": ["push", 1],
     "answer": ["generate", 2],
@@ -318,8 +325,11 @@ def test_killed_wherever_a_replica_or_a_rank_works(start: Callable[..., Controll
 
     for phase, moment in PHASES.items():
         command = ("resume", run) if run.exists() else ("run", config)
-        controller = start(*command, **hooks, kill=moment)
-        assert controller.wait() == -signal.SIGKILL, f"{phase}: {controller.text}"
+        if phase == "train":  # here the rank is killed: the attempt ends with the code that means "requeue"
+            controller, code = start(*command, **hooks, strikes=[("RankActor", *moment, "SIGKILL")]), 75
+        else:
+            controller, code = start(*command, **hooks, kill=moment), -signal.SIGKILL
+        assert controller.wait() == code, f"{phase}: {controller.text}"
         controller.assert_nothing_survives()
         assert finished_phases(run) == [*NAMES[: NAMES.index(phase)]], "killed at another moment than meant"
     last = start("resume", run, **hooks)

@@ -208,6 +208,9 @@ CUT = 'onlinerl_finish_ratio{run="r",reason="length"}'
 UP = 'up{job="onlinerl",run="r",run_state="%s"}'
 STATE = 'onlinerl_run_state{run="r",state="%s"}'
 LAST = 'onlinerl_last_progress_timestamp_seconds{run="r",role="controller"}'
+REPLICAS = 'onlinerl_replicas{run="r",state="%s"}'
+LEAST = 'onlinerl_replicas_least{run="r"}'
+LOST = 'onlinerl_replica_deaths_total{run="r",reason="died"}'
 K3 = 'onlinerl_logprob_mismatch_k3_nats{run="r"}'
 # alert -> (series with their values each minute, labels of the alert besides run and severity, does it fire after 45 and 90 minutes?)
 CASES = [
@@ -224,6 +227,21 @@ CASES = [
     ("OnlineRLStalled", {LAST: "0x90", STATE % "running": "1x90"}, {"role": "controller"}, (True, True)),
     ("OnlineRLStalled", {LAST: "0x90", STATE % "running": "0x90"}, {"role": "controller"}, (False, False)),
     ("OnlineRLPushFailed", {'onlinerl_weight_sync_ok{run="r"}': "1x60 0x40"}, {}, (False, True)),
+    (
+        "OnlineRLFleetTooSmall",
+        {REPLICAS % "serving": "2x60 0x40", REPLICAS % "dead": "0x60 2x40", LEAST: "1x90", STATE % "running": "1x90"},
+        {},
+        (False, True),
+    ),
+    (
+        "OnlineRLFleetTooSmall",
+        {REPLICAS % "serving": "1x90", REPLICAS % "dead": "1x90", LEAST: "1x90", STATE % "running": "1x90"},
+        {},
+        (False, False),
+    ),
+    ("OnlineRLFleetTooSmall", {REPLICAS % "serving": "0x90", LEAST: "1x90", STATE % "running": "0x90"}, {}, (False, False)),
+    ("OnlineRLReplicaLost", {LOST: "0x70 1x30"}, {}, (False, True)),
+    ("OnlineRLReplicaLost", {LOST: "2x90"}, {}, (False, False)),
     ("OnlineRLSamplerMismatch", {K3: "0.001x60 0.02x40"}, {}, (False, True)),
     ("OnlineRLSamplerMismatch", {K3: "0.02x90", DOUBTFUL % "logp_mismatch_k3": "1x90"}, {}, (False, False)),
     ("OnlineRLSkippedSteps", {'onlinerl_skipped_steps{run="r"}': "0x60 1x40"}, {}, (False, True)),

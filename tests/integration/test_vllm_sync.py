@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from engine import CANARY, CLOSE, PROMPT, TIMEOUT_S, Replica, Sender, State, canary, plain, prove, state_of
 from transformers import LlamaForCausalLM
 
-from onlinerl.errors import SyncError
+from onlinerl.errors import EngineError, SyncError
+from onlinerl.sync import proof
 
 pytestmark = pytest.mark.engine
 
@@ -53,6 +55,30 @@ def test_pushed_weights_are_computed_with(
         prove(replica, model, version)
         for (prompt, response), scores in zip(CANARY, canary(replica), strict=True):
             np.testing.assert_allclose(scores, plain(model, prompt, response), atol=CLOSE)
+
+
+def test_weights_from_disk_are_those_that_would_have_been_sent(
+    replica: Replica, sender: Sender, base: LlamaForCausalLM, other: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    """What a replica is given that was down during a push; a push after it arrives as ever."""
+    other.save_pretrained(tmp_path)
+    sender.push(state_of(base), 16)
+    sent = state_of(other)
+    for version, dtype in ((17, "bfloat16"), (18, "float32")):
+        replica.call("watch", list(sent))
+        replica.call("load_weights", str(tmp_path), version, (dtype, "float32"))
+        replica.call("reset_caches")
+        rounded = {name: proof.digest(tensor.to(getattr(torch, dtype)).float()) for name, tensor in sent.items()}
+        assert replica.call("received") == rounded
+    prove(replica, other, 18)
+    for (prompt, response), scores in zip(CANARY, canary(replica), strict=True):
+        np.testing.assert_allclose(scores, plain(other, prompt, response), atol=CLOSE)
+    assert {r.policy_version for r in replica.sample(PROMPT, range(2)).rollouts} == {18}
+    with pytest.raises(EngineError, match="is not on the machine of this replica"):
+        replica.call("load_weights", str(tmp_path / "elsewhere"), 19, ("float32", "float32"))
+
+    sender.push(state_of(base), 20)
+    prove(replica, base, 20)
 
 
 @pytest.mark.parametrize("part", ["embed_tokens", "layers.0.self_attn", "layers.1.mlp", "norm"])

@@ -27,11 +27,34 @@ def event(kind, **facts):
             file.write(line)
         if SPEC.get("kill") == [kind, number]:
             os.kill(os.getpid(), signal.SIGKILL)
+    for name, *moment, how in SPEC.get("strikes", ()):
+        if moment == [kind, number]:
+            strike(name, how)
     if SPEC.get("wait") == [kind, number]:
         with open(SPEC["log"], "a") as file:
             file.write(json.dumps({"kind": "waiting"}) + "\n")
         time.sleep(60)
     return number
+
+
+STRUCK = set()
+
+
+def strike(name, how):
+    """Send a signal to the oldest process of this run with such a command line that has not been struck yet."""
+    import psutil
+
+    def is_one(process):
+        try:
+            return process.pid not in STRUCK and name in " ".join(process.cmdline())
+        except psutil.Error:  # it has just ended
+            return False
+
+    victim = min(filter(is_one, psutil.Process().children(recursive=True)), key=lambda p: p.create_time())
+    STRUCK.add(victim.pid)
+    victim.send_signal(signal.Signals[how])
+    with open(SPEC["log"], "a") as file:
+        file.write(json.dumps({"kind": "strike", "pid": victim.pid, "how": how}) + "\n")
 
 
 def judge(queries):
@@ -92,6 +115,7 @@ def install():
             yield group
 
     def update(self, steps, rates, original=learner.update):
+        event("update")
         for report in original(self, steps, rates):
             event("step")
             yield replace(report, skipped=1) if SPEC.get("broken") == "step" else report
@@ -125,7 +149,20 @@ def install():
         _end_slowly()
     engine.generate, learner.update, learner.save, sync.push = generate, update, save, push
     learner.score = score
+    if SPEC.get("parts") == "real":
+        _watch_pushes(sync)
     RunDirectory.retain, RunDirectory.finish_phase = retain, finish_phase
+
+
+def _watch_pushes(sync):
+    """An event after each step of a push."""
+
+    def ask_all(self, method, *args, original=sync._all):
+        answers = original(self, method, *args)
+        event(f"push: {method}")
+        return answers
+
+    sync._all = ask_all
 
 
 def _end_slowly():

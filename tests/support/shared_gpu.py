@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +84,15 @@ class Ref:
         except Exception as error:  # noqa: BLE001  the caller gets it, as from Ray
             self.error = error
 
+    def future(self) -> Future[Any]:
+        """The same, as `concurrent.futures` has it."""
+        done: Future[Any] = Future()
+        if self.error is not None:
+            done.set_exception(RayTaskError("call", str(self.error), self.error))
+        else:
+            done.set_result(self.result)
+        return done
+
 
 def remote(method: Callable[..., Any]) -> SimpleNamespace:
     """`method.remote(...)`."""
@@ -95,7 +105,7 @@ class Actor:
     def __init__(self, world: World, role: str, index: int) -> None:
         self.world, self.index, self.gpu = world, index, world.gpu(role, index)
         self.call = remote(lambda method, *args: getattr(self, f"do_{method}")(*args))
-        for name in ("place", "start", "host", "free_port", "generate", "score"):
+        for name in ("place", "start", "processes", "host", "free_port", "generate", "score"):
             if hasattr(self, f"on_{name}"):
                 setattr(self, name, remote(getattr(self, f"on_{name}")))
 
@@ -115,6 +125,9 @@ class Replica(Actor):
         self.did("engine loads")
         self.gpu.take("engine weights", "kv cache")
         self.weights, self.version, self.incoming = 0.0, "none", 0.0
+
+    def on_processes(self) -> tuple[str, list[tuple[int, float]]]:
+        return "node", []
 
     def _ready(self) -> None:
         self.gpu.need("engine weights", "kv cache")
@@ -263,7 +276,7 @@ class Rank(Actor):
 
 def install(monkeypatch: Any, world: World, *, device: str) -> None:
     """Let a run start its replicas and ranks in `world`."""
-    from onlinerl.cluster import group, pool, runtime
+    from onlinerl.cluster import group, replica, runtime
 
     counts = {"replica": 0, "rank": 0}
 
@@ -292,7 +305,7 @@ def install(monkeypatch: Any, world: World, *, device: str) -> None:
         def options(self, index: int, env: dict[str, str], **more: Any) -> dict[str, Any]:
             return {"env": env}
 
-    def get(ref: Ref) -> Any:
+    def get(ref: Ref, timeout: float | None = None) -> Any:
         if ref.error is not None:
             raise RayTaskError("call", str(ref.error), ref.error)
         return ref.result
@@ -301,7 +314,7 @@ def install(monkeypatch: Any, world: World, *, device: str) -> None:
         return list(refs)[:num_returns], list(refs)[num_returns:]
 
     monkeypatch.setattr(runtime, "Cluster", Cluster)
-    monkeypatch.setattr(pool, "ReplicaActor", actors("replica", Replica))
+    monkeypatch.setattr(replica, "ReplicaActor", actors("replica", Replica))
     monkeypatch.setattr(group, "RankActor", actors("rank", Rank))
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(ray, "wait", wait)

@@ -76,6 +76,7 @@ def test_names_and_labels_follow_the_conventions_of_prometheus():
         "phase",
         "opponent",
         "control",
+        "state",
         "oracle",
         "reason",
         "kind",

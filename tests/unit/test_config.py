@@ -438,6 +438,8 @@ RESUMABLE = [
     "engine.start_timeout_s",
     "engine.generate_timeout_s",
     "engine.max_rejected",
+    "engine.max_restarts",
+    "engine.min_replicas",
     "schedule.stream",
     "schedule.evaluate_beside",
     "oracle.groups_per_call",

@@ -1,49 +1,65 @@
-"""The pull queue, without Ray: who gets work, and when."""
+"""Who gets work, and when."""
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
 
-from onlinerl.types import Prompt, Request, Sampling
+from onlinerl.types import Group, Prompt, Request, Rollout, Sampling
 
-pool_module = pytest.importorskip("onlinerl.cluster.pool")
+handout = pytest.importorskip("onlinerl.cluster.handout")
+fleet_module = pytest.importorskip("onlinerl.cluster.fleet")
 
 
-class Replica:
-    """Hands out a reference per prompt."""
+class Actor:
+    """Answers when it is told to."""
 
     def __init__(self) -> None:
-        self.given: list[str] = []
+        self.given: list[tuple[Request, Future]] = []
         self.generate = SimpleNamespace(remote=self._remote)
 
-    def _remote(self, request: Request, sampling: Sampling) -> tuple[int, str]:
-        self.given.append(request.prompt.id)
-        return id(self), request.prompt.id
+    def _remote(self, request: Request, sampling: Sampling) -> SimpleNamespace:
+        future: Future = Future()
+        self.given.append((request, future))
+        return SimpleNamespace(future=lambda: future)
+
+    def answer(self) -> None:
+        request, future = self.given.pop(0)
+        rollouts = tuple(
+            Rollout(
+                token_ids=(1,), logprobs=(-1.0,), text="", finish_reason="stop", policy_version=0, sampler=Sampling(), seed=s
+            )
+            for s in request.seeds
+        )
+        future.set_result(Group(prompt=request.prompt, rollouts=rollouts))
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 5])
-def test_every_replica_is_kept_full_and_nothing_is_lost(monkeypatch, replicas):
+def test_every_replica_is_kept_full_and_nothing_is_lost(replicas):
     """R-I1: each has as many prompts as it has room for, plus one at its door, while there are any left."""
-    pool = pool_module.EnginePool.__new__(pool_module.EnginePool)
-    pool.actors = [Replica() for _ in range(replicas)]
-    pool.names = [f"replica {i}" for i in range(replicas)]
-    pool._config = SimpleNamespace(max_concurrent=16, generate_timeout_s=1.0)
-    pool._turns = SimpleNamespace(need=lambda turn: None)
-    at_work: list[int] = []
-
-    def wait(refs, num_returns, timeout):
-        at_work.append(len(refs))
-        return [refs[len(refs) // 2]], []
-
-    monkeypatch.setattr(pool_module.ray, "wait", wait)
-    monkeypatch.setattr(pool_module, "get", lambda refs, **_: [ref[1] for ref in refs.values()])
+    config = SimpleNamespace(replicas=replicas, max_concurrent=16, generate_timeout_s=60.0, max_restarts=3, min_replicas=1)
+    fleet = fleet_module.Fleet(config, SimpleNamespace(), heals=True)
+    fleet.version = 0
+    for replica in fleet.replicas:
+        replica.actor, replica.state = Actor(), fleet_module.ReplicaState.SERVING
     requests = [Request(prompt=Prompt(id=str(i), text="", token_ids=(1,)), seeds=(1, 2, 3, 4)) for i in range(40)]
+    room = replicas * (16 // 4 + 1)
 
-    finished = list(pool.generate(requests, Sampling()))
+    at_work = []
+    # Whoever has most answers first, each time somebody waits.
+    original = handout.queue.SimpleQueue.get
+
+    class Queue(handout.queue.SimpleQueue):
+        def get(self, timeout):
+            at_work.append(sum(len(r.actor.given) for r in fleet.replicas))
+            max(fleet.replicas, key=lambda r: len(r.actor.given)).actor.answer()
+            return original(self, timeout=timeout)
+
+    started = handout.Handout(fleet, requests, Sampling(), config)
+    started._finished = Queue()
+    finished = [group.prompt.id for group in started.groups()]
 
     assert sorted(finished, key=int) == [str(i) for i in range(40)]
-    room = replicas * (16 // 4 + 1)
     assert at_work[: 40 - room + 1] == [room] * (40 - room + 1)
-    assert sum(len(replica.given) for replica in pool.actors) == 40
