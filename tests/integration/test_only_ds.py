@@ -133,7 +133,11 @@ CASES: dict[tuple[Any, ...], dict[str, Any]] = {
     ("absent",): {"kind": "absent_rank", "stage": 2, "dtype": "float32", "timeout_s": 3.0},  # the last one: it breaks the group
 }
 
-CASES = {k: v for k, v in CASES.items() if k in {("steps", 3, "bfloat16"), ("export", 3, "untied"), ("critic", 3, True), ("gradients", 0, "float32")}}
+CASES = {
+    k: v
+    for k, v in CASES.items()
+    if k in {("steps", 3, "bfloat16"), ("export", 3, "untied"), ("critic", 3, True), ("gradients", 0, "float32")}
+}
 WORLDS = (1,)
 Answers = Callable[..., dict[str, Any]]
 
