@@ -27,6 +27,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from onlinerl.errors import ConfigError
 from onlinerl.graph import NAMES
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
@@ -85,6 +86,10 @@ class OnConsole(TrackerConfig):
     """What every run says."""
 
     name: str = "console"
+
+    def check(self) -> None:
+        """Nobody has to ask for it."""
+        raise ConfigError("is what every run has", field="metrics.trackers", fix="leave it out")
 
     def open(self, run: Tracked) -> ConsoleTracker:
         """On the console of the command."""

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from onlinerl.errors import StoreError
+from onlinerl.errors import ConfigError, StoreError
 from onlinerl.protocols.tracker import Tracked, Tracker, TrackerConfig
 from onlinerl.types import Metric
 
@@ -28,6 +28,10 @@ class Jsonl(TrackerConfig):
     """metrics.jsonl in the run directory, which every run has."""
 
     name: str = "jsonl"
+
+    def check(self) -> None:
+        """Nobody has to ask for it."""
+        raise ConfigError("is what every run has", field="metrics.trackers", fix="leave it out")
 
     def open(self, run: Tracked) -> JsonlTracker:
         """Begin or go on with the file."""
