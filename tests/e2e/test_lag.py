@@ -114,6 +114,7 @@ def test_what_runs_side_by_side_changes_nothing(toy_config, warm_cli, tmp_path, 
 
 # --- killed and resumed ---
 
+TURNS = ("schedule.stream=false", "schedule.evaluate_beside=false")
 # The event during which the first process is killed: about in the middle of the run, where two phases and more are under way.
 INSIDE = {
     "sample": ["generate", 2 * HELDOUT + 2 * PROMPTS + 5],
@@ -128,8 +129,9 @@ INSIDE = {
 }
 
 
-@pytest.mark.parametrize("schedule", [(), ("schedule.stream=false", "schedule.evaluate_beside=false")], ids=["beside", "turns"])
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    ("phase", "schedule"), [*((phase, ()) for phase in PHASES), *((phase, TURNS) for phase in ("sample", "sync"))]
+)
 def test_killed_in_every_phase(toy_config, warm_cli, uninterrupted, tmp_path, phase, schedule):
     """In its middle, when its work is done but not recorded, and when it is recorded: nothing is lost, and at each kill no more is
     asked for again than what was in the works."""
