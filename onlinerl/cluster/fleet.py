@@ -107,7 +107,10 @@ class Fleet:
             self._require_open()
             self.require_enough()
             found = [r for r in self.replicas if r.state is ReplicaState.SERVING]
-            return found if len(found) >= self._least else []
+            if len(found) >= self._least:
+                return found
+            self._require_hope()
+            return []
 
     def require_enough(self) -> None:
         """See that the fleet can go on, and let go of those that are leaving and have nothing in hand.
@@ -129,6 +132,20 @@ class Fleet:
                     fix="see why they fail in the logs, then `onlinerl resume`, which begins with fresh replicas and as many "
                     "restarts again; engine.max_restarts allows more of them",
                 )
+
+    def _require_hope(self) -> None:
+        """Refuse to wait for ever, where nobody is on the way.
+
+        Raises:
+            EngineError: with what each of them does instead.
+        """
+        if not any(r.coming_back or r.state in (ReplicaState.STARTING, ReplicaState.UPDATING) for r in self.replicas):
+            states = ", ".join(f"{r.name} is {r.state}" for r in self.replicas)
+            raise EngineError(
+                f"at least {self._least} replicas are needed, and {states}",
+                field="engine.min_replicas",
+                fix="`onlinerl resume` starts fresh replicas; engine.min_replicas must not be more than there are",
+            )
 
     def give(self, replica: Replica, request: Request, sampling: Sampling) -> tuple[Any, Any] | None:
         """Ask a replica for a group, unless it does not serve any more. Returns its process and the future of the group."""
@@ -268,6 +285,7 @@ class Fleet:
                 members = [r for r in self.replicas if r.state in (ReplicaState.SERVING, ReplicaState.STALE)]
                 if len(members) >= self._least:
                     break
+                self._require_hope()
                 self._changed.wait(LOOK_S)
             for replica in members:
                 replica.to(ReplicaState.UPDATING)
