@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from values import label
 
 from onlinerl.controller.phases import annotate
 from onlinerl.engines.toy import ToyEngine
@@ -152,21 +153,22 @@ def test_a_failure_ends_what_runs_beside_it(toy_config, onlinerl, tmp_path, engi
 def test_what_a_stopped_phase_still_says_is_not_written(tmp_path):
     """A thread cannot be ended: it may come back when another process has the run."""
     run = RunDirectory.create(tmp_path / "r", config_yaml="", manifest={"name": "r", "config_digest": "x", "fingerprint": {}})
-    run.append(1, "rollouts", [{"a": 1}])
+    table = run.labels(1, "verdicts")
+    table.append([label(1, 1.0)])
     run.close()
     from onlinerl.errors import StoreError
 
     for write in (
-        lambda: run.append(1, "rollouts", [{"a": 2}]),
-        lambda: run.seal(1, "rollouts"),
-        lambda: run.write(1, "pairs", [{"a": 2}]),
+        lambda: table.append([label(2, 1.0)]),
+        table.seal,
+        table.clear,
         lambda: run.finish_phase(1, "sample", {}),
         lambda: run.update_manifest(status="finished"),
     ):
         with pytest.raises(StoreError, match="is closed"):
             write()
     with RunDirectory.open(tmp_path / "r") as again:
-        assert again.read(1, "rollouts") == [{"a": 1}]
+        assert list(again.labels(1, "verdicts")) == [label(1, 1.0)]
 
 
 def test_a_group_that_the_oracle_failed_on_is_scored_after_the_repair(toy_config, onlinerl, oracle, tmp_path, monkeypatch):
