@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -26,25 +26,34 @@ def to_batch(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.RecordB
     Raises:
         TypeError: if a value is not of its column's type.
     """
-    columns = []
-    for field in schema:
-        cells = [row.get(field.name) for row in rows]
-        try:
-            columns.append(_ragged(cells, field.type) if _is_per_token(field) else _plain(cells, field.type))
-        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-            raise TypeError(f"column {field.name!r} holds {field.type}: {error}") from error
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
+    others = [field for field in schema if not is_per_token(field)]
+    try:
+        columns = dict(zip([f.name for f in others], pa.array(rows, pa.struct(others)).flatten(), strict=True))
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):  # one after the other, to find out which it is
+        columns = {field.name: _column(rows, field) for field in others}
+    return pa.RecordBatch.from_arrays(
+        [columns[field.name] if field.name in columns else _column(rows, field) for field in schema], schema=schema
+    )
+
+
+def _column(rows: Sequence[Mapping[str, Any]], field: pa.Field) -> pa.Array:
+    cells = [row.get(field.name) for row in rows]
+    try:
+        return _ragged(cells, field.type) if is_per_token(field) else _plain(cells, field.type)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"column {field.name!r} holds {field.type}: {error}") from error
 
 
 def rows_of(batch: pa.RecordBatch, *, arrays: bool = True) -> list[Row]:
     """The rows of a batch. With `arrays`, numbers per token are numpy arrays, one per response; else lists."""
     columns = {}
     for field, column in zip(batch.schema, batch.columns, strict=True):
-        columns[field.name] = _arrays(column) if arrays and _is_per_token(field) else column.to_pylist()
+        columns[field.name] = _arrays(column) if arrays and is_per_token(field) else column.to_pylist()
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
-def _is_per_token(field: pa.Field) -> bool:
+def is_per_token(field: pa.Field) -> bool:
+    """Whether a column has one array of numbers per response."""
     return field.name in PER_TOKEN and pa.types.is_list(field.type) and pa.types.is_list(field.type.value_type)
 
 
@@ -52,8 +61,8 @@ def _ragged(cells: Sequence[Sequence[Any] | None], kind: pa.DataType) -> pa.Arra
     numbers = kind.value_type.value_type
     groups: list[Sequence[Any]] = [() if cell is None else cell for cell in cells]
     inner = [sequence for group in groups for sequence in group]
-    outer_offsets = np.cumsum([0, *map(len, groups)], dtype=np.int32)
-    inner_offsets = np.cumsum([0, *map(len, inner)], dtype=np.int32)
+    outer_offsets = np.array([0, *accumulate(map(len, groups))], np.int32)
+    inner_offsets = np.array([0, *accumulate(map(len, inner))], np.int32)
     dtype = numbers.to_pandas_dtype()
     if any(isinstance(sequence, np.ndarray) for sequence in inner):
         flat = np.concatenate([np.asarray(sequence, dtype) for sequence in inner])

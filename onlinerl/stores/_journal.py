@@ -54,23 +54,24 @@ class Journal:
         """Of all batches, in memory."""
         self._size = 0
         for frame, batch in _read(path):
-            self._add(frame, batch)
+            self._add(frame, batch, batch.nbytes)
             self._size, self.schema = frame.end, batch.schema
 
-    def _add(self, frame: _Frame, batch: pa.RecordBatch) -> None:
+    def _add(self, frame: _Frame, batch: pa.RecordBatch, nbytes: int) -> None:
         self._frames.append(frame)
         self.starts.append(self.rows)
         self.rows += batch.num_rows
-        self.bytes += batch.nbytes
+        self.bytes += nbytes
 
     def append(self, batch: pa.RecordBatch) -> None:
         """Add a batch; it is on the disk when this returns, and not in the file if it raises."""
         data = b"" if self._size else _framed(_packed(self.schema.serialize()))
-        payload = _packed(batch.serialize())
+        message = batch.serialize()
+        payload = _packed(message)
         frame = _Frame(self._size + len(data) + _HEADER.size, len(payload))
         _files.append(self.path, data + _framed(payload), at=self._size)
         self._size = frame.end
-        self._add(frame, batch)
+        self._add(frame, batch, message.size)
 
     def batch(self, number: int) -> pa.RecordBatch:
         """One batch, read from the disk."""

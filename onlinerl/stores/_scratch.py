@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import pickle
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import IO, TypeVar, overload
+from typing import IO, Any, TypeVar, overload
 
 from onlinerl.stores import _files
 
@@ -20,6 +22,37 @@ def scratch(folder: Path) -> Iterator[Scratch]:
     """Files without names below `folder`: nobody else can change them, and they are gone with the process."""
     with contextlib.ExitStack() as files:
         yield Scratch(folder, files)
+
+
+class _Pickler(pickle.Pickler):
+    """Dataclasses as their type and their fields: pickle's own way with frozen ones looks for the fields every time."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """As `pickle` asks for it."""
+        names = _fields(type(value))
+        return (_made, (type(value), [getattr(value, name) for name in names])) if names else NotImplemented
+
+
+def _fields(kind: type) -> tuple[str, ...]:
+    if kind not in _known:
+        _known[kind] = tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
+    return _known[kind]
+
+
+_known: dict[type, tuple[str, ...]] = {}
+
+
+def _made(kind: type, values: list[Any]) -> Any:
+    made: Any = object.__new__(kind)
+    for name, value in zip(_fields(kind), values, strict=True):
+        object.__setattr__(made, name, value)
+    return made
+
+
+def _pickled(value: Any) -> bytes:
+    sink = io.BytesIO()
+    _Pickler(sink, protocol=5).dump(value)
+    return sink.getvalue()
 
 
 class Scratch:
@@ -34,7 +67,7 @@ class Scratch:
             file = self._files.enter_context(tempfile.TemporaryFile(dir=self._folder))  # noqa: SIM115
         ends = array("Q", [0])
         for value in values:
-            data = pickle.dumps(value, protocol=5)
+            data = _pickled(value)
             with _files.explained(self._folder):
                 file.write(data)
             ends.append(ends[-1] + len(data))

@@ -31,8 +31,8 @@ from onlinerl.stores._parts import Part
 
 PART_BYTES = 32 << 20
 """How large a journal grows, counted as it is in memory."""
-_KEPT_BATCHES, _KEPT_PARTS = 24, 3
-"""How many decoded batches, and opened parts, are kept for whoever reads rows by their ids."""
+_KEPT_PARTS, _KEPT_BYTES = 3, 32 << 20
+"""How many opened parts, and how much of decoded batches, is kept for whoever reads rows by their ids."""
 _NONE = pa.schema([])
 Place = tuple[int, int]
 """Number of the part, and row in it."""
@@ -63,7 +63,8 @@ class TableFiles:
         """Parts, as far as it is known here."""
         self._is_clean = False
         """Whether what a crash may have left is removed."""
-        self._batches: OrderedDict[tuple[int, int, bool], list[Row]] = OrderedDict()
+        self._batches: OrderedDict[tuple[int, int, bool], tuple[list[Row], int]] = OrderedDict()
+        self._kept_bytes = 0
         self._opened: OrderedDict[int, Part] = OrderedDict()
         self._older: list[Row] = []
 
@@ -174,13 +175,21 @@ class TableFiles:
     def _decoded(self, number: int, batch: int, holder: Part | Journal) -> list[Row]:
         key = (number, batch, isinstance(holder, Journal))
         if key not in self._batches:
-            self._batches[key] = rows_of(holder.batch(batch))
-        return _latest(self._batches, key, _KEPT_BATCHES)
+            decoded = holder.batch(batch)
+            self._batches[key] = rows_of(decoded), decoded.nbytes
+            self._kept_bytes += decoded.nbytes
+        self._batches.move_to_end(key)
+        while self._kept_bytes > _KEPT_BYTES and len(self._batches) > 1:
+            self._kept_bytes -= self._batches.popitem(last=False)[1][1]
+        return self._batches[key][0]
 
     def _part(self, number: int) -> Part:
         if number not in self._opened:
             self._opened[number] = Part(self._part_path(number), (self._parts() or [])[number - 1])
-        return _latest(self._opened, number, _KEPT_PARTS)
+        self._opened.move_to_end(number)
+        while len(self._opened) > _KEPT_PARTS:
+            self._opened.popitem(last=False)
+        return self._opened[number]
 
     # --- writing ---
 
@@ -242,6 +251,7 @@ class TableFiles:
         self._journal = self._index = None
         self._is_clean = False
         self._batches.clear()
+        self._kept_bytes = 0
         self._opened.clear()
         self._older = []
 
@@ -306,11 +316,3 @@ class TableFiles:
 
     def _journals(self) -> Iterable[Path]:
         return sorted(self.folder.glob(f"{self.name}.[0-9]*.journal"))
-
-
-def _latest(kept: OrderedDict[Any, Any], key: Any, most: int) -> Any:
-    """What is kept under a key, which is now the last one to be given up."""
-    kept.move_to_end(key)
-    while len(kept) > most:
-        kept.popitem(last=False)
-    return kept[key]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -211,6 +212,7 @@ def logprobs_from_row(row: Mapping[str, Any]) -> LogProbs:
     return LogProbs(prompt_id=row["prompt_id"], arrays={name: tuple(map(_float32, own)) for name, own in named.items()})
 
 
+@lru_cache(maxsize=16)
 def _sampler(sampling: Sampling) -> dict[str, Any]:
     return asdict(sampling)
 
