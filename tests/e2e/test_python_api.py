@@ -16,7 +16,7 @@ from values import groups
 import onlinerl
 from onlinerl import Run, list_runs, load_config
 from onlinerl.errors import ConfigError, OnlineRLError, StoreError
-from onlinerl.stores import summary
+from onlinerl.stores import _journal, summary
 from onlinerl.stores.directory import RunDirectory
 
 ITERATIONS = 2
