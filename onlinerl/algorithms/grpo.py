@@ -63,10 +63,10 @@ class Grpo(PolicyGradient):
         ]
         return sample_items(judged, filled), dropped
 
-    def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> list[TrainItem]:
+    def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Sequence[TrainItem]:
         """For `std_norm: batch`, divide by the standard deviation of the iteration's centred scores."""
         if self.std_norm != "batch":
-            return list(items)
+            return items
         sequences = [item.sequences[0] for item in items]
         centred = [need(s, "advantages").astype(np.float32) for s in sequences]
         std = unbiased_std(np.array([a[0] for a in centred if a.size]))

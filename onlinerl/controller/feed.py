@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 LOOK_S = 0.2
 """How often whoever waits looks whether the run is being stopped."""
@@ -67,3 +68,28 @@ class Feed(Generic[T]):
             if self._stop.is_set():
                 raise Stopped
             return [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
+
+
+class Loading(Generic[K, T]):
+    """What the keys in a feed stand for, read only when it is taken: a feed of keys may grow longer than the memory has room.
+
+    Args:
+        feed: of keys.
+        load: reads what keys stand for, in the same order.
+    """
+
+    def __init__(self, feed: Feed[K], load: Callable[[Sequence[K]], Sequence[T]]) -> None:
+        self._feed, self._load = feed, load
+
+    @property
+    def waited(self) -> float:
+        """Seconds that all takers together have waited."""
+        return self._feed.waited
+
+    def take(self, most: int) -> Sequence[T]:
+        """At least one and at most so many things, in the order of arrival, as soon as there are any; none at the end.
+
+        Raises:
+            Stopped: if the run is being stopped.
+        """
+        return self._load(self._feed.take(most))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from onlinerl.errors import EngineError, OracleError
-from onlinerl.types import Failure, Group, Judged, RejectReason
+from onlinerl.types import Failure, Group, RejectReason, Verdict
 
 TIE = 1e-9
 """Judgements that differ by less are the same."""
@@ -65,23 +65,23 @@ def check_failures(failures: Sequence[Failure], groups: int, limit: float) -> No
 
 
 def nothing_to_learn(
-    judged: Sequence[Judged], earned: Sequence[float], dropped: Mapping[str, int], *, within_groups: bool
+    spreads: Sequence[float], earned: Sequence[float], dropped: Mapping[str, int], *, within_groups: bool
 ) -> str | None:
     """Why an iteration gives nothing to learn, or None if it does (R-G4).
 
     Args:
-        judged: everything of an iteration that has a verdict.
+        spreads: of every group of an iteration that has a verdict (see `spread`).
         earned: what each response of its training items earns.
         dropped: what was left out, by reason.
         within_groups: the algorithm compares responses to one prompt with each other; otherwise any difference will do.
     """
-    if within_groups and judged and all(_spread([j]) < TIE for j in judged):
-        return f"all {len(judged)} groups are ties: the oracle gives every response to a prompt the same judgement"
+    if within_groups and spreads and max(spreads) < TIE:
+        return f"all {len(spreads)} groups are ties: the oracle gives every response to a prompt the same judgement"
     if not within_groups and earned and max(earned) - min(earned) < TIE:
-        return f"all responses of {len(judged)} groups got the same judgement"
+        return f"all responses of {len(spreads)} groups got the same judgement"
     if not earned:
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "no reason recorded"
-        return f"no training item is left of {len(judged)} judged groups (dropped: {reasons})"
+        return f"no training item is left of {len(spreads)} judged groups (dropped: {reasons})"
     return None
 
 
@@ -115,9 +115,8 @@ def check_mismatch(k3: float, limit: float) -> None:
         )
 
 
-def _spread(judged: Sequence[Judged]) -> float:
-    """Between the best and the worst response, in scores or win rates; 0 if nothing was said."""
-    said = [np.asarray(v.scores, float) if v.preferences is None else v.win_rates() for v in (j.verdict for j in judged)]
-    values = np.concatenate(said)
-    values = values[np.isfinite(values)]
+def spread(verdict: Verdict) -> float:
+    """Between the best and the worst response of a group, in scores or win rates; 0 if nothing was said."""
+    said = np.asarray(verdict.scores, float) if verdict.preferences is None else verdict.win_rates()
+    values = said[np.isfinite(said)]
     return float(values.max() - values.min()) if values.size else 0.0

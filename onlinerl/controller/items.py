@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from onlinerl.controller import health
 from onlinerl.controller.iteration import Iteration
-from onlinerl.types import Judged, Pair, TrainItem
+from onlinerl.controller.parts import Built, batched
+from onlinerl.errors import StoreError
+from onlinerl.protocols.store import LOGPROBS, Scratch
+from onlinerl.types import Judged, Pair, TrainedPair, TrainItem, Verdict
+
+AT_ONCE = 64
+"""Prompts whose pairs are written together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,3 +51,106 @@ def of_group(it: Iteration, judged: Judged) -> GroupItems:
         rollouts = judged.group.rollouts
         pairs = [p for p in pairs if "length" not in {rollouts[i].finish_reason for i in (p.chosen, p.rejected)}]
     return GroupItems(items=items, pairs=pairs, dropped=dropped, contradicted=contradicted, truncated=truncated)
+
+
+def build(it: Iteration, scratch: Scratch) -> Built:
+    """What is trained, in the order of the prompts, and what was left out and why. The items wait on the disk."""
+    made = _Made(it)
+    items = scratch.keep(made.items())
+    return Built(
+        items=items,
+        spreads=made.spreads,
+        earned=made.earned,
+        sampled_by=made.sampled_by,
+        dropped=+made.dropped,
+        contradicted=made.contradicted,
+        truncated=made.truncated,
+        useful=made.useful,
+        groups=len(it.prompt_ids),
+    )
+
+
+class _Made:
+    """Makes the items of an iteration, one group after the other, and counts."""
+
+    def __init__(self, it: Iteration) -> None:
+        self._it = it
+        self.dropped = Counter({"few_samples": 0, "not_judged": 0})
+        self.sampled_by = Counter[int]()
+        self.spreads: list[float] = []
+        self.earned: list[float] = []
+        self.truncated = self.useful = self.contradicted = 0
+
+    def items(self) -> Iterator[TrainItem]:
+        """Once. The pairs are stored on the way."""
+        table = self._it.parts.store.pairs(self._it.number)
+        is_open = not table.sealed
+        stored = False
+        if is_open:
+            table.clear()
+        for prompt_ids in batched(self._it.prompt_ids, AT_ONCE):
+            pairs: list[TrainedPair] = []
+            for one in self._judged(prompt_ids):
+                yield from self._of_group(one, pairs)
+            if is_open:
+                table.append(pairs)
+                stored = stored or bool(pairs)
+        if stored:
+            table.seal()
+
+    def _judged(self, prompt_ids: Sequence[str]) -> Iterator[Judged]:
+        for group, answer in self._it.judged(prompt_ids):
+            if not self._it.large_enough(group):
+                self.dropped["few_samples"] += 1
+            elif not isinstance(answer, Verdict):  # a failure is left out, never turned into a score
+                self.dropped["not_judged"] += 1
+            else:
+                yield Judged(group=group, verdict=answer)
+
+    def _of_group(self, judged: Judged, pairs: list[TrainedPair]) -> Iterator[TrainItem]:
+        made = of_group(self._it, judged)
+        self.spreads.append(health.spread(judged.verdict))
+        self.dropped.update(made.dropped)
+        self.contradicted += made.contradicted
+        self.truncated += made.truncated
+        self.useful += bool(made.items)
+        pairs.extend(_trained(judged, pair) for pair in made.pairs)
+        for item in _annotated(self._it, judged.group.prompt.id, made.items):
+            self.earned.extend(map(self._it.parts.algorithm.score, item.sequences))
+            self.sampled_by.update(s.policy_version for s in item.sequences)
+            yield item
+
+
+def _trained(judged: Judged, pair: Pair) -> TrainedPair:
+    chosen, rejected = (judged.group.rollouts[i] for i in (pair.chosen, pair.rejected))
+    return TrainedPair(
+        prompt_id=judged.group.prompt.id,
+        pair=pair,
+        chosen_text=chosen.text,
+        rejected_text=rejected.text,
+        policy_version=chosen.policy_version,
+    )
+
+
+def _annotated(it: Iteration, prompt_id: str, made: Sequence[TrainItem]) -> list[TrainItem]:
+    """The items of a group with what was kept about their sequences.
+
+    Raises:
+        StoreError: if nothing was kept, or it was kept about others.
+    """
+    (kept,) = it.parts.store.logprobs(it.number, LOGPROBS).select([prompt_id])
+    arrays: Mapping[str, Sequence[Any]] = {} if kept is None else kept.arrays
+    lengths = [len(s.response_ids) for item in made for s in item.sequences]
+    if kept is None or any([len(array) for array in own] != lengths for own in arrays.values()):
+        raise StoreError(
+            f"the log-probs that are stored for prompt {prompt_id!r} are not those of its items",
+            field="logprobs",
+            fix="remove logprobs.parquet of this iteration and resume with the version of onlinerl that began it",
+        )
+    filled = iter(
+        [
+            s.with_(**{name: own[i] for name, own in arrays.items()})
+            for i, s in enumerate(s for item in made for s in item.sequences)
+        ]
+    )
+    return [replace(item, sequences=tuple(next(filled) for _ in item.sequences)) for item in made]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from onlinerl import graph
 from onlinerl.controller import health
-from onlinerl.controller.feed import Feed, Stopped
+from onlinerl.controller.feed import Feed, Loading, Stopped
 from onlinerl.controller.parts import Parts, reference_iteration
 from onlinerl.controller.report import Reporter
-from onlinerl.errors import SyncError
-from onlinerl.stores.rows import ROLLOUTS, VERDICTS, group_from_row, result_from_row
-from onlinerl.types import Failure, Group, Judged, Prompt, SyncReport, Verdict
+from onlinerl.errors import StoreError, SyncError
+from onlinerl.protocols.store import ROLLOUTS, VERDICTS, Table
+from onlinerl.types import Failure, Group, Label, Prompt, SyncReport, Verdict
 
 Answer = Verdict | Failure | None
 """What is known about a group once it has been dealt with; None: it was too small to be judged."""
@@ -40,10 +41,10 @@ class Iteration:
     """Set when the run is being stopped."""
 
     def __post_init__(self) -> None:
-        self.rollouts: Feed[Group] = Feed(self.stop)
-        """What `sample` has made so far; read it through `sampled`."""
-        self.answers: Feed[tuple[Group, Answer]] = Feed(self.stop)
-        """What `label` has dealt with so far; read it through `labelled`."""
+        self.rollouts: Feed[str] = Feed(self.stop)
+        """Prompts of which `sample` has stored the responses so far; read them through `sampled`."""
+        self.answers: Feed[str] = Feed(self.stop)
+        """Prompts that `label` has dealt with so far; read them through `labelled`."""
 
     def check_stop(self) -> None:
         """Between two things that are durable one by one.
@@ -73,31 +74,55 @@ class Iteration:
 
     def prompts(self) -> tuple[list[Prompt], int]:
         """The prompts to train on, and the cursor of the next iteration."""
+        return self._prompts
+
+    @cached_property
+    def _prompts(self) -> tuple[list[Prompt], int]:
         return self.parts.train_prompts.take(self.parts.config.prompts.per_iteration, self.cursor)
 
-    def groups(self) -> list[Group]:
-        """What was sampled for training, in the order of the prompts: training must not depend on which response arrived first."""
-        prompts, _ = self.prompts()
-        by_id = {p.id: p for p in prompts}
-        groups = {row["prompt_id"]: group_from_row(row, by_id) for row in self.parts.store.read(self.number, ROLLOUTS)}
-        return [groups[p.id] for p in prompts]
+    @cached_property
+    def prompt_ids(self) -> list[str]:
+        """Of the prompts to train on, in their order: training must not depend on which response arrived first."""
+        return [p.id for p in self._prompts[0]]
 
-    def sampled(self) -> Feed[Group]:
+    def groups(self) -> Table[Group]:
+        """What is sampled for training."""
+        return self.parts.store.groups(self.number, ROLLOUTS, self._by_id)
+
+    @cached_property
+    def _by_id(self) -> dict[str, Prompt]:
+        return {p.id: p for p in self._prompts[0]}
+
+    def labels(self) -> Table[Label]:
+        """What the oracle says about it."""
+        return self.parts.store.labels(self.number, VERDICTS)
+
+    def sampled(self) -> Loading[str, Group]:
         """The groups: in the order of the prompts if all are there, else as they come."""
-        if "sample" in self.parts.store.phases(self.number):
-            return Feed.of(self.groups(), self.stop)
-        return self.rollouts
+        all_there = "sample" in self.parts.store.phases(self.number)
+        feed = Feed.of(self.prompt_ids, self.stop) if all_there else self.rollouts
+        return Loading(feed, lambda ids: [group for group, _ in self.judged(ids, labelled=False)])
 
-    def results(self) -> dict[str, Verdict | Failure]:
-        """What the oracle has said so far, by prompt id."""
-        return dict(result_from_row(row) for row in self.parts.store.read(self.number, VERDICTS))
+    def labelled(self) -> Feed[str]:
+        """The prompts whose groups have been dealt with: in their order if all are, else as they come."""
+        all_there = "label" in self.parts.store.phases(self.number)
+        return Feed.of(self.prompt_ids, self.stop) if all_there else self.answers
 
-    def labelled(self) -> Feed[tuple[Group, Answer]]:
-        """The groups with what is known about them: in the order of the prompts if all are there, else as they come."""
-        if "label" in self.parts.store.phases(self.number):
-            results = self.results()
-            return Feed.of([(group, results.get(group.prompt.id)) for group in self.groups()], self.stop)
-        return self.answers
+    def judged(self, prompt_ids: Sequence[str], *, labelled: bool = True) -> Iterator[tuple[Group, Answer]]:
+        """The group of each prompt with what is known about it, read one after the other.
+
+        Raises:
+            StoreError: if a group is not there.
+        """
+        labels = self.labels().select(prompt_ids) if labelled else iter([None] * len(prompt_ids))
+        for prompt_id, group, label in zip(prompt_ids, self.groups().select(prompt_ids), labels, strict=True):
+            if group is None:
+                raise StoreError(
+                    f"the responses to prompt {prompt_id!r} are not in the rollouts of iteration {self.number}",
+                    field="runs",
+                    fix="remove this iteration and all later ones from the run, then resume",
+                )
+            yield group, None if label is None else label.result
 
     def idle_before(self) -> int:
         """How many iterations right before this one gave nothing to learn."""
@@ -158,8 +183,3 @@ def push(parts: Parts, weights: Weights, report: Reporter, iteration: int) -> Sy
         raise
     weights.engine = weights.learner
     return pushed
-
-
-def judged(groups: Sequence[Group], results: Mapping[str, Verdict | Failure]) -> list[Judged]:
-    """Groups with a verdict; a failure is left out, never turned into a score."""
-    return [Judged(group=g, verdict=v) for g in groups if isinstance(v := results.get(g.prompt.id), Verdict)]

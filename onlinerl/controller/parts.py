@@ -18,7 +18,7 @@ from onlinerl.protocols.prompts import PromptSource
 from onlinerl.protocols.store import Store
 from onlinerl.protocols.sync import WeightSync
 from onlinerl.protocols.tracker import Tracker
-from onlinerl.types import Judged, Prompt, TrainItem
+from onlinerl.types import Prompt, TrainItem
 
 
 @dataclass(kw_only=True)
@@ -55,7 +55,12 @@ class Built:
 
     items: Sequence[TrainItem]
     """In the order of the prompts."""
-    judged: Sequence[Judged]
+    spreads: Sequence[float]
+    """Of every judged group, in the same order (see `health.spread`)."""
+    earned: Sequence[float]
+    """What each response of the items earns."""
+    sampled_by: Mapping[int, int]
+    """How many sequences of the items each version of the policy sampled."""
     dropped: Mapping[str, int]
     """What was left out, by reason: groups (`few_samples`, `not_judged`), candidate pairs (the pair builder's reasons), items
     (`truncated`)."""

@@ -13,11 +13,12 @@ import numpy as np
 from onlinerl.controller import evaluation
 from onlinerl.controller.parts import Built, Parts
 from onlinerl.controller.statistics import Divergence, Estimate, bootstrap, wilson
+from onlinerl.controller.tally import Sampled
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import per_iteration, per_step
 from onlinerl.protocols.tracker import Tracker
-from onlinerl.types import Failure, Group, Judged, Metric, SelfTest, SyncReport, UpdateReport, Verdict
+from onlinerl.types import Metric, SelfTest, SyncReport, UpdateReport, Verdict
 
 
 @dataclass
@@ -39,34 +40,27 @@ class Reporter:
         """Exclusive wall time of a phase."""
         self._log(iteration, self._one("phase_seconds", seconds, labels={"phase": phase}))
 
-    def sampled(self, iteration: int, groups: Sequence[Group]) -> None:
+    def sampled(self, iteration: int, groups: Sequence[Sampled]) -> None:
         """What was generated."""
-        rollouts = [r for g in groups for r in g.rollouts]
-        texts = [len({r.text for r in g.rollouts}) / len(g.rollouts) for g in groups if g.rollouts]
-        cut = [float(np.mean([r.finish_reason == "length" for r in g.rollouts])) for g in groups if g.rollouts]
         rejected = Counter(reason for g in groups for reason in g.rejected)
         self._log(
             iteration,
-            self._one("generated_tokens", float(sum(len(r.token_ids) for r in rollouts)), n=len(rollouts)),
+            self._one("generated_tokens", float(sum(g.tokens for g in groups)), n=sum(g.responses for g in groups)),
             self._one("prompts_sampled", float(len(groups))),
-            self._estimate("unique_ratio", bootstrap(texts)),
-            self._estimate("rollouts_truncated", bootstrap(cut)),
+            self._estimate("unique_ratio", bootstrap([g.unique for g in groups if g.responses])),
+            self._estimate("rollouts_truncated", bootstrap([g.cut / g.responses for g in groups if g.responses])),
             *(self._one("rollouts_rejected", float(n), labels={"reason": r}) for r, n in sorted(rejected.items())),
         )
 
-    def labelled(
-        self, iteration: int, groups: Sequence[Group], results: Mapping[str, Verdict | Failure], judged: Sequence[Judged]
-    ) -> None:
-        """What the oracle said."""
-        failed = sum(isinstance(r, Failure) for r in results.values())
-        spread = [float(np.std(j.verdict.scores)) for j in judged if j.verdict.scores is not None]
+    def labelled(self, iteration: int, *, ok: int, failed: int, spreads: Sequence[float]) -> None:
+        """How many groups the oracle judged and could not judge; standard deviation of the scores of each group that has scores."""
         metrics = [
-            self._one("oracle_calls", float(len(results) - failed), labels={"status": "ok"}),
+            self._one("oracle_calls", float(ok), labels={"status": "ok"}),
             self._one("oracle_calls", float(failed), labels={"status": "failed"}),
         ]
-        if spread:
-            metrics.append(self._estimate("zero_spread", wilson([float(s < 1e-6) for s in spread])))
-            metrics.append(self._estimate("reward_std_group", bootstrap(spread)))
+        if spreads:
+            metrics.append(self._estimate("zero_spread", wilson([float(s < 1e-6) for s in spreads])))
+            metrics.append(self._estimate("reward_std_group", bootstrap(spreads)))
         self._log(iteration, *metrics)
 
     def self_test(self, result: SelfTest) -> None:
@@ -100,7 +94,7 @@ class Reporter:
             *(self._one("pairs_dropped", float(n), labels={"reason": r}) for r, n in built.dropped.items()),
             # Trained on all the same: chosen by win rate, although the oracle prefers the rejected one of the two.
             self._one("pairs_contradicted", float(built.contradicted)),
-            *self._staleness(iteration - 1, [s.policy_version for item in built.items for s in item.sequences]),
+            *self._staleness(iteration - 1, [v for v, n in built.sampled_by.items() for _ in range(n)]),
         ]
         self._learn_of({name for step in steps.metrics for name in step}, figures)
         metrics += [

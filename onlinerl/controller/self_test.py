@@ -28,14 +28,15 @@ MOST_NOISE = 0.25
 
 def choose(items: Sequence[TrainItem]) -> list[TrainItem]:
     """Items to test with: long responses, in which rounding averages out, of different prompts, which a permutation mixes up."""
-    by_length = sorted(items, key=lambda item: -min(len(s.response_ids) for s in item.sequences))
+    known = [(-min(len(s.response_ids) for s in item.sequences), item.prompt_id) for item in items]  # there may be very many
+    by_length = sorted(range(len(known)), key=lambda i: known[i][0])
     seen: set[str] = set()
-    first_of_prompt: list[TrainItem] = []
-    others: list[TrainItem] = []
-    for item in by_length:
-        (others if item.prompt_id in seen else first_of_prompt).append(item)
-        seen.add(item.prompt_id)
-    return [*first_of_prompt, *others][:ITEMS]
+    first_of_prompt: list[int] = []
+    others: list[int] = []
+    for i in by_length:
+        (others if known[i][1] in seen else first_of_prompt).append(i)
+        seen.add(known[i][1])
+    return [items[i] for i in [*first_of_prompt, *others][:ITEMS]]
 
 
 def check(result: SelfTest, expected_loss: float | None, dtype: str) -> None:

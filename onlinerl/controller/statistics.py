@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+_DRAWN_NUMBERS = 1 << 20
+"""Of a resample, in memory at once."""
 Z = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 
@@ -29,11 +31,18 @@ def bootstrap(values: Sequence[float], *, draws: int = 1000, seed: int = 0) -> E
     array = array[np.isfinite(array)]
     if array.size == 0:
         return Estimate(value=math.nan, low=math.nan, high=math.nan, se=math.nan, n=0)
-    rng = np.random.default_rng(seed)
-    means = array[rng.integers(0, array.size, size=(draws, array.size))].mean(axis=1)
+    means = np.concatenate([array[chosen].mean(axis=1) for chosen in _drawn(array.size, draws, seed)])
     low, high = np.percentile(means, [2.5, 97.5])
     se = float(array.std(ddof=1) / math.sqrt(array.size)) if array.size > 1 else math.nan
     return Estimate(value=float(array.mean()), low=float(low), high=float(high), se=se, n=int(array.size))
+
+
+def _drawn(size: int, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Resamples of `size` things, i64[some, size], `draws` in all: the same whatever part of them is drawn at once."""
+    rng = np.random.default_rng(seed)
+    at_once = max(1, _DRAWN_NUMBERS // size)
+    for start in range(0, draws, at_once):
+        yield rng.integers(0, size, size=(min(at_once, draws - start), size))
 
 
 def wilson(wins: Sequence[float]) -> Estimate:
@@ -61,9 +70,9 @@ def ratio(totals: Sequence[float], counts: Sequence[int], *, draws: int = 1000, 
     top, bottom = np.asarray(totals, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     if not bottom.sum():
         return Estimate(value=math.nan, low=math.nan, high=math.nan, se=math.nan, n=0)
-    drawn = np.random.default_rng(seed).integers(0, top.size, size=(draws, top.size))
-    below = bottom[drawn].sum(axis=1)
-    ratios = top[drawn].sum(axis=1)[below > 0] / below[below > 0]
+    sums = [(top[chosen].sum(axis=1), bottom[chosen].sum(axis=1)) for chosen in _drawn(top.size, draws, seed)]
+    above, below = (np.concatenate(parts) for parts in zip(*sums, strict=True))
+    ratios = above[below > 0] / below[below > 0]
     low, high = np.percentile(ratios, [2.5, 97.5])
     value = float(top.sum() / bottom.sum())
     return Estimate(value=value, low=float(low), high=float(high), se=float(ratios.std()), n=int(bottom.sum()))

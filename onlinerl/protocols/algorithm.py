@@ -115,12 +115,13 @@ class Algorithm(Component):
         """What a response earns: the oracle's score, unless the algorithm puts another one in its place."""
         return sequence.score
 
-    def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> list[TrainItem]:
+    def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Sequence[TrainItem]:
         """See all items of the iteration at once, with log-probs and values filled in: advantages, whitening, weights.
 
-        `past` is what `figures` said in each earlier iteration, oldest first, read from the run directory.
+        `past` is what `figures` said in each earlier iteration, oldest first, read from the run directory. The items are on the disk and
+        each is read when it is asked for; what is returned as a list is in memory.
         """
-        return list(items)
+        return items
 
     def figures(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Mapping[str, float]:
         """Finite figures of the whole iteration, from its items as `prepare` got them: reported, and kept for later iterations.

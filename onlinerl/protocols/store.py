@@ -2,36 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
+
+from onlinerl.types import Group, Label, LogProbs, Prompt, TrainedPair
 
 Kind = Literal["checkpoints", "exports"]
 """What an iteration keeps beside its tables."""
 
 
-class Store(Protocol):
-    """The run directory: everything that resume needs. Only the controller writes to it."""
+T = TypeVar("T")
+V = TypeVar("V")
 
-    def append(self, iteration: int, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Durable when it returns."""
-        ...
+ROLLOUTS = "rollouts"
+VERDICTS = "verdicts"
+LOGPROBS = "logprobs"
+"""What is known about the responses that are trained on, f32[T] each, by name (old, reference, values)."""
+PAIRS = "pairs"
+EVALUATION = "evaluation"
+EVALUATION_VERDICTS = "evaluation_verdicts"
+BASE_LOGPROBS = "base_logprobs"
+"""Of iteration 0: the learner's log-probs of the base model's own answers, f32[T] each, for the forward KL of later iterates."""
 
-    def read(self, iteration: int, table: str) -> list[dict[str, Any]]:
-        """All rows, in the order of `append`."""
-        ...
 
-    def sealed(self, iteration: int, table: str) -> bool:
+class Table(Protocol[T]):
+    """Values of one kind, at most one part of them in memory at a time. Any thread may call it; only the controller writes."""
+
+    @property
+    def sealed(self) -> bool:
         """True once the table is complete."""
         ...
 
-    def seal(self, iteration: int, table: str) -> None:
-        """The table is complete: turn its journal into one Parquet file."""
+    def append(self, values: Sequence[T]) -> None:
+        """Durable when it returns; if it raises, none of the values is in the table."""
         ...
 
-    def write(self, iteration: int, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Make `rows` the complete table, all of them or none."""
+    def __iter__(self) -> Iterator[T]:
+        """All values, in the order of `append`."""
+        ...
+
+    def select(self, prompt_ids: Iterable[str]) -> Iterator[T | None]:
+        """The latest value of each prompt, None where there is none."""
+        ...
+
+    def missing(self, prompt_ids: Iterable[str]) -> list[str]:
+        """Prompts of which there is nothing, in the same order."""
+        ...
+
+    def seal(self) -> None:
+        """The table is complete. May be called again."""
+        ...
+
+    def clear(self) -> None:
+        """Begin again: what a killed process left is removed. A complete table refuses."""
+        ...
+
+
+class Scratch(Protocol):
+    """Values on the disk, of no use to anybody after this process."""
+
+    def keep(self, values: Iterable[V]) -> Sequence[V]:
+        """The same values in the same order, each of them read when it is asked for."""
+        ...
+
+
+class Store(Protocol):
+    """The run directory: everything that resume needs. Only the controller writes to it."""
+
+    def groups(self, iteration: int, table: str, prompts: Mapping[str, Prompt] | None) -> Table[Group]:
+        """Responses, to these prompts by their ids; without them, a prompt is what its row says of it."""
+        ...
+
+    def labels(self, iteration: int, table: str) -> Table[Label]:
+        """What an oracle said."""
+        ...
+
+    def logprobs(self, iteration: int, table: str) -> Table[LogProbs]:
+        """What a learner said."""
+        ...
+
+    def pairs(self, iteration: int) -> Table[TrainedPair]:
+        """What was trained on, where that is pairs."""
+        ...
+
+    def scratch(self) -> AbstractContextManager[Scratch]:
+        """Room on the disk for what the memory has no room for, as long as the block lasts."""
         ...
 
     def finish_phase(self, iteration: int, phase: str, record: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ unfinished write is a torn tail, which readers ignore and the next writer cuts o
 Everything carries a checksum, and a reader refuses what does not agree with its own:
 
 - a JSON file ends with the SHA-256 of the bytes before it, and says in its `format` that it must have one;
-- a line of a journal is the CRC-32 of a JSON object in eight hex digits, a space, and the object.
+- each frame of a journal has a CRC-32 (see `_journal`), and the manifest of an iteration has the SHA-256 of every Parquet part.
 
 Files of format 1 have no checksums. They are still read.
 """
@@ -21,8 +21,7 @@ import json
 import math
 import os
 import re
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,9 @@ import numpy as np
 from onlinerl.errors import StoreError
 
 TEMPORARY = ".tmp"
-FORMAT = 3
-"""Of what is written; 1 had no checksums."""
+FORMAT = 4
+"""Of what is written; 1 had no checksums, up to 3 a table was one journal of JSON lines, or one Parquet file."""
 _CHECKSUM = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
-_ZEROS = bytes(8)
-"""A power cut leaves whole blocks of zeros where data was to be; text has none."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -152,7 +149,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise damaged(path, "it does not hold an object")
     stored = _CHECKSUM.search(data)
-    if stored is None and value.get("format") == FORMAT:
+    if stored is None and value.get("format", 1) in range(2, FORMAT + 1):
         raise damaged(path, "its checksum is missing")
     if stored is not None and sha256(data[: stored.start()]) != stored[1].decode():
         raise damaged(path, "its content does not agree with its checksum")
@@ -165,88 +162,28 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to a journal; they are on the disk when this returns, and not in the file if it raises.
+def append(path: Path, data: bytes, *, at: int) -> None:
+    """Add bytes to a file that holds `at` bytes by now; they are on the disk when this returns, and not in the file if it raises.
 
-    The journal must end with a complete line: see `cut_torn_tail`.
+    What a crash left behind those bytes is cut off first.
     """
-    data = b"".join(_line(row) for row in rows)
     with explained(path):
-        fresh = not path.exists()
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
-            size = os.fstat(descriptor).st_size
+            if os.fstat(descriptor).st_size > at:
+                os.ftruncate(descriptor, at)
+            os.lseek(descriptor, at, os.SEEK_SET)
             try:
                 write_all(descriptor, data)
             except OSError:
                 # Otherwise a caller that tries again would find its rows twice.
                 with contextlib.suppress(OSError):
-                    os.ftruncate(descriptor, size)
+                    os.ftruncate(descriptor, at)
                 raise
         finally:
             os.close(descriptor)
-        if fresh:
+        if at == 0:
             sync_directory(path.parent)
-
-
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The complete rows of a journal and how many bytes they take; a torn tail is not counted.
-
-    Raises:
-        StoreError: if anything is wrong that no crash of a writer can produce: a complete line that does not agree with its
-            checksum, or a torn one that is not the last.
-    """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return [], 0
-    except OSError as error:
-        raise damaged(path, str(error)) from error
-    rows: list[dict[str, Any]] = []
-    good = position = 0
-    torn = False
-    for line in re.findall(rb"[^\n]*\n|[^\n]+\Z", data):  # not splitlines: a damaged byte may look like another line end
-        row = None if _ZEROS in line else _parse(line)
-        if row is not None and torn:
-            raise damaged(path, f"what comes before byte {position} is not a row")
-        if row is None and _ZEROS not in line and (line.endswith(b"\n") or _parse(line[:-1] + b"\n") is not None):
-            raise damaged(path, f"the line at byte {position} does not agree with its checksum")
-        position += len(line)
-        if row is None:
-            torn = True
-        else:
-            rows.append(row)
-            good = position
-    return rows, good
-
-
-def cut_torn_tail(path: Path) -> None:
-    """Remove what a crash left of an unfinished write."""
-    good = read_lines(path)[1]
-    if path.exists() and path.stat().st_size > good:
-        with explained(path):
-            os.truncate(path, good)
-
-
-def _line(row: Mapping[str, Any]) -> bytes:
-    body = json.dumps(row, default=plain, separators=(",", ":")).encode("ascii")
-    return b"%08x %s\n" % (zlib.crc32(body), body)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The row in a complete line; None if the line is not complete or not what was written."""
-    if not line.endswith(b"\n"):
-        return None
-    body = line[:-1]
-    if not body.startswith(b"{"):  # as it does in format 1, which has no checksum
-        checksum, _, body = body.partition(b" ")
-        if checksum != b"%08x" % zlib.crc32(body):
-            return None
-    try:
-        row = json.loads(body)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
 
 
 def damaged(

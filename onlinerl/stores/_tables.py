@@ -1,187 +1,318 @@
-"""One table of one iteration: a journal while it grows, one Parquet file when it is complete.
+"""One table of one iteration: parts that never change, and a journal of the newest rows.
 
-Reading gives the same rows before and after sealing. A column that Parquet can hold exactly is stored natively, so that any tool
-can read it; one that it cannot (numbers of mixed types, mappings with varying keys) is stored as JSON text and marked as such.
+    rollouts.parquet/0001.parquet    a part; the manifest of the iteration lists it
+    rollouts.parquet/0002.parquet
+    rollouts.0003.journal            rows that will be part 3
 
-The manifest of the iteration holds size and SHA-256 of every complete table, recorded before the file appears under its name: Parquet's
-own page checksums, written too, do not cover its metadata.
+A journal becomes a part when it has grown to `PART_BYTES`, and when the table is complete: the part is written, then the manifest lists
+it, then the journal goes. A part that the manifest does not list, and a journal of a part that it does list, are what a crash left, and do
+not count. So no more than one part is in memory at a time, however long the table.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from onlinerl.errors import StoreError
-from onlinerl.stores import _files
+from onlinerl.stores import _files, _journal, _manifest, _older, _parts
+from onlinerl.stores._arrow import Row, rows_of, to_batch
+from onlinerl.stores._journal import Journal
+from onlinerl.stores._parts import Part
 
-_ENCODING = b"onlinerl.encoding"
-_MANIFEST = "manifest.json"
-
-
-def journal_path(folder: Path, table: str) -> Path:
-    """Where a growing table is kept."""
-    return folder / f"{table}.jsonl"
-
-
-def sealed_path(folder: Path, table: str) -> Path:
-    """Where a complete table is kept."""
-    return folder / f"{table}.parquet"
+PART_BYTES = 32 << 20
+"""How large a journal grows, counted as it is in memory."""
+_KEPT_PARTS, _KEPT_BYTES = 3, 32 << 20
+"""How many opened parts, and how much of decoded batches, is kept for whoever reads rows by their ids."""
+_NONE = pa.schema([])
+Place = tuple[int, int]
+"""Number of the part, and row in it."""
 
 
-def manifest(folder: Path) -> dict[str, Any]:
-    """What is recorded about an iteration: its finished phases and complete tables.
+class TableFiles:
+    """The files of a table. Any thread may call it.
 
-    Raises:
-        StoreError: if it is damaged.
+    Args:
+        folder: of the iteration.
+        name: of the table.
+        schema: of what is written.
+        writing: entered by whoever writes to the run; without it, the table is only read.
     """
-    path = folder / _MANIFEST
-    with _way_back(folder):
-        try:
-            found = _files.read_json(path)
-        except FileNotFoundError:
-            return {}
-        if not all(isinstance(found.get(key, {}), dict) for key in ("phases", "tables")):
-            raise _files.damaged(path, "it is not the manifest of an iteration")
-    return {**found, "phases": _as_now(found.get("phases", {}))}
 
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        schema: pa.Schema = _NONE,
+        writing: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        self.folder, self.name, self._schema, self._writing = folder, name, schema, writing
+        self._lock = threading.RLock()
+        self._journal: Journal | None = None
+        self._index: dict[str, Place] | None = None
+        self._count = 0
+        """Parts, as far as it is known here."""
+        self._is_clean = False
+        """Whether what a crash may have left is removed."""
+        self._batches: OrderedDict[tuple[int, int, bool], tuple[list[Row], int]] = OrderedDict()
+        self._kept_bytes = 0
+        self._opened: OrderedDict[int, Part] = OrderedDict()
+        self._older: list[Row] = []
 
-def _as_now(phases: Mapping[str, Any]) -> dict[str, Any]:
-    """The phases under their present names: up to format 2, `annotate` was a part of `train`, and one phase answered and measured."""
-    now: dict[str, Any] = {}
-    for name, record in phases.items():
-        if name == "evaluate":
-            now |= {"answer": {}, "measure": record}
-        elif name == "train" and "annotate" not in phases and "checkpoint" in phases:
-            now |= {"annotate": {}, "train": record}  # without a checkpoint it is trained again, and needs log-probs of its own
-        else:
-            now[name] = record
-    return now
+    # --- what there is ---
 
+    @property
+    def _entry(self) -> dict[str, Any] | None:
+        return _manifest.table(self.folder, self.name)
 
-def update_manifest(folder: Path, **changes: Any) -> None:
-    """Replace some entries of an iteration's manifest, durably."""
-    _files.replace_json(folder / _MANIFEST, {**manifest(folder), **changes})
+    @property
+    def sealed(self) -> bool:
+        """True once the table is complete."""
+        entry = self._entry
+        if entry is not None and "parts" in entry:
+            return bool(entry["sealed"])
+        return _older.is_sealed(self.folder, self.name)
 
+    def chunks(self, columns: Sequence[str] | None = None, *, arrays: bool = True) -> Iterator[list[Row]]:
+        """All rows, some at a time, in the order in which they were appended. Every byte is compared with its checksum.
 
-def read(folder: Path, table: str) -> list[dict[str, Any]]:
-    """All rows of a table, in the order in which they were appended; a key that a row lacks is None.
+        Raises:
+            StoreError: if the table is damaged, or a part of it is gone.
+        """
+        with _manifest.way_back(self.folder):
+            for batch in self._stored(columns):
+                yield batch if isinstance(batch, list) else rows_of(batch, arrays=arrays)
 
-    Raises:
-        StoreError: if the table is damaged, or complete and no longer there.
-    """
-    journal, sealed = journal_path(folder, table), sealed_path(folder, table)
-    recorded = manifest(folder).get("tables", {}).get(table)
-    with _way_back(folder):
-        # A crash between the rename and the removal of the journal leaves both: the Parquet file is complete, so it wins.
-        if sealed.exists():
-            return _read_parquet(sealed, recorded)
-        if recorded is not None and not journal.exists():
-            raise _files.damaged(sealed, "it was complete, and is gone")
-        return _aligned(_files.read_lines(journal)[0])
+    def _stored(self, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch | list[Row]]:
+        parts = self._parts()
+        if parts is None:
+            yield _older.rows(self.folder, self.name, self._entry)
+            parts = []
+        for number in count(1):
+            newest: list[pa.RecordBatch] = []
+            if number > len(parts):
+                # Whoever writes, another process maybe, may turn the journal into a part at any time: then there is one part more.
+                newest = list(_journal.read(self._journal_path(number)))
+                parts = self._parts() or []
+            if number > len(parts):
+                yield from (batch if columns is None else batch.select(columns) for batch in newest)
+                return
+            yield from Part(self._part_path(number), parts[number - 1]).batches(columns)
 
+    def _parts(self) -> list[dict[str, Any]] | None:
+        """What the manifest says about each part; None if the table, should there be one, is an older version's."""
+        entry = self._entry
+        if entry is not None and "parts" in entry:
+            return entry["parts"]
+        is_older = entry is not None or _older.is_there(self.folder, self.name)
+        return None if is_older else []
 
-@contextlib.contextmanager
-def _way_back(folder: Path) -> Iterator[None]:
-    """Say what can be done about a damaged file of an iteration."""
-    try:
-        yield
-    except StoreError as error:
-        if not folder.name.isdigit():  # the prompts of a run: no iteration makes them again
-            raise
-        raise StoreError(
-            error.cause,
-            field=error.field,
-            fix=f"restore the file from a backup; or remove {folder.name} and all later numbers from iterations/, checkpoints/ and "
-            f"exports/ in {folder.parent.parent}, then resume, and they are computed again",
-        ) from error
+    def _part_path(self, number: int) -> Path:
+        return self.folder / f"{self.name}.parquet" / f"{number:04d}.parquet"
 
+    def _journal_path(self, number: int) -> Path:
+        return self.folder / f"{self.name}.{number:04d}.journal"
 
-def seal(folder: Path, table: str) -> None:
-    """Turn the journal into a Parquet file; nothing happens if it already is one."""
-    journal = journal_path(folder, table)
-    if not sealed_path(folder, table).exists():
-        _write_parquet(folder, table, read(folder, table))
-    elif journal.exists():
-        read(folder, table)  # the journal may go if the Parquet file can be trusted
-    _remove(journal)
+    # --- rows by their ids ---
 
+    def ids(self) -> dict[str, Place]:
+        """Where the latest row of each prompt is."""
+        with self._lock:
+            if self._index is None:
+                with _manifest.way_back(self.folder):
+                    self._index = dict(self._places())
+            return self._index
 
-def write(folder: Path, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Make `rows` the complete table, all of them or none."""
-    _write_parquet(folder, table, _aligned([json.loads(json.dumps(row, default=_files.plain)) for row in rows]))
-    _remove(journal_path(folder, table))
+    def _places(self) -> Iterator[tuple[str, Place]]:
+        parts = self._parts()
+        if parts is None:
+            self._older = _older.rows(self.folder, self.name, self._entry)
+            yield from ((row["prompt_id"], (0, i)) for i, row in enumerate(self._older))
+            parts = []
+        self._count = len(parts)
+        for number in range(1, len(parts) + 1):
+            ids = (one for batch in self._part(number).batches(["prompt_id"]) for one in batch.column(0).to_pylist())
+            yield from ((one, (number, row)) for row, one in enumerate(ids))
+        newest = (one for batch in _journal.read(self._journal_path(len(parts) + 1)) for one in batch["prompt_id"].to_pylist())
+        yield from ((one, (len(parts) + 1, row)) for row, one in enumerate(newest))
 
+    def row(self, prompt_id: str) -> Row | None:
+        """The latest row of a prompt, None if there is none.
 
-def _remove(journal: Path) -> None:
-    with _files.explained(journal):
-        journal.unlink(missing_ok=True)
+        Raises:
+            StoreError: if what holds it is damaged or gone.
+        """
+        place = self.ids().get(prompt_id)
+        if place is None:
+            return None
+        with self._lock, _manifest.way_back(self.folder):
+            number, row = place
+            if number == 0:
+                return self._older[row]
+            holder = self._holder(number, row)
+            batch = _parts.holding(holder.starts, row)
+            return self._decoded(number, batch, holder)[row - holder.starts[batch]]
 
+    def _holder(self, number: int, row: int) -> Part | Journal:
+        """What has a row: while a part is a journal, and has been read here before the row came, it is read again."""
+        if number > self._count:
+            if self._journal is None or self._journal.rows <= row:
+                self._journal = Journal(self._journal_path(number), self._schema)
+            if row < self._journal.rows:
+                return self._journal
+            self._count = len(self._parts() or [])  # another process has made it a part
+        return self._part(number)
 
-def _aligned(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    return [{key: row.get(key) for key in keys} for row in rows]
+    def _decoded(self, number: int, batch: int, holder: Part | Journal) -> list[Row]:
+        key = (number, batch, isinstance(holder, Journal))
+        if key not in self._batches:
+            decoded = holder.batch(batch)
+            self._batches[key] = rows_of(decoded), decoded.nbytes
+            self._kept_bytes += decoded.nbytes
+        self._batches.move_to_end(key)
+        while self._kept_bytes > _KEPT_BYTES and len(self._batches) > 1:
+            self._kept_bytes -= self._batches.popitem(last=False)[1][1]
+        return self._batches[key][0]
 
+    def _part(self, number: int) -> Part:
+        if number not in self._opened:
+            self._opened[number] = Part(self._part_path(number), (self._parts() or [])[number - 1])
+        self._opened.move_to_end(number)
+        while len(self._opened) > _KEPT_PARTS:
+            self._opened.popitem(last=False)
+        return self._opened[number]
 
-def _write_parquet(folder: Path, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(_to_arrow(rows), sink, compression="zstd", write_page_checksum=True)
-    data = sink.getvalue().to_pybytes()
-    entry = {"rows": len(rows), "bytes": len(data), "sha256": _files.sha256(data)}
-    update_manifest(folder, tables={**manifest(folder).get("tables", {}), table: entry})
-    _files.replace(sealed_path(folder, table), data)
+    # --- writing ---
 
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows; they are on the disk when this returns, and none of them is in the table if it raises.
 
-def _to_arrow(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    arrays, fields = [], []
-    for name in rows[0] if rows else ():
-        values = [row[name] for row in rows]
-        array = _native(values)
-        if array is None:
-            array = pa.array([json.dumps(value) for value in values], pa.string())
-            fields.append(pa.field(name, pa.string(), metadata={_ENCODING: b"json"}))
-        else:
-            fields.append(pa.field(name, array.type))
-        arrays.append(array)
-    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+        Raises:
+            StoreError: if the table is complete or the disk is full.
+            TypeError: if a row cannot be stored.
+        """
+        if not rows:
+            return
+        batch = to_batch(rows, self._schema)
+        with self._writing(), self._lock:
+            self._require_open()
+            journal = self._live()
+            if journal.rows and journal.schema != self._schema:  # another version wrote it
+                self._roll(sealed=False)
+                journal = self._live()
+            number, first = self._count + 1, journal.rows
+            try:
+                journal.append(batch)
+            except StoreError:
+                self._journal = None  # in case the failed write could not be taken back
+                raise
+            if self._index is not None:
+                self._index.update({row["prompt_id"]: (number, first + i) for i, row in enumerate(rows)})
+            if journal.bytes >= PART_BYTES:
+                self._roll(sealed=False)
 
+    def seal(self) -> None:
+        """The table is complete. May be called again."""
+        with self._writing(), self._lock:
+            if self._parts() is None and self.sealed:
+                self._remove_older()
+            elif self.sealed:
+                self._drop_stale(len(self._parts() or []))
+            else:
+                self._live()
+                self._roll(sealed=True)
 
-def _native(values: list[Any]) -> pa.Array | None:
-    """The values as Arrow guesses them, if that loses nothing."""
-    try:
-        array = pa.array(values)
-    except (pa.ArrowException, ValueError, TypeError, OverflowError):
-        return None
-    # Comparing texts tells 1 from 1.0 and from true, and NaN equals itself.
-    return array if _writable(array.type) and json.dumps(array.to_pylist()) == json.dumps(values) else None
+    def clear(self) -> None:
+        """Begin again: what a killed process left is removed.
 
+        Raises:
+            StoreError: if the table is complete.
+        """
+        with self._writing(), self._lock:
+            self._require_open()
+            _manifest.update_table(self.folder, self.name, None)
+            with _files.explained(self.folder):
+                for file in [*self._journals(), _older.journal_path(self.folder, self.name)]:
+                    file.unlink(missing_ok=True)
+                shutil.rmtree(self._part_path(1).parent, ignore_errors=True)
+            self._forget()
 
-def _writable(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):  # Parquet has no struct without fields
-        return kind.num_fields > 0 and all(_writable(kind.field(i).type) for i in range(kind.num_fields))
-    return _writable(kind.value_type) if pa.types.is_list(kind) else True
+    def _forget(self) -> None:
+        """What was read is no longer so."""
+        self._journal = self._index = None
+        self._is_clean = False
+        self._batches.clear()
+        self._kept_bytes = 0
+        self._opened.clear()
+        self._older = []
 
+    def _require_open(self) -> None:
+        if self._journal is None and self.sealed:
+            raise StoreError(
+                f"table {self.name!r} of iteration {int(self.folder.name)} is complete and takes no more rows",
+                fix="look at the finished phases before appending",
+            )
 
-def _read_parquet(path: Path, recorded: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """`recorded`: size and checksum, None for a table of format 1."""
-    try:
-        data = path.read_bytes()
-        if recorded is not None and _files.sha256(data) != recorded["sha256"]:
-            raise _files.damaged(path, "its content does not agree with its checksum")
-        with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
-            table = file.read()
-        columns = {}
-        for field in table.schema:
-            values = table.column(field.name).to_pylist()
-            if (field.metadata or {}).get(_ENCODING) == b"json":
-                values = [json.loads(value) for value in values]
-            columns[field.name] = values
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise _files.damaged(path, str(error)) from error
-    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    def _live(self) -> Journal:
+        """The journal, to be written to."""
+        if not self._is_clean:
+            if self._parts() is None:
+                self._adopt()
+            self._count = len(self._parts() or [])
+            self._drop_stale(self._count)
+            if _older.journal_path(self.folder, self.name).exists():  # it has become the first part
+                self._remove_older()
+            self._is_clean = True
+        if self._journal is None:
+            self._journal = Journal(self._journal_path(self._count + 1), self._schema)
+        return self._journal
+
+    def _drop_stale(self, count: int) -> None:
+        """A journal may go once the part that it has become can be trusted."""
+        for stale in self._journals():
+            if stale != self._journal_path(count + 1):
+                if count:
+                    self._part(count)
+                _journal.discard(stale)
+
+    def _adopt(self) -> None:
+        """What an older version has written becomes the first part."""
+        rows = _older.rows(self.folder, self.name, self._entry)
+        parts = [self._write(1, [to_batch(rows, self._schema)])] if rows else []
+        _manifest.update_table(self.folder, self.name, {"parts": parts, "sealed": False})
+        self._remove_older()
+        self._forget()
+
+    def _remove_older(self) -> None:
+        """The journal may go once what took its place can be trusted."""
+        for _ in self.chunks():
+            pass
+        _journal.discard(_older.journal_path(self.folder, self.name))
+
+    def _roll(self, *, sealed: bool) -> None:
+        """The journal becomes a part."""
+        journal, parts = self._live(), list(self._parts() or [])
+        if journal.rows:
+            parts.append(self._write(len(parts) + 1, list(_journal.read(journal.path))))
+        _manifest.update_table(self.folder, self.name, {"parts": parts, "sealed": sealed})
+        _journal.discard(journal.path)
+        self._journal, self._count = None, len(parts)
+
+    def _write(self, number: int, batches: Sequence[pa.RecordBatch]) -> dict[str, Any]:
+        path = self._part_path(number)
+        with _files.explained(path):
+            path.parent.mkdir(exist_ok=True)
+            _files.sync_directory(self.folder)
+        return _parts.write(path, batches)
+
+    def _journals(self) -> Iterable[Path]:
+        return sorted(self.folder.glob(f"{self.name}.[0-9]*.journal"))

@@ -19,28 +19,34 @@ import hashlib
 import json
 import shutil
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import pyarrow as pa
 
 from onlinerl.errors import StoreError
-from onlinerl.protocols.store import Kind
-from onlinerl.stores import _artefacts, _files, _tables
+from onlinerl.protocols.store import PAIRS, Kind
+from onlinerl.stores import _artefacts, _files, _identity, _manifest, rows
 from onlinerl.stores._lock import Lock, caveat
-from onlinerl.stores.rows import prompt_from_row, prompt_row
-from onlinerl.types import Prompt
+from onlinerl.stores._scratch import Scratch, scratch
+from onlinerl.stores._tables import TableFiles
+from onlinerl.stores.tables import StoredTable
+from onlinerl.types import Group, Label, LogProbs, Prompt, TrainedPair
 
 __all__ = ["RunDirectory"]
 
-FORMAT = _files.FORMAT
-READABLE = (1, 2, FORMAT)
 KINDS: tuple[Kind, ...] = ("checkpoints", "exports")
-_MANIFEST = "manifest.json"
-_CONFIG = "config.yaml"
-_LOCK = "lock"
 _PROMPTS = "prompts"
 _GIB = 1 << 30
+_AT_ONCE = 1000
+"""Prompts that are encoded together."""
+_REMEMBERED = 8
+"""Tables of which it is known where each row is."""
+T = TypeVar("T")
 
 
 class RunDirectory:
@@ -51,7 +57,7 @@ class RunDirectory:
         self._lock = lock
         self._one_at_a_time = threading.RLock()
         self._closed = False
-        self._journals_checked: set[tuple[int, str]] = set()
+        self._tables: OrderedDict[tuple[int, str], TableFiles] = OrderedDict()
 
     @classmethod
     def create(cls, path: str | Path, *, config_yaml: str, manifest: Mapping[str, Any]) -> RunDirectory:
@@ -67,17 +73,17 @@ class RunDirectory:
         path = Path(path)
         with _files.explained(path):
             path.mkdir(parents=True, exist_ok=True)
-        lock = Lock(path / _LOCK)
+        lock = Lock(path / _identity.LOCK)
         with _released_on_error(lock):
             run = cls(path, lock)
-            if (path / _MANIFEST).exists():
-                _require_same(path, run.manifest, manifest)
+            if (path / _identity.MANIFEST).exists():
+                _identity.require_same(path, run.manifest, manifest)
             else:
-                _require_empty(path)
-                _files.replace(path / _CONFIG, config_yaml.encode())
+                _identity.require_empty(path)
+                _files.replace(path / _identity.CONFIG, config_yaml.encode())
                 started = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "attempt": 0}
                 # Last: a directory without a manifest is not a run yet.
-                _files.replace_json(path / _MANIFEST, {**started, "status": "running", **manifest})
+                _files.replace_json(path / _identity.MANIFEST, {**started, "status": "running", **manifest})
             run._recover()
             return run
 
@@ -89,12 +95,12 @@ class RunDirectory:
             StoreError: if there is no run, its manifest is damaged or of another format, or another process is writing to it.
         """
         path = Path(path)
-        if not (path / _MANIFEST).is_file():
-            raise _no_run(path)
-        lock = Lock(path / _LOCK)
+        if not (path / _identity.MANIFEST).is_file():
+            raise _identity.no_run(path)
+        lock = Lock(path / _identity.LOCK)
         with _released_on_error(lock):
             run = cls(path, lock)
-            _require_readable(path, run.manifest)
+            _identity.require_readable(path, run.manifest)
             run._recover()
             return run
 
@@ -108,7 +114,7 @@ class RunDirectory:
         path = Path(path)
         if not path.exists():
             return None
-        lock = Lock(path / _LOCK)
+        lock = Lock(path / _identity.LOCK)
         try:
             number = 1
             while (aside := path.with_name(f"{path.name}.{number}")).exists():
@@ -136,12 +142,12 @@ class RunDirectory:
     @property
     def manifest(self) -> dict[str, Any]:
         """A copy of the run's manifest."""
-        return _files.read_json(self.path / _MANIFEST)
+        return _files.read_json(self.path / _identity.MANIFEST)
 
     def update_manifest(self, **changes: Any) -> None:
         """Replace some entries of the run's manifest, durably. What is written from here on has the present format."""
         with self._writing():
-            _files.replace_json(self.path / _MANIFEST, {**self.manifest, "format": FORMAT, **changes})
+            _files.replace_json(self.path / _identity.MANIFEST, {**self.manifest, "format": _files.FORMAT, **changes})
 
     @property
     def caveat(self) -> str | None:
@@ -151,11 +157,11 @@ class RunDirectory:
     @property
     def config_yaml(self) -> str:
         """The configuration as it was written."""
-        return (self.path / _CONFIG).read_text()
+        return (self.path / _identity.CONFIG).read_text()
 
     def write_config(self, config_yaml: str) -> None:
         """Replace the stored configuration, for a resume that changes what may be changed."""
-        _files.replace(self.path / _CONFIG, config_yaml.encode())
+        _files.replace(self.path / _identity.CONFIG, config_yaml.encode())
 
     def require_free(self, bytes_needed: int, min_free_bytes: int) -> None:
         """Refuse before anything is written if writing `bytes_needed` would leave less than `min_free_bytes` free.
@@ -177,13 +183,16 @@ class RunDirectory:
 
     def keep_prompts(self, **sets: Sequence[Prompt]) -> None:
         """Store the prompts that this run uses (`train`, `heldout`), in order, and their hashes in the manifest."""
-        folder = self.path / _PROMPTS
-        self._make(folder)
+        with self._writing(), _files.explained(self.path):
+            if (self.path / _PROMPTS).exists():  # of a start that was killed before it came to an end here
+                shutil.rmtree(self.path / _PROMPTS)
         kept = {}
         for name, prompts in sets.items():
-            rows = [prompt_row(prompt) for prompt in prompts]
-            _tables.write(folder, name, rows)
-            kept[name] = {"count": len(rows), "sha256": _digest(rows)}
+            table = self._kept(name)
+            for start in range(0, len(prompts), _AT_ONCE):
+                table.append(prompts[start : start + _AT_ONCE])
+            table.seal()
+            kept[name] = {"count": len(prompts), "sha256": _digest(prompts)}
         self.update_manifest(prompts=kept)  # last: before that, the run has no prompts of its own
 
     def prompts(self, name: str) -> list[Prompt] | None:
@@ -195,14 +204,17 @@ class RunDirectory:
         kept = self.manifest.get("prompts")
         if kept is None:
             return None
-        rows = _tables.read(self.path / _PROMPTS, name)
-        if _digest(rows) != kept[name]["sha256"]:
+        prompts = list(self._kept(name))
+        if _digest(prompts) != kept[name]["sha256"]:
             raise StoreError(
-                f"{_tables.sealed_path(self.path / _PROMPTS, name)} does not hold the {kept[name]['count']} prompts of this run",
+                f"{self.path / _PROMPTS / name}.parquet does not hold the {kept[name]['count']} prompts of this run",
                 field="runs",
                 fix="restore it from a backup, or start a new run",
             )
-        return [prompt_from_row(row) for row in rows]
+        return prompts
+
+    def _kept(self, name: str) -> StoredTable[Prompt]:
+        return StoredTable(self._files(self.path / _PROMPTS, name, rows.PROMPTS.schema), rows.PROMPTS)
 
     # --- iterations ---
 
@@ -210,58 +222,50 @@ class RunDirectory:
         """Iterations of which anything is stored, ascending."""
         return sorted(int(p.name) for p in (self.path / "iterations").glob("[0-9]*") if p.name.isdigit())
 
-    def append(self, iteration: int, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows to a table; they are on the disk when this returns.
+    def groups(self, iteration: int, table: str, prompts: Mapping[str, Prompt] | None = None) -> StoredTable[Group]:
+        """Responses, to these prompts by their ids; without them, a prompt is what its row says of it."""
+        return self._table(iteration, table, rows.groups_of(prompts))
 
-        Rows may hold tuples and numpy arrays (read back as lists). If this raises, none of the rows is in the table; if the
-        process is killed meanwhile, some of the first ones may be.
+    def labels(self, iteration: int, table: str) -> StoredTable[Label]:
+        """What an oracle said."""
+        return self._table(iteration, table, rows.LABELS)
 
-        Raises:
-            StoreError: if the table is sealed or the disk is full.
-        """
-        if not rows:
-            return
-        with self._writing():
-            folder = self._open(iteration, table)
-            journal = _tables.journal_path(folder, table)
-            if (iteration, table) not in self._journals_checked:
-                _files.cut_torn_tail(journal)
-                self._journals_checked.add((iteration, table))
-            try:
-                _files.append_lines(journal, rows)
-            except StoreError:
-                self._journals_checked.discard((iteration, table))  # in case the failed write could not be taken back
-                raise
+    def logprobs(self, iteration: int, table: str) -> StoredTable[LogProbs]:
+        """What a learner said."""
+        return self._table(iteration, table, rows.LOGPROBS)
+
+    def pairs(self, iteration: int) -> StoredTable[TrainedPair]:
+        """What was trained on, where that is pairs."""
+        return self._table(iteration, PAIRS, rows.PAIRS)
 
     def read(self, iteration: int, table: str) -> list[dict[str, Any]]:
-        """All rows of a table in the order in which they were appended; empty if there are none.
+        """All rows of a table as plain data, for people and their tools; a run reads values, and never all of them at once."""
+        return [row for chunk in TableFiles(self._folder(iteration), table).chunks(arrays=False) for row in chunk]
 
-        Rows are the same before and after `seal`. A key that only other rows have is None.
-        """
+    def _table(self, iteration: int, table: str, codec: rows.Codec[T]) -> StoredTable[T]:
+        """The table in a part of the disk that all its users share, so that each of its rows is found by its id."""
         with self._one_at_a_time:
-            return _tables.read(self._folder(iteration), table)
+            key = (iteration, table)
+            if key not in self._tables:
+                self._tables[key] = self._files(self._folder(iteration), table, codec.schema)
+            self._tables.move_to_end(key)
+            for other in [k for k in self._tables if k != key][:-_REMEMBERED]:
+                if self._tables[other].sealed:  # one that grows has but one writer, who knows where it ends
+                    del self._tables[other]
+            return StoredTable(self._tables[key], codec)
 
-    def sealed(self, iteration: int, table: str) -> bool:
-        """True once the table is complete."""
-        return _tables.sealed_path(self._folder(iteration), table).exists()
+    def _files(self, folder: Path, table: str, schema: pa.Schema) -> TableFiles:
+        @contextlib.contextmanager
+        def writing() -> Iterator[None]:
+            with self._writing():
+                self._make(folder)
+                yield
 
-    def seal(self, iteration: int, table: str) -> None:
-        """The table is complete: turn its journal into one Parquet file. May be called again."""
-        with self._writing():
-            folder = self._folder(iteration)
-            self._make(folder)
-            _tables.seal(folder, table)
+        return TableFiles(folder, table, schema, writing)
 
-    def write(self, iteration: int, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Make `rows` the complete table, all of them or none. Rows may hold what `append` takes.
-
-        For a table that is made at once: what a killed process left of an earlier attempt is replaced.
-
-        Raises:
-            StoreError: if the table is sealed or the disk is full.
-        """
-        with self._writing():
-            _tables.write(self._open(iteration, table), table, rows)
+    def scratch(self) -> AbstractContextManager[Scratch]:
+        """Room on the disk for what the memory has no room for, as long as the block lasts."""
+        return scratch(self.path)
 
     def finish_phase(self, iteration: int, phase: str, record: Mapping[str, Any]) -> None:
         """Mark a phase as done, durably. Numbers that are not finite are stored as null."""
@@ -269,11 +273,11 @@ class RunDirectory:
             phases = self.phases(iteration)
             phases.pop(phase, None)  # a phase that is done again was finished last
             self._make(self._folder(iteration))
-            _tables.update_manifest(self._folder(iteration), iteration=iteration, phases={**phases, phase: dict(record)})
+            _manifest.update(self._folder(iteration), iteration=iteration, phases={**phases, phase: dict(record)})
 
     def phases(self, iteration: int) -> dict[str, dict[str, Any]]:
         """Finished phases and their records, in the order in which they finished."""
-        return _tables.manifest(self._folder(iteration)).get("phases", {})
+        return _manifest.read(self._folder(iteration)).get("phases", {})
 
     def phase_done(self, iteration: int, phase: str) -> bool:
         """True if the phase is finished."""
@@ -351,16 +355,6 @@ class RunDirectory:
                 raise StoreError(f"{self.path} is closed", fix="`onlinerl resume` goes on from what is there")
             yield
 
-    def _open(self, iteration: int, table: str) -> Path:
-        """The folder of a table that may still grow."""
-        if self.sealed(iteration, table):
-            raise StoreError(
-                f"table {table!r} of iteration {iteration} is complete and takes no more rows",
-                fix="look at the finished phases before appending",
-            )
-        self._make(self._folder(iteration))
-        return self._folder(iteration)
-
     def _folder(self, iteration: int) -> Path:
         return self.path / "iterations" / f"{iteration:04d}"
 
@@ -374,7 +368,7 @@ class RunDirectory:
 
     def _recover(self) -> None:
         with _files.explained(self.path):
-            for leftover in [*self.path.glob(f".*{_files.TEMPORARY}"), *self.path.glob(f"iterations/*/.*{_files.TEMPORARY}")]:
+            for leftover in [*self.path.glob(f".*{_files.TEMPORARY}"), *self.path.glob(f"iterations/**/.*{_files.TEMPORARY}")]:
                 leftover.unlink()
             for kind in KINDS:
                 _artefacts.recover(self.path / kind)
@@ -389,51 +383,8 @@ def _released_on_error(lock: Lock) -> Iterator[None]:
         raise
 
 
-def _require_readable(path: Path, manifest: Mapping[str, Any]) -> None:
-    found = manifest.get("format")
-    if found not in READABLE:
-        raise StoreError(
-            f"{path} has format {found!r}, this version of onlinerl reads {' and '.join(map(str, READABLE))}",
-            field="name",
-            fix="resume it with the version that wrote it, or start a new run",
-        )
-    lacking = [k for k, kind in (("name", str), ("fingerprint", dict)) if not isinstance(manifest.get(k), kind)]
-    if lacking:
-        raise _files.damaged(path / _MANIFEST, f"it does not say {' and '.join(lacking)} of the run")
-
-
-def _require_same(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    if stored.get("config_digest") == wanted.get("config_digest"):
-        return
-    before, now = stored.get("fingerprint") or {}, wanted.get("fingerprint") or {}
-    changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
-    differs = f"; it differs in {', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}" if changed else ""
-    raise StoreError(
-        f"{path} already holds a different run{differs}",
-        field="name",
-        fix="give the new run another `name`, or set the old one aside with --fresh",
-    )
-
-
-def _require_empty(path: Path) -> None:
-    ours = {_LOCK, _CONFIG}  # what a crash during `create` may have left
-    others = sorted(p.name for p in path.iterdir() if p.name not in ours and not p.name.endswith(_files.TEMPORARY))
-    if others:
-        raise StoreError(
-            f"{path} holds files but no run ({', '.join(others[:3])})",
-            field="name",
-            fix="give the run another `name`, or empty it",
-        )
-
-
-def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
+def _digest(prompts: Sequence[Prompt]) -> str:
     hasher = hashlib.sha256()
-    for row in rows:
-        hasher.update(json.dumps(row, sort_keys=True).encode())
+    for prompt in prompts:
+        hasher.update(json.dumps(rows.prompt_row(prompt), sort_keys=True).encode())
     return hasher.hexdigest()
-
-
-def _no_run(path: Path) -> StoreError:
-    runs = sorted(p.parent.name for p in path.parent.glob(f"*/{_MANIFEST}"))
-    known = f"runs in {path.parent}: {', '.join(runs)}" if runs else f"{path.parent} holds no run at all: check `runs`"
-    return StoreError(f"{path} holds no run", field="name", fix=f"{known} (`ls {path.parent}` lists them)")

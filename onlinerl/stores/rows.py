@@ -1,4 +1,4 @@
-"""Values <-> table rows. One row per group; everything survives exactly.
+"""Values <-> table rows, and the columns of every table. One row per group; everything survives exactly.
 
 A row is plain data with the responses as parallel lists, so that it reads well in any tool that opens Parquet. NaN, which JSON
 does not have, is null inside a row.
@@ -7,38 +7,45 @@ does not have, is null inside a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+import pyarrow as pa
 
 from onlinerl.errors import StoreError
-from onlinerl.types import Cost, Failure, Group, Message, Pair, Prompt, Rollout, Sampling, Verdict
+from onlinerl.stores._arrow import per_token
+from onlinerl.types import (
+    Cost,
+    Failure,
+    Group,
+    Label,
+    LogProbs,
+    Message,
+    Pair,
+    Prompt,
+    Rollout,
+    Sampling,
+    TrainedPair,
+    Verdict,
+)
 
-ROLLOUTS = "rollouts"
-VERDICTS = "verdicts"
-LOGPROBS = "logprobs"
-"""What is known about the responses that are trained on, f32[T] each, by name (old, reference, values)."""
-PAIRS = "pairs"
-EVALUATION = "evaluation"
-EVALUATION_VERDICTS = "evaluation_verdicts"
-BASE_LOGPROBS = "base_logprobs"
-"""Of iteration 0: the learner's log-probs of the base model's own answers, f32[T] each, for the forward KL of later iterates."""
-
-Matrix = tuple[tuple[float, ...], ...]
+T = TypeVar("T")
+Row = dict[str, Any]
 
 
-def group_row(group: Group) -> dict[str, Any]:
+def group_row(group: Group) -> Row:
     """A group of responses as one row of the rollouts table."""
     rollouts = group.rollouts
     return {
         "prompt_id": group.prompt.id,
         "prompt": group.prompt.text,
-        "prompt_token_ids": [int(t) for t in group.prompt.token_ids],
+        "prompt_token_ids": group.prompt.token_ids,
         "texts": [r.text for r in rollouts],
-        "token_ids": [[int(t) for t in r.token_ids] for r in rollouts],
-        "logprobs": [[float(p) for p in r.logprobs] for r in rollouts],
+        "token_ids": [r.token_ids for r in rollouts],
+        "logprobs": [r.logprobs for r in rollouts],
         "finish_reasons": [r.finish_reason for r in rollouts],
         "policy_versions": [int(r.policy_version) for r in rollouts],
         "seeds": [int(r.seed) for r in rollouts],
@@ -48,24 +55,20 @@ def group_row(group: Group) -> dict[str, Any]:
     }
 
 
-def group_from_row(row: Mapping[str, Any], prompts_by_id: Mapping[str, Prompt]) -> Group:
-    """The reverse of `group_row`.
+def group_from_row(row: Mapping[str, Any], prompts_by_id: Mapping[str, Prompt] | None = None) -> Group:
+    """The reverse of `group_row`. Without the prompts of the run, the prompt is what the row says of it.
 
     Raises:
         StoreError: if the prompt is no longer there, or no longer the same tokens.
     """
-    prompt = prompts_by_id.get(row["prompt_id"])
-    if prompt is None or list(prompt.token_ids) != list(row["prompt_token_ids"]):
-        problem = "is not among the run's prompts" if prompt is None else "is rendered to other tokens than when it was sampled"
-        raise StoreError(
-            f"prompt {row['prompt_id']!r} {problem}",
-            field="prompts.train",
-            fix="restore the run's `prompts` folder; a run started by an older version needs its prompt file and tokenizer",
-        )
+    if prompts_by_id is None:
+        prompt = Prompt(id=row["prompt_id"], text=row["prompt"], token_ids=tuple(row["prompt_token_ids"]))
+    else:
+        prompt = _known(row, prompts_by_id)
     rollouts = tuple(
         Rollout(
-            token_ids=tuple(token_ids),
-            logprobs=tuple(logprobs),
+            token_ids=_numbers(token_ids),
+            logprobs=_numbers(logprobs),
             text=text,
             finish_reason=finish_reason,
             policy_version=version,
@@ -86,6 +89,18 @@ def group_from_row(row: Mapping[str, Any], prompts_by_id: Mapping[str, Prompt]) 
         )
     )
     return Group(prompt=prompt, rollouts=rollouts, rejected=tuple(row.get("rejected") or ()))
+
+
+def _known(row: Mapping[str, Any], prompts_by_id: Mapping[str, Prompt]) -> Prompt:
+    prompt = prompts_by_id.get(row["prompt_id"])
+    if prompt is None or prompt.token_ids != tuple(row["prompt_token_ids"]):
+        problem = "is not among the run's prompts" if prompt is None else "is rendered to other tokens than when it was sampled"
+        raise StoreError(
+            f"prompt {row['prompt_id']!r} {problem}",
+            field="prompts.train",
+            fix="restore the run's `prompts` folder; a run started by an older version needs its prompt file and tokenizer",
+        )
+    return prompt
 
 
 def prompt_row(prompt: Prompt) -> dict[str, Any]:
@@ -150,37 +165,64 @@ def result_from_row(row: Mapping[str, Any]) -> tuple[str, Verdict | Failure]:
     return row["prompt_id"], verdict
 
 
-def pair_rows(group: Group, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """The pairs of a group that are trained on, with their texts, for people; ids and seeds are in the rollouts table."""
-    return [
-        {
-            "prompt_id": group.prompt.id,
-            "chosen": pair.chosen,
-            "rejected": pair.rejected,
-            "prob": float(pair.prob),
-            "gap": float(pair.gap),
-            "chosen_text": group.rollouts[pair.chosen].text,
-            "rejected_text": group.rollouts[pair.rejected].text,
-            "policy_version": group.rollouts[pair.chosen].policy_version,
-        }
-        for pair in pairs
-    ]
+def label_row(label: Label) -> Row:
+    """A label as one row of a verdicts table."""
+    return result_row(label.prompt_id, label.result)
 
 
-def logprob_row(prompt_id: str, arrays: Mapping[str, Sequence[np.ndarray]]) -> dict[str, Any]:
-    """Arrays f32[T] of a group's training sequences, in the order of its items; by name (old, reference, values)."""
-    return {"prompt_id": prompt_id} | {name: [_cells(array.tolist()) for array in own] for name, own in arrays.items()}
+def label_from_row(row: Mapping[str, Any]) -> Label:
+    """The reverse of `label_row`."""
+    prompt_id, result = result_from_row(row)
+    return Label(prompt_id=prompt_id, result=result)
 
 
-def logprobs_from_row(row: Mapping[str, Any]) -> tuple[str, dict[str, list[np.ndarray]]]:
+def pair_row(trained: TrainedPair) -> Row:
+    """A pair as one row of the pairs table; ids and seeds are in the rollouts table."""
+    pair = trained.pair
+    return {
+        "prompt_id": trained.prompt_id,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "prob": float(pair.prob),
+        "gap": float(pair.gap),
+        "chosen_text": trained.chosen_text,
+        "rejected_text": trained.rejected_text,
+        "policy_version": trained.policy_version,
+    }
+
+
+def pair_from_row(row: Mapping[str, Any]) -> TrainedPair:
+    """The reverse of `pair_row`."""
+    pair = Pair(chosen=row["chosen"], rejected=row["rejected"], prob=row["prob"], gap=row["gap"])
+    texts = {name: row[name] for name in ("prompt_id", "chosen_text", "rejected_text", "policy_version")}
+    return TrainedPair(pair=pair, **texts)
+
+
+def logprob_row(logprobs: LogProbs) -> Row:
+    """Log-probs and values of a prompt's training sequences as one row."""
+    return {"prompt_id": logprobs.prompt_id, **logprobs.arrays}
+
+
+def logprobs_from_row(row: Mapping[str, Any]) -> LogProbs:
     """The reverse of `logprob_row`."""
     named = {name: cells for name, cells in row.items() if name != "prompt_id" and cells is not None}
-    return row["prompt_id"], {name: [np.asarray(_floats(c), np.float32) for c in own] for name, own in named.items()}
+    flat = named.get("logprobs")
+    if flat is not None and not (flat and isinstance(flat[0], list | np.ndarray)):
+        named["logprobs"] = [flat]  # formats 1 to 3, of the base model's own answers
+    return LogProbs(prompt_id=row["prompt_id"], arrays={name: tuple(map(_float32, own)) for name, own in named.items()})
 
 
+@lru_cache(maxsize=16)
 def _sampler(sampling: Sampling) -> dict[str, Any]:
-    # A configuration may say 1 where 1.0 is meant; one type per column keeps the column native in Parquet.
-    return {**asdict(sampling), "temperature": float(sampling.temperature), "top_p": float(sampling.top_p)}
+    return asdict(sampling)
+
+
+def _numbers(cells: Any) -> tuple[Any, ...]:
+    return tuple(cells.tolist() if isinstance(cells, np.ndarray) else cells)
+
+
+def _float32(cells: Any) -> np.ndarray:
+    return np.asarray(cells if isinstance(cells, np.ndarray) else _floats(cells), np.float32)
 
 
 def _cells(values: Sequence[float]) -> list[float | None]:
@@ -189,3 +231,92 @@ def _cells(values: Sequence[float]) -> list[float | None]:
 
 def _floats(cells: Sequence[float | None]) -> tuple[float, ...]:
     return tuple(math.nan if cell is None else cell for cell in cells)
+
+
+@dataclass(frozen=True)
+class Codec(Generic[T]):
+    """How values of one kind are kept."""
+
+    schema: pa.Schema
+    to_row: Callable[[T], Row]
+    from_row: Callable[[Mapping[str, Any]], T]
+
+
+_TEXT, _TEXTS, _FLOATS, _INT = pa.string(), pa.list_(pa.string()), pa.list_(pa.float64()), pa.int64()
+_SAMPLER = pa.struct({"temperature": pa.float64(), "top_p": pa.float64(), "top_k": _INT, "max_new_tokens": _INT})
+_COST = pa.struct({"calls": _INT, "seconds": pa.float64(), "usd": pa.float64(), "tokens": _INT})
+_GROUPS = pa.schema(
+    {
+        "prompt_id": _TEXT,
+        "prompt": _TEXT,
+        "prompt_token_ids": pa.list_(pa.uint32()),
+        "texts": _TEXTS,
+        "token_ids": per_token(pa.uint32()),
+        "logprobs": per_token(pa.float64()),
+        "finish_reasons": _TEXTS,
+        "policy_versions": pa.list_(_INT),
+        "seeds": pa.list_(_INT),
+        "sources": _TEXTS,
+        "samplers": pa.list_(_SAMPLER),
+        "rejected": _TEXTS,
+    }
+)
+LABELS = Codec(
+    pa.schema(
+        {
+            "prompt_id": _TEXT,
+            "status": _TEXT,
+            "message": _TEXT,
+            "annotator": _TEXT,
+            "oracle_version": _TEXT,
+            "scores": _FLOATS,
+            "preferences": pa.list_(_FLOATS),
+            "strength": pa.list_(_FLOATS),
+            "temperature": pa.float64(),
+            "raw": _TEXT,
+            "cost": _COST,
+        }
+    ),
+    label_row,
+    label_from_row,
+)
+PAIRS = Codec(
+    pa.schema(
+        {
+            "prompt_id": _TEXT,
+            "chosen": _INT,
+            "rejected": _INT,
+            "prob": pa.float64(),
+            "gap": pa.float64(),
+            "chosen_text": _TEXT,
+            "rejected_text": _TEXT,
+            "policy_version": _INT,
+        }
+    ),
+    pair_row,
+    pair_from_row,
+)
+LOGPROBS = Codec(
+    pa.schema({"prompt_id": _TEXT} | dict.fromkeys(("logprobs", "old", "reference", "values"), per_token(pa.float32()))),
+    logprob_row,
+    logprobs_from_row,
+)
+PROMPTS = Codec(
+    pa.schema(
+        {
+            "id": _TEXT,
+            "text": _TEXT,
+            "token_ids": pa.list_(pa.uint32()),
+            "messages": pa.list_(pa.struct({"role": _TEXT, "content": _TEXT})),
+            "reference_answer": _TEXT,
+            "source": _TEXT,
+        }
+    ),
+    prompt_row,
+    prompt_from_row,
+)
+
+
+def groups_of(prompts_by_id: Mapping[str, Prompt] | None) -> Codec[Group]:
+    """How groups of responses to these prompts are kept."""
+    return Codec(_GROUPS, group_row, lambda row: group_from_row(row, prompts_by_id))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from onlinerl.errors import StoreError
 from onlinerl.metrics.catalogue import CATALOGUE
-from onlinerl.stores import _files, _lock, _tables
-from onlinerl.stores.rows import EVALUATION, EVALUATION_VERDICTS, PAIRS, ROLLOUTS, VERDICTS, result_from_row
-from onlinerl.types import Failure, Verdict
+from onlinerl.protocols.store import EVALUATION, EVALUATION_VERDICTS, PAIRS, ROLLOUTS, VERDICTS
+from onlinerl.stores import _files, _lock, _manifest
+from onlinerl.stores import rows as columns
+from onlinerl.stores._tables import TableFiles
+from onlinerl.stores.tables import StoredTable
+from onlinerl.types import Failure, Group, TrainedPair, Verdict
 
 FAILURE = "failure.json"
 """In the run directory: what the last attempt failed on."""
@@ -95,13 +99,13 @@ def records(path: str | Path) -> dict[int, dict[str, dict[str, Any]]]:
     """
     _run_manifest(Path(path))
     folders = sorted((p for p in (Path(path) / "iterations").glob("[0-9]*") if p.name.isdigit()), key=lambda p: int(p.name))
-    return {int(folder.name): _tables.manifest(folder).get("phases", {}) for folder in folders}
+    return {int(folder.name): _manifest.read(folder).get("phases", {}) for folder in folders}
 
 
 def tables(path: str | Path) -> list[str]:
     """Names of the tables that any iteration of a run has, by name."""
-    files = [*Path(path).glob("iterations/[0-9]*/*.jsonl"), *Path(path).glob("iterations/[0-9]*/*.parquet")]
-    return sorted({file.stem for file in files})
+    ends = (".parquet", ".journal", ".jsonl")
+    return sorted({f.name.split(".")[0] for f in Path(path).glob("iterations/[0-9]*/*") if f.suffix in ends})
 
 
 def rows(path: str | Path, iteration: int, table: str) -> list[dict[str, Any]]:
@@ -110,19 +114,18 @@ def rows(path: str | Path, iteration: int, table: str) -> list[dict[str, Any]]:
     Raises:
         StoreError: if the table is damaged.
     """
-    folder = Path(path) / "iterations" / f"{iteration:04d}"
-    try:
-        found = _tables.read(folder, table)
-    except StoreError:
-        found = []
-    # A table that is being completed at this moment may be seen in neither of its two places; then it is in the second by now.
-    return found or _tables.read(folder, table)
+    files = TableFiles(Path(path) / "iterations" / f"{iteration:04d}", table)
+    return [row for chunk in files.chunks(arrays=False) for row in chunk]
 
 
 def sampled(path: str | Path, *, heldout: bool = False) -> list[int]:
-    """Iterations of which `samples` are there, ascending. Only of one that is being sampled are any rows read."""
+    """Iterations of which `samples` are there, ascending. Only one that is being sampled is looked into."""
     phase, table = ("answer", EVALUATION) if heldout else ("sample", ROLLOUTS)
-    return [t for t, phases in records(path).items() if phase in phases or rows(path, t, table)]
+
+    def begun(t: int) -> bool:
+        return bool(TableFiles(Path(path) / "iterations" / f"{t:04d}", table).ids())
+
+    return [t for t, phases in records(path).items() if phase in phases or begun(t)]
 
 
 def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = False) -> list[dict[str, Any]]:
@@ -136,9 +139,11 @@ def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = Fal
     path = Path(path)
     table, verdicts = (EVALUATION, EVALUATION_VERDICTS) if heldout else (ROLLOUTS, VERDICTS)
     _run_manifest(path)
+    folder = path / "iterations" / f"{iteration:04d}"
+    files = TableFiles(folder, table)
     # A group that was asked for again, because the engine's first answer was unusable, has two rows: the later one counts.
-    groups = list({row["prompt_id"]: row for row in rows(path, iteration, table)}.values())
-    if not groups:
+    chosen = list(islice(files.ids(), max(0, limit)))
+    if not files.ids():
         known = sampled(path, heldout=heldout)
         raise StoreError(
             f"{path} has no samples of iteration {iteration}",
@@ -148,11 +153,18 @@ def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = Fal
             else "wait until the first iteration has sampled"
             + ("" if heldout else "; --heldout shows the base model's answers"),
         )
-    results = dict(result_from_row(row) for row in rows(path, iteration, verdicts))
-    pairs: dict[str, list[dict[str, Any]]] = {}
-    for row in () if heldout else rows(path, iteration, PAIRS):
-        pairs.setdefault(row["prompt_id"], []).append({k: row[k] for k in ("chosen", "rejected", "prob", "gap")})
-    return _files.finite([_sample(row, results.get(row["prompt_id"]), pairs) for row in groups[: max(0, limit)]])
+    labels = StoredTable(TableFiles(folder, verdicts), columns.LABELS).select(chosen)
+    pairs: dict[str, list[TrainedPair]] = {prompt_id: [] for prompt_id in chosen}
+    for pair in () if heldout else StoredTable(TableFiles(folder, PAIRS), columns.PAIRS):
+        if pair.prompt_id in pairs:
+            pairs[pair.prompt_id].append(pair)
+    return _files.finite(
+        [
+            _sample(group, None if label is None else label.result, pairs[group.prompt.id])
+            for group, label in zip(StoredTable(files, columns.groups_of(None)).select(chosen), labels, strict=True)
+            if group is not None
+        ]
+    )
 
 
 def _run_manifest(path: Path) -> dict[str, Any]:
@@ -190,27 +202,25 @@ def _iteration(number: int, phases: Mapping[str, Mapping[str, Any]], *, active: 
     return row
 
 
-def _sample(
-    row: Mapping[str, Any], result: Verdict | Failure | None, pairs: Mapping[str, list[dict[str, Any]]]
-) -> dict[str, Any]:
+def _sample(group: Group, result: Verdict | Failure | None, pairs: Sequence[TrainedPair]) -> dict[str, Any]:
     verdict = result if isinstance(result, Verdict) else None
     win_rates = verdict.win_rates().tolist() if verdict and (verdict.scores or verdict.preferences) else None
     return {
-        "prompt_id": row["prompt_id"],
-        "prompt": row["prompt"],
+        "prompt_id": group.prompt.id,
+        "prompt": group.prompt.text,
         "responses": [
             {
-                "text": text,
+                "text": rollout.text,
                 "score": verdict.scores[k] if verdict and verdict.scores else None,
                 "win_rate": win_rates[k] if win_rates else None,
-                "tokens": len(row["token_ids"][k]),
-                "finish_reason": row["finish_reasons"][k],
-                "policy_version": row["policy_versions"][k],
+                "tokens": len(rollout.token_ids),
+                "finish_reason": rollout.finish_reason,
+                "policy_version": rollout.policy_version,
             }
-            for k, text in enumerate(row["texts"])
+            for k, rollout in enumerate(group.rollouts)
         ],
         "oracle": verdict.annotator if verdict else None,
         "failure": f"{result.kind}: {result.message}" if isinstance(result, Failure) else None,
         "raw": verdict.raw if verdict else None,
-        "pairs": pairs.get(row["prompt_id"], []),
+        "pairs": [{name: getattr(trained.pair, name) for name in ("chosen", "rejected", "prob", "gap")} for trained in pairs],
     }

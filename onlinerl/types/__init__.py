@@ -8,7 +8,9 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    for part in ("training", "prompts", "rollouts", "labels", "plan", "records", "seeds") if not name.startswith("_") else ():
+    for part in (
+        ("training", "prompts", "rollouts", "labels", "plan", "records", "seeds", "tables") if not name.startswith("_") else ()
+    ):
         found = vars(import_module(f"{__name__}.{part}"))
         if name in found:
             return found[name]

@@ -670,10 +670,8 @@ def test_a_full_disk(toy_config, onlinerl, monkeypatch, tmp_path, where):
         if where == "checkpoint":
             patch.setattr(ToyLearner, "save", full)
         else:
-            rows = iter(range(1000))
-            patch.setattr(
-                _files, "append_lines", lambda p, r, do=_files.append_lines: do(p, r) if next(rows) < 30 else _no_room(p)
-            )
+            writes, append = iter(range(1000)), _files.append
+            patch.setattr(_files, "append", lambda p, d, at: append(p, d, at=at) if next(writes) < 30 else _no_room(p))
         code, message = onlinerl("run", config)
     assert code == FAILED
     says(message, "store: runs: the disk is full while writing", "free some space", "then resume")

@@ -12,10 +12,12 @@ from pathlib import Path
 import documents
 import numpy as np
 import pytest
+from older import as_format_3
 
 from onlinerl import graph, wiring
 from onlinerl.controller import evaluation
 from onlinerl.engines.toy import ToyEngine
+from onlinerl.errors import StoreError
 from onlinerl.learners.toy import ToyLearner
 from onlinerl.stores import _files
 from onlinerl.stores.directory import RunDirectory
@@ -426,7 +428,8 @@ def test_a_phase_is_one_file_and_one_row(toy_config, onlinerl, tmp_path, monkeyp
 
 
 def as_format_2(run: Path) -> None:
-    """As the previous version left a run that was killed between the training and the checkpoint of iteration 2."""
+    """As an earlier version left a run that was killed between the training and the checkpoint of iteration 2."""
+    as_format_3(run)
     for folder in sorted((run / "iterations").iterdir()):
         stored = _files.read_json(folder / "manifest.json")
         phases = {name: record for name, record in stored["phases"].items() if name not in ("annotate", "answer")}
@@ -447,7 +450,48 @@ def as_format_2(run: Path) -> None:
     _files.replace_json(run / "manifest.json", {**manifest, **changes})
 
 
-def test_a_run_of_the_previous_version_is_shown_and_resumed(toy_config, onlinerl, tmp_path):
+@pytest.mark.parametrize("phase", ["label", "annotate", "train"])
+def test_a_run_of_the_previous_version_is_resumed(toy_config, onlinerl, monkeypatch, tmp_path, phase):
+    """Its tables were one file each: those that were complete are read, and what was begun goes on."""
+    config = toy_config(tmp_path, iterations=2)
+    assert onlinerl("run", config)[0] == 0
+    expected, run = summarise(tmp_path / "runs/toy", extras=True), tmp_path / "runs/toy"
+    weights = np.load(run / "exports/0002/logits.npy")
+    shutil.rmtree(run)
+    with monkeypatch.context() as patch:
+        _fail_in_the_middle(patch, phase)
+        assert onlinerl("run", config)[0] != 0
+    as_format_3(run)
+    before = summarise(run)["iterations"]
+    code, message = onlinerl("resume", run)
+    assert code == 0, message
+    assert np.array_equal(np.load(run / "exports/0002/logits.npy"), weights)
+    found = summarise(run, extras=True)
+    for row in (*expected["iterations"], *found["iterations"]):
+        row.pop("phases"), row["sync"].pop("seconds")
+    assert found == expected
+    assert before[0]["reward"] == found["iterations"][0]["reward"]
+
+
+def _fail_in_the_middle(patch, phase: str) -> None:
+    """The phase of iteration 2 stops when some of its rows are stored."""
+    from onlinerl.stores.tables import StoredTable
+
+    table = {"label": "verdicts", "annotate": "logprobs", "train": "pairs"}[phase]
+    append, seen = StoredTable.append, []
+
+    def append_or_fail(self, values):
+        if (self._files.name, self._files.folder.name) == (table, "0002"):
+            seen.extend(values)
+            if (phase == "label" and len(seen) > 3) or phase != "label":
+                append(self, values[: len(values) // 2])
+                raise StoreError("planted", field="runs", fix="none")
+        append(self, values)
+
+    patch.setattr(StoredTable, "append", append_or_fail)
+
+
+def test_a_run_of_an_earlier_version_is_shown_and_resumed(toy_config, onlinerl, tmp_path):
     """Its phases had other names, and log-probs were not kept: they are taken again where the training is."""
     assert onlinerl("run", toy_config(tmp_path, iterations=2))[0] == 0
     run = tmp_path / "runs/toy"
@@ -461,4 +505,4 @@ def test_a_run_of_the_previous_version_is_shown_and_resumed(toy_config, onlinerl
     assert np.array_equal(np.load(run / "exports/0002/logits.npy"), expected)
     assert [row["reward"] for row in summarise(run)["iterations"]] == [row["reward"] for row in rows]
     with RunDirectory.open(run) as opened:
-        assert opened.manifest["format"] == 3
+        assert opened.manifest["format"] == 4

@@ -321,7 +321,9 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("damaged", ["checkpoints/0002/toy.pt", "exports/0002/logits.npy", "iterations/0003/rollouts.parquet"])
+@pytest.mark.parametrize(
+    "damaged", ["checkpoints/0002/toy.pt", "exports/0002/logits.npy", "iterations/0003/rollouts.parquet/0001.parquet"]
+)
 def test_damage_is_found_by_a_resume_and_its_advice_works(counted, uninterrupted, tmp_path, damaged):
     """Nothing goes on from a file that was altered: the error names it, and going back leads to the same run."""
     run = tmp_path / "runs/toy"
@@ -346,10 +348,10 @@ def test_pairs_that_a_kill_tore_are_completed(counted, tmp_path):
     run = tmp_path / "runs/toy"
     assert counted("run", kill=["after 2 label", 1]).returncode == -signal.SIGKILL
     with RunDirectory.open(run) as opened:
-        opened.append(2, "pairs", opened.read(1, "pairs")[:2])
+        opened.pairs(2).append(list(opened.pairs(1))[:2])
     assert counted("resume").returncode == 0
     with RunDirectory.open(run) as opened:
-        assert opened.sealed(2, "pairs")
+        assert opened.pairs(2).sealed
         assert len(opened.read(2, "pairs")) == opened.phases(2)["train"]["items"] > 2
 
 
@@ -555,10 +557,10 @@ def test_more_iterations_than_kept_prompts(counted, tmp_path):
 def test_damaged_prompts_are_noticed(counted, tmp_path):
     assert counted("run", kill=["after 1 commit", 1]).returncode == -signal.SIGKILL
     folder = tmp_path / "runs/toy/prompts"
-    (folder / "train.parquet").write_bytes((folder / "heldout.parquet").read_bytes())
+    (folder / "train.parquet/0001.parquet").write_bytes((folder / "heldout.parquet/0001.parquet").read_bytes())
     refused = counted("resume")
     assert refused.returncode == 2, refused.message
-    assert "train.parquet is damaged" in refused.stderr
+    assert "train.parquet/0001.parquet is damaged" in refused.stderr
 
 
 def test_a_stored_configuration_does_not_depend_on_the_working_directory(toy_config, warm_cli_in, tiny_model, tmp_path):

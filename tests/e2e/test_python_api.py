@@ -11,11 +11,12 @@ import documents
 import pandas as pd
 import pyarrow as pa
 import pytest
+from values import groups
 
 import onlinerl
 from onlinerl import Run, list_runs, load_config
 from onlinerl.errors import ConfigError, OnlineRLError, StoreError
-from onlinerl.stores import _files, summary
+from onlinerl.stores import _journal, summary
 from onlinerl.stores.directory import RunDirectory
 
 ITERATIONS = 2
@@ -178,17 +179,18 @@ def test_a_table_is_seen_whole_while_it_is_completed(tmp_path, monkeypatch):
     """The journal is looked for, and gone by the time it is read: the Parquet file is there by then."""
     manifest = {"name": "demo", "config_digest": "x", "fingerprint": {}}
     with RunDirectory.create(tmp_path / "demo", config_yaml="", manifest=manifest) as store:
-        store.append(1, "rollouts", [{"prompt_id": "a"}, {"prompt_id": "b"}])
-        original = _files.read_lines
+        table = store.groups(1, "rollouts")
+        table.append(groups(2))
+        original = _journal.read
 
         def late(path):
-            monkeypatch.setattr(_files, "read_lines", original)
-            store.seal(1, "rollouts")
+            monkeypatch.setattr(_journal, "read", original)
+            table.seal()
             return original(path)
 
-        monkeypatch.setattr(_files, "read_lines", late)
+        monkeypatch.setattr(_journal, "read", late)
         assert len(Run.open(store.path).table("rollouts", 1)) == 2
-        assert store.sealed(1, "rollouts")
+        assert table.sealed
 
 
 def test_the_package_offers_what_it_says():

@@ -9,10 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from values import label
 
 from onlinerl.controller.phases import annotate
 from onlinerl.engines.toy import ToyEngine
 from onlinerl.learners.toy import ToyLearner
+from onlinerl.stores._tables import TableFiles
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import summarise
 
@@ -152,21 +154,22 @@ def test_a_failure_ends_what_runs_beside_it(toy_config, onlinerl, tmp_path, engi
 def test_what_a_stopped_phase_still_says_is_not_written(tmp_path):
     """A thread cannot be ended: it may come back when another process has the run."""
     run = RunDirectory.create(tmp_path / "r", config_yaml="", manifest={"name": "r", "config_digest": "x", "fingerprint": {}})
-    run.append(1, "rollouts", [{"a": 1}])
+    table = run.labels(1, "verdicts")
+    table.append([label(1, 1.0)])
     run.close()
     from onlinerl.errors import StoreError
 
     for write in (
-        lambda: run.append(1, "rollouts", [{"a": 2}]),
-        lambda: run.seal(1, "rollouts"),
-        lambda: run.write(1, "pairs", [{"a": 2}]),
+        lambda: table.append([label(2, 1.0)]),
+        table.seal,
+        table.clear,
         lambda: run.finish_phase(1, "sample", {}),
         lambda: run.update_manifest(status="finished"),
     ):
         with pytest.raises(StoreError, match="is closed"):
             write()
     with RunDirectory.open(tmp_path / "r") as again:
-        assert again.read(1, "rollouts") == [{"a": 1}]
+        assert list(again.labels(1, "verdicts")) == [label(1, 1.0)]
 
 
 def test_a_group_that_the_oracle_failed_on_is_scored_after_the_repair(toy_config, onlinerl, oracle, tmp_path, monkeypatch):
@@ -177,7 +180,7 @@ def test_a_group_that_the_oracle_failed_on_is_scored_after_the_repair(toy_config
         f"import os\nif len(queries[0]['responses']) == 4 and not os.path.exists({str(repaired)!r}):\n"
         "    judge.labels = getattr(judge, 'labels', 0) + 1\n"
         "    import time\n"
-        f"    while judge.labels == 8 and not os.path.exists({str(tmp_path / 'runs/toy/iterations/0001/logprobs.jsonl')!r}):\n"
+        f"    while judge.labels == 8 and not os.path.exists({str(tmp_path / 'runs/toy/iterations/0001/logprobs.0001.journal')!r}):\n"
         "        time.sleep(0.05)\n"
         "    if judge.labels in (1, 2, 8):\n"
         "        return [None]\n" + SCORES
@@ -197,7 +200,7 @@ def test_a_group_that_the_oracle_failed_on_is_scored_after_the_repair(toy_config
 def test_what_a_resume_would_ask_for_again_is_not_judged_before(toy_config, onlinerl, tmp_path, monkeypatch):
     """A group of which the engine rejected a response may still be replaced: its old verdict would be that of other responses."""
     judged: list[str] = []
-    verdicts = tmp_path / "runs/toy/iterations/0001/verdicts.jsonl"
+    verdicts = tmp_path / "runs/toy/iterations/0001"
 
     def generate(self, requests, sampling, original=ToyEngine.generate):
         requests = list(requests)
@@ -207,8 +210,7 @@ def test_what_a_resume_would_ask_for_again_is_not_judged_before(toy_config, onli
             if len(requests[0].seeds) == 4 and i == len(requests) - 1:
                 deadline = time.monotonic() + PATIENCE_S
                 while time.monotonic() < deadline and len(judged) < len(requests) - 2:
-                    lines = verdicts.read_text().splitlines() if verdicts.exists() else []
-                    judged[:] = [r.prompt.id for r in requests if any(f'"{r.prompt.id}"' in line for line in lines)]
+                    judged[:] = TableFiles(verdicts, "verdicts").ids()
                 judged.append(f"not {requests[0].prompt.id}" if requests[0].prompt.id not in judged else "too early")
             yield group
 

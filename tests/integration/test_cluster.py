@@ -196,7 +196,9 @@ def finished_phases(run: Path) -> list[str]:
 
 def sampled(run: Path) -> int:
     """Groups of iteration 1 on disk, while a controller owns the run."""
-    return sum(len(path.read_text().splitlines()) for path in run.rglob("rollouts.jsonl"))
+    from onlinerl.stores._tables import TableFiles
+
+    return len(TableFiles(run / "iterations" / "0001", "rollouts").ids())
 
 
 def assert_finished(run: Path, samples: int, algorithm: str = "dpo") -> None:

@@ -146,7 +146,9 @@ def test_the_commonest_failure_is_shown():
 
 def learnable(*groups: Judged, items: bool = True, within_groups: bool = True, **dropped: int) -> str | None:
     earned = [score for group in groups for score in group.verdict.scores or ()] if items else []
-    return health.nothing_to_learn(groups, earned, dropped, within_groups=within_groups)
+    return health.nothing_to_learn(
+        [health.spread(group.verdict) for group in groups], earned, dropped, within_groups=within_groups
+    )
 
 
 def test_an_oracle_that_separates_nothing_gives_nothing_to_learn():

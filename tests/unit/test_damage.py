@@ -8,39 +8,20 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from older import append_lines, write_parquet
+from values import group, groups, label, labels
 
 from onlinerl.errors import StoreError
+from onlinerl.stores import _files
+from onlinerl.stores._tables import TableFiles
 from onlinerl.stores.directory import RunDirectory
-from onlinerl.stores.rows import group_row
+from onlinerl.stores.rows import LABELS, group_row, label_row
 from onlinerl.stores.summary import samples, summarise
-from onlinerl.types import Group, Prompt, Rollout, Sampling
+from onlinerl.stores.tables import StoredTable
+from onlinerl.types import Prompt
 
 FLIPS = 300
-WORDS = 'the film was a good story and it \\ " { } naïve'.split()  # noqa: SIM905
-
-
-def rollouts(count: int) -> list[dict]:
-    """Rows as a run stores them."""
-    rng = np.random.default_rng(0)
-
-    def response() -> Rollout:
-        length = int(rng.integers(1, 20))
-        return Rollout(
-            token_ids=tuple(map(int, rng.integers(0, 50_000, length))),
-            logprobs=tuple(map(float, rng.normal(-2, 1, length))),
-            text=" ".join(rng.choice(WORDS, length)),
-            finish_reason="stop",
-            policy_version=1,
-            sampler=Sampling(max_new_tokens=20),
-            seed=int(rng.integers(2**31)),
-        )
-
-    prompts = [Prompt(id=f"p{i}", text=f"the film {i} was", token_ids=(1, 2, i)) for i in range(count)]
-    return [group_row(Group(prompt=p, rollouts=(response(), response()))) for p in prompts]
 
 
 @pytest.fixture
@@ -48,10 +29,11 @@ def run(tmp_path):
     """A run with a growing table, a sealed one, finished phases, checkpoints and an export."""
     manifest = {"name": "r", "config_digest": "abc", "fingerprint": {"seed": 1, "algorithm.name": "dpo"}}
     with RunDirectory.create(tmp_path / "r", config_yaml="name: r\n", manifest=manifest) as run:
-        run.append(1, "rollouts", rollouts(20))
-        run.seal(1, "rollouts")
+        run.groups(1, "rollouts").append(groups(20))
+        run.groups(1, "rollouts").seal()
         run.finish_phase(1, "sample", {"seconds": 1.5, "samples": 40})
-        run.append(2, "rollouts", rollouts(20))
+        for some in (groups(20)[:10], groups(20)[10:]):
+            run.groups(2, "rollouts").append(some)
         for number in (1, 2, 3):
             save(run, "checkpoints", number)
         save(run, "exports", 1)
@@ -95,15 +77,26 @@ def unnoticed(file: Path, read) -> list[int]:
     return missed
 
 
-def test_every_flipped_bit_of_a_sealed_table_is_noticed(run):
-    file = run.path / "iterations/0001/rollouts.parquet"
-    assert unnoticed(file, lambda: run.read(1, "rollouts")) == []
+def test_every_flipped_bit_of_a_part_is_noticed(run):
+    file = run.path / "iterations/0001/rollouts.parquet/0001.parquet"
+    assert unnoticed(file, lambda: list(run.groups(1, "rollouts"))) == []
+
+
+def test_every_flipped_bit_of_a_part_is_noticed_by_whoever_reads_single_rows(run):
+    file = run.path / "iterations/0001/rollouts.parquet/0001.parquet"
+
+    def read() -> None:
+        with RunDirectory.open(run.path) as opened:
+            assert next(opened.groups(1, "rollouts").select(["p7"])) == group(7)
+
+    run.close()
+    assert unnoticed(file, read) == []
 
 
 def test_every_flipped_bit_of_the_kept_prompts_is_noticed(run):
     prompts = [Prompt(id=f"p{i}", text=f"the film {i} was", token_ids=(1, 2, i)) for i in range(20)]
     run.keep_prompts(train=prompts, heldout=prompts[:3])
-    file = run.path / "prompts/train.parquet"
+    file = run.path / "prompts/train.parquet/0001.parquet"
     assert unnoticed(file, lambda: run.prompts("train")) == []
     file.unlink()
     with pytest.raises(StoreError, match="is gone") as caught:
@@ -112,8 +105,9 @@ def test_every_flipped_bit_of_the_kept_prompts_is_noticed(run):
 
 
 def test_every_flipped_bit_of_a_journal_is_noticed(run):
-    file = run.path / "iterations/0002/rollouts.jsonl"
-    assert unnoticed(file, lambda: run.read(2, "rollouts")) == []
+    """Those of its last frame, too, which is no torn tail."""
+    file = run.path / "iterations/0002/rollouts.0001.journal"
+    assert unnoticed(file, lambda: list(run.groups(2, "rollouts"))) == []
 
 
 def test_every_flipped_bit_of_an_iterations_manifest_is_noticed(run):
@@ -192,61 +186,100 @@ def test_a_shard_that_did_not_arrive_makes_no_checkpoint(run, size, says):
     assert run.artefact("checkpoints", 5) is None
 
 
-def test_a_table_that_was_complete_and_is_gone_is_noticed(run):
-    (run.path / "iterations/0001/rollouts.parquet").unlink()
-    with pytest.raises(StoreError, match=r"rollouts\.parquet is damaged .* is gone"):
-        run.read(1, "rollouts")
+def test_a_part_that_is_gone_is_noticed(run):
+    (run.path / "iterations/0001/rollouts.parquet/0001.parquet").unlink()
+    with pytest.raises(StoreError, match=r"rollouts\.parquet/0001\.parquet is damaged .* is gone") as caught:
+        list(run.groups(1, "rollouts"))
+    assert "remove 0001 and all later numbers" in caught.value.fix
+    run.close()
+    with RunDirectory.open(run.path) as opened, pytest.raises(StoreError, match="is gone"):
+        next(opened.groups(1, "rollouts").select(["p3"]))
     with pytest.raises(StoreError, match="is gone"):
         samples(run.path, 1, 5)
 
 
-def test_a_table_that_is_written_at_once_replaces_what_a_kill_left(run):
-    """A journal with the first rows only is not the table."""
-    rows = [{"a": i, "b": (1, 2)} for i in range(5)]
-    run.append(2, "pairs", rows[:2])
-    run.write(2, "pairs", rows)
-    assert run.sealed(2, "pairs")
-    assert run.read(2, "pairs") == [{"a": i, "b": [1, 2]} for i in range(5)]
-    assert not (run.path / "iterations/0002/pairs.jsonl").exists()
-    with pytest.raises(StoreError, match="takes no more rows"):
-        run.write(2, "pairs", rows)
+# --- runs of earlier formats ---
 
 
-# --- runs from before there were checksums ---
-
-
-def test_a_run_of_format_1_opens_and_goes_on(tmp_path):
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_run_of_an_earlier_format_opens_and_goes_on(tmp_path, number):
     path = tmp_path / "old"
     folder = path / "iterations/0001"
     folder.mkdir(parents=True)
-    manifest = {"format": 1, "name": "old", "fingerprint": {"seed": 0}, "status": "interrupted", "attempt": 0}
-    (path / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    manifest = {"format": number, "name": "old", "fingerprint": {"seed": 0}, "status": "interrupted", "attempt": 0}
+    rows = [plain(group_row(g)) for g in groups(20)]
+    told = [label_row(one) for one in labels(range(5))]
+    entry = write_parquet(folder / "rollouts.parquet", rows)
+    append_lines(folder / "verdicts.jsonl", told[:2], checksums=number > 1)
+    with (folder / "verdicts.jsonl").open("ab") as journal:
+        journal.write(b'{"a"')  # a kill left it torn
+    phases = {"iteration": 1, "phases": {"sample": {"seconds": 1.0}}}
+    if number == 1:
+        (path / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        (folder / "manifest.json").write_text(json.dumps(phases))
+    else:
+        _files.replace_json(path / "manifest.json", manifest)
+        _files.replace_json(folder / "manifest.json", {**phases, "format": number, "tables": {"rollouts": entry}})
     (path / "config.yaml").write_text("name: old\n")
-    (folder / "manifest.json").write_text(json.dumps({"iteration": 1, "phases": {"sample": {"seconds": 1.0}}}))
-    pq.write_table(pa.table({"a": [1, 2]}), folder / "rollouts.parquet")
-    (folder / "verdicts.jsonl").write_text('{"a":1}\n{"a":2}\n{"a"')
-    saved = path / "checkpoints/0001"
-    saved.mkdir(parents=True)
-    (saved / "model").write_bytes(b"weights")
-    entry = {"bytes": 7, "sha256": "9f7d25bdf5d40a81acb6183ae45de4a8c1aa1fcd5c2e7ab17e6ea3a1e7d6f2b0"}
-    (saved / "complete.json").write_text(json.dumps({"files": {"model": entry}}))
-
     with RunDirectory.open(path) as run:
-        assert run.manifest["format"] == 1
-        assert run.read(1, "rollouts") == [{"a": 1}, {"a": 2}]
-        assert run.read(1, "verdicts") == [{"a": 1}, {"a": 2}]
+        assert run.manifest["format"] == number
+        sampled, verdicts = run.groups(1, "rollouts"), run.labels(1, "verdicts")
+        assert list(sampled) == groups(20)
+        assert sampled.sealed
+        assert list(sampled.select(["p3", "p19", "p99"])) == [group(3), group(19), None]
+        assert list(verdicts) == labels(range(2))
+        assert verdicts.missing(["p0", "p1", "p2"]) == ["p2"]
         assert list(run.phases(1)) == ["sample"]
         run.update_manifest(status="running")
-        assert run.manifest["format"] == 3, "an older version must not go on with it"
-        run.append(1, "verdicts", [{"a": 3}])
-        assert run.read(1, "verdicts") == [{"a": 1}, {"a": 2}, {"a": 3}]
-        run.seal(1, "verdicts")
-        assert run.read(1, "verdicts") == [{"a": 1}, {"a": 2}, {"a": 3}]
+        assert run.manifest["format"] == 4, "an older version must not go on with it"
+        verdicts.append(labels(range(2, 4)))
+        assert list(verdicts) == labels(range(4))
+        assert not (folder / "verdicts.jsonl").exists()
+        verdicts.append(labels(range(4, 5)))
+        verdicts.seal()
+        assert list(verdicts) == labels(range(5))
         run.finish_phase(1, "label", {})
-        assert run.read(1, "rollouts") == [{"a": 1}, {"a": 2}]
-        assert run.artefact("checkpoints", 1) is not None
-        with pytest.raises(StoreError, match="model is damaged"):  # that checksum is of something else
-            run.require("checkpoints", 1)
+        assert list(sampled) == groups(20)
+        with pytest.raises(StoreError, match="takes no more rows"):
+            sampled.append(groups(1))
+    shown = samples(path, 1, 2)
+    assert [one["prompt_id"] for one in shown] == ["p0", "p1"]
+
+
+def plain(row: dict) -> dict:
+    return json.loads(json.dumps(row))
+
+
+@pytest.mark.parametrize("table", ["rollouts", "verdicts"])
+def test_damage_to_a_table_of_an_earlier_format_is_noticed(tmp_path, table):
+    folder = tmp_path / "0001"
+    folder.mkdir()
+    entry = write_parquet(folder / "rollouts.parquet", [plain(group_row(g)) for g in groups(20)])
+    append_lines(folder / "verdicts.jsonl", [label_row(one) for one in labels(range(20))])
+    _files.replace_json(folder / "manifest.json", {"tables": {"rollouts": entry}})
+    (file,) = folder.glob(f"{table}.*")
+    assert unnoticed(file, lambda: list(TableFiles(folder, table).chunks())) == []
+    if table == "rollouts":
+        file.unlink()
+        with pytest.raises(StoreError, match="is gone"):
+            list(TableFiles(folder, table).chunks())
+
+
+def test_a_conversion_that_was_killed_is_completed(tmp_path, monkeypatch):
+    """The journal of an earlier format is the first part, and still there."""
+    folder = tmp_path / "0001"
+    folder.mkdir()
+    append_lines(folder / "verdicts.jsonl", [label_row(one) for one in labels(range(3))])
+    with monkeypatch.context() as patch:
+        patch.setattr(TableFiles, "_remove_older", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            TableFiles(folder, "verdicts", LABELS.schema).append([label_row(label(3, 1.0))])
+    assert (folder / "verdicts.jsonl").exists()
+    table = StoredTable(TableFiles(folder, "verdicts", LABELS.schema), LABELS)
+    assert list(table) == labels(range(3))
+    table.append([label(3, 1.0)])
+    assert list(table) == [*labels(range(3)), label(3, 1.0)]
+    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "verdicts.0002.journal", "verdicts.parquet"]
 
 
 @pytest.mark.parametrize("lacking", ["name", "fingerprint"])

@@ -11,15 +11,14 @@ from onlinerl.controller import evaluation
 from onlinerl.controller.parts import Built
 from onlinerl.controller.report import Reporter
 from onlinerl.controller.statistics import bootstrap, divergence, wilson
+from onlinerl.controller.tally import Sampled
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import per_step
 from onlinerl.protocols.tracker import Tracker
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.types import (
-    Failure,
     Group,
-    Judged,
     Metric,
     Prompt,
     Rollout,
@@ -66,9 +65,22 @@ def group(number: int) -> Group:
 VERDICT = Verdict(annotator="a", oracle_version="1", scores=(0.0, 1.0))
 GROUPS = [group(n) for n in range(3)]
 LOGPROBS = [np.array([-1.0, -2.0]), np.array([-1.5])]
-SAMPLED_BY = [TrainSequence(prompt_ids=(1,), response_ids=(2,), policy_version=v) for v in (4, 4, 4, 3)]
-ITEMS = tuple(TrainItem(prompt_id=str(n), sequences=(s,)) for n, s in enumerate(SAMPLED_BY))
-BUILT = Built(items=ITEMS, judged=(), dropped={"tie": 1}, contradicted=0, truncated=0, useful=2, groups=3)
+SAMPLED_BY = {4: 3, 3: 1}
+ITEMS = tuple(
+    TrainItem(prompt_id=str(n), sequences=(TrainSequence(prompt_ids=(1,), response_ids=(2,)),))
+    for n in range(sum(SAMPLED_BY.values()))
+)
+BUILT = Built(
+    items=ITEMS,
+    sampled_by=SAMPLED_BY,
+    spreads=(),
+    earned=(),
+    dropped={"tie": 1},
+    contradicted=0,
+    truncated=0,
+    useful=2,
+    groups=3,
+)
 
 
 def steps(*metrics: dict[str, float]) -> UpdateReport:
@@ -94,10 +106,8 @@ def measured() -> evaluation.Measured:
 def everything(report: Reporter, learner: dict[str, float], figures: dict[str, float]) -> None:
     """All that can happen in an iteration."""
     report.phase(1, "sample", 1.0, {})
-    report.sampled(1, GROUPS)
-    judged = [Judged(group=g, verdict=VERDICT) for g in GROUPS[1:]]
-    failure = Failure(kind="timeout", message="")
-    report.labelled(1, GROUPS, {"0": failure, "1": VERDICT, "2": VERDICT}, judged)
+    report.sampled(1, [Sampled.of(group) for group in GROUPS])
+    report.labelled(1, ok=2, failed=1, spreads=[0.5, 0.5])
     report.asked(1, "label", 1, 3)
     report.skipped(1, 1)
     report.trained(1, steps(learner, learner), BUILT, None, 0, figures)

@@ -14,14 +14,30 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onlinerl.errors import StoreError
-from onlinerl.stores import _files, _tables
-from onlinerl.stores.rows import group_from_row, group_row, pair_rows, prompt_from_row, prompt_row, result_from_row, result_row
-from onlinerl.types import Cost, Failure, FinishReason, Group, Message, Pair, Prompt, RejectReason, Rollout, Sampling, Verdict
+from onlinerl.stores._arrow import to_batch
+from onlinerl.stores._tables import TableFiles
+from onlinerl.stores.rows import LABELS, LOGPROBS, PROMPTS, group_from_row, group_row, groups_of, result_from_row, result_row
+from onlinerl.stores.tables import StoredTable
+from onlinerl.types import (
+    Cost,
+    Failure,
+    FinishReason,
+    Group,
+    Label,
+    LogProbs,
+    Message,
+    Prompt,
+    RejectReason,
+    Rollout,
+    Sampling,
+    Verdict,
+)
 
 texts = st.text(max_size=12)
 ids = st.lists(st.integers(0, 2**31), max_size=5).map(tuple)
 logprobs = st.floats(max_value=0, allow_nan=False, width=64)
 cells = st.floats(allow_nan=True, allow_infinity=False)
+floats = st.lists(st.floats(width=32, allow_nan=True), max_size=4)
 
 
 @st.composite
@@ -79,15 +95,17 @@ def verdicts(draw):
 failures = st.builds(Failure, kind=st.sampled_from(("error", "timeout", "refused", "parse_fail", "budget")), message=texts)
 
 
-def through_disk(rows):
-    """The rows as read from a journal, and as read from a Parquet file."""
+def through_disk(values, codec):
+    """The values as read from a journal, as read from parts, and one by one."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        _files.append_lines(folder / "t.jsonl", rows)
-        journal = _tables.read(folder, "t")
-        _tables.seal(folder, "t")
-        assert not (folder / "t.jsonl").exists()
-        return journal, _tables.read(folder, "t")
+        folder = Path(name) / "0001"
+        folder.mkdir()
+        table = StoredTable(TableFiles(folder, "t", codec.schema), codec)
+        table.append(values)
+        journal = list(StoredTable(TableFiles(folder, "t"), codec))
+        table.seal()
+        assert not list(folder.glob("*.journal"))
+        return journal, list(StoredTable(TableFiles(folder, "t"), codec))
 
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -96,24 +114,38 @@ quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 @quick
 @given(st.lists(groups, min_size=1, max_size=3))
 def test_groups_survive(stored):
-    for rows in through_disk([group_row(g) for g in stored]):
-        assert [group_from_row(row, {g.prompt.id: g.prompt}) for row, g in zip(rows, stored, strict=True)] == stored
+    for found in through_disk(stored, groups_of(None)):
+        assert found == stored
 
 
 @quick
 @given(st.lists(whole_prompts, min_size=1, max_size=4))
 def test_prompts_survive(stored):
-    for rows in through_disk([prompt_row(p) for p in stored]):
-        assert [prompt_from_row(row) for row in rows] == stored
+    for found in through_disk(stored, PROMPTS):
+        assert found == stored
 
 
 @quick
 @given(st.lists(verdicts() | failures, min_size=1, max_size=4))
 def test_results_survive_with_their_unknown_cells(stored):
-    for rows in through_disk([result_row(f"p{i}", r) for i, r in enumerate(stored)]):
-        found = [result_from_row(row) for row in rows]
-        assert [prompt_id for prompt_id, _ in found] == [f"p{i}" for i in range(len(stored))]
-        assert repr([r for _, r in found]) == repr(stored)  # repr tells every float from every other, and NaN equals itself
+    labels = [Label(prompt_id=f"p{i}", result=r) for i, r in enumerate(stored)]
+    for found in through_disk(labels, LABELS):
+        assert repr(found) == repr(labels)  # repr tells every float from every other, and NaN equals itself
+
+
+@quick
+@given(st.lists(st.dictionaries(st.sampled_from(("old", "reference", "values")), st.lists(floats, max_size=3), max_size=3)))
+def test_logprobs_survive(stored):
+    values = [
+        LogProbs(prompt_id=f"p{i}", arrays={k: tuple(np.array(x, np.float32) for x in v) for k, v in arrays.items()})
+        for i, arrays in enumerate(stored)
+    ]
+    for found in through_disk(values, LOGPROBS):
+        assert [one.prompt_id for one in found] == [one.prompt_id for one in values]
+        for one, expected in zip(found, values, strict=True):
+            assert one.arrays.keys() == expected.arrays.keys()
+            for name, arrays in expected.arrays.items():
+                assert [a.tobytes() for a in one.arrays[name]] == [a.tobytes() for a in arrays]
 
 
 def group(**changes) -> Group:
@@ -157,27 +189,16 @@ def test_a_prompt_that_is_gone_or_has_changed_is_an_error():
         group_from_row(row, {"p": group(token_ids=(5, 7)).prompt})
 
 
-def test_every_column_of_a_usual_table_is_native_in_parquet():
-    matrix = ((math.nan, 0.75), (0.25, math.nan))
-    verdict = Verdict(annotator="a", oracle_version="1", scores=(0.5, 1.0), preferences=matrix, cost=Cost(calls=2))
-    results = [result_row("p", verdict), result_row("q", Failure(kind="timeout", message="slow"))]
-    for rows in ([group_row(group())], results, pair_rows(group(), [Pair(chosen=1, rejected=0, prob=1, gap=0.5)])):
-        assert not [f.name for f in _tables._to_arrow(rows).schema if f.metadata], "columns stored as JSON text"
+def test_half_a_surrogate_pair_is_written_out():
+    """An oracle may say it, and UTF-8 does not know it; it must not end a run."""
+    label = Label(prompt_id="p", result=Failure(kind="error", message="\ud83d!"))
+    for (found,) in through_disk([label], LABELS):
+        assert found.result.message == "\\ud83d!"
 
 
-def test_pairs_are_kept_with_their_texts():
-    assert pair_rows(group(), [Pair(chosen=1, rejected=0, prob=0.75, gap=0.5)]) == [
-        {
-            "prompt_id": "p",
-            "chosen": 1,
-            "rejected": 0,
-            "prob": 0.75,
-            "gap": 0.5,
-            "chosen_text": "t1",
-            "rejected_text": "t0",
-            "policy_version": 2,
-        }
-    ]
+def test_what_does_not_fit_its_column_is_an_error_that_names_it():
+    with pytest.raises(TypeError, match="column 'seeds'"):
+        to_batch([group_row(group()) | {"seeds": ["x"]}], groups_of(None).schema)
 
 
 def test_a_verdict_of_an_older_run_has_a_temperature_of_1():

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onlinerl.controller import statistics
 from onlinerl.controller.statistics import bootstrap, divergence, ratio, wilson
 
 # Wilson, 95 %: from the formula worked by hand for 8 of 10, and published tables for the others.
@@ -171,3 +172,12 @@ def test_closed_form_on_a_tabular_policy(distance):
         assert abs(estimate.value - truth) < 3 * estimate.se
         assert estimate.n == 2000
     assert found.k3.se < found.k1.se
+
+
+def test_a_resample_does_not_depend_on_how_much_of_it_is_in_memory(monkeypatch):
+    values = np.random.default_rng(1).normal(size=777)
+    whole = bootstrap(values), ratio(values + 5, [3] * 777)
+    monkeypatch.setattr(statistics, "_DRAWN_NUMBERS", 777 * 7)
+    assert (bootstrap(values), ratio(values + 5, [3] * 777)) == whole
+    drawn = np.random.default_rng(0).integers(0, 777, size=(1000, 777))
+    assert whole[0].low == np.percentile(values[drawn].mean(axis=1), 2.5)

@@ -14,13 +14,14 @@ from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
+import values
+from values import labels
 
 from onlinerl import mounts
 from onlinerl.errors import StoreError
 from onlinerl.protocols.store import Store
-from onlinerl.stores import _files, _lock, _tables
+from onlinerl.stores import _files, _lock
 from onlinerl.stores.directory import RunDirectory
 
 MANIFEST = {"name": "r", "config_digest": "abc", "fingerprint": {"seed": 1, "algorithm.name": "dpo"}}
@@ -47,7 +48,7 @@ def test_a_run_is_created_and_opened_again(tmp_path):
     with make(tmp_path / "r") as run:
         assert run.manifest["status"] == "running"
         assert run.manifest["attempt"] == 0
-        assert run.manifest["format"] == 3
+        assert run.manifest["format"] == 4
         run.update_manifest(status="interrupted", attempt=1, best=float("nan"))
     with RunDirectory.open(tmp_path / "r") as run:
         assert run.manifest["status"] == "interrupted"
@@ -66,11 +67,11 @@ def test_it_has_every_method_of_the_protocol():
 
 def test_creating_the_same_run_continues_it(tmp_path):
     with make(tmp_path / "r") as run:
-        run.append(1, "rollouts", [{"a": 1}])
+        run.labels(1, "verdicts").append(labels([1]))
         run.update_manifest(attempt=3)
     with make(tmp_path / "r") as run:
         assert run.manifest["attempt"] == 3
-        assert run.read(1, "rollouts") == [{"a": 1}]
+        assert list(run.labels(1, "verdicts")) == labels([1])
 
 
 def test_creating_a_different_run_there_is_refused_and_names_the_difference(tmp_path):
@@ -211,150 +212,6 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     with pytest.raises(StoreError, match="takes no locks: Operation not supported") as caught:
         make(tmp_path / "r")
     assert "mount it with locks" in caught.value.fix
-
-
-# --- tables ---
-
-ROWS = [
-    {
-        "id": "a",
-        "tokens": (1, 2, 3),
-        "logprobs": np.array([-0.1, -1e-30, -5.0]),
-        "text": "naïve\n\r \u2028 𝄞",
-        "seed": 2**31 - 1,
-    },
-    {"id": "b", "tokens": (), "logprobs": np.array([], dtype=np.float32), "text": "", "seed": 0, "nan": float("nan")},
-    {"id": "c", "tokens": [7], "logprobs": [-0.25], "text": "\x00\ud800", "seed": np.int64(3), "nested": {"x": [1, 0.5, None]}},
-    {"id": "d", "tokens": [7], "logprobs": [-0.25], "text": "t", "seed": 2**70, "nested": {}, "mixed": True},
-    {"id": "e", "tokens": [7], "logprobs": [-0.25], "text": "t", "seed": 1, "nested": {"y": {"z": 1}}, "mixed": 1},
-]
-
-
-def as_text(rows):
-    return json.dumps(rows)  # tells 1 from 1.0 from true, and NaN equals itself
-
-
-def test_rows_read_the_same_before_and_after_sealing(run):
-    run.append(1, "rollouts", ROWS[:2])
-    run.append(1, "rollouts", ROWS[2:])
-    before = run.read(1, "rollouts")
-    assert [r["id"] for r in before] == list("abcde")
-    assert before[0]["logprobs"] == [-0.1, -1e-30, -5.0]
-    assert before[0]["nested"] is None
-    assert before[3]["seed"] == 2**70
-    run.seal(1, "rollouts")
-    assert as_text(run.read(1, "rollouts")) == as_text(before)
-    folder = run.path / "iterations" / "0001"
-    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "rollouts.parquet"]
-    schema = pq.read_schema(folder / "rollouts.parquet")
-    assert str(schema.field("logprobs").type) == "list<element: double>"
-    run.seal(1, "rollouts")
-    assert as_text(run.read(1, "rollouts")) == as_text(before)
-
-
-def test_empty_tables(run):
-    assert run.read(1, "rollouts") == []
-    run.append(1, "rollouts", [])
-    run.seal(1, "rollouts")
-    assert run.read(1, "rollouts") == []
-    assert run.iterations() == [1]
-
-
-def test_a_sealed_table_takes_no_more_rows(run):
-    run.append(1, "rollouts", [{"a": 1}])
-    run.seal(1, "rollouts")
-    with pytest.raises(StoreError, match="complete"):
-        run.append(1, "rollouts", [{"a": 2}])
-
-
-def test_values_that_cannot_be_stored_leave_the_table_as_it_was(run):
-    run.append(1, "t", [{"a": 1}])
-    with pytest.raises(TypeError, match="not PosixPath"):
-        run.append(1, "t", [{"a": 2}, {"a": Path()}])
-    assert run.read(1, "t") == [{"a": 1}]
-
-
-def test_a_journal_torn_at_any_byte_loses_only_what_was_not_durable(tmp_path):
-    make(tmp_path / "r").close()
-    folder = tmp_path / "r" / "iterations" / "0001"
-    rows = [{"id": i, "text": "é{}\n", "list": [1.5, None]} for i in range(3)]
-    with RunDirectory.open(tmp_path / "r") as run:
-        for row in rows:
-            run.append(1, "rollouts", [row])
-    journal = folder / "rollouts.jsonl"
-    whole = journal.read_bytes()
-    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
-    with RunDirectory.open(tmp_path / "r") as run:
-        for cut in range(len(whole) + 1):
-            journal.write_bytes(whole[:cut])
-            durable = sum(end <= cut for end in ends)
-            assert run.read(1, "rollouts") == rows[:durable], cut
-            fresh = RunDirectory(run.path, run._lock)  # a process that has not looked at the journal yet
-            fresh.append(1, "rollouts", [{"id": 99, "text": "", "list": []}])
-            assert [r["id"] for r in fresh.read(1, "rollouts")] == [*range(durable), 99], cut
-
-
-def test_a_tail_of_zeros_after_a_power_cut_is_ignored(run):
-    run.append(1, "t", [{"a": 1}])
-    journal = run.path / "iterations" / "0001" / "t.jsonl"
-    journal.write_bytes(journal.read_bytes() + bytes(100) + b"\n")
-    assert run.read(1, "t") == [{"a": 1}]
-
-
-def test_damage_in_the_middle_of_a_journal_is_an_error(run):
-    run.append(1, "t", [{"a": 1}])
-    journal = run.path / "iterations" / "0001" / "t.jsonl"
-    journal.write_bytes(b'{"a": \n' + journal.read_bytes())
-    with pytest.raises(StoreError, match="byte 0"):
-        run.read(1, "t")
-
-
-def test_a_damaged_parquet_file_is_an_error(run):
-    run.append(1, "t", [{"a": 1}])
-    run.seal(1, "t")
-    sealed = run.path / "iterations" / "0001" / "t.parquet"
-    sealed.write_bytes(sealed.read_bytes()[:-9])
-    with pytest.raises(StoreError, match="damaged"):
-        run.read(1, "t")
-
-
-def test_seal_survives_a_crash_at_each_of_its_steps(tmp_path):
-    rows = [{"a": i} for i in range(3)]
-    with make(tmp_path / "r") as run:
-        run.append(1, "t", rows)
-        folder = run.path / "iterations" / "0001"
-        journal = (folder / "t.jsonl").read_bytes()
-        # before the rename: half a temporary file lies there
-        (folder / ".t.parquet.tmp").write_bytes(b"PAR1 half")
-    with RunDirectory.open(tmp_path / "r") as run:
-        assert run.read(1, "t") == rows
-        assert sorted(p.name for p in folder.iterdir()) == ["t.jsonl"]
-        run.seal(1, "t")
-        # after the rename, before the removal: both exist, and the Parquet file wins
-        (folder / "t.jsonl").write_bytes(journal + b'{"a": 99}\n')
-        assert run.read(1, "t") == rows
-        run.seal(1, "t")
-        assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "t.parquet"]
-        assert run.read(1, "t") == rows
-
-
-@pytest.mark.parametrize("call", ["write", "fsync"])
-def test_a_full_disk_during_append_adds_nothing_and_says_how_to_continue(run, monkeypatch, call):
-    run.append(1, "t", [{"a": 1}])
-    real = os.write
-
-    def half_then_full(descriptor, data):
-        real(descriptor, bytes(data)[: len(data) // 2])
-        full_disk()
-
-    monkeypatch.setattr(os, call, half_then_full if call == "write" else full_disk)
-    with pytest.raises(StoreError, match=r"disk is full.*safe") as caught:
-        run.append(1, "t", [{"a": 2}, {"a": 3}])
-    assert "resume" in caught.value.fix
-    monkeypatch.undo()
-    assert run.read(1, "t") == [{"a": 1}]
-    run.append(1, "t", [{"a": 2}])
-    assert run.read(1, "t") == [{"a": 1}, {"a": 2}]
 
 
 # --- phases ---
@@ -544,21 +401,30 @@ def test_free_space_is_checked_before_writing(run, monkeypatch):
 
 WRITE = """
 import sys
+from values import label
 from onlinerl.stores.directory import RunDirectory
 run = RunDirectory.open(sys.argv[1])
-start = len(run.read(1, "t"))
+table = run.labels(1, "t")
+start = len(list(table))
 for i in range(start, 100000):
-    run.append(1, "t", [{"i": i, "text": "x" * 500}])
+    table.append([label(i, 1.0)])
     with run.staged("checkpoints", 1 + i % 2) as path:
         (path / "state").write_bytes(b"%d" % i)
     sys.stdout.write(f"{i}\\n"); sys.stdout.flush()
 """
 
 
+def with_support() -> dict[str, str]:
+    paths = [str(Path(values.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def test_kill_nine_loses_nothing_that_was_reported(tmp_path):
     make(tmp_path / "r").close()
     for round_ in range(4):
-        writer = subprocess.Popen([sys.executable, "-c", WRITE, str(tmp_path / "r")], stdout=subprocess.PIPE, text=True)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITE, str(tmp_path / "r")], stdout=subprocess.PIPE, text=True, env=with_support()
+        )
         try:
             reported = -1
             for _ in range(5 + 7 * round_):
@@ -570,8 +436,8 @@ def test_kill_nine_loses_nothing_that_was_reported(tmp_path):
         with contextlib.suppress(IndexError):
             reported = int(rest.splitlines()[-1])
         with RunDirectory.open(tmp_path / "r") as run:
-            stored = [row["i"] for row in run.read(1, "t")]
-            assert stored == list(range(len(stored)))
+            stored = [label.prompt_id for label in run.labels(1, "t")]
+            assert stored == [f"p{i}" for i in range(len(stored))]
             assert len(stored) > reported
             newest = max(int((run.require("checkpoints", n) / "state").read_text()) for n in (1, 2))
             assert newest >= reported
@@ -581,4 +447,3 @@ def test_helpers_refuse_what_json_does_not_know():
     assert _files.finite({"a": (np.float64("inf"), 1, np.array([1.0, np.nan]))}) == {"a": [None, 1, [1.0, None]]}
     with pytest.raises(TypeError):
         _files.plain({1})
-    assert _tables.journal_path(Path("x"), "t") == Path("x/t.jsonl")

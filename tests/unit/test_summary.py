@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
+from values import label, pair
 
 from onlinerl.errors import StoreError
+from onlinerl.protocols.store import ROLLOUTS
 from onlinerl.stores.directory import RunDirectory
-from onlinerl.stores.rows import ROLLOUTS, group_row, pair_rows, result_row
 from onlinerl.stores.summary import samples, summarise
-from onlinerl.types import Failure, Group, Pair, Prompt, Rollout, Sampling, Verdict
+from onlinerl.types import Group, Label, Prompt, Rollout, Sampling, Verdict
 
 UNSAID = {"kl_estimator": None, "kl_conflict": None, "insufficient": [], "idle": None}
 RATE = {"value": 0.6, "low": 0.5, "high": 0.7, "n": 100}
@@ -90,7 +92,7 @@ def test_a_committed_iteration(run):
 
 
 def test_an_iteration_is_running_only_while_somebody_works_on_it(run):
-    run.append(1, "rollouts", [{"a": 1}])
+    run.labels(1, "verdicts").append([label(1, 1.0)])
     run.finish_phase(10, "sample", {"seconds": 1.0, "samples": 4})
     statuses = {row["iteration"]: row["status"] for row in summarise(run.path)["iterations"]}
     assert statuses == {1: "running", 10: "running"}
@@ -120,8 +122,8 @@ def test_a_response_that_nobody_judged_is_shown_without_a_win_rate(run):
     )
     group = Group(prompt=Prompt(id="p", text="x", token_ids=(1,)), rollouts=rollouts)
     verdict = Verdict(annotator="j", oracle_version="1", preferences=((nan, nan, 0.9), (nan,) * 3, (nan, nan, nan)))
-    run.append(1, "rollouts", [group_row(group)])
-    run.append(1, "verdicts", [result_row("p", verdict)])
+    run.groups(1, "rollouts").append([group])
+    run.labels(1, "verdicts").append([Label(prompt_id="p", result=verdict)])
     (shown,) = samples(run.path, 1, 1)
     assert [r["win_rate"] for r in shown["responses"]] == [pytest.approx(0.7), None, pytest.approx(0.3)]
     assert [r["score"] for r in shown["responses"]] == [None] * 3
@@ -136,10 +138,9 @@ def test_an_iteration_that_gave_nothing_to_learn(run):
 
 def test_a_group_that_was_asked_for_again_is_shown_once(run):
     first, again = (
-        group_row(Group(prompt=Prompt(id="p", text="a", token_ids=(1,)), rollouts=(), rejected=reasons))
-        for reasons in (("logprob",), ())
+        Group(prompt=Prompt(id="p", text="a", token_ids=(1,)), rollouts=(), rejected=reasons) for reasons in (("logprob",), ())
     )
-    run.append(1, ROLLOUTS, [first, again])
+    run.groups(1, ROLLOUTS).append([first, again])
     assert [shown["prompt_id"] for shown in samples(run.path, 1, 5)] == ["p"]
 
 
@@ -170,12 +171,13 @@ def test_samples_for_people(run, sealed):
         for i in range(3)
     ]
     verdict = Verdict(annotator="judge", oracle_version="1", scores=(0.0, 100.0), raw="the second")
-    run.append(1, "rollouts", [group_row(g) for g in groups])
-    run.append(1, "verdicts", [result_row("p1", Failure(kind="timeout", message="60 s")), result_row("p0", verdict)])
-    run.append(1, "pairs", pair_rows(groups[0], [Pair(chosen=1, rejected=0, prob=1.0, gap=0.5)]))
+    tables = run.groups(1, "rollouts"), run.labels(1, "verdicts"), run.pairs(1)
+    tables[0].append(groups)
+    tables[1].append([label(1), Label(prompt_id="p0", result=verdict)])
+    tables[2].append([pair(0)])
     if sealed:
-        for table in ("rollouts", "verdicts", "pairs"):
-            run.seal(1, table)
+        for table in tables:
+            table.seal()
     shown = samples(run.path, 1, 3)
     json.dumps(shown, allow_nan=False)
     assert shown[0]["prompt"] == "prompt 0"
@@ -192,7 +194,8 @@ def test_samples_for_people(run, sealed):
     assert (shown[1]["failure"], shown[1]["responses"][0]["score"]) == ("timeout: 60 s", None)
     assert (shown[2]["failure"], shown[2]["oracle"], shown[2]["pairs"]) == (None, None, [])
     assert len(samples(run.path, 1, 1)) == 1
-    run.append(0, "evaluation", [run.read(1, "rollouts")[0] | {"texts": ["the base model"]}])
+    own = replace(groups[0].rollouts[0], text="the base model")
+    run.groups(0, "evaluation").append([replace(groups[0], rollouts=(own,))])
     [own] = samples(run.path, 0, 3, heldout=True)
     assert "the base model" in str(own)
     with pytest.raises(StoreError, match="no samples of iteration 7") as caught:

@@ -7,10 +7,10 @@ from typing import Any
 
 from onlinerl.controller import items
 from onlinerl.controller.feed import Feed
-from onlinerl.controller.iteration import Answer, Iteration
+from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import batched
-from onlinerl.stores.rows import LOGPROBS, logprob_row
-from onlinerl.types import Group, Judged, TrainSequence, Verdict
+from onlinerl.protocols.store import LOGPROBS
+from onlinerl.types import Group, Judged, LogProbs, TrainSequence, Verdict
 
 AT_ONCE = 1024
 """Prompts scored in one go. More at once would only take memory."""
@@ -20,45 +20,44 @@ STREAMED = 32
 
 def annotate(it: Iteration) -> dict[str, Any]:
     """Score what will be trained on, in the order of the prompts, whatever arrived first."""
-    store = it.parts.store
-    done = {row["prompt_id"] for row in store.read(it.number, LOGPROBS)}
-    total = len(it.prompts()[0])
-    it.parts.tracker.phase_started(it.number, "annotate", total, "groups")
+    table = it.parts.store.logprobs(it.number, LOGPROBS)
+    it.parts.tracker.phase_started(it.number, "annotate", len(it.prompt_ids), "groups")
     scored = 0
     labelled = it.labelled()
     for chunk in _chunks(it, labelled):
         # A group without a verdict gets no row: a resume may ask the oracle again, and then it has something to score.
-        todo = [(g, answer) for g, answer in chunk if g.prompt.id not in done and isinstance(answer, Verdict)]
-        sequences = [_sequences(it, group, answer) for group, answer in todo]
-        arrays = _arrays(it, [s for group in sequences for s in group])
-        rows, start = [], 0
-        for (group, _), own in zip(todo, sequences, strict=True):
-            rows.append(logprob_row(group.prompt.id, {k: v[start : start + len(own)] for k, v in arrays.items()}))
+        sequences = {
+            group.prompt.id: _sequences(it, group, answer)
+            for group, answer in it.judged(table.missing(chunk))
+            if isinstance(answer, Verdict)
+        }
+        arrays = _arrays(it, [s for own in sequences.values() for s in own])
+        values, start = [], 0
+        for prompt_id, own in sequences.items():
+            of_prompt = {name: tuple(array[start : start + len(own)]) for name, array in arrays.items()}
+            values.append(LogProbs(prompt_id=prompt_id, arrays=of_prompt))
             start += len(own)
-        store.append(it.number, LOGPROBS, rows)
+        table.append(values)
         scored += start
         it.parts.tracker.phase_advanced(it.number, "annotate", len(chunk))
         it.check_stop()
-    store.seal(it.number, LOGPROBS)
+    table.seal()
     return {"sequences": scored, "reference": it.reference(), "waited": labelled.waited}
 
 
-def _chunks(it: Iteration, feed: Feed[tuple[Group, Answer]]) -> Iterator[list[tuple[Group, Answer]]]:
-    """All groups with what is known about them, in the order of the prompts; each chunk as soon as it is complete."""
-    arrived: dict[str, tuple[Group, Answer]] = {}
-    prompts, _ = it.prompts()
-    for chunk in batched(prompts, STREAMED if it.parts.config.schedule.stream else AT_ONCE):
-        while not all(prompt.id in arrived for prompt in chunk):
-            arrived.update({group.prompt.id: (group, answer) for group, answer in feed.take(len(prompts))})
-        yield [arrived.pop(prompt.id) for prompt in chunk]
+def _chunks(it: Iteration, feed: Feed[str]) -> Iterator[Sequence[str]]:
+    """All prompts, in their order; each chunk as soon as everything about it is known."""
+    arrived: set[str] = set()
+    for chunk in batched(it.prompt_ids, STREAMED if it.parts.config.schedule.stream else AT_ONCE):
+        while not arrived.issuperset(chunk):
+            arrived.update(feed.take(len(it.prompt_ids)))
+        yield chunk
     feed.take(1)  # the end: nobody is done before the one that is followed
 
 
-def _sequences(it: Iteration, group: Group, answer: Answer) -> list[TrainSequence]:
+def _sequences(it: Iteration, group: Group, verdict: Verdict) -> list[TrainSequence]:
     """The responses that a group gives to train on, in the order of its items."""
-    if not isinstance(answer, Verdict):
-        return []
-    return [s for item in items.of_group(it, Judged(group=group, verdict=answer)).items for s in item.sequences]
+    return [s for item in items.of_group(it, Judged(group=group, verdict=verdict)).items for s in item.sequences]
 
 
 def _arrays(it: Iteration, sequences: Sequence[TrainSequence]) -> dict[str, list[Any]]:

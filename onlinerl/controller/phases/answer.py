@@ -6,7 +6,7 @@ from typing import Any
 
 from onlinerl.controller import collect
 from onlinerl.controller.iteration import Iteration
-from onlinerl.stores.rows import EVALUATION
+from onlinerl.protocols.store import EVALUATION
 from onlinerl.types import Request, Sampling, derive_seed
 
 
@@ -16,6 +16,6 @@ def answer(it: Iteration) -> dict[str, Any]:
     # Divergences need temperature 1 and the whole vocabulary.
     sampling = Sampling(max_new_tokens=config.sampling.max_new_tokens)
     requests = [Request(prompt=p, seeds=(derive_seed(config.seed, "evaluation", p.id),)) for p in it.parts.heldout]
-    groups = collect.generate(it, requests, sampling, EVALUATION, "answer")
-    rollouts = [r for g in groups for r in g.rollouts]
-    return {"samples": len(rollouts), "tokens": sum(len(r.token_ids) for r in rollouts)}
+    table = it.parts.store.groups(it.number, EVALUATION, {p.id: p for p in it.parts.heldout})
+    sampled = collect.generate(it, requests, sampling, table, "answer")
+    return {"samples": sum(s.responses for s in sampled), "tokens": sum(s.tokens for s in sampled)}

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from onlinerl.controller import collect, health
-from onlinerl.controller.iteration import Iteration, judged
-from onlinerl.stores.rows import VERDICTS
+from onlinerl.controller.iteration import Iteration
 from onlinerl.types import Failure
 
 
 def label(it: Iteration) -> dict[str, Any]:
     """Ask the oracle about what is sampled."""
-    sampled, expected = it.sampled(), len(it.prompts()[0])
-    calls, results = collect.judge(it, sampled, expected, VERDICTS, "label", wanted=it.large_enough, feed=it.answers)
-    groups = [group for group in it.groups() if it.large_enough(group)]
-    failures = [r for r in results.values() if isinstance(r, Failure)]
-    health.check_failures(failures, len(groups), it.parts.config.max_failed_labels)
-    it.report.labelled(it.number, groups, results, judged(groups, results))
+    sampled, labels = it.sampled(), it.labels()
+    calls = collect.judge(it, sampled, len(it.prompt_ids), labels, "label", wanted=it.large_enough, feed=it.answers)
+    failures: list[Failure] = []
+    spread: dict[str, float] = {}
+    # Groups that were large enough to be judged are those with a label.
+    for found in labels.select(dict.fromkeys(it.prompt_ids)):
+        result = None if found is None else found.result
+        if isinstance(result, Failure):
+            failures.append(result)
+        elif found is not None and result is not None and result.scores is not None:
+            spread[found.prompt_id] = float(np.std(result.scores))
+    health.check_failures(failures, calls, it.parts.config.max_failed_labels)
+    spreads = [spread[prompt_id] for prompt_id in it.prompt_ids if prompt_id in spread]
+    it.report.labelled(it.number, ok=calls - len(failures), failed=len(failures), spreads=spreads)
     waited = sampled.waited / it.parts.asker.oracle.max_concurrent
     return {"oracle_calls": calls, "failures": len(failures), "waited": waited}

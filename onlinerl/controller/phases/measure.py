@@ -13,8 +13,8 @@ from onlinerl.controller.feed import Feed
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.statistics import Divergence, Estimate
 from onlinerl.errors import EngineError
-from onlinerl.stores.rows import BASE_LOGPROBS, EVALUATION, EVALUATION_VERDICTS, group_from_row, result_from_row
-from onlinerl.types import Failure, Group, Verdict
+from onlinerl.protocols.store import BASE_LOGPROBS, EVALUATION, EVALUATION_VERDICTS
+from onlinerl.types import Failure, Group, LogProbs, Verdict
 
 
 def measure(it: Iteration) -> dict[str, Any]:
@@ -77,14 +77,16 @@ def _win_rates(it: Iteration, now: evaluation.Evaluated) -> tuple[dict[str, Esti
 
 
 def _judged(it: Iteration, groups: Sequence[Group], table: str) -> tuple[int, dict[str, Verdict | Failure]]:
-    return collect.judge(it, Feed.of(groups, it.stop), len(groups), table, "measure")
+    labels = it.parts.store.labels(it.number, table)
+    calls = collect.judge(it, Feed.of(groups, it.stop), len(groups), labels, "measure")
+    return calls, {label.prompt_id: label.result for label in labels}
 
 
 def _evaluated(it: Iteration, iterate: int) -> evaluation.Evaluated:
     """What an earlier iterate answered, from disk."""
-    by_id = {p.id: p for p in it.parts.heldout}
-    groups = {row["prompt_id"]: group_from_row(row, by_id) for row in it.parts.store.read(iterate, EVALUATION)}
-    verdicts = dict(result_from_row(row) for row in it.parts.store.read(iterate, EVALUATION_VERDICTS))
+    store = it.parts.store
+    groups = {g.prompt.id: g for g in store.groups(iterate, EVALUATION, {p.id: p for p in it.parts.heldout})}
+    verdicts = {label.prompt_id: label.result for label in store.labels(iterate, EVALUATION_VERDICTS)}
     return evaluation.Evaluated(groups=_answered([groups[p.id] for p in it.parts.heldout]), verdicts=verdicts)
 
 
@@ -95,16 +97,16 @@ def _divergence(it: Iteration, now: evaluation.Evaluated, own: Sequence[np.ndarr
 
 def _forward_kl(it: Iteration, groups: Sequence[Group], own: Sequence[np.ndarray]) -> Estimate | None:
     """From the base model's answers; its log-probs of them, from the learner's scorer like all others, are kept at iteration 0."""
-    store = it.parts.store
+    table = it.parts.store.logprobs(0, BASE_LOGPROBS)
     if it.number == 0:
-        if not store.sealed(0, BASE_LOGPROBS):
+        if not table.sealed:
             pairs = zip(groups, own, strict=True)
-            store.append(0, BASE_LOGPROBS, [{"prompt_id": g.prompt.id, "logprobs": [float(x) for x in lp]} for g, lp in pairs])
-            store.seal(0, BASE_LOGPROBS)
+            table.append([LogProbs(prompt_id=g.prompt.id, arrays={"logprobs": (lp,)}) for g, lp in pairs])
+            table.seal()
         return None
-    if not store.sealed(0, BASE_LOGPROBS):  # the run was started by a version that did not keep them
+    if not table.sealed:  # the run was started by a version that did not keep them
         return None
-    kept = {row["prompt_id"]: row["logprobs"] for row in store.read(0, BASE_LOGPROBS)}
+    kept = {one.prompt_id: one.arrays["logprobs"][0] for one in table}
     base = _evaluated(it, 0).groups
     policy = it.parts.learner.score(evaluation.sequences(base), model=it.model_of(it.number), temperature=1.0)
-    return evaluation.forward_kl([np.asarray(kept[g.prompt.id]) for g in base], policy)
+    return evaluation.forward_kl([np.asarray(kept[g.prompt.id], np.float64) for g in base], policy)

@@ -7,7 +7,6 @@ from typing import Any
 
 from onlinerl.controller import collect
 from onlinerl.controller.iteration import Iteration
-from onlinerl.stores.rows import ROLLOUTS
 from onlinerl.types import Request, derive_seed
 
 
@@ -17,16 +16,14 @@ def sample(it: Iteration) -> dict[str, Any]:
     prompts, next_cursor = it.prompts()
     k = config.sampling.samples_per_prompt
     requests = [Request(prompt=p, seeds=tuple(derive_seed(config.seed, it.number, p.id, i) for i in range(k))) for p in prompts]
-    groups = collect.generate(it, requests, config.sampling.spec(), ROLLOUTS, "sample", feed=it.rollouts)
-    rollouts = [r for g in groups for r in g.rollouts]
-    tokens = sum(len(r.token_ids) for r in rollouts)
-    it.report.sampled(it.number, groups)
+    sampled = collect.generate(it, requests, config.sampling.spec(), it.groups(), "sample", feed=it.rollouts)
+    it.report.sampled(it.number, sampled)
     return {
-        "samples": len(rollouts),
-        "tokens": tokens,
-        "prompts": len(groups),
-        "truncated": sum(r.finish_reason == "length" for r in rollouts),
-        "rejected": dict(Counter(reason for g in groups for reason in g.rejected)),
+        "samples": sum(s.responses for s in sampled),
+        "tokens": sum(s.tokens for s in sampled),
+        "prompts": len(sampled),
+        "truncated": sum(s.cut for s in sampled),
+        "rejected": dict(Counter(reason for s in sampled for reason in s.rejected)),
         "next_cursor": next_cursor,
         "policy_version": it.sampling_version,
     }

@@ -1,0 +1,37 @@
+"""What the figures of a phase need to know about a group, so that its responses need not stay in memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from onlinerl.types import Group
+from onlinerl.types.rollouts import RejectReason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """What was sampled for one prompt."""
+
+    responses: int
+    """Usable ones."""
+    tokens: int
+    """Of all of them."""
+    cut: int
+    """How many hit the length limit."""
+    unique: float
+    """Share of different texts; NaN without responses."""
+    rejected: tuple[RejectReason, ...]
+    """Why each of the others was thrown away."""
+
+    @classmethod
+    def of(cls, group: Group) -> Sampled:
+        """About one group."""
+        rollouts = group.rollouts
+        return cls(
+            responses=len(rollouts),
+            tokens=sum(len(r.token_ids) for r in rollouts),
+            cut=sum(r.finish_reason == "length" for r in rollouts),
+            unique=len({r.text for r in rollouts}) / len(rollouts) if rollouts else math.nan,
+            rejected=group.rejected,
+        )

@@ -1,0 +1,99 @@
+"""Rows <-> Arrow. Numbers per token, which are most of what a run stores, pass through numpy and never become Python objects here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, chain
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+Row = dict[str, Any]
+
+PER_TOKEN = frozenset({"token_ids", "logprobs", "old", "reference", "behaviour", "values", "advantages", "returns"})
+"""Columns with one array of numbers per response."""
+
+
+def per_token(numbers: pa.DataType) -> pa.DataType:
+    """The type of such a column."""
+    return pa.list_(pa.list_(numbers))
+
+
+def to_batch(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
+    """Rows with the columns of a schema; a key that a row lacks is null.
+
+    Raises:
+        TypeError: if a value is not of its column's type.
+    """
+    others = [field for field in schema if not is_per_token(field)]
+    try:
+        columns = dict(zip([f.name for f in others], pa.array(rows, pa.struct(others)).flatten(), strict=True))
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):  # one after the other, to find out which it is
+        columns = {field.name: _column(rows, field) for field in others}
+    return pa.RecordBatch.from_arrays(
+        [columns[field.name] if field.name in columns else _column(rows, field) for field in schema], schema=schema
+    )
+
+
+def _column(rows: Sequence[Mapping[str, Any]], field: pa.Field) -> pa.Array:
+    cells = [row.get(field.name) for row in rows]
+    try:
+        return _ragged(cells, field.type) if is_per_token(field) else _plain(cells, field.type)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"column {field.name!r} holds {field.type}: {error}") from error
+
+
+def rows_of(batch: pa.RecordBatch, *, arrays: bool = True) -> list[Row]:
+    """The rows of a batch. With `arrays`, numbers per token are numpy arrays, one per response; else lists."""
+    columns = {}
+    for field, column in zip(batch.schema, batch.columns, strict=True):
+        columns[field.name] = _arrays(column) if arrays and is_per_token(field) else column.to_pylist()
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+def is_per_token(field: pa.Field) -> bool:
+    """Whether a column has one array of numbers per response."""
+    return field.name in PER_TOKEN and pa.types.is_list(field.type) and pa.types.is_list(field.type.value_type)
+
+
+def _ragged(cells: Sequence[Sequence[Any] | None], kind: pa.DataType) -> pa.Array:
+    numbers = kind.value_type.value_type
+    groups: list[Sequence[Any]] = [() if cell is None else cell for cell in cells]
+    inner = [sequence for group in groups for sequence in group]
+    outer_offsets = np.array([0, *accumulate(map(len, groups))], np.int32)
+    inner_offsets = np.array([0, *accumulate(map(len, inner))], np.int32)
+    dtype = numbers.to_pandas_dtype()
+    if any(isinstance(sequence, np.ndarray) for sequence in inner):
+        flat = np.concatenate([np.asarray(sequence, dtype) for sequence in inner])
+    else:
+        flat = np.fromiter(chain.from_iterable(inner), dtype, int(inner_offsets[-1]))
+    lists = pa.ListArray.from_arrays(inner_offsets, pa.array(flat, numbers), type=kind.value_type)
+    mask = pa.array([cell is None for cell in cells]) if any(cell is None for cell in cells) else None
+    return pa.ListArray.from_arrays(outer_offsets, lists, type=kind, mask=mask)
+
+
+def _arrays(column: pa.ListArray) -> list[list[np.ndarray] | None]:
+    lists = column.values
+    flat = lists.values.to_numpy(zero_copy_only=False)
+    inner, outer = lists.offsets.to_numpy().tolist(), column.offsets.to_numpy().tolist()
+    present = column.is_valid().to_pylist() if column.null_count else [True] * len(column)
+    return [
+        [flat[inner[i] : inner[i + 1]] for i in range(outer[row], outer[row + 1])] if present[row] else None
+        for row in range(len(column))
+    ]
+
+
+def _plain(cells: list[Any], kind: pa.DataType) -> pa.Array:
+    try:
+        return pa.array(cells, kind)
+    except UnicodeEncodeError:  # half a surrogate pair, which an oracle may say and UTF-8 does not know, is written out
+        return pa.array([_encodable(cell) for cell in cells], kind)
+
+
+def _encodable(cell: Any) -> Any:
+    if isinstance(cell, str):
+        return cell.encode("utf-8", "backslashreplace").decode()
+    if isinstance(cell, Mapping):
+        return {key: _encodable(value) for key, value in cell.items()}
+    return [_encodable(value) for value in cell] if isinstance(cell, list | tuple) else cell

@@ -1,0 +1,108 @@
+"""Writes tables and runs as formats 1 to 3 had them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from onlinerl.stores import _files
+from onlinerl.stores.directory import RunDirectory
+
+
+def append_lines(path: Path, rows: Sequence[Mapping[str, Any]], *, checksums: bool = True) -> None:
+    """Add rows to a journal of JSON lines; format 1 had no checksums."""
+    with path.open("ab") as file:
+        for row in rows:
+            body = json.dumps(row, separators=(",", ":")).encode("ascii")
+            file.write((b"%08x " % zlib.crc32(body) if checksums else b"") + body + b"\n")
+
+
+def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A complete table; returns what the manifest said about it."""
+    columns = {name: [_plain(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+    arrays, fields = [], []
+    for name, cells in columns.items():
+        array = _native(cells)
+        if array is None:
+            array = pa.array([json.dumps(cell) for cell in cells], pa.string())
+            fields.append(pa.field(name, pa.string(), metadata={b"onlinerl.encoding": b"json"}))
+        else:
+            fields.append(pa.field(name, array.type))
+        arrays.append(array)
+    sink = pa.BufferOutputStream()
+    table = pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    path.write_bytes(data := sink.getvalue().to_pybytes())
+    return {"rows": len(rows), "bytes": len(data), "sha256": _files.sha256(data)}
+
+
+def _plain(cell: Any) -> Any:
+    """NaN was null."""
+    if isinstance(cell, float) and np.isnan(cell):
+        return None
+    return [_plain(value) for value in cell] if isinstance(cell, list) else cell
+
+
+def _native(cells: list[Any]) -> pa.Array | None:
+    try:
+        array = pa.array(cells)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError):
+        return None
+    return array if json.dumps(array.to_pylist()) == json.dumps(cells) else None
+
+
+def as_format_3(run: Path) -> None:
+    """Rewrite the tables of a run of today: one Parquet file each where they are complete, else one journal of JSON lines."""
+    with RunDirectory.open(run) as opened:
+        tables = {
+            (folder, name): (opened.read(int(folder.name), name), entry["sealed"])
+            for folder in sorted((run / "iterations").iterdir())
+            for name, entry in _files.read_json(folder / "manifest.json").get("tables", {}).items()
+        }
+        open_tables = {(journal.parent, journal.name.split(".")[0]) for journal in (run / "iterations").glob("*/*.journal")}
+        for folder, name in open_tables - tables.keys():
+            tables[folder, name] = (opened.read(int(folder.name), name), False)
+        prompts = {name: opened.prompts(name) for name in ("train", "heldout")}
+    for (folder, name), (rows, sealed) in tables.items():
+        _remove(folder, name)
+        if name == "base_logprobs":
+            rows = [{"prompt_id": row["prompt_id"], "logprobs": row["logprobs"][0]} for row in rows]
+        elif name == "logprobs":
+            rows = [{key: cell for key, cell in row.items() if cell is not None} for row in rows]
+        _record(folder, name, write_parquet(folder / f"{name}.parquet", rows) if sealed else None)
+        if not sealed:
+            append_lines(folder / f"{name}.jsonl", _plain_rows(rows))
+    from onlinerl.stores.rows import prompt_row
+
+    for name, kept in prompts.items():
+        _remove(run / "prompts", name)
+        _record(run / "prompts", name, write_parquet(run / "prompts" / f"{name}.parquet", [prompt_row(p) for p in kept or ()]))
+    manifests = [run / "manifest.json", *(run / "iterations").glob("*/manifest.json"), run / "prompts" / "manifest.json"]
+    for manifest in manifests:
+        _files.replace_json(manifest, {**_files.read_json(manifest), "format": 3})
+
+
+def _plain_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: _plain(cell) for key, cell in row.items()} for row in rows]
+
+
+def _remove(folder: Path, name: str) -> None:
+    shutil.rmtree(folder / f"{name}.parquet", ignore_errors=True)
+    for journal in folder.glob(f"{name}.*.journal"):
+        journal.unlink()
+
+
+def _record(folder: Path, name: str, entry: dict[str, Any] | None) -> None:
+    stored = _files.read_json(folder / "manifest.json")
+    tables = {**stored.get("tables", {}), name: entry}
+    _files.replace_json(
+        folder / "manifest.json", {**stored, "tables": {key: value for key, value in tables.items() if value is not None}}
+    )
