@@ -95,7 +95,7 @@ def missing(placements: Sequence[Placement], available: Mapping[str, float]) -> 
 
 
 def explain_missing(placements: Sequence[Placement], available: Mapping[str, float]) -> ClusterError | None:
-    """The error to raise when a cluster with `available` resources can never hold `placements`, or None (R-J1)."""
+    """The error to raise when a cluster with `available` resources can never hold `placements`, or None."""
     short = missing(placements, available)
     if not short:
         return None

@@ -1,4 +1,4 @@
-"""Everything that can be found wrong before anything expensive starts (R-L3). Needs no vLLM, Ray or DeepSpeed."""
+"""Everything that can be found wrong before anything expensive starts. Needs no vLLM, Ray or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def probe_oracle(oracle: Oracle, prompt: Prompt) -> Verdict:
 
 
 def derived(config: RunConfig, algorithm: Algorithm) -> str:
-    """The batch-like numbers that follow from the ones that were set (R-L1)."""
+    """The batch-like numbers that follow from the ones that were set."""
     prompts, k, per_step = config.prompts.per_iteration, config.sampling.samples_per_prompt, config.training.items_per_step
     items = prompts * algorithm.most_items(k, configuration.pair_builder(config).most(k))
     what = "pairs" if algorithm.needs.pairs else "items"
@@ -200,7 +200,7 @@ def memory(config: RunConfig, parameters: float | None, *, critic: bool = False)
 
 def identity(model: str) -> dict[str, str]:
     """What a model is, cheaply: names and sizes of its files, their first and last MiB (`checksum`), and blocks in between (`blocks`),
-    because a fine-tuned model may differ from its base in its layers only (R-D3)."""
+    because a fine-tuned model may differ from its base in its layers only."""
     path = hub.local(model)
     if path is None:
         return {"model": model}

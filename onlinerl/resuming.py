@@ -23,7 +23,7 @@ def kept(store: RunDirectory) -> Kept | None:
 
 
 def require_unchanged(config: RunConfig, store: RunDirectory) -> None:
-    """A resume may change where it runs, not what is computed; the reference must be the very same weights (R-D3)."""
+    """A resume may change where it runs, not what is computed; the reference must be the very same weights."""
     was, found = store.manifest.get("reference") or {}, preflight.identity(config.model)
     same_model = all(found.get(key) == value for key, value in was.items() if key != "model")
     changed = configuration.changes(store.manifest["fingerprint"], config)

@@ -250,7 +250,7 @@ def explained(
 
 
 def get(refs: Any, *, timeout_s: float, error: type[OnlineRLError], what: str, lost: type[OnlineRLError] | None = None) -> Any:
-    """`ray.get` with a deadline, and with the failing role's own error in the message (R-J5).
+    """`ray.get` with a deadline, and with the failing role's own error in the message.
 
     Args:
         refs: one reference, or a mapping from role name to reference.

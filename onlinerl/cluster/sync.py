@@ -23,7 +23,7 @@ class FanOutClient:
     """vLLM's weight-sync control plane for all replicas at once; used by learner rank 0.
 
     Every call reaches every replica, waits for all of them, and raises the first error with the replica's name. A failed call is
-    never swallowed: that is how stale weights go unnoticed (R-A1).
+    never swallowed: that is how stale weights go unnoticed.
     """
 
     def __init__(self, actors: Sequence[Any], names: Sequence[str], tensor_parallel_size: int, timeout_s: float) -> None:
@@ -113,7 +113,7 @@ class WeightPush:
             except LearnerLost:
                 raise
             except OnlineRLError as error:
-                self._connected = []  # a half-open update is never reused (R-A4)
+                self._connected = []  # a half-open update is never reused
                 blamed = self._failed()
                 if not blamed:
                     raise SyncError(

@@ -77,17 +77,17 @@ class TrainingConfig(Section):
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
     """`rmsprop` keeps one moment less, and is what SPPO's authors train with."""
     optimizer_state: Literal["keep", "reset"] = "keep"
-    """What happens to the moments between iterations (R-O1)."""
+    """What happens to the moments between iterations."""
     weight_decay: float = Field(0.0, ge=0)
     """Of matrices; biases and the weights of norms do not decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     max_skipped_steps: Resumable[int] = Field(3, ge=0)
-    """Steps with a non-finite gradient that are dropped before the run stops (R-E6)."""
+    """Steps with a non-finite gradient that are dropped before the run stops."""
     max_idle_iterations: Resumable[int] = Field(3, ge=1)
     """Iterations in a row that give nothing to learn (every response to a prompt judged the same, or no pair left) before the run
     stops. Each is committed without an optimizer step; a resume goes on with the next one."""
     on_truncated: Literal["keep", "drop"] = "keep"
-    """Responses that hit max_new_tokens: train on them as they are, or leave them out (counted either way) (R-F4)."""
+    """Responses that hit max_new_tokens: train on them as they are, or leave them out (counted either way)."""
 
 
 class ScheduleConfig(Section):
@@ -114,7 +114,7 @@ class EvaluationConfig(Section):
     """Fresh rollouts on which engine and learner log-probs are compared."""
     max_mismatch_k3: Resumable[float] = Field(0.01, gt=0)
     """Largest accepted KL estimate (k3, nats per token) between engine and learner on them. bfloat16 kernels of two libraries differ by
-    about 0.002; more than this is a bug, not noise (R-E1)."""
+    about 0.002; more than this is a bug, not noise."""
 
 
 class SyncConfig(Section):
@@ -123,10 +123,10 @@ class SyncConfig(Section):
     backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
     """`auto`: gloo on CPU, ipc where learner and replica share a GPU, nccl otherwise."""
     timeout_s: Seconds = 300
-    """One deadline over the whole push: rendezvous, send, cache reset and proof (R-A1)."""
+    """One deadline over the whole push: rendezvous, send, cache reset and proof."""
     bucket_mib: int = Field(64, ge=1)
     """Size of one message, which is the extra memory that a transfer takes on either side: one message at a time over gloo, two in
-    flight over nccl, one buffer per GPU for ipc. A larger tensor travels alone (R-A2)."""
+    flight over nccl, one buffer per GPU for ipc. A larger tensor travels alone."""
     tensors_checked: int = Field(24, ge=1)
     """Tensors whose checksum is compared after each push, in rotation; all of them at the first."""
     canary_tolerance_nats: float = Field(0.1, gt=0)

@@ -154,7 +154,7 @@ class VLLMReplica:
                 max_num_seqs=config.max_concurrent,
                 enforce_eager=eager,
                 seed=seed,
-                # The log-probs of the distribution that was really sampled from: temperature and truncation applied (R-E2).
+                # The log-probs of the distribution that was really sampled from: temperature and truncation applied.
                 logprobs_mode="processed_logprobs",
                 weight_transfer_config={"backend": sync_backend},
                 worker_extension_cls="onlinerl.sync.receiver.Receiver",
@@ -292,7 +292,7 @@ class VLLMReplica:
 
     @_alive
     async def reset_caches(self) -> None:
-        """Forget everything computed with older weights; vLLM leaves this to its caller (R-B1).
+        """Forget everything computed with older weights; vLLM leaves this to its caller.
 
         Raises:
             EngineError: if vLLM refuses, as it does while requests are running.

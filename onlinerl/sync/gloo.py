@@ -79,7 +79,7 @@ def join(store: TCPStore, address: str, rank: int, world_size: int, timeout_s: f
     """
     timeout = timedelta(seconds=timeout_s)
     options = torch.distributed.ProcessGroupGloo._Options()
-    # Bind to the interface that can reach the learner: the default is whatever the host name resolves to (R-A5).
+    # Bind to the interface that can reach the learner: the default is whatever the host name resolves to.
     options._devices = [torch.distributed.ProcessGroupGloo.create_device(hostname=local_address(address))]
     options._timeout = timeout
     if rank > 0:
@@ -111,7 +111,7 @@ def nbytes(meta: ParamMeta) -> int:
 
 
 def unpack(flat: Tensor, run: list[ParamMeta]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one bucket. Copies, because vLLM keeps them until their whole layer has arrived (R-B4)."""
+    """The tensors of one bucket. Copies, because vLLM keeps them until their whole layer has arrived."""
     offset = 0
     for meta in run:
         end = offset + nbytes(meta)
@@ -185,7 +185,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             raise ValueError("gloo weight transfer needs a WeightSource")
         if not init_info.is_sender:
             return cls(client=client, source=source, init_info=init_info, group=None)
-        # Port 0 lets the system choose one and keeps it: no gap in which another job could take it (R-A5).
+        # Port 0 lets the system choose one and keeps it: no gap in which another job could take it.
         store = TCPStore(
             init_info.master_address, 0, is_master=True, timeout=timedelta(seconds=init_info.timeout_s), wait_for_workers=False
         )
@@ -205,7 +205,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         return cls(client=client, source=source, init_info=init_info, group=group)
 
     def send_weights(self) -> None:
-        """Send everything the source yields. Every rank walks the source in the same order; only rank 0 sends (R-A2)."""
+        """Send everything the source yields. Every rank walks the source in the same order; only rank 0 sends."""
         assert self.source is not None
         metas = self.source.metadata()
         if not self.is_sender:
@@ -257,7 +257,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
 
 
 def _await_arrivals(store: TCPStore, init_info: GlooTrainerInitInfo, joined: Any) -> None:
-    """Wait until every worker is at the door: opening a group blocks, and a replica that has failed never comes (R-A1)."""
+    """Wait until every worker is at the door: opening a group blocks, and a replica that has failed never comes."""
     deadline = time.monotonic() + init_info.timeout_s
     everyone = [_arrival(rank) for rank in range(1, init_info.world_size)]
     while not store.check(everyone):

@@ -77,7 +77,7 @@ class Receiver:
             reload.finish(model, runner.model_config)
 
     def onlinerl_abandon_update(self) -> None:
-        """Close an update that was never finished, so that the next one can start (R-A4); does nothing if there is none.
+        """Close an update that was never finished, so that the next one can start; does nothing if there is none.
 
         Layers that had not arrived whole are left with whatever they hold: the next update must send everything.
         """

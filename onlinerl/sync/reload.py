@@ -27,7 +27,7 @@ def finish(model: nn.Module, model_config: Any) -> None:
 
     finalize_layerwise_reload(model, model_config)
     # On CPU an output matrix is packed into a copy. A tied one gets no weights of its own, so the reload leaves its copy as it
-    # was, and the model would go on computing its logits with the matrix it started with (R-B7).
+    # was, and the model would go on computing its logits with the matrix it started with.
     for layer in model.modules():
         if isinstance(layer, VocabParallelEmbedding):
             layer.quant_method.process_weights_after_loading(layer)

@@ -75,8 +75,8 @@ def test_inside_the_package_the_contracts_find_it_by_its_name_and_miss_its_golde
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", "data"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "onlinerl/algorithms/ipo.py").write_text(FILES["onlinerl/algorithms/ipo.py"])
-    [command] = [block for block in documents.blocks(ROOT / "docs/add-an-algorithm.md") if "pytest" in block.text]
-    contracts = command.text.split()[3:5]
+    printed = [block for block in documents.blocks(ROOT / "docs/add-an-algorithm.md") if block.language == "sh"]
+    contracts = printed[-1].text.split()[3:5]
     alone = pytest_in(tmp_path, *contracts, "-k", "ipo and (golden or every_knob)")
     assert alone.returncode == 1, alone.stdout + alone.stderr
     assert "ipo has no golden test: write tests/unit/algorithms/test_ipo.py" in alone.stdout
