@@ -62,7 +62,7 @@ class Place:
         phase = next(p for p in order if p not in done or (p == "train" and "checkpoint" not in done))
         first = iteration if phase in KEEPING else iteration + 1
         folders = (p for p in (run.path / "iterations").glob("[0-9]*") if p.name.isdigit() and int(p.name) >= first)
-        files = (file for folder in folders for file in folder.glob("*"))
+        files = (file for folder in folders for file in folder.rglob("*"))  # parts of tables, too
         return cls(iteration=iteration, phase=phase, kept=sum(file.stat().st_size for file in files if file.is_file()))
 
 

@@ -35,8 +35,10 @@ def test_a_run_stands_at_its_first_unfinished_phase(tmp_path):
     assert Place.of(Run(tmp_path, FIRST, done("sample", "label", "annotate", "train"))).phase == "train"
     folder = tmp_path / "iterations" / "0001"
     folder.mkdir(parents=True)
-    (folder / "rollouts.jsonl").write_text("12345")
-    assert Place.of(Run(tmp_path, FIRST, done("sample"))) == Place(iteration=1, phase="label", kept=5)
+    (folder / "rollouts.parquet").mkdir()
+    (folder / "rollouts.parquet" / "0001.parquet").write_text("12345")
+    (folder / "rollouts.0002.journal").write_text("67")
+    assert Place.of(Run(tmp_path, FIRST, done("sample"))) == Place(iteration=1, phase="label", kept=7)
 
 
 def test_the_clock_counts_the_phase_and_one_start_up(tmp_path, monkeypatch):
