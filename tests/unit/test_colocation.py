@@ -193,7 +193,8 @@ def test_a_step_left_out_or_swapped_is_noticed(run: Run, monkeypatch: pytest.Mon
     change, steps = MUTATIONS[mutation]
     monkeypatch.setattr(colocation, "STEPS", {**STEPS, change: steps})
 
-    with pytest.raises(OnlineRLError, match="CUDA"):
+    # By the GPU, or by the states of the replicas before it.
+    with pytest.raises(OnlineRLError, match=r"CUDA|replica 0 is asleep"):
         run()
 
 
