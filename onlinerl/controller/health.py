@@ -16,7 +16,7 @@ TIE = 1e-9
 
 
 def check_group(group: Group, policy_version: int) -> None:
-    """Refuse rollouts of another policy than the current one (R-B3).
+    """Refuse rollouts of another policy than the current one.
 
     Raises:
         EngineError: naming the prompt.
@@ -30,7 +30,7 @@ def check_group(group: Group, policy_version: int) -> None:
 
 
 def check_rejected(reasons: Mapping[RejectReason, int], asked: int, limit: float) -> None:
-    """Stop when more than `limit` of the responses had to be thrown away (R-E3).
+    """Stop when more than `limit` of the responses had to be thrown away.
 
     Raises:
         EngineError: with the reasons.
@@ -47,7 +47,7 @@ def check_rejected(reasons: Mapping[RejectReason, int], asked: int, limit: float
 
 
 def check_failures(failures: Sequence[Failure], groups: int, limit: float) -> None:
-    """Stop when the oracle has failed on more than `limit` of the groups (R-G1).
+    """Stop when the oracle has failed on more than `limit` of the groups.
 
     Raises:
         OracleError: with the kinds of failure and the first message of the commonest.
@@ -67,7 +67,7 @@ def check_failures(failures: Sequence[Failure], groups: int, limit: float) -> No
 def nothing_to_learn(
     spreads: Sequence[float], earned: Sequence[float], dropped: Mapping[str, int], *, within_groups: bool
 ) -> str | None:
-    """Why an iteration gives nothing to learn, or None if it does (R-G4).
+    """Why an iteration gives nothing to learn, or None if it does.
 
     Args:
         spreads: of every group of an iteration that has a verdict (see `spread`).
@@ -102,7 +102,7 @@ def check_idle(record: Mapping[str, Any], limit: int) -> None:
 
 
 def check_mismatch(k3: float, limit: float) -> None:
-    """Engine and learner must agree on the same tokens with the same weights (R-E1).
+    """Engine and learner must agree on the same tokens with the same weights.
 
     Raises:
         EngineError: if they differ by more than numerics explain.

@@ -40,7 +40,7 @@ def choose(items: Sequence[TrainItem]) -> list[TrainItem]:
 
 
 def check(result: SelfTest, expected_loss: float | None, dtype: str) -> None:
-    """Refuse to train on what does not belong to the policy (R-E5).
+    """Refuse to train on what does not belong to the policy.
 
     Args:
         result: of the learner.

@@ -55,3 +55,16 @@ def test_nothing_else_is_in_the_column_of_tests():
 def test_a_guarantee_without_a_test_would_be_noticed(row, said):
     [(guarantee, shown)] = rows(f"| guarantee | shown by |\n|---|---|\n{row}")
     assert missing(guarantee, shown, documents.ROOT) == [said]
+
+
+def test_requirements_are_said_in_words():
+    """A code such as the letter R, a dash, a letter and a number says nothing to whoever reads it."""
+    code = re.compile(r"\bR-[A-Z]\d")
+    folders = ("onlinerl", "tests", "docs", "benchmarks", "configs", "launchers", "tools", "dashboards")
+    files = [file for folder in folders for file in (documents.ROOT / folder).rglob("*") if file.suffix in SUFFIXES]
+    assert len(files) > 200
+    assert [str(file) for file in files if code.search(file.read_text())] == []
+    assert code.search("(R-" + "A1)")
+
+
+SUFFIXES = (".py", ".md", ".yaml", ".yml", ".sh", ".toml")

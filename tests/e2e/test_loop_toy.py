@@ -173,7 +173,7 @@ def check_counts(log: Path, *, generated_twice: int = 0, judged_twice: int = 0) 
     """No prompt was generated and no label requested twice, counted by engine and oracle and not by the store.
 
     What was in the works at the very instant of a kill was asked for but never answered: `generated_twice` and `judged_twice` say
-    how many prompts that is. A prompt sampled by a wrong version would be counted as one too many (R-D2).
+    how many prompts that is. A prompt sampled by a wrong version would be counted as one too many.
     """
     happened = events(log)
     generated = Counter((e["prompt"], *e["seeds"], e["version"]) for e in happened if e["kind"] == "generate")
@@ -199,7 +199,7 @@ def counted(toy_config, warm_cli, tmp_path):
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_killed_three_times_in_a_phase(counted, uninterrupted, tmp_path, phase):
-    """R-D1: in its middle, when its work is done but not recorded, and when it is recorded; then resumed to the end."""
+    """In its middle, when its work is done but not recorded, and when it is recorded; then resumed to the end."""
     run = tmp_path / "runs/toy"
     killed = -signal.SIGKILL
     assert counted("run", kill=INSIDE[phase]).returncode == killed
@@ -251,7 +251,7 @@ def test_killed_before_the_base_model_was_measured(counted, uninterrupted, tmp_p
 
 
 def test_an_oracle_that_only_compares(counted, tmp_path):
-    """R-D1, R-G1: it is never asked about one response, and the questions behind a win rate are labels too.
+    """It is never asked about one response, and the questions behind a win rate are labels too.
 
     Killed in iteration 2, between base and previous iterate.
     """
@@ -271,7 +271,7 @@ def test_an_oracle_that_only_compares(counted, tmp_path):
 
 
 def test_a_repaired_oracle_is_asked_again_and_only_what_it_failed_on(counted, uninterrupted, tmp_path):
-    """R-G1, R-D1: failures are no labels. The oracle is down in iteration 2, the run stops, and a resume after the repair goes on."""
+    """Failures are no labels. The oracle is down in iteration 2, the run stops, and a resume after the repair goes on."""
     run = tmp_path / "runs/toy"
     labels = 1 + EVALUATION_CALLS + LABEL_CALLS + EVALUATION_CALLS + LABEL_CALLS
     stopped = counted("run", down=["judge", labels])  # the second batch of iteration 2
@@ -356,7 +356,7 @@ def test_pairs_that_a_kill_tore_are_completed(counted, tmp_path):
 
 
 def test_nothing_left_to_do_and_more_iterations(toy_config, warm_cli, tmp_path):
-    """R-D1: a finished run says so, with an exit code of its own; more iterations continue it as if they had always been asked for."""
+    """A finished run says so, with an exit code of its own; more iterations continue it as if they had always been asked for."""
     run = tmp_path / "runs/toy"
     assert warm_cli("run", toy_config(tmp_path, iterations=2)).returncode == 0
     before = (run / "metrics.jsonl").read_bytes()
@@ -597,7 +597,7 @@ def test_a_stored_configuration_does_not_depend_on_the_working_directory(toy_con
     ids=lambda value: value.name if isinstance(value, signal.Signals) else value[0].replace(" ", "-"),
 )
 def test_a_signal_ends_it_resumably(counted, warm_cli, uninterrupted, tmp_path, number, where, schedule):
-    """R-D5: wherever it is, the run ends with the code that means "requeue", and a resume finishes it as if nothing had happened."""
+    """Wherever it is, the run ends with the code that means "requeue", and a resume finishes it as if nothing had happened."""
     run = tmp_path / "runs/toy"
     process, out = counted("run", *schedule, wait=where, finish=False)
     warm_cli.wait_for(tmp_path / "log", "waiting")
@@ -659,7 +659,7 @@ def test_one_process_at_a_time(counted, warm_cli, tmp_path):
 
 
 def test_the_reference_stays_the_same(toy_config, warm_cli, tiny_model, tmp_path):
-    """R-D3: resume refuses another base model, and the KL goes on from where it was instead of starting at 0 again.
+    """Resume refuses another base model, and the KL goes on from where it was instead of starting at 0 again.
 
     The same model at another place is no other model.
     """

@@ -258,7 +258,7 @@ def test_the_torch_learner_in_place_of_deepspeed(start: Callable[..., Controller
 def test_a_controller_that_is_stopped_while_it_samples_leaves_nothing_and_resumes(
     start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """R-D5: the signal arrives while it waits for Ray. What a SIGKILL leaves is seen phase by phase below."""
+    """The signal arrives while it waits for Ray. What a SIGKILL leaves is seen phase by phase below."""
     config = write_config(tmp_path, tiny_llama, **SLOW_SAMPLING)
     run = tmp_path / "runs" / "run"
     controller = start("run", config)
@@ -318,7 +318,7 @@ PHASES = {
 
 
 def test_killed_wherever_a_replica_or_a_rank_works(start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path) -> None:
-    """R-D1 on the real parts: no prompt is generated and no label requested twice, as engine and oracle count them."""
+    """On the real parts too: no prompt is generated and no label requested twice, as engine and oracle count them."""
     oracle = {"name": "python", "function": "hooks.judge", "groups_per_call": GROUPS_PER_CALL}
     in_turn = {"stream": False, "evaluate_beside": False}  # so that it is known what is finished when
     config = write_config(tmp_path, tiny_llama, engine={"replicas": 1}, learner={"ranks": 1}, oracle=oracle, schedule=in_turn)

@@ -6,14 +6,15 @@ import io
 import json
 import re
 import unicodedata
+from collections.abc import Sequence
 
 import pytest
 from rich.console import Console
 
 from onlinerl.stores import summary
+from onlinerl.stores._tables import TableFiles
 from onlinerl.stores.directory import RunDirectory
-from onlinerl.stores.rows import group_row, pair_rows, result_row
-from onlinerl.types import Failure, Group, Pair, Prompt, Rollout, Sampling, Verdict
+from onlinerl.types import Failure, Group, Label, Pair, Prompt, Rollout, Sampling, TrainedPair, Verdict
 from onlinerl.views import samples
 
 HARMFUL = [
@@ -25,7 +26,6 @@ HARMFUL = [
     "\u202egnirts",  # what follows is shown from right to left
     "\ufeff\u2066hidden",
     "\u2028line",
-    "\ud800",
 ]
 MARKUP = "[red]not red[/red] [/] [link=http://x]here[/link] :boom: \\[x]"
 
@@ -54,11 +54,24 @@ def run(tmp_path):
 
 
 def keep(run, groups, results=(), pairs=(), iteration=1):
-    run.append(iteration, "rollouts", [group_row(each) for each in groups])
-    run.append(
-        iteration, "verdicts", [result_row(each.prompt.id, result) for each, result in zip(groups, results, strict=False)]
-    )
-    run.append(iteration, "pairs", list(pairs))
+    labels = [Label(prompt_id=each.prompt.id, result=result) for each, result in zip(groups, results, strict=False)]
+    run.groups(iteration, "rollouts").append(groups)
+    run.labels(iteration, "verdicts").append(labels)
+    run.pairs(iteration).append(pairs)
+
+
+def trained(own: Group, pairs: Sequence[Pair]) -> list[TrainedPair]:
+    texts = [rollout.text for rollout in own.rollouts]
+    return [
+        TrainedPair(
+            prompt_id=own.prompt.id,
+            pair=pair,
+            chosen_text=texts[pair.chosen],
+            rejected_text=texts[pair.rejected],
+            policy_version=0,
+        )
+        for pair in pairs
+    ]
 
 
 def shown(run, iteration=1, limit=5, width=80, *, heldout=False, full=False) -> list[str]:
@@ -69,9 +82,7 @@ def shown(run, iteration=1, limit=5, width=80, *, heldout=False, full=False) -> 
 def test_a_page(run):
     groups = [group("p0", "Once upon", ["a time", "a mattress", "", "a table"], "length"), group("p1", "Twice", ["x", "y"])]
     verdict = Verdict(annotator="judge", oracle_version="1", scores=(0.5, -1.0, 0.0, 2.0), raw="the fourth one")
-    pairs = pair_rows(
-        groups[0], [Pair(chosen=3, rejected=1, prob=0.95, gap=3.0), Pair(chosen=0, rejected=1, prob=0.8, gap=1.5)]
-    )
+    pairs = trained(groups[0], [Pair(chosen=3, rejected=1, prob=0.95, gap=3.0), Pair(chosen=0, rejected=1, prob=0.8, gap=1.5)])
     keep(run, groups, [verdict, Failure(kind="timeout", message="60 s")], pairs)
     assert shown(run) == [
         "iteration 1: what was sampled to train on; choose another one with --iteration: 1",
@@ -117,11 +128,12 @@ def test_which_iterations_there_are_is_known_without_reading_them(run, monkeypat
     keep(run, [group("p", "x", ["a", "b"])], iteration=3)
     read: list[int] = []
 
-    def counted(path, iteration, table, original=summary.rows):
-        read.append(iteration)
-        return original(path, iteration, table)
+    class Counted(TableFiles):
+        def ids(self):
+            read.append(int(self.folder.name))
+            return super().ids()
 
-    monkeypatch.setattr(summary, "rows", counted)
+    monkeypatch.setattr(summary, "TableFiles", Counted)
     assert summary.sampled(run.path) == [1, 2, 3]
     assert read == [3]
 
@@ -147,7 +159,7 @@ def test_long_texts_are_shortened_at_the_width_of_the_terminal(run, width):
 
 def test_an_answer_in_many_pairs_names_a_few(run):
     own = group("p", "x", list("abcdefgh"))
-    pairs = pair_rows(own, [Pair(chosen=0, rejected=k, prob=0.9, gap=1.0) for k in range(1, 8)])
+    pairs = trained(own, [Pair(chosen=0, rejected=k, prob=0.9, gap=1.0) for k in range(1, 8)])
     keep(run, [own], [Verdict(annotator="j", oracle_version="1", scores=tuple(map(float, range(8, 0, -1))))], pairs)
     assert any(line.endswith("chosen over #1, #2, #3, #4 and 3 more") for line in shown(run))
 
@@ -155,9 +167,7 @@ def test_an_answer_in_many_pairs_names_a_few(run):
 @pytest.mark.parametrize("text", HARMFUL)
 def test_nothing_that_a_model_wrote_commands_the_terminal(run, text):
     own = group("p" + text, "prompt " + text, ["answer " + text])
-    keep(
-        run, [own], [Verdict(annotator="j" + text.replace("\ud800", ""), oracle_version="1", scores=(1.0,), raw="raw " + text)]
-    )
+    keep(run, [own], [Verdict(annotator="j" + text, oracle_version="1", scores=(1.0,), raw="raw " + text)])
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=80, markup=False, color_system=None)
     for line in samples.page(run.path, 1, 5, heldout=False, width=80):
@@ -185,7 +195,7 @@ def test_the_command_line_has_both(run, cli):
         [group("p", "Once \x1b[31m" + MARKUP, ["a \x9b time"])],
         [Verdict(annotator="j", oracle_version="1", scores=(1.0,))],
     )
-    run.append(0, "evaluation", [group_row(group("h", "Held out", ["the base model"]))])
+    run.groups(0, "evaluation").append([group("h", "Held out", ["the base model"])])
     run.close()
     page = cli("show", run.path, "--samples")
     assert page.returncode == 0, page.message
