@@ -18,10 +18,7 @@ if TYPE_CHECKING:  # torch stays out of everything that only passes batches alon
 Value = TypeVar("Value")
 Reference = Literal["fixed", "previous", "none"]
 """A schedule: the base model, the policy at the start of the iteration, or nothing."""
-
 OffPolicy = Literal["valid", "corrected", "approximate", "refused"]
-"""What a loss makes of responses of an older policy than the one that training starts from (`schedule.max_lag: 1`): it is right for them
-(`valid`), right by weighing them (`corrected`), near enough (`approximate`), or it would take them for the newer one's (`refused`)."""
 
 
 def by_knobs(of: Callable[[Any], Value]) -> Value:
@@ -51,7 +48,8 @@ class Needs(BaseModel):
     min_samples: int = 1
     """Fewest responses per prompt that make sense."""
     off_policy: OffPolicy = "approximate"
-    """What the loss makes of responses of an older policy."""
+    """What the loss makes of responses of an older policy than the one that training starts from (`schedule.max_lag: 1`): it is right for
+    them (`valid`), right by weighing them (`corrected`), near enough (`approximate`), or takes them for the newer one's (`refused`)."""
     preferences: bool = False
     """How probable it is that one response beats another (win rates, soft labels); scores alone only imply it."""
 
