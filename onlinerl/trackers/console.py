@@ -177,21 +177,21 @@ def render_table(summary: Mapping[str, Any], catalogue: Catalogue = CATALOGUE) -
     """The iterations of a run (see `stores.summary.summarise`) as a table: the metrics with a column, and the seconds of each phase."""
     columns = catalogue.columns()
     title = " ".join(filter(None, (summary["run"], f"({summary['algorithm']})" if summary["algorithm"] else None)))
+    # One narrow column per group of phases that took any time: the whole table fits a terminal of 80 columns.
+    seconds = [_seconds(row["phases"]) for row in summary["iterations"]]
+    slow = {name for row in seconds for name, s in row.items() if s >= 0.5}
+    groups = [name for name in dict.fromkeys([*map(_column, NAMES), *sorted(slow)]) if name in slow]
     table = Table(
         title=Text(title),
         caption=Text("; ".join(_remarks(summary["iterations"], catalogue))),
         box=SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=(0, 1, 0, 0) if len(groups) <= 5 else 0,
     )
     table.add_column("it", justify="right")
     for column in columns.values():
         table.add_column(column.header, justify="right", no_wrap=column.interval)
-    # One narrow column per group of phases that took any time: the whole table fits a terminal of 80 columns.
-    seconds = [_seconds(row["phases"]) for row in summary["iterations"]]
-    slow = {name for row in seconds for name, s in row.items() if s >= 0.5}
-    groups = [name for name in dict.fromkeys([*map(_column, NAMES), *sorted(slow)]) if name in slow]
     for name in groups:
         table.add_column(name, justify="right")
     for row, took in zip(summary["iterations"], seconds, strict=True):

@@ -490,14 +490,15 @@ def row(iteration, **more):
     return {"iteration": iteration, **base, "phases": {}, "status": "unfinished", **more}
 
 
-def test_the_table_fits_a_narrow_terminal():
-    phases = dict.fromkeys(NAMES, 123.4) | {"label": 0.1, "commit": 0.1}
+@pytest.mark.parametrize(("label_s", "shown"), [(0.1, "123 247"), (12.3, "123 12 247")])
+def test_the_table_fits_a_narrow_terminal(label_s, shown):
+    phases = dict.fromkeys(NAMES, 123.4) | {"label": label_s, "commit": 0.1}
     rate = {"value": 0.61, "low": 0.51, "high": 0.7, "n": 100}
     out = io.StringIO()
     full = row(10, reward=-0.512, kl_ref=123.45, win_rate=rate, length=1234.5, phases=phases, status="promoted")
     Console(file=out, width=80).print(render_table({"run": "demo", "algorithm": "dpo", "iterations": [full]}))
     assert "…" not in out.getvalue()
-    assert "10 -0.512 123.45 0.61 [0.51, 0.70] 1234.5 123 247 123 123 247" in " ".join(out.getvalue().split())
+    assert f"10 -0.512 123.45 0.61 [0.51, 0.70] 1234.5 {shown} 123 123 247" in " ".join(out.getvalue().split())
 
 
 def test_the_table_of_iterations():
