@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from onlinerl.controller import evaluation
+from onlinerl.controller.fleet import FleetReporter
 from onlinerl.controller.parts import Built
 from onlinerl.controller.report import Reporter
 from onlinerl.controller.statistics import bootstrap, divergence, wilson
@@ -119,6 +120,10 @@ def everything(report: Reporter, learner: dict[str, float], figures: dict[str, f
     now = measured()
     report.mismatch(1, now.mismatch)
     report.evaluated(1, now)
+    fleet = FleetReporter(report.tracker, report.attempt)
+    fleet.states(1, {"serving": 1, "dead": 1}, least=1)
+    fleet.lost(1, 1, "replica 1", "died", "its process ended")
+    fleet.restarted(1, 1, 3, "replica 1", "died")
 
 
 def test_staleness_counts_versions_from_the_one_that_training_starts_from():
