@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-dev fetch-model demo test test-families realdata bench-memory gpu-check check clean
+.PHONY: help install install-dev fetch-model demo test test-long test-families realdata bench-memory gpu-check check clean
 
 BIN := .venv/bin
 CONFIG ?= configs/quickstart.yaml
@@ -25,8 +25,11 @@ demo: install fetch-model  ## one small real run on the CPU, from nothing (older
 	$(BIN)/onlinerl run $(CONFIG) --fresh
 
 test: install-dev fetch-model  ## all tests: two files at a time, then those that start engines and ranks, one after the other
-	$(BIN)/python -m pytest tests -m "not families and not engine" -n 2 --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest tests -m "not families and engine"
+	$(BIN)/python -m pytest tests -m "not long and not families and not engine" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests -m "not long and not families and engine"
+
+test-long: install-dev  ## whole runs on real parts that `make test` has no time for: kills in further phases, replicas that fail (about 10 minutes)
+	$(BIN)/python -m pytest tests -m long
 
 test-families: install-dev  ## every model family through engine and push (about 6 minutes)
 	$(BIN)/python -m pytest tests/integration/test_families.py

@@ -242,6 +242,7 @@ def test_two_replicas_and_two_ranks(
     assert {row["annotator"] for row in rows(run, 1, "verdicts")} == {f"reward_model:{tiny_reward_model.name}"}
 
 
+@pytest.mark.long
 def test_the_torch_learner_in_place_of_deepspeed(start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path) -> None:
     """Nothing else changes: samples, pushes with proof, checkpoints."""
     config = write_config(tmp_path, tiny_llama, engine={"replicas": 1})
@@ -278,6 +279,7 @@ def test_a_controller_that_is_stopped_while_it_samples_leaves_nothing_and_resume
     assert 0 < before <= 8
 
 
+@pytest.mark.long
 def test_replicas_are_killed_and_stopped_and_the_run_ends_as_if_nothing_had_happened(
     start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -310,11 +312,9 @@ PROBE = [" It was good.", " It was bad, the answer is 7."]
 PHASES = {
     "sample": ["generate", HELDOUT + 3],
     "train": ["update", 1],
-    "checkpoint": ["save", 1],
     "sync": ["push", 1],
-    "answer": ["generate", 2],
 }
-"""In which a replica or a rank changes, or is in the middle of something. Where only oracle, scorer and store work, the toys show it."""
+"""In which a replica, a rank, or both are in the middle of something; the toys show the others."""
 
 
 def test_killed_wherever_a_replica_or_a_rank_works(start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path) -> None:
@@ -342,8 +342,8 @@ def test_killed_wherever_a_replica_or_a_rank_works(start: Callable[..., Controll
     happened = [json.loads(line) for line in log.read_text().splitlines()]
     answered = Counter((e["prompt"], *e["seeds"], e["version"]) for e in happened if e["kind"] == "generate")
     expected = PROMPTS + 2 * HELDOUT
-    # The answer in hand at the instant of a kill is lost with the process: a prompt in each of two phases.
+    # The answer in hand at the instant of a kill is lost with the process.
     assert len(answered) == expected
-    assert sum(answered.values()) == expected + 2
+    assert sum(answered.values()) == expected + 1
     asked = [one for e in happened if e["kind"] == "judge" for one in e["asked"] if one[1:] != PROBE]
     assert len(asked) == expected
