@@ -23,12 +23,25 @@ import shared_gpu
 from vllm.distributed.weight_transfer import ipc_engine, nccl_common, packed_tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-from onlinerl.cluster.sync import FanOutClient
+from onlinerl.cluster.colocation import Turns
+from onlinerl.cluster.sync import FanOutClient, WeightPush
+from onlinerl.config import SyncConfig
 from onlinerl.engines import vllm as engine
 from onlinerl.sync import ipc, nccl
 from onlinerl.sync.sender import open_sender
 
 INSECURE = "VLLM_ALLOW_INSECURE_SERIALIZATION"
+
+
+@pytest.mark.parametrize(
+    ("backend", "field"),
+    [("gloo", "bucket_bytes"), ("ipc", "packed_buffer_size_bytes"), ("nccl", "packed_buffer_size_bytes")],
+)
+def test_a_bucket_is_as_large_as_the_configuration_says(backend: str, field: str) -> None:
+    parts: Any = SimpleNamespace(address="127.0.0.1", fleet=None)
+    config: Any = SimpleNamespace()
+    push = WeightPush(parts, parts, Turns(shared=False), SyncConfig(bucket_mib=3), config, backend, [])
+    assert getattr(push._init_info(0, 1, 2), field) == 3 * 2**20
 
 
 class Source(WeightSource):
