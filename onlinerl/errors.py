@@ -68,7 +68,8 @@ class LearnerError(OnlineRLError):
 
 
 class LearnerLost(LearnerError):
-    """A rank of the learner is gone, and what it held in memory with it: this attempt ends, and a resume goes on.
+    """A rank of the learner is gone or says nothing any more, and what it held in memory is lost: this attempt ends, and a resume
+    goes on.
 
     Nothing has to be repaired for that, so it ends with the exit code of a run that was stopped.
     """

@@ -133,10 +133,11 @@ class LearnerGroup:
 
     def _on_all(self, method: str, arguments: Sequence[tuple], timeout_s: float | None) -> list[Any]:
         refs = {n: a.call.remote(method, *args) for n, a, args in zip(self.names, self.actors, arguments, strict=True)}
+        # Whoever gives a deadline of its own waits for others too, and knows better whose fault it is when it passes.
+        late = LearnerLost if timeout_s is None else LearnerError
+        deadline = timeout_s or self._config.step_timeout_s
         try:
-            return get(
-                refs, timeout_s=timeout_s or self._config.step_timeout_s, error=LearnerError, what=method, lost=LearnerLost
-            )
+            return get(refs, timeout_s=deadline, error=LearnerError, what=method, lost=LearnerLost, late=late)
         except LearnerLost:
             raise
         except OnlineRLError:

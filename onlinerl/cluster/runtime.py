@@ -249,7 +249,15 @@ def explained(
     )
 
 
-def get(refs: Any, *, timeout_s: float, error: type[OnlineRLError], what: str, lost: type[OnlineRLError] | None = None) -> Any:
+def get(
+    refs: Any,
+    *,
+    timeout_s: float,
+    error: type[OnlineRLError],
+    what: str,
+    lost: type[OnlineRLError] | None = None,
+    late: type[OnlineRLError] | None = None,
+) -> Any:
     """`ray.get` with a deadline, and with the failing role's own error in the message.
 
     Args:
@@ -258,6 +266,7 @@ def get(refs: Any, *, timeout_s: float, error: type[OnlineRLError], what: str, l
         error: the boundary's exception.
         what: what was being done, for the message.
         lost: the exception to raise if a process is gone, where that is not `error`.
+        late: the one to raise at the deadline, where that is not `error`.
 
     Raises:
         OnlineRLError: of type `error`, naming the role, what it was doing and its own error.
@@ -271,9 +280,9 @@ def get(refs: Any, *, timeout_s: float, error: type[OnlineRLError], what: str, l
         # In the order of arrival: the first failure is the cause, and what others are still waiting for may be its consequence.
         done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         if not done:
-            late = ", ".join(filter(None, (roles[ref] for ref in waiting)))
-            raise error(
-                f"{late}{': ' if late else ''}{what} did not finish within {timeout_s:.0f} s",
+            silent = ", ".join(filter(None, (roles[ref] for ref in waiting)))
+            raise (late or error)(
+                f"{silent}{': ' if silent else ''}{what} did not finish within {timeout_s:.0f} s",
                 fix="look for a stuck or overloaded process on that node",
             )
         role = roles[done[0]]

@@ -38,6 +38,8 @@ from onlinerl.protocols.learner import LearnerConfig
 from onlinerl.types import TrainItem, TrainSequence
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+AFTER_CONTROLLER_S = 10.0
+"""Ranks that wait for one that hangs give up so much later than the controller: it then knows that none of them has failed by itself."""
 
 
 class Rank:
@@ -88,7 +90,7 @@ class Rank:
             timeout=timedelta(seconds=config.start_timeout_s),
         )
         self._build(model)
-        _bound_collectives(timedelta(seconds=config.step_timeout_s))
+        _bound_collectives(timedelta(seconds=config.step_timeout_s + AFTER_CONTROLLER_S))
         self._sender: Any = None
         self._host_memory = HostMemory(self.device)
         give_back()

@@ -104,7 +104,7 @@ class LearnerConfig(Component):
     start_timeout_s: Resumable[Seconds] = 900
     """Longest start: meeting of the ranks, and loading the model."""
     step_timeout_s: Resumable[Seconds] = 3600
-    """Longest single call to the learner, and longest wait of one rank for the others."""
+    """Longest single call to the learner, and longest wait of one rank for the others. One that says nothing for longer counts as lost."""
 
     in_process: ClassVar[bool] = False
     """Whether it runs in the controller's own process; the engine then must, too."""

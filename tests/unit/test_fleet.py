@@ -413,17 +413,30 @@ def test_what_cannot_work_is_refused(run: Run, keys: dict[str, Any], field: str)
     assert done.error.field == field
 
 
+@pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_a_lost_rank_ends_the_attempt_with_the_code_that_means_requeue(
-    run: Run, monkeypatch: pytest.MonkeyPatch, undisturbed: Any
+    run: Run, monkeypatch: pytest.MonkeyPatch, undisturbed: Any, how: str
 ) -> None:
+    import ray
     from ray.exceptions import RayActorError
+
+    from onlinerl.cluster import group, runtime
 
     def die(self: shared_gpu.Rank, *args: Any) -> Any:
         raise RayActorError
 
+    def get(refs: Any, *, what: str, **more: Any) -> Any:
+        if what == "step":
+            assert more["timeout_s"] == 3600
+            patch.setattr(ray, "wait", lambda refs, timeout, num_returns=1: ([], refs))  # what Ray says at the deadline
+        return runtime.get(refs, what=what, **more)
+
     with monkeypatch.context() as patch:
-        patch.setattr(shared_gpu.Rank, "do_step", die)
-        patch.setattr(shared_gpu, "RayTaskError", lambda name, text, cause: cause)
+        if how == "dies":
+            patch.setattr(shared_gpu.Rank, "do_step", die)
+            patch.setattr(shared_gpu, "RayTaskError", lambda name, text, cause: cause)
+        else:
+            patch.setattr(group, "get", get)
         done = run()
     assert isinstance(done.error, LearnerLost)
     assert done.error.started
