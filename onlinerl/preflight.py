@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onlinerl import config as configuration
-from onlinerl import hub, placement, weight_files
+from onlinerl import hardware, hub, placement, weight_files
 from onlinerl.algorithm_checks import check_algorithm, check_sections
 from onlinerl.config import RunConfig
 from onlinerl.controller.asking import answers
@@ -90,7 +90,8 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     )
     if kept is None:  # what a run was started with by an older version, it may go on with
         check_sections(config, algorithm)
-    notes = [derived(config, algorithm), *check_algorithm(config, algorithm)]
+    notes = [derived(config, algorithm), *_precision(config), *check_algorithm(config, algorithm)]
+    config = settled(config)
     _check_schedule(config)
     _check_layout(config)
     for tracker in config.metrics.all():
@@ -311,11 +312,31 @@ def _check_engine(checked: Checked, model: Path) -> None:
 
 
 def _runs_on_cpu(config: RunConfig) -> bool:
-    """Whether it is known already. A machine without a GPU's device files has no GPU, whatever a driver says."""
+    """Whether it is known already."""
     device, alone = config.cluster.device, config.cluster.address is None
-    return device == "cpu" or (
-        device == "auto" and alone and not [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd")]
-    )
+    return device == "cpu" or (device == "auto" and alone and not hardware.has_gpu())
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """The same with the dtypes decided: what a run computes must not depend on where it is resumed. On a cluster of CPUs this machine
+    stands for the others."""
+    dtype = "float32" if _runs_on_cpu(config) and not hardware.computes_bfloat16() else "bfloat16"
+    chosen = {
+        name: section.model_copy(update={"dtype": dtype})
+        for name, section in (("engine", config.engine), ("learner", config.learner))
+        if section.dtype == "auto"
+    }
+    return config.model_copy(update=chosen)
+
+
+def _precision(config: RunConfig) -> list[str]:
+    """What is worth knowing about the dtypes on this machine's CPU."""
+    if config.engine.in_process or not _runs_on_cpu(config) or hardware.computes_bfloat16():
+        return []
+    slow = [f"{name}.dtype" for name in ("engine", "learner") if getattr(config, name).dtype not in ("auto", "float32")]
+    if slow:
+        return [f"{' and '.join(slow)}: this CPU has no instructions for it; float32 (`auto`) is many times faster here"]
+    return ["engine and learner compute in float32: this CPU has no instructions for bfloat16"]
 
 
 def _check_writable(config: RunConfig) -> None:

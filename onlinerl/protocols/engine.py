@@ -37,8 +37,9 @@ class EngineConfig(Component):
     """Copies of the model that sample in parallel, from one queue of prompts."""
     tensor_parallel_size: Resumable[int] = Field(1, ge=1)
     """Workers that one replica is split over: each needs a GPU, or a core on CPU, of one machine."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of its weights and computation."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of its weights and computation. `auto`: bfloat16, but float32 on CPUs that have no instructions for it and would be many times
+    slower. It is decided where the run starts, and kept with it."""
     max_concurrent: Resumable[int] = Field(64, ge=1)
     """Sequences that one replica works on at a time."""
     max_model_len: int | None = Field(None, ge=8)

@@ -89,8 +89,8 @@ class LearnerConfig(Component):
     name: str = ""
     ranks: int = Field(1, ge=1)
     """Processes that train data-parallel: one GPU each, or cores on CPU."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the weights as they compute; the optimizer keeps them and its moments in fp32."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights as they compute; the optimizer keeps them and its moments in fp32. `auto`: see engine.dtype."""
     tokens_per_microbatch: Resumable[int] = Field(4096, ge=1)
     """Prompt and response tokens of one forward pass of one rank; a single longer item goes alone."""
     gradient_checkpointing: Resumable[bool] = False

@@ -151,6 +151,43 @@ def test_killed_in_every_phase(toy_config, warm_cli, uninterrupted, tmp_path, ph
     assert found == expected
 
 
+def test_an_iteration_that_gives_nothing_to_learn(straight, toy_config, warm_cli, tmp_path):
+    """It is committed without a step; the one that is sampled beside it and the one that is sampled from it lag as always, and a kill
+    in each phase changes nothing."""
+    with RunDirectory.open(straight / "runs/toy") as opened:
+        tied = [row["prompt"] for row in opened.read(2, "rollouts")]
+    config = toy_config(tmp_path, COUNTED | LAGGED)
+    killed, kept = tmp_path / "runs/toy", tmp_path / "runs/kept"
+    done = warm_cli("run", config, log=tmp_path / "log", tied=tied)
+    assert done.returncode == 0, done.message
+    killed.rename(kept)
+    expected = all_of(kept)
+    assert [row["status"] for row in expected["figures"]["iterations"]] == [
+        "promoted",
+        "promoted",
+        "keep",
+        "promoted",
+        "promoted",
+    ]
+    assert expected["weights"][1] == expected["weights"][0] != expected["weights"][2]
+    with RunDirectory.open(kept) as opened:
+        for t, version in SAMPLED_BY.items():
+            assert {v for row in opened.read(t, "rollouts") for v in row["policy_versions"]} == {version}
+            assert opened.phases(t)["train"]["steps"] == (0 if t == 2 else 2)
+
+    for command, phase in zip(["run", *["resume"] * (len(PHASES) - 1)], PHASES, strict=True):
+        done = warm_cli(
+            command, config if command == "run" else killed, log=tmp_path / "log", tied=tied, kill=[f"before 2 {phase}", 1]
+        )
+        assert done.returncode == KILLED, done.message
+    done = warm_cli("resume", killed, log=tmp_path / "log", tied=tied)
+    assert done.returncode == 0, done.message
+    found = all_of(killed)
+    for row in (*found["figures"]["iterations"], *expected["figures"]["iterations"]):
+        row["phases"].sort()  # they end in another order
+    assert found == expected
+
+
 def check_counts(log: Path, kills: int) -> None:
     """What engine and oracle were asked for, as they counted it."""
     happened = events(log)

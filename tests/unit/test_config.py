@@ -81,7 +81,7 @@ def test_a_key_that_is_given_twice_is_refused(write):
     with pytest.raises(ConfigError, match="is given twice"):
         configuration.load(write("base.yaml", BASE), ["training={epochs: 1, epochs: 2}"])
     same_name_elsewhere = configuration.load(write("base.yaml", {**BASE, "engine": {"dtype": "float32"}}))
-    assert same_name_elsewhere.learner.dtype == "bfloat16"
+    assert same_name_elsewhere.learner.dtype == "auto"
 
 
 # --- overrides ---

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from onlinerl import config as configuration
-from onlinerl import preflight
+from onlinerl import hardware, preflight
 from onlinerl.config import RunConfig
 from onlinerl.errors import ConfigError, OracleError
 from onlinerl.learners.deepspeed.memory import learner_rank
@@ -64,10 +64,56 @@ def test_memory_of_a_model_with_a_billion_parameters():
     assert "learner 1 rank x 21.4 GiB (ZeRO-0, bfloat16: process 0.4 + weights 2.0 + gradients 5.0 + optimizer 12.0" in one
     assert "activations come on top" in one
     assert "engine 1 replica x 1 x 2.0 GiB of weights plus KV cache" in one
-    eight = preflight.memory(config("learner.ranks=8", "learner.zero_stage=3", "engine.tensor_parallel_size=2"), 2**30)
+    low = ("learner.dtype=bfloat16", "engine.dtype=bfloat16")
+    eight = preflight.memory(config(*low, "learner.ranks=8", "learner.zero_stage=3", "engine.tensor_parallel_size=2"), 2**30)
     assert "learner 8 ranks x 2.9 GiB (ZeRO-3" in eight
     assert "weights 0.2 + gradients 0.2 + optimizer 1.5 + reference 0.2" in eight
     assert "engine 1 replica x 2 x 1.0 GiB" in eight
+
+
+FLAGS = {
+    "flags\t\t: fpu sse avx avx2 fma": False,
+    "flags\t\t: fpu avx512f avx512bw avx512_vnni": False,
+    "flags\t\t: fpu avx512f avx512_bf16": True,
+    "Features\t: fp asimd bf16": True,
+    "flags\t\t: avx512_bf16\nflags\t\t: avx2": False,
+    "": False,
+}
+
+
+@pytest.mark.parametrize("cpuinfo", FLAGS)
+def test_cpus_that_compute_with_bfloat16(cpuinfo):
+    assert hardware.computes_bfloat16(f"processor\t: 0\nbugs\t\t: bf16 amx_bf16\n{cpuinfo}\n") is FLAGS[cpuinfo]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cpu_can", "gpu", "dtypes", "note"),
+    [
+        ((), True, False, ("bfloat16", "bfloat16"), None),
+        ((), False, False, ("float32", "float32"), "engine and learner compute in float32"),
+        ((), False, True, ("bfloat16", "bfloat16"), None),
+        (("cluster.device=cpu",), False, True, ("float32", "float32"), "engine and learner compute in float32"),
+        (("cluster.address=auto",), False, False, ("bfloat16", "bfloat16"), None),
+        (
+            ("learner.dtype=bfloat16",),
+            False,
+            False,
+            ("float32", "bfloat16"),
+            "learner.dtype: this CPU has no instructions for it",
+        ),
+        (("engine.dtype=float16", "learner.dtype=float32"), False, False, ("float16", "float32"), "engine.dtype: this CPU"),
+        (("engine.dtype=float32", "learner.dtype=float32"), True, False, ("float32", "float32"), None),
+    ],
+)
+def test_dtypes_are_decided_where_the_run_starts(monkeypatch, overrides, cpu_can, gpu, dtypes, note):
+    """bfloat16 on GPUs and on CPUs that have instructions for it; the others would be many times slower."""
+    monkeypatch.setattr(hardware, "computes_bfloat16", lambda: cpu_can)
+    monkeypatch.setattr(hardware, "has_gpu", lambda: gpu)
+    found = preflight.settled(config(*overrides))
+    assert (found.engine.dtype, found.learner.dtype) == dtypes
+    assert preflight.settled(found) == found
+    notes = preflight._precision(config(*overrides))
+    assert [n.startswith(note) for n in notes] == [True] if note else notes == []
 
 
 def test_memory_of_a_critic_is_that_of_a_second_model():
