@@ -144,7 +144,7 @@ class LearnerGroup:
             _require_alive(refs, method)
             raise
 
-    def score(
+    def logprobs(
         self,
         sequences: Sequence[TrainSequence],
         *,
@@ -153,7 +153,7 @@ class LearnerGroup:
         timeout_s: float | None = None,
     ) -> list[np.ndarray]:
         """Log-probs f32[T] of each response."""
-        return self._spread("score", sequences, model, temperature, timeout_s=timeout_s)
+        return self._spread("logprobs", sequences, model, temperature, timeout_s=timeout_s)
 
     def values(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
         """Critic values f32[T] of each response."""
@@ -241,5 +241,5 @@ def _require_alive(refs: Mapping[str, Any], what: str) -> None:
 
 
 def _bare(sequence: TrainSequence) -> TrainSequence:
-    """Only what scoring reads: arrays need not travel."""
+    """Only what log-probs depend on: arrays need not travel."""
     return TrainSequence(prompt_ids=sequence.prompt_ids, response_ids=sequence.response_ids)

@@ -55,9 +55,9 @@ class ReplicaActor:
         """All responses to one prompt."""
         return await self._replica.generate(request, sampling)
 
-    async def score(self, pairs: Sequence[TokenPair]) -> list[np.ndarray]:
+    async def logprobs(self, pairs: Sequence[TokenPair]) -> list[np.ndarray]:
         """Teacher-forced log-probs."""
-        return [await self._replica.score(prompt, response) for prompt, response in pairs]
+        return [await self._replica.logprobs(prompt, response) for prompt, response in pairs]
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -144,9 +144,9 @@ class Replica:
         self.in_hand -= 1
         self.progress = time.monotonic()
 
-    def score(self, pairs: Sequence[TokenPair]) -> Future[list[np.ndarray]]:
+    def logprobs(self, pairs: Sequence[TokenPair]) -> Future[list[np.ndarray]]:
         """Teacher-forced log-probs."""
-        return self.actor.score.remote(pairs).future()
+        return self.actor.logprobs.remote(pairs).future()
 
     def call(self, method: str, *args: Any) -> Future[Any]:
         """Any method of the engine's replica."""

@@ -61,7 +61,7 @@ class ToyEngine:
             seed=seed,
         )
 
-    def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
+    def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
         """Log-probs f32[T] of each response."""
         logprobs = _log_softmax(self.logits)
         return [logprobs[list(response)].astype(np.float32) for _, response in sequences]

@@ -138,9 +138,9 @@ class Rank:
         """The policy's weights for a transport, in the engine's dtype."""
         return PolicySource(self._policy.model, dtype)
 
-    # --- scoring ---
+    # --- log-probs and values ---
 
-    def score(self, micro: Sequence[Sequence[TrainSequence]], model: str, temperature: float) -> list[list[np.ndarray]]:
+    def logprobs(self, micro: Sequence[Sequence[TrainSequence]], model: str, temperature: float) -> list[list[np.ndarray]]:
         """Log-probs f32[T] per sequence per micro-batch, under "policy" or a saved model."""
         return [out for out, _ in self._infer(micro, model, temperature, values=False)]
 

@@ -21,7 +21,7 @@ class RolloutEngine(Protocol):
         """Groups in the order in which they finish."""
         ...
 
-    def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
+    def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
         """Teacher-forced log-probs of (prompt, response) tokens under the engine's weights: f32[T] each."""
         ...
 
@@ -39,7 +39,7 @@ class EngineConfig(Component):
     """Workers that one replica is split over: each needs a GPU, or a core on CPU, of one machine."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Of its weights and computation."""
-    max_concurrent: Resumable[int] = Field(64, ge=1)
+    max_num_seqs: Resumable[int] = Field(64, ge=1)
     """Sequences that one replica works on at a time."""
     max_model_len: int | None = Field(None, ge=8)
     """Longest prompt plus response; derived from the budgets by default."""

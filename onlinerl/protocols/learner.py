@@ -47,7 +47,7 @@ class WeightSource(Protocol):
 class Learner(Protocol):
     """Holds the policy and its optimizer."""
 
-    def score(self, sequences: Sequence[TrainSequence], *, model: str, temperature: float) -> list[np.ndarray]:
+    def logprobs(self, sequences: Sequence[TrainSequence], *, model: str, temperature: float) -> list[np.ndarray]:
         """Log-probs f32[T] of each response under `model`: "policy", or the path of a saved model."""
         ...
 
@@ -94,7 +94,7 @@ class LearnerConfig(Component):
     tokens_per_microbatch: Resumable[int] = Field(4096, ge=1)
     """Prompt and response tokens of one forward pass of one rank; a single longer item goes alone."""
     gradient_checkpointing: Resumable[bool] = False
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     cpus: Resumable[int] = Field(1, ge=0)
     """CPUs reserved per rank."""
     threads: Resumable[int | None] = Field(None, ge=1)

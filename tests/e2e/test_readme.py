@@ -273,7 +273,7 @@ def test_an_engine_draws_from_the_distribution_that_it_reports(sandbox):
     assert np.bincount(tokens) / len(tokens) == pytest.approx([0.6, 0.3, 0.1], abs=0.05)
     first = group.rollouts[0]
     assert (first.policy_version, first.seed) == (7, 0)
-    assert np.allclose(engine.score([((1,), first.token_ids)])[0], first.logprobs)
+    assert np.allclose(engine.logprobs([((1,), first.token_ids)])[0], first.logprobs)
     assert {rollout.finish_reason for rollout in group.rollouts} == {"stop", "length"}
 
 

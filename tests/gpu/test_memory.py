@@ -23,7 +23,7 @@ def test_an_engine_sleeps_and_wakes(gpu_model: Path, record_property: Record, mo
 
     from onlinerl.engines.vllm import VLLM, VLLMReplica, environment
 
-    config = VLLM(dtype="bfloat16", enforce_eager=True, max_concurrent=16, gpu_memory_utilization=0.5)
+    config = VLLM(dtype="bfloat16", enforce_eager=True, max_num_seqs=16, gpu_memory_utilization=0.5)
     for name, value in environment("ipc").items():
         monkeypatch.setenv(name, value)
 
@@ -84,7 +84,7 @@ def test_a_zero_3_learner_leaves_and_returns(gpu_model: Path, record_property: R
     first = rank.step([items], 1, 1e-4)
     assert first["skipped"] == 0
     assert np.isfinite(first["loss"])
-    scores = rank.score([[chosen, rejected]], "policy", 1.0)
+    scores = rank.logprobs([[chosen, rejected]], "policy", 1.0)
     loaded = torch.cuda.memory_allocated()
     rank.offload("optimizer")
     pushing = torch.cuda.memory_allocated()
@@ -97,7 +97,7 @@ def test_a_zero_3_learner_leaves_and_returns(gpu_model: Path, record_property: R
     record_property("left_mib", left // MIB)
     assert left < 0.1 * loaded
     assert left < pushing < 0.5 * loaded
-    again = rank.score([[chosen, rejected]], "policy", 1.0)
+    again = rank.logprobs([[chosen, rejected]], "policy", 1.0)
     for ours, theirs in zip(again[0], scores[0], strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert rank.step([items], 1, 1e-4)["loss"] < first["loss"]

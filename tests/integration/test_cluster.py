@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 HOOKS = Path(__file__).resolve().parents[1] / "support" / "hooks.py"
 GONE_WITHIN_S = 30.0
 # Long enough to be caught at it.
-SLOW_SAMPLING = {"sampling": {"samples_per_prompt": 16, "max_new_tokens": 200}, "engine": {"max_concurrent": 1}}
+SLOW_SAMPLING = {"sampling": {"samples_per_prompt": 16, "max_new_tokens": 200}, "engine": {"max_num_seqs": 1}}
 WORDS = "old new long short slow fast dark light".split()  # noqa: SIM905
 
 
@@ -44,14 +44,14 @@ def write_config(folder: Path, model: Path, **changes: Any) -> Path:
         "oracle": {"name": "sentiment"},
         "prompts": {"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl"), "per_iteration": 8},
         "sampling": {"samples_per_prompt": 4, "max_new_tokens": 24},
-        "training": {"items_per_step": 4, "learning_rate": 1.0e-3},
+        "training": {"batch_size": 4, "learning_rate": 1.0e-3},
         "engine": {
             "replicas": 2,
             "cpus": 0,
             "threads": 1,
             "kv_cache_gib": 0.1,
             "dtype": "float32",
-            "max_concurrent": 8,
+            "max_num_seqs": 8,
             "max_model_len": 256,
         },
         "learner": {"ranks": 2, "zero_stage": 2, "cpus": 0, "threads": 1, "dtype": "float32"},
@@ -284,7 +284,7 @@ def test_replicas_are_killed_and_stopped_and_the_run_ends_as_if_nothing_had_happ
     start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path
 ) -> None:
     """Both replicas while they sample, one killed and one stopped; then one in the middle of a push."""
-    engine = {"max_concurrent": 4, "generate_timeout_s": 40}
+    engine = {"max_num_seqs": 4, "generate_timeout_s": 40}
     config = write_config(tmp_path, tiny_llama, engine=engine, learner={"ranks": 1}, sampling={"max_new_tokens": 100})
     run, log = tmp_path / "runs" / "run", tmp_path / "events"
     strikes = [

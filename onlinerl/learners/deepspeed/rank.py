@@ -43,7 +43,9 @@ class DeepSpeedRank(Rank):
                 timeout=timedelta(seconds=self.config.start_timeout_s),
                 verbose=False,
             )
-        self._reader = ShardedReader(DTYPES[self.config.dtype], self.config.attention, self.device, self._deepspeed_config())
+        self._reader = ShardedReader(
+            DTYPES[self.config.dtype], self.config.attn_implementation, self.device, self._deepspeed_config()
+        )
         self._policy = self._reader.trained(model, self.needs.critic)
         self._policy.eval()
         optimizer = build_optimizer(parameter_groups(self._policy, self.training), self.training, checked=self._bare)

@@ -30,7 +30,7 @@ class TorchRank(Rank):
     """Holds the policy and its optimizer; see `Rank`."""
 
     def _build(self, model: str) -> None:
-        self._reader = ModelReader(DTYPES[self.config.dtype], self.config.attention, self.device)
+        self._reader = ModelReader(DTYPES[self.config.dtype], self.config.attn_implementation, self.device)
         self._policy = self._reader.trained(model, self.needs.critic)
         self._policy.eval()
         if self.config.gradient_checkpointing:
