@@ -199,7 +199,7 @@ def run_rank(job: dict[str, Any], rank: int, port: int, log: Path) -> None:
     from onlinerl.algorithms.ppo import Ppo
     from onlinerl.config import TrainingConfig
     from onlinerl.learners.deepspeed import DeepSpeed
-    from onlinerl.learners.deepspeed.rank import DeepSpeedRank
+    from onlinerl.protocols.learner import RankSettings
     from onlinerl.types import TrainItem, TrainSequence
 
     ends: dict[str, float] = {}
@@ -229,19 +229,17 @@ def run_rank(job: dict[str, Any], rank: int, port: int, log: Path) -> None:
 
     store = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=300))
     end("start")
-    learner = DeepSpeedRank(
-        job["model"],
-        Ppo(critic="separate") if job["critic"] else Dpo(),
-        DeepSpeed(ranks=job["ranks"], zero_stage=job["stage"], dtype=job["dtype"]),
-        TrainingConfig(learning_rate=1e-5),
-        rank=rank,
+    settings = RankSettings(
+        model=job["model"],
+        algorithm=Ppo(critic="separate") if job["critic"] else Dpo(),
+        training=TrainingConfig(learning_rate=1e-5),
         world_size=job["ranks"],
-        store=store,
-        address="127.0.0.1",
         device="cpu",
         temperature=1.0,
         seed=0,
     )
+    config = DeepSpeed(ranks=job["ranks"], zero_stage=job["stage"], dtype=job["dtype"])
+    learner = config.rank(settings, rank=rank, store=store, address="127.0.0.1")
     end("load")
     micro = [[sequence()], [sequence()]]
     learner.logprobs(micro, "policy", 1.0)

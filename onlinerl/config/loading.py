@@ -86,8 +86,7 @@ def _class_of(section: str, values: Mapping[str, Any]) -> type[BaseModel]:
         assert issubclass(kind, BaseModel)
         return kind
     role = ROLES[section]
-    found: type[BaseModel] = registry.load(role.folder, str(values.get("name", role.default)), role.base, f"{section}.name")
-    return found
+    return registry.load(role.folder, str(values.get("name", role.default)), role.base, f"{section}.name")
 
 
 def foreign(section: str, spec: Any) -> list[str]:
@@ -100,17 +99,20 @@ def foreign(section: str, spec: Any) -> list[str]:
 
 def algorithm(config: RunConfig) -> Algorithm:
     """The configured algorithm."""
-    return build(config.algorithm, "algorithm")
+    built: Algorithm = build(config.algorithm, "algorithm")
+    return built
 
 
 def oracle(config: RunConfig) -> Oracle:
     """The configured oracle."""
-    return build(config.oracle, "oracle")
+    built: Oracle = build(config.oracle, "oracle")
+    return built
 
 
 def pair_builder(config: RunConfig) -> PairBuilder:
     """The configured pair builder."""
-    return build(spec_of(config, "pairing"), "pairing")
+    built: PairBuilder = build(spec_of(config, "pairing"), "pairing")
+    return built
 
 
 def spec_of(config: RunConfig, section: str) -> dict[str, Any]:

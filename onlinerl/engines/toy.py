@@ -69,4 +69,5 @@ class ToyEngine:
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
+    logprobs: np.ndarray = shifted - np.log(np.exp(shifted).sum())
+    return logprobs

@@ -303,7 +303,8 @@ class VLLMReplica:
     @_alive
     async def weight_version(self) -> str:
         """The version the engine itself reports."""
-        return await self._engine.get_weight_version()
+        version: str = await self._engine.get_weight_version()
+        return version
 
     @_alive
     async def watch(self, names: list[str]) -> None:
@@ -319,7 +320,8 @@ class VLLMReplica:
 
     async def held(self) -> list[dict[str, str]]:
         """Per worker, checksums of all parameters as the engine holds them."""
-        return await self._engine.collective_rpc("onlinerl_held")
+        workers: list[dict[str, str]] = await self._engine.collective_rpc("onlinerl_held")
+        return workers
 
     async def sleep(self) -> None:
         """Give GPU memory back; weights stay in host memory."""
@@ -332,7 +334,8 @@ class VLLMReplica:
     @_alive
     async def process_ids(self) -> list[int]:
         """Process ids of the workers."""
-        return await self._engine.collective_rpc("onlinerl_pid")
+        workers: list[int] = await self._engine.collective_rpc("onlinerl_pid")
+        return workers
 
     def shutdown(self) -> None:
         """End the engine's processes."""

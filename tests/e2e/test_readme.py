@@ -283,7 +283,7 @@ def test_algorithm_trains_the_toy(files):
     from onlinerl.learners.toy import ToyLearner
     from onlinerl.types import TrainItem, TrainSequence
 
-    slic = registry.load("algorithms", "slic.Slic")(beta=0.5)
+    slic = registry.load("algorithms", "slic.Slic", Algorithm)(beta=0.5)
     assert isinstance(slic, Algorithm)
     learner = ToyLearner(4, slic, base="base")
     reference = np.full(2, np.log(1 / 4), dtype=np.float32)

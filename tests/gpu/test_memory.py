@@ -62,21 +62,19 @@ def test_a_zero_3_learner_leaves_and_returns(gpu_model: Path, record_property: R
 
     from onlinerl.algorithms.dpo import Dpo
     from onlinerl.learners.deepspeed import DeepSpeed
-    from onlinerl.learners.deepspeed.rank import DeepSpeedRank
+    from onlinerl.protocols.learner import RankSettings
 
-    rank = DeepSpeedRank(
-        str(gpu_model),
-        Dpo(),
-        DeepSpeed(zero_stage=3),
-        TrainingConfig(learning_rate=1e-4),
-        rank=0,
+    settings = RankSettings(
+        model=str(gpu_model),
+        algorithm=Dpo(),
+        training=TrainingConfig(learning_rate=1e-4),
         world_size=1,
-        store=TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False),
-        address="127.0.0.1",
         device="cuda",
         temperature=1.0,
         seed=0,
     )
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    rank = DeepSpeed(zero_stage=3).rank(settings, rank=0, store=store, address="127.0.0.1")
     zeros = np.zeros(3, np.float32)
     chosen, rejected = (TrainSequence(prompt_ids=(3, 4), response_ids=r, reference=zeros) for r in ((5, 6, 7), (8, 9, 10)))
     items = [TrainItem(prompt_id="p", sequences=(chosen, rejected))]

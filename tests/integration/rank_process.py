@@ -33,6 +33,7 @@ from onlinerl.learners.deepspeed import DeepSpeed
 from onlinerl.learners.torch import Torch
 from onlinerl.ops.batching import plan_step
 from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.learner import RankSettings
 from onlinerl.types import SelfTest, TrainItem
 
 WEIGHTS = dict[str, np.ndarray]
@@ -74,18 +75,16 @@ class Ranks:
     ) -> Rank:
         keys = {"ranks": self.world_size, "dtype": dtype, **(learner or {})}
         config = Torch(**keys) if stage == "torch" else DeepSpeed(zero_stage=stage, **keys)
-        return config.rank(
+        settings = RankSettings(
             model=model,
             algorithm=algorithm,
             training=TrainingConfig(**{"learning_rate": 1e-3, **training}),
-            rank=self.rank,
             world_size=self.world_size,
-            store=self.store,
-            address="127.0.0.1",
             device="cpu",
             temperature=1.0,
             seed=0,
         )
+        return config.rank(settings, rank=self.rank, store=self.store, address="127.0.0.1")
 
     def mine(self, items: list[TrainItem], budget: int) -> list[list[TrainItem]]:
         return plan_step(items, self.world_size, budget)[self.rank]

@@ -20,6 +20,7 @@ from ray.exceptions import RayTaskError
 
 from onlinerl.engines._fit import Place
 from onlinerl.learners._self_test import Sums
+from onlinerl.protocols.learner import RankSettings
 from onlinerl.types import Group, Rollout
 
 CAPACITY = 8.5
@@ -199,10 +200,10 @@ class Rank(Actor):
     def on_host(self, timeout_s: float) -> tuple[str, int]:
         return "127.0.0.1", 1
 
-    def on_start(self, address: str, port: int, rank: int, timeout_s: float, settings: dict[str, Any]) -> None:
+    def on_start(self, address: str, port: int, rank: int, config: Any, settings: RankSettings) -> None:
         self.did("learner loads")
         self.gpu.take("policy", "optimizer")
-        self.rank, self.ranks, self.weights = rank, settings["world_size"], 0.0
+        self.rank, self.ranks, self.weights = rank, settings.world_size, 0.0
 
     def _work(self, what: str) -> None:
         self.did(f"learner {what}")

@@ -60,11 +60,13 @@ class DeepSpeedRank(Rank):
 
     @property
     def _network(self) -> nn.Module:
-        return self._engine
+        engine: nn.Module = self._engine
+        return engine
 
     @property
     def _groups(self) -> Sequence[dict[str, Any]]:
-        return self._engine.optimizer.param_groups
+        groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
+        return groups
 
     @property
     def _bare(self) -> bool:
@@ -130,7 +132,8 @@ class DeepSpeedRank(Rank):
         inner = self._engine.optimizer
         while hasattr(inner, "optimizer"):
             inner = inner.optimizer
-        return inner
+        found: torch.optim.Optimizer = inner
+        return found
 
     def reset_optimizer(self) -> None:
         """Forget the optimizer's moments and how many steps it took. In place: ZeRO's wrappers hold on to these tensors."""

@@ -50,7 +50,8 @@ class TorchRank(Rank):
 
     @property
     def _groups(self) -> Sequence[dict[str, Any]]:
-        return self._optimizer.param_groups
+        groups: list[dict[str, Any]] = self._optimizer.param_groups
+        return groups
 
     def _accumulate(self, total: Tensor, count: float) -> None:
         (total / count).backward()
