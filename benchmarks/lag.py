@@ -2,7 +2,7 @@
 
     python benchmarks/lag.py
 
-On the toy engine and learner, made as slow as parts that have a core each: the engine takes SAMPLE_S per prompt, the learner SCORE_S per
+On the toy engine and learner, made as slow as parts that have a core each: the engine takes SAMPLE_S per prompt, the learner LOGPROB_S per
 response and STEP_S per optimizer step. Says the ratio of an iteration with lag to what the engine, or the learner, is busy for in one
 where everything runs in turn, whichever is more, and writes it to docs/results.md.
 """
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results.md"
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 PROMPTS, HELDOUT, ITERATIONS = 64, 8, 6
-SAMPLE_S, SCORE_S, STEP_S = 0.0625, 0.005, 0.25
+SAMPLE_S, LOGPROB_S, STEP_S = 0.0625, 0.005, 0.25
 LIMIT = 1.2
 STEADY = slice(2, None)
 """The first two iterations are sampled by the same version, one after the other."""
@@ -53,10 +53,10 @@ def generate(self: ToyEngine, requests: Sequence[Request], sampling: Sampling) -
         yield group
 
 
-def score(self: ToyLearner, sequences: Sequence[TrainSequence], **options: Any) -> list[np.ndarray]:
-    """As a learner that takes SCORE_S per response."""
-    time.sleep(SCORE_S * len(sequences))
-    return _score(self, sequences, **options)
+def logprobs(self: ToyLearner, sequences: Sequence[TrainSequence], **options: Any) -> list[np.ndarray]:
+    """As a learner that takes LOGPROB_S per response."""
+    time.sleep(LOGPROB_S * len(sequences))
+    return _logprobs(self, sequences, **options)
 
 
 def update(self: ToyLearner, steps: Sequence[Sequence[TrainItem]], rates: Sequence[float]) -> Iterator[UpdateReport]:
@@ -66,7 +66,7 @@ def update(self: ToyLearner, steps: Sequence[Sequence[TrainItem]], rates: Sequen
         yield report
 
 
-_generate, _score, _update = ToyEngine.generate, ToyLearner.score, ToyLearner.update
+_generate, _logprobs, _update = ToyEngine.generate, ToyLearner.logprobs, ToyLearner.update
 
 
 def run(folder: Path, name: str, schedule: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -84,7 +84,7 @@ def run(folder: Path, name: str, schedule: dict[str, Any]) -> dict[int, dict[str
         "oracle": {"name": "python", "function": "lag.judge"},
         "prompts": {"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl"), "per_iteration": PROMPTS},
         "sampling": {"samples_per_prompt": 2, "max_new_tokens": 4},
-        "training": {"items_per_step": 8},
+        "training": {"batch_size": 8},
         "schedule": schedule,
         "engine": {"name": "toy"},
         "learner": {"name": "toy"},
@@ -109,7 +109,7 @@ def busy(found: dict[int, dict[str, Any]], part: str) -> float:
 def main() -> int:
     """Measure, record. Returns 1 if the ratio is above the limit."""
     ToyEngine.generate = generate  # type: ignore[method-assign]
-    ToyLearner.score = score  # type: ignore[assignment, method-assign]
+    ToyLearner.logprobs = logprobs  # type: ignore[assignment, method-assign]
     ToyLearner.update = update  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as place:
         turns = run(Path(place), "turns", {"stream": False, "evaluate_beside": False})
@@ -118,7 +118,7 @@ def main() -> int:
     ratio = seconds(lagged) / max(parts.values())
     block = (
         f"Measured {datetime.now(UTC):%Y-%m-%d} with `python benchmarks/lag.py`: {PROMPTS} prompts of 2 responses, an engine of {SAMPLE_S} s a "
-        f"prompt, a learner of {STEP_S} s a step of 8 responses and {SCORE_S} s a response that it scores; seconds of an iteration.\n\n"
+        f"prompt, a learner of {STEP_S} s a step of 8 responses and {LOGPROB_S} s a response whose log-probs it gives; seconds of an iteration.\n\n"
         "| engine alone | learner alone | in turn | side by side, lag 0 | lag 1 | of the longer one | limit |\n|---|---|---|---|---|---|---|\n"
         f"| {parts['engine']:.1f} | {parts['learner']:.1f} | {seconds(turns):.1f} | {seconds(beside):.1f} | {seconds(lagged):.1f} | {ratio:.2f} "
         f"| {LIMIT} |"

@@ -73,7 +73,7 @@ def install(stop_after: int | None, stop_training: bool) -> None:
         )
         for n in range(64)
     ]
-    scored = [np.asarray(logprobs, np.float32) for _, logprobs, _ in made]
+    known = [np.asarray(logprobs, np.float32) for _, logprobs, _ in made]
 
     def generate(self: ToyEngine, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
         for done, request in enumerate(requests):
@@ -96,9 +96,9 @@ def install(stop_after: int | None, stop_training: bool) -> None:
             seed=seed,
         )
 
-    def score(self: ToyLearner, sequences: Sequence[TrainSequence], **_: object) -> list[np.ndarray]:
+    def logprobs(self: ToyLearner, sequences: Sequence[TrainSequence], **_: object) -> list[np.ndarray]:
         with Theirs():
-            return [scored[i % len(scored)] for i in range(len(sequences))]
+            return [known[i % len(known)] for i in range(len(sequences))]
 
     def update(
         self: ToyLearner, steps: Sequence[Sequence[TrainItem]], learning_rates: Sequence[float]
@@ -122,7 +122,7 @@ def install(stop_after: int | None, stop_training: bool) -> None:
             base_gap=0.0,
         )
 
-    ToyEngine.generate, ToyLearner.score = generate, score  # type: ignore[method-assign,assignment]
+    ToyEngine.generate, ToyLearner.logprobs = generate, logprobs  # type: ignore[method-assign,assignment]
     ToyLearner.update, ToyLearner.self_test = update, self_test  # type: ignore[method-assign]
 
 
@@ -168,7 +168,7 @@ def tree(folder: Path, groups: int) -> dict:
         "prompts": {"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl"), "per_iteration": groups},
         "sampling": {"samples_per_prompt": SAMPLES, "max_new_tokens": TOKENS},
         "evaluation": {"prompts": 8, "max_mismatch_k3": 1e9},
-        "training": {"items_per_step": 64},
+        "training": {"batch_size": 64},
         "engine": {"name": "toy"},
         "learner": {"name": "toy"},
         "metrics": {"prometheus": False},

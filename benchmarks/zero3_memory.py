@@ -3,7 +3,7 @@
 python benchmarks/zero3_memory.py --cases 3x1,3x2,2x2,0x1 --out memory.json
 
 A case is ZERO_STAGE x RANKS. Each rank is a process of its own on the CPU over gloo, and does what a run asks of it: load a random
-model, score with it and with a frozen reference, take one optimizer step, export, save a checkpoint, load it again.
+model, give log-probs with it and with a frozen reference, take one optimizer step, export, save a checkpoint, load it again.
 
 What is measured, of the rank that needs most: the highest `RssAnon + RssShmem` of each phase (memory that the kernel cannot take back
 without swap, which is what runs a machine out of memory; sampled every 5 ms), and on top of it the pages of mapped files that the
@@ -29,7 +29,7 @@ from typing import Any
 Sample = tuple[float, int, int]
 """When, bytes of the process's own, bytes of mapped files."""
 GIB = 2**30
-PHASES = ("start", "load", "score", "reference", "step", "export", "save", "reload")
+PHASES = ("start", "load", "logprobs", "reference", "step", "export", "save", "reload")
 # Layer counts and widths of Llamas of about so many million parameters.
 SIZES = {
     60: {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 15, "num_attention_heads": 8},
@@ -199,7 +199,7 @@ def run_rank(job: dict[str, Any], rank: int, port: int, log: Path) -> None:
     from onlinerl.algorithms.ppo import Ppo
     from onlinerl.config import TrainingConfig
     from onlinerl.learners.deepspeed import DeepSpeed
-    from onlinerl.learners.deepspeed.rank import DeepSpeedRank
+    from onlinerl.protocols.learner import RankSettings
     from onlinerl.types import TrainItem, TrainSequence
 
     ends: dict[str, float] = {}
@@ -229,24 +229,22 @@ def run_rank(job: dict[str, Any], rank: int, port: int, log: Path) -> None:
 
     store = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=300))
     end("start")
-    learner = DeepSpeedRank(
-        job["model"],
-        Ppo(critic="separate") if job["critic"] else Dpo(),
-        DeepSpeed(ranks=job["ranks"], zero_stage=job["stage"], dtype=job["dtype"]),
-        TrainingConfig(learning_rate=1e-5),
-        rank=rank,
+    settings = RankSettings(
+        model=job["model"],
+        algorithm=Ppo(critic="separate") if job["critic"] else Dpo(),
+        training=TrainingConfig(learning_rate=1e-5),
         world_size=job["ranks"],
-        store=store,
-        address="127.0.0.1",
         device="cpu",
         temperature=1.0,
         seed=0,
     )
+    config = DeepSpeed(ranks=job["ranks"], zero_stage=job["stage"], dtype=job["dtype"])
+    learner = config.rank(settings, rank=rank, store=store, address="127.0.0.1")
     end("load")
     micro = [[sequence()], [sequence()]]
-    learner.score(micro, "policy", 1.0)
-    end("score")
-    learner.score(micro, job["model"], 1.0)
+    learner.logprobs(micro, "policy", 1.0)
+    end("logprobs")
+    learner.logprobs(micro, job["model"], 1.0)
     end("reference")
     per_item = 1 if job["critic"] else 2
     items = [[TrainItem(prompt_id=str(i), sequences=tuple(sequence() for _ in range(per_item)))] for i in range(2)]

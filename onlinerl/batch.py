@@ -90,7 +90,7 @@ class Batch:
         Raises:
             ValueError: if it was not filled in.
         """
-        value = getattr(self, name)
+        value: Tensor | None = getattr(self, name)
         if value is None:
             raise ValueError(f"this loss reads batch.{name}, which was not filled in; declare it in the algorithm's `needs`")
         return value

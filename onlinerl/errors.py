@@ -6,6 +6,8 @@ out the same way everywhere, so a user who has read one has read them all.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class OnlineRLError(Exception):
     """Base of every error that onlinerl raises on purpose.
@@ -28,7 +30,7 @@ class OnlineRLError(Exception):
         head = f"{self.field}: {self.cause}" if self.field else self.cause
         return f"{head}\n  fix: {self.fix}" if self.fix else head
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         # Keyword-only fields do not survive the default pickling, and errors cross process boundaries.
         return _rebuild, (type(self), self.cause, self.field, self.fix)
 

@@ -41,7 +41,10 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str, compone
         known = _keys(model, path[:-1])
         if issubclass(model, Component) and len(path) == 1 and "name" not in known:
             known.append("name")
-        return ConfigError(f"is not a known key{more}", field=field, fix=_meant(path[-1], field, known))
+        now = synonyms.RENAMED.get(field)
+        if now is not None and now.rpartition(".")[2] in known:
+            return ConfigError(f"was renamed{more}", field=field, fix=f"write {now}")
+        return ConfigError(f"is not a known key{more}", field=field, fix=_meant(path[-1], field, known, model))
     info = _field(model, path)
     if first["type"] == "missing":
         what = f" with {_allowed(info)}" if info is not None and path[-1] not in components and _allowed(info) else ""
@@ -50,7 +53,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str, compone
     return ConfigError(cause, field=field, fix=_fix(first["input"], field, info, path[-1] in components))
 
 
-def _meant(written: str, field: str, known: Sequence[str]) -> str:
+def _meant(written: str, field: str, known: Sequence[str], model: type[BaseModel]) -> str:
     """What to write instead of an unknown key."""
     section = field.rpartition(".")[0]
     for key in (synonyms.key(field) or "").split(" or "):
@@ -60,6 +63,9 @@ def _meant(written: str, field: str, known: Sequence[str]) -> str:
         if key and home != section and home != "algorithm":
             return f"did you mean {key}?"
     plain = written.lower().replace("-", "_")
+    homes = [f"{name}.{plain}" for name, info in model.model_fields.items() if not section and plain in _own(info)]
+    if homes:
+        return f"did you mean {' or '.join(homes)}?"
     close = [plain] if plain in known else get_close_matches(written, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
 
@@ -133,6 +139,12 @@ def _field(model: type[BaseModel], path: Sequence[str]) -> FieldInfo | None:
 def _section(info: FieldInfo | None) -> type[BaseModel] | None:
     kind = info.annotation if info is not None else None
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _own(info: FieldInfo) -> Sequence[str]:
+    """The keys of a section."""
+    section = _section(info)
+    return list(section.model_fields) if section is not None else []
 
 
 def _keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:

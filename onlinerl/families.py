@@ -79,7 +79,7 @@ def check_attention(config: Mapping[str, Any], attention: str) -> None:
 
     Args:
         config: of the model.
-        attention: `learner.attention`.
+        attention: `learner.attn_implementation`.
 
     Raises:
         ConfigError: if the model caps its attention scores, and this implementation does not.
@@ -87,6 +87,6 @@ def check_attention(config: Mapping[str, Any], attention: str) -> None:
     if config.get("attn_logit_softcapping") is not None and attention == "sdpa":
         raise ConfigError(
             "sdpa leaves out the cap on attention scores that this model was trained with (attn_logit_softcapping)",
-            field="learner.attention",
-            fix="set learner.attention=eager, or flash_attention_2 on GPUs",
+            field="learner.attn_implementation",
+            fix="set learner.attn_implementation=eager, or flash_attention_2 on GPUs",
         )

@@ -262,7 +262,7 @@ def _write_source(made: Path, origin: dict[str, str]) -> None:
 def _damage(target: Path) -> str | None:
     """The first file of a fetched model that is missing or altered, or None."""
     try:
-        sums = json.loads((target / SOURCE_FILE).read_text())["sha256"]
+        sums: dict[str, str] = json.loads((target / SOURCE_FILE).read_text())["sha256"]
     except (OSError, ValueError, KeyError):
         return SOURCE_FILE
     for name in (*REQUIRED, *sums):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import Any
 
 import psutil
 
@@ -12,7 +13,8 @@ def local_address(peer: str) -> str:
     """The address of this machine that packets to `peer` leave from."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting a datagram socket sends nothing
         probe.connect((peer, 9))
-        return probe.getsockname()[0]
+        address: str = probe.getsockname()[0]
+        return address
 
 
 def outside_address() -> str:
@@ -25,10 +27,8 @@ def outside_address() -> str:
 
 def interface_of(address: str) -> str | None:
     """Name of the network interface that holds `address`, e.g. "eth0"."""
-    for name, entries in psutil.net_if_addrs().items():
-        if any(entry.address == address for entry in entries):
-            return name
-    return None
+    interfaces: dict[str, list[Any]] = psutil.net_if_addrs()
+    return next((name for name, entries in interfaces.items() if any(entry.address == address for entry in entries)), None)
 
 
 def choose_interface(peer: str) -> None:
@@ -46,4 +46,5 @@ def free_port(address: str) -> int:
     """A port that is free on `address` right now. Prefer handing over a bound socket where the other side can take one."""
     with socket.socket() as probe:
         probe.bind((address, 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port

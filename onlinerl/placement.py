@@ -29,7 +29,7 @@ def bundles(placements: Sequence[Placement]) -> list[dict[str, float]]:
     """What Ray reserves, in the order of `Placement.bundle`; Ray wants at least one positive entry in each."""
     wanted: list[Counter[str]] = [Counter() for _ in range(1 + max(p.bundle for p in placements))]
     for p in placements:
-        wanted[p.bundle].update({"CPU": p.cpus, "GPU": p.gpus, **p.resources})  # type: ignore[dict-item]
+        wanted[p.bundle].update({"CPU": p.cpus, "GPU": p.gpus, **p.resources})
     return [{k: float(v) for k, v in one.items() if v > 0} or {"CPU": 0.001} for one in wanted]
 
 
@@ -90,7 +90,7 @@ def missing(placements: Sequence[Placement], available: Mapping[str, float]) -> 
     """Resource -> (needed, there) for everything there is too little of."""
     needed: Counter[str] = Counter()
     for bundle in bundles(placements):
-        needed.update(bundle)  # type: ignore[arg-type]
+        needed.update(bundle)
     return {k: (v, available.get(k, 0.0)) for k, v in needed.items() if v > available.get(k, 0.0) + 1e-6}
 
 

@@ -165,7 +165,7 @@ def probe_oracle(oracle: Oracle, prompt: Prompt) -> Verdict:
 
 def derived(config: RunConfig, algorithm: Algorithm) -> str:
     """The batch-like numbers that follow from the ones that were set."""
-    prompts, k, per_step = config.prompts.per_iteration, config.sampling.samples_per_prompt, config.training.items_per_step
+    prompts, k, per_step = config.prompts.per_iteration, config.sampling.samples_per_prompt, config.training.batch_size
     items = prompts * algorithm.most_items(k, configuration.pair_builder(config).most(k))
     what = "pairs" if algorithm.needs.pairs else "items"
     steps = ceil(items / per_step) * config.training.epochs
@@ -247,9 +247,11 @@ def _check_enough(config: RunConfig, total: int, *, resumed: bool) -> None:
 def _check_schedule(config: RunConfig) -> None:
     """Nothing can be scheduled around a learning rate of 0 (a critic may still learn, at its own constant rate)."""
     training = config.training
-    if training.learning_rate == 0 and (training.schedule != "constant" or training.warmup > 0 or training.iteration_decay < 1):
+    if training.learning_rate == 0 and (
+        training.lr_scheduler_type != "constant" or training.warmup_ratio > 0 or training.iteration_decay < 1
+    ):
         raise ConfigError(
-            "is 0, so schedule, warmup and iteration_decay would do nothing",
+            "is 0, so lr_scheduler_type, warmup_ratio and iteration_decay would do nothing",
             field="training.learning_rate",
             fix="leave the three out, or set a learning rate",
         )
@@ -402,4 +404,4 @@ def check_family(config: RunConfig) -> None:
             f"its config.json cannot be read: {error}", field="model", fix="use a model that the installed transformers knows"
         ) from error
     logit_rule(model)
-    check_attention(model, config.learner.attention)
+    check_attention(model, config.learner.attn_implementation)

@@ -17,12 +17,14 @@ import traceback
 from difflib import get_close_matches
 from importlib import metadata
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from onlinerl import synonyms
 from onlinerl.errors import ConfigError, OnlineRLError
+
+T = TypeVar("T")
 
 
 def names(role: str) -> list[str]:
@@ -32,11 +34,10 @@ def names(role: str) -> list[str]:
     return sorted({*own, *(e.name for e in metadata.entry_points(group=f"onlinerl.{role}"))})
 
 
-def load(role: str, name: str, base: type | None = None, field: str | None = None) -> type:
+def load(role: str, name: str, base: type[T], field: str | None = None) -> type[T]:
     """The class that implements `name` for `role`; `field` is the key that names it, for messages.
 
-    A module's implementation is the one class defined in it that subclasses `base` (or, without `base`, the one named in the
-    module's `__all__`).
+    A module's implementation is the one class defined in it that subclasses `base`.
 
     Raises:
         ConfigError: if there is no such name, with close ones; or if what it names does not implement the role.
@@ -58,10 +59,8 @@ def load(role: str, name: str, base: type | None = None, field: str | None = Non
     return _implementation(importlib.import_module(f"onlinerl.{role}.{name}"), base)
 
 
-def _checked(found: Any, where: str, base: type | None, field: str) -> Any:
+def _checked(found: object, where: str, base: type[T], field: str) -> type[T]:
     """What comes from outside the package implements its role, and declares what the role asks for."""
-    if base is None:
-        return found
     role = f"{base.__module__}.{base.__name__}"
     if not (inspect.isclass(found) and issubclass(found, base) and found is not base):
         raise ConfigError(f"{where} is no subclass of {role}", field=field, fix="give the dotted path of one")
@@ -87,12 +86,9 @@ def _fields(base: type) -> set[str]:
     return set(base.model_fields) if issubclass(base, BaseModel) else set()
 
 
-def _implementation(module: ModuleType, base: type | None) -> type:
-    own = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
-    if base is not None:
-        own = [c for c in own if issubclass(c, base) and not c.__name__.startswith("_")]
-    else:
-        own = [c for c in own if c.__name__ in getattr(module, "__all__", [])]
+def _implementation(module: ModuleType, base: type[T]) -> type[T]:
+    classes = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
+    own = [c for c in classes if issubclass(c, base) and not c.__name__.startswith("_")]
     if len(own) != 1:
         raise TypeError(f"{module.__name__} must define exactly one implementation, found {[c.__name__ for c in own]}")
     return own[0]

@@ -58,7 +58,7 @@ def _tensors(file: Path) -> dict[str, Any]:
             length = int.from_bytes(data.read(8), "little")
             if length > size:
                 raise ValueError("it does not begin with a header")
-            tensors = json.loads(data.read(length))
+            tensors: dict[str, Any] = json.loads(data.read(length))
         tensors.pop("__metadata__", None)
         wanted = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
         if size != wanted:

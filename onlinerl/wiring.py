@@ -108,9 +108,9 @@ def _watch_over(pool: EnginePool, config: RunConfig, store: RunDirectory, tracke
 
 
 def canary(prompts: Sequence[Prompt], count: int) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
-    """What is scored after each push: second halves of prompts, given the first; fixed for the whole run."""
+    """What log-probs are compared on after each push: second halves of prompts, given the first; fixed for the whole run."""
     halves = [(p.token_ids[: len(p.token_ids) // 2], p.token_ids[len(p.token_ids) // 2 :]) for p in prompts]
-    # Where no prompt has two tokens, each is scored given itself.
+    # Where no prompt has two tokens, each is given itself.
     return [(first, second) for first, second in halves if first][:count] or [
         (p.token_ids, p.token_ids) for p in prompts[:count]
     ]

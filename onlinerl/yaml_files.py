@@ -80,6 +80,18 @@ def read(path: Path, choices: Choices, _seen: tuple[Path, ...] = ()) -> dict[str
     return _merge(read(path.parent / base, choices, (*_seen, path.resolve())), tree, choices)
 
 
+def holder(path: Path, key: str) -> Path | None:
+    """Which file has a dotted key: this one, or the nearest that it extends; None if none has. All of them can be read."""
+    tree = node = _load(path.read_text(), str(path))
+    *sections, leaf = key.split(".")
+    for section in sections:
+        node = node.get(section) if isinstance(node, Mapping) else None
+    if isinstance(node, Mapping) and leaf in node:
+        return path
+    base = tree.get("extends")
+    return None if base is None else holder(path.parent / base, key)
+
+
 def _merge(base: dict[str, Any], over: Mapping[str, Any], choices: Choices) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():

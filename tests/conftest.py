@@ -125,7 +125,7 @@ def toy_config(tiny_model):
             "prompts.max_tokens": 16,
             "sampling.samples_per_prompt": 4,
             "sampling.max_new_tokens": 12,
-            "training.items_per_step": 4,
+            "training.batch_size": 4,
             "training.learning_rate": 0.2,
             "engine.name": "toy",
             "learner.name": "toy",

@@ -16,7 +16,7 @@ from onlinerl.protocols.algorithm import Algorithm, Needs, OffPolicy, Reference,
 class PolicyGradient(Algorithm):
     """Ratios are between probabilities at the sampling temperature; a KL to the reference may have a price."""
 
-    kl: float = Field(0.0, ge=0)
+    kl_coef: float = Field(0.0, ge=0)
     """Price of one nat of KL to the reference; 0 needs no reference."""
     dual_clip: float | None = Field(None, gt=1)
     """A token with a negative advantage loses at most this many times it, however large its ratio."""
@@ -39,12 +39,12 @@ class PolicyGradient(Algorithm):
         """Old log-probs; the reference if the KL has a price."""
         uncorrected = self.importance_sampling_cap is None
         off_policy: OffPolicy = "refused" if uncorrected else "corrected"
-        return Needs(reference=self.kl > 0, old=True, sampling_temperature=True, off_policy=off_policy)
+        return Needs(reference=self.kl_coef > 0, old=True, sampling_temperature=True, off_policy=off_policy)
 
     @by_knobs
     def reference(self) -> Reference:
         """The initial policy, if there is a KL term."""
-        return "fixed" if self.kl > 0 else "none"
+        return "fixed" if self.kl_coef > 0 else "none"
 
     def surrogate(self, outputs: Outputs, batch: Batch, low: float, high: float) -> tuple[Tensor, dict[str, Mean]]:
         """The clipped loss of each response token, [B, T], zero where the mask is false, and its metrics.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Grpo(PolicyGradient):
-    """Clipped surrogate (equation 3) plus `kl` times the KL to the reference (k3, equation 4), without a critic: the mean score of a
+    """Clipped surrogate (equation 3) plus `kl_coef` times the KL to the reference (k3, equation 4), without a critic: the mean score of a
     prompt's own responses is the baseline.
 
     The published variants differ in `std_norm` and `agg`, and neither choice is neutral: the defaults are the paper's, and a run's
@@ -36,9 +36,9 @@ class Grpo(PolicyGradient):
     agg: Literal["seq_mean_token_mean", "token_mean"] = "seq_mean_token_mean"
     """Mean over the tokens of a response and then over responses (the paper), or over all tokens. The former favours short right and
     long wrong answers."""
-    clip_low: float = Field(0.2, gt=0)
-    clip_high: float = Field(0.2, gt=0)
-    """Ratios outside [1 - clip_low, 1 + clip_high] earn nothing more."""
+    clip_range_low: float = Field(0.2, gt=0)
+    clip_range_high: float = Field(0.2, gt=0)
+    """Ratios outside [1 - clip_range_low, 1 + clip_range_high] earn nothing more."""
 
     @by_knobs
     def needs(self) -> Needs:
@@ -81,11 +81,11 @@ class Grpo(PolicyGradient):
         Raises:
             ValueError: if a field named by `needs` is missing.
         """
-        loss_BT, metrics = self.surrogate(outputs, batch, self.clip_low, self.clip_high)
-        if self.kl > 0:
+        loss_BT, metrics = self.surrogate(outputs, batch, self.clip_range_low, self.clip_range_high)
+        if self.kl_coef > 0:
             kl_BT = k3(token_log_ratios(outputs, batch))
             metrics["kl_reference"] = Mean.of(kl_BT, batch.mask_BT)
-            loss_BT = loss_BT + self.kl * kl_BT
+            loss_BT = loss_BT + self.kl_coef * kl_BT
         loss_B = loss_BT.sum(dim=1)
         if self.agg == "seq_mean_token_mean":
             loss_B = loss_B / lengths(batch)

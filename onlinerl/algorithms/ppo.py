@@ -35,20 +35,20 @@ class Ppo(PolicyGradient):
 
     unit = "token"  # policy and value loss are both means over tokens
 
-    kl: float = Field(0.05, ge=0)
+    kl_coef: float = Field(0.05, ge=0)
     """Price of one nat of KL to the reference; 0 needs no reference. In the reward it is paid in units of the score (see
     `normalize_scores`), in the loss in standard deviations of the advantages."""
     kl_in: Literal["loss", "reward"] = "loss"
     target_kl: float | None = Field(None, gt=0)
-    """For `kl_in: reward`: the KL of the rollouts, in nats per sequence, that `kl` is adapted to after every iteration: "Fine-Tuning
-    Language Models from Human Preferences", section 2.2. None keeps `kl` as it is."""
+    """For `kl_in: reward`: the KL of the rollouts, in nats per sequence, that `kl_coef` is adapted to after every iteration: "Fine-Tuning
+    Language Models from Human Preferences", section 2.2. None keeps `kl_coef` as it is."""
     kl_horizon: int = Field(10_000, ge=1)
-    """Responses over which the adaptation takes effect; `kl` changes by at most 20 % per so many."""
+    """Responses over which the adaptation takes effect; `kl_coef` changes by at most 20 % per so many."""
     gamma: float = Field(1.0, ge=0, le=1)
     lam: float = Field(0.95, ge=0, le=1)
     """GAE lambda."""
-    clip: float = Field(0.2, gt=0)
-    """Ratios outside 1 +- clip earn nothing more."""
+    clip_range: float = Field(0.2, gt=0)
+    """Ratios outside 1 +- clip_range earn nothing more."""
     normalize_scores: bool = True
     """Shift and scale scores by mean and standard deviation of all scores so far, so that the critic, which starts at 0, has values of
     about 1 to learn whatever the oracle's units are."""
@@ -57,7 +57,7 @@ class Ppo(PolicyGradient):
     missing_eos_score: float | None = None
     """Score of a response that ran into the length limit, instead of the oracle's."""
     whiten_advantages: bool = True
-    value_clip: float | None = Field(None, gt=0)
+    clip_range_value: float | None = Field(None, gt=0)
     """How far a value may move from the old one before it earns nothing more, in units of the (normalized) score. Old values are
     computed once per iteration, so this is also the most that the critic can learn in one; None sets no limit."""
     vf_coef: float = Field(0.1, ge=0)
@@ -91,8 +91,8 @@ class Ppo(PolicyGradient):
     def _acts(cls, target: float | None, info: ValidationInfo) -> float | None:
         if target is not None and info.data.get("kl_in") != "reward":
             raise ValueError("the price of the KL is adapted only with kl_in: reward")
-        if target is not None and not info.data.get("kl"):
-            raise ValueError("there is no price to adapt: kl is 0")
+        if target is not None and not info.data.get("kl_coef"):
+            raise ValueError("there is no price to adapt: kl_coef is 0")
         return target
 
     @field_validator("critic_warmup")
@@ -146,7 +146,7 @@ class Ppo(PolicyGradient):
 
     @property
     def _pays_in_reward(self) -> bool:
-        return self.kl > 0 and self.kl_in == "reward"
+        return self.kl_coef > 0 and self.kl_in == "reward"
 
     def _first_paid(self, plan: Plan) -> int | None:
         """The first iteration in which the policy that samples is another one than the reference."""
@@ -185,7 +185,7 @@ class Ppo(PolicyGradient):
         if not scores.size:
             return {}
         figures = {"responses": float(len(scores)), "score_mean": float(scores.mean()), "score_std": float(scores.std())}
-        if self.kl > 0:
+        if self.kl_coef > 0:
             figures["kl_coef"] = self._price(past)
             figures["kl_rollouts"] = float(np.mean([(need(s, "old") - need(s, "reference")).sum() for s in sequences]))
         _, returns = self._targets(sequences, past)
@@ -203,18 +203,18 @@ class Ppo(PolicyGradient):
         if outputs.values_BT is None:
             raise ValueError("ppo reads outputs.values_BT, which the learner did not compute")
         mask = batch.mask_BT
-        loss_BT, metrics = self.surrogate(outputs, batch, self.clip, self.clip)
-        if self.kl > 0:
+        loss_BT, metrics = self.surrogate(outputs, batch, self.clip_range, self.clip_range)
+        if self.kl_coef > 0:
             kl_BT = k3_plus(token_log_ratios(outputs, batch))
             metrics["kl_reference"] = Mean.of(kl_BT, mask)
             if self.kl_in == "loss":
-                loss_BT = loss_BT + self.kl * kl_BT
+                loss_BT = loss_BT + self.kl_coef * kl_BT
         if self.entropy_coef > 0:
             if outputs.entropy_BT is None:
                 raise ValueError("an entropy bonus reads outputs.entropy_BT, which the learner did not compute")
             loss_BT = loss_BT - self.entropy_coef * masked(outputs.entropy_BT, mask)
         values, returns = masked(outputs.values_BT, mask), batch.need("returns_BT")
-        value_BT = masked(clipped_value_loss(values, batch.need("values_BT"), returns, self.value_clip), mask)
+        value_BT = masked(clipped_value_loss(values, batch.need("values_BT"), returns, self.clip_range_value), mask)
         loss_BT = loss_BT * batch.policy_weight_B[:, None] + self.vf_coef * value_BT
         metrics |= {"value_loss": Mean.of(value_BT, mask), "value": Mean.of(values, mask), "return": Mean.of(returns, mask)}
         return LossOutput(total=(loss_BT.sum(dim=1) * batch.weight_B).sum(), metrics=metrics)
@@ -247,11 +247,11 @@ class Ppo(PolicyGradient):
         return self.missing_eos_score if cut and self.missing_eos_score is not None else sequence.score
 
     def _price(self, past: Sequence[Mapping[str, float]]) -> float:
-        """`kl`, as adapted by every earlier iteration."""
+        """`kl_coef`, as adapted by every earlier iteration."""
         if self.target_kl is None:
-            return self.kl
+            return self.kl_coef
         return adapted_kl(
-            self.kl,
+            self.kl_coef,
             [(f["kl_rollouts"], f["responses"]) for f in past if "kl_rollouts" in f],
             target=self.target_kl,
             horizon=self.kl_horizon,

@@ -31,7 +31,7 @@ class Sppo(Algorithm):
 
     eta: float = Field(1000.0, gt=0)
     """Nats per unit of win rate; 1 / eta is the `beta` of the published configurations."""
-    train: Literal["best_worst", "all"] = "best_worst"
+    pairs: Literal["best_worst", "all"] = "best_worst"
     """Which responses of a group are trained: those with the highest and the lowest win rate, or all K."""
 
     metrics = (
@@ -42,12 +42,12 @@ class Sppo(Algorithm):
 
     def most_items(self, samples: int, pairs: int) -> int:
         """`best_worst` makes one item of the two."""
-        return 1 if self.train == "best_worst" else samples
+        return 1 if self.pairs == "best_worst" else samples
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
         """Best and worst of the judged responses as one item, or each judged response by itself."""
         sequences, dropped = judged_sequences(judged, at_least=2)
-        if self.train == "all" or not sequences:
+        if self.pairs == "all" or not sequences:
             return sample_items(judged, sequences), dropped
         by_index = train_sequences(judged)
         order = sorted(by_index, key=lambda index: -by_index[index].win_rate)  # stable
@@ -74,7 +74,7 @@ class Sppo(Algorithm):
             "loser_log_ratio": Mean.of(ratios_B, real_B & (targets_B < 0)),
             "target": Mean.of(targets_B.abs(), real_B),
         }
-        if self.train == "best_worst":
+        if self.pairs == "best_worst":
             chosen, rejected = batch.pairs_P2.unbind(dim=1)
             metrics |= pair_metrics(outputs, batch, (ratios_B[chosen] - ratios_B[rejected]) / self.eta)
         return LossOutput(total=(loss_B * batch.weight_B).sum(), metrics=metrics)

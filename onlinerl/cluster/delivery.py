@@ -46,7 +46,7 @@ class Delivered:
         def ask(what: str, check: Callable[[str, Any], float | None], method: str = "", *args: Any) -> None:
             nonlocal worst
             asked = [r for r in replicas if r.name not in failed]
-            futures = {r.name: r.call(method, *args) if method else r.score(self.canary) for r in asked}
+            futures = {r.name: r.call(method, *args) if method else r.logprobs(self.canary) for r in asked}
             for name, answer in outcomes(futures, left(), SyncError, what).items():
                 try:
                     if isinstance(answer, OnlineRLError):
@@ -57,7 +57,7 @@ class Delivered:
 
         ask("weight_version", lambda name, got: proof.check_version(self.version, [got], [name]), "weight_version")
         ask("received", lambda name, got: self._check_digests(name, got, known=known), "received")
-        ask("scoring", self.check_canary)
+        ask("log-probs", self.check_canary)
         return worst, failed
 
     def check_canary(self, name: str, logprobs: Sequence[np.ndarray]) -> float:

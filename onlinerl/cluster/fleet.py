@@ -313,7 +313,7 @@ class Fleet:
     def doubt(self, replica: Replica) -> OnlineRLError | None:
         """What is wrong with a replica whose answer makes no sense; None if it still computes with the right weights."""
         assert self._delivered is not None
-        answer = _within(replica.score(self._delivered.canary), replica.name, PING_S)
+        answer = _within(replica.logprobs(self._delivered.canary), replica.name, PING_S)
         if isinstance(answer, OnlineRLError):
             return answer
         try:

@@ -19,7 +19,7 @@ from onlinerl.learners._self_test import combine
 from onlinerl.network import free_port
 from onlinerl.ops.batching import plan_step
 from onlinerl.protocols.algorithm import Algorithm
-from onlinerl.protocols.learner import LearnerConfig
+from onlinerl.protocols.learner import LearnerConfig, RankSettings
 from onlinerl.types import SelfTest, TrainItem, TrainSequence, UpdateReport
 
 LOST_S = 10.0
@@ -40,7 +40,7 @@ class RankActor:
         self._store = TCPStore(self.address, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
         return self.address, self._store.port
 
-    def start(self, address: str, port: int, rank: int, config: LearnerConfig, settings: dict[str, Any]) -> None:
+    def start(self, address: str, port: int, rank: int, config: LearnerConfig, settings: RankSettings) -> None:
         """Meet the others and load the model."""
         from datetime import timedelta
 
@@ -49,7 +49,7 @@ class RankActor:
         timeout = timedelta(seconds=config.start_timeout_s)
         store = self._store if rank == 0 else TCPStore(address, port, timeout=timeout)
         self.address = address
-        self._rank = config.rank(rank=rank, store=store, address=address, **settings)
+        self._rank = config.rank(settings, rank=rank, store=store, address=address)
 
     def free_port(self) -> int:
         """A port that is free on this rank's machine."""
@@ -86,15 +86,15 @@ class LearnerGroup:
         self.address, port = get(
             self.actors[0].host.remote(timeout_s), timeout_s=timeout_s, error=LearnerError, what="starting"
         )
-        settings = {
-            "model": config.model,
-            "algorithm": algorithm,
-            "training": config.training,
-            "world_size": ranks,
-            "device": cluster.device,
-            "temperature": temperature,
-            "seed": config.seed,
-        }
+        settings = RankSettings(
+            model=config.model,
+            algorithm=algorithm,
+            training=config.training,
+            world_size=ranks,
+            device=cluster.device,
+            temperature=temperature,
+            seed=config.seed,
+        )
         self._started = {
             n: a.start.remote(self.address, port, i, config.learner, settings)
             for i, (n, a) in enumerate(zip(self.names, self.actors, strict=True))
@@ -110,14 +110,15 @@ class LearnerGroup:
 
     def free_port(self) -> int:
         """A port that is free on the machine of rank 0."""
-        return get(self.actors[0].free_port.remote(), timeout_s=60, error=LearnerError, what="finding a port")
+        port: int = get(self.actors[0].free_port.remote(), timeout_s=60, error=LearnerError, what="finding a port")
+        return port
 
     def call(self, method: str, *args: Any, timeout_s: float | None = None, turn: Turn = "learner") -> list[Any]:
         """The same method with the same arguments on every rank."""
         return self.scatter(method, [args] * len(self.actors), timeout_s=timeout_s, turn=turn)
 
     def scatter(
-        self, method: str, arguments: Sequence[tuple], timeout_s: float | None = None, turn: Turn = "learner"
+        self, method: str, arguments: Sequence[tuple[Any, ...]], timeout_s: float | None = None, turn: Turn = "learner"
     ) -> list[Any]:
         """The same method on every rank, each with its own arguments. `turn`: when it may happen (`both`: during a push)."""
         self._turns.need(turn)
@@ -131,13 +132,14 @@ class LearnerGroup:
         """Take it back."""
         self._on_all("reload", [()] * len(self.actors), timeout_s)
 
-    def _on_all(self, method: str, arguments: Sequence[tuple], timeout_s: float | None) -> list[Any]:
+    def _on_all(self, method: str, arguments: Sequence[tuple[Any, ...]], timeout_s: float | None) -> list[Any]:
         refs = {n: a.call.remote(method, *args) for n, a, args in zip(self.names, self.actors, arguments, strict=True)}
         # Whoever gives a deadline of its own waits for others too, and knows better whose fault it is when it passes.
         late = LearnerLost if timeout_s is None else LearnerError
         deadline = timeout_s or self._config.step_timeout_s
         try:
-            return get(refs, timeout_s=deadline, error=LearnerError, what=method, lost=LearnerLost, late=late)
+            answers: list[Any] = get(refs, timeout_s=deadline, error=LearnerError, what=method, lost=LearnerLost, late=late)
+            return answers
         except LearnerLost:
             raise
         except OnlineRLError:
@@ -145,7 +147,7 @@ class LearnerGroup:
             _require_alive(refs, method)
             raise
 
-    def score(
+    def logprobs(
         self,
         sequences: Sequence[TrainSequence],
         *,
@@ -154,7 +156,7 @@ class LearnerGroup:
         timeout_s: float | None = None,
     ) -> list[np.ndarray]:
         """Log-probs f32[T] of each response."""
-        return self._spread("score", sequences, model, temperature, timeout_s=timeout_s)
+        return self._spread("logprobs", sequences, model, temperature, timeout_s=timeout_s)
 
     def values(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
         """Critic values f32[T] of each response."""
@@ -242,5 +244,5 @@ def _require_alive(refs: Mapping[str, Any], what: str) -> None:
 
 
 def _bare(sequence: TrainSequence) -> TrainSequence:
-    """Only what scoring reads: arrays need not travel."""
+    """Only what log-probs depend on: arrays need not travel."""
     return TrainSequence(prompt_ids=sequence.prompt_ids, response_ids=sequence.response_ids)

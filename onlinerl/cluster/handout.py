@@ -50,7 +50,7 @@ class Handout:
         self._finished: queue.SimpleQueue[tuple[_Hand, Future[Group]]] = queue.SimpleQueue()
         self._failures: Counter[str] = Counter()
         # Enough to keep every slot of a replica busy, plus one prompt that waits at its door.
-        self._limit = 1 + -(-config.max_concurrent // max(1, len(requests[0].seeds))) if requests else 0
+        self._limit = 1 + -(-config.max_num_seqs // max(1, len(requests[0].seeds))) if requests else 0
         self._version = fleet.version
         self._looked = time.monotonic()
 

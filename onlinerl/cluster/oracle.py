@@ -76,7 +76,8 @@ class PlacedOracle(Oracle):
     @property
     def version(self) -> str:
         """That of the oracle inside."""
-        return get(self._opened, timeout_s=self._start_timeout_s, error=OracleError, what="loading the oracle")[0]
+        opened: list[str] = get(self._opened, timeout_s=self._start_timeout_s, error=OracleError, what="loading the oracle")
+        return opened[0]
 
     def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
         """One result per query, in order, by one replica.
@@ -88,7 +89,10 @@ class PlacedOracle(Oracle):
         refs = {name: self._actors[name].ask.remote(queries)}
         try:
             # Whoever asked has this deadline once and gives up first.
-            return get(refs, timeout_s=2 * self.call_timeout_s, error=OracleError, what="judging")[0]
+            answers: list[list[Verdict | Failure]] = get(
+                refs, timeout_s=2 * self.call_timeout_s, error=OracleError, what="judging"
+            )
+            return answers[0]
         except OracleError as error:
             failure = error.__cause__
             if isinstance(failure, RayTaskError) and not isinstance(failure.cause, OracleError):

@@ -85,12 +85,12 @@ class EnginePool:
         if wanted is not None:
             self.fleet.resize(wanted)
 
-    def score(self, sequences: Sequence[TokenPair]) -> list[np.ndarray]:
+    def logprobs(self, sequences: Sequence[TokenPair]) -> list[np.ndarray]:
         """Log-probs by one replica."""
         self._turns.need("engine")
         replica = (self.fleet.able() or self.fleet.replicas)[0]
-        futures = {replica.name: replica.score(sequences)}
-        return all_of(futures, self._config.generate_timeout_s, EngineError, "scoring")[0]
+        futures = {replica.name: replica.logprobs(sequences)}
+        return all_of(futures, self._config.generate_timeout_s, EngineError, "log-probs")[0]
 
     def sleep(self, timeout_s: float | None = None) -> None:
         """Give the GPUs' memory to the learner: weights to host memory, KV caches dropped."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -23,6 +23,7 @@ from onlinerl.errors import EngineError, OnlineRLError
 from onlinerl.protocols.engine import EngineConfig
 from onlinerl.types import Group, Request, Sampling
 
+T = TypeVar("T")
 TokenPair = tuple[Sequence[int], Sequence[int]]
 END_S = 60.0
 """Longest wait for processes to be gone that were killed."""
@@ -53,14 +54,15 @@ class ReplicaActor:
 
     async def generate(self, request: Request, sampling: Sampling) -> Group:
         """All responses to one prompt."""
-        return await self._replica.generate(request, sampling)
+        group: Group = await self._replica.generate(request, sampling)
+        return group
 
-    async def score(self, pairs: Sequence[TokenPair]) -> list[np.ndarray]:
+    async def logprobs(self, pairs: Sequence[TokenPair]) -> list[np.ndarray]:
         """Teacher-forced log-probs."""
-        return [await self._replica.score(prompt, response) for prompt, response in pairs]
+        return [await self._replica.logprobs(prompt, response) for prompt, response in pairs]
 
 
-@ray.remote(num_cpus=0, max_retries=0)
+@ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]
 def end_processes(family: Sequence[tuple[int, float]]) -> list[int]:
     """Kill these processes of this machine, stopped ones too, and wait until they are gone. Returns those that would not go."""
     found = []
@@ -122,11 +124,13 @@ class Replica:
         self, model: str, config: EngineConfig, settings: Mapping[str, Any], places: Sequence[Any], mine: int
     ) -> Future[None]:
         """Load the model; it is `mine` of the replicas at `places`, each a Place or a reference to one."""
-        return self.actor.start.remote(model, config, settings, mine, *places).future()
+        started: Future[None] = self.actor.start.remote(model, config, settings, mine, *places).future()
+        return started
 
     def processes(self) -> Future[tuple[str, list[tuple[int, float]]]]:
         """What must be gone before it may be started again."""
-        return self.actor.processes.remote().future()
+        answer: Future[tuple[str, list[tuple[int, float]]]] = self.actor.processes.remote().future()
+        return answer
 
     def remember(self, processes: tuple[str, list[tuple[int, float]]]) -> None:
         """Keep what `processes` said, for `end`."""
@@ -137,20 +141,23 @@ class Replica:
         if self.in_hand == 0:
             self.progress = time.monotonic()
         self.in_hand += 1
-        return self.actor.generate.remote(request, sampling).future()
+        answer: Future[Group] = self.actor.generate.remote(request, sampling).future()
+        return answer
 
     def answered(self) -> None:
         """One prompt less in hand."""
         self.in_hand -= 1
         self.progress = time.monotonic()
 
-    def score(self, pairs: Sequence[TokenPair]) -> Future[list[np.ndarray]]:
+    def logprobs(self, pairs: Sequence[TokenPair]) -> Future[list[np.ndarray]]:
         """Teacher-forced log-probs."""
-        return self.actor.score.remote(pairs).future()
+        answer: Future[list[np.ndarray]] = self.actor.logprobs.remote(pairs).future()
+        return answer
 
     def call(self, method: str, *args: Any) -> Future[Any]:
         """Any method of the engine's replica."""
-        return self.actor.call.remote(method, *args).future()
+        answer: Future[Any] = self.actor.call.remote(method, *args).future()
+        return answer
 
     def kill(self) -> None:
         """Let Ray end the process, without waiting for it."""
@@ -169,7 +176,7 @@ class Replica:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(node_id=self._node, soft=False)
-        ending = end_processes.options(scheduling_strategy=here).remote(self._family).future()  # type: ignore[attr-defined]
+        ending = end_processes.options(scheduling_strategy=here).remote(self._family).future()
         left = outcomes({self.name: ending}, END_S, EngineError, "ending it")[self.name]
         if isinstance(left, OnlineRLError) and not any(n["Alive"] and n["NodeID"] == self._node for n in ray.nodes()):
             return  # its machine is gone, and all that ran there
@@ -182,8 +189,8 @@ class Replica:
 
 
 def outcomes(
-    futures: Mapping[str, Future[Any]], timeout_s: float, error: type[OnlineRLError], what: str
-) -> dict[str, Any | OnlineRLError]:
+    futures: Mapping[str, Future[T]], timeout_s: float, error: type[OnlineRLError], what: str
+) -> dict[str, T | OnlineRLError]:
     """What each replica answered, or why it did not, with one deadline for all of them.
 
     Args:
@@ -193,10 +200,14 @@ def outcomes(
         what: what is being done, for the messages.
     """
     wait(futures.values(), timeout=timeout_s)
-    return {name: outcome(future, name, timeout_s, error, what) for name, future in futures.items()}
+    answers: dict[str, T | OnlineRLError] = {}
+    for name, future in futures.items():
+        answer = outcome(future, name, timeout_s, error, what)
+        answers[name] = answer
+    return answers
 
 
-def all_of(futures: Mapping[str, Future[Any]], timeout_s: float, error: type[OnlineRLError], what: str) -> list[Any]:
+def all_of(futures: Mapping[str, Future[T]], timeout_s: float, error: type[OnlineRLError], what: str) -> list[T]:
     """The same, where everybody has to answer.
 
     Raises:
@@ -205,15 +216,16 @@ def all_of(futures: Mapping[str, Future[Any]], timeout_s: float, error: type[Onl
     done, _ = wait(futures.values(), timeout=timeout_s, return_when=FIRST_EXCEPTION)
     # What has failed is the cause; what others are still waiting for may be its consequence.
     first = [name for name, future in futures.items() if future in done]
-    answers = {}
+    answers: dict[str, T] = {}
     for name in [*first, *(n for n in futures if n not in first)]:
-        answers[name] = outcome(futures[name], name, timeout_s, error, what)
-        if isinstance(answers[name], OnlineRLError):
-            raise answers[name]
+        answer = outcome(futures[name], name, timeout_s, error, what)
+        if isinstance(answer, OnlineRLError):
+            raise answer
+        answers[name] = answer
     return [answers[name] for name in futures]
 
 
-def outcome(future: Future[Any], name: str, timeout_s: float, error: type[OnlineRLError], what: str) -> Any | OnlineRLError:
+def outcome(future: Future[T], name: str, timeout_s: float, error: type[OnlineRLError], what: str) -> T | OnlineRLError:
     """What one replica answered, or why it did not until now."""
     if not future.done():
         return error(

@@ -136,7 +136,7 @@ class WeightPush:
 
         # The learner's half of the proof comes first: later it may have given its memory away.
         self._turns.move("learner", left("canary"))
-        ours = self._learner.score(self._canary_sequences(), timeout_s=left("canary"))
+        ours = self._learner.logprobs(self._canary_sequences(), timeout_s=left("canary"))
         self._turns.move("both", left("push"))
         with left.paused():
             self._members = members = self._fleet.begin_update()

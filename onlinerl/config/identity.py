@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from onlinerl.config.loading import RENAMED, SPECS, algorithm, foreign, resolved, spec_of
+from onlinerl import synonyms
+from onlinerl.config.loading import SPECS, algorithm, foreign, resolved, spec_of
 from onlinerl.config.roles import build
 from onlinerl.config.sections import RunConfig
 from onlinerl.protocols.keys import MayChange
@@ -59,7 +60,7 @@ def changes(stored: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
     A key that the stored one lacks came with a later version: it counts as set to its default.
     """
     now, defaults = fingerprint(config), flatten(_defaults(config))
-    stored = {RENAMED.get(key, key): value for key, value in stored.items()}
+    stored = {key if key in now else synonyms.RENAMED.get(key, key): value for key, value in stored.items()}
     if not algorithm(config).needs.pairs:  # an older version filled it in whether or not anything read it
         stored = {k: v for k, v in stored.items() if not k.startswith("pairing.")}
     for section in ("engine", "learner"):

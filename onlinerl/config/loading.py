@@ -14,18 +14,16 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from onlinerl import registry, yaml_files
+from onlinerl import registry, synonyms, yaml_files
 from onlinerl.config.paths import at_home
 from onlinerl.config.roles import ROLES, build
 from onlinerl.config.secrets import refuse_values
 from onlinerl.config.sections import RunConfig
+from onlinerl.errors import ConfigError
 from onlinerl.explain import explain
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
-
-RENAMED = {"algorithm.sampler_cap": "algorithm.importance_sampling_cap"}
-"""Keys of earlier versions, and what they are called now. What a run was started with is read with them; a new one is refused."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = False) -> RunConfig:
@@ -36,17 +34,16 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = Fals
     """
     tree = yaml_files.read(Path(path), CHOICES)
     if stored:
-        for section in ("engine", "learner"):
-            for key in foreign(section, tree.get(section)):
-                del tree[section][key]
-        for old, new in RENAMED.items():
-            section, _, key = old.partition(".")
-            if isinstance(values := tree.get(section), dict) and key in values:
-                values[new.partition(".")[2]] = values.pop(key)
+        tree = _as_now(tree)
     # The choice of an implementation comes before its knobs, in whatever order they were typed.
     for override in sorted(overrides, key=lambda each: each.partition("=")[0] not in CHOICES):
         yaml_files.override(tree, override, CHOICES)
-    return parse(tree)
+    try:
+        return parse(tree)
+    except ConfigError as error:
+        if error.field not in synonyms.RENAMED or (file := yaml_files.holder(Path(path), error.field)) is None:
+            raise
+        raise ConfigError(error.cause, field=error.field, fix=f"{error.fix}, in {file}") from None
 
 
 def parse(tree: Mapping[str, Any]) -> RunConfig:
@@ -67,30 +64,55 @@ def parse(tree: Mapping[str, Any]) -> RunConfig:
     return config
 
 
+def _as_now(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier version stored, in today's keys."""
+    now = dict(tree)
+    for section in ("engine", "learner"):
+        if unread := foreign(section, now.get(section)):
+            now[section] = {key: value for key, value in now[section].items() if key not in unread}
+    for old, new in synonyms.RENAMED.items():
+        section, _, key = old.partition(".")
+        values = now.get(section)
+        if isinstance(values, Mapping) and key in values and key not in _class_of(section, values).model_fields:
+            now[section] = {new.partition(".")[2] if k == key else k: value for k, value in values.items()}
+    return now
+
+
+def _class_of(section: str, values: Mapping[str, Any]) -> type[BaseModel]:
+    """What reads a section."""
+    if section not in ROLES:
+        kind = RunConfig.model_fields[section].annotation
+        assert isinstance(kind, type)
+        assert issubclass(kind, BaseModel)
+        return kind
+    role = ROLES[section]
+    return registry.load(role.folder, str(values.get("name", role.default)), role.base, f"{section}.name")
+
+
 def foreign(section: str, spec: Any) -> list[str]:
     """Keys of another implementation: an older version filled in those of its default one, whichever was chosen."""
     if not isinstance(spec, Mapping):
         return []
-    role = ROLES[section]
-    name = spec.get("name", role.default)
-    of_default: type[BaseModel] = registry.load(role.folder, str(role.default), role.base)
-    own: type[BaseModel] = registry.load(role.folder, name, role.base)
+    of_default, own = _class_of(section, {}), _class_of(section, spec)
     return [key for key in spec if key in of_default.model_fields and key not in own.model_fields]
 
 
 def algorithm(config: RunConfig) -> Algorithm:
     """The configured algorithm."""
-    return build(config.algorithm, "algorithm")
+    built: Algorithm = build(config.algorithm, "algorithm")
+    return built
 
 
 def oracle(config: RunConfig) -> Oracle:
     """The configured oracle."""
-    return build(config.oracle, "oracle")
+    built: Oracle = build(config.oracle, "oracle")
+    return built
 
 
 def pair_builder(config: RunConfig) -> PairBuilder:
     """The configured pair builder."""
-    return build(spec_of(config, "pairing"), "pairing")
+    built: PairBuilder = build(spec_of(config, "pairing"), "pairing")
+    return built
 
 
 def spec_of(config: RunConfig, section: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def component(spec: Mapping[str, Any], section: str, role: str, base: type[Compo
     name = ROLES[section].default if name is None and section in ROLES else name
     if not isinstance(name, str):
         raise ConfigError("is missing", field=f"{section}.name", fix=f"choose one of {', '.join(registry.names(role))}")
-    cls: type[Component] = registry.load(role, name, base, f"{section}.name")
+    cls = registry.load(role, name, base, f"{section}.name")
     if "name" in cls.model_fields:
         options["name"] = name
     try:

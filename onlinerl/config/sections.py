@@ -35,7 +35,7 @@ class SamplingConfig(Section):
     samples_per_prompt: int = Field(4, ge=1)
     """K: responses drawn for each training prompt. The held-out prompts get one each."""
     temperature: float = Field(1.0, ge=0.01)
-    """Not below 0.01: vLLM samples at 0.01 instead, and the learner would score at another temperature."""
+    """Not below 0.01: vLLM samples at 0.01 instead, and the learner would compute log-probs at another temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Draw from the most probable tokens that make up this share; 1 draws from all."""
     top_k: int = Field(-1, ge=-1)
@@ -62,15 +62,15 @@ class ReferenceConfig(Section):
 class TrainingConfig(Section):
     """How the learner steps."""
 
-    items_per_step: int = Field(8, ge=1)
+    batch_size: int = Field(8, ge=1)
     """Pairs (or samples) per optimizer step, over all ranks."""
     epochs: int = Field(1, ge=1)
     """Passes over the iteration's items."""
     learning_rate: float = Field(5e-7, ge=0)
     """At its peak. The default suits a model of 7B; one of 135M needs 5e-5 to move at all."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape within one iteration."""
-    warmup: float = Field(0.0, ge=0, lt=1)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate within one iteration."""
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
     """Share of an iteration's steps with a rising learning rate."""
     iteration_decay: float = Field(1.0, gt=0, le=1)
     """The learning rate of iteration t is multiplied by this to the power t - 1."""
@@ -94,7 +94,7 @@ class ScheduleConfig(Section):
     """Which phases may run side by side. What is computed depends on `max_lag` alone."""
 
     stream: Resumable[bool] = True
-    """Responses are judged, and scored by the learner, while the engine still samples."""
+    """Responses are judged, and the learner gives their log-probs, while the engine still samples."""
     evaluate_beside: Resumable[bool] = True
     """The next iteration samples while this one is evaluated. Where engine and learner compute on the same GPUs or cores, only one of
     them works at a time, and this changes nothing; on CPU they do unless engine.threads and learner.threads say how many each has."""

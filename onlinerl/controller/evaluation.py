@@ -32,7 +32,7 @@ class Evaluated:
 
 
 def sequences(groups: Sequence[Group]) -> list[TrainSequence]:
-    """Every response of every group, for scoring."""
+    """Every response of every group, for its log-probs."""
     return [
         TrainSequence(prompt_ids=g.prompt.token_ids, response_ids=r.token_ids, behaviour=np.asarray(r.logprobs, np.float32))
         for g in groups
@@ -114,7 +114,7 @@ def drift(evaluated: Evaluated, learner: Learner, own: Sequence[np.ndarray], mod
     """KL of the iterate to a saved model, on the iterate's own fresh samples; None means the iterate itself."""
     if model is None:
         return divergence(own, own)
-    return divergence(own, learner.score(sequences(evaluated.groups), model=model, temperature=1.0))
+    return divergence(own, learner.logprobs(sequences(evaluated.groups), model=model, temperature=1.0))
 
 
 @dataclass(frozen=True, kw_only=True)

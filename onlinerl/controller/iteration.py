@@ -126,7 +126,8 @@ class Iteration:
 
     def idle_before(self) -> int:
         """How many iterations right before this one gave nothing to learn."""
-        return self._train_record(self.number - 1).get("idle_in_a_row", 0)
+        idle: int = self._train_record(self.number - 1).get("idle_in_a_row", 0)
+        return idle
 
     def check_idle(self) -> None:
         """After its last phase. The last iteration ends the run anyway.

@@ -93,7 +93,7 @@ def learning_rates(config: RunConfig, iteration: int, steps: int) -> list[float]
     """One learning rate per optimizer step of this iteration."""
     training = config.training
     peak = training.learning_rate * training.iteration_decay ** (iteration - 1)
-    warmup = round(training.warmup * steps)
+    warmup = round(training.warmup_ratio * steps)
     rates = []
     for step in range(steps):
         if step < warmup:
@@ -101,7 +101,7 @@ def learning_rates(config: RunConfig, iteration: int, steps: int) -> list[float]
             continue
         progress = (step - warmup) / max(1, steps - warmup)
         shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-        rates.append(peak * shape[training.schedule])
+        rates.append(peak * shape[training.lr_scheduler_type])
     return rates
 
 

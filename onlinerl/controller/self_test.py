@@ -1,6 +1,6 @@
 """Before the first step: do the log-probs that the items carry belong to the policy that is about to be trained?
 
-Nothing has been trained then, so policy, old policy, reference and base model are one model, and everything that was scored for the
+Nothing has been trained then, so policy, old policy, reference and base model are one model, and all log-probs that were stored for the
 loss must be what the policy says now, token by token. A misaligned or permuted array, a wrong temperature and wrong weights all show.
 """
 
@@ -53,8 +53,8 @@ def check(result: SelfTest, expected_loss: float | None, dtype: str) -> None:
     if not result.noise <= MOST_NOISE:
         raise LearnerError(
             f"what the policy says about a response changes by {result.noise:.4f} nats per token if its batch is padded further",
-            field="learner.attention",
-            fix="padding is seen by this model's attention: try learner.attention=eager, or another version of transformers",
+            field="learner.attn_implementation",
+            fix="padding is seen by this model's attention: try learner.attn_implementation=eager, or another version of transformers",
         )
     limit = max(GAP[dtype], TIMES_NOISE * result.noise)
     if not abs(result.repeat_kl) <= FORMULA:
@@ -75,7 +75,7 @@ def check(result: SelfTest, expected_loss: float | None, dtype: str) -> None:
                 f"before the first step, the stored {name} differs from what the policy says by {gap:.4f} per token "
                 f"(limit {limit:g} in {dtype})",
                 field="learner",
-                fix="it was scored at another temperature, with other weights, or for other tokens: training on it would go wrong",
+                fix="it was computed at another temperature, with other weights, or for other tokens: training on it would go wrong",
             )
     for name, tilt in result.stored_tilts.items():
         if not tilt <= GAP[dtype]:
@@ -83,7 +83,7 @@ def check(result: SelfTest, expected_loss: float | None, dtype: str) -> None:
                 f"before the first step, the stored {name} differs from what the policy says the more, the less probable a token is: by "
                 f"{tilt:.4f} (limit {GAP[dtype]:g} in {dtype})",
                 field="learner",
-                fix="it was scored at another temperature or with other weights: training on it would go wrong",
+                fix="it was computed at another temperature or with other weights: training on it would go wrong",
             )
     slack = FORMULA + limit * result.stored_loss_slope
     if expected_loss is not None and not abs(result.stored_loss - expected_loss) <= slack:

@@ -122,10 +122,12 @@ def _kv_bytes_per_token(config: EngineConfig, text: Mapping[str, Any]) -> int | 
     """Of one worker; None for a model that does not keep keys and values of all heads for all tokens."""
     windowed = text.get("sliding_window") and text.get("use_sliding_window", True)
     mixed = any(kind != "full_attention" for kind in text.get("layer_types") or ())
-    layers, heads, kv_heads = text.get("num_hidden_layers"), text.get("num_attention_heads"), _kv_heads(text)
+    layers: int | None = text.get("num_hidden_layers")
+    heads: int | None = text.get("num_attention_heads")
+    kv_heads = _kv_heads(text)
     if windowed or mixed or "kv_lora_rank" in text or not (layers and heads and kv_heads):
         return None
-    head_dim = text.get("head_dim") or text["hidden_size"] // heads
+    head_dim: int = text.get("head_dim") or text["hidden_size"] // heads
     width = 4 if config.dtype == "float32" else 2
     return 2 * layers * max(1, kv_heads // config.tensor_parallel_size) * head_dim * width
 

@@ -61,7 +61,7 @@ class ToyEngine:
             seed=seed,
         )
 
-    def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
+    def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
         """Log-probs f32[T] of each response."""
         logprobs = _log_softmax(self.logits)
         return [logprobs[list(response)].astype(np.float32) for _, response in sequences]
@@ -69,4 +69,5 @@ class ToyEngine:
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
+    logprobs: np.ndarray = shifted - np.log(np.exp(shifted).sum())
+    return logprobs

@@ -117,7 +117,7 @@ class VLLM(EngineConfig):
 
 
 class VLLMReplica:
-    """Samples, scores and receives weights. All methods run on one asyncio loop.
+    """Samples, gives log-probs and receives weights. All methods run on one asyncio loop.
 
     Args:
         model: directory of the base model.
@@ -151,7 +151,7 @@ class VLLMReplica:
                 # Left to itself, vLLM takes its Ray executor inside a placement group, which places workers outside of it.
                 distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,
                 max_model_len=max_model_len,
-                max_num_seqs=config.max_concurrent,
+                max_num_seqs=config.max_num_seqs,
                 enforce_eager=eager,
                 seed=seed,
                 # The log-probs of the distribution that was really sampled from: temperature and truncation applied.
@@ -226,14 +226,14 @@ class VLLMReplica:
         )
 
     @_alive
-    async def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> np.ndarray:
+    async def logprobs(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> np.ndarray:
         """Log-probs f32[T] of given response tokens, by teacher forcing (vLLM's prompt log-probs)."""
         from vllm import SamplingParams
 
         tokens = [*prompt_ids, *response_ids]
         params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0)
         final = None
-        async for output in self._engine.generate({"prompt_token_ids": tokens}, params, f"score-{next(self._ids)}"):
+        async for output in self._engine.generate({"prompt_token_ids": tokens}, params, f"logprobs-{next(self._ids)}"):
             final = output
         if final is None or not final.prompt_logprobs:
             raise EngineError("vLLM returned no prompt log-probs", fix="look at the replica's log")
@@ -303,7 +303,8 @@ class VLLMReplica:
     @_alive
     async def weight_version(self) -> str:
         """The version the engine itself reports."""
-        return await self._engine.get_weight_version()
+        version: str = await self._engine.get_weight_version()
+        return version
 
     @_alive
     async def watch(self, names: list[str]) -> None:
@@ -319,7 +320,8 @@ class VLLMReplica:
 
     async def held(self) -> list[dict[str, str]]:
         """Per worker, checksums of all parameters as the engine holds them."""
-        return await self._engine.collective_rpc("onlinerl_held")
+        workers: list[dict[str, str]] = await self._engine.collective_rpc("onlinerl_held")
+        return workers
 
     async def sleep(self) -> None:
         """Give GPU memory back; weights stay in host memory."""
@@ -332,7 +334,8 @@ class VLLMReplica:
     @_alive
     async def process_ids(self) -> list[int]:
         """Process ids of the workers."""
-        return await self._engine.collective_rpc("onlinerl_pid")
+        workers: list[int] = await self._engine.collective_rpc("onlinerl_pid")
+        return workers
 
     def shutdown(self) -> None:
         """End the engine's processes."""
@@ -346,7 +349,7 @@ def _on_cpu(config: VLLM, max_model_len: int) -> dict[str, Any]:
         # A prompt is never split over steps: after each part vLLM takes back the random number that the request's own generator
         # gave, and a generator on CPU cannot go back. The budget lets the longest prompt in beside a full batch.
         "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(TOKENS_PER_STEP, max_model_len + config.max_concurrent),
+        "max_num_batched_tokens": max(TOKENS_PER_STEP, max_model_len + config.max_num_seqs),
     }
 
 

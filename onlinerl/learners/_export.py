@@ -49,7 +49,7 @@ class _Shard:
         data = tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy()
         assert len(data) == end - start, f"{name} has {len(data)} bytes instead of {end - start}"
         self._file.seek(self._data + start)
-        self._file.write(data)
+        self._file.write(data.data)
 
     def close(self) -> None:
         """Finish the file."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import nn
 
 from onlinerl.learners._policy import Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ModelReader:
@@ -29,7 +31,7 @@ class ModelReader:
         return Policy(self._read(model), critic)
 
     def frozen(self, model: str) -> Policy:
-        """A saved model that only scores. One at a time is kept: base and previous take turns."""
+        """A saved model that only gives log-probs. One at a time is kept: base and previous take turns."""
         if self._frozen is None or self._frozen[0] != model:
             self.forget()  # free the old one before reading the new one
             self._frozen = (model, self._prepared(Policy(self._read(model)).eval().requires_grad_(False)))
@@ -47,10 +49,10 @@ class ModelReader:
             self._frozen = None
             gc.collect()  # parameters that were cut up are part of reference cycles
 
-    def _read(self, model: str) -> nn.Module:
+    def _read(self, model: str) -> PreTrainedModel:
         return self._from_disk(model).to(self._device)
 
-    def _from_disk(self, model: str) -> nn.Module:
+    def _from_disk(self, model: str) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(model, dtype=self._dtype, attn_implementation=self._attention)

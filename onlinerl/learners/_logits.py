@@ -17,14 +17,14 @@ def logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tenso
     """`hidden @ weight.T + bias`, fp32[N, V], accumulated in fp32 and not rounded afterwards."""
     if weight_VH.dtype == torch.float32:
         return nn.functional.linear(hidden_NH, weight_VH, bias_V)
-    out: Tensor = _Fp32Logits.apply(hidden_NH, weight_VH)
+    out: Tensor = _Fp32Logits.apply(hidden_NH, weight_VH)  # type: ignore[no-untyped-call]
     return out if bias_V is None else out + bias_V.float()
 
 
 @contextmanager
 def _bfloat16_operands() -> Iterator[None]:
     """Let matrix products on CPU read 8 bits of fp32 operands: faster, and nothing is lost where they hold no more. Sums stay fp32."""
-    matmul: Any = torch.backends.mkldnn.matmul
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made when torch is imported
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:

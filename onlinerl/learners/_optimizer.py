@@ -10,24 +10,23 @@ from torch import nn
 from onlinerl.config import TrainingConfig
 
 
-class _Checked:
+class _Checked(torch.optim.Optimizer):
     """Clips the gradient, and takes no step if its norm is not finite: what DeepSpeed's wrappers do where there is one.
 
     `overflow` and `_global_grad_norm` are the names under which DeepSpeed looks for the outcome.
     """
 
-    param_groups: list[dict[str, Any]]
     max_grad_norm: float
     overflow = False
     _global_grad_norm = 0.0
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One step, or none."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         self._global_grad_norm, self.overflow = norm.item(), not bool(norm.isfinite())
         if not self.overflow:
-            super().step(closure)  # type: ignore[misc]
+            super().step(closure)
 
 
 class _CheckedAdamW(_Checked, torch.optim.AdamW): ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from onlinerl.batch import Batch, Outputs
 from onlinerl.families import LogitRule, logit_rule
 from onlinerl.learners._logits import logits as fp32_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Logits of so many response tokens exist at a time: 1024 x 150k x 4 bytes is 0.6 GB, whatever the length of the batch.
 CHUNK = 1024
@@ -25,7 +28,7 @@ class LogProbHead(nn.Module):
         rule: what the model's family does to its logits.
     """
 
-    def __init__(self, output: nn.Module, rule: LogitRule) -> None:
+    def __init__(self, output: nn.Linear, rule: LogitRule) -> None:
         super().__init__()
         self._rule = rule
         self._output = [output]  # in a list: the matrix belongs to the language model, and must not be registered twice
@@ -82,15 +85,15 @@ class Policy(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         critic: Literal["separate", "shared"] | None = None,
-        critic_backbone: nn.Module | None = None,
+        critic_backbone: PreTrainedModel | None = None,
     ) -> None:
         super().__init__()
         self._recompute = False
-        self.model = model
+        self.model: PreTrainedModel = model
         self.head = LogProbHead(model.get_output_embeddings(), logit_rule(model.config.to_dict()))
-        self.critic: nn.Module | None = None
+        self.critic: PreTrainedModel | None = None
         self.value_head: nn.Linear | None = None
         if critic is not None:
             self.critic = (critic_backbone or copy.deepcopy(model.base_model)) if critic == "separate" else None
@@ -151,8 +154,9 @@ class Policy(nn.Module):
         )
 
     @staticmethod
-    def _run(backbone: nn.Module, batch: Batch) -> Tensor:
+    def _run(backbone: PreTrainedModel, batch: Batch) -> Tensor:
         mask_BS = batch.sequence_mask_BS
         # Without padding no mask is needed, and attention kernels are faster without one.
         attention = None if bool(mask_BS.all()) else mask_BS.long()
-        return backbone(input_ids=batch.tokens_BS, attention_mask=attention, use_cache=False).last_hidden_state
+        state_BSH: Tensor = backbone(input_ids=batch.tokens_BS, attention_mask=attention, use_cache=False).last_hidden_state
+        return state_BSH

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from onlinerl.batch import Batch, Mean, Outputs
-from onlinerl.config import TrainingConfig
 from onlinerl.errors import LearnerError
 from onlinerl.learners._export import export_weights
 from onlinerl.learners._loading import ModelReader, give_back
@@ -33,8 +32,7 @@ from onlinerl.learners._self_test import Sums, compare
 from onlinerl.learners._weights import PolicySource
 from onlinerl.network import choose_interface
 from onlinerl.ops.batching import collate
-from onlinerl.protocols.algorithm import Algorithm
-from onlinerl.protocols.learner import LearnerConfig
+from onlinerl.protocols.learner import LearnerConfig, RankSettings
 from onlinerl.types import TrainItem, TrainSequence
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -46,50 +44,32 @@ class Rank:
     """Holds this rank's share of the policy and its optimizer. A subclass says how it steps and what it writes to disk.
 
     Args:
-        model: directory or hub id of the model to start from.
-        algorithm: whose loss is minimised.
-        config, training: their sections.
-        rank, world_size: of this process.
+        config: the learner section.
+        settings: what else all ranks are told.
+        rank: of this process.
         store, address: where the ranks meet; rank 0 hosts the store.
-        device: "cpu" or "cuda" (then the one visible GPU).
-        temperature: at which log-probs are taken in the loss: the sampling temperature for policy gradients, else 1.
-        seed: of everything random.
     """
 
     _policy: Policy
     _reader: ModelReader
 
-    def __init__(
-        self,
-        model: str,
-        algorithm: Algorithm,
-        config: LearnerConfig,
-        training: TrainingConfig,
-        *,
-        rank: int,
-        world_size: int,
-        store: dist.TCPStore,
-        address: str,
-        device: str,
-        temperature: float,
-        seed: int,
-    ) -> None:
-        self.algorithm, self.config, self.training = algorithm, config, training
-        self.rank, self.world_size, self.temperature = rank, world_size, temperature
-        self.device = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
-        self.needs = algorithm.needs
-        seed_everything(seed)
+    def __init__(self, config: LearnerConfig, settings: RankSettings, *, rank: int, store: dist.TCPStore, address: str) -> None:
+        self.algorithm, self.config, self.training = settings.algorithm, config, settings.training
+        self.rank, self.world_size, self.temperature = rank, settings.world_size, settings.temperature
+        self.device = torch.device("cuda", 0) if settings.device == "cuda" else torch.device("cpu")
+        self.needs = self.algorithm.needs
+        seed_everything(settings.seed)
         choose_interface(address)
-        os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
+        os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(self.world_size))
         # The object collectives of metrics and the barriers of CPU work go over gloo on GPU machines too.
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
             store=store,
             rank=rank,
-            world_size=world_size,
+            world_size=self.world_size,
             timeout=timedelta(seconds=config.start_timeout_s),
         )
-        self._build(model)
+        self._build(settings.model)
         _bound_collectives(timedelta(seconds=config.step_timeout_s + AFTER_CONTROLLER_S))
         self._sender: Any = None
         self._host_memory = HostMemory(self.device)
@@ -140,9 +120,9 @@ class Rank:
         """The policy's weights for a transport, in the engine's dtype."""
         return PolicySource(self._policy.model, dtype)
 
-    # --- scoring ---
+    # --- log-probs and values ---
 
-    def score(self, micro: Sequence[Sequence[TrainSequence]], model: str, temperature: float) -> list[list[np.ndarray]]:
+    def logprobs(self, micro: Sequence[Sequence[TrainSequence]], model: str, temperature: float) -> list[list[np.ndarray]]:
         """Log-probs f32[T] per sequence per micro-batch, under "policy" or a saved model."""
         return [out for out, _ in self._infer(micro, model, temperature, values=False)]
 
@@ -209,7 +189,10 @@ class Rank:
 
     def _forward(self, batch: Batch) -> Outputs:
         """As the loss gets it."""
-        return self._network(batch, temperature=self.temperature, values=self.needs.values, entropy=self.needs.entropy)
+        outputs: Outputs = self._network(
+            batch, temperature=self.temperature, values=self.needs.values, entropy=self.needs.entropy
+        )
+        return outputs
 
     def _reduce(self, totals: dict[str, Tensor], count: int) -> dict[str, float]:
         """Sums and counts of all ranks -> means. Ranks without items know no metric names, so the names travel first."""
@@ -227,7 +210,8 @@ class Rank:
         """See `SelfTest`; what each rank found about its micro-batches, by rank. Collective."""
 
         def base(batch: Batch) -> Tensor:
-            return self._reader.frozen(base_model)(batch, temperature=self.temperature).logprobs_BT
+            outputs: Outputs = self._reader.frozen(base_model)(batch, temperature=self.temperature)
+            return outputs.logprobs_BT
 
         longest = getattr(self._policy.model.config.get_text_config(), "max_position_embeddings", None)
         found = compare(self._forward, base, self.algorithm, micro, self.device, longest)

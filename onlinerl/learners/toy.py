@@ -52,7 +52,9 @@ class ToyLearner:
         self.value = torch.zeros((), dtype=torch.float64, requires_grad=True)
         self._optimizer = torch.optim.Adam([self.logits, self.value], lr=1.0)
 
-    def score(self, sequences: Sequence[TrainSequence], *, model: str = "policy", temperature: float = 1.0) -> list[np.ndarray]:
+    def logprobs(
+        self, sequences: Sequence[TrainSequence], *, model: str = "policy", temperature: float = 1.0
+    ) -> list[np.ndarray]:
         """Log-probs f32[T]; `model` is "policy", the base model, or a file written by `export`."""
         logprobs = torch.log_softmax(torch.tensor(self._logits_of(model)) / temperature, dim=-1).numpy()
         return [logprobs[list(s.response_ids)].astype(np.float32) for s in sequences]

@@ -7,19 +7,19 @@ import random
 from onlinerl.types import derive_seed
 
 
-def schedule(count: int, items_per_step: int, epochs: int, seed: int) -> list[list[int]]:
+def schedule(count: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
     """Indices into `count` items, one list per optimizer step, reshuffled in every epoch.
 
     The same arguments give the same lists. The last step of an epoch may be short; no step spans two epochs.
 
     Raises:
-        ValueError: if `items_per_step` is below 1.
+        ValueError: if `batch_size` is below 1.
     """
-    if items_per_step < 1:
-        raise ValueError(f"items_per_step must be at least 1, got {items_per_step}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     steps = []
     for epoch in range(epochs):
         order = list(range(count))
         random.Random(derive_seed("schedule", seed, epoch)).shuffle(order)
-        steps += [order[start : start + items_per_step] for start in range(0, count, items_per_step)]
+        steps += [order[start : start + batch_size] for start in range(0, count, batch_size)]
     return steps

@@ -176,7 +176,7 @@ class MathVerifier(Oracle):
                 return False
         return True
 
-    def _answer(self, deadline: float) -> dict | None:
+    def _answer(self, deadline: float) -> dict[str, Any] | None:
         """The next line of the process; None if it is late or the process is dead."""
         assert self._worker is not None
         assert self._worker.stdout is not None
@@ -189,7 +189,8 @@ class MathVerifier(Oracle):
                 self._reap()
                 return None
             line += part
-        return json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def _reap(self) -> None:
         """The process has closed a pipe: it is dead or dying."""

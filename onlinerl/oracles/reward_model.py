@@ -251,7 +251,8 @@ class RewardModel(ModelOracle):
         device = self._model.device
         with torch.inference_mode():
             logits = self._model(input_ids=tokens.to(device), attention_mask=mask.to(device)).logits
-        return logits.float().reshape(-1).tolist()
+        scores: list[float] = logits.float().reshape(-1).tolist()
+        return scores
 
 
 def _samples(file: Path, size: int) -> Iterator[bytes]:

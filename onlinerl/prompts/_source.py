@@ -190,13 +190,14 @@ def _apply_template(prompt: RawPrompt, tokenizer: Any, field: str) -> str:
         )
     messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates are programs that raise what they like, e.g. on a role they do not know
         raise PromptError(
             f"the model's chat template rejects prompt {prompt.id!r}: {error}",
             field=field,
             fix="use roles and turns that the model knows (some know no system message), or another model",
         ) from error
+    return rendered
 
 
 def _check_special_tokens(prompt: RawPrompt, token_ids: tuple[int, ...], tokenizer: Any, field: str) -> None:

@@ -21,7 +21,7 @@ class RolloutEngine(Protocol):
         """Groups in the order in which they finish."""
         ...
 
-    def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
+    def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
         """Teacher-forced log-probs of (prompt, response) tokens under the engine's weights: f32[T] each."""
         ...
 
@@ -40,7 +40,7 @@ class EngineConfig(Component):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Of its weights and computation. `auto`: bfloat16, but float32 on CPUs that have no instructions for it and would be many times
     slower. It is decided where the run starts, and kept with it."""
-    max_concurrent: Resumable[int] = Field(64, ge=1)
+    max_num_seqs: Resumable[int] = Field(64, ge=1)
     """Sequences that one replica works on at a time."""
     max_model_len: int | None = Field(None, ge=8)
     """Longest prompt plus response; derived from the budgets by default."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ from onlinerl.types import SelfTest, TrainItem, TrainSequence, UpdateReport
 if TYPE_CHECKING:  # torch stays out of everything that only names the role
     import torch
 
+    from onlinerl.config import TrainingConfig
     from onlinerl.protocols.algorithm import Algorithm
     from onlinerl.protocols.sync import WeightSync
 
@@ -47,7 +49,7 @@ class WeightSource(Protocol):
 class Learner(Protocol):
     """Holds the policy and its optimizer."""
 
-    def score(self, sequences: Sequence[TrainSequence], *, model: str, temperature: float) -> list[np.ndarray]:
+    def logprobs(self, sequences: Sequence[TrainSequence], *, model: str, temperature: float) -> list[np.ndarray]:
         """Log-probs f32[T] of each response under `model`: "policy", or the path of a saved model."""
         ...
 
@@ -80,6 +82,24 @@ class Learner(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class RankSettings:
+    """What every rank of a learner is told beside the learner section."""
+
+    model: str
+    """Directory or hub id of the model to start from."""
+    algorithm: Algorithm
+    training: TrainingConfig
+    world_size: int
+    """How many ranks there are."""
+    device: Literal["cpu", "cuda"]
+    """"cuda" is the one GPU that a rank sees."""
+    temperature: float
+    """At which log-probs are taken in the loss: the sampling temperature for policy gradients, else 1."""
+    seed: int
+    """Of everything random."""
+
+
 class LearnerConfig(Component):
     """A learner as it is configured: the keys that every learner has, and how this one is checked and started.
 
@@ -94,7 +114,7 @@ class LearnerConfig(Component):
     tokens_per_microbatch: Resumable[int] = Field(4096, ge=1)
     """Prompt and response tokens of one forward pass of one rank; a single longer item goes alone."""
     gradient_checkpointing: Resumable[bool] = False
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     cpus: Resumable[int] = Field(1, ge=0)
     """CPUs reserved per rank."""
     threads: Resumable[int | None] = Field(None, ge=1)
@@ -127,8 +147,14 @@ class LearnerConfig(Component):
         """Environment variables that a rank's process must start with."""
         raise NotImplementedError
 
-    def rank(self, **settings: Any) -> Any:
-        """Make this process a rank (`learners._rank.Rank`, whose arguments these are)."""
+    def rank(self, settings: RankSettings, *, rank: int, store: torch.distributed.TCPStore, address: str) -> Any:
+        """Make this process a rank (`learners._rank.Rank`); returns once it has loaded the model.
+
+        Args:
+            settings: the same for all ranks.
+            rank: of this process.
+            store, address: where the ranks meet; rank 0 hosts the store.
+        """
         raise NotImplementedError
 
 

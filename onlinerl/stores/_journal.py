@@ -116,7 +116,8 @@ def _read(path: Path) -> Iterator[tuple[_Frame, pa.RecordBatch]]:
 
 
 def _packed(message: pa.Buffer) -> bytes:
-    return _LENGTH.pack(message.size) + _CODEC.compress(message, asbytes=True)
+    compressed: bytes = _CODEC.compress(message, asbytes=True)
+    return _LENGTH.pack(message.size) + compressed
 
 
 def _unpacked(payload: bytes) -> pa.Buffer:

@@ -37,7 +37,8 @@ def update(folder: Path, **changes: Any) -> None:
 
 def table(folder: Path, name: str) -> dict[str, Any] | None:
     """What is recorded about a table."""
-    return read(folder).get("tables", {}).get(name)
+    tables: dict[str, dict[str, Any]] = read(folder).get("tables", {})
+    return tables.get(name)
 
 
 def update_table(folder: Path, name: str, entry: Mapping[str, Any] | None) -> None:

@@ -45,7 +45,7 @@ def write(path: Path, batches: Sequence[pa.RecordBatch]) -> dict[str, Any]:
 
 
 def _is_float(kind: pa.DataType) -> bool:
-    return pa.types.is_floating(kind.value_type)
+    return bool(pa.types.is_floating(kind.value_type))
 
 
 def _leaves(path: str, kind: pa.DataType) -> list[str]:

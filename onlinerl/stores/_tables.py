@@ -112,7 +112,8 @@ class TableFiles:
         """What the manifest says about each part; None if the table, should there be one, is an older version's."""
         entry = self._entry
         if entry is not None and "parts" in entry:
-            return entry["parts"]
+            parts: list[dict[str, Any]] = entry["parts"]
+            return parts
         is_older = entry is not None or _older.is_there(self.folder, self.name)
         return None if is_older else []
 

@@ -277,7 +277,8 @@ class RunDirectory:
 
     def phases(self, iteration: int) -> dict[str, dict[str, Any]]:
         """Finished phases and their records, in the order in which they finished."""
-        return _manifest.read(self._folder(iteration)).get("phases", {})
+        phases: dict[str, dict[str, Any]] = _manifest.read(self._folder(iteration)).get("phases", {})
+        return phases
 
     def phase_done(self, iteration: int, phase: str) -> bool:
         """True if the phase is finished."""

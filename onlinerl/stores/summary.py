@@ -39,13 +39,14 @@ def summarise(path: str | Path, *, extras: bool = False) -> dict[str, Any]:
     manifest = _run_manifest(path)
     fingerprint = manifest.get("fingerprint") or {}
     active = manifest.get("status") == "running" and _lock.held(path / "lock")
-    return _files.finite(
+    summary: dict[str, Any] = _files.finite(
         {
             "run": manifest.get("name"),
             "algorithm": fingerprint.get("algorithm.name"),
             "iterations": [_iteration(t, phases, active=active, extras=extras) for t, phases in records(path).items()],
         }
     )
+    return summary
 
 
 def status(path: str | Path) -> str:
@@ -158,13 +159,14 @@ def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = Fal
     for pair in () if heldout else StoredTable(TableFiles(folder, PAIRS), columns.PAIRS):
         if pair.prompt_id in pairs:
             pairs[pair.prompt_id].append(pair)
-    return _files.finite(
+    shown: list[dict[str, Any]] = _files.finite(
         [
             _sample(group, None if label is None else label.result, pairs[group.prompt.id])
             for group, label in zip(StoredTable(files, columns.groups_of(None)).select(chosen), labels, strict=True)
             if group is not None
         ]
     )
+    return shown
 
 
 def _run_manifest(path: Path) -> dict[str, Any]:

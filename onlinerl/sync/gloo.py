@@ -78,13 +78,14 @@ def join(store: TCPStore, address: str, rank: int, world_size: int, timeout_s: f
         RuntimeError: (torch's) if not all members arrive within `timeout_s`.
     """
     timeout = timedelta(seconds=timeout_s)
-    options = torch.distributed.ProcessGroupGloo._Options()
+    options = torch.distributed.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # the only place for a device
     # Bind to the interface that can reach the learner: the default is whatever the host name resolves to.
     options._devices = [torch.distributed.ProcessGroupGloo.create_device(hostname=local_address(address))]
     options._timeout = timeout
     if rank > 0:
-        store.set(_arrival(rank), b"")
-    return torch.distributed.ProcessGroupGloo(PrefixStore("onlinerl", store), rank, world_size, options)
+        store.set(_arrival(rank), "")
+    group: ProcessGroup = torch.distributed.ProcessGroupGloo(PrefixStore("onlinerl", store), rank, world_size, options)  # type: ignore[assignment]
+    return group
 
 
 def _arrival(rank: int) -> str:
@@ -107,7 +108,8 @@ def buckets(metas: list[ParamMeta], bucket_bytes: int) -> Iterator[list[ParamMet
 
 def nbytes(meta: ParamMeta) -> int:
     """Size of one tensor on the wire."""
-    return prod(meta.shape) * meta.dtype.itemsize
+    size: int = prod(meta.shape) * meta.dtype.itemsize
+    return size
 
 
 def unpack(flat: Tensor, run: list[ParamMeta]) -> Iterator[tuple[str, Tensor]]:

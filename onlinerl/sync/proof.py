@@ -19,7 +19,7 @@ from onlinerl.errors import SyncError
 def digest(tensor: Tensor) -> str:
     """SHA-256 over the tensor's bytes, in order."""
     data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(data.data).hexdigest()
 
 
 def rotation(names: Sequence[str], count: int, version: int, everything: bool) -> list[str]:

@@ -79,7 +79,8 @@ def says(message: str, *parts: str) -> None:
         ("name=a/b", ("name: string should match pattern", "got 'a/b'")),
         ("training", ("override: 'training' is not of the form key=value", "training.learning_rate=1e-5")),
         ("--iterations=2", ("override: '--iterations=2' is no option", "write keys without dashes, iterations=2")),
-        ("learner.zero_stage=1", ("learner.zero_stage: is not a known key", "known keys: attention, ")),  # the toy has none
+        # The toy has none.
+        ("learner.zero_stage=1", ("learner.zero_stage: is not a known key", "known keys: attn_implementation, ")),
         ("learner.name=fsdp", ("learner.name: there is no 'fsdp'", "deepspeed")),
         ("engine.name=sglang", ("engine.name: there is no 'sglang'", "vllm")),
         ("name.first=x", ("name.first: 'name' holds a value, not a section",)),
@@ -204,7 +205,7 @@ def test_a_missing_key(toy_config, refused, tmp_path):
         ),
         (
             {"algorithm.name": "grpo", "algorithm.sampler_cap": 2.0},
-            ("algorithm.sampler_cap: is not a known key", "importance_sampling_cap"),
+            ("algorithm.sampler_cap: was renamed", "write algorithm.importance_sampling_cap"),
         ),
         ({"schedule.max_lag": 2}, ("schedule.max_lag: ", "0")),
         (
@@ -504,7 +505,7 @@ def test_a_resume_by_a_version_with_other_keys(toy_config, onlinerl, tmp_path):
     run = tmp_path / "runs/toy"
     with directory.RunDirectory.open(run) as store:
         fingerprint = store.manifest["fingerprint"]
-        older = {k: v for k, v in fingerprint.items() if k not in ("training.warmup", "algorithm.label_smoothing")}
+        older = {k: v for k, v in fingerprint.items() if k not in ("training.warmup_ratio", "algorithm.label_smoothing")}
         store.update_manifest(fingerprint=older)
     assert onlinerl("resume", run, "iterations=2")[0] == 0
     with directory.RunDirectory.open(run) as store:

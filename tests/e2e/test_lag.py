@@ -120,7 +120,7 @@ TURNS = ("schedule.stream=false", "schedule.evaluate_beside=false")
 INSIDE = {
     "sample": ["generate", 2 * HELDOUT + 2 * PROMPTS + 5],
     "label": ["judge", 12],
-    "annotate": ["score", 9],
+    "annotate": ["logprobs", 9],
     "train": ["step", 5],
     "checkpoint": ["save", 3],
     "sync": ["push", 3],
@@ -282,11 +282,11 @@ def test_the_lag_of_a_run_is_not_changed_by_a_resume(toy_config, warm_cli, tmp_p
 
 
 def test_the_self_test_fails_on_log_probs_that_are_not_the_policy_s(toy_config, onlinerl, tmp_path, monkeypatch):
-    def score(self, sequences, original=ToyLearner.score, **options):
+    def logprobs(self, sequences, original=ToyLearner.logprobs, **options):
         return [logprobs + 0.1 for logprobs in original(self, sequences, **options)]
 
     monkeypatch.setattr(annotate, "STREAMED", 2)
-    monkeypatch.setattr(ToyLearner, "score", score)
+    monkeypatch.setattr(ToyLearner, "logprobs", logprobs)
     code, message = onlinerl("run", toy_config(tmp_path, LAGGED | {"algorithm.name": "grpo"}))
     assert code == FAILED
     assert "before the first step, the stored old differs" in message

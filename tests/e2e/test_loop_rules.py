@@ -218,11 +218,11 @@ def test_truncated_responses_are_kept_or_dropped_and_counted_either_way(toy_conf
     ("training", "expected"),
     [
         ({}, [[0.2, 0.2]] * 3),
-        ({"schedule": "linear"}, [[0.2, 0.1]] * 3),
-        ({"schedule": "cosine"}, [[0.2, 0.1]] * 3),
-        ({"warmup": 0.5}, [[0.1, 0.2]] * 3),
+        ({"lr_scheduler_type": "linear"}, [[0.2, 0.1]] * 3),
+        ({"lr_scheduler_type": "cosine"}, [[0.2, 0.1]] * 3),
+        ({"warmup_ratio": 0.5}, [[0.1, 0.2]] * 3),
         ({"iteration_decay": 0.5}, [[0.2, 0.2], [0.1, 0.1], [0.05, 0.05]]),
-        ({"items_per_step": 8}, [[0.2]] * 3),
+        ({"batch_size": 8}, [[0.2]] * 3),
         ({"epochs": 2}, [[0.2] * 4] * 3),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -270,7 +270,7 @@ def test_which_weights_the_reference_logprobs_come_from(toy_config, onlinerl, mo
 
     def update(self, steps, rates, original=ToyLearner.update):
         sequence = steps[0][0].sequences[0]
-        trained.append(sequence.reference - self.score([sequence])[0])
+        trained.append(sequence.reference - self.logprobs([sequence])[0])
         return original(self, steps, rates)
 
     monkeypatch.setattr(ToyLearner, "update", update)
@@ -505,4 +505,4 @@ def test_a_run_of_an_earlier_version_is_shown_and_resumed(toy_config, onlinerl, 
     assert np.array_equal(np.load(run / "exports/0002/logits.npy"), expected)
     assert [row["reward"] for row in summarise(run)["iterations"]] == [row["reward"] for row in rows]
     with RunDirectory.open(run) as opened:
-        assert opened.manifest["format"] == 4
+        assert opened.manifest["format"] == 5

@@ -131,7 +131,7 @@ EVALUATION_CALLS, LABEL_CALLS = 3, 2
 INSIDE = {
     "sample": ["generate", HELDOUT + PROMPTS + HELDOUT + 3],
     "label": ["judge", 1 + EVALUATION_CALLS + LABEL_CALLS + EVALUATION_CALLS + 2],
-    "annotate": ["score", 6],
+    "annotate": ["logprobs", 6],
     "train": ["step", 3],
     "checkpoint": ["save", 2],
     "sync": ["push", 3],

@@ -273,7 +273,7 @@ def test_an_engine_draws_from_the_distribution_that_it_reports(sandbox):
     assert np.bincount(tokens) / len(tokens) == pytest.approx([0.6, 0.3, 0.1], abs=0.05)
     first = group.rollouts[0]
     assert (first.policy_version, first.seed) == (7, 0)
-    assert np.allclose(engine.score([((1,), first.token_ids)])[0], first.logprobs)
+    assert np.allclose(engine.logprobs([((1,), first.token_ids)])[0], first.logprobs)
     assert {rollout.finish_reason for rollout in group.rollouts} == {"stop", "length"}
 
 
@@ -283,7 +283,7 @@ def test_algorithm_trains_the_toy(files):
     from onlinerl.learners.toy import ToyLearner
     from onlinerl.types import TrainItem, TrainSequence
 
-    slic = registry.load("algorithms", "slic.Slic")(beta=0.5)
+    slic = registry.load("algorithms", "slic.Slic", Algorithm)(beta=0.5)
     assert isinstance(slic, Algorithm)
     learner = ToyLearner(4, slic, base="base")
     reference = np.full(2, np.log(1 / 4), dtype=np.float32)

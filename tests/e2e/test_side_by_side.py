@@ -69,12 +69,12 @@ def test_log_probs_follow_the_labels(toy_config, onlinerl, tmp_path, monkeypatch
     engine["sample"] = waits_for(scored)
     monkeypatch.setattr(annotate, "STREAMED", 2)
 
-    def score(self, sequences, original=ToyLearner.score, **options):
+    def logprobs(self, sequences, original=ToyLearner.logprobs, **options):
         if options["model"] == "policy" and len(sequences) == 4:  # two pairs
             scored.set()
         return original(self, sequences, **options)
 
-    monkeypatch.setattr(ToyLearner, "score", score)
+    monkeypatch.setattr(ToyLearner, "logprobs", logprobs)
     code, message = onlinerl("run", toy_config(tmp_path, {**AS_BY_DEFAULT, "iterations": 1}))
     assert code == 0, message
     with RunDirectory.open(tmp_path / "runs/toy") as run:

@@ -23,7 +23,7 @@ def test_an_engine_sleeps_and_wakes(gpu_model: Path, record_property: Record, mo
 
     from onlinerl.engines.vllm import VLLM, VLLMReplica, environment
 
-    config = VLLM(dtype="bfloat16", enforce_eager=True, max_concurrent=16, gpu_memory_utilization=0.5)
+    config = VLLM(dtype="bfloat16", enforce_eager=True, max_num_seqs=16, gpu_memory_utilization=0.5)
     for name, value in environment("ipc").items():
         monkeypatch.setenv(name, value)
 
@@ -62,21 +62,19 @@ def test_a_zero_3_learner_leaves_and_returns(gpu_model: Path, record_property: R
 
     from onlinerl.algorithms.dpo import Dpo
     from onlinerl.learners.deepspeed import DeepSpeed
-    from onlinerl.learners.deepspeed.rank import DeepSpeedRank
+    from onlinerl.protocols.learner import RankSettings
 
-    rank = DeepSpeedRank(
-        str(gpu_model),
-        Dpo(),
-        DeepSpeed(zero_stage=3),
-        TrainingConfig(learning_rate=1e-4),
-        rank=0,
+    settings = RankSettings(
+        model=str(gpu_model),
+        algorithm=Dpo(),
+        training=TrainingConfig(learning_rate=1e-4),
         world_size=1,
-        store=TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False),
-        address="127.0.0.1",
         device="cuda",
         temperature=1.0,
         seed=0,
     )
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    rank = DeepSpeed(zero_stage=3).rank(settings, rank=0, store=store, address="127.0.0.1")
     zeros = np.zeros(3, np.float32)
     chosen, rejected = (TrainSequence(prompt_ids=(3, 4), response_ids=r, reference=zeros) for r in ((5, 6, 7), (8, 9, 10)))
     items = [TrainItem(prompt_id="p", sequences=(chosen, rejected))]
@@ -84,7 +82,7 @@ def test_a_zero_3_learner_leaves_and_returns(gpu_model: Path, record_property: R
     first = rank.step([items], 1, 1e-4)
     assert first["skipped"] == 0
     assert np.isfinite(first["loss"])
-    scores = rank.score([[chosen, rejected]], "policy", 1.0)
+    scores = rank.logprobs([[chosen, rejected]], "policy", 1.0)
     loaded = torch.cuda.memory_allocated()
     rank.offload("optimizer")
     pushing = torch.cuda.memory_allocated()
@@ -97,7 +95,7 @@ def test_a_zero_3_learner_leaves_and_returns(gpu_model: Path, record_property: R
     record_property("left_mib", left // MIB)
     assert left < 0.1 * loaded
     assert left < pushing < 0.5 * loaded
-    again = rank.score([[chosen, rejected]], "policy", 1.0)
+    again = rank.logprobs([[chosen, rejected]], "policy", 1.0)
     for ours, theirs in zip(again[0], scores[0], strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert rank.step([items], 1, 1e-4)["loss"] < first["loss"]

@@ -21,7 +21,7 @@ SMALL = {
     "learner.name": "deepspeed",
     "learner.dtype": "bfloat16",
     "engine.enforce_eager": True,
-    "engine.max_concurrent": 16,
+    "engine.max_num_seqs": 16,
     "engine.gpu_memory_utilization": 0.5,
     "engine.cpus": 0,
     "learner.cpus": 0,

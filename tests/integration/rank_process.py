@@ -33,6 +33,7 @@ from onlinerl.learners.deepspeed import DeepSpeed
 from onlinerl.learners.torch import Torch
 from onlinerl.ops.batching import plan_step
 from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.learner import RankSettings
 from onlinerl.types import SelfTest, TrainItem
 
 WEIGHTS = dict[str, np.ndarray]
@@ -74,18 +75,16 @@ class Ranks:
     ) -> Rank:
         keys = {"ranks": self.world_size, "dtype": dtype, **(learner or {})}
         config = Torch(**keys) if stage == "torch" else DeepSpeed(zero_stage=stage, **keys)
-        return config.rank(
+        settings = RankSettings(
             model=model,
             algorithm=algorithm,
             training=TrainingConfig(**{"learning_rate": 1e-3, **training}),
-            rank=self.rank,
             world_size=self.world_size,
-            store=self.store,
-            address="127.0.0.1",
             device="cpu",
             temperature=1.0,
             seed=0,
         )
+        return config.rank(settings, rank=self.rank, store=self.store, address="127.0.0.1")
 
     def mine(self, items: list[TrainItem], budget: int) -> list[list[TrainItem]]:
         return plan_step(items, self.world_size, budget)[self.rank]
@@ -147,7 +146,7 @@ def first_moments(learner: Rank) -> WEIGHTS:
 
 def scored(learner: Rank, items: list[TrainItem], model: str, temperature: float) -> list[np.ndarray]:
     """Log-probs of all sequences, on every rank, batched in another way than a step would."""
-    (arrays,) = learner.score([[s for item in items for s in item.sequences]], model, temperature)
+    (arrays,) = learner.logprobs([[s for item in items for s in item.sequences]], model, temperature)
     return arrays
 
 
@@ -210,7 +209,7 @@ def critic_gradients(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) ->
         loss["algorithm"],
         stage=case["stage"],
         dtype=case["dtype"],
-        learner={"gradient_checkpointing": case["recompute"], "attention": case["attention"]},
+        learner={"gradient_checkpointing": case["recompute"], "attn_implementation": case["attention"]},
         learning_rate=0.0,
         weight_decay=0.1,
     )
@@ -404,9 +403,9 @@ def export(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str,
     learner.export(str(path), model)
     source = learner.weight_source(torch.float32)
     micro = [[s for i in job["steps"][0] for s in i.sequences], []]  # a rank that ran short only takes part
-    scores = learner.score(micro, "policy", 1.0)
+    scores = learner.logprobs(micro, "policy", 1.0)
     # Base and previous take turns as reference.
-    references = {where: learner.score(micro, where, 1.0)[0] for where in (model, str(path), model)}
+    references = {where: learner.logprobs(micro, where, 1.0)[0] for where in (model, str(path), model)}
     return {
         "path": str(path),
         "references": references,
@@ -457,11 +456,11 @@ def offload(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str
     ModelReader._read = read  # type: ignore[method-assign]
     before = memory()
     learner = ranks.learner(job["model"], dpo["algorithm"], stage=case["stage"], dtype=case["dtype"])
-    learner.score(sequences, job["model"], 1.0)  # now it keeps a reference, too
+    learner.logprobs(sequences, job["model"], 1.0)  # now it keeps a reference, too
     ranks.step(learner, first)
     result: dict[str, Any] = {
         "weights": weights(learner),
-        "scores": learner.score(sequences, "policy", 1.0),
+        "scores": learner.logprobs(sequences, "policy", 1.0),
         "state": optimizer_tensors(learner),
         "loaded": sum(size for key, (size, _) in memory().items() if key not in before),
     }
@@ -475,7 +474,7 @@ def offload(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str
     learner.reload()
     result["reloaded"] = {
         "weights": weights(learner),
-        "scores": learner.score(sequences, "policy", 1.0),
+        "scores": learner.logprobs(sequences, "policy", 1.0),
         "state": optimizer_tensors(learner),
     }
     result["next"] = [ranks.step(learner, second), weights(learner)]

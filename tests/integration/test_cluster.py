@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 HOOKS = Path(__file__).resolve().parents[1] / "support" / "hooks.py"
 GONE_WITHIN_S = 30.0
 # Long enough to be caught at it.
-SLOW_SAMPLING = {"sampling": {"samples_per_prompt": 16, "max_new_tokens": 200}, "engine": {"max_concurrent": 1}}
+SLOW_SAMPLING = {"sampling": {"samples_per_prompt": 16, "max_new_tokens": 200}, "engine": {"max_num_seqs": 1}}
 WORDS = "old new long short slow fast dark light".split()  # noqa: SIM905
 
 
@@ -45,14 +45,14 @@ def write_config(folder: Path, model: Path, **changes: Any) -> Path:
         "oracle": {"name": "sentiment"},
         "prompts": {"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl"), "per_iteration": 8},
         "sampling": {"samples_per_prompt": 4, "max_new_tokens": 24},
-        "training": {"items_per_step": 4, "learning_rate": 1.0e-3},
+        "training": {"batch_size": 4, "learning_rate": 1.0e-3},
         "engine": {
             "replicas": 2,
             "cpus": 0,
             "threads": 1,
             "kv_cache_gib": 0.1,
             "dtype": "float32",
-            "max_concurrent": 8,
+            "max_num_seqs": 8,
             "max_model_len": 256,
         },
         "learner": {"ranks": 2, "zero_stage": 2, "cpus": 0, "threads": 1, "dtype": "float32"},
@@ -301,7 +301,7 @@ def test_two_of_three_replicas_are_killed_and_stopped_twice_and_the_run_ends_as_
         tmp_path,
         tiny_llama,
         iterations=2,
-        engine={"replicas": 3, "min_replicas": 2, "max_concurrent": 2, "generate_timeout_s": 40, "max_restarts": 8},
+        engine={"replicas": 3, "min_replicas": 2, "max_num_seqs": 2, "generate_timeout_s": 40, "max_restarts": 8},
         learner={"ranks": 1},
         sampling={"max_new_tokens": 100},
         schedule={"stream": False, "evaluate_beside": False},

@@ -85,7 +85,7 @@ def with_reference(item: TrainItem, values: Sequence[float]) -> tuple[TrainSeque
 
 LOSSES: dict[str, tuple[Algorithm, list[TrainItem]]] = {
     "dpo": (Dpo(), pair_items(8, seed=1)),
-    "grpo": (Grpo(agg="token_mean", kl=0.05), sample_items(12, seed=2)),
+    "grpo": (Grpo(agg="token_mean", kl_coef=0.05), sample_items(12, seed=2)),
     "fewer items than ranks": (Dpo(), pair_items(1, seed=3)),
     "uneven": (Dpo(), pair_items(5, seed=4)),
 }
@@ -315,7 +315,7 @@ def test_more_tokens_than_a_chunk_at_another_temperature(
 def test_gradient_with_a_critic_equals_that_of_one_process(
     answers: Answers, tiny_llama: Path, ranks: int, stage: int | str, recompute: bool
 ) -> None:
-    """Also with `learner.gradient_checkpointing` and `learner.attention: eager`, and after loading a checkpoint."""
+    """Also with `learner.gradient_checkpointing` and `learner.attn_implementation: eager`, and after loading a checkpoint."""
     answer = answers(ranks, "critic", stage, recompute)
     algorithm, items = CRITIC
     expected = plain_gradients(plain_policy(tiny_llama, "float32", "separate"), algorithm, items)

@@ -41,8 +41,8 @@ def write_config(folder: Path, model: Path, **changes: object) -> Path:
         "oracle": {"name": "python", "function": "separates.judge"},
         "prompts": {"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl"), "per_iteration": 4},
         "sampling": {"samples_per_prompt": 4, "max_new_tokens": 8},
-        "training": {"items_per_step": 2, "learning_rate": 1e-3},
-        "engine": {"kv_cache_gib": 0.1, "dtype": "float32", "max_concurrent": 8, "threads": 1},
+        "training": {"batch_size": 2, "learning_rate": 1e-3},
+        "engine": {"kv_cache_gib": 0.1, "dtype": "float32", "max_num_seqs": 8, "threads": 1},
         "learner": {"dtype": "float32", "threads": 1},
         "cluster": {"device": "cpu"},
         "metrics": {"prometheus": False},
@@ -79,7 +79,7 @@ def test_learner_on_one_node_and_replica_on_the_other(tiny_llama, tmp_path):
         tiny_llama,
         cluster={"device": "cpu", "address": address},
         learner={"dtype": "float32", "threads": 1, "resources": {"learner_node": 1}},
-        engine={"kv_cache_gib": 0.1, "dtype": "float32", "max_concurrent": 8, "resources": {"rollout_node": 1}},
+        engine={"kv_cache_gib": 0.1, "dtype": "float32", "max_num_seqs": 8, "resources": {"rollout_node": 1}},
     )
     # Each node has one core of this machine, and the controller has all: a replica must take those of its own node.
     cores = sorted(os.sched_getaffinity(0))
@@ -146,8 +146,8 @@ def test_without_learning_the_replica_never_changes(tiny_llama, tmp_path, monkey
         tiny_llama,
         iterations=3,
         prompts={"train": str(tmp_path / "train.jsonl"), "heldout": str(tmp_path / "heldout.jsonl"), "per_iteration": 2},
-        training={"items_per_step": 2, "learning_rate": 0.0},
-        engine={"kv_cache_gib": 0.1, "dtype": "float32", "max_concurrent": 8, "tensor_parallel_size": min(2, len(cores))},
+        training={"batch_size": 2, "learning_rate": 0.0},
+        engine={"kv_cache_gib": 0.1, "dtype": "float32", "max_num_seqs": 8, "tensor_parallel_size": min(2, len(cores))},
     )
     assert app.run(configuration.load(path), Console(quiet=True)) == 4
     assert len(held) == 4

@@ -32,7 +32,7 @@ def test_behaviour_logprobs_are_those_of_teacher_forcing(replica: Replica, sende
     rollout = replica.sample(PROMPT, [7]).rollouts[0]
 
     assert len(rollout.logprobs) == len(rollout.token_ids)
-    np.testing.assert_allclose(rollout.logprobs, replica.call("score", PROMPT, rollout.token_ids), atol=CLOSE)
+    np.testing.assert_allclose(rollout.logprobs, replica.call("logprobs", PROMPT, rollout.token_ids), atol=CLOSE)
     np.testing.assert_allclose(rollout.logprobs, plain(base, PROMPT, rollout.token_ids), atol=CLOSE)
     assert rollout.policy_version == 1
 
@@ -172,7 +172,7 @@ def test_five_hundred_prompts_at_once(replica: Replica, sender: Sender, base: Ll
     groups = group_of(replica, random_prompts(500, 12), samples=8, max_new_tokens=2)
 
     assert [len(group.rollouts) for group in groups] == [8] * 500
-    assert 8 < replica.watched.most_running <= 16, "engine.max_concurrent, seen after what finished in a step has left"
+    assert 8 < replica.watched.most_running <= 16, "engine.max_num_seqs, seen after what finished in a step has left"
     check_groups(replica, base, groups[:3], samples=8, max_new_tokens=2)
 
 

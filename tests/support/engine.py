@@ -67,7 +67,7 @@ class Replica:
         self.watched = Watched()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self.config = VLLM(**{"dtype": "float32", "max_concurrent": 16, "kv_cache_gib": KV_BLOCKS * BLOCK_GIB, **engine})
+        self.config = VLLM(**{"dtype": "float32", "max_num_seqs": 16, "kv_cache_gib": KV_BLOCKS * BLOCK_GIB, **engine})
         usual = AsyncLLM.from_engine_args
 
         def watched(args: Any) -> AsyncLLM:
@@ -188,7 +188,7 @@ PROMPT = CANARY[0][0]
 
 
 def canary(replica: Replica) -> list[np.ndarray]:
-    return [replica.call("score", prompt, response) for prompt, response in CANARY]
+    return [replica.call("logprobs", prompt, response) for prompt, response in CANARY]
 
 
 def prove(replica: Replica, model: PreTrainedModel, version: int, witness: str = "all") -> None:

@@ -120,8 +120,8 @@ def install():
             event("step")
             yield replace(report, skipped=1) if SPEC.get("broken") == "step" else report
 
-    def score(self, sequences, original=learner.score, **options):
-        event("score")
+    def logprobs(self, sequences, original=learner.logprobs, **options):
+        event("logprobs")
         return original(self, sequences, **options)
 
     def save(self, path, original=learner.save):
@@ -148,7 +148,7 @@ def install():
     if SPEC.get("slow_end"):
         _end_slowly()
     engine.generate, learner.update, learner.save, sync.push = generate, update, save, push
-    learner.score = score
+    learner.logprobs = logprobs
     if SPEC.get("parts") == "real":
         _watch_pushes(sync)
     RunDirectory.retain, RunDirectory.finish_phase = retain, finish_phase

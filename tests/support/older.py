@@ -1,4 +1,4 @@
-"""Writes tables and runs as formats 1 to 3 had them."""
+"""Writes tables and runs as formats 1 to 4 had them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from onlinerl.stores import _files
 from onlinerl.stores.directory import RunDirectory
+from onlinerl.synonyms import RENAMED
 
 
 def append_lines(path: Path, rows: Sequence[Mapping[str, Any]], *, checksums: bool = True) -> None:
@@ -106,3 +108,20 @@ def _record(folder: Path, name: str, entry: dict[str, Any] | None) -> None:
     _files.replace_json(
         folder / "manifest.json", {**stored, "tables": {key: value for key, value in tables.items() if value is not None}}
     )
+
+
+def with_old_keys(run: Path) -> set[str]:
+    """Name the keys of a run of today as format 4 did, in its configuration and in its fingerprint; returns those that it has."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    manifest = _files.read_json(run / "manifest.json")
+    written = set()
+    for old, new in RENAMED.items():
+        section, _, leaf = new.partition(".")
+        if leaf in config.get(section, {}):
+            config[section][old.partition(".")[2]] = config[section].pop(leaf)
+            written.add(old)
+    names = {new: old for old, new in RENAMED.items() if old in written}
+    fingerprint = {names.get(key, key): value for key, value in manifest["fingerprint"].items()}
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    _files.replace_json(run / "manifest.json", {**manifest, "fingerprint": fingerprint, "format": 4})
+    return written

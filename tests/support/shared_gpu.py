@@ -20,6 +20,7 @@ from ray.exceptions import RayTaskError
 
 from onlinerl.engines._fit import Place
 from onlinerl.learners._self_test import Sums
+from onlinerl.protocols.learner import RankSettings
 from onlinerl.types import Group, Rollout
 
 CAPACITY = 8.5
@@ -105,7 +106,7 @@ class Actor:
     def __init__(self, world: World, role: str, index: int) -> None:
         self.world, self.index, self.gpu = world, index, world.gpu(role, index)
         self.call = remote(lambda method, *args: getattr(self, f"do_{method}")(*args))
-        for name in ("place", "start", "processes", "host", "free_port", "generate", "score"):
+        for name in ("place", "start", "processes", "host", "free_port", "generate", "logprobs"):
             if hasattr(self, f"on_{name}"):
                 setattr(self, name, remote(getattr(self, f"on_{name}")))
 
@@ -151,8 +152,8 @@ class Replica(Actor):
             )
         return Group(prompt=request.prompt, rollouts=tuple(rollouts))
 
-    def on_score(self, pairs: Any) -> list[np.ndarray]:
-        self.did("engine scores")
+    def on_logprobs(self, pairs: Any) -> list[np.ndarray]:
+        self.did("engine gives log-probs")
         self._ready()
         return [np.full(len(response), -1.0 - self.weights, np.float32) for _, response in pairs]
 
@@ -199,10 +200,10 @@ class Rank(Actor):
     def on_host(self, timeout_s: float) -> tuple[str, int]:
         return "127.0.0.1", 1
 
-    def on_start(self, address: str, port: int, rank: int, timeout_s: float, settings: dict[str, Any]) -> None:
+    def on_start(self, address: str, port: int, rank: int, config: Any, settings: RankSettings) -> None:
         self.did("learner loads")
         self.gpu.take("policy", "optimizer")
-        self.rank, self.ranks, self.weights = rank, settings["world_size"], 0.0
+        self.rank, self.ranks, self.weights = rank, settings.world_size, 0.0
 
     def _work(self, what: str) -> None:
         self.did(f"learner {what}")
@@ -212,8 +213,8 @@ class Rank(Actor):
         saved = Path(model) / "weights.json"
         return self.weights if model == "policy" else json.loads(saved.read_text()) if saved.exists() else 0.0
 
-    def do_score(self, micro: Any, model: str, temperature: float) -> Any:
-        self._work("scores")
+    def do_logprobs(self, micro: Any, model: str, temperature: float) -> Any:
+        self._work("gives log-probs")
         return [[np.full(len(s.response_ids), -1.0 - self._of(model), np.float32) for s in one] for one in micro]
 
     def do_self_test(self, micro: Any, base_model: str) -> list[Sums]:

@@ -109,7 +109,7 @@ class Replica(shared_gpu.Replica):
         super().__init__(world, "replica", self.number)
         self.index = index
         self.call = SimpleNamespace(remote=lambda method, *args: self._ask(method, getattr(self, f"do_{method}"), *args))
-        for name in ("place", "start", "processes", "generate", "score"):
+        for name in ("place", "start", "processes", "generate", "logprobs"):
             setattr(self, name, self._method(name))
 
     def _method(self, name: str) -> SimpleNamespace:
@@ -178,7 +178,7 @@ class Replica(shared_gpu.Replica):
 
 def spoil(right: Any, fault: str) -> Any:
     """An answer that cannot be true."""
-    if fault == "other weights":  # of a score
+    if fault == "other weights":  # of log-probs
         return [each - 1.0 for each in right]
     if fault == "other digests":
         return {name: "?" for name in right}

@@ -35,7 +35,8 @@ def test_a_kl_in_the_reward_that_would_never_act_is_refused(overrides, field):
     assert caught.value.field == field
     assert "algorithm.kl_in=loss" in caught.value.fix
     assert notes(*overrides) == []  # in the loss it acts
-    assert notes("algorithm.kl_in=reward", "algorithm.kl=0.0", "iterations=2", "algorithm.critic_warmup=1") == []  # no price
+    free = ["algorithm.kl_in=reward", "algorithm.kl_coef=0.0"]
+    assert notes(*free, "iterations=2", "algorithm.critic_warmup=1") == []
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_a_policy_that_would_never_learn_is_refused():
 
 
 @pytest.mark.parametrize(
-    "knobs", [["algorithm.target_kl=6.0"], ["algorithm.target_kl=6.0", "algorithm.kl_in=reward", "algorithm.kl=0.0"]]
+    "knobs", [["algorithm.target_kl=6.0"], ["algorithm.target_kl=6.0", "algorithm.kl_in=reward", "algorithm.kl_coef=0.0"]]
 )
 def test_a_target_without_a_price_to_adapt_is_refused(knobs):
     with pytest.raises(ConfigError) as caught:
@@ -110,7 +111,11 @@ def sections(*overrides: str) -> None:
         (["algorithm.name=grpo", "pairing.name=best_worst"], "pairing", "grpo trains no pairs"),
         (["algorithm.name=sppo", "pairing.name=ranked"], "pairing", "sppo trains no pairs"),
         (["algorithm.name=grpo", "reference.schedule=previous"], "reference.schedule", "grpo as configured needs no reference"),
-        (["algorithm.name=ppo", "algorithm.kl=0.0", "reference.schedule=fixed"], "reference.schedule", "needs no reference"),
+        (
+            ["algorithm.name=ppo", "algorithm.kl_coef=0.0", "reference.schedule=fixed"],
+            "reference.schedule",
+            "needs no reference",
+        ),
         (["algorithm.name=grpo", "reference.every=2"], "reference.every", "needs no reference"),
         (["reference.every=2"], "reference.every", "dpo with this schedule does not"),
         (["reference.allow_nonstandard=true"], "reference.allow_nonstandard", "dpo with this schedule does not"),
@@ -136,7 +141,7 @@ def test_what_nothing_would_read_is_refused(overrides, field, said):
         ["algorithm.name=grpo"],
         ["algorithm.name=grpo", "pairing=null"],
         ["algorithm.name=grpo", "reference.schedule=none"],  # says what is so
-        ["algorithm.name=grpo", "algorithm.kl=0.1", "reference.schedule=previous"],
+        ["algorithm.name=grpo", "algorithm.kl_coef=0.1", "reference.schedule=previous"],
         ["reference.schedule=every_n", "reference.every=2"],
         ["algorithm.name=dno", "reference.schedule=fixed", "reference.allow_nonstandard=true"],
     ],

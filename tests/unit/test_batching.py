@@ -158,7 +158,7 @@ def test_schedule_depends_on_seed_and_epoch():
     first, second = schedule(50, 50, 2, seed=0)
     assert first != second
     assert first != list(range(50))
-    with pytest.raises(ValueError, match="items_per_step"):
+    with pytest.raises(ValueError, match="batch_size"):
         schedule(5, 0, 1, 0)
 
 

@@ -29,20 +29,20 @@ from onlinerl.cluster.colocation import STEPS, Turns
 
 START = ["engine loads", "engine sleeps", "learner loads"]
 PUSH = [
-    "learner scores",
+    "learner gives log-probs",
     "learner leaves: optimizer",
     "engine wakes: weights",
     "engine receives",
     "learner leaves: all",
     "engine wakes: kv_cache",
-    "engine scores",
+    "engine gives log-probs",
 ]
 TO_ENGINE = ["learner leaves: all", "engine wakes: all"]
 TO_LEARNER = ["engine sleeps", "learner returns"]
 SAMPLE = ["engine generates"]
-TRAIN = ["learner scores", "learner tests itself", "learner steps"]
+TRAIN = ["learner gives log-probs", "learner tests itself", "learner steps"]
 CHECKPOINT = ["learner exports", "learner saves"]
-EVALUATE = ["engine generates", *TO_LEARNER, "learner scores"]
+EVALUATE = ["engine generates", *TO_LEARNER, "learner gives log-probs"]
 
 Run = Callable[..., shared_gpu.World]
 
@@ -147,8 +147,8 @@ AFTER = {
     "train": [*TRAIN[1:], *CHECKPOINT, *PUSH, *EVALUATE],
     "checkpoint": [*TRAIN[1:], *CHECKPOINT, *PUSH, *EVALUATE],
     "sync": ["learner restores", *PUSH, *EVALUATE],
-    "answer": ["learner restores", *PUSH, *TO_LEARNER, "learner scores"],
-    "measure": ["learner restores", "learner scores"],
+    "answer": ["learner restores", *PUSH, *TO_LEARNER, "learner gives log-probs"],
+    "measure": ["learner restores", "learner gives log-probs"],
     "commit": ["learner restores"],
 }
 

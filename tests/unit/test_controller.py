@@ -51,10 +51,10 @@ def rates(iteration: int, steps: int, **training: object) -> list[float]:
 
 def test_learning_rates():
     assert rates(1, 4) == [1, 1, 1, 1]
-    assert rates(1, 4, schedule="linear") == [1, 0.75, 0.5, 0.25]
-    assert rates(1, 4, schedule="cosine") == pytest.approx([1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)])
-    assert rates(1, 4, warmup=0.5) == pytest.approx([1 / 3, 2 / 3, 1, 1])
-    assert rates(1, 6, warmup=0.34, schedule="linear") == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25])
+    assert rates(1, 4, lr_scheduler_type="linear") == [1, 0.75, 0.5, 0.25]
+    assert rates(1, 4, lr_scheduler_type="cosine") == pytest.approx([1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)])
+    assert rates(1, 4, warmup_ratio=0.5) == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert rates(1, 6, warmup_ratio=0.34, lr_scheduler_type="linear") == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25])
     assert rates(3, 2, iteration_decay=0.5) == [0.25, 0.25]
     assert rates(1, 0) == []
     assert rates(1, 2, learning_rate=0) == [0, 0]
@@ -62,8 +62,8 @@ def test_learning_rates():
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 40), st.sampled_from(["constant", "linear", "cosine"]), st.floats(0, 0.9))
-def test_learning_rates_stay_below_the_peak_and_above_zero(steps, schedule, warmup):
-    found = rates(1, steps, schedule=schedule, warmup=warmup)
+def test_learning_rates_stay_below_the_peak_and_above_zero(steps, lr_scheduler_type, warmup_ratio):
+    found = rates(1, steps, lr_scheduler_type=lr_scheduler_type, warmup_ratio=warmup_ratio)
     assert len(found) == steps
     assert all(0 < rate <= 1 for rate in found)
 

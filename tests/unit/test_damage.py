@@ -231,7 +231,7 @@ def test_a_run_of_an_earlier_format_opens_and_goes_on(tmp_path, number):
         assert verdicts.missing(["p0", "p1", "p2"]) == ["p2"]
         assert list(run.phases(1)) == ["sample"]
         run.update_manifest(status="running")
-        assert run.manifest["format"] == 4, "an older version must not go on with it"
+        assert run.manifest["format"] == 5, "an older version must not go on with it"
         verdicts.append(labels(range(2, 4)))
         assert list(verdicts) == labels(range(4))
         assert not (folder / "verdicts.jsonl").exists()

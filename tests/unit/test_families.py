@@ -150,14 +150,14 @@ def test_a_cap_on_attention_scores_needs_an_implementation_that_has_it() -> None
     check_attention({**config, "attn_logit_softcapping": None}, "sdpa")
     with pytest.raises(ConfigError, match="attn_logit_softcapping") as error:
         check_attention(config, "sdpa")
-    assert error.value.field == "learner.attention"
+    assert error.value.field == "learner.attn_implementation"
 
 
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
         ({"logits_scaling": 4.0}, "model"),
-        ({"attn_logit_softcapping": 50.0}, "learner.attention"),
+        ({"attn_logit_softcapping": 50.0}, "learner.attn_implementation"),
         ({"model_type": "novel"}, "model"),
     ],
 )

@@ -82,7 +82,7 @@ def run(monkeypatch: pytest.MonkeyPatch, toy_config: Any, tmp_path: Path) -> Ite
             "engine.name": "vllm",
             "learner.name": "deepspeed",
             "engine.replicas": REPLICAS,
-            "engine.max_concurrent": 4,
+            "engine.max_num_seqs": 4,
             "cluster.device": "cpu",
             "metrics.prometheus": False,
             **more,
@@ -121,7 +121,7 @@ def undisturbed(run: Run, kept: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-SYNC = ("init_weight_transfer_engine", "watch", "update_weights", "reset_caches", "received", "weight_version", "score")
+SYNC = ("init_weight_transfer_engine", "watch", "update_weights", "reset_caches", "received", "weight_version", "logprobs")
 FAULTS = [
     *[((1, "sample", 2), fault, reason) for fault, reason in (("kill", "died"), ("hang", "hung"))],
     *[((1, "answer", 2), fault, reason) for fault, reason in (("kill", "died"), ("hang", "hung"))],
@@ -133,7 +133,7 @@ FAULTS = [
     ((1, "weight_version", 2), "hang", "push"),
     ((1, "received", 2), "other digests", "push"),
     ((1, "weight_version", 2), "other version", "push"),
-    ((1, "score", 2), "other weights", "push"),
+    ((1, "logprobs", 2), "other weights", "push"),
 ]
 
 
@@ -160,7 +160,7 @@ CHAINS = {
     "twice in a row": {(1, "sample", 1): "kill", (1, "answer", 5): "kill", (1, "answer", 6): "kill"},
     "during its start": {(1, "sample", 1): "kill", (1, "start", 2): "kill"},
     "while it is given weights": {(1, "sample", 1): "kill", (1, "load_weights", 1): "kill"},
-    "with wrong weights": {(1, "sample", 1): "kill", (1, "score", 2): "other weights"},
+    "with wrong weights": {(1, "sample", 1): "kill", (1, "logprobs", 2): "other weights"},
     "with weights altered on disk": {(1, "sample", 1): "kill", (1, "received", 2): "other digests"},
     "in a push, two of three": {(0, "update_weights", 2): "kill", (2, "received", 2): "kill"},
     "in a push, all of them": {(i, "update_weights", 2): "kill" for i in range(REPLICAS)},
@@ -256,7 +256,7 @@ def test_who_missed_a_push_serves_only_after_it_was_given_that_version(run: Run,
     assert done.tables() == undisturbed
     assert "update_weights" not in events
     if "answer" in events:
-        assert events.index("load_weights") < events.index("score") < events.index("answer")
+        assert events.index("load_weights") < events.index("logprobs") < events.index("answer")
     assert "sample" not in events
 
 
@@ -268,7 +268,7 @@ def test_a_model_without_finite_numbers_is_not_taken_for_a_bad_replica(run: Run)
 
 
 def test_a_replica_that_has_gone_bad_is_told_from_that_by_the_canary(run: Run, undisturbed: Any) -> None:
-    done = run(World({(1, "sample", 1): "nothing finite", (1, "score", 2): "other weights"}))
+    done = run(World({(1, "sample", 1): "nothing finite", (1, "logprobs", 2): "other weights"}))
 
     done.assert_healthy()
     assert done.deaths() == ["garbage"]

@@ -39,7 +39,7 @@ class Actor:
 @pytest.mark.parametrize("replicas", [1, 2, 5])
 def test_every_replica_is_kept_full_and_nothing_is_lost(replicas):
     """Each has as many prompts as it has room for, plus one at its door, while there are any left."""
-    config = SimpleNamespace(replicas=replicas, max_concurrent=16, generate_timeout_s=60.0, max_restarts=3, min_replicas=1)
+    config = SimpleNamespace(replicas=replicas, max_num_seqs=16, generate_timeout_s=60.0, max_restarts=3, min_replicas=1)
     fleet = fleet_module.Fleet(config, SimpleNamespace(), heals=True)
     fleet.version = 0
     for replica in fleet.replicas:

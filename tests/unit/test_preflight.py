@@ -47,7 +47,7 @@ def test_the_quickstart():
         (["training.epochs=2"], "64 pairs", 16),
         (["prompts.per_iteration=9"], "9 pairs", 2),
         (["algorithm.name=grpo"], "256 ", 32),
-        (["algorithm.name=ppo", "training.items_per_step=256"], "256 ", 1),
+        (["algorithm.name=ppo", "training.batch_size=256"], "256 ", 1),
     ],
 )
 def test_items_and_steps(overrides, items, steps):
@@ -275,7 +275,9 @@ def test_a_downloaded_hub_id_is_found_where_it_lies(tiny_model, tmp_path, monkey
 # --- schedules ---
 
 
-@pytest.mark.parametrize("override", ["training.schedule=cosine", "training.warmup=0.1", "training.iteration_decay=0.5"])
+@pytest.mark.parametrize(
+    "override", ["training.lr_scheduler_type=cosine", "training.warmup_ratio=0.1", "training.iteration_decay=0.5"]
+)
 def test_a_learning_rate_of_0_cannot_be_scheduled(toy_config, tmp_path, override):
     fixed = ["training.learning_rate=0"]
     preflight.check(configuration.load(toy_config(tmp_path), fixed))

@@ -46,8 +46,8 @@ GOOD = SelfTest(
         ),
         ({"stored_tilts": {"old": 0.03}, "noise": 0.05}, "the more, the less probable a token is: by 0\\.03", "learner"),
         ({"stored_tilts": {"old": math.nan}}, "the less probable a token is", "learner"),
-        ({"noise": 0.3}, "if its batch is padded further", "learner.attention"),
-        ({"noise": math.nan}, "if its batch is padded further", "learner.attention"),
+        ({"noise": 0.3}, "if its batch is padded further", "learner.attn_implementation"),
+        ({"noise": math.nan}, "if its batch is padded further", "learner.attn_implementation"),
         ({"stored_loss": math.log(2) + 0.2}, "with the stored reference the loss is", "learner"),
         ({"base_gap": 0.03}, r"policy and base model differ by 0\.0300", "model"),
         ({"base_gap": math.nan}, "policy and base model differ", "model"),
@@ -105,7 +105,7 @@ def test_the_toy_learner_notices_too(algorithm: Algorithm, name: str, temperatur
         TrainSequence(prompt_ids=(1,), response_ids=tuple(rng.integers(0, 7, 20)), advantages=np.ones(20, np.float32))
         for _ in range(8)
     ]
-    scores = learner.score(sequences, temperature=temperature * (1.1 if spoiled == "temperature" else 1.0))
+    scores = learner.logprobs(sequences, temperature=temperature * (1.1 if spoiled == "temperature" else 1.0))
     if spoiled == "shifted":
         scores = [np.roll(s, 1) for s in scores]
     if spoiled == "permuted":

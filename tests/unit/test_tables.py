@@ -343,4 +343,4 @@ def test_a_full_disk_under_the_scratch_is_said(run, monkeypatch):
 def test_the_lists_of_a_schema_are_those_of_its_rows():
     for codec, value in ((LABELS, label(1, 0.5)), (groups_of(None), group(1))):
         assert list(codec.to_row(value)) == codec.schema.names
-    assert _files.FORMAT == 4
+    assert _files.FORMAT == 5

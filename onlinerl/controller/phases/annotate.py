@@ -13,19 +13,19 @@ from onlinerl.protocols.store import LOGPROBS
 from onlinerl.types import Group, Judged, LogProbs, TrainSequence, Verdict
 
 AT_ONCE = 1024
-"""Prompts scored in one go. More at once would only take memory."""
+"""Prompts whose responses get their log-probs in one go. More at once would only take memory."""
 STREAMED = 32
 """The same while the engine still samples: few enough to begin early, enough to fill the learner's micro-batches."""
 
 
 def annotate(it: Iteration) -> dict[str, Any]:
-    """Score what will be trained on, in the order of the prompts, whatever arrived first."""
+    """Log-probs of what will be trained on, in the order of the prompts, whatever arrived first."""
     table = it.parts.store.logprobs(it.number, LOGPROBS)
     it.parts.tracker.phase_started(it.number, "annotate", len(it.prompt_ids), "groups")
-    scored = 0
+    count = 0
     labelled = it.labelled()
     for chunk in _chunks(it, labelled):
-        # A group without a verdict gets no row: a resume may ask the oracle again, and then it has something to score.
+        # A group without a verdict gets no row: a resume may ask the oracle again, and then it has something to train on.
         sequences = {
             group.prompt.id: _sequences(it, group, answer)
             for group, answer in it.judged(table.missing(chunk))
@@ -38,11 +38,11 @@ def annotate(it: Iteration) -> dict[str, Any]:
             values.append(LogProbs(prompt_id=prompt_id, arrays=of_prompt))
             start += len(own)
         table.append(values)
-        scored += start
+        count += start
         it.parts.tracker.phase_advanced(it.number, "annotate", len(chunk))
         it.check_stop()
     table.seal()
-    return {"sequences": scored, "reference": it.reference(), "waited": labelled.waited}
+    return {"sequences": count, "reference": it.reference(), "waited": labelled.waited}
 
 
 def _chunks(it: Iteration, feed: Feed[str]) -> Iterator[Sequence[str]]:
@@ -70,10 +70,10 @@ def _arrays(it: Iteration, sequences: Sequence[TrainSequence]) -> dict[str, list
     reference = it.reference()
     model = None if reference is None else it.model_of(reference)
     if needs.old or model == "policy":
-        arrays["old"] = learner.score(sequences, model="policy", temperature=temperature)
+        arrays["old"] = learner.logprobs(sequences, model="policy", temperature=temperature)
     if model is not None:
         same = model == "policy"
-        arrays["reference"] = arrays["old"] if same else learner.score(sequences, model=model, temperature=temperature)
+        arrays["reference"] = arrays["old"] if same else learner.logprobs(sequences, model=model, temperature=temperature)
     if needs.values:
         arrays["values"] = learner.values(sequences)
     return arrays

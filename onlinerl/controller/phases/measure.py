@@ -21,7 +21,7 @@ def measure(it: Iteration) -> dict[str, Any]:
     """Reward, divergences, win rates, and whether engine and learner agree."""
     config, learner = it.parts.config, it.parts.learner
     now, calls = _scored(it)
-    own = learner.score(evaluation.sequences(now.groups), model=it.model_of(it.number), temperature=1.0)
+    own = learner.logprobs(evaluation.sequences(now.groups), model=it.model_of(it.number), temperature=1.0)
     wins, more = _win_rates(it, now)
     kl_ref = _divergence(it, now, own, 0)
     sample = now.groups[: config.evaluation.mismatch_sample]
@@ -108,5 +108,5 @@ def _forward_kl(it: Iteration, groups: Sequence[Group], own: Sequence[np.ndarray
         return None
     kept = {one.prompt_id: one.arrays["logprobs"][0] for one in table}
     base = _evaluated(it, 0).groups
-    policy = it.parts.learner.score(evaluation.sequences(base), model=it.model_of(it.number), temperature=1.0)
+    policy = it.parts.learner.logprobs(evaluation.sequences(base), model=it.model_of(it.number), temperature=1.0)
     return evaluation.forward_kl([np.asarray(kept[g.prompt.id], np.float64) for g in base], policy)

@@ -74,7 +74,7 @@ def _update(it: Iteration, prepared: Sequence[TrainItem]) -> UpdateReport:
     if training.optimizer_state == "reset" and it.trained_before():
         learner.reset_optimizer()
     seed = derive_seed(it.parts.config.seed, "steps", it.number)
-    indices = schedule(len(prepared), training.items_per_step, training.epochs, seed)
+    indices = schedule(len(prepared), training.batch_size, training.epochs, seed)
     rates = learning_rates(it.parts.config, it.number, len(indices))
     it.parts.tracker.phase_started(it.number, "train", sum(len(s) for s in indices), "items")
     metrics: list[Mapping[str, float]] = []

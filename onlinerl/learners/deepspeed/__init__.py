@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from onlinerl.learners.deepspeed.memory import learner_rank
-from onlinerl.protocols.learner import LearnerConfig
+from onlinerl.protocols.learner import LearnerConfig, RankSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from onlinerl.learners.deepspeed.rank import DeepSpeedRank
 
 
 class DeepSpeed(LearnerConfig):
@@ -35,8 +40,8 @@ class DeepSpeed(LearnerConfig):
         }
         return env | ({"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)} if device == "cpu" else {})
 
-    def rank(self, **settings: Any) -> Any:
+    def rank(self, settings: RankSettings, *, rank: int, store: torch.distributed.TCPStore, address: str) -> DeepSpeedRank:
         """Load the model."""
         from onlinerl.learners.deepspeed.rank import DeepSpeedRank
 
-        return DeepSpeedRank(config=self, **settings)
+        return DeepSpeedRank(self, settings, rank=rank, store=store, address=address)

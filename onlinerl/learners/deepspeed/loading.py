@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from onlinerl.learners._loading import ModelReader
 from onlinerl.learners._policy import LogProbHead, Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ShardedReader(ModelReader):
@@ -39,7 +42,7 @@ class ShardedReader(ModelReader):
         deepspeed.zero.register_external_parameter(policy.head, policy.head.weight)
         return policy
 
-    def _read(self, model: str) -> nn.Module:
+    def _read(self, model: str) -> PreTrainedModel:
         if not self._sharded:
             return super()._read(model)
         with self._cut_up():
@@ -67,7 +70,7 @@ class ShardedReader(ModelReader):
 def gather_in_forward(policy: Policy) -> None:
     """Make the weights of a layer whole for the time of its forward pass, and only then.
 
-    What DeepSpeed's engine does for a trained model; a model that only scores needs no more than this.
+    What DeepSpeed's engine does for a trained model; a model that only gives log-probs needs no more than this.
     """
     import deepspeed
 

@@ -43,7 +43,9 @@ class DeepSpeedRank(Rank):
                 timeout=timedelta(seconds=self.config.start_timeout_s),
                 verbose=False,
             )
-        self._reader = ShardedReader(DTYPES[self.config.dtype], self.config.attention, self.device, self._deepspeed_config())
+        self._reader = ShardedReader(
+            DTYPES[self.config.dtype], self.config.attn_implementation, self.device, self._deepspeed_config()
+        )
         self._policy = self._reader.trained(model, self.needs.critic)
         self._policy.eval()
         optimizer = build_optimizer(parameter_groups(self._policy, self.training), self.training, checked=self._bare)
@@ -58,11 +60,13 @@ class DeepSpeedRank(Rank):
 
     @property
     def _network(self) -> nn.Module:
-        return self._engine
+        engine: nn.Module = self._engine
+        return engine
 
     @property
     def _groups(self) -> Sequence[dict[str, Any]]:
-        return self._engine.optimizer.param_groups
+        groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
+        return groups
 
     @property
     def _bare(self) -> bool:
@@ -128,7 +132,8 @@ class DeepSpeedRank(Rank):
         inner = self._engine.optimizer
         while hasattr(inner, "optimizer"):
             inner = inner.optimizer
-        return inner
+        found: torch.optim.Optimizer = inner
+        return found
 
     def reset_optimizer(self) -> None:
         """Forget the optimizer's moments and how many steps it took. In place: ZeRO's wrappers hold on to these tensors."""

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
-from onlinerl.protocols.learner import LearnerConfig
+from onlinerl.protocols.learner import LearnerConfig, RankSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from onlinerl.learners.torch.rank import TorchRank
 
 
 class Torch(LearnerConfig):
@@ -29,8 +34,8 @@ class Torch(LearnerConfig):
         env = {"TOKENIZERS_PARALLELISM": "false", "VLLM_LOGGING_LEVEL": "WARNING", "ONLINERL_DIE_WITH_PARENT": "1"}
         return env | ({"OMP_NUM_THREADS": str(threads)} if device == "cpu" else {})
 
-    def rank(self, **settings: Any) -> Any:
+    def rank(self, settings: RankSettings, *, rank: int, store: torch.distributed.TCPStore, address: str) -> TorchRank:
         """Load the model."""
         from onlinerl.learners.torch.rank import TorchRank
 
-        return TorchRank(config=self, **settings)
+        return TorchRank(self, settings, rank=rank, store=store, address=address)

@@ -30,7 +30,7 @@ class TorchRank(Rank):
     """Holds the policy and its optimizer; see `Rank`."""
 
     def _build(self, model: str) -> None:
-        self._reader = ModelReader(DTYPES[self.config.dtype], self.config.attention, self.device)
+        self._reader = ModelReader(DTYPES[self.config.dtype], self.config.attn_implementation, self.device)
         self._policy = self._reader.trained(model, self.needs.critic)
         self._policy.eval()
         if self.config.gradient_checkpointing:
@@ -50,7 +50,8 @@ class TorchRank(Rank):
 
     @property
     def _groups(self) -> Sequence[dict[str, Any]]:
-        return self._optimizer.param_groups
+        groups: list[dict[str, Any]] = self._optimizer.param_groups
+        return groups
 
     def _accumulate(self, total: Tensor, count: float) -> None:
         (total / count).backward()

@@ -15,17 +15,17 @@ from onlinerl.ops.batching import collate
 
 VARIANTS = [
     {"std_norm": "group", "agg": "seq_mean_token_mean"},
-    {"std_norm": "batch", "agg": "token_mean", "kl": 0.04, "clip_high": 0.28, "importance_sampling_cap": None},
+    {"std_norm": "batch", "agg": "token_mean", "kl_coef": 0.04, "clip_range_high": 0.28, "importance_sampling_cap": None},
     {"std_norm": "none", "agg": "token_mean"},
 ]
 CAPPED = {"importance_sampling_cap": 0.9}
 KNOBS = {
     "std_norm": [({}, "batch"), ({}, "none"), ({"std_norm": "batch"}, "none")],
     "agg": [({}, "token_mean")],
-    "clip_low": [({}, 0.05)],
-    "clip_high": [({}, 0.05)],
+    "clip_range_low": [({}, 0.05)],
+    "clip_range_high": [({}, 0.05)],
     "dual_clip": [({}, 1.01)],
-    "kl": [({}, 0.5)],
+    "kl_coef": [({}, 0.5)],
     "importance_sampling_cap": [({}, 0.9), ({}, None), ({"importance_sampling_cap": 0.9}, None)],
     "importance_sampling_mode": [(CAPPED, mode) for mode in ("token_mask", "sequence_truncate", "sequence_mask")],
 }
@@ -144,7 +144,7 @@ def test_clipping():
     loss, gradient, metrics = one(-1.0, low)
     assert (loss, gradient) == (pytest.approx(0.8), 0.0)
     assert (metrics["clip_high"], metrics["clip_low"]) == (0.0, 1.0)
-    assert one(1.0, high, clip_high=0.6)[0] == pytest.approx(-1.5)
+    assert one(1.0, high, clip_range_high=0.6)[0] == pytest.approx(-1.5)
     loss, gradient, _ = one(-1.0, np.log(8.0), dual_clip=3.0)
     assert (loss, gradient) == (pytest.approx(3.0), 0.0)
 
@@ -158,10 +158,10 @@ def test_share_of_clamped_ratios_and_entropy_by_hand():
 
 def test_kl_at_the_reference_is_zero_and_away_from_it_k3():
     item = single(sequence(2, old=-1.0, behaviour=-1.0, reference=-1.0))
-    assert evaluate(grpo(kl=0.5), [item], [-1.0])[0] == pytest.approx(0.0)
+    assert evaluate(grpo(kl_coef=0.5), [item], [-1.0])[0] == pytest.approx(0.0)
     # d = 1: exp(-1) - 1 + 1
-    assert evaluate(grpo(kl=0.5), [item], [0.0])[0] == pytest.approx(0.5 * 0.36787944, rel=1e-6)
-    assert (grpo(kl=0.5).needs.reference, grpo(kl=0.5).reference) == (True, "fixed")
+    assert evaluate(grpo(kl_coef=0.5), [item], [0.0])[0] == pytest.approx(0.5 * 0.36787944, rel=1e-6)
+    assert (grpo(kl_coef=0.5).needs.reference, grpo(kl_coef=0.5).reference) == (True, "fixed")
     assert (grpo().needs.reference, grpo().reference) == (False, "none")
 
 
@@ -195,7 +195,7 @@ def test_responses_of_an_older_policy_are_weighted_by_how_probable_they_are_now(
     assert loss == pytest.approx(-(sum(weights) + 1.0) / 4, rel=1e-6)
     assert gradient[0].tolist() == pytest.approx([-w / 4 for w in weights], rel=1e-6)
     assert values(out)["sampler_capped"] == pytest.approx(capped * 3 / 4)
-    priced = grpo(agg="token_mean", importance_sampling_mode=mode, kl=0.5)
+    priced = grpo(agg="token_mean", importance_sampling_mode=mode, kl_coef=0.5)
     with_kl = evaluate(priced, [stale, near], [-1.0, -1.0])[0]
     assert with_kl - loss == pytest.approx(0.5 * (np.exp(1.0) - 2.0), rel=1e-6), "k3 of d = -1, the reference at 0"
 
@@ -235,7 +235,7 @@ def test_agrees_with_trl(agg, kl):
     def draw(n):
         return -1.0 + 0.4 * rng.standard_normal(n)
 
-    algorithm = grpo(agg=agg, kl=kl, clip_high=0.28)
+    algorithm = grpo(agg=agg, kl_coef=kl, clip_range_high=0.28)
     group = judged(lengths, scores=(1.0, -0.5, 0.25))
     items = [
         single(
@@ -254,7 +254,7 @@ def test_agrees_with_trl(agg, kl):
         batch.advantages_BT[:, 0].double(),
         batch.mask_BT,
         agg=agg,
-        clip_high=0.28,
+        clip_range_high=0.28,
         reference_BT=batch.reference_BT.double(),
         kl=kl,
         sampler_weight_BT=(batch.old_BT - batch.behaviour_BT).double().exp().clamp(max=2.0),

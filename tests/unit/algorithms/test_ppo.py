@@ -15,25 +15,25 @@ from onlinerl.types import TrainSequence
 REWARD = {"kl_in": "reward"}
 VARIANTS = [
     {},
-    {"kl_in": "reward", "target_kl": 1.0, "kl_horizon": 10, "whiten_rewards": True, "value_clip": 0.2},
+    {"kl_in": "reward", "target_kl": 1.0, "kl_horizon": 10, "whiten_rewards": True, "clip_range_value": 0.2},
     {"entropy_coef": 0.01, "dual_clip": 3.0, "normalize_scores": False},
-    {"kl": 0.0},
+    {"kl_coef": 0.0},
 ]
 CAPPED = {"importance_sampling_cap": 0.9}
 KNOBS = {
-    "kl": [({}, 0.5), (REWARD, 0.5), ({}, 0.0)],
+    "kl_coef": [({}, 0.5), (REWARD, 0.5), ({}, 0.0)],
     "kl_in": [({}, "reward")],
     "target_kl": [(REWARD, 1.0)],
     "kl_horizon": [(REWARD | {"target_kl": 1.0}, 100)],
     "gamma": [({}, 0.5)],
     "lam": [({}, 0.5)],
-    "clip": [({}, 0.05)],
+    "clip_range": [({}, 0.05)],
     "dual_clip": [({}, 1.01)],
     "normalize_scores": [({}, False)],
     "whiten_rewards": [({}, True)],
     "missing_eos_score": [({}, -1.0)],
     "whiten_advantages": [({}, False)],
-    "value_clip": [({}, 0.1), ({"value_clip": 0.1}, 0.3)],
+    "clip_range_value": [({}, 0.1), ({"clip_range_value": 0.1}, 0.3)],
     "vf_coef": [({}, 1.0)],
     "entropy_coef": [({}, 0.1)],
     "importance_sampling_cap": [({}, 0.9), ({}, None), ({"importance_sampling_cap": 0.9}, None)],
@@ -87,14 +87,14 @@ def test_value_by_hand():
 def test_advantages_and_returns_by_hand():
     # k1 = (0.5, -0.5), so r = (-0.05, 0.05 + 1); delta_1 = 1.05 - 0.4, delta_0 = -0.05 + 0.4 - 0.2
     s = sequence(2, old=-1.0, reference=[-1.5, -0.5], values=[0.2, 0.4], score=1.0)
-    (out,) = prepared(raw(kl=0.1, lam=0.5), s)
+    (out,) = prepared(raw(kl_coef=0.1, lam=0.5), s)
     assert out.advantages.tolist() == pytest.approx([0.475, 0.65])
     assert out.returns.tolist() == pytest.approx([0.675, 1.05])
 
 
 def test_with_lambda_and_gamma_1_advantages_are_returns_to_go_minus_values():
     s = sequence(4, old=[-1.0, -2.0, -0.5, -1.0], reference=-1.0, values=[0.3, -0.2, 0.5, 0.1], score=2.0)
-    algorithm = raw(kl=0.2, lam=1.0)
+    algorithm = raw(kl_coef=0.2, lam=1.0)
     (out,) = prepared(algorithm, s)
     to_go = np.cumsum(algorithm.rewards(s, 2.0, 0.2)[::-1])[::-1]
     assert out.advantages == pytest.approx(to_go - s.values, abs=1e-6)
@@ -103,12 +103,12 @@ def test_with_lambda_and_gamma_1_advantages_are_returns_to_go_minus_values():
 
 def test_with_lambda_0_advantages_are_temporal_differences():
     s = sequence(3, values=[0.3, -0.2, 0.5], score=2.0)
-    (out,) = prepared(raw(kl=0.0, lam=0.0, gamma=0.9), s)
+    (out,) = prepared(raw(kl_coef=0.0, lam=0.0, gamma=0.9), s)
     assert out.advantages.tolist() == pytest.approx([0.9 * -0.2 - 0.3, 0.9 * 0.5 + 0.2, 2.0 - 0.5])
 
 
 def test_only_a_terminal_score_and_no_values_give_the_score_everywhere():
-    (out,) = prepared(raw(kl=0.0, lam=1.0), sequence(5, score=1.7))
+    (out,) = prepared(raw(kl_coef=0.0, lam=1.0), sequence(5, score=1.7))
     assert out.advantages.tolist() == pytest.approx([1.7] * 5)
 
 
@@ -125,7 +125,7 @@ def test_whitening_is_over_all_tokens_of_the_iteration_and_spares_the_returns():
 def test_missing_eos():
     cut, done = (sequence(2, score=5.0, finish_reason=reason) for reason in ("length", "stop"))
     for knobs, returns in (({}, [5.0, 5.0]), ({"missing_eos_score": -1.0}, [-1.0, 5.0])):
-        out = prepared(raw(kl=0.0, lam=1.0, **knobs), cut, done)
+        out = prepared(raw(kl_coef=0.0, lam=1.0, **knobs), cut, done)
         assert [s.returns.tolist() for s in out] == [[r, r] for r in returns]
 
 
@@ -142,7 +142,7 @@ def test_scores_fall_back_to_win_rates():
 
 def test_what_prepare_lacks_is_named():
     with pytest.raises(ValueError, match=r"sequence\.values"):
-        prepared(Ppo(kl=0.0), sequence(1).with_(values=None))
+        prepared(Ppo(kl_coef=0.0), sequence(1).with_(values=None))
     with pytest.raises(ValueError, match=r"sequence\.reference"):
         prepared(raw(), sequence(1).with_(reference=None))
     with pytest.raises(ValueError, match="values_BT"):
@@ -156,7 +156,7 @@ def learned(algorithm: Ppo, steps: int = 4) -> np.ndarray:
     """Logits after the first iteration of a toy policy that starts as its own reference: several optimizer steps on one batch."""
     learner = ToyLearner(3, algorithm, base="base")
     drawn = [TrainSequence(prompt_ids=(0,), response_ids=(token, token), score=float(token == 1)) for token in (0, 1, 2)]
-    logprobs = learner.score(drawn)
+    logprobs = learner.logprobs(drawn)
     filled = [
         s.with_(old=p, reference=p, behaviour=p, values=np.zeros(2, np.float32)) for s, p in zip(drawn, logprobs, strict=True)
     ]
@@ -166,23 +166,24 @@ def learned(algorithm: Ppo, steps: int = 4) -> np.ndarray:
 
 
 def test_a_kl_in_the_loss_holds_the_policy_back_within_the_first_iteration():
-    free, held = learned(Ppo(kl=0.0)), learned(Ppo(kl=5.0))
+    free, held = learned(Ppo(kl_coef=0.0)), learned(Ppo(kl_coef=5.0))
     assert free[1] > held[1] + 0.02 > 0.02
-    assert np.array_equal(learned(Ppo(kl=0.0), steps=1), learned(Ppo(kl=5.0), steps=1))  # at the reference it has no gradient
+    # At the reference it has no gradient.
+    assert np.array_equal(learned(Ppo(kl_coef=0.0), steps=1), learned(Ppo(kl_coef=5.0), steps=1))
     # In the reward it is that of the rollouts, which come from the reference: `check` says so.
-    assert np.array_equal(free, learned(Ppo(kl=5.0, kl_in="reward")))
+    assert np.array_equal(free, learned(Ppo(kl_coef=5.0, kl_in="reward")))
 
 
 def test_the_price_in_the_reward_is_adapted_by_what_earlier_iterations_measured():
-    algorithm = raw(kl=0.1, lam=1.0, target_kl=6.0, kl_horizon=1000)
+    algorithm = raw(kl_coef=0.1, lam=1.0, target_kl=6.0, kl_horizon=1000)
     s = sequence(2, old=-1.0, reference=[-1.5, -0.5])
     past = [{"kl_rollouts": 6.6, "responses": 500.0}, {}, {"kl_rollouts": 60.0, "responses": 1000.0}]
     price = 0.1 * 1.05 * 1.2
     assert prepared(algorithm, s, past=past)[0].returns.tolist() == pytest.approx([0.0, price * 0.5])
     assert prepared(algorithm, s)[0].returns.tolist() == pytest.approx([0.0, 0.05])
-    assert prepared(raw(kl=0.1, lam=1.0), s, past=past)[0].returns.tolist() == pytest.approx([0.0, 0.05])  # no target
+    assert prepared(raw(kl_coef=0.1, lam=1.0), s, past=past)[0].returns.tolist() == pytest.approx([0.0, 0.05])  # no target
     assert algorithm.figures([single(s)], past)["kl_coef"] == pytest.approx(price)
-    slower = raw(kl=0.1, lam=1.0, target_kl=6.0, kl_horizon=2000)
+    slower = raw(kl_coef=0.1, lam=1.0, target_kl=6.0, kl_horizon=2000)
     assert slower.figures([single(s)], past)["kl_coef"] == pytest.approx(0.1 * 1.025 * 1.1)
 
 
@@ -192,9 +193,9 @@ def test_the_price_in_the_reward_is_adapted_by_what_earlier_iterations_measured(
 def test_scores_are_normalized_by_all_scores_so_far():
     # 4 and 6 after 1 and 3: mean 3.5, variance (6.25 + 0.25 + 0.25 + 6.25) / 4
     past = [{"responses": 2.0, "score_mean": 2.0, "score_std": 1.0}]
-    out = prepared(Ppo(kl=0.0, lam=1.0), sequence(2, score=4.0), sequence(1, score=6.0), past=past)
+    out = prepared(Ppo(kl_coef=0.0, lam=1.0), sequence(2, score=4.0), sequence(1, score=6.0), past=past)
     assert [s.returns[-1] for s in out] == pytest.approx([0.5 / 3.25**0.5, 2.5 / 3.25**0.5], rel=1e-6)
-    assert [s.returns[-1] for s in prepared(Ppo(kl=0.0, lam=1.0), sequence(1, score=4.0), sequence(1, score=6.0))] == [
+    assert [s.returns[-1] for s in prepared(Ppo(kl_coef=0.0, lam=1.0), sequence(1, score=4.0), sequence(1, score=6.0))] == [
         -1.0,
         1.0,
     ]
@@ -202,14 +203,14 @@ def test_scores_are_normalized_by_all_scores_so_far():
 
 def test_rewards_are_whitened_and_keep_their_mean():
     # Rewards 0, 0, 3: mean 1, unbiased variance 3
-    out = prepared(raw(kl=0.0, lam=1.0, gamma=0.0, whiten_rewards=True), sequence(3, score=3.0))
+    out = prepared(raw(kl_coef=0.0, lam=1.0, gamma=0.0, whiten_rewards=True), sequence(3, score=3.0))
     assert out[0].returns.tolist() == pytest.approx([1 - 1 / 3**0.5, 1 - 1 / 3**0.5, 1 + 2 / 3**0.5])
 
 
 def test_figures_by_hand():
     one = sequence(2, old=-1.0, reference=[-1.5, -2.0], values=[1.0, 2.0], score=4.0)
     other = sequence(1, old=-1.0, reference=-0.5, values=0.5, score=2.0, finish_reason="length")
-    figures = raw(lam=1.0, kl=0.5, missing_eos_score=0.0).figures([single(one), single(other)])
+    figures = raw(lam=1.0, kl_coef=0.5, missing_eos_score=0.0).figures([single(one), single(other)])
     # k1: 0.5 and 1.0; -0.5. Returns: 4 - 0.25 - 0.5, 4 - 0.5; 0 + 0.25
     returns, values_ = np.array([3.25, 3.5, 0.25]), np.array([1.0, 2.0, 0.5])
     assert figures == pytest.approx(
@@ -223,20 +224,20 @@ def test_figures_by_hand():
         }
     )
     assert raw().figures([]) == {}
-    assert "explained_variance" not in raw(kl=0.0, lam=1.0).figures([single(sequence(2, score=1.0))])  # nothing to explain
+    assert "explained_variance" not in raw(kl_coef=0.0, lam=1.0).figures([single(sequence(2, score=1.0))])  # nothing to explain
 
 
 def test_a_perfect_critic_explains_everything_and_a_constant_one_nothing():
     def explained(*values_):
         sequences = [sequence(1, values=v, score=s) for v, s in zip(values_, (1.0, 3.0), strict=True)]
-        return raw(kl=0.0, lam=1.0).figures([single(s) for s in sequences])["explained_variance"]
+        return raw(kl_coef=0.0, lam=1.0).figures([single(s) for s in sequences])["explained_variance"]
 
     assert explained(1.0, 3.0) == pytest.approx(1.0)
     assert explained(7.0, 7.0) == pytest.approx(0.0)
 
 
 def test_in_the_warm_up_only_the_critic_learns():
-    algorithm = Ppo(critic_warmup=2, entropy_coef=0.1, kl=0.5, vf_coef=1.0)
+    algorithm = Ppo(critic_warmup=2, entropy_coef=0.1, kl_coef=0.5, vf_coef=1.0)
     s = sequence(2, reference=-1.0, old=-0.5, behaviour=-0.5, values=[1.0, 2.0], score=1.0)
     entropy = torch.ones(1, 2, dtype=torch.float64, requires_grad=True)
     one = {"responses": 1.0, "score_mean": 0.0, "score_std": 1.0}
@@ -278,8 +279,8 @@ def test_the_critic_learns_returns_of_any_size(level):
                 optimizer.step()
         return past[-1]["explained_variance"]  # of the values before the last iteration's training
 
-    assert explained(Ppo(kl=0.0)) > 0.9
-    assert explained(Ppo(kl=0.0, normalize_scores=False, value_clip=0.2)) < 0.05
+    assert explained(Ppo(kl_coef=0.0)) > 0.9
+    assert explained(Ppo(kl_coef=0.0, normalize_scores=False, clip_range_value=0.2)) < 0.05
 
 
 def test_on_policy_the_policy_loss_is_minus_the_mean_advantage():
@@ -301,16 +302,16 @@ def test_value_loss_at_the_old_values_is_half_the_mean_square():
 def test_value_loss_stops_at_the_clip():
     # V = 1 came from V_old = 0 and overshot clip 0.2 on the way to R = 2: error of 0.2 counts, no gradient
     items = [single(sequence(1, values=0.0, returns=2.0))]
-    mean, _, gradient, _, _ = loss_of(Ppo(vf_coef=1.0, value_clip=0.2), items, [0.0], [1.0])
+    mean, _, gradient, _, _ = loss_of(Ppo(vf_coef=1.0, clip_range_value=0.2), items, [0.0], [1.0])
     assert mean == pytest.approx(0.5 * 1.8**2, rel=1e-6)
     assert gradient.item() == 0.0
-    mean, _, gradient, _, _ = loss_of(Ppo(vf_coef=1.0, value_clip=None), items, [0.0], [1.0])
+    mean, _, gradient, _, _ = loss_of(Ppo(vf_coef=1.0, clip_range_value=None), items, [0.0], [1.0])
     assert (mean, gradient.item()) == (pytest.approx(0.5), pytest.approx(-1.0))
 
 
 def test_kl_in_the_loss_has_the_value_of_k3_and_the_gradient_of_k2():
     items = [single(sequence(2, reference=-1.0))]
-    algorithm = Ppo(kl=0.5, kl_in="loss", vf_coef=0.0)
+    algorithm = Ppo(kl_coef=0.5, kl_in="loss", vf_coef=0.0)
     mean, gradient, _, metrics, _ = loss_of(algorithm, items, [0.0], [0.0])  # d = 1
     assert mean == pytest.approx(0.5 * 0.36787944, rel=1e-6)
     assert gradient[0].tolist() == pytest.approx([0.25, 0.25])
@@ -321,7 +322,7 @@ def test_kl_in_the_loss_has_the_value_of_k3_and_the_gradient_of_k2():
 def test_entropy_bonus():
     items = [single(sequence(2))]
     entropy = torch.tensor([[1.0, 3.0]], dtype=torch.float64)
-    mean, _, _, metrics, _ = loss_of(Ppo(entropy_coef=0.1, kl=0.0), items, [0.0], [0.0], entropy_BT=entropy)
+    mean, _, _, metrics, _ = loss_of(Ppo(entropy_coef=0.1, kl_coef=0.0), items, [0.0], [0.0], entropy_BT=entropy)
     assert mean == pytest.approx(-0.2)
     assert metrics["entropy"] == pytest.approx(2.0)
     assert Ppo(entropy_coef=0.1).needs.entropy
@@ -331,7 +332,7 @@ def test_entropy_bonus():
 
 def test_without_kl_no_reference_is_needed():
     assert (Ppo().needs.reference, Ppo().reference) == (True, "fixed")
-    assert (Ppo(kl=0.0).needs.reference, Ppo(kl=0.0).reference) == (False, "none")
+    assert (Ppo(kl_coef=0.0).needs.reference, Ppo(kl_coef=0.0).reference) == (False, "none")
 
 
 def test_policy_part_agrees_with_trl():
@@ -342,7 +343,7 @@ def test_policy_part_agrees_with_trl():
 
     items = [single(sequence(n, old=draw(n), behaviour=draw(n), advantages=rng.standard_normal(n))) for n in lengths]
     rows = [draw(n) for n in lengths]
-    mean, gradient, _, metrics, batch = loss_of(Ppo(vf_coef=0.0, kl=0.0), items, rows, [0.0] * 3)
+    mean, gradient, _, metrics, batch = loss_of(Ppo(vf_coef=0.0, kl_coef=0.0), items, rows, [0.0] * 3)
     assert metrics["clip_high"] + metrics["clip_low"] > 0
     logprobs = spread(rows, batch).nan_to_num().requires_grad_()
     expected = grpo_loss(

@@ -10,8 +10,8 @@ from trl_losses import dpo_loss
 
 from onlinerl.algorithms.sppo import Sppo
 
-VARIANTS = [{}, {"train": "all"}]
-KNOBS = {"eta": [({}, 10.0)], "train": [({}, "all")]}
+VARIANTS = [{}, {"pairs": "all"}]
+KNOBS = {"eta": [({}, 10.0)], "pairs": [({}, "all")]}
 NAN = float("nan")
 CYCLE = ((NAN, 0.9, 0.2), (0.1, NAN, 0.7), (0.8, 0.3, NAN))
 
@@ -29,7 +29,7 @@ def test_value_by_hand():
 
 def test_even_game_at_the_reference_has_no_loss_and_no_gradient():
     items = [single(sequence(3, reference=-1.0, win_rate=0.5))]
-    loss, gradient, _, _ = evaluate(Sppo(train="all"), items, [-1.0])
+    loss, gradient, _, _ = evaluate(Sppo(pairs="all"), items, [-1.0])
     assert loss == 0
     assert gradient.abs().max() == 0
 
@@ -37,14 +37,14 @@ def test_even_game_at_the_reference_has_no_loss_and_no_gradient():
 def test_minimum_is_where_the_log_ratio_is_eta_times_the_centred_win_rate():
     # eta 10, win rate 0.75: target 2.5 nats over 5 tokens
     items = [single(sequence(5, reference=-1.0, win_rate=0.75))]
-    loss, gradient, _, _ = evaluate(Sppo(eta=10.0, train="all"), items, [-0.5])
+    loss, gradient, _, _ = evaluate(Sppo(eta=10.0, pairs="all"), items, [-0.5])
     assert loss == pytest.approx(0, abs=1e-12)
     assert gradient.abs().max() == 0
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.4, 0.75])
 def test_gradient_at_the_reference_points_away_from_the_centred_win_rate(rate):
-    _, gradient, _, _ = evaluate(Sppo(eta=100.0, train="all"), [single(sequence(2, win_rate=rate))], [0.0])
+    _, gradient, _, _ = evaluate(Sppo(eta=100.0, pairs="all"), [single(sequence(2, win_rate=rate))], [0.0])
     assert gradient[0].tolist() == pytest.approx([-2 * 100.0 * (rate - 0.5)] * 2, rel=1e-6)
 
 
@@ -58,7 +58,7 @@ def test_best_and_worst_of_the_matrix_are_trained_with_their_own_win_rates():
 
 
 def test_the_matrix_is_not_rebuilt_from_scores():
-    items = items_of(Sppo(train="all"), judged([1, 2, 3], preferences=CYCLE, scores=(9.0, 0.0, -9.0)))
+    items = items_of(Sppo(pairs="all"), judged([1, 2, 3], preferences=CYCLE, scores=(9.0, 0.0, -9.0)))
     assert [item.sequences[0].win_rate for item in items] == pytest.approx([1.6 / 3, 1.3 / 3, 1.6 / 3])
     assert [item.sequences[0].score for item in items] == [9.0, 0.0, -9.0]
 
@@ -71,7 +71,7 @@ def test_a_group_of_ties_still_holds_the_policy_to_the_reference():
 
 def test_one_response_has_nothing_to_win_against():
     assert Sppo().items(judged([1], scores=(1.0,)), []) == ([], {"single": 1})
-    assert Sppo(train="all").items(judged([1], scores=(1.0,)), []) == ([], {"single": 1})
+    assert Sppo(pairs="all").items(judged([1], scores=(1.0,)), []) == ([], {"single": 1})
 
 
 def test_two_targets_for_one_response_are_counted():
@@ -82,7 +82,7 @@ def test_two_targets_for_one_response_are_counted():
 
 
 def test_all_has_one_item_per_response():
-    assert [len(item.sequences) for item in items_of(Sppo(train="all"), judged([1, 2, 3], scores=(1.0, 0.0, 2.0)))] == [1, 1, 1]
+    assert [len(item.sequences) for item in items_of(Sppo(pairs="all"), judged([1, 2, 3], scores=(1.0, 0.0, 2.0)))] == [1, 1, 1]
 
 
 def test_metrics_show_the_achieved_log_ratios():
