@@ -6,7 +6,6 @@
 from importlib import import_module
 from typing import Any
 
-
 _FILES = ("training", "prompts", "rollouts", "labels", "plan", "records", "seeds", "tables", "phases")
 """Searched in this order; what a loss needs comes first."""
 
