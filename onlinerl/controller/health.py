@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from onlinerl.errors import EngineError, OracleError
-from onlinerl.types import Failure, Group, RejectReason, Verdict
+from onlinerl.types import Failure, Group, RejectReason, TrainRecord, Verdict
 
 TIE = 1e-9
 """Judgements that differ by less are the same."""
@@ -85,7 +84,7 @@ def nothing_to_learn(
     return None
 
 
-def check_idle(record: Mapping[str, Any], limit: int) -> None:
+def check_idle(record: TrainRecord, limit: int) -> None:
     """Stop after `limit` iterations in a row that gave nothing to learn: more would only cost. `record`: of the last training.
 
     Raises:

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from onlinerl import graph
 from onlinerl.controller import health
@@ -15,7 +14,7 @@ from onlinerl.controller.parts import Parts, reference_iteration
 from onlinerl.controller.report import Reporter
 from onlinerl.errors import StoreError, SyncError
 from onlinerl.protocols.store import ROLLOUTS, VERDICTS, Table
-from onlinerl.types import Failure, Group, Label, Prompt, SyncReport, Verdict
+from onlinerl.types import Failure, Group, Label, Prompt, SyncReport, TrainRecord, Verdict
 
 Answer = Verdict | Failure | None
 """What is known about a group once it has been dealt with; None: it was too small to be judged."""
@@ -126,8 +125,8 @@ class Iteration:
 
     def idle_before(self) -> int:
         """How many iterations right before this one gave nothing to learn."""
-        idle: int = self._train_record(self.number - 1).get("idle_in_a_row", 0)
-        return idle
+        before = self._train_record(self.number - 1)
+        return 0 if before is None else before.get("idle_in_a_row", 0)
 
     def check_idle(self) -> None:
         """After its last phase. The last iteration ends the run anyway.
@@ -135,15 +134,17 @@ class Iteration:
         Raises:
             OracleError: if too many iterations in a row gave nothing to learn.
         """
-        if 0 < self.number < self.parts.config.iterations:
-            health.check_idle(self._train_record(self.number), self.parts.config.training.max_idle_iterations)
+        record = self._train_record(self.number)
+        if record is not None and 0 < self.number < self.parts.config.iterations:
+            health.check_idle(record, self.parts.config.training.max_idle_iterations)
 
     def trained_before(self) -> bool:
         """Whether any earlier iteration has taken an optimizer step."""
-        return any(self._train_record(number).get("steps", 0) for number in range(1, self.number))
+        records = map(self._train_record, range(1, self.number))
+        return any(record is not None and record.get("steps", 0) for record in records)
 
-    def _train_record(self, number: int) -> dict[str, Any]:
-        return self.parts.store.phases(number).get("train", {})
+    def _train_record(self, number: int) -> TrainRecord | None:
+        return self.parts.store.phases(number).get("train")
 
     def large_enough(self, group: Group) -> bool:
         """Whether a group has as many usable responses as the algorithm needs."""

@@ -10,7 +10,6 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from onlinerl import graph
 from onlinerl.controller import phases, start
@@ -18,6 +17,7 @@ from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import Parts
 from onlinerl.controller.report import Reporter
 from onlinerl.graph import Task
+from onlinerl.types import PhaseRecord
 
 PATIENCE_S = 5.0
 """How long phases have to end by themselves when the run is stopped; after that nobody listens to them."""
@@ -41,7 +41,7 @@ class _Loop:
         self.stop = threading.Event()
         self.iterations: dict[int, Iteration] = {}
         self.running: dict[Task, threading.Thread] = {}
-        self.ended: queue.SimpleQueue[tuple[Task, dict[str, Any] | BaseException]] = queue.SimpleQueue()
+        self.ended: queue.SimpleQueue[tuple[Task, PhaseRecord | BaseException]] = queue.SimpleQueue()
 
     def run(self) -> int:
         left = self.unfinished()
@@ -83,13 +83,13 @@ class _Loop:
         except BaseException as error:  # noqa: BLE001  (raised again in the thread of the loop)
             self.ended.put((task, error))
 
-    def finish(self, task: Task, record: dict[str, Any]) -> None:
+    def finish(self, task: Task, record: PhaseRecord) -> None:
         t, name = task
         self.parts.store.finish_phase(t, name, record)
         self.done[t].add(name)
         self.iterations[t].finished(name)
         self.parts.tracker.phase_finished(t, name, record["seconds"])
-        self.report.phase(t, name, record["seconds"], record)
+        self.report.phase(t, name, record["seconds"])
         if name == "commit":
             self.iterations.pop(t).check_idle()
 

@@ -18,7 +18,7 @@ from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import per_iteration, per_step
 from onlinerl.protocols.tracker import Tracker
-from onlinerl.types import Metric, SelfTest, SyncReport, UpdateReport, Verdict
+from onlinerl.types import MeasureRecord, Metric, SelfTest, SyncReport, UpdateReport, Verdict
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Reporter:
         """For a run with these parts."""
         return cls(parts.tracker, attempt, CATALOGUE.including(parts.algorithm.metrics, parts.config.algorithm["name"]))
 
-    def phase(self, iteration: int, phase: str, seconds: float, record: Mapping[str, Any]) -> None:
+    def phase(self, iteration: int, phase: str, seconds: float) -> None:
         """Exclusive wall time of a phase."""
         self._log(iteration, self._one("phase_seconds", seconds, labels={"phase": phase}))
 
@@ -143,8 +143,8 @@ class Reporter:
             self._one("logp_mismatch_k3", gap.k3, n=gap.tokens),
         )
 
-    def evaluated(self, iteration: int, measured: evaluation.Measured) -> dict[str, Any]:
-        """Held-out figures. Returns the record that `show` reads."""
+    def evaluated(self, iteration: int, measured: evaluation.Measured, oracle_calls: int) -> MeasureRecord:
+        """Held-out figures, and how many calls of the oracle they took. Returns the record that `show` reads."""
         now = measured.answers
         reward, length, cut = evaluation.reward(now), evaluation.length(now), evaluation.truncated(now)
         oracle_version = next((v.oracle_version for v in now.verdicts.values() if isinstance(v, Verdict)), None)
@@ -184,6 +184,7 @@ class Reporter:
             "truncated": cut.value,
             "logp_mismatch": measured.mismatch.mean,
             "insufficient": sorted({m.name for m in metrics if m.insufficient}),
+            "oracle_calls": oracle_calls,
         }
 
     def _divergence(self, name: str, reference: str, kl: Divergence, common: Mapping[str, Any]) -> list[Metric]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,7 +38,7 @@ class Run(Protocol):
         """How the run stands."""
         ...
 
-    def phases(self, iteration: int) -> dict[str, dict[str, Any]]:
+    def phases(self, iteration: int) -> Mapping[str, Any]:
         """Finished phases of an iteration and their records."""
         ...
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
-from onlinerl.types import Group, Label, LogProbs, Prompt, TrainedPair
+from onlinerl.types import Group, Label, LogProbs, PhaseRecord, PhaseRecords, Prompt, TrainedPair
 
 Kind = Literal["checkpoints", "exports"]
 """What an iteration keeps beside its tables."""
@@ -91,11 +91,11 @@ class Store(Protocol):
         """Room on the disk for what the memory has no room for, as long as the block lasts."""
         ...
 
-    def finish_phase(self, iteration: int, phase: str, record: Mapping[str, Any]) -> None:
+    def finish_phase(self, iteration: int, phase: str, record: PhaseRecord) -> None:
         """Mark a phase of an iteration as done, with what later phases and `show` need to know about it."""
         ...
 
-    def phases(self, iteration: int) -> dict[str, dict[str, Any]]:
+    def phases(self, iteration: int) -> PhaseRecords:
         """Finished phases of an iteration and their records, in the order in which they finished."""
         ...
 

@@ -35,7 +35,7 @@ from onlinerl.stores._lock import Lock, caveat
 from onlinerl.stores._scratch import Scratch, scratch
 from onlinerl.stores._tables import TableFiles
 from onlinerl.stores.tables import StoredTable
-from onlinerl.types import Group, Label, LogProbs, Prompt, TrainedPair
+from onlinerl.types import Group, Label, LogProbs, PhaseRecords, Prompt, TrainedPair
 
 __all__ = ["RunDirectory"]
 
@@ -267,17 +267,17 @@ class RunDirectory:
         """Room on the disk for what the memory has no room for, as long as the block lasts."""
         return scratch(self.path)
 
-    def finish_phase(self, iteration: int, phase: str, record: Mapping[str, Any]) -> None:
+    def finish_phase(self, iteration: int, phase: str, record: Mapping[str, object]) -> None:
         """Mark a phase as done, durably. Numbers that are not finite are stored as null."""
         with self._writing():
-            phases = self.phases(iteration)
+            phases: dict[str, object] = {**self.phases(iteration)}
             phases.pop(phase, None)  # a phase that is done again was finished last
             self._make(self._folder(iteration))
             _manifest.update(self._folder(iteration), iteration=iteration, phases={**phases, phase: dict(record)})
 
-    def phases(self, iteration: int) -> dict[str, dict[str, Any]]:
+    def phases(self, iteration: int) -> PhaseRecords:
         """Finished phases and their records, in the order in which they finished."""
-        phases: dict[str, dict[str, Any]] = _manifest.read(self._folder(iteration)).get("phases", {})
+        phases: PhaseRecords = _manifest.read(self._folder(iteration)).get("phases", {})
         return phases
 
     def phase_done(self, iteration: int, phase: str) -> bool:

@@ -6,11 +6,12 @@
 from importlib import import_module
 from typing import Any
 
+_FILES = ("training", "prompts", "rollouts", "labels", "plan", "records", "seeds", "tables", "phases")
+"""Searched in this order; what a loss needs comes first."""
+
 
 def __getattr__(name: str) -> Any:
-    for part in (
-        ("training", "prompts", "rollouts", "labels", "plan", "records", "seeds", "tables") if not name.startswith("_") else ()
-    ):
+    for part in () if name.startswith("_") else _FILES:
         found = vars(import_module(f"{__name__}.{part}"))
         if name in found:
             return found[name]

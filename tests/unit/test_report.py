@@ -106,7 +106,7 @@ def measured() -> evaluation.Measured:
 
 def everything(report: Reporter, learner: dict[str, float], figures: dict[str, float]) -> None:
     """All that can happen in an iteration."""
-    report.phase(1, "sample", 1.0, {})
+    report.phase(1, "sample", 1.0)
     report.sampled(1, [Sampled.of(group) for group in GROUPS])
     report.labelled(1, ok=2, failed=1, spreads=[0.5, 0.5])
     report.asked(1, "label", 1, 3)
@@ -119,7 +119,7 @@ def everything(report: Reporter, learner: dict[str, float], figures: dict[str, f
     report.push_failed(1)
     now = measured()
     report.mismatch(1, now.mismatch)
-    report.evaluated(1, now)
+    report.evaluated(1, now, 9)
     fleet = FleetReporter(report.tracker, report.attempt)
     fleet.states(1, {"serving": 1, "dead": 1}, least=1)
     fleet.lost(1, 1, "replica 1", "died", "its process ended")

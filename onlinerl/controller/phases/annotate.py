@@ -10,7 +10,7 @@ from onlinerl.controller.feed import Feed
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import batched
 from onlinerl.protocols.store import LOGPROBS
-from onlinerl.types import Group, Judged, LogProbs, TrainSequence, Verdict
+from onlinerl.types import AnnotateRecord, Group, Judged, LogProbs, TrainSequence, Verdict
 
 AT_ONCE = 1024
 """Prompts whose responses get their log-probs in one go. More at once would only take memory."""
@@ -18,7 +18,7 @@ STREAMED = 32
 """The same while the engine still samples: few enough to begin early, enough to fill the learner's micro-batches."""
 
 
-def annotate(it: Iteration) -> dict[str, Any]:
+def annotate(it: Iteration) -> AnnotateRecord:
     """Log-probs of what will be trained on, in the order of the prompts, whatever arrived first."""
     table = it.parts.store.logprobs(it.number, LOGPROBS)
     it.parts.tracker.phase_started(it.number, "annotate", len(it.prompt_ids), "groups")

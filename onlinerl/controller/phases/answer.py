@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from onlinerl.controller import collect
 from onlinerl.controller.iteration import Iteration
 from onlinerl.protocols.store import EVALUATION
-from onlinerl.types import Request, Sampling, derive_seed
+from onlinerl.types import AnswerRecord, Request, Sampling, derive_seed
 
 
-def answer(it: Iteration) -> dict[str, Any]:
+def answer(it: Iteration) -> AnswerRecord:
     """One response to each, with the same seeds for every iterate."""
     config = it.parts.config
     # Divergences need temperature 1 and the whole vocabulary.

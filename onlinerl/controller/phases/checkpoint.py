@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from onlinerl.controller.iteration import Iteration
+from onlinerl.types import PhaseRecord
 
 
-def checkpoint(it: Iteration) -> dict[str, Any]:
+def checkpoint(it: Iteration) -> PhaseRecord:
     """Write export and checkpoint of this iterate."""
     config, store, learner = it.parts.config, it.parts.store, it.parts.learner
     store.require_free(it.parts.state_bytes, int(config.checkpoints.min_free_gib * 2**30))

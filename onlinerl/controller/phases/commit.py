@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from onlinerl import graph
 from onlinerl.controller.iteration import Iteration
+from onlinerl.types import CommitRecord
 
 
-def commit(it: Iteration) -> dict[str, Any]:
+def commit(it: Iteration) -> CommitRecord:
     """Remove old checkpoints and exports; the record says what became of the iterate."""
     config, store = it.parts.config, it.parts.store
     if it.number > 0:
@@ -19,5 +18,5 @@ def commit(it: Iteration) -> dict[str, Any]:
         if config.checkpoints.exports == "last":
             reference = it.reference()
             store.retain("exports", {it.number, it.number - 1, *newer, *([] if reference is None else [reference])})
-    idle = it.number > 0 and store.phases(it.number)["train"].get("idle")
+    idle = it.number > 0 and store.phases(it.number)["train"].get("idle") is not None
     return {"status": "keep" if idle else "promoted"}

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from onlinerl.controller import collect, health
 from onlinerl.controller.iteration import Iteration
-from onlinerl.types import Failure
+from onlinerl.types import Failure, LabelRecord
 
 
-def label(it: Iteration) -> dict[str, Any]:
+def label(it: Iteration) -> LabelRecord:
     """Ask the oracle about what is sampled."""
     sampled, labels = it.sampled(), it.labels()
     calls = collect.judge(it, sampled, len(it.prompt_ids), labels, "label", wanted=it.large_enough, feed=it.answers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -14,10 +13,10 @@ from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.statistics import Divergence, Estimate
 from onlinerl.errors import EngineError
 from onlinerl.protocols.store import BASE_LOGPROBS, EVALUATION, EVALUATION_VERDICTS
-from onlinerl.types import Failure, Group, LogProbs, Verdict
+from onlinerl.types import Failure, Group, LogProbs, MeasureRecord, Verdict
 
 
-def measure(it: Iteration) -> dict[str, Any]:
+def measure(it: Iteration) -> MeasureRecord:
     """Reward, divergences, win rates, and whether engine and learner agree."""
     config, learner = it.parts.config, it.parts.learner
     now, calls = _scored(it)
@@ -37,7 +36,7 @@ def measure(it: Iteration) -> dict[str, Any]:
     )
     it.report.mismatch(it.number, measured.mismatch)
     health.check_mismatch(measured.mismatch.k3, config.evaluation.max_mismatch_k3)
-    return it.report.evaluated(it.number, measured) | {"oracle_calls": calls + more}
+    return it.report.evaluated(it.number, measured, calls + more)
 
 
 def _scored(it: Iteration) -> tuple[evaluation.Evaluated, int]:
@@ -96,7 +95,7 @@ def _divergence(it: Iteration, now: evaluation.Evaluated, own: Sequence[np.ndarr
 
 
 def _forward_kl(it: Iteration, groups: Sequence[Group], own: Sequence[np.ndarray]) -> Estimate | None:
-    """From the base model's answers; its log-probs of them, from the learner's scorer like all others, are kept at iteration 0."""
+    """From the base model's answers; its log-probs of them, from the learner like all others, are kept at iteration 0."""
     table = it.parts.store.logprobs(0, BASE_LOGPROBS)
     if it.number == 0:
         if not table.sealed:

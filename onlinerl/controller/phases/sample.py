@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 from onlinerl.controller import collect
 from onlinerl.controller.iteration import Iteration
-from onlinerl.types import Request, derive_seed
+from onlinerl.types import Request, SampleRecord, derive_seed
 
 
-def sample(it: Iteration) -> dict[str, Any]:
+def sample(it: Iteration) -> SampleRecord:
     """Sample from the iterate before this one, or from the one before that (`schedule.max_lag`)."""
     config = it.parts.config
     prompts, next_cursor = it.prompts()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from onlinerl.controller.iteration import Iteration
+from onlinerl.types import SyncRecord
 
 
-def sync(it: Iteration) -> dict[str, Any]:
+def sync(it: Iteration) -> SyncRecord:
     """Push this iterate."""
     it.parts.tracker.phase_started(it.number, "sync", None, "")
     report = it.push()

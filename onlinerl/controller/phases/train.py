@@ -10,10 +10,10 @@ from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import learning_rates
 from onlinerl.errors import LearnerError
 from onlinerl.ops.schedule import schedule
-from onlinerl.types import TrainItem, UpdateReport, derive_seed
+from onlinerl.types import TrainItem, TrainRecord, UpdateReport, derive_seed
 
 
-def train(it: Iteration) -> dict[str, Any]:
+def train(it: Iteration) -> TrainRecord:
     """One pass of the learner over what was judged; no step at all where that gives nothing to learn."""
     with it.parts.store.scratch() as scratch:
         built = items.build(it, scratch)

@@ -1,0 +1,153 @@
+"""What a phase records when it is done: what later phases, a resume and `show` read of it.
+
+A record is JSON in the manifest of its iteration. That of an older version may lack keys: `get` is for those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+
+class PhaseRecord(TypedDict, total=False):
+    """Of any phase."""
+
+    seconds: float
+    """How long it worked, without `waited`."""
+    began: float
+    """Unix time."""
+    ended: float
+    """Unix time."""
+    waited: float
+    """Seconds in which it waited for the phase that it follows."""
+
+
+class SampleRecord(PhaseRecord):
+    """Of `sample`."""
+
+    samples: int
+    """Usable responses."""
+    tokens: int
+    prompts: int
+    truncated: int
+    """Responses that hit max_new_tokens."""
+    rejected: Mapping[str, int]
+    """Responses that could not be used, by reason."""
+    next_cursor: int
+    """Where the prompts of the next iteration begin."""
+    policy_version: int
+
+
+class LabelRecord(PhaseRecord):
+    """Of `label`."""
+
+    oracle_calls: int
+    failures: int
+
+
+class AnnotateRecord(PhaseRecord):
+    """Of `annotate`."""
+
+    sequences: int
+    reference: int | None
+    """The iterate that the reference log-probs are from."""
+
+
+class TrainRecord(PhaseRecord):
+    """Of `train`."""
+
+    steps: int
+    tokens: int
+    skipped: int
+    """Steps whose gradient was not finite."""
+    items: int
+    truncated: int
+    dropped: Mapping[str, int]
+    """What was not trained on, by reason."""
+    contradicted: int
+    figures: Mapping[str, float]
+    """What the algorithm remembers."""
+    idle: str | None
+    """Why there was nothing to learn."""
+    idle_in_a_row: int
+    loss_first: float | None
+    loss_last: float | None
+    reference: int | None
+    policy_version: int
+    """Of the policy that training started from."""
+    sampled_by: Sequence[int]
+    """Versions of the policy that sampled what was trained on."""
+
+
+class SyncRecord(PhaseRecord):
+    """Of `sync`; `SyncReport` says what each key means."""
+
+    bytes: int
+    proved: bool
+    backend: str
+    replicas: int
+    tensors_checked: int
+    canary_nats: float
+    parts: Mapping[str, float]
+
+
+class AnswerRecord(PhaseRecord):
+    """Of `answer`."""
+
+    samples: int
+    tokens: int
+
+
+class WinRate(TypedDict):
+    """A win rate with its interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+class MeasureRecord(PhaseRecord):
+    """Of `measure`: what an iterate is worth; the catalogue of metrics says what each figure is."""
+
+    reward: float
+    reward_interval: Sequence[float]
+    kl_ref: float
+    kl_prev: float
+    kl_ref_k1: float
+    kl_ref_k3: float
+    kl_estimator: str
+    kl_conflict: bool
+    kl_forward: float | None
+    entropy_token: float
+    win_rate: WinRate | None
+    """Against the base model."""
+    win_rate_prev: float | None
+    """Against the iterate before."""
+    length: float
+    truncated: float
+    logp_mismatch: float
+    insufficient: Sequence[str]
+    """Figures measured on too few prompts to decide by."""
+    oracle_calls: int
+
+
+class CommitRecord(PhaseRecord):
+    """Of `commit`."""
+
+    status: str
+    """What became of the iterate: `promoted`, or `keep` where there was nothing to learn."""
+
+
+class PhaseRecords(TypedDict, total=False):
+    """Of the finished phases of an iteration, by name; a phase that somebody adds to the graph has one too."""
+
+    sample: SampleRecord
+    label: LabelRecord
+    annotate: AnnotateRecord
+    train: TrainRecord
+    checkpoint: PhaseRecord
+    sync: SyncRecord
+    answer: AnswerRecord
+    measure: MeasureRecord
+    commit: CommitRecord
