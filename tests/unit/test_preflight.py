@@ -149,7 +149,7 @@ def check(toy_config, tmp_path):
 
 
 def test_check_counts_the_parameters(check, tiny_model):
-    checked = check()
+    checked = check(learner__dtype="bfloat16")
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
