@@ -301,6 +301,7 @@ def test_two_of_three_replicas_are_killed_and_stopped_twice_and_the_run_ends_as_
         tmp_path,
         tiny_llama,
         iterations=2,
+        prompts={"reuse": True},
         engine={"replicas": 3, "min_replicas": 2, "max_num_seqs": 2, "generate_timeout_s": 40, "max_restarts": 8},
         learner={"ranks": 1},
         sampling={"max_new_tokens": 100},
