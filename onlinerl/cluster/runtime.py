@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
@@ -33,7 +33,7 @@ class Cluster:
         self._config = config
         self._group: PlacementGroup | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
-        self.device = "cpu"
+        self.device: Literal["cpu", "cuda"] = "cpu"
         self.logs = ""
         """Folder of Ray's logs, and of everything that engine, learner and oracle print, on each machine of the cluster."""
         self.placements: list[Placement] = []
@@ -111,7 +111,7 @@ class Cluster:
             for each, handler in handlers.items():  # Ray installs its own, which would end the run without a clean-up
                 signal.signal(each, handler)
 
-    def _device(self) -> str:
+    def _device(self) -> Literal["cpu", "cuda"]:
         wanted = self._config.cluster.device
         deadline = time.monotonic() + self._config.cluster.wait_s
         while not (gpus := ray.cluster_resources().get("GPU", 0)) and wanted == "cuda":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from onlinerl.learners.deepspeed.memory import learner_rank
 from onlinerl.protocols.learner import LearnerConfig
+
+if TYPE_CHECKING:
+    from onlinerl.learners.deepspeed.rank import DeepSpeedRank
 
 
 class DeepSpeed(LearnerConfig):
@@ -35,7 +38,7 @@ class DeepSpeed(LearnerConfig):
         }
         return env | ({"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)} if device == "cpu" else {})
 
-    def rank(self, **settings: Any) -> Any:
+    def rank(self, **settings: Any) -> DeepSpeedRank:
         """Load the model."""
         from onlinerl.learners.deepspeed.rank import DeepSpeedRank
 

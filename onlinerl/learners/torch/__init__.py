@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onlinerl.protocols.learner import LearnerConfig
+
+if TYPE_CHECKING:
+    from onlinerl.learners.torch.rank import TorchRank
 
 
 class Torch(LearnerConfig):
@@ -29,7 +32,7 @@ class Torch(LearnerConfig):
         env = {"TOKENIZERS_PARALLELISM": "false", "VLLM_LOGGING_LEVEL": "WARNING", "ONLINERL_DIE_WITH_PARENT": "1"}
         return env | ({"OMP_NUM_THREADS": str(threads)} if device == "cpu" else {})
 
-    def rank(self, **settings: Any) -> Any:
+    def rank(self, **settings: Any) -> TorchRank:
         """Load the model."""
         from onlinerl.learners.torch.rank import TorchRank
 
