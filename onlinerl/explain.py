@@ -39,8 +39,8 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str, compone
     more = f" (and {error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _keys(model, path[:-1])
-        if issubclass(model, Component) and len(path) == 1 and "name" not in known:
-            known.append("name")
+        if issubclass(model, Component) and len(path) == 1 and model.chosen_by not in known:
+            known.append(model.chosen_by)
         now = synonyms.RENAMED.get(field)
         if now is not None and now.rpartition(".")[2] in known:
             return ConfigError(f"was renamed{more}", field=field, fix=f"write {now}")
@@ -74,9 +74,10 @@ def _fix(value: object, field: str, info: FieldInfo | None, component: bool) -> 
     """What a value that is refused should be."""
     section = _section(info)
     if component or section is not None:
-        named = component or (section is not None and "name" in section.model_fields)
+        key = section.chosen_by if section is not None and issubclass(section, Component) else "name"
+        named = component or (section is not None and key in section.model_fields)
         if named and isinstance(value, str):
-            return f"it is a section: write {field}.name={synonyms.name(value)}"
+            return f"it is a section: write {field}.{key}={synonyms.name(value)}"
         return f"it is a section: write {field}.KEY=VALUE" + (
             f", KEY one of {', '.join(section.model_fields)}" if section else ""
         )

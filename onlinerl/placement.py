@@ -55,7 +55,7 @@ def plan(config: RunConfig, device: str) -> list[Placement]:
         Placement(
             role=f"replica {i}",
             cpus=engine.cpus,
-            gpus=(0.5 if shared else engine.tensor_parallel_size) * gpu,
+            gpus=(0.5 if shared else engine.gpus) * gpu,
             resources=engine.resources,
             bundle=i if shared else learner.ranks + i,
         )
@@ -151,14 +151,6 @@ def require_shareable(config: RunConfig) -> None:
     Raises:
         ConfigError: naming the field.
     """
-    if config.sync.backend not in ("auto", "ipc"):
-        raise ConfigError(
-            f"{config.sync.backend} does not go between two processes on one GPU"
-            if config.sync.backend == "nccl"
-            else "takes the weights through host memory, though learner and replica share a GPU",
-            field="sync.backend",
-            fix="leave it out (ipc is chosen on shared GPUs), or set cluster.colocate=false",
-        )
     if config.learner.ranks != config.engine.replicas:
         raise ConfigError(
             f"colocated, each learner rank shares a GPU with one replica, but there are {config.learner.ranks} ranks and {config.engine.replicas} replicas",

@@ -24,6 +24,7 @@ from onlinerl.prompts._source import ShuffledPrompts, check_answers, check_overl
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
+from onlinerl.protocols.transport import Layout
 from onlinerl.types import Failure, Prompt, Query, Verdict
 
 GIB = 2**30
@@ -267,24 +268,16 @@ def _check_layout(config: RunConfig) -> None:
             fix="choose both of one kind, e.g. vllm with deepspeed (toy with toy in tests)",
         )
     placement.require_fleet(config)
-    if config.cluster.device == "cpu" and (config.cluster.colocate or config.sync.backend in ("nccl", "ipc")):
-        raise ConfigError(
-            "needs GPUs, and cluster.device is cpu",
-            field="cluster.colocate" if config.cluster.colocate else "sync.backend",
-            fix="leave it out on CPUs",
-        )
+    device = None if config.cluster.device == "auto" else config.cluster.device
+    if device == "cpu" and config.cluster.colocate:
+        raise ConfigError("needs GPUs, and cluster.device is cpu", field="cluster.colocate", fix="leave it out on CPUs")
     threads = config.engine.threads and config.learner.threads
     # On several machines it is known only once the parts have their places.
     same_cores = not config.engine.in_process and config.cluster.address is None and _runs_on_cpu(config) and not threads
     placement.require_apart(config, cores_are_shared=same_cores)
     if config.cluster.colocate:
         placement.require_shareable(config)
-    elif config.sync.backend == "ipc":
-        raise ConfigError(
-            "hands over memory inside one GPU, and learner and engine have GPUs of their own",
-            field="sync.backend",
-            fix="leave it out (nccl is chosen between GPUs), or set cluster.colocate=true",
-        )
+    config.sync.check(Layout(device=device, colocated=config.cluster.colocate, joins=config.engine.joins_transfers))
 
 
 def _check_lengths(checked: Checked, model: Path) -> None:

@@ -20,10 +20,11 @@ from onlinerl.controller.parts import Parts
 from onlinerl.errors import ConfigError
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.preflight import Checked
-from onlinerl.protocols.engine import InProcessEngine
+from onlinerl.protocols.engine import InProcessEngine, ReplicaSettings
 from onlinerl.protocols.learner import InProcessLearner
 from onlinerl.protocols.oracle import ModelOracle, Oracle
 from onlinerl.protocols.tracker import Tracked, Tracker
+from onlinerl.protocols.transport import Layout
 from onlinerl.stores import scaling
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.trackers.console import OnConsole
@@ -48,7 +49,7 @@ def on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Itera
     from onlinerl.cluster.oracle import PlacedOracle
     from onlinerl.cluster.pool import EnginePool
     from onlinerl.cluster.runtime import Cluster
-    from onlinerl.cluster.sync import WeightPush, choose_backend
+    from onlinerl.cluster.sync import WeightPush
 
     config, algorithm = checked.config, checked.algorithm
     tracker.phase_started(0, "start", None, "")
@@ -56,15 +57,18 @@ def on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Itera
     with Cluster(config) as cluster:
         store.update_manifest(logs=cluster.logs)
         tracker.note(f"logs of all processes: {cluster.logs}")
-        require_gpus(cluster.device, config.cluster.colocate, config.sync.backend)
+        require_gpus(cluster.device, config.cluster.colocate)
         placement.require_apart(config, cores_are_shared=cluster.share_cores())
-        backend = choose_backend(config.sync.backend, cluster.device, config.cluster.colocate)
-        settings = {
-            "device": cluster.device,
-            "max_model_len": checked.max_model_len,
-            "sync_backend": backend,
-            "seed": config.seed,
-        }
+        transport = config.sync.resolve(
+            Layout(device=cluster.device, colocated=config.cluster.colocate, joins=config.engine.joins_transfers)
+        )
+        settings = ReplicaSettings(
+            device=cluster.device,
+            colocated=config.cluster.colocate,
+            max_model_len=checked.max_model_len,
+            transport=transport,
+            seed=config.seed,
+        )
         pool: EnginePool | None = None
         learner: LearnerGroup | None = None
         oracle: Oracle = checked.oracle
@@ -80,7 +84,7 @@ def on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Itera
                 checked = replace(checked, oracle_scores=probed(checked, oracle).scores is not None)
             turns.learner_starts(learner)
             asked = canary(checked.heldout, config.evaluation.canary)
-            sync = WeightPush(learner, pool, turns, config.sync, config.engine, backend, asked)
+            sync = WeightPush(learner, pool, turns, transport, config.engine, asked)
             shared = config.cluster.colocate or cluster.share_cores()
             yield _wire(
                 checked, store, tracker, asker=Asker(oracle), engine=pool, learner=learner, sync=sync, shared_hardware=shared

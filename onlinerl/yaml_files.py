@@ -97,8 +97,9 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any], choices: Choices) -> d
     for key, value in over.items():
         old = merged.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
-            if "name" in value:
-                old = _kept(old, f"{key}.name", value["name"], choices)
+            for leaf in value:
+                if f"{key}.{leaf}" in choices:
+                    old = _kept(old, f"{key}.{leaf}", value[leaf], choices)
             merged[key] = _merge(dict(old), value, choices)
         else:
             merged[key] = value
@@ -117,7 +118,7 @@ def _load(text: str, where: str) -> Any:
 def _kept(section: Mapping[str, Any], key: str, name: Any, choices: Choices) -> dict[str, Any]:
     """What stays of a section when `key` chooses an implementation: all if it is the same, else what every one of them has."""
     default, common = choices.get(key, (None, ()))
-    if key not in choices or name == section.get("name", default):
+    if key not in choices or name == section.get(key.rpartition(".")[2], default):
         return dict(section)
     return {k: v for k, v in section.items() if k in common}
 

@@ -183,7 +183,6 @@ PRELOADED = [
     "onlinerl.app",
     "onlinerl.engines.toy",
     "onlinerl.learners.toy",
-    "onlinerl.sync.toy",
     "onlinerl.trackers.prometheus",
     "onlinerl.oracles.python",
     "onlinerl.oracles.sentiment",

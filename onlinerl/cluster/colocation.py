@@ -167,15 +167,11 @@ class Turns:
         )
 
 
-def require_gpus(device: str, colocate: bool, backend: str) -> None:
-    """Refuse what needs GPUs on a cluster that turned out to have none (`cluster.device: auto`).
+def require_gpus(device: str, colocate: bool) -> None:
+    """Refuse to share GPUs on a cluster that turned out to have none (`cluster.device: auto`).
 
     Raises:
         ConfigError: naming the field.
     """
-    if device == "cpu" and (colocate or backend in ("nccl", "ipc")):
-        raise ConfigError(
-            "needs GPUs, and the cluster has none",
-            field="cluster.colocate" if colocate else "sync.backend",
-            fix="leave it out on CPUs",
-        )
+    if device == "cpu" and colocate:
+        raise ConfigError("needs GPUs, and the cluster has none", field="cluster.colocate", fix="leave it out on CPUs")

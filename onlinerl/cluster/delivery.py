@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 
 from onlinerl.cluster.replica import Replica, TokenPair, outcomes
 from onlinerl.errors import OnlineRLError, SyncError
-from onlinerl.sync import proof
+from onlinerl.protocols.engine import EngineReplica
+from onlinerl.transports import _proof as proof
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +45,9 @@ class Delivered:
         failed: dict[str, OnlineRLError] = {}
         worst = 0.0
 
-        def ask(what: str, check: Callable[[str, Any], float | None], method: str = "", *args: Any) -> None:
+        def ask(what: str, question: Callable[[Replica], Future[Any]], check: Callable[[str, Any], float | None]) -> None:
             nonlocal worst
-            asked = [r for r in replicas if r.name not in failed]
-            futures = {r.name: r.call(method, *args) if method else r.logprobs(self.canary) for r in asked}
+            futures = {r.name: question(r) for r in replicas if r.name not in failed}
             for name, answer in outcomes(futures, left(), SyncError, what).items():
                 try:
                     if isinstance(answer, OnlineRLError):
@@ -55,9 +56,17 @@ class Delivered:
                 except OnlineRLError as error:
                     failed[name] = error
 
-        ask("weight_version", lambda name, got: proof.check_version(self.version, [got], [name]), "weight_version")
-        ask("received", lambda name, got: self._check_digests(name, got, known=known), "received")
-        ask("log-probs", self.check_canary)
+        ask(
+            "saying its version",
+            lambda r: r.call(EngineReplica.weight_version),
+            lambda name, got: proof.check_version(self.version, [got], [name]),
+        )
+        ask(
+            "saying what it received",
+            lambda r: r.call(EngineReplica.received),
+            lambda name, got: self._check_digests(name, got, known=known),
+        )
+        ask("log-probs of the canary", lambda r: r.logprobs(self.canary), self.check_canary)
         return worst, failed
 
     def check_canary(self, name: str, logprobs: Sequence[np.ndarray]) -> float:

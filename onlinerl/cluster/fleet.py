@@ -18,7 +18,7 @@ from onlinerl.cluster.replica import Replica, outcome
 from onlinerl.cluster.states import ReplicaState
 from onlinerl.controller.fleet import FleetReporter, Reason
 from onlinerl.errors import EngineError, OnlineRLError
-from onlinerl.protocols.engine import EngineConfig
+from onlinerl.protocols.engine import EngineConfig, EngineReplica
 from onlinerl.types import Request, Sampling
 
 RESTARTS = 3
@@ -306,7 +306,7 @@ class Fleet:
 
     def silent(self, replicas: Sequence[Replica]) -> dict[Replica, OnlineRLError]:
         """Which of these do not answer at all, and what is wrong with them. All of the engine behind a replica has to answer."""
-        asked = {r: r.call("process_ids") for r in replicas}
+        asked = {r: r.call(EngineReplica.process_ids) for r in replicas}
         answers = {r: _within(future, r.name, PING_S) for r, future in asked.items()}
         return {r: answer for r, answer in answers.items() if isinstance(answer, OnlineRLError)}
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -16,12 +16,12 @@ from onlinerl.cluster.runtime import Cluster, explained, get
 from onlinerl.config import RunConfig
 from onlinerl.errors import LearnerError, LearnerLost, OnlineRLError
 from onlinerl.learners._self_test import combine
-from onlinerl.network import free_port
 from onlinerl.ops.batching import plan_step
 from onlinerl.protocols.algorithm import Algorithm
-from onlinerl.protocols.learner import LearnerConfig, RankSettings
+from onlinerl.protocols.learner import LearnerConfig, LearnerRank, RankSettings
 from onlinerl.types import SelfTest, TrainItem, TrainSequence, UpdateReport
 
+T = TypeVar("T")
 LOST_S = 10.0
 """How long after the failure of one rank it may take until it is known that another one is gone."""
 
@@ -36,9 +36,9 @@ class RankActor:
 
         from torch.distributed import TCPStore
 
-        self.address = ray.util.get_node_ip_address()
-        self._store = TCPStore(self.address, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
-        return self.address, self._store.port
+        address = ray.util.get_node_ip_address()
+        self._store = TCPStore(address, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+        return address, self._store.port
 
     def start(self, address: str, port: int, rank: int, config: LearnerConfig, settings: RankSettings) -> None:
         """Meet the others and load the model."""
@@ -48,15 +48,10 @@ class RankActor:
 
         timeout = timedelta(seconds=config.start_timeout_s)
         store = self._store if rank == 0 else TCPStore(address, port, timeout=timeout)
-        self.address = address
-        self._rank = config.rank(settings, rank=rank, store=store, address=address)
-
-    def free_port(self) -> int:
-        """A port that is free on this rank's machine."""
-        return free_port(self.address)
+        self._rank: LearnerRank = config.rank(settings, rank=rank, store=store, address=address)
 
     def call(self, method: str, *args: Any) -> Any:
-        """Any method of the rank."""
+        """A method of the rank, by its name in `LearnerRank`; `LearnerGroup.call` is how it is asked for."""
         return getattr(self._rank, method)(*args)
 
 
@@ -74,6 +69,8 @@ class LearnerGroup:
     def __init__(self, cluster: Cluster, config: RunConfig, algorithm: Algorithm, temperature: float, turns: Turns) -> None:
         self._config, self._algorithm, self._turns = config.learner, algorithm, turns
         self._model = config.model
+        self.dtype: str = config.learner.dtype
+        """Of its weights."""
         ranks = config.learner.ranks
         threads = config.learner.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
         env = config.learner.environment(cluster.device, threads)
@@ -108,43 +105,43 @@ class LearnerGroup:
         """
         get(self._started, timeout_s=self._config.start_timeout_s, error=LearnerError, what="starting the learner")
 
-    def free_port(self) -> int:
-        """A port that is free on the machine of rank 0."""
-        port: int = get(self.actors[0].free_port.remote(), timeout_s=60, error=LearnerError, what="finding a port")
-        return port
-
-    def call(self, method: str, *args: Any, timeout_s: float | None = None, turn: Turn = "learner") -> list[Any]:
-        """The same method with the same arguments on every rank."""
+    def call(self, method: Callable[..., T], *args: Any, timeout_s: float | None = None, turn: Turn = "learner") -> list[T]:
+        """The same method of `LearnerRank` with the same arguments on every rank."""
         return self.scatter(method, [args] * len(self.actors), timeout_s=timeout_s, turn=turn)
 
     def scatter(
-        self, method: str, arguments: Sequence[tuple[Any, ...]], timeout_s: float | None = None, turn: Turn = "learner"
-    ) -> list[Any]:
+        self,
+        method: Callable[..., T],
+        arguments: Sequence[tuple[Any, ...]],
+        timeout_s: float | None = None,
+        turn: Turn = "learner",
+    ) -> list[T]:
         """The same method on every rank, each with its own arguments. `turn`: when it may happen (`both`: during a push)."""
         self._turns.need(turn)
         return self._on_all(method, arguments, timeout_s)
 
     def offload(self, what: str, timeout_s: float | None = None) -> None:
         """Give the GPUs' memory to the engine: "optimizer" is all but the policy's weights, "all" is all."""
-        self._on_all("offload", [(what,)] * len(self.actors), timeout_s)
+        self._on_all(LearnerRank.offload, [(what,)] * len(self.actors), timeout_s)
 
     def reload(self, timeout_s: float | None = None) -> None:
         """Take it back."""
-        self._on_all("reload", [()] * len(self.actors), timeout_s)
+        self._on_all(LearnerRank.reload, [()] * len(self.actors), timeout_s)
 
-    def _on_all(self, method: str, arguments: Sequence[tuple[Any, ...]], timeout_s: float | None) -> list[Any]:
-        refs = {n: a.call.remote(method, *args) for n, a, args in zip(self.names, self.actors, arguments, strict=True)}
+    def _on_all(self, method: Callable[..., T], arguments: Sequence[tuple[Any, ...]], timeout_s: float | None) -> list[T]:
+        name = method.__name__
+        refs = {n: a.call.remote(name, *args) for n, a, args in zip(self.names, self.actors, arguments, strict=True)}
         # Whoever gives a deadline of its own waits for others too, and knows better whose fault it is when it passes.
         late = LearnerLost if timeout_s is None else LearnerError
         deadline = timeout_s or self._config.step_timeout_s
         try:
-            answers: list[Any] = get(refs, timeout_s=deadline, error=LearnerError, what=method, lost=LearnerLost, late=late)
+            answers: list[T] = get(refs, timeout_s=deadline, error=LearnerError, what=name, lost=LearnerLost, late=late)
             return answers
         except LearnerLost:
             raise
         except OnlineRLError:
             # A rank often fails because another one is gone, and says so first.
-            _require_alive(refs, method)
+            _require_alive(refs, name)
             raise
 
     def logprobs(
@@ -156,14 +153,18 @@ class LearnerGroup:
         timeout_s: float | None = None,
     ) -> list[np.ndarray]:
         """Log-probs f32[T] of each response."""
-        return self._spread("logprobs", sequences, model, temperature, timeout_s=timeout_s)
+        return self._spread(LearnerRank.logprobs, sequences, model, temperature, timeout_s=timeout_s)
 
     def values(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
         """Critic values f32[T] of each response."""
-        return self._spread("values", sequences)
+        return self._spread(LearnerRank.values, sequences)
 
     def _spread(
-        self, method: str, sequences: Sequence[TrainSequence], *more: Any, timeout_s: float | None = None
+        self,
+        method: Callable[..., list[list[np.ndarray]]],
+        sequences: Sequence[TrainSequence],
+        *more: Any,
+        timeout_s: float | None = None,
     ) -> list[np.ndarray]:
         if not sequences:
             return []
@@ -184,7 +185,7 @@ class LearnerGroup:
         for items, learning_rate in zip(steps, learning_rates, strict=True):
             work = plan_step(list(items), len(self.actors), self._config.tokens_per_microbatch)
             count = sum(item.count(self._algorithm.unit) for item in items)
-            metrics = self.scatter("step", [(rank, count, learning_rate) for rank in work])[0]
+            metrics = self.scatter(LearnerRank.step, [(rank, count, learning_rate) for rank in work])[0]
             yield UpdateReport(
                 steps=1, tokens=sum(i.tokens for i in items), metrics=(metrics,), skipped=int(metrics["skipped"])
             )
@@ -192,12 +193,12 @@ class LearnerGroup:
     def self_test(self, items: Sequence[TrainItem], base_model: str) -> SelfTest:
         """Cut up as a training step would be."""
         work = plan_step(items, len(self.actors), self._config.tokens_per_microbatch)
-        parts = self.scatter("self_test", [(rank, base_model) for rank in work])[0]
+        parts = self.scatter(LearnerRank.self_test, [(rank, base_model) for rank in work])[0]
         return combine(parts, items, self._algorithm)
 
     def reset_optimizer(self) -> None:
         """Forget the optimizer's moments."""
-        self.call("reset_optimizer")
+        self.call(LearnerRank.reset_optimizer)
 
     def save(self, path: Path) -> dict[str, int]:
         """Weights, optimizer and RNG states of all ranks. Returns what was written: bytes by relative path.
@@ -205,7 +206,7 @@ class LearnerGroup:
         Raises:
             LearnerError: if a rank wrote nothing.
         """
-        written = dict(zip(self.names, self.call("save", str(path)), strict=True))
+        written = dict(zip(self.names, self.call(LearnerRank.save, str(path)), strict=True))
         idle = [name for name, files in written.items() if not files]
         if idle:
             raise LearnerError(f"{', '.join(idle)} wrote nothing to {path}", fix="look for its error in the Ray logs")
@@ -213,15 +214,15 @@ class LearnerGroup:
 
     def load(self, path: Path) -> None:
         """The reverse of `save`."""
-        self.call("load", str(path))
+        self.call(LearnerRank.load, str(path))
 
     def export(self, path: Path) -> None:
         """The policy in Hugging Face format."""
-        self.call("export", str(path), self._model)
+        self.call(LearnerRank.export, str(path), self._model)
 
     def shutdown(self) -> None:
         """End all ranks."""
-        refs = [a.call.remote("shutdown") for a in self.actors]
+        refs = [a.call.remote(LearnerRank.shutdown.__name__) for a in self.actors]
         ray.wait(refs, num_returns=len(refs), timeout=10)
         for actor in self.actors:
             ray.kill(actor)

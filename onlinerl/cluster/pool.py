@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
-from typing import Any
 
 import numpy as np
 
 from onlinerl.cluster.colocation import Turns
 from onlinerl.cluster.fleet import Fleet
 from onlinerl.cluster.handout import Handout
-from onlinerl.cluster.replica import Replica, TokenPair, all_of
+from onlinerl.cluster.replica import TokenPair, all_of
 from onlinerl.cluster.runtime import Cluster
 from onlinerl.cluster.starter import ClusterStarter
 from onlinerl.cluster.states import ReplicaState
 from onlinerl.errors import EngineError
-from onlinerl.protocols.engine import EngineConfig
+from onlinerl.protocols.engine import EngineConfig, EngineReplica, ReplicaSettings
 from onlinerl.types import Group, Request, Sampling
 
 
@@ -30,12 +29,12 @@ class EnginePool:
         first: index of the first replica's placement.
         model: directory or hub id.
         config: the engine section.
-        settings: `device`, `max_model_len`, `sync_backend` and `seed` of every replica.
+        settings: of every replica.
         turns: with the learner, on shared GPUs.
     """
 
     def __init__(
-        self, cluster: Cluster, first: int, model: str, config: EngineConfig, settings: dict[str, Any], turns: Turns
+        self, cluster: Cluster, first: int, model: str, config: EngineConfig, settings: ReplicaSettings, turns: Turns
     ) -> None:
         self._config, self._turns = config, turns
         self.starter = ClusterStarter(cluster, first, model, config, settings)
@@ -94,7 +93,8 @@ class EnginePool:
 
     def sleep(self, timeout_s: float | None = None) -> None:
         """Give the GPUs' memory to the learner: weights to host memory, KV caches dropped."""
-        self._ask(self.fleet.move(ReplicaState.ASLEEP), "sleep", timeout_s)
+        replicas = self.fleet.move(ReplicaState.ASLEEP)
+        self._all({r.name: r.call(EngineReplica.sleep) for r in replicas}, "going to sleep", timeout_s)
 
     def wake_up(self, what: str, timeout_s: float | None = None) -> None:
         """Take memory back: "weights" before a push, "kv_cache" after it, or "all" where nothing was pushed."""
@@ -102,20 +102,16 @@ class EnginePool:
             replicas = list(self.fleet.replicas)
         else:
             replicas = self.fleet.move(ReplicaState.STALE if what == "weights" else ReplicaState.SERVING)
-        self._ask(replicas, "wake_up", timeout_s, None if what == "all" else [what])
+        tags = None if what == "all" else [what]
+        self._all({r.name: r.call(EngineReplica.wake_up, tags) for r in replicas}, "waking up", timeout_s)
 
-    def call(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
-        """The same method on every replica; all must answer in time."""
-        return self._ask(self.fleet.replicas, method, timeout_s, *args)
-
-    def _ask(self, replicas: Sequence[Replica], method: str, timeout_s: float | None, *args: Any) -> list[Any]:
-        futures: Mapping[str, Any] = {r.name: r.call(method, *args) for r in replicas}
-        return all_of(futures, timeout_s or self._config.start_timeout_s, EngineError, method)
+    def _all(self, asked: Mapping[str, Future[None]], what: str, timeout_s: float | None) -> None:
+        all_of(asked, timeout_s or self._config.start_timeout_s, EngineError, what)
 
     def shutdown(self) -> None:
         """End all replicas; one that does not answer is killed, with all that it had started."""
         there = self.fleet.close()
-        asked = {r: r.call("shutdown") for r in there if r.state is not ReplicaState.DEAD}
+        asked = {r: r.call(EngineReplica.shutdown) for r in there if r.state is not ReplicaState.DEAD}
         wait(asked.values(), timeout=20)
         for replica in there:
             if replica in asked and asked[replica].done():

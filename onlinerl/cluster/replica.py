@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import psutil
@@ -20,10 +20,11 @@ from onlinerl.cluster.states import ReplicaState
 from onlinerl.engines import _fit
 from onlinerl.engines._fit import Place
 from onlinerl.errors import EngineError, OnlineRLError
-from onlinerl.protocols.engine import EngineConfig
+from onlinerl.protocols.engine import EngineConfig, EngineReplica, ReplicaSettings
 from onlinerl.types import Group, Request, Sampling
 
 T = TypeVar("T")
+Arguments = ParamSpec("Arguments")
 TokenPair = tuple[Sequence[int], Sequence[int]]
 END_S = 60.0
 """Longest wait for processes to be gone that were killed."""
@@ -37,9 +38,9 @@ class ReplicaActor:
         """Where Ray has put it."""
         return _fit.this_place()
 
-    async def start(self, model: str, config: EngineConfig, settings: dict[str, Any], index: int, *places: Place) -> None:
+    async def start(self, model: str, config: EngineConfig, settings: ReplicaSettings, index: int, *places: Place) -> None:
         """Load the model; takes tens of seconds. Replica `index` of those at `places`."""
-        self._replica = config.replica(model, places, index, settings)
+        self._replica: EngineReplica = await config.replica(model, places, index, settings)
 
     async def processes(self) -> tuple[str, list[tuple[int, float]]]:
         """The node that it lives on; its process there and all those below it, each with the time at which it began."""
@@ -48,9 +49,8 @@ class ReplicaActor:
         return ray.get_runtime_context().get_node_id(), family
 
     async def call(self, method: str, *args: Any) -> Any:
-        """Any method of the replica."""
-        result = getattr(self._replica, method)(*args)
-        return await result if hasattr(result, "__await__") else result
+        """A method of the replica, by its name in `EngineReplica`; `Replica.call` is how it is asked for."""
+        return await getattr(self._replica, method)(*args)
 
     async def generate(self, request: Request, sampling: Sampling) -> Group:
         """All responses to one prompt."""
@@ -121,7 +121,7 @@ class Replica:
         return self.actor.place.remote()
 
     def start(
-        self, model: str, config: EngineConfig, settings: Mapping[str, Any], places: Sequence[Any], mine: int
+        self, model: str, config: EngineConfig, settings: ReplicaSettings, places: Sequence[Any], mine: int
     ) -> Future[None]:
         """Load the model; it is `mine` of the replicas at `places`, each a Place or a reference to one."""
         started: Future[None] = self.actor.start.remote(model, config, settings, mine, *places).future()
@@ -154,9 +154,14 @@ class Replica:
         answer: Future[list[np.ndarray]] = self.actor.logprobs.remote(pairs).future()
         return answer
 
-    def call(self, method: str, *args: Any) -> Future[Any]:
-        """Any method of the engine's replica."""
-        answer: Future[Any] = self.actor.call.remote(method, *args).future()
+    def call(
+        self,
+        method: Callable[Concatenate[EngineReplica, Arguments], Awaitable[T]],
+        *args: Arguments.args,
+        **_: Arguments.kwargs,
+    ) -> Future[T]:
+        """Any method of the engine's replica, as its protocol has it: `call(EngineReplica.watch, names)`."""
+        answer: Future[T] = self.actor.call.remote(method.__name__, *args).future()
         return answer
 
     def kill(self) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 from ray.util.placement_group import PlacementGroup
 
@@ -14,7 +14,7 @@ from onlinerl.cluster.replica import Replica, all_of
 from onlinerl.cluster.runtime import Cluster
 from onlinerl.engines._fit import Place
 from onlinerl.errors import EngineError, SyncError
-from onlinerl.protocols.engine import EngineConfig
+from onlinerl.protocols.engine import EngineConfig, EngineReplica, ReplicaSettings
 
 
 class ClusterStarter:
@@ -25,12 +25,12 @@ class ClusterStarter:
         first: index of the first replica's placement.
         model: directory or hub id.
         config: the engine section.
-        settings: `device`, `max_model_len`, `sync_backend` and `seed` of every replica.
+        settings: of every replica.
     """
 
-    def __init__(self, cluster: Cluster, first: int, model: str, config: EngineConfig, settings: Mapping[str, Any]) -> None:
+    def __init__(self, cluster: Cluster, first: int, model: str, config: EngineConfig, settings: ReplicaSettings) -> None:
         self._cluster, self._first, self._model, self._config, self._settings = cluster, first, model, config, settings
-        self._env = config.environment(settings["sync_backend"])
+        self._env = {**config.environment(), **settings.transport.environment()}
         self._rooms: dict[int, PlacementGroup] = {}
         self._places: dict[int, Place] = {}
         self.weights_of: Callable[[int], Path | str] = lambda version: model
@@ -87,14 +87,13 @@ class ClusterStarter:
         def left() -> float:
             return max(0.0, deadline - time.monotonic())
 
-        path, names = str(self.weights_of(delivered.version)), list(delivered.digests)
-        dtypes = (self.learner_dtype, self._config.dtype)
-        for method, arguments in (
-            ("watch", (names,)),
-            ("load_weights", (path, delivered.version, dtypes)),
-            ("reset_caches", ()),
-        ):
-            all_of({replica.name: replica.call(method, *arguments)}, left(), SyncError, method)
+        def done(asked: Future[None], what: str) -> None:
+            all_of({replica.name: asked}, left(), SyncError, what)
+
+        path, dtypes = str(self.weights_of(delivered.version)), (self.learner_dtype, self._config.dtype)
+        done(replica.call(EngineReplica.watch, list(delivered.digests)), "watching")
+        done(replica.call(EngineReplica.load_weights, path, delivered.version, dtypes), "loading weights from disk")
+        done(replica.call(EngineReplica.reset_caches), "resetting caches")
         gap, failed = delivered.prove([replica], left, known=delivered.version > 0)
         for error in failed.values():
             raise error

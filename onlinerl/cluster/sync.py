@@ -3,66 +3,76 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Concatenate
 
 from onlinerl.cluster.colocation import Turns
 from onlinerl.cluster.delivery import Delivered
 from onlinerl.cluster.group import LearnerGroup
 from onlinerl.cluster.pool import EnginePool
-from onlinerl.cluster.replica import Replica, TokenPair, all_of
+from onlinerl.cluster.replica import Arguments, Replica, T, TokenPair, all_of
 from onlinerl.cluster.runtime import get
-from onlinerl.config import EngineConfig, SyncConfig
 from onlinerl.errors import LearnerLost, OnlineRLError, SyncError
-from onlinerl.sync import proof
+from onlinerl.protocols.engine import EngineConfig, EngineReplica
+from onlinerl.protocols.learner import LearnerRank
+from onlinerl.protocols.transport import Meeting, TransportConfig
+from onlinerl.transports import _proof as proof
 from onlinerl.types import SyncReport, TrainSequence
 
 
-class FanOutClient:
-    """vLLM's weight-sync control plane for all replicas at once; used by learner rank 0.
+class FanOut:
+    """All replicas at once, as rank 0 of the learner talks to them; a `protocols.transport.Replicas`.
 
-    Every call reaches every replica, waits for all of them, and raises the first error with the replica's name. A failed call is
-    never swallowed: that is how stale weights go unnoticed.
+    A failed call is never swallowed: that is how stale weights go unnoticed.
+
+    Args:
+        actors: the replicas' processes.
+        names: of the replicas, for messages.
+        tensor_parallel_size: workers of each.
+        timeout_s: of each call.
     """
 
     def __init__(self, actors: Sequence[Any], names: Sequence[str], tensor_parallel_size: int, timeout_s: float) -> None:
         self._actors, self._names, self._width, self._timeout_s = list(actors), list(names), tensor_parallel_size, timeout_s
         self.version = 0
-        """What the next finished update will be called."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Each replica's workers take the ranks after those of the replica before it."""
         infos = [{**init_info, "rank_offset": 1 + i * self._width} for i in range(len(self._actors))]
-        if "rank_offset" not in init_info:  # ipc has no ranks
+        if "rank_offset" not in init_info:  # a transport without ranks
             infos = [init_info] * len(self._actors)
-        self._all("init_weight_transfer_engine", infos)
+        self._each(EngineReplica.init_weight_transfer_engine, [(info,) for info in infos])
 
     def start_weight_update(self) -> None:
         """Open an update everywhere."""
-        self._all("start_weight_update")
+        self._all(EngineReplica.start_weight_update)
 
-    def update_weights(self, update_info: Any) -> None:
+    def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive everywhere."""
-        self._all("update_weights", [update_info] * len(self._actors))
+        self._all(EngineReplica.update_weights, update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Close the update everywhere, under this push's version."""
-        self._all("finish_weight_update", [weight_version or str(self.version)] * len(self._actors))
+        self._all(EngineReplica.finish_weight_update, weight_version or str(self.version))
 
-    def _all(self, method: str, arguments: Sequence[Any] | None = None) -> None:
-        args = [()] * len(self._actors) if arguments is None else [(a,) for a in arguments]
-        refs = {n: actor.call.remote(method, *a) for n, actor, a in zip(self._names, self._actors, args, strict=True)}
-        get(refs, timeout_s=self._timeout_s, error=SyncError, what=method)
+    def load_weights(self, path: str, version: int, dtypes: Sequence[str]) -> None:
+        """Load from disk everywhere."""
+        self._all(EngineReplica.load_weights, path, version, dtypes)
 
+    def _all(
+        self,
+        method: Callable[Concatenate[EngineReplica, Arguments], Awaitable[None]],
+        *args: Arguments.args,
+        **_: Arguments.kwargs,
+    ) -> None:
+        self._each(method, [args] * len(self._actors))
 
-def choose_backend(wanted: str, device: str, colocate: bool) -> str:
-    """`auto`: gloo on CPU, ipc where learner and replica share a GPU, nccl otherwise."""
-    if wanted != "auto":
-        return wanted
-    if device == "cpu":
-        return "gloo"
-    return "ipc" if colocate else "nccl"
+    def _each(self, method: Callable[..., Awaitable[None]], arguments: Sequence[tuple[Any, ...]]) -> None:
+        name = method.__name__
+        refs = {n: actor.call.remote(name, *a) for n, actor, a in zip(self._names, self._actors, arguments, strict=True)}
+        get(refs, timeout_s=self._timeout_s, error=SyncError, what=name)
 
 
 class WeightPush:
@@ -71,9 +81,8 @@ class WeightPush:
     Args:
         learner, pool: both ends.
         turns: between them; a push is the one moment at which both have a part of a shared GPU.
-        config: the sync section.
+        transport: what carries the weights.
         engine: the engine section.
-        backend: gloo, nccl or ipc.
         canary: sequences that learner and replicas are compared on.
     """
 
@@ -82,13 +91,12 @@ class WeightPush:
         learner: LearnerGroup,
         pool: EnginePool,
         turns: Turns,
-        config: SyncConfig,
+        transport: TransportConfig,
         engine: EngineConfig,
-        backend: str,
         canary: Sequence[TokenPair],
     ) -> None:
-        self._learner, self._pool, self._turns, self._config, self._engine = learner, pool, turns, config, engine
-        self._backend, self._canary = backend, list(canary)
+        self._learner, self._pool, self._turns, self._transport, self._engine = learner, pool, turns, transport, engine
+        self._canary = list(canary)
         self._fleet = pool.fleet
         self._members: list[Replica] = []
         """Who takes part in the push that is under way."""
@@ -109,7 +117,7 @@ class WeightPush:
         while True:
             self._members, self._unproved = [], {}
             try:
-                return self._attempt(version, _Deadline(version, self._config.timeout_s))
+                return self._attempt(version, _Deadline(version, self._transport.timeout_s))
             except LearnerLost:
                 raise
             except OnlineRLError as error:
@@ -131,7 +139,7 @@ class WeightPush:
         return self._fleet.silent(self._members) or (self._unproved if some else {})
 
     def _attempt(self, version: int, left: _Deadline) -> SyncReport:
-        def learner(method: str, *args: Any) -> Any:
+        def learner(method: Callable[..., T], *args: Any) -> T:
             return self._learner.call(method, *args, timeout_s=left("push"), turn="both")[0]
 
         # The learner's half of the proof comes first: later it may have given its memory away.
@@ -143,20 +151,24 @@ class WeightPush:
         if self._connected != [r.actor for r in members]:
             # With the engine awake: a half-open update that is given up writes to its weights.
             self._connect(members, left("push"))
-        sample = proof.rotation(learner("parameter_names"), self._config.tensors_checked, version, everything=self._first)
-        self._all("watch", left("push"), sample)
-        learner("send_weights", version)
-        sent, sent_bytes = learner("digests", sample), learner("wire_bytes")
+        sample = proof.rotation(
+            learner(LearnerRank.parameter_names), self._transport.tensors_checked, version, everything=self._first
+        )
+        self._all([r.call(EngineReplica.watch, sample) for r in members], left("push"), "watching")
+        files = self._transport.receiver is None
+        learner(LearnerRank.send_weights, version, str(self._pool.starter.weights_of(version)) if files else None)
+        sent, sent_bytes = learner(LearnerRank.digests, sample), learner(LearnerRank.wire_bytes)
         self._turns.move("engine", left("push"))
-        self._all("reset_caches", left("cache_reset"))
+        self._all([r.call(EngineReplica.reset_caches) for r in members], left("cache_reset"), "resetting caches")
         delivered = Delivered(
             version=version,
             digests=sent,
             canary=self._canary,
             logprobs=ours,
-            tolerance=self._config.canary_tolerance_nats,
+            tolerance=self._transport.canary_tolerance_nats,
         )
-        gap, failed = delivered.prove(members, lambda: left("proof"))
+        # In its own files the base model may have other names than the learner gives it.
+        gap, failed = delivered.prove(members, lambda: left("proof"), known=version > 0 or not files)
         self._unproved = {r: failed[r.name] for r in members if r.name in failed}
         for reason in self._unproved.values():
             raise reason
@@ -166,7 +178,7 @@ class WeightPush:
             version=version,
             bytes=sent_bytes,
             replicas=len(members),
-            backend=self._backend,
+            backend=self._transport.backend,
             **left.spent(),
             proved=True,
             tensors_checked=len(sample),
@@ -176,38 +188,26 @@ class WeightPush:
     def _canary_sequences(self) -> list[TrainSequence]:
         return [TrainSequence(prompt_ids=tuple(p), response_ids=tuple(r)) for p, r in self._canary]
 
-    def _all(self, method: str, timeout_s: float, *args: Any) -> None:
-        all_of({r.name: r.call(method, *args) for r in self._members}, timeout_s, SyncError, method)
+    def _all(self, asked: Sequence[Future[None]], timeout_s: float, what: str) -> None:
+        all_of(dict(zip([r.name for r in self._members], asked, strict=True)), timeout_s, SyncError, what)
 
     def _connect(self, members: Sequence[Replica], timeout_s: float) -> None:
         self._connected = []
         actors = [replica.actor for replica in members]
         width = self._engine.tensor_parallel_size
-        client = FanOutClient(actors, [replica.name for replica in members], width, timeout_s)
-        port = self._learner.free_port() if self._backend == "nccl" else 0
-        infos = [self._init_info(rank, port, 1 + len(actors) * width) for rank in range(len(self._learner.actors))]
-        arguments = [(info, client, self._engine.dtype) for info in infos]
-        self._learner.scatter("open_sync", arguments, timeout_s=timeout_s, turn="both")
-        self._connected = actors
-
-    def _init_info(self, rank: int, port: int, world_size: int) -> Any:
-        address = self._learner.address
-        bucket_bytes = self._config.bucket_mib * 2**20
-        if self._backend == "gloo":
-            from onlinerl.sync.gloo import GlooTrainerInitInfo
-
-            return GlooTrainerInitInfo(
+        replicas = FanOut(actors, [replica.name for replica in members], width, timeout_s)
+        meetings = [
+            Meeting(
                 rank=rank,
-                master_address=address,
-                world_size=world_size,
-                bucket_bytes=bucket_bytes,
-                timeout_s=self._config.timeout_s,
+                address=self._learner.address,
+                workers=len(actors) * width,
+                dtypes=(self._learner.dtype, self._engine.dtype),
             )
-        from onlinerl.sync import ipc, nccl
-
-        if self._backend == "ipc":
-            return ipc.init_info(rank, bucket_bytes)
-        return nccl.init_info(rank, address, port, world_size, bucket_bytes)
+            for rank in range(len(self._learner.actors))
+        ]
+        arguments = [(self._transport, meeting, replicas) for meeting in meetings]
+        self._learner.scatter(LearnerRank.open_sync, arguments, timeout_s=timeout_s, turn="both")
+        self._connected = actors
 
 
 class _Deadline:

@@ -15,12 +15,12 @@ from onlinerl.config.sections import (
     SamplingConfig,
     ScheduleConfig,
     Section,
-    SyncConfig,
     TrainingConfig,
 )
 from onlinerl.protocols.engine import EngineConfig
 from onlinerl.protocols.learner import LearnerConfig
 from onlinerl.protocols.prompts import PromptsConfig
+from onlinerl.protocols.transport import TransportConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -36,8 +36,8 @@ __all__ = [
     "SamplingConfig",
     "ScheduleConfig",
     "Section",
-    "SyncConfig",
     "TrainingConfig",
+    "TransportConfig",
     "algorithm",
     "at_home",
     "changes",

@@ -122,7 +122,9 @@ def spec_of(config: RunConfig, section: str) -> dict[str, Any]:
 
 SPECS = ("algorithm", "oracle", "pairing")
 """Sections that are kept as they are written; the component is built where it is needed."""
-CHOICES = {f"{section}.name": (role.default, role.keeps) for section, role in ROLES.items() if section != "tracker"}
+CHOICES = {
+    f"{section}.{role.base.chosen_by}": (role.default, role.keeps) for section, role in ROLES.items() if section != "tracker"
+}
 
 
 def located(config: RunConfig) -> RunConfig:

@@ -20,6 +20,7 @@ from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.protocols.prompts import PromptsConfig
 from onlinerl.protocols.tracker import TrackerConfig
+from onlinerl.protocols.transport import TransportConfig
 
 
 class Role(NamedTuple):
@@ -41,27 +42,28 @@ ROLES: dict[str, Role] = {
     "engine": Role("engines", EngineConfig, "vllm", frozenset(EngineConfig.model_fields)),
     "learner": Role("learners", LearnerConfig, "deepspeed", frozenset(LearnerConfig.model_fields)),
     "prompts": Role("prompts", PromptsConfig, "jsonl", frozenset(PromptsConfig.model_fields)),
+    "sync": Role("transports", TransportConfig, "auto", frozenset(TransportConfig.model_fields)),
     "tracker": Role("trackers", TrackerConfig),
 }
 """By section."""
 
 
 def component(spec: Mapping[str, Any], section: str, role: str, base: type[Component]) -> Any:
-    """Build the component a section describes: `name` selects the class, the other keys are its fields.
+    """Build the component a section describes: one key (`name`; `backend` of a transport) selects the class, the others are its fields.
 
     Raises:
         ConfigError: if the name or a key is unknown, or a value has the wrong type.
     """
-    options = dict(spec)
-    name = options.pop("name", None)
-    if name is None and (near := get_close_matches("name", options, n=1)):
-        raise ConfigError("is not a known key", field=f"{section}.{near[0]}", fix="did you mean 'name'?")
+    options, key = dict(spec), base.chosen_by
+    name = options.pop(key, None)
+    if name is None and (near := get_close_matches(key, options, n=1)):
+        raise ConfigError("is not a known key", field=f"{section}.{near[0]}", fix=f"did you mean {key!r}?")
     name = ROLES[section].default if name is None and section in ROLES else name
     if not isinstance(name, str):
-        raise ConfigError("is missing", field=f"{section}.name", fix=f"choose one of {', '.join(registry.names(role))}")
-    cls = registry.load(role, name, base, f"{section}.name")
-    if "name" in cls.model_fields:
-        options["name"] = name
+        raise ConfigError("is missing", field=f"{section}.{key}", fix=f"choose one of {', '.join(registry.names(role))}")
+    cls = registry.load(role, name, base, f"{section}.{key}")
+    if key in cls.model_fields:
+        options[key] = name
     try:
         # JSON mode: YAML knows no tuples or enums, so strictness is that of JSON (no "1" for 1, lists for tuples allowed).
         return cls.model_validate_json(json.dumps(options, default=str))

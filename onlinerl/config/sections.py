@@ -18,6 +18,7 @@ from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.learner import LearnerConfig
 from onlinerl.protocols.prompts import PromptsConfig
 from onlinerl.protocols.tracker import TrackerConfig
+from onlinerl.protocols.transport import TransportConfig
 from onlinerl.types import Sampling
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -117,23 +118,6 @@ class EvaluationConfig(Section):
     about 0.002; more than this is a bug, not noise."""
 
 
-class SyncConfig(Section):
-    """How weights get from the learner into the replicas."""
-
-    backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
-    """`auto`: gloo on CPU, ipc where learner and replica share a GPU, nccl otherwise."""
-    timeout_s: Seconds = 300
-    """One deadline over the whole push: rendezvous, send, cache reset and proof."""
-    bucket_mib: int = Field(64, ge=1)
-    """Size of one message, which is the extra memory that a transfer takes on either side: one message at a time over gloo, two in
-    flight over nccl, one buffer per GPU for ipc. A larger tensor travels alone."""
-    tensors_checked: int = Field(24, ge=1)
-    """Tensors whose checksum is compared after each push, in rotation; all of them at the first."""
-    canary_tolerance_nats: float = Field(0.1, gt=0)
-    """Largest accepted mean |log-prob difference| between learner and replica on the canary. It is about 0.05 in bfloat16; stale or
-    small changes are what versions and checksums are for."""
-
-
 class ClusterConfig(Section):
     """Where it runs."""
 
@@ -228,7 +212,10 @@ class RunConfig(Section):
         default_factory=default("learner")
     )
     """`name` and the keys of that learner: deepspeed by default; `toy` is for tests."""
-    sync: Resumable[SyncConfig] = SyncConfig()
+    sync: Resumable[Annotated[SerializeAsAny[TransportConfig], BeforeValidator(chosen("sync"))]] = Field(
+        default_factory=default("sync")
+    )
+    """How weights get from the learner into the replicas: `backend` (auto by default) and the keys of that transport."""
     cluster: Resumable[ClusterConfig] = ClusterConfig()
     metrics: Resumable[MetricsConfig] = MetricsConfig()
     checkpoints: Resumable[CheckpointConfig] = CheckpointConfig()

@@ -14,7 +14,7 @@ from onlinerl.errors import ConfigError
 from onlinerl.protocols.engine import EngineConfig
 
 if TYPE_CHECKING:
-    from onlinerl.engines.vllm import VLLM
+    from onlinerl.engines._vllm import VllmConfig
 
 GIB = 2**30
 CPU_BLOCK = 128
@@ -93,7 +93,7 @@ def _indivisible(key: str, count: int, size: int) -> ConfigError:
     )
 
 
-def check_kv_cache(config: VLLM, model: Mapping[str, Any], max_model_len: int) -> None:
+def check_kv_cache(config: VllmConfig, model: Mapping[str, Any], max_model_len: int) -> None:
     """On CPU the KV cache has a fixed size; one sequence of the longest kind must fit into it, or it could never be finished.
 
     Args:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import wraps
 from itertools import count
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
-from pydantic import Field
 
-from onlinerl.engines import _fit
+from onlinerl.engines import _fit, _vllm
+from onlinerl.engines._vllm import VllmConfig
 from onlinerl.errors import ConfigError, EngineError
-from onlinerl.protocols.engine import EngineConfig
-from onlinerl.protocols.keys import Resumable
+from onlinerl.protocols.engine import ReplicaSettings
 from onlinerl.types import FinishReason, Group, RejectReason, Request, Rollout, Sampling
 
 __all__ = ["VLLM", "VLLMReplica"]
@@ -29,28 +26,6 @@ T = TypeVar("T")
 Arguments = ParamSpec("Arguments")
 ATTEMPTS = 3
 """How often a response is asked for that vLLM aborts."""
-TOKENS_PER_STEP = 2048
-"""Least token budget of a step on CPU; vLLM's own default."""
-
-
-def environment(sync_backend: str) -> dict[str, str]:
-    """Environment variables a replica's process must start with."""
-    env = {
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "ONLINERL_DIE_WITH_PARENT": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if sync_backend == "ipc":
-        # IPC handles reach the engine's own child process as pickles, over a socket of this machine; vLLM asks for consent.
-        env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    return env
-
-
-def bind(cores: Sequence[Sequence[int]]) -> None:
-    """Give each worker of the replica that this process will start its cores, on CPU. vLLM hands them on to its workers."""
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, worker)) for worker in cores)
 
 
 def _alive(method: Callable[Arguments, Awaitable[T]]) -> Callable[Arguments, Coroutine[Any, Any, T]]:
@@ -70,24 +45,10 @@ def _alive(method: Callable[Arguments, Awaitable[T]]) -> Callable[Arguments, Cor
     return said
 
 
-class VLLM(EngineConfig):
+class VLLM(VllmConfig):
     """vLLM, on CPUs or GPUs."""
 
     name: str = "vllm"
-    kv_cache_gib: Resumable[float] = Field(1.0, gt=0)
-    """Memory for the KV cache of each worker of a replica on CPU, in GiB."""
-    gpu_memory_utilization: Resumable[float] = Field(0.85, gt=0, le=1)
-    """Share of a GPU's memory that a replica may take."""
-    enforce_eager: Resumable[bool | None] = None
-    """Skip graph capture; by default on for CPU, off for GPU."""
-
-    def check(self, model: Mapping[str, Any], max_model_len: int, *, on_cpu: bool, alone: bool) -> None:
-        """What vLLM would say only after it has started, or in no words that name a key of ours."""
-        _fit.check_division(self, model)
-        if on_cpu:
-            _fit.check_kv_cache(self, model, max_model_len)
-            if alone:  # otherwise the replicas' machines are known only once they are there
-                _fit.share_cores([_fit.this_place()], 0, self)
 
     def check_shared(self) -> None:
         """A replica that shares a GPU lives on one, and leaves room on it."""
@@ -105,15 +66,11 @@ class VLLM(EngineConfig):
                 fix=f"set it to {COLOCATED_UTILIZATION} or less",
             )
 
-    def environment(self, sync_backend: str) -> dict[str, str]:
-        """Environment variables that a replica's process must start with."""
-        return environment(sync_backend)
-
-    def replica(self, model: str, places: Sequence[_fit.Place], index: int, settings: Mapping[str, Any]) -> VLLMReplica:
+    async def replica(self, model: str, places: Sequence[_fit.Place], index: int, settings: ReplicaSettings) -> VLLMReplica:
         """Load the model; takes tens of seconds."""
-        if settings["device"] == "cpu":
-            bind(_fit.share_cores(places, index, self))
-        return VLLMReplica(model, self, **settings)
+        if settings.device == "cpu":
+            _vllm.bind(_fit.share_cores(places, index, self))
+        return VLLMReplica(model, self, settings)
 
 
 class VLLMReplica:
@@ -122,46 +79,22 @@ class VLLMReplica:
     Args:
         model: directory of the base model.
         config: the engine section.
-        device: "cpu" or "cuda".
-        max_model_len: longest prompt plus response, in tokens.
-        sync_backend: vLLM weight-transfer backend.
-        seed: of the engine; every request carries its own on top.
+        settings: what else it is told.
 
     Raises:
         ConfigError: if the KV cache could not hold one sequence.
     """
 
-    def __init__(self, model: str, config: VLLM, *, device: str, max_model_len: int, sync_backend: str, seed: int) -> None:
+    def __init__(self, model: str, config: VLLM, settings: ReplicaSettings) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from onlinerl.sync import gloo
+        from onlinerl.transports.gloo import halves
 
-        gloo.register()
-        if device == "cpu":
-            _fit.check_kv_cache(config, json.loads((Path(model) / "config.json").read_text()), max_model_len)
-        eager = config.enforce_eager if config.enforce_eager is not None else device == "cpu"
+        halves.register()
         self._version = 0
         self._ids = count()
-        self._engine = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=model,
-                dtype=config.dtype,
-                tensor_parallel_size=config.tensor_parallel_size,
-                # Left to itself, vLLM takes its Ray executor inside a placement group, which places workers outside of it.
-                distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,
-                max_model_len=max_model_len,
-                max_num_seqs=config.max_num_seqs,
-                enforce_eager=eager,
-                seed=seed,
-                # The log-probs of the distribution that was really sampled from: temperature and truncation applied.
-                logprobs_mode="processed_logprobs",
-                weight_transfer_config={"backend": sync_backend},
-                worker_extension_cls="onlinerl.sync.receiver.Receiver",
-                disable_log_stats=True,
-                **(_on_cpu(config, max_model_len) if device == "cpu" else _on_gpu(config, sync_backend)),
-            )
-        )
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**_vllm.arguments(model, config, settings)))
 
     @_alive
     async def generate(self, request: Request, sampling: Sampling) -> Group:
@@ -240,7 +173,7 @@ class VLLMReplica:
         entries = final.prompt_logprobs[len(prompt_ids) :]
         return np.array([e[t].logprob for e, t in zip(entries, response_ids, strict=True)], dtype=np.float32)
 
-    # --- the control plane of a weight update: the four calls of vLLM's VLLMWeightSyncClient, plus ours ---
+    # --- the control plane of a weight update: the four calls of vLLM's VLLMWeightSyncClient, and files ---
 
     @_alive
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -249,10 +182,6 @@ class VLLMReplica:
 
         await self._engine.collective_rpc("onlinerl_abandon_update")
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
-
-    async def shutdown_weight_transfer_engine(self) -> None:
-        """Leave the learner's transfer group."""
-        await self._engine.shutdown_weight_transfer_engine()
 
     @_alive
     async def start_weight_update(self) -> None:
@@ -337,22 +266,6 @@ class VLLMReplica:
         workers: list[int] = await self._engine.collective_rpc("onlinerl_pid")
         return workers
 
-    def shutdown(self) -> None:
+    async def shutdown(self) -> None:
         """End the engine's processes."""
         self._engine.shutdown()
-
-
-def _on_cpu(config: VLLM, max_model_len: int) -> dict[str, Any]:
-    """vLLM's arguments that only a CPU replica takes."""
-    return {
-        "kv_cache_memory_bytes": int(config.kv_cache_gib * _fit.GIB),
-        # A prompt is never split over steps: after each part vLLM takes back the random number that the request's own generator
-        # gave, and a generator on CPU cannot go back. The budget lets the longest prompt in beside a full batch.
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(TOKENS_PER_STEP, max_model_len + config.max_num_seqs),
-    }
-
-
-def _on_gpu(config: VLLM, sync_backend: str) -> dict[str, Any]:
-    """vLLM's arguments that only a GPU replica takes."""
-    return {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": sync_backend == "ipc"}

@@ -33,6 +33,7 @@ from onlinerl.learners._weights import PolicySource
 from onlinerl.network import choose_interface
 from onlinerl.ops.batching import collate
 from onlinerl.protocols.learner import LearnerConfig, RankSettings
+from onlinerl.protocols.transport import Meeting, Replicas, Sender, TransportConfig
 from onlinerl.types import TrainItem, TrainSequence
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -71,7 +72,7 @@ class Rank:
         )
         self._build(settings.model)
         _bound_collectives(timedelta(seconds=config.step_timeout_s + AFTER_CONTROLLER_S))
-        self._sender: Any = None
+        self._sender: Sender | None = None
         self._host_memory = HostMemory(self.device)
         give_back()
 
@@ -221,18 +222,16 @@ class Rank:
 
     # --- weights out ---
 
-    def open_sync(self, init_info: Any, client: Any, dtype: str) -> None:
-        """Meet the replicas. Called on every rank; `init_info` says which transport."""
-        from onlinerl.sync.sender import open_sender
+    def open_sync(self, transport: TransportConfig, meeting: Meeting, replicas: Replicas) -> None:
+        """Open the sending half and meet the replicas. Called on every rank."""
+        self.source = self.weight_source(getattr(torch, meeting.dtypes[-1]))
+        self._sender = transport.sender(meeting, replicas, self.source)
 
-        self.source = self.weight_source(getattr(torch, dtype))
-        self._sender = open_sender(init_info, client, self.source)
-
-    def send_weights(self, version: int) -> None:
+    def send_weights(self, version: int, path: str | None) -> None:
         """Send everything to everyone. No training collective may be in flight, so the ranks meet before and after."""
         dist.barrier()
-        self._sender.client.version = version
-        self._sender.send_weights()
+        assert self._sender is not None, "open_sync() comes first"
+        self._sender.send(version, path)
         dist.barrier()
 
     def parameter_names(self) -> list[str]:
@@ -245,7 +244,7 @@ class Rank:
 
     def digests(self, names: Sequence[str]) -> dict[str, str]:
         """Checksums of these tensors as this learner holds them, in the wire dtype. Collective where weights are cut up."""
-        from onlinerl.sync.proof import digest
+        from onlinerl.transports._proof import digest
 
         wanted = set(names)
         return {name: digest(tensor) for name, tensor in self.source if name in wanted}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ import torch
 from torch import Tensor
 
 from onlinerl.batch import Batch, Outputs
+from onlinerl.errors import SyncError
 from onlinerl.learners._plain import load_plain
 from onlinerl.learners._self_test import combine, compare
 from onlinerl.ops.batching import collate
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.learner import InProcessLearner
-from onlinerl.sync.toy import ToySync
-from onlinerl.types import SelfTest, TrainItem, TrainSequence, UpdateReport
+from onlinerl.types import SelfTest, SyncReport, TrainItem, TrainSequence, UpdateReport
 
-__all__ = ["Toy", "ToyLearner"]
+__all__ = ["Toy", "ToyLearner", "ToySync"]
 
 
 class Toy(InProcessLearner):
@@ -127,3 +128,42 @@ class ToyLearner:
     def export(self, path: Path) -> None:
         """The logits."""
         np.save(path / "logits.npy", self.logits.detach().numpy())
+
+
+class ToySync:
+    """A push within one process, proved like the real ones: copies an array from `read` to `write`, and compares what `held` then says.
+
+    Args:
+        read: the learner's weights.
+        write: gives weights and version to the engine.
+        held: the engine's weights.
+    """
+
+    def __init__(
+        self, read: Callable[[], np.ndarray], write: Callable[[np.ndarray, int], None], held: Callable[[], np.ndarray]
+    ) -> None:
+        self._read, self._write, self._held = read, write, held
+
+    def push(self, version: int) -> SyncReport:
+        """Copy and compare.
+
+        Raises:
+            SyncError: if the engine does not hold what the learner holds.
+        """
+        started = time.monotonic()
+        weights = self._read()
+        self._write(weights, version)
+        if not np.array_equal(self._held(), weights):
+            raise SyncError("the engine does not hold the learner's weights", field="sync", fix="this is a bug of the toy")
+        seconds = time.monotonic() - started
+        return SyncReport(
+            version=version,
+            seconds=seconds,
+            bytes=weights.nbytes,
+            replicas=1,
+            backend="toy",
+            phases={"push": seconds},
+            proved=True,
+            tensors_checked=1,
+            canary_nats=0.0,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -10,6 +11,7 @@ from pydantic import Field
 
 from onlinerl.protocols.component import Component
 from onlinerl.protocols.keys import CustomResources, Resumable, Seconds
+from onlinerl.protocols.transport import TransportConfig
 from onlinerl.types import Group, Request, Sampling
 
 
@@ -23,6 +25,88 @@ class RolloutEngine(Protocol):
 
     def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
         """Teacher-forced log-probs of (prompt, response) tokens under the engine's weights: f32[T] each."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaSettings:
+    """What a replica is told beside the engine section."""
+
+    device: Literal["cpu", "cuda"]
+    colocated: bool
+    """Whether it shares its GPU with a rank of the learner."""
+    max_model_len: int
+    """Longest prompt plus response, in tokens."""
+    transport: TransportConfig
+    """How it gets its weights."""
+    seed: int
+    """Of the engine; every request carries its own on top."""
+
+
+class EngineReplica(Protocol):
+    """One replica of an engine that runs on the cluster, in a process of its own: all that the cluster calls on it.
+
+    Many requests are under way at once. Anything that goes wrong is an EngineError.
+    """
+
+    async def generate(self, request: Request, sampling: Sampling) -> Group:
+        """A response to the prompt for each seed, and why there is none where it cannot be used."""
+        ...
+
+    async def logprobs(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> np.ndarray:
+        """Log-probs f32[T] of given response tokens, by teacher forcing at temperature 1."""
+        ...
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Join a transfer, as the sending half of the transport describes it; an update that was left half-open is given up."""
+        ...
+
+    async def start_weight_update(self) -> None:
+        """Open an update."""
+        ...
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive weights, as the sending half describes them."""
+        ...
+
+    async def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Close an update and take on its version."""
+        ...
+
+    async def load_weights(self, path: str, version: int, dtypes: Sequence[str]) -> None:
+        """Take on a version from a model on disk: every weight, rounded to these dtypes in turn."""
+        ...
+
+    async def reset_caches(self) -> None:
+        """Forget everything computed with older weights."""
+        ...
+
+    async def weight_version(self) -> str:
+        """The version that the engine itself reports."""
+        ...
+
+    async def watch(self, names: list[str]) -> None:
+        """Record checksums of these tensors when they arrive."""
+        ...
+
+    async def received(self) -> dict[str, str]:
+        """Checksums recorded since `watch`; of a tensor that differs between workers or did not reach all of them, that it does."""
+        ...
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory back; weights stay in host memory. Asked only of those that share a GPU."""
+        ...
+
+    async def wake_up(self, tags: list[str] | None = None) -> None:
+        """Take it again: "weights" before a push, "kv_cache" after it, or everything."""
+        ...
+
+    async def process_ids(self) -> list[int]:
+        """Process ids of the workers, as they say themselves: who answers is alive."""
+        ...
+
+    async def shutdown(self) -> None:
+        """End everything that it has started."""
         ...
 
 
@@ -66,6 +150,13 @@ class EngineConfig(Component):
 
     in_process: ClassVar[bool] = False
     """Whether it runs in the controller's own process; the learner then must, too."""
+    joins_transfers: ClassVar[bool] = True
+    """Whether its replicas can join a transfer of vLLM's weight-transfer API; otherwise they load files (`sync.backend: disk`)."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that one replica needs where it runs on GPUs."""
+        return self.tensor_parallel_size
 
     def check(self, model: Mapping[str, Any], max_model_len: int, *, on_cpu: bool, alone: bool) -> None:
         """Refuse what the engine would only refuse once it has started.
@@ -87,18 +178,18 @@ class EngineConfig(Component):
             ConfigError: naming the field.
         """
 
-    def environment(self, sync_backend: str) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """Environment variables that a replica's process must start with."""
         raise NotImplementedError
 
-    def replica(self, model: str, places: Sequence[Any], index: int, settings: Mapping[str, Any]) -> Any:
-        """Make this process replica `index`.
+    async def replica(self, model: str, places: Sequence[Any], index: int, settings: ReplicaSettings) -> EngineReplica:
+        """Make this process replica `index`; returns once it has loaded the model.
 
         Args:
             model: directory or hub id.
             places: where all replicas run (`engines._fit.Place`).
             index: of this one.
-            settings: `device`, `max_model_len`, `sync_backend` and `seed`.
+            settings: what else it is told.
         """
         raise NotImplementedError
 

@@ -18,8 +18,10 @@ if TYPE_CHECKING:  # torch stays out of everything that only names the role
     import torch
 
     from onlinerl.config import TrainingConfig
+    from onlinerl.learners._self_test import Sums
     from onlinerl.protocols.algorithm import Algorithm
     from onlinerl.protocols.sync import WeightSync
+    from onlinerl.protocols.transport import Meeting, Replicas, TransportConfig
 
 
 class TensorMeta(NamedTuple):
@@ -100,6 +102,87 @@ class RankSettings:
     """Of everything random."""
 
 
+class LearnerRank(Protocol):
+    """One rank of a learner that runs on the cluster, in a process of its own: all that the cluster calls on it.
+
+    Every call is made on all ranks at once, and every rank gets the same number of micro-batches. Anything that goes wrong is a
+    LearnerError.
+    """
+
+    def logprobs(self, micro: Sequence[Sequence[TrainSequence]], model: str, temperature: float) -> list[list[np.ndarray]]:
+        """Log-probs f32[T] per sequence per micro-batch, under "policy" or the path of a saved model."""
+        ...
+
+    def values(self, micro: Sequence[Sequence[TrainSequence]]) -> list[list[np.ndarray]]:
+        """Critic values f32[T] per sequence per micro-batch."""
+        ...
+
+    def step(self, micro: Sequence[Sequence[TrainItem]], count: int, learning_rate: float) -> dict[str, float]:
+        """One optimizer step over this rank's micro-batches.
+
+        Args:
+            micro: micro-batches of this rank; an empty one only takes part in collectives.
+            count: units of the loss in the whole step, all ranks.
+            learning_rate: for this step.
+
+        Returns:
+            Loss, gradient norm and the algorithm's metrics, averaged over all ranks; "skipped" is 1 if nothing was updated.
+        """
+        ...
+
+    def self_test(self, micro: Sequence[Sequence[TrainItem]], base_model: str) -> list[Sums]:
+        """See `SelfTest`; what each rank found about its micro-batches, by rank."""
+        ...
+
+    def reset_optimizer(self) -> None:
+        """Forget the optimizer's moments."""
+        ...
+
+    def save(self, path: str) -> dict[str, int]:
+        """Weights, optimizer and generators. Returns what this rank wrote: bytes by path relative to `path`."""
+        ...
+
+    def load(self, path: str) -> None:
+        """The reverse of `save`."""
+        ...
+
+    def export(self, path: str, tokenizer: str) -> None:
+        """The policy in Hugging Face format, with the tokenizer of that model."""
+        ...
+
+    def open_sync(self, transport: TransportConfig, meeting: Meeting, replicas: Replicas) -> None:
+        """Open the sending half and meet the replicas."""
+        ...
+
+    def send_weights(self, version: int, path: str | None) -> None:
+        """Send everything to everyone, see `Sender.send`."""
+        ...
+
+    def parameter_names(self) -> list[str]:
+        """Names on the wire, in order."""
+        ...
+
+    def wire_bytes(self) -> int:
+        """Size of one full transfer."""
+        ...
+
+    def digests(self, names: Sequence[str]) -> dict[str, str]:
+        """Checksums of these tensors as this learner holds them, in the wire dtype."""
+        ...
+
+    def offload(self, what: str) -> None:
+        """Move to host memory and give the device's back: "optimizer" is all but the policy's weights, "all" is all."""
+        ...
+
+    def reload(self) -> None:
+        """Take the device's memory back and put everything where it was."""
+        ...
+
+    def shutdown(self) -> None:
+        """Leave the process group."""
+        ...
+
+
 class LearnerConfig(Component):
     """A learner as it is configured: the keys that every learner has, and how this one is checked and started.
 
@@ -147,7 +230,7 @@ class LearnerConfig(Component):
         """Environment variables that a rank's process must start with."""
         raise NotImplementedError
 
-    def rank(self, settings: RankSettings, *, rank: int, store: torch.distributed.TCPStore, address: str) -> Any:
+    def rank(self, settings: RankSettings, *, rank: int, store: torch.distributed.TCPStore, address: str) -> LearnerRank:
         """Make this process a rank (`learners._rank.Rank`); returns once it has loaded the model.
 
         Args:

@@ -68,6 +68,6 @@ def test_processes_end_with_the_controller(name):
     part = build({"name": name}, section)
     if part.in_process:
         return
-    env = part.environment("gloo") if isinstance(part, EngineConfig) else part.environment("cpu", 3)
+    env = part.environment() if isinstance(part, EngineConfig) else part.environment("cpu", 3)
     assert env["ONLINERL_DIE_WITH_PARENT"] == "1"
     assert isinstance(part, EngineConfig) or env["OMP_NUM_THREADS"] == "3"

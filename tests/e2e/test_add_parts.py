@@ -14,12 +14,11 @@ import numpy as np
 from pydantic import Field
 
 from onlinerl.engines.toy import ToyEngine
-from onlinerl.learners.toy import ToyLearner
+from onlinerl.learners.toy import ToyLearner, ToySync
 from onlinerl.protocols.engine import InProcessEngine
 from onlinerl.protocols.learner import InProcessLearner
 from onlinerl.protocols.prompts import PromptsConfig
 from onlinerl.protocols.tracker import Tracker, TrackerConfig
-from onlinerl.sync.toy import ToySync
 from onlinerl.types import RawPrompt
 
 

@@ -171,9 +171,9 @@ def test_a_missing_key(toy_config, refused, tmp_path):
             {"sampling.max_new_tokens": 500},
             ("sampling.max_new_tokens: the longest prompt with its response can have ", "the model takes 128"),
         ),
-        ({"cluster.device": "cpu", "sync.backend": "nccl"}, ("sync.backend: needs GPUs, and cluster.device is cpu",)),
+        ({"cluster.device": "cpu", "sync.backend": "nccl"}, ("sync.backend: needs GPUs, and the run is on CPUs",)),
         ({"cluster.device": "cpu", "cluster.colocate": True}, ("cluster.colocate: needs GPUs, and cluster.device is cpu",)),
-        ({"cluster.device": "cpu", "sync.backend": "ipc"}, ("sync.backend: needs GPUs, and cluster.device is cpu",)),
+        ({"cluster.device": "cpu", "sync.backend": "ipc"}, ("sync.backend: needs GPUs, and the run is on CPUs",)),
         ({"cluster.colocate": True, "learner.ranks": 2}, ("cluster.colocate: ", "2 ranks and 1 replicas")),
         (
             {"sync.backend": "ipc"},
@@ -190,6 +190,18 @@ def test_a_missing_key(toy_config, refused, tmp_path):
         (
             {**REAL, "cluster.colocate": True, "engine.tensor_parallel_size": 2},
             ("engine.tensor_parallel_size: colocated replicas cannot span GPUs", "cluster.colocate=false"),
+        ),
+        (
+            {**REAL, "engine.name": "openai", "cluster.colocate": True},
+            ("engine.name: a server cannot share its GPU with the learner", "engine.name=vllm"),
+        ),
+        (
+            {**REAL, "engine.name": "openai", "sync.backend": "gloo"},
+            ("sync.backend: sends weights from process to process, and this engine takes them from disk only", "disk"),
+        ),
+        (
+            {"cluster.colocate": True, "sync.backend": "disk"},
+            ("sync.backend: takes the weights through files, though learner and replica share a GPU", "ipc is chosen"),
         ),
         (
             {**REAL, "cluster.colocate": True, "engine.gpu_memory_utilization": 0.97},

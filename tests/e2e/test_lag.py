@@ -18,9 +18,8 @@ from onlinerl.controller.phases import annotate
 from onlinerl.engines.toy import ToyEngine
 from onlinerl.errors import EngineError
 from onlinerl.graph import NAMES
-from onlinerl.learners.toy import ToyLearner
+from onlinerl.learners.toy import ToyLearner, ToySync
 from onlinerl.stores.directory import RunDirectory
-from onlinerl.sync.toy import ToySync
 from onlinerl.trackers.jsonl import read_metrics
 
 FAILED, NOTHING_LEFT, KILLED = 1, 4, -signal.SIGKILL
@@ -300,7 +299,7 @@ def test_an_engine_that_keeps_old_weights_is_noticed(toy_config, onlinerl, tmp_p
         self.version = version
 
     monkeypatch.setattr(ToyEngine, "load", load)
-    monkeypatch.setattr("onlinerl.sync.toy.np.array_equal", lambda *arrays: True)
+    monkeypatch.setattr("onlinerl.learners.toy.np.array_equal", lambda *arrays: True)
     code, message = onlinerl("run", toy_config(tmp_path, LAGGED))
     assert code == FAILED
     assert "engine and learner differ by" in message

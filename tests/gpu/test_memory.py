@@ -21,10 +21,12 @@ MIB = 2**20
 def test_an_engine_sleeps_and_wakes(gpu_model: Path, record_property: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from onlinerl.engines.vllm import VLLM, VLLMReplica, environment
+    from onlinerl.engines.vllm import VLLM, VLLMReplica
+    from onlinerl.protocols.engine import ReplicaSettings
+    from onlinerl.transports.ipc import Ipc
 
     config = VLLM(dtype="bfloat16", enforce_eager=True, max_num_seqs=16, gpu_memory_utilization=0.5)
-    for name, value in environment("ipc").items():
+    for name, value in {**config.environment(), **Ipc().environment()}.items():
         monkeypatch.setenv(name, value)
 
     def free() -> int:
@@ -32,7 +34,8 @@ def test_an_engine_sleeps_and_wakes(gpu_model: Path, record_property: Record, mo
 
     async def turns() -> None:
         before = free()
-        replica = VLLMReplica(str(gpu_model), config, device="cuda", max_model_len=64, sync_backend="ipc", seed=0)
+        settings = ReplicaSettings(device="cuda", colocated=True, max_model_len=64, transport=Ipc(), seed=0)
+        replica = VLLMReplica(str(gpu_model), config, settings)
         try:
             request = Request(prompt=Prompt(id="p", text="", token_ids=(3, 4, 5)), seeds=(1, 2))
             sampling = Sampling(temperature=0.0, max_new_tokens=8)
@@ -51,7 +54,7 @@ def test_an_engine_sleeps_and_wakes(gpu_model: Path, record_property: Record, mo
             record_property("awake_gib", f"{(before - awake) / 2**30:.1f}")
             record_property("asleep_gib", f"{(before - asleep) / 2**30:.1f}")
         finally:
-            replica.shutdown()
+            await replica.shutdown()
 
     asyncio.run(turns())
 

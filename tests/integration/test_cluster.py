@@ -257,6 +257,64 @@ def test_the_torch_learner_in_place_of_deepspeed(start: Callable[..., Controller
     assert {file.name for file in (run / "checkpoints" / "0001").glob("*.pt")} == {"state.pt"}
 
 
+@pytest.mark.long
+def test_weights_that_travel_through_files(start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path) -> None:
+    """The same run with `sync.backend=disk`: replicas load what the checkpoint wrote, and prove it like every push."""
+    config = write_config(tmp_path, tiny_llama, learner={"ranks": 1})
+
+    controller = start("run", config, "sync.backend=disk")
+
+    assert controller.wait() == 0, controller.text
+    controller.assert_nothing_survives()
+    run = tmp_path / "runs" / "run"
+    assert_finished(run, 8 * 4)
+    assert pushes(run) == [("disk", 2)] * 2
+
+
+def test_vllm_serve_and_the_torch_learner(start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path) -> None:
+    """An engine behind HTTP and a learner without DeepSpeed, which know nothing of each other: nothing else changes."""
+    config = write_config(tmp_path, tiny_llama, engine={"name": "openai", "replicas": 1})
+
+    controller = start("run", config, "learner.name=torch", "learner.ranks=1")
+
+    assert controller.wait() == 0, controller.text
+    controller.assert_nothing_survives()
+    run = tmp_path / "runs" / "run"
+    assert_finished(run, 8 * 4)
+    assert pushes(run) == [("disk", 1)] * 2
+    for row in rows(run, 1, "rollouts"):
+        assert len({tuple(tokens) for tokens in row["token_ids"]}) == 4
+
+
+@pytest.mark.long
+def test_a_server_that_is_killed_is_started_again(start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path) -> None:
+    """The replica's own process lives, and says what became of its server."""
+    engine = {"name": "openai", "replicas": 1, "max_num_seqs": 4}
+    config = write_config(tmp_path, tiny_llama, engine=engine, learner={"ranks": 1}, sampling={"max_new_tokens": 100})
+    run, log = tmp_path / "runs" / "run", tmp_path / "events"
+
+    controller = start(
+        "run", config, log=str(log), parts="real", strikes=[("openai.server", "generate", HELDOUT + 2, "SIGKILL")]
+    )
+
+    assert controller.wait(timeout_s=800) == 0, controller.text
+    controller.assert_nothing_survives()
+    assert_finished(run, PROMPTS * 4)
+    said = controller.log.read_text()
+    assert "the server of this replica ended with exit code -9" in said
+    assert said.count("serves again: version 0 from disk, proved by") == 1
+
+
+def pushes(run: Path) -> list[tuple[str, int]]:
+    """Through what, and into how many replicas, each iteration was pushed."""
+    from onlinerl.stores.directory import RunDirectory
+
+    with RunDirectory.open(run) as store:
+        records = [store.phases(iteration)["sync"] for iteration in (0, 1)]
+    assert all(record["proved"] and record["tensors_checked"] > 8 for record in records)
+    return [(record["backend"], record["replicas"]) for record in records]
+
+
 def test_a_controller_that_is_stopped_while_it_samples_leaves_nothing_and_resumes(
     start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path
 ) -> None:

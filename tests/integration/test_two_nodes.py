@@ -129,6 +129,7 @@ def test_without_learning_the_replica_never_changes(tiny_llama, tmp_path, monkey
     from onlinerl import app
     from onlinerl import config as configuration
     from onlinerl.cluster import sync
+    from onlinerl.engines.vllm import VLLMReplica
 
     monkeypatch.syspath_prepend(tmp_path)
     cores = os.sched_getaffinity(0)
@@ -137,7 +138,8 @@ def test_without_learning_the_replica_never_changes(tiny_llama, tmp_path, monkey
 
     def push_and_look(self, version):
         report = push(self, version)
-        held.append(self._pool.call("held", timeout_s=60)[0])
+        [replica] = self._fleet.replicas
+        held.append(replica.call(VLLMReplica.held).result(60))
         return report
 
     monkeypatch.setattr(sync.WeightPush, "push", push_and_look)

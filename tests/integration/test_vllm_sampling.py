@@ -179,9 +179,9 @@ def test_five_hundred_prompts_at_once(replica: Replica, sender: Sender, base: Ll
 def test_vllm_knows_every_variable_that_is_set_for_it() -> None:
     from vllm import envs
 
-    from onlinerl.engines.vllm import environment
+    from onlinerl.engines.vllm import VLLM
 
-    assert {name for name in environment("gloo") if name.startswith("VLLM_")} <= set(envs.environment_variables)
+    assert {name for name in VLLM().environment() if name.startswith("VLLM_")} <= set(envs.environment_variables)
 
 
 def test_the_cache_has_the_size_that_was_asked_for(replica: Replica) -> None:

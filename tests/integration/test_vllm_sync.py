@@ -15,7 +15,7 @@ from engine import CANARY, CLOSE, PROMPT, TIMEOUT_S, Replica, Sender, State, can
 from transformers import LlamaForCausalLM
 
 from onlinerl.errors import EngineError, SyncError
-from onlinerl.sync import proof
+from onlinerl.transports import _proof as proof
 
 pytestmark = pytest.mark.engine
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from onlinerl.sync import proof
+from onlinerl.transports import _proof as proof
 from onlinerl.types import Group, Prompt, Request, Sampling
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -61,6 +61,8 @@ class Replica:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from onlinerl.engines.vllm import VLLM, VLLMReplica
+        from onlinerl.protocols.engine import ReplicaSettings
+        from onlinerl.transports.gloo import Gloo
 
         self.version = 0
         """Of the push that is under way."""
@@ -75,7 +77,8 @@ class Replica:
             return usual(args, stat_loggers=[self.watched])
 
         async def start() -> VLLMReplica:
-            return VLLMReplica(str(model), self.config, device="cpu", max_model_len=256, sync_backend="gloo", seed=0)
+            settings = ReplicaSettings(device="cpu", colocated=False, max_model_len=256, transport=Gloo(), seed=0)
+            return VLLMReplica(str(model), self.config, settings)
 
         with mock.patch.object(AsyncLLM, "from_engine_args", watched):
             self.replica = self.wait(start(), 300)
@@ -87,7 +90,7 @@ class Replica:
         return self.wait(getattr(self.replica, method)(*args))
 
     def close(self) -> None:
-        self.replica.shutdown()
+        self.wait(self.replica.shutdown())
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def sample(self, prompt: Sequence[int], seeds: Sequence[int], **sampling: Any) -> Group:
@@ -134,7 +137,7 @@ class Sender:
         self._engine: Any = None
 
     def connect(self, timeout_s: float = TIMEOUT_S, client: Any = None) -> None:
-        from onlinerl.sync.gloo import GlooTrainerInitInfo, GlooTrainerWeightTransferEngine
+        from onlinerl.transports.gloo.halves import GlooTrainerInitInfo, GlooTrainerWeightTransferEngine
 
         world_size = 1 + self._replica.config.tensor_parallel_size
         info = GlooTrainerInitInfo(

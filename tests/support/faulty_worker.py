@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onlinerl.sync import gloo
-from onlinerl.sync.receiver import Receiver
+from onlinerl.transports._receiver import Receiver
+from onlinerl.transports.gloo import halves
 
-usual = gloo.unpack
+usual = halves.unpack
 
 
 def lose(flat: Tensor, run: list[Any]) -> Iterator[tuple[str, Tensor]]:
@@ -38,4 +38,4 @@ class FaultyReceiver(Receiver):
             seen += 1
             return {"lose": lose, "flip": flip}[fault](flat, run) if seen == bucket else usual(flat, run)
 
-        gloo.unpack = unpack if self.rank == rank and fault != "none" else usual  # type: ignore[attr-defined]
+        halves.unpack = unpack if self.rank == rank and fault != "none" else usual  # type: ignore[attr-defined]

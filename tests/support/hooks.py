@@ -79,8 +79,7 @@ def compare(queries):
 def toy_parts():
     """Engine, learner and weight push in one process."""
     from onlinerl.engines.toy import ToyEngine
-    from onlinerl.learners.toy import ToyLearner
-    from onlinerl.sync.toy import ToySync
+    from onlinerl.learners.toy import ToyLearner, ToySync
 
     return ToyEngine, ToyLearner, ToySync
 

@@ -250,10 +250,10 @@ class Rank(Actor):
         self.did("learner returns")
         self.gpu.take("policy", "optimizer")
 
-    def do_open_sync(self, info: Any, client: Any, dtype: str) -> None:
+    def do_open_sync(self, transport: Any, meeting: Any, client: Any) -> None:
         self.gpu.need("policy")
         self.client = client
-        if self.rank == 0:
+        if self.rank == 0 and transport.receiver is not None:
             client.init_weight_transfer_engine({"packed": True})
 
     def do_parameter_names(self) -> list[str]:
@@ -266,9 +266,11 @@ class Rank(Actor):
         self.gpu.need("policy")
         return {name: str(self.weights) for name in names}
 
-    def do_send_weights(self, version: int) -> None:
+    def do_send_weights(self, version: int, path: str | None) -> None:
         self.gpu.need("policy")
-        if self.rank == 0:
+        if self.rank == 0 and path is not None:
+            self.client.load_weights(path, version, ("float32", "float32"))
+        elif self.rank == 0:
             self.client.version = version
             self.client.start_weight_update()
             self.client.update_weights({"value": self.weights})

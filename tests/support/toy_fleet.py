@@ -205,7 +205,7 @@ GARBAGE = ("prompt", "seed", "count", "version", "tokens", "token", "nan")
 
 def install(monkeypatch: Any, world: World) -> None:
     """Let a run start its replicas and ranks in `world`."""
-    from onlinerl.cluster import fleet, handout, replica, runtime, sync
+    from onlinerl.cluster import fleet, handout, replica, runtime
     from onlinerl.errors import ClusterError
 
     shared_gpu.install(monkeypatch, world, device="cpu")
@@ -253,7 +253,6 @@ def install(monkeypatch: Any, world: World) -> None:
     monkeypatch.setattr(
         replica, "end_processes", SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda family: end(family)))
     )
-    monkeypatch.setattr(sync.WeightPush, "_init_info", lambda *_: None)  # it is vLLM's
     monkeypatch.setattr(fleet, "PING_S", 2.0)
     monkeypatch.setattr(fleet, "LOOK_S", 0.01)
     monkeypatch.setattr(handout, "LOOK_S", 0.01)

@@ -300,10 +300,15 @@ def test_after_a_change_that_failed_nothing_goes_on(parts: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "field"),
-    [({"cluster.colocate": True}, "cluster.colocate"), ({"sync.backend": "nccl"}, "sync.backend")],
+    ("keys", "field", "cause"),
+    [
+        ({"cluster.colocate": True}, "cluster.colocate", "the cluster has none"),
+        ({"sync.backend": "nccl"}, "sync.backend", "the run is on CPUs"),
+    ],
 )
-def test_a_cluster_without_gpus_is_refused_before_anything_starts(run: Run, keys: dict[str, Any], field: str) -> None:
-    with pytest.raises(ConfigError, match="the cluster has none") as error:
+def test_a_cluster_without_gpus_is_refused_before_anything_starts(
+    run: Run, keys: dict[str, Any], field: str, cause: str
+) -> None:
+    with pytest.raises(ConfigError, match=cause) as error:
         run(shared=False, **{"cluster.device": "auto", **keys})
     assert error.value.field == field

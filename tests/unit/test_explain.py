@@ -98,6 +98,8 @@ def test_every_suggested_key_exists():
         ("pairing=ranked", "pairing", "write pairing.name=ranked"),
         ("engine=vllm", "engine", "write engine.name=vllm"),
         ("learner=deepspeed", "learner", "write learner.name=deepspeed"),
+        ("sync=disk", "sync", "write sync.backend=disk"),
+        ("sync.backend=glo", "sync.backend", "did you mean 'gloo'?"),
         ("sampling=greedy", "sampling", "write sampling.KEY=VALUE, KEY one of samples_per_prompt, temperature"),
         ("algorithm.name=GRPO", "algorithm.name", "did you mean 'grpo'?"),
         ("oracle.name=math", "oracle.name", "did you mean 'math_verifier'?"),

@@ -154,6 +154,19 @@ def test_after_a_fault_the_run_ends_as_if_nothing_had_happened(
     assert recorded.disagreements(done.path, "dpo") == []
 
 
+@pytest.mark.parametrize("moment", [None, (1, "load_weights", 1), (1, "load_weights", 2), (1, "received", 2)], ids=str)
+def test_pushes_through_files_end_in_the_same_run(run: Run, undisturbed: Any, moment: Any) -> None:
+    """Also where a replica dies in one of them."""
+    done = run(World({} if moment is None else {moment: "kill"}), **{"sync.backend": "disk"})
+
+    done.assert_healthy()
+    assert done.tables() == undisturbed
+    assert done.deaths() == ([] if moment is None else ["push"])
+    with RunDirectory.open(done.path) as store:
+        assert [store.phases(t)["sync"]["backend"] for t in (0, 1)] == ["disk", "disk"]
+    assert not {method for _, method in done.world.calls if "update" in method or "transfer" in method}
+
+
 CHAINS = {
     "two of three": {(0, "sample", 1): "kill", (2, "sample", 2): "kill"},
     "all of them": {(0, "sample", 1): "kill", (1, "sample", 2): "hang", (2, "sample", 1): "version"},

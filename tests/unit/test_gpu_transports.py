@@ -6,7 +6,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,25 +22,26 @@ import shared_gpu
 from vllm.distributed.weight_transfer import ipc_engine, nccl_common, packed_tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-from onlinerl.cluster.colocation import Turns
-from onlinerl.cluster.sync import FanOutClient, WeightPush
-from onlinerl.config import SyncConfig
-from onlinerl.engines import vllm as engine
-from onlinerl.sync import ipc, nccl
-from onlinerl.sync.sender import open_sender
+from onlinerl.cluster.sync import FanOut
+from onlinerl.engines.vllm import VLLM
+from onlinerl.protocols.transport import Meeting
+from onlinerl.transports.gloo import Gloo
+from onlinerl.transports.ipc import Ipc
+from onlinerl.transports.nccl import Nccl
 
 INSECURE = "VLLM_ALLOW_INSECURE_SERIALIZATION"
 
 
 @pytest.mark.parametrize(
-    ("backend", "field"),
-    [("gloo", "bucket_bytes"), ("ipc", "packed_buffer_size_bytes"), ("nccl", "packed_buffer_size_bytes")],
+    ("transport", "field"),
+    [(Gloo, "bucket_bytes"), (Ipc, "packed_buffer_size_bytes"), (Nccl, "packed_buffer_size_bytes")],
 )
-def test_a_bucket_is_as_large_as_the_configuration_says(backend: str, field: str) -> None:
-    parts: Any = SimpleNamespace(address="127.0.0.1", fleet=None)
-    config: Any = SimpleNamespace()
-    push = WeightPush(parts, parts, Turns(shared=False), SyncConfig(bucket_mib=3), config, backend, [])
-    assert getattr(push._init_info(0, 1, 2), field) == 3 * 2**20
+def test_a_bucket_is_as_large_as_the_configuration_says(transport: type[Gloo | Ipc | Nccl], field: str) -> None:
+    assert getattr(transport(bucket_mib=3).init_info(told(0), []), field) == 3 * 2**20
+
+
+def told(rank: int, workers: int = 1) -> Meeting:
+    return Meeting(rank=rank, address="127.0.0.1", workers=workers, dtypes=("float32", "float32"))
 
 
 class Source(WeightSource):
@@ -58,7 +58,7 @@ class Source(WeightSource):
 
 
 @pytest.fixture
-def client(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FanOutClient]:
+def client(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FanOut]:
     """A client of replicas that answer with `methods(i)`."""
 
     def get(ref: shared_gpu.Ref) -> Any:
@@ -69,11 +69,11 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FanOutClient]:
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(ray, "wait", lambda refs, timeout: (list(refs)[:1], list(refs)[1:]))
 
-    def make(methods: Callable[[int], dict[str, Callable[..., Any]]], replicas: int, width: int = 1) -> FanOutClient:
+    def make(methods: Callable[[int], dict[str, Callable[..., Any]]], replicas: int, width: int = 1) -> FanOut:
         def actor(i: int) -> SimpleNamespace:
             return SimpleNamespace(call=shared_gpu.remote(lambda method, *args: methods(i)[method](*args)))
 
-        return FanOutClient([actor(i) for i in range(replicas)], [f"replica {i}" for i in range(replicas)], width, 10)
+        return FanOut([actor(i) for i in range(replicas)], [f"replica {i}" for i in range(replicas)], width, 10)
 
     return make
 
@@ -102,13 +102,13 @@ def test_handles_reach_an_engine_only_in_the_environment_of_colocated_replicas(m
         True,
     )
     payload = {"update_info": {"names": ["a"], "ipc_handles": {"GPU-1": args}}}
-    for backend in ("gloo", "nccl"):
-        assert INSECURE not in engine.environment(backend)
+    for transport in (Gloo(), Nccl()):
+        assert INSECURE not in {**VLLM().environment(), **transport.environment()}
     monkeypatch.delenv(INSECURE, raising=False)
     with pytest.raises(TypeError, match=INSECURE):
         MsgpackEncoder().encode(payload)
 
-    for name, value in engine.environment("ipc").items():
+    for name, value in Ipc().environment().items():
         monkeypatch.setenv(name, value)
     decoded = MsgpackDecoder().decode(MsgpackEncoder().encode(payload))
 
@@ -121,15 +121,14 @@ def test_handles_reach_an_engine_only_in_the_environment_of_colocated_replicas(m
 def test_the_buffer_holds_the_largest_tensor() -> None:
     """vLLM refuses a tensor that is larger than its buffer, as the embeddings of many 7B models are than its default of 1 GiB."""
     metas = [ParamMeta("small", torch.bfloat16, (4,)), ParamMeta("embedding", torch.bfloat16, (152_064, 3584))]
-    info = ipc.init_info(1, 64 * 2**20)
-    assert info.packed
-    assert info.packed_buffer_size_bytes == 64 * 2**20
-    assert ipc.fit(info, metas).packed_buffer_size_bytes == 2 * 152_064 * 3584 > 2**30
-    assert ipc.fit(info, metas[:1]) == info
+    transport = Ipc(bucket_mib=64)
+    assert transport.init_info(told(1), metas[:1]).packed
+    assert transport.init_info(told(1), metas[:1]).packed_buffer_size_bytes == 64 * 2**20
+    assert transport.init_info(told(1), metas).packed_buffer_size_bytes == 2 * 152_064 * 3584 > 2**30
 
 
 def test_each_replica_opens_the_memory_of_the_rank_on_its_own_gpu(
-    client: Callable[..., FanOutClient], monkeypatch: pytest.MonkeyPatch
+    client: Callable[..., FanOut], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two ranks and two replicas on two GPUs: vLLM's own sender on every rank, its own reader in every replica."""
     here, meeting = threading.local(), threading.Barrier(2, timeout=20)
@@ -178,11 +177,10 @@ def test_each_replica_opens_the_memory_of_the_rank_on_its_own_gpu(
         }
 
     fan_out = client(methods, replicas=2)
-    fan_out.version = 7
 
     def send(rank: int) -> None:
         here.rank = rank
-        open_sender(ipc.init_info(rank, 2**20), fan_out, Source(rank)).send_weights()
+        Ipc(bucket_mib=1).sender(told(rank, workers=2), fan_out, Source(rank)).send(7, None)
 
     ranks = [threading.Thread(target=send, args=(rank,), daemon=True) for rank in range(2)]
     for rank in ranks:
@@ -205,7 +203,7 @@ def test_a_replica_without_a_rank_on_its_gpu_says_which_gpus_there_are(monkeypat
 
 @pytest.mark.parametrize(("replicas", "width"), [(1, 1), (3, 1), (2, 2)])
 def test_every_worker_gets_a_rank_of_its_own(
-    client: Callable[..., FanOutClient], monkeypatch: pytest.MonkeyPatch, replicas: int, width: int
+    client: Callable[..., FanOut], monkeypatch: pytest.MonkeyPatch, replicas: int, width: int
 ) -> None:
     """Sender and workers of tensor-parallel replicas, as vLLM's own code on both sides counts them."""
     members: list[tuple[int, int, int]] = []
@@ -226,8 +224,8 @@ def test_every_worker_gets_a_rank_of_its_own(
 
     world_size = 1 + replicas * width
     for rank in range(2):  # of the learner: the second one must not join
-        info = nccl.init_info(rank, "127.0.0.1", 1234, world_size, 2**20)
-        assert asdict(info)["packed_buffer_size_bytes"] == 2**20
-        open_sender(info, client(methods, replicas, width), Source(rank))
+        Nccl().sender(told(rank, replicas * width), client(methods, replicas, width), Source(rank))
 
-    assert sorted(members) == [(rank, world_size, 1234) for rank in range(world_size)]
+    (port,) = {port for *_, port in members}
+    assert sorted(members) == [(rank, world_size, port) for rank in range(world_size)]
+    assert port > 0

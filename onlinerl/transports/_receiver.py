@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onlinerl.sync import gloo, reload
-from onlinerl.sync.proof import digest
+from onlinerl.transports import _reload as reload
+from onlinerl.transports._proof import digest
+from onlinerl.transports.gloo import halves
 
-gloo.register()  # the module is imported in the worker process, also where entry points are not installed
+halves.register()  # the module is imported in the worker process, also where entry points are not installed
 
 
 class Receiver:

@@ -1,4 +1,4 @@
-"""Weights over gloo: the CPU transport, both halves, as engines of vLLM's weight-transfer API.
+"""Both halves of the gloo transport, as engines of vLLM's weight-transfer API.
 
 Learner rank 0 is rank 0 of a private process group, the vLLM workers follow. Tensors travel packed into buckets of at most
 `bucket_bytes`, whose boundaries both sides derive from the same metadata; the extra memory on either side is one bucket.
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +30,8 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from onlinerl.network import local_address
 from onlinerl.processes import die_with_parent
-from onlinerl.sync import reload
+from onlinerl.transports import _reload as reload
+from onlinerl.transports._stream import nbytes
 
 BACKEND = "gloo"
 
@@ -104,12 +104,6 @@ def buckets(metas: list[ParamMeta], bucket_bytes: int) -> Iterator[list[ParamMet
         size += nbytes(meta)
     if run:
         yield run
-
-
-def nbytes(meta: ParamMeta) -> int:
-    """Size of one tensor on the wire."""
-    size: int = prod(meta.shape) * meta.dtype.itemsize
-    return size
 
 
 def unpack(flat: Tensor, run: list[ParamMeta]) -> Iterator[tuple[str, Tensor]]:

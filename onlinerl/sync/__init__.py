@@ -1,1 +1,0 @@
-"""Weight transport, sender and receiver halves together, and proof of delivery."""

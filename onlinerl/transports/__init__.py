@@ -1,0 +1,1 @@
+"""How weights travel, one file or folder per transport, and the proof of delivery."""
