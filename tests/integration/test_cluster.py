@@ -260,7 +260,7 @@ def test_the_torch_learner_in_place_of_deepspeed(start: Callable[..., Controller
 @pytest.mark.long
 def test_weights_that_travel_through_files(start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path) -> None:
     """The same run with `sync.backend=disk`: replicas load what the checkpoint wrote, and prove it like every push."""
-    config = write_config(tmp_path, tiny_llama, learner={"ranks": 1})
+    config = write_config(tmp_path, tiny_llama, engine={"replicas": 1}, learner={"ranks": 1})
 
     controller = start("run", config, "sync.backend=disk")
 
@@ -268,7 +268,7 @@ def test_weights_that_travel_through_files(start: Callable[..., Controller], tin
     controller.assert_nothing_survives()
     run = tmp_path / "runs" / "run"
     assert_finished(run, 8 * 4)
-    assert pushes(run) == [("disk", 2)] * 2
+    assert pushes(run) == [("disk", 1)] * 2
 
 
 def test_vllm_serve_and_the_torch_learner(start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path) -> None:
