@@ -6,11 +6,11 @@
 from importlib import import_module
 from typing import Any
 
+_PARTS = ("training", "prompts", "rollouts", "labels", "numbers", "plan", "records", "seeds", "tables")
+
 
 def __getattr__(name: str) -> Any:
-    for part in (
-        ("training", "prompts", "rollouts", "labels", "plan", "records", "seeds", "tables") if not name.startswith("_") else ()
-    ):
+    for part in _PARTS if not name.startswith("_") else ():
         found = vars(import_module(f"{__name__}.{part}"))
         if name in found:
             return found[name]
