@@ -46,11 +46,11 @@ def judge(groups: Sequence[dict[str, Any]]) -> list[list[float]]:
     return [[float(len(response)) for response in group["responses"]] for group in groups]
 
 
-def generate(self: ToyEngine, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
+def generate(self: ToyEngine, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sequence[Group]]:
     """As an engine that takes SAMPLE_S per prompt."""
-    for group in _generate(self, requests, sampling):
+    for groups in _generate(self, requests, sampling):
         time.sleep(SAMPLE_S)
-        yield group
+        yield groups
 
 
 def logprobs(self: ToyLearner, sequences: Sequence[TrainSequence], **options: Any) -> list[np.ndarray]:

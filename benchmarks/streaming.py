@@ -39,12 +39,12 @@ def judge(groups: Sequence[dict]) -> list[list[float]]:
     return [[float(len(response)) for response in group["responses"]] for group in groups]
 
 
-def slow(engine: ToyEngine, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
+def slow(engine: ToyEngine, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sequence[Group]]:
     """As an engine that takes SAMPLE_S per prompt."""
-    for group in generate(engine, requests, sampling):
-        if len(group.rollouts) > 1:  # the answers to held-out prompts are not what is measured
+    for groups in generate(engine, requests, sampling):
+        if len(groups[0].rollouts) > 1:  # the answers to held-out prompts are not what is measured
             time.sleep(SAMPLE_S)
-        yield group
+        yield groups
 
 
 generate = ToyEngine.generate

@@ -31,15 +31,10 @@ class DnoPrct(Dpo):
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
         """The pairs that pass both filters, without those of identical or unjudged responses."""
-        pairs_left, dropped = super().items(judged, pairs)
-        kept: list[TrainItem] = []
-        for item in pairs_left:
-            reason = self.rejects(*item.sequences)
-            if reason is None:
-                kept.append(item)
-            else:
-                dropped[reason] += 1
-        return kept, dropped
+        built, dropped = super().items(judged, pairs)
+        reasons = [self.rejects(*item.sequences) for item in built]
+        dropped.update(reason for reason in reasons if reason is not None)
+        return [item for item, reason in zip(built, reasons, strict=True) if reason is None], dropped
 
     def rejects(self, winner: TrainSequence, loser: TrainSequence) -> str | None:
         """Why a pair does not pass: `gap` (below the margin), `floor` (the winner is too bad); None if it passes."""

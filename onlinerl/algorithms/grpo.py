@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -63,17 +63,15 @@ class Grpo(PolicyGradient):
         ]
         return sample_items(judged, filled), dropped
 
-    def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Sequence[TrainItem]:
+    def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Iterable[TrainItem]:
         """For `std_norm: batch`, divide by the standard deviation of the iteration's centred scores."""
         if self.std_norm != "batch":
             return items
-        sequences = [item.sequences[0] for item in items]
-        centred = [need(s, "advantages").astype(np.float32) for s in sequences]
+        centred = (need(item.sequences[0], "advantages").astype(np.float32) for item in items)
         std = unbiased_std(np.array([a[0] for a in centred if a.size]))
         scale = np.float32(0.0 if std < 1e-8 else 1.0 / (std + 1e-6))
-        return [
-            with_sequence(item, s.with_(advantages=a * scale)) for item, s, a in zip(items, sequences, centred, strict=True)
-        ]
+        sequences = ((item, item.sequences[0]) for item in items)
+        return (with_sequence(i, s.with_(advantages=need(s, "advantages").astype(np.float32) * scale)) for i, s in sequences)
 
     def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
         """Sum over tokens, or over responses of their token mean.

@@ -4,8 +4,8 @@ RLHF with PPO: A Case Study on TL;DR Summarization"."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
@@ -16,13 +16,26 @@ from onlinerl.ops.critic import clipped_value_loss, gae
 from onlinerl.ops.items import judged_sequences, need, sample_items, with_sequence
 from onlinerl.ops.kl import k3_plus
 from onlinerl.ops.logprobs import masked, token_log_ratios
-from onlinerl.ops.scaling import adapted_kl, normalized, whiten
+from onlinerl.ops.scaling import adapted_kl, moments, normalized, whitening
 from onlinerl.protocols.algorithm import Needs, Reported, by_knobs
 from onlinerl.types.plan import Objection, Plan
 from onlinerl.types.training import TrainItem, TrainSequence
 
 if TYPE_CHECKING:
     from onlinerl.types.labels import Judged, Pair
+
+
+class _Targets(NamedTuple):
+    """What a response teaches, f64[T] each."""
+
+    item: TrainItem
+    advantages: np.ndarray
+    returns: np.ndarray
+    values: np.ndarray
+
+
+def _as_it_is(part: np.ndarray) -> np.ndarray:
+    return part
 
 
 class Ppo(PolicyGradient):
@@ -158,21 +171,19 @@ class Ppo(PolicyGradient):
         sequences, dropped = judged_sequences(judged)
         return sample_items(judged, sequences), dropped
 
-    def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> list[TrainItem]:
+    def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Iterator[TrainItem]:
         """Advantages f32[T], whitened over all tokens of the iteration, and critic targets f32[T].
 
         Raises:
             ValueError: if a sequence lacks values or, for the KL in the reward, old or reference log-probs.
         """
-        sequences = [item.sequences[0] for item in items]
-        advantages, returns = self._targets(sequences, past)  # the critic's targets are not whitened
-        if self.whiten_advantages:
-            advantages = whiten(advantages)
+        targets = self._targets(items, past)
+        # The critic's targets are not whitened.
+        scaled = whitening(lambda: (t.advantages for t in targets())) if self.whiten_advantages else _as_it_is
         weight = 0.0 if sum(bool(figures) for figures in past) < self.critic_warmup else 1.0
-        return [
-            with_sequence(item, s.with_(advantages=a.astype(np.float32), returns=r.astype(np.float32), policy_weight=weight))
-            for item, s, a, r in zip(items, sequences, advantages, returns, strict=True)
-        ]
+        for t in targets():
+            arrays = {"advantages": scaled(t.advantages).astype(np.float32), "returns": t.returns.astype(np.float32)}
+            yield with_sequence(t.item, t.item.sequences[0].with_(**arrays, policy_weight=weight))
 
     def figures(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
         """What later iterations must know: the scores' mean and spread, the KL of the rollouts and its price; and how good the critic is.
@@ -180,18 +191,19 @@ class Ppo(PolicyGradient):
         `explained_variance` is 1 - Var(R - V) / Var(R) of the values before training: 1 is a perfect critic, 0 one that says the same
         everywhere. `kl_rollouts` is the mean over responses of sum_t (old - reference), in nats.
         """
-        sequences = [item.sequences[0] for item in items]
-        scores = np.array([self.score(s) for s in sequences])
+        scores = np.array([self.score(item.sequences[0]) for item in items])
         if not scores.size:
             return {}
         figures = {"responses": float(len(scores)), "score_mean": float(scores.mean()), "score_std": float(scores.std())}
         if self.kl_coef > 0:
             figures["kl_coef"] = self._price(past)
+            sequences = (item.sequences[0] for item in items)
             figures["kl_rollouts"] = float(np.mean([(need(s, "old") - need(s, "reference")).sum() for s in sequences]))
-        _, returns = self._targets(sequences, past)
-        targets, values = np.concatenate(returns), np.concatenate([need(s, "values") for s in sequences])
-        if targets.size and targets.var() > 0:
-            figures["explained_variance"] = float(1.0 - (targets - values).var() / targets.var())
+        targets = self._targets(items, past)
+        _, variance = moments(lambda: (t.returns for t in targets()))
+        if variance > 0:
+            _, left = moments(lambda: (t.returns - t.values for t in targets()))
+            figures["explained_variance"] = float(1.0 - left / variance)
         return figures
 
     def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
@@ -219,19 +231,25 @@ class Ppo(PolicyGradient):
         metrics |= {"value_loss": Mean.of(value_BT, mask), "value": Mean.of(values, mask), "return": Mean.of(returns, mask)}
         return LossOutput(total=(loss_BT.sum(dim=1) * batch.weight_B).sum(), metrics=metrics)
 
-    def _targets(
-        self, sequences: Sequence[TrainSequence], past: Sequence[Mapping[str, float]]
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Advantages and critic targets of each response, f64[T]."""
-        scores = np.array([self.score(s) for s in sequences])
+    def _targets(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]]) -> Callable[[], Iterator[_Targets]]:
+        """What each response teaches, one after the other, as often as it is asked for: only scores are kept."""
+        scores = np.array([self.score(item.sequences[0]) for item in items])
         if self.normalize_scores:
             scores = normalized(scores, [(f["responses"], f["score_mean"], f["score_std"]) for f in past if "score_std" in f])
         price = self._price(past)
-        rewards = [self.rewards(s, score, price) for s, score in zip(sequences, scores, strict=True)]
-        if self.whiten_rewards:
-            rewards = whiten(rewards, keep_mean=True)
-        pairs = [gae(r, need(s, "values"), gamma=self.gamma, lam=self.lam) for r, s in zip(rewards, sequences, strict=True)]
-        return [a for a, _ in pairs], [r for _, r in pairs]
+
+        def rewards() -> Iterator[tuple[TrainItem, np.ndarray]]:
+            return ((item, self.rewards(item.sequences[0], score, price)) for item, score in zip(items, scores, strict=True))
+
+        scaled = whitening(lambda: (r for _, r in rewards()), keep_mean=True) if self.whiten_rewards else _as_it_is
+
+        def targets() -> Iterator[_Targets]:
+            for item, reward in rewards():
+                values = need(item.sequences[0], "values")
+                advantages, returns = gae(scaled(reward), values, gamma=self.gamma, lam=self.lam)
+                yield _Targets(item, advantages, returns, values)
+
+        return targets
 
     def rewards(self, sequence: TrainSequence, score: float, price: float) -> np.ndarray:
         """r[T]: minus the price of the KL at every token, plus the score at the last one."""

@@ -8,6 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,8 +55,8 @@ class Handout:
         self._version = fleet.version
         self._looked = time.monotonic()
 
-    def groups(self) -> Iterator[Group]:
-        """Groups as they finish.
+    def groups(self) -> Iterator[list[Group]]:
+        """Groups as they finish, those together that have finished meanwhile.
 
         Raises:
             EngineError: if too few replicas are left, or a prompt cannot be answered.
@@ -64,16 +65,14 @@ class Handout:
             while self._queue or any(hand.waiting for hand in self._hands.values()):
                 self._hand_out()
                 self._look_for_silence()
+                groups: list[Group] = []
                 try:
-                    hand, future = self._finished.get(timeout=LOOK_S)
-                except queue.Empty:
-                    continue
-                request = hand.waiting.pop(future, None)
-                if request is None:  # its replica was given up, and somebody else is asked
-                    continue
-                self._fleet.answered(hand.replica, hand.actor)
-                if (group := self._answer(hand, request, future)) is not None:
-                    yield group
+                    for hand, future in self._arrived():
+                        if (group := self._taken(hand, future)) is not None:
+                            groups.append(group)
+                finally:  # what has arrived before one that ends the run is kept
+                    if groups:
+                        yield groups
         finally:
             for hand in self._hands.values():  # the caller gave up: do not leave work behind
                 for future in hand.waiting:
@@ -98,6 +97,21 @@ class Handout:
                 hand = self._hands[replica.index] = _Hand(replica, actor)
             hand.waiting[future] = request
             future.add_done_callback(lambda done, hand=hand: self._finished.put((hand, done)))
+
+    def _arrived(self) -> Iterator[tuple[_Hand, Future[Group]]]:
+        """What has finished, after a short wait for the first."""
+        with suppress(queue.Empty):
+            yield self._finished.get(timeout=LOOK_S)
+            while True:
+                yield self._finished.get_nowait()
+
+    def _taken(self, hand: _Hand, future: Future[Group]) -> Group | None:
+        """The group, or None if it is of no use."""
+        request = hand.waiting.pop(future, None)
+        if request is None:  # its replica was given up, and somebody else is asked
+            return None
+        self._fleet.answered(hand.replica, hand.actor)
+        return self._answer(hand, request, future)
 
     def _load(self, replica: Replica) -> int:
         hand = self._hands.get(replica.index)

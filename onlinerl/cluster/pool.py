@@ -66,16 +66,16 @@ class EnginePool:
         for replica in self._starting:
             replica.to(ReplicaState.STALE)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
-        """Groups as they finish. The prompts of a replica that fails are asked again, with their seeds.
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Group]]:
+        """Groups as they finish, those together that have finished meanwhile. The prompts of a replica that fails are asked again, with their seeds.
 
         Raises:
             EngineError: if too few replicas are left, or a prompt cannot be answered.
         """
         self._turns.need("engine")
-        for group in Handout(self.fleet, requests, sampling, self._config).groups():
+        for groups in Handout(self.fleet, requests, sampling, self._config).groups():
             self.look()
-            yield group
+            yield groups
 
     def look(self) -> None:
         """See whether somebody has asked for more or fewer replicas."""

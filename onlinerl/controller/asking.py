@@ -144,7 +144,7 @@ def _call(oracle: Oracle, call: Sequence[Query]) -> Iterator[Answers]:
 
 def _attempt(oracle: Oracle, waiting: deque[Query]) -> Generator[Answers, None, _Trouble | None]:
     """Take answered queries off `waiting`; returns what went wrong, or None if nothing did."""
-    inbox: queue.SimpleQueue[Verdict | Failure | _End] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[list[Verdict | Failure] | _End] = queue.SimpleQueue()
     arguments = (oracle, tuple(waiting), inbox)
     threading.Thread(target=_ask, args=arguments, name="oracle", daemon=True).start()
     while True:
@@ -155,7 +155,7 @@ def _attempt(oracle: Oracle, waiting: deque[Query]) -> Generator[Answers, None, 
             return _Trouble(kind="timeout", message=message, may_pass=True)
         while not inbox.empty():
             arrived.append(inbox.get())
-        results = [one for one in arrived if not isinstance(one, _End)]
+        results = [one for some in arrived if not isinstance(some, _End) for one in some]
         if results:
             yield [(waiting.popleft(), one) for one in results]
         if isinstance(end := arrived[-1], _End):
@@ -166,8 +166,9 @@ def _attempt(oracle: Oracle, waiting: deque[Query]) -> Generator[Answers, None, 
 
 def _ask(oracle: Oracle, queries: Sequence[Query], inbox: queue.SimpleQueue[Any]) -> None:
     try:
-        for result in oracle.ask(queries):
-            inbox.put(result)
+        results = oracle.ask(queries)
+        for known in [results] if isinstance(results, list) else ([result] for result in results):
+            inbox.put(known)
     except BaseException as error:  # noqa: BLE001  (the oracle's code may raise anything; it is dealt with where it is waited for)
         inbox.put(_End(error))
     else:

@@ -46,14 +46,15 @@ def generate(
     todo = [r for r in requests if r.prompt.id not in sampled]
     tracker.phase_started(it.number, phase, asked, "samples")
     tracker.phase_advanced(it.number, phase, sum(s.responses for s in sampled.values()))
-    for group in it.parts.engine.generate(todo, sampling) if todo else ():
-        health.check_group(group, it.number if phase == "answer" else it.sampling_version)
-        table.append([group])
-        sampled[group.prompt.id] = Sampled.of(group)
-        if feed is not None and not group.rejected:
-            feed.put([group.prompt.id])
-        tracker.phase_advanced(it.number, phase, len(group.rollouts) + len(group.rejected))
-        rejected.update(group.rejected)
+    for groups in it.parts.engine.generate(todo, sampling) if todo else ():
+        health.check_groups(groups, it.number if phase == "answer" else it.sampling_version)
+        table.append(groups)
+        new = {group.prompt.id: Sampled.of(group) for group in groups}
+        sampled |= new
+        if feed is not None:
+            feed.put(prompt_id for prompt_id, one in new.items() if not one.rejected)
+        tracker.phase_advanced(it.number, phase, sum(one.responses + len(one.rejected) for one in new.values()))
+        rejected.update(reason for one in new.values() for reason in one.rejected)
         health.check_rejected(rejected, asked, it.parts.config.engine.max_rejected)
         it.check_stop()
     table.seal()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-
-import numpy as np
 
 from onlinerl.errors import EngineError, OracleError
 from onlinerl.types import Failure, Group, RejectReason, TrainRecord, Verdict
@@ -14,18 +13,19 @@ TIE = 1e-9
 """Judgements that differ by less are the same."""
 
 
-def check_group(group: Group, policy_version: int) -> None:
+def check_groups(groups: Sequence[Group], policy_version: int) -> None:
     """Refuse rollouts of another policy than the current one.
 
     Raises:
         EngineError: naming the prompt.
     """
-    for rollout in group.rollouts:
-        if rollout.policy_version != policy_version:
-            raise EngineError(
-                f"prompt {group.prompt.id}: sampled by version {rollout.policy_version}, expected {policy_version}",
-                fix="a replica missed a weight update; `onlinerl resume` starts fresh replicas",
-            )
+    for group in groups:
+        for rollout in group.rollouts:
+            if rollout.policy_version != policy_version:
+                raise EngineError(
+                    f"prompt {group.prompt.id}: sampled by version {rollout.policy_version}, expected {policy_version}",
+                    fix="a replica missed a weight update; `onlinerl resume` starts fresh replicas",
+                )
 
 
 def check_rejected(reasons: Mapping[RejectReason, int], asked: int, limit: float) -> None:
@@ -116,6 +116,6 @@ def check_mismatch(k3: float, limit: float) -> None:
 
 def spread(verdict: Verdict) -> float:
     """Between the best and the worst response of a group, in scores or win rates; 0 if nothing was said."""
-    said = np.asarray(verdict.scores, float) if verdict.preferences is None else verdict.win_rates()
-    values = said[np.isfinite(said)]
-    return float(values.max() - values.min()) if values.size else 0.0
+    said = (() if verdict.scores is None else verdict.scores) if verdict.preferences is None else verdict.win_rates().tolist()
+    values = [value for value in said if math.isfinite(value)]
+    return float(max(values) - min(values)) if values else 0.0

@@ -11,8 +11,8 @@ from onlinerl.controller import health
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import Built, batched
 from onlinerl.errors import StoreError
-from onlinerl.protocols.store import LOGPROBS, Scratch
-from onlinerl.types import Judged, Pair, TrainedPair, TrainItem, Verdict
+from onlinerl.protocols.store import LOGPROBS, Scratch, Table
+from onlinerl.types import Judged, LogProbs, Pair, TrainedPair, TrainItem, Verdict
 
 AT_ONCE = 64
 """Prompts whose pairs are written together."""
@@ -75,6 +75,7 @@ class _Made:
 
     def __init__(self, it: Iteration) -> None:
         self._it = it
+        self._logprobs = it.parts.store.logprobs(it.number, LOGPROBS)
         self.dropped = Counter({"few_samples": 0, "not_judged": 0})
         self.sampled_by = Counter[int]()
         self.spreads: list[float] = []
@@ -115,7 +116,7 @@ class _Made:
         self.truncated += made.truncated
         self.useful += bool(made.items)
         pairs.extend(_trained(judged, pair) for pair in made.pairs)
-        for item in _annotated(self._it, judged.group.prompt.id, made.items):
+        for item in _annotated(self._logprobs, judged.group.prompt.id, made.items):
             self.earned.extend(map(self._it.parts.algorithm.score, item.sequences))
             self.sampled_by.update(s.policy_version for s in item.sequences)
             yield item
@@ -132,13 +133,13 @@ def _trained(judged: Judged, pair: Pair) -> TrainedPair:
     )
 
 
-def _annotated(it: Iteration, prompt_id: str, made: Sequence[TrainItem]) -> list[TrainItem]:
+def _annotated(table: Table[LogProbs], prompt_id: str, made: Sequence[TrainItem]) -> list[TrainItem]:
     """The items of a group with what was kept about their sequences.
 
     Raises:
         StoreError: if nothing was kept, or it was kept about others.
     """
-    (kept,) = it.parts.store.logprobs(it.number, LOGPROBS).select([prompt_id])
+    (kept,) = table.select([prompt_id])
     arrays: Mapping[str, Sequence[Any]] = {} if kept is None else kept.arrays
     lengths = [len(s.response_ids) for item in made for s in item.sequences]
     if kept is None or any([len(array) for array in own] != lengths for own in arrays.values()):

@@ -12,6 +12,8 @@ from onlinerl.errors import LearnerError
 from onlinerl.types import SelfTest, TrainItem
 
 ITEMS = 8
+AMONG = 256
+"""Of the first so many."""
 
 FORMULA = 1e-3
 """Two passes of one policy are equal, so the loss is what its formula says but for fp32 sums."""
@@ -28,7 +30,8 @@ MOST_NOISE = 0.25
 
 def choose(items: Sequence[TrainItem]) -> list[TrainItem]:
     """Items to test with: long responses, in which rounding averages out, of different prompts, which a permutation mixes up."""
-    known = [(-min(len(s.response_ids) for s in item.sequences), item.prompt_id) for item in items]  # there may be very many
+    among = (items[i] for i in range(min(AMONG, len(items))))  # there may be very many, and each is read from the disk
+    known = [(-min(len(s.response_ids) for s in item.sequences), item.prompt_id) for item in among]
     by_length = sorted(range(len(known)), key=lambda i: known[i][0])
     seen: set[str] = set()
     first_of_prompt: list[int] = []

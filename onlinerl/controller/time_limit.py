@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from onlinerl.errors import ConfigError
@@ -31,8 +30,6 @@ KEEPING = frozenset(phase.name for phase in PHASES if phase.keeps)
 class Run(Protocol):
     """What is asked of the store."""
 
-    path: Path
-
     @property
     def manifest(self) -> dict[str, Any]:
         """How the run stands."""
@@ -42,6 +39,10 @@ class Run(Protocol):
         """Finished phases of an iteration and their records."""
         ...
 
+    def rows_from(self, iteration: int) -> int:
+        """Rows in the tables of an iteration and of all later ones."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
@@ -49,8 +50,9 @@ class Place:
 
     iteration: int
     phase: str
-    kept: int
-    """Bytes on disk that the phase goes on from, and those of later iterations, which were worked on beside it: other ones are progress."""
+    rows: int
+    """Rows on disk that the phase goes on from, and those of later iterations, which were worked on beside it: more of them are progress.
+    Not bytes: a journal shrinks when it becomes a part."""
 
     @classmethod
     def of(cls, run: Run) -> Place:
@@ -61,10 +63,7 @@ class Place:
         order = [phase.name for phase in of_iteration(PHASES, iteration)]
         # Training counts from the moment its checkpoint is complete.
         phase = next(p for p in order if p not in done or (p == "train" and "checkpoint" not in done))
-        first = iteration if phase in KEEPING else iteration + 1
-        folders = (p for p in (run.path / "iterations").glob("[0-9]*") if p.name.isdigit() and int(p.name) >= first)
-        files = (file for folder in folders for file in folder.rglob("*"))  # parts of tables, too
-        return cls(iteration=iteration, phase=phase, kept=sum(file.stat().st_size for file in files if file.is_file()))
+        return cls(iteration=iteration, phase=phase, rows=run.rows_from(iteration if phase in KEEPING else iteration + 1))
 
 
 class PhaseClock(Tracker):
@@ -91,7 +90,7 @@ class PhaseClock(Tracker):
     def stopped(self) -> dict[str, Any]:
         """For the manifest: the phase that the run is in, and the time that it had, with a start-up before it."""
         seconds = time.monotonic() - self._since + (self._start_up or 0.0 if self._moved else 0.0)
-        return {"iteration": self._place.iteration, "phase": self._place.phase, "kept": self._place.kept, "seconds": seconds}
+        return {"iteration": self._place.iteration, "phase": self._place.phase, "rows": self._place.rows, "seconds": seconds}
 
 
 def given() -> float | None:
@@ -118,7 +117,7 @@ def check(run: Run, limit_s: float) -> list[str]:
     """
     here, stopped = Place.of(run), run.manifest.get("stopped")
     if stopped is not None and (stopped["iteration"], stopped["phase"]) == (here.iteration, here.phase):
-        progress = here.kept != stopped["kept"]
+        progress = here.rows != stopped.get("rows")  # which older versions did not record
         if not progress and limit_s <= MARGIN * stopped["seconds"]:
             raise ConfigError(
                 f"{here.phase} of iteration {here.iteration} was stopped after {stopped['seconds']:.0f} s with nothing to go on "

@@ -39,10 +39,10 @@ class ToyEngine:
         """Take on new weights."""
         self.logits, self.version = logits.astype(np.float64).copy(), version
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
-        """One group per request, in order."""
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Group]]:
+        """One group per request, in order, each by itself."""
         for request in requests:
-            yield Group(prompt=request.prompt, rollouts=tuple(self._one(seed, sampling) for seed in request.seeds))
+            yield [Group(prompt=request.prompt, rollouts=tuple(self._one(seed, sampling) for seed in request.seeds))]
 
     def _one(self, seed: int, sampling: Sampling) -> Rollout:
         rng = np.random.default_rng(seed)

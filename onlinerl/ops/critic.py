@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,11 +29,9 @@ def gae(rewards: np.ndarray, values: np.ndarray, *, gamma: float, lam: float) ->
     values = values.astype(np.float64)
     following = np.append(values[1:], 0.0)[: len(values)]
     deltas = rewards + gamma * following - values
-    advantages = np.zeros_like(values)
-    carried = 0.0
-    for t in reversed(range(len(values))):
-        carried = deltas[t] + gamma * lam * carried
-        advantages[t] = carried
+    decay = gamma * lam
+    backwards = [*accumulate(deltas[::-1].tolist(), lambda carried, delta: delta + decay * carried, initial=0.0)]
+    advantages = np.array(backwards[:0:-1], np.float64)
     return advantages, advantages + values
 
 

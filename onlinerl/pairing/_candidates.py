@@ -107,20 +107,23 @@ def select(
 def _distinct(judged: Judged) -> list[int]:
     """One index per distinct response. Of equals, the one with the smallest seed stays, so that position does not matter."""
     rollouts = judged.group.rollouts
+    ids = [np.asarray(rollout.token_ids, ">i8").tobytes() for rollout in rollouts]  # in the order of the numbers
     texts: set[str] = set()
-    tokens: set[tuple[int, ...]] = set()
+    tokens: set[bytes] = set()
     kept: list[int] = []
-    for index in sorted(range(len(rollouts)), key=lambda i: (rollouts[i].seed, rollouts[i].text, rollouts[i].token_ids)):
-        rollout = rollouts[index]
-        if rollout.text not in texts and rollout.token_ids not in tokens:
+    for index in sorted(range(len(rollouts)), key=lambda i: (rollouts[i].seed, rollouts[i].text, ids[i])):
+        text = rollouts[index].text
+        if text not in texts and ids[index] not in tokens:
             kept.append(index)
-        texts.add(rollout.text)
-        tokens.add(rollout.token_ids)
+        texts.add(text)
+        tokens.add(ids[index])
     return sorted(kept)
 
 
 def _ranked(judged: Judged, distinct: Sequence[int], quality: np.ndarray) -> tuple[int, ...]:
     texts = [rollout.text for rollout in judged.group.rollouts]
+    if len({*quality[list(distinct)].tolist()}) == len(distinct):  # no equals: nothing to hash
+        return tuple(sorted(distinct, key=lambda i: -quality[i]))
     return tuple(sorted(distinct, key=lambda i: (-quality[i], derive_seed(texts[i]), texts[i])))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -113,11 +113,11 @@ class Algorithm(Component):
         """What a response earns: the oracle's score, unless the algorithm puts another one in its place."""
         return sequence.score
 
-    def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Sequence[TrainItem]:
-        """See all items of the iteration at once, with log-probs and values filled in: advantages, whitening, weights.
+    def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Iterable[TrainItem]:
+        """See all items of the iteration, with log-probs and values filled in: advantages, whitening, weights.
 
-        `past` is what `figures` said in each earlier iteration, oldest first, read from the run directory. The items are on the disk and
-        each is read when it is asked for; what is returned as a list is in memory.
+        `past` is what `figures` said in each earlier iteration, oldest first, read from the run directory. Items are on the disk and read
+        when they are asked for: go through them as often as needed rather than keep them, and yield one by one what becomes of them.
         """
         return items
 

@@ -19,8 +19,8 @@ from onlinerl.types import Group, Request, Sampling
 class RolloutEngine(Protocol):
     """Samples responses."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
-        """Groups in the order in which they finish."""
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sequence[Group]]:
+        """Groups in the order in which they finish, in lists of what has finished since the last one: each list is written at once."""
         ...
 
     def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:

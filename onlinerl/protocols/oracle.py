@@ -70,15 +70,21 @@ class Oracle(Component):
         """
         raise NotImplementedError
 
-    def ask(self, queries: Sequence[Query]) -> Iterator[Verdict | Failure]:
+    def ask(self, queries: Sequence[Query]) -> list[Verdict | Failure] | Iterator[Verdict | Failure]:
         """`judge` as the rest of the system calls it: every answer is checked before anybody believes it.
 
-        A Verdict with bad numbers becomes a Failure; a good one gets the temperature of this oracle.
+        A list where `judge` gives one, else an iterator. A Verdict with bad numbers becomes a Failure; a good one gets the temperature of
+        this oracle.
 
         Raises:
             OracleError: if `judge` answers with something that is no list of Verdicts and Failures, one per query.
         """
-        results, answered = self.judge(queries), 0
+        results = self.judge(queries)
+        checked = self._checked(queries, results)
+        return list(checked) if isinstance(results, list | tuple) else checked
+
+    def _checked(self, queries: Sequence[Query], results: Iterable[Verdict | Failure]) -> Iterator[Verdict | Failure]:
+        answered = 0
         if isinstance(results, Sized) and len(results) != len(queries):  # no telling which answer belongs to which query
             raise self._miscounted(len(results), len(queries))
         for answered, result in enumerate(results, start=1):

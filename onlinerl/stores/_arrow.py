@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, chain
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def rows_of(batch: pa.RecordBatch, *, arrays: bool = True) -> list[Row]:
     """The rows of a batch. With `arrays`, numbers per token are numpy arrays, one per response; else lists."""
     columns = {}
     for field, column in zip(batch.schema, batch.columns, strict=True):
-        columns[field.name] = _arrays(column) if arrays and is_per_token(field) else column.to_pylist()
+        columns[field.name] = _arrays(column) if arrays and is_per_token(field) else _cells(column)
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
@@ -63,14 +64,20 @@ def _ragged(cells: Sequence[Sequence[Any] | None], kind: pa.DataType) -> pa.Arra
     inner = [sequence for group in groups for sequence in group]
     outer_offsets = np.array([0, *accumulate(map(len, groups))], np.int32)
     inner_offsets = np.array([0, *accumulate(map(len, inner))], np.int32)
-    dtype = numbers.to_pandas_dtype()
-    if any(isinstance(sequence, np.ndarray) for sequence in inner):
-        flat = np.concatenate([np.asarray(sequence, dtype) for sequence in inner])
-    else:
-        flat = np.fromiter(chain.from_iterable(inner), dtype, int(inner_offsets[-1]))
+    dtype = np.dtype(numbers.to_pandas_dtype())
+    flat = np.concatenate([np.empty(0, dtype), *(_array(sequence, dtype) for sequence in inner)])
     lists = pa.ListArray.from_arrays(inner_offsets, pa.array(flat, numbers), type=kind.value_type)
     mask = pa.array([cell is None for cell in cells]) if any(cell is None for cell in cells) else None
     return pa.ListArray.from_arrays(outer_offsets, lists, type=kind, mask=mask)
+
+
+def _array(numbers: Sequence[Any], dtype: np.dtype[Any]) -> np.ndarray:
+    if not isinstance(numbers, tuple | list):
+        return np.asarray(numbers, dtype)
+    try:  # a quarter of the time that numpy takes for Python's own numbers
+        return np.frombuffer(struct.pack(f"{len(numbers)}{dtype.char}", *numbers), dtype)
+    except struct.error as error:
+        raise TypeError(str(error)) from error
 
 
 def _arrays(column: pa.ListArray) -> list[list[np.ndarray] | None]:
@@ -82,6 +89,24 @@ def _arrays(column: pa.ListArray) -> list[list[np.ndarray] | None]:
         [flat[inner[i] : inner[i + 1]] for i in range(outer[row], outer[row + 1])] if present[row] else None
         for row in range(len(column))
     ]
+
+
+def _cells(column: pa.Array) -> list[Any]:
+    """`column.to_pylist()`, several times as fast where nothing is null."""
+    kind = column.type
+    plain: list[Any]
+    if column.null_count or not len(column):
+        plain = column.to_pylist()
+        return plain
+    if pa.types.is_list(kind):
+        inner, offsets = _cells(column.flatten()), column.offsets.to_numpy()
+        return [inner[start:end] for start, end in pairwise((offsets - offsets[0]).tolist())]
+    if pa.types.is_struct(kind):
+        names = [field.name for field in kind]
+        return [dict(zip(names, cells, strict=True)) for cells in zip(*map(_cells, column.flatten()), strict=True)]
+    is_plain = pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    plain = column.to_numpy(zero_copy_only=False).tolist() if is_plain else column.to_pylist()
+    return plain
 
 
 def _plain(cells: list[Any], kind: pa.DataType) -> pa.Array:

@@ -39,7 +39,7 @@ class _Frame:
 
 
 class Journal:
-    """The newest rows of one table. A file that is not there is an empty journal.
+    """The newest rows of one table, on the disk and in memory: it becomes a part before it grows large. No file is an empty journal.
 
     Raises:
         StoreError: if the file is damaged.
@@ -47,18 +47,19 @@ class Journal:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.path, self.schema = path, schema
-        self._frames: list[_Frame] = []
+        self.batches: list[pa.RecordBatch] = []
+        """In the order of `append`."""
         self.starts: list[int] = []
         """The first row of each batch."""
         self.rows = self.bytes = 0
         """Of all batches, in memory."""
         self._size = 0
         for frame, batch in _read(path):
-            self._add(frame, batch, batch.nbytes)
+            self._add(batch, batch.nbytes)
             self._size, self.schema = frame.end, batch.schema
 
-    def _add(self, frame: _Frame, batch: pa.RecordBatch, nbytes: int) -> None:
-        self._frames.append(frame)
+    def _add(self, batch: pa.RecordBatch, nbytes: int) -> None:
+        self.batches.append(batch)
         self.starts.append(self.rows)
         self.rows += batch.num_rows
         self.bytes += nbytes
@@ -67,27 +68,14 @@ class Journal:
         """Add a batch; it is on the disk when this returns, and not in the file if it raises."""
         data = b"" if self._size else _framed(_packed(self.schema.serialize()))
         message = batch.serialize()
-        payload = _packed(message)
-        frame = _Frame(self._size + len(data) + _HEADER.size, len(payload))
-        _files.append(self.path, data + _framed(payload), at=self._size)
-        self._size = frame.end
-        self._add(frame, batch, message.size)
+        data += _framed(_packed(message))
+        _files.append(self.path, data, at=self._size)
+        self._size += len(data)
+        self._add(batch, message.size)
 
     def batch(self, number: int) -> pa.RecordBatch:
-        """One batch, read from the disk."""
-        frame = self._frames[number]
-        start = frame.offset - _HEADER.size
-        try:
-            with self.path.open("rb") as file:
-                file.seek(start)
-                data = file.read(frame.end - start)
-            _, length, checksum, _ = _HEADER.unpack_from(data)
-            payload = data[_HEADER.size : _HEADER.size + length]
-            if zlib.crc32(payload) != checksum:
-                raise _files.damaged(self.path, f"the frame at byte {start} does not agree with its checksum")
-            return _decoded(payload, self.schema)
-        except (pa.ArrowException, OSError, struct.error) as error:
-            raise _files.damaged(self.path, str(error)) from error
+        """One batch."""
+        return self.batches[number]
 
 
 def read(path: Path) -> Iterator[pa.RecordBatch]:

@@ -41,6 +41,12 @@ def table(folder: Path, name: str) -> dict[str, Any] | None:
     return tables.get(name)
 
 
+def tables(folder: Path) -> set[str]:
+    """The names of all tables, complete or not."""
+    growing = {path.name.split(".")[0] for kind in ("*.journal", "*.jsonl") for path in folder.glob(kind)}
+    return growing | set(read(folder).get("tables", {}))
+
+
 def update_table(folder: Path, name: str, entry: Mapping[str, Any] | None) -> None:
     """Replace what is recorded about a table, durably."""
     tables = {**read(folder).get("tables", {}), name: entry}

@@ -123,6 +123,15 @@ class TableFiles:
     def _journal_path(self, number: int) -> Path:
         return self.folder / f"{self.name}.{number:04d}.journal"
 
+    def count(self) -> int:
+        """How many rows were appended. No part is read for it."""
+        with self._lock:
+            if (parts := self._parts()) is None:
+                return len(_older.rows(self.folder, self.name, self._entry))
+            path, known = self._journal_path(len(parts) + 1), self._journal
+            newest = known if known is not None and known.path == path else Journal(path, self._schema)
+            return sum(int(part["rows"]) for part in parts) + newest.rows
+
     # --- rows by their ids ---
 
     def ids(self) -> dict[str, Place]:
@@ -303,7 +312,7 @@ class TableFiles:
         """The journal becomes a part."""
         journal, parts = self._live(), list(self._parts() or [])
         if journal.rows:
-            parts.append(self._write(len(parts) + 1, list(_journal.read(journal.path))))
+            parts.append(self._write(len(parts) + 1, journal.batches))
         _manifest.update_table(self.folder, self.name, {"parts": parts, "sealed": sealed})
         _journal.discard(journal.path)
         self._journal, self._count = None, len(parts)

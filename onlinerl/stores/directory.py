@@ -238,6 +238,13 @@ class RunDirectory:
         """What was trained on, where that is pairs."""
         return self._table(iteration, PAIRS, rows.PAIRS)
 
+    def rows_from(self, iteration: int) -> int:
+        """Rows in the tables of an iteration and of all later ones: a run that gets on has more of them."""
+        kept = [(t, name) for t in self.iterations() if t >= iteration for name in _manifest.tables(self._folder(t))]
+        with self._one_at_a_time:
+            known = [self._tables.get(key) or TableFiles(self._folder(key[0]), key[1]) for key in kept]
+        return sum(table.count() for table in known)
+
     def read(self, iteration: int, table: str) -> list[dict[str, Any]]:
         """All rows of a table as plain data, for people and their tools; a run reads values, and never all of them at once."""
         return [row for chunk in TableFiles(self._folder(iteration), table).chunks(arrays=False) for row in chunk]

@@ -24,6 +24,7 @@ from onlinerl.types import (
     Label,
     LogProbs,
     Message,
+    Numbers,
     Pair,
     Prompt,
     Rollout,
@@ -72,7 +73,7 @@ def group_from_row(row: Mapping[str, Any], prompts_by_id: Mapping[str, Prompt] |
             text=text,
             finish_reason=finish_reason,
             policy_version=version,
-            sampler=Sampling(**sampler),
+            sampler=_sampling(**sampler),
             seed=seed,
             source=source,
         )
@@ -217,8 +218,13 @@ def _sampler(sampling: Sampling) -> dict[str, Any]:
     return asdict(sampling)
 
 
-def _numbers(cells: Any) -> tuple[Any, ...]:
-    return tuple(cells.tolist() if isinstance(cells, np.ndarray) else cells)
+@lru_cache(maxsize=16)
+def _sampling(**sampler: Any) -> Sampling:
+    return Sampling(**sampler)
+
+
+def _numbers(cells: Any) -> Sequence[Any]:
+    return Numbers(cells) if isinstance(cells, np.ndarray) else tuple(cells)
 
 
 def _float32(cells: Any) -> np.ndarray:

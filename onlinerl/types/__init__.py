@@ -6,8 +6,7 @@
 from importlib import import_module
 from typing import Any
 
-_FILES = ("training", "prompts", "rollouts", "labels", "plan", "records", "seeds", "tables", "phases")
-"""Searched in this order; what a loss needs comes first."""
+_FILES = ("training", "prompts", "rollouts", "labels", "numbers", "plan", "records", "seeds", "tables", "phases")
 
 
 def __getattr__(name: str) -> Any:

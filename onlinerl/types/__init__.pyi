@@ -1,4 +1,5 @@
 from onlinerl.types.labels import *
+from onlinerl.types.numbers import *
 from onlinerl.types.phases import *
 from onlinerl.types.plan import *
 from onlinerl.types.prompts import *

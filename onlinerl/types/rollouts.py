@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,9 +35,9 @@ class Request:
 class Rollout:
     """One response as the engine produced it."""
 
-    token_ids: tuple[int, ...]
-    """Exactly the generated tokens, end-of-sequence token included when the model emitted one. Length T."""
-    logprobs: tuple[float, ...]
+    token_ids: Sequence[int]
+    """Exactly the generated tokens, end-of-sequence token included when the model emitted one. Length T; a tuple, or `Numbers`."""
+    logprobs: Sequence[float]
     """Natural-log probability of each token under the sampling distribution, as reported by the engine. Length T."""
     text: str
     finish_reason: FinishReason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +19,7 @@ class TrainSequence:
     """One response with everything a loss may read about it. Optional fields are filled in stage by stage."""
 
     prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
+    response_ids: Sequence[int]
     """Length T."""
     score: float = 0.0
     """The oracle's score, or the win rate where the oracle returns none."""

@@ -140,7 +140,7 @@ def annotated_items(algorithm: Algorithm, kind: str = "scores", *, at_reference:
 
 def training_items(algorithm: Algorithm, kind: str = "scores", *, at_reference: bool = False) -> list[TrainItem]:
     """What reaches the learner in the first iteration."""
-    return algorithm.prepare(annotated_items(algorithm, kind, at_reference=at_reference))
+    return list(algorithm.prepare(annotated_items(algorithm, kind, at_reference=at_reference)))
 
 
 class Policy:

@@ -37,7 +37,7 @@ def outcome(name: str, values: dict[str, Any]) -> tuple[Needs, float, list[float
     algorithm = build(name, values)
     groups = [group(np.random.default_rng(number), number, "scores") for number in range(5)]
     built = [algorithm.items(one, pairs_of(one) if algorithm.needs.pairs else []) for one in groups]
-    items = algorithm.prepare(annotated_items(algorithm), PAST)
+    items = list(algorithm.prepare(annotated_items(algorithm), PAST))
     loss, gradient, _ = Policy(items).gradient(algorithm, [items])
     return algorithm.needs, loss, gradient.tolist(), [len(kept) for kept, _ in built], [str(dropped) for _, dropped in built]
 

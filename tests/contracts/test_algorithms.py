@@ -158,7 +158,7 @@ def test_weight_zero_gives_no_gradient(name, knobs):
 
 
 def prepare_and_train(algorithm: Algorithm, items: list[TrainItem]) -> None:
-    prepared = algorithm.prepare(items)
+    prepared = list(algorithm.prepare(items))
     Policy(prepared).gradient(algorithm, [prepared])
 
 

@@ -210,11 +210,11 @@ def test_a_lagged_sampling_phase_ends_with_the_version_that_it_began_with(
     def generate(self, requests, sampling, original=ToyEngine.generate):
         requests = list(requests)
         lagged = self.version == 1 and len(requests[0].seeds) > 1
-        for i, group in enumerate(original(self, requests, sampling)):
+        for i, [group] in enumerate(original(self, requests, sampling)):
             if lagged and i == len(requests) - 2:
                 assert wait_for(lambda: "checkpoint" in phases_of(record)), "iteration 2 did not train beside it"
                 raise EngineError("planted", fix="none")
-            yield group
+            yield [group]
 
     with monkeypatch.context() as planted:
         planted.setattr(ToyEngine, "generate", generate)
@@ -311,10 +311,10 @@ def test_a_push_beside_a_sampling_phase_would_be_noticed(toy_config, onlinerl, t
     """The fault that the edges of the graph are there for: the version changes under a phase that samples."""
 
     def generate(self, requests, sampling, original=ToyEngine.generate):
-        for i, group in enumerate(original(self, requests, sampling)):
+        for i, [group] in enumerate(original(self, requests, sampling)):
             if i == 2 and self.version == 1 and len(group.rollouts) > 1:
                 self.version = 2
-            yield group
+            yield [group]
 
     monkeypatch.setattr(ToyEngine, "generate", generate)
     code, message = onlinerl("run", toy_config(tmp_path, LAGGED))

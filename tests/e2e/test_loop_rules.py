@@ -119,10 +119,12 @@ def rejecting(monkeypatch):
         seen = iter(range(10_000))
 
         def generate(self, requests, sampling, original=ToyEngine.generate) -> Iterator:
-            for group in original(self, requests, sampling):
+            for [group] in original(self, requests, sampling):
                 left = min(keep(next(seen), len(group.rollouts)), len(group.rollouts))
                 gone = len(group.rollouts) - left
-                yield replace(group, rollouts=group.rollouts[:left], rejected=("logprob", "abort", "logprob", "logprob")[:gone])
+                yield [
+                    replace(group, rollouts=group.rollouts[:left], rejected=("logprob", "abort", "logprob", "logprob")[:gone])
+                ]
 
         monkeypatch.setattr(ToyEngine, "generate", generate)
 
@@ -333,9 +335,9 @@ def test_how_far_engine_and_learner_may_differ(toy_config, onlinerl, monkeypatch
     """`evaluation.max_mismatch_k3` stops the run, and a resume may raise it."""
 
     def generate(self, requests, sampling, original=ToyEngine.generate):
-        for group in original(self, requests, sampling):
+        for [group] in original(self, requests, sampling):
             shifted = [replace(r, logprobs=tuple(p - 0.1 for p in r.logprobs)) for r in group.rollouts]
-            yield replace(group, rollouts=tuple(shifted))
+            yield [replace(group, rollouts=tuple(shifted))]
 
     monkeypatch.setattr(ToyEngine, "generate", generate)
     k3 = math.exp(0.1) - 1.1

@@ -268,7 +268,7 @@ def test_an_engine_draws_from_the_distribution_that_it_reports(sandbox):
     documents.write(ROOT / "docs/add-an-engine.md", sandbox)
     engine = build({"name": "gumbel.Gumbel"}, "engine").open(3, lambda tokens: " ".join(map(str, tokens)))
     engine.load(np.log([0.6, 0.3, 0.1]), 7)
-    [group] = engine.generate([Request(prompt=QUERY.prompt, seeds=tuple(range(500)))], Sampling(max_new_tokens=4))
+    [[group]] = engine.generate([Request(prompt=QUERY.prompt, seeds=tuple(range(500)))], Sampling(max_new_tokens=4))
     tokens = [token for rollout in group.rollouts for token in rollout.token_ids]
     assert np.bincount(tokens) / len(tokens) == pytest.approx([0.6, 0.3, 0.1], abs=0.05)
     first = group.rollouts[0]

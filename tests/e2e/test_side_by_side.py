@@ -32,10 +32,10 @@ def engine(monkeypatch):
     def generate(self, requests, sampling, original=ToyEngine.generate):
         requests = list(requests)
         phase = "answer" if len(requests[0].seeds) == 1 else "sample"
-        for i, group in enumerate(original(self, requests, sampling)):
+        for i, [group] in enumerate(original(self, requests, sampling)):
             if i == len(requests) - 1 and phase in hold:
                 hold[phase](self.version)
-            yield group
+            yield [group]
 
     monkeypatch.setattr(ToyEngine, "generate", generate)
     return hold
@@ -204,7 +204,7 @@ def test_what_a_resume_would_ask_for_again_is_not_judged_before(toy_config, onli
 
     def generate(self, requests, sampling, original=ToyEngine.generate):
         requests = list(requests)
-        for i, group in enumerate(original(self, requests, sampling)):
+        for i, [group] in enumerate(original(self, requests, sampling)):
             if len(group.rollouts) == 4 and i == 0:
                 group = replace(group, rollouts=group.rollouts[1:], rejected=("logprob",))
             if len(requests[0].seeds) == 4 and i == len(requests) - 1:
@@ -212,7 +212,7 @@ def test_what_a_resume_would_ask_for_again_is_not_judged_before(toy_config, onli
                 while time.monotonic() < deadline and len(judged) < len(requests) - 2:
                     judged[:] = TableFiles(verdicts, "verdicts").ids()
                 judged.append(f"not {requests[0].prompt.id}" if requests[0].prompt.id not in judged else "too early")
-            yield group
+            yield [group]
 
     monkeypatch.setattr(ToyEngine, "generate", generate)
     code, message = onlinerl("run", toy_config(tmp_path, {**AS_BY_DEFAULT, "iterations": 1}))

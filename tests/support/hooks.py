@@ -101,7 +101,7 @@ def install():
     engine, learner, sync = {"toy": toy_parts, "real": real_parts}[SPEC.get("parts", "toy")]()
 
     def generate(self, requests, sampling, original=engine.generate):
-        groups = original(self, requests, sampling)
+        groups = (group for finished in original(self, requests, sampling) for group in finished)
         if "arrival" in SPEC:  # as if the engine finished them in another order
             groups = list(groups)
             random.Random(SPEC["arrival"]).shuffle(groups)
@@ -111,7 +111,7 @@ def install():
                 group = replace(group, rollouts=rollouts)
             seeds, (version,) = [r.seed for r in group.rollouts], {r.policy_version for r in group.rollouts}
             event("generate", prompt=group.prompt.id, seeds=seeds, version=version)
-            yield group
+            yield [group]
 
     def update(self, steps, rates, original=learner.update):
         event("update")

@@ -94,8 +94,8 @@ def group(**changes: object) -> Group:
 
 
 def test_good_rollouts_pass():
-    health.check_group(group(), 2)
-    health.check_group(group(token_ids=(), logprobs=(), text=""), 2)
+    health.check_groups([group()], 2)
+    health.check_groups([group(token_ids=(), logprobs=(), text="")], 2)
 
 
 def test_a_few_rejected_responses_are_tolerated():
@@ -111,7 +111,7 @@ def test_a_few_rejected_responses_are_tolerated():
 def test_another_policy_than_the_current_one_is_refused(version):
     """With a lag of 0, one stale replica is an error and no noise."""
     with pytest.raises(EngineError, match=f"p1: sampled by version {version}, expected 2") as error:
-        health.check_group(group(policy_version=version), 2)
+        health.check_groups([group(), group(policy_version=version)], 2)
     assert "missed a weight update" in error.value.fix
 
 

@@ -8,12 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onlinerl.ops import scaling
 from onlinerl.ops.advantages import group_advantages, unbiased_std
 from onlinerl.ops.critic import clipped_value_loss, gae
 from onlinerl.ops.kl import bounded_exp, k2, k3, k3_plus
 from onlinerl.ops.logprobs import masked
 from onlinerl.ops.preference import logistic, smoothed
-from onlinerl.ops.scaling import adapted_kl, normalized, whiten
+from onlinerl.ops.scaling import adapted_kl, moments, normalized, whitening
 from onlinerl.ops.surrogate import clipped_surrogate
 
 
@@ -94,6 +95,10 @@ def test_gae_edges():
         gae(np.zeros(2), np.zeros(3), gamma=1.0, lam=1.0)
 
 
+def whiten(parts, **options):
+    return [*map(whitening(lambda: parts, **options), parts)]
+
+
 def test_whiten():
     parts = whiten([np.array([1.0, 2.0]), np.array([]), np.array([6.0])])
     assert np.concatenate(parts) == pytest.approx(np.array([-2.0, -1.0, 3.0]) / math.sqrt(14 / 2))
@@ -103,7 +108,20 @@ def test_whiten():
     dust = whiten([np.array([1.0, 1.0 + 1e-9])])[0]
     assert np.abs(dust).max() < 1e-2  # not blown up to 1
     assert whiten([]) == []
+    assert [p.tolist() for p in whiten([np.array([3.0])])] == [[0.0]]
     assert [len(p) for p in whiten([np.array([])])] == [0]
+
+
+@pytest.mark.parametrize("count", [1, 7, 129, 1000, 4097, 50_001])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_moments_of_parts_are_numpys_of_all_of_them_to_the_last_bit(monkeypatch, count, ddof):
+    """However they are cut up: a step of training must not depend on how much memory there is."""
+    monkeypatch.setattr(scaling, "_BLOCK", 128)
+    rng = np.random.default_rng(count)
+    numbers = rng.normal(3.0, 10.0 ** rng.integers(-3, 4, count))
+    parts = np.split(numbers, np.sort(rng.integers(0, count, 30)))
+    if count > ddof:
+        assert moments(lambda: iter(parts), ddof=ddof) == (numbers.mean(), numbers.var(ddof=ddof))
 
 
 def test_normalized_by_everything_so_far():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import operator
+import pickle
 import tempfile
 from pathlib import Path
 from typing import get_args
@@ -26,6 +28,7 @@ from onlinerl.types import (
     Label,
     LogProbs,
     Message,
+    Numbers,
     Prompt,
     RejectReason,
     Rollout,
@@ -187,6 +190,26 @@ def test_a_prompt_that_is_gone_or_has_changed_is_an_error():
         group_from_row(row, {})
     with pytest.raises(StoreError, match="rendered to other tokens"):
         group_from_row(row, {"p": group(token_ids=(5, 7)).prompt})
+
+
+def test_numbers_that_are_read_back_are_the_tuple_that_was_stored():
+    numbers = Numbers(np.array([5, 6, 7], np.uint32))
+    assert numbers == (5, 6, 7)
+    assert operator.eq((5, 6, 7), numbers)
+    assert numbers == Numbers(np.array([5, 6, 7]))
+    assert numbers not in ((5, 6), (5, 6, 8), Numbers(np.array([5, 6])), [5, 6, 7])
+    assert {numbers, (5, 6, 7)} == {(5, 6, 7)}
+    assert (len(numbers), [*numbers], repr(numbers), numbers[-2:]) == (3, [5, 6, 7], "(5, 6, 7)", (6, 7))
+    assert type(numbers[0]) is type(next(iter(numbers))) is int
+    assert np.asarray(numbers, np.float32).tolist() == [5.0, 6.0, 7.0]
+    assert np.asarray(numbers) is numbers.array
+    assert pickle.loads(pickle.dumps(numbers)) == numbers
+
+
+@pytest.mark.parametrize("bad", [(1, -1), (1, 2**32), (1, "x"), (1, None), [0.5]])
+def test_tokens_that_are_none_are_refused(bad):
+    with pytest.raises(TypeError, match="column 'token_ids'"):
+        to_batch([group_row(group()) | {"token_ids": [bad]}], groups_of(None).schema)
 
 
 def test_half_a_surrogate_pair_is_written_out():

@@ -10,6 +10,7 @@ from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import learning_rates
 from onlinerl.errors import LearnerError
 from onlinerl.ops.schedule import schedule
+from onlinerl.protocols.store import Scratch
 from onlinerl.types import TrainItem, TrainRecord, UpdateReport, derive_seed
 
 
@@ -23,7 +24,7 @@ def train(it: Iteration) -> TrainRecord:
         steps = UpdateReport(steps=0, tokens=0, metrics=())
         figures: Mapping[str, float] = {}
         if idle is None:
-            prepared, figures = _prepare(it, built.items)
+            prepared, figures = _prepare(it, built.items, scratch)
             steps = _update(it, prepared)
     it.weights.learner = it.number
     it.report.trained(it.number, steps, built, idle, in_a_row, figures)
@@ -46,13 +47,16 @@ def train(it: Iteration) -> TrainRecord:
     }
 
 
-def _prepare(it: Iteration, annotated: Sequence[TrainItem]) -> tuple[Sequence[TrainItem], Mapping[str, float]]:
-    """The items as the loss needs them, and what the algorithm says about them.
+def _prepare(
+    it: Iteration, annotated: Sequence[TrainItem], scratch: Scratch
+) -> tuple[Sequence[TrainItem], Mapping[str, float]]:
+    """The items as the loss needs them, on the disk, and what the algorithm says about them.
 
     Before the very first step of a run they must pass the self-test.
     """
     past = _past_figures(it)
-    prepared = it.parts.algorithm.prepare(annotated, past)
+    made = it.parts.algorithm.prepare(annotated, past)
+    prepared = annotated if made is annotated else scratch.keep(made)
     figures = it.parts.algorithm.figures(annotated, past)
     if not it.trained_before():
         _self_test(it, prepared)

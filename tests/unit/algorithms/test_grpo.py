@@ -42,7 +42,7 @@ def grpo(std_norm="group", agg="seq_mean_token_mean", **knobs) -> Grpo:
 
 def advantages(algorithm: Grpo, *groups) -> list[float]:
     items = [item for scores in groups for item in items_of(algorithm, judged([2] * len(scores), scores=scores))]
-    prepared = algorithm.prepare(items)
+    prepared = list(algorithm.prepare(items))
     assert all(len(set(item.sequences[0].advantages.tolist())) == 1 for item in prepared)  # the same on every token
     return [float(item.sequences[0].advantages[0]) for item in prepared]
 
@@ -78,7 +78,7 @@ def test_advantages_sum_to_zero_and_do_not_see_scale_or_shift(scores, scale, shi
 @pytest.mark.parametrize("std_norm", ["group", "batch", "none"])
 def test_equal_scores_teach_nothing(std_norm):
     algorithm = grpo(std_norm=std_norm)
-    items = algorithm.prepare(items_of(algorithm, judged([2, 3], scores=(0.1, 0.1))))
+    items = list(algorithm.prepare(items_of(algorithm, judged([2, 3], scores=(0.1, 0.1)))))
     items = [single(item.sequences[0].with_(old=item.sequences[0].behaviour)) for item in items]
     loss, gradient, out, _ = evaluate(algorithm, items, [-1.0, -1.2])
     assert loss == 0

@@ -132,7 +132,7 @@ def test_missing_eos():
 def test_an_empty_response_and_an_empty_iteration_are_harmless():
     out = prepared(Ppo(), sequence(0, score=3.0), sequence(2, score=1.0))
     assert [len(s.advantages) for s in out] == [0, 2]
-    assert Ppo().prepare([]) == []
+    assert list(Ppo().prepare([])) == []
 
 
 def test_scores_fall_back_to_win_rates():
@@ -160,7 +160,7 @@ def learned(algorithm: Ppo, steps: int = 4) -> np.ndarray:
     filled = [
         s.with_(old=p, reference=p, behaviour=p, values=np.zeros(2, np.float32)) for s, p in zip(drawn, logprobs, strict=True)
     ]
-    items = algorithm.prepare([single(s) for s in filled])
+    items = list(algorithm.prepare([single(s) for s in filled]))
     list(learner.update([items] * steps, [0.05] * steps))
     return learner.logits.detach().numpy()
 
@@ -270,7 +270,7 @@ def test_the_critic_learns_returns_of_any_size(level):
                 for f, v in zip(features, value.detach().numpy(), strict=True)
             ]
             figures = algorithm.figures(items, past)
-            batch = collate(algorithm.prepare(items, past))
+            batch = collate(list(algorithm.prepare(items, past)))
             past.append(figures)
             for _ in range(60):
                 outputs = Outputs(logprobs_BT=torch.zeros(64, 1), values_BT=head(torch.from_numpy(features)))
