@@ -86,7 +86,8 @@ def _class_of(section: str, values: Mapping[str, Any]) -> type[BaseModel]:
         assert issubclass(kind, BaseModel)
         return kind
     role = ROLES[section]
-    return registry.load(role.folder, str(values.get("name", role.default)), role.base, f"{section}.name")
+    key = role.base.chosen_by
+    return registry.load(role.folder, str(values.get(key, role.default)), role.base, f"{section}.{key}")
 
 
 def foreign(section: str, spec: Any) -> list[str]:
