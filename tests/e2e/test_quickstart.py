@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from recorded import disagreements
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +50,8 @@ def test_what_is_shown(run):
     base, last = json.loads(shown.stdout)["iterations"]
     assert base["sync"]["proved"] is True
     assert last["sync"]["proved"] is True
-    assert last["sync"]["bytes"] == 2 * 134515008  # every parameter once, in bf16; the tied output matrix not twice
+    width = {"bfloat16": 2, "float32": 4}[yaml.safe_load((directory / "config.yaml").read_text())["engine"]["dtype"]]
+    assert last["sync"]["bytes"] == width * 134515008  # every parameter once; the tied output matrix not twice
     assert last["samples"] == 32
     assert last["oracle_calls"] == 8 + 12
     assert base["kl_ref"] == 0
