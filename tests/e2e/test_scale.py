@@ -57,7 +57,7 @@ def cheap_parts(monkeypatch):
         base_gap=0.0,
     )
     monkeypatch.setattr(ToyEngine, "generate", generate)
-    monkeypatch.setattr(ToyLearner, "score", lambda self, sequences, **_: [np.float32(logprobs) for _ in sequences])
+    monkeypatch.setattr(ToyLearner, "logprobs", lambda self, sequences, **_: [np.float32(logprobs) for _ in sequences])
     monkeypatch.setattr(ToyLearner, "update", update)
     monkeypatch.setattr(ToyLearner, "self_test", lambda self, items, base_model: nothing)
     monkeypatch.setattr("onlinerl.controller.self_test.FORMULA", 1e9)
