@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -20,9 +20,10 @@ from onlinerl.controller.parts import Parts
 from onlinerl.errors import ConfigError
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.preflight import Checked
-from onlinerl.protocols.engine import InProcessEngine, ReplicaSettings
-from onlinerl.protocols.learner import InProcessLearner
+from onlinerl.protocols.engine import InProcessEngine, ReplicaSettings, RolloutEngine
+from onlinerl.protocols.learner import InProcessLearner, Learner
 from onlinerl.protocols.oracle import ModelOracle, Oracle
+from onlinerl.protocols.sync import WeightSync
 from onlinerl.protocols.tracker import Tracked, Tracker
 from onlinerl.protocols.transport import Layout
 from onlinerl.stores import scaling
@@ -140,11 +141,21 @@ def _loss_temperature(checked: Checked) -> float:
     return checked.algorithm.needs.temperature(checked.config.sampling.temperature)
 
 
-def _wire(checked: Checked, store: RunDirectory, tracker: Tracker, **connected: Any) -> Parts:
+def _wire(
+    checked: Checked,
+    store: RunDirectory,
+    tracker: Tracker,
+    *,
+    asker: Asker,
+    engine: RolloutEngine,
+    learner: Learner,
+    sync: WeightSync,
+    shared_hardware: bool = False,
+) -> Parts:
     assert checked.train is not None
     schedule = checked.config.schedule
     # Where engine and learner take turns, an evaluation would only be reported later.
-    beside = schedule.evaluate_beside and not connected.get("shared_hardware")
+    beside = schedule.evaluate_beside and not shared_hardware
     return Parts(
         phases=graph.phases(stream=schedule.stream, evaluate_beside=beside, max_lag=schedule.max_lag),
         config=checked.config,
@@ -157,7 +168,11 @@ def _wire(checked: Checked, store: RunDirectory, tracker: Tracker, **connected: 
         tracker=tracker,
         base_model=checked.config.model,
         state_bytes=checked.state_bytes,
-        **connected,
+        asker=asker,
+        engine=engine,
+        learner=learner,
+        sync=sync,
+        shared_hardware=shared_hardware,
     )
 
 

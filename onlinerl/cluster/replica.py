@@ -18,9 +18,8 @@ from onlinerl.cluster import states
 from onlinerl.cluster.runtime import explained
 from onlinerl.cluster.states import ReplicaState
 from onlinerl.engines import _fit
-from onlinerl.engines._fit import Place
 from onlinerl.errors import EngineError, OnlineRLError
-from onlinerl.protocols.engine import EngineConfig, EngineReplica, ReplicaSettings
+from onlinerl.protocols.engine import EngineConfig, EngineReplica, Place, ReplicaSettings
 from onlinerl.types import Group, Request, Sampling
 
 T = TypeVar("T")

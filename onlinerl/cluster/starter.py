@@ -12,9 +12,8 @@ from ray.util.placement_group import PlacementGroup
 from onlinerl.cluster.delivery import Delivered
 from onlinerl.cluster.replica import Replica, all_of
 from onlinerl.cluster.runtime import Cluster
-from onlinerl.engines._fit import Place
 from onlinerl.errors import EngineError, SyncError
-from onlinerl.protocols.engine import EngineConfig, EngineReplica, ReplicaSettings
+from onlinerl.protocols.engine import EngineConfig, EngineReplica, Place, ReplicaSettings
 
 
 class ClusterStarter:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from onlinerl.errors import ConfigError
-from onlinerl.protocols.engine import EngineConfig
+from onlinerl.protocols.engine import EngineConfig, Place
 
 if TYPE_CHECKING:
     from onlinerl.engines._vllm import VllmConfig
@@ -19,15 +18,6 @@ if TYPE_CHECKING:
 GIB = 2**30
 CPU_BLOCK = 128
 """Tokens in a block of the KV cache of vLLM on CPU."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a replica runs."""
-
-    host: str
-    cores: tuple[int, ...]
-    """The cores that its process may use there."""
 
 
 def this_place() -> Place:

@@ -14,7 +14,7 @@ import numpy as np
 from onlinerl.engines import _fit, _vllm
 from onlinerl.engines._vllm import VllmConfig
 from onlinerl.errors import ConfigError, EngineError
-from onlinerl.protocols.engine import ReplicaSettings
+from onlinerl.protocols.engine import Place, ReplicaSettings
 from onlinerl.types import FinishReason, Group, RejectReason, Request, Rollout, Sampling
 
 __all__ = ["VLLM", "VLLMReplica"]
@@ -66,7 +66,7 @@ class VLLM(VllmConfig):
                 fix=f"set it to {COLOCATED_UTILIZATION} or less",
             )
 
-    async def replica(self, model: str, places: Sequence[_fit.Place], index: int, settings: ReplicaSettings) -> VLLMReplica:
+    async def replica(self, model: str, places: Sequence[Place], index: int, settings: ReplicaSettings) -> VLLMReplica:
         """Load the model; takes tens of seconds."""
         if settings.device == "cpu":
             _vllm.bind(_fit.share_cores(places, index, self))

@@ -5,22 +5,34 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from onlinerl.batch import Batch, Outputs
-from onlinerl.errors import SyncError
+from onlinerl.errors import ConfigError, SyncError
 from onlinerl.learners._plain import load_plain
 from onlinerl.learners._self_test import combine, compare
 from onlinerl.ops.batching import collate
 from onlinerl.protocols.algorithm import Algorithm
-from onlinerl.protocols.learner import InProcessLearner
+from onlinerl.protocols.engine import RolloutEngine
+from onlinerl.protocols.learner import InProcessLearner, Learner
 from onlinerl.types import SelfTest, SyncReport, TrainItem, TrainSequence, UpdateReport
 
 __all__ = ["Toy", "ToyLearner", "ToySync"]
+
+
+@runtime_checkable
+class HasLogits(Protocol):
+    """An engine whose weights are one vector of logits."""
+
+    logits: np.ndarray
+
+    def load(self, logits: np.ndarray, version: int) -> None:
+        """Take another vector, as this version."""
+        ...
 
 
 class Toy(InProcessLearner):
@@ -32,8 +44,19 @@ class Toy(InProcessLearner):
         """A learner with uniform weights."""
         return ToyLearner(vocabulary, algorithm, base, temperature)
 
-    def connect(self, learner: ToyLearner, engine: Any) -> ToySync:
-        """A copy of the logits."""
+    def connect(self, learner: Learner, engine: RolloutEngine) -> ToySync:
+        """A copy of the logits.
+
+        Raises:
+            ConfigError: if the engine has none.
+        """
+        assert isinstance(learner, ToyLearner), "it opened this one"
+        if not isinstance(engine, HasLogits):
+            raise ConfigError(
+                f"the toy learner gives its logits to an engine that has `logits` and `load`, and {type(engine).__name__} has not",
+                field="engine.name",
+                fix="set engine.name=toy, or another learner",
+            )
         return ToySync(lambda: learner.logits.detach().numpy(), engine.load, lambda: engine.logits)
 
 

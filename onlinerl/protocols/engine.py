@@ -29,6 +29,15 @@ class RolloutEngine(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a replica runs."""
+
+    host: str
+    cores: tuple[int, ...]
+    """The cores that its process may use there."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReplicaSettings:
     """What a replica is told beside the engine section."""
 
@@ -182,12 +191,12 @@ class EngineConfig(Component):
         """Environment variables that a replica's process must start with."""
         raise NotImplementedError
 
-    async def replica(self, model: str, places: Sequence[Any], index: int, settings: ReplicaSettings) -> EngineReplica:
+    async def replica(self, model: str, places: Sequence[Place], index: int, settings: ReplicaSettings) -> EngineReplica:
         """Make this process replica `index`; returns once it has loaded the model.
 
         Args:
             model: directory or hub id.
-            places: where all replicas run (`engines._fit.Place`).
+            places: where all replicas run.
             index: of this one.
             settings: what else it is told.
         """
@@ -199,8 +208,8 @@ class InProcessEngine(EngineConfig):
 
     in_process: ClassVar[bool] = True
 
-    def open(self, vocabulary: int, decode: Callable[[Sequence[int]], str]) -> Any:
-        """A RolloutEngine.
+    def open(self, vocabulary: int, decode: Callable[[Sequence[int]], str]) -> RolloutEngine:
+        """What generates.
 
         Args:
             vocabulary: number of tokens.

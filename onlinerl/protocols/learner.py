@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import Field
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # torch stays out of everything that only names the role
     from onlinerl.config import TrainingConfig
     from onlinerl.learners._self_test import Sums
     from onlinerl.protocols.algorithm import Algorithm
+    from onlinerl.protocols.engine import RolloutEngine
     from onlinerl.protocols.sync import WeightSync
     from onlinerl.protocols.transport import Meeting, Replicas, TransportConfig
 
@@ -246,8 +247,8 @@ class InProcessLearner(LearnerConfig):
 
     in_process: ClassVar[bool] = True
 
-    def open(self, vocabulary: int, algorithm: Algorithm, base: str, temperature: float) -> Any:
-        """A Learner.
+    def open(self, vocabulary: int, algorithm: Algorithm, base: str, temperature: float) -> Learner:
+        """What trains.
 
         Args:
             vocabulary: number of tokens.
@@ -257,6 +258,10 @@ class InProcessLearner(LearnerConfig):
         """
         raise NotImplementedError
 
-    def connect(self, learner: Any, engine: Any) -> WeightSync:
-        """What carries the weights of this learner into an engine beside it."""
+    def connect(self, learner: Learner, engine: RolloutEngine) -> WeightSync:
+        """What carries the weights of this learner, which it has opened, into an engine beside it.
+
+        Raises:
+            ConfigError: if the engine cannot take them.
+        """
         raise NotImplementedError

@@ -7,8 +7,11 @@ import inspect
 import pytest
 
 from onlinerl import registry
+from onlinerl.algorithms.dpo import Dpo
 from onlinerl.config.roles import ROLES, build
+from onlinerl.engines.toy import ToyEngine
 from onlinerl.errors import ConfigError
+from onlinerl.learners.toy import Toy
 from onlinerl.protocols.engine import EngineConfig, InProcessEngine
 from onlinerl.protocols.learner import InProcessLearner, LearnerConfig
 
@@ -48,6 +51,15 @@ def test_it_has_every_method_that_its_kind_is_asked_for(section, name):
     assert wanted
     assert {method for method in wanted if getattr(part, method) is getattr(base, method)} == set()
     assert getattr(part, "in_process", in_process) == in_process
+
+
+def test_a_learner_refuses_an_engine_that_cannot_take_its_weights():
+    learner = Toy()
+    opened = learner.open(4, Dpo(), "base", 1.0)
+    assert learner.connect(opened, ToyEngine(4, str)).push(1).proved
+    with pytest.raises(ConfigError, match="`logits` and `load`, and object has not") as error:
+        learner.connect(opened, object())
+    assert error.value.field == "engine.name"
 
 
 @pytest.mark.parametrize("name", LEARNERS)

@@ -22,7 +22,7 @@ import ray
 import shared_gpu
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from onlinerl.engines._fit import Place
+from onlinerl.protocols.engine import Place
 from onlinerl.types import Group, Rollout
 
 NODE = "ab" * 28

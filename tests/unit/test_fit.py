@@ -11,9 +11,9 @@ import pytest
 from onlinerl import config as configuration
 from onlinerl import preflight
 from onlinerl.engines import _fit
-from onlinerl.engines._fit import Place
 from onlinerl.engines.vllm import VLLM
 from onlinerl.errors import ConfigError
+from onlinerl.protocols.engine import Place
 
 BLOCK = 128
 

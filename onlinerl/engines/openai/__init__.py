@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from onlinerl.engines import _fit
 from onlinerl.engines._vllm import VllmConfig
 from onlinerl.errors import ConfigError
-from onlinerl.protocols.engine import ReplicaSettings
+from onlinerl.protocols.engine import Place, ReplicaSettings
 from onlinerl.protocols.keys import Resumable, Seconds
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class OpenAI(VllmConfig):
         """Environment variables that a replica's process must start with; a server of its own inherits them."""
         return super().environment() | {"VLLM_SERVER_DEV_MODE": "1"}
 
-    async def replica(self, model: str, places: Sequence[_fit.Place], index: int, settings: ReplicaSettings) -> OpenAIReplica:
+    async def replica(self, model: str, places: Sequence[Place], index: int, settings: ReplicaSettings) -> OpenAIReplica:
         """Start the server, if it is not there; returns once it has answered a first question."""
         from onlinerl.engines.openai.replica import OpenAIReplica
         from onlinerl.engines.openai.server import OwnServer

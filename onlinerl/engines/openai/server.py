@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from onlinerl.engines import _fit, _vllm
 from onlinerl.processes import die_with_parent
-from onlinerl.protocols.engine import ReplicaSettings
+from onlinerl.protocols.engine import Place, ReplicaSettings
 
 if TYPE_CHECKING:
     from onlinerl.engines.openai import OpenAI
@@ -36,7 +36,7 @@ class OwnServer:
         settings: what else it is told.
     """
 
-    def __init__(self, model: str, config: OpenAI, places: Sequence[_fit.Place], index: int, settings: ReplicaSettings) -> None:
+    def __init__(self, model: str, config: OpenAI, places: Sequence[Place], index: int, settings: ReplicaSettings) -> None:
         if settings.device == "cpu":
             _vllm.bind(_fit.share_cores(places, index, config))
         self._folder = Path(tempfile.mkdtemp(prefix="onlinerl-"))
