@@ -11,7 +11,7 @@ from onlinerl.controller import health
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import Built, batched
 from onlinerl.errors import StoreError
-from onlinerl.protocols.store import LOGPROBS, Scratch, Table
+from onlinerl.protocols.store import LOGPROBS, Scratch
 from onlinerl.types import Judged, LogProbs, Pair, TrainedPair, TrainItem, Verdict
 
 AT_ONCE = 64
@@ -37,7 +37,7 @@ def of_group(it: Iteration, judged: Judged) -> GroupItems:
     """The same at every call: pairs and items depend on the group and its verdict only."""
     dropped: Counter[str] = Counter()
     pairs: Sequence[Pair] = []
-    if it.parts.algorithm.needs.pairs:
+    if it.needs.pairs:
         pairs, reasons = it.parts.pairing.build(judged)
         dropped.update(reasons)
     contradicted = sum(pair.prob < 0.5 for pair in pairs)
@@ -91,8 +91,9 @@ class _Made:
             table.clear()
         for prompt_ids in batched(self._it.prompt_ids, AT_ONCE):
             pairs: list[TrainedPair] = []
+            known = dict(zip(prompt_ids, self._logprobs.select(prompt_ids), strict=True))
             for one in self._judged(prompt_ids):
-                yield from self._of_group(one, pairs)
+                yield from self._of_group(one, known[one.group.prompt.id], pairs)
             if is_open:
                 table.append(pairs)
                 stored = stored or bool(pairs)
@@ -108,7 +109,7 @@ class _Made:
             else:
                 yield Judged(group=group, verdict=answer)
 
-    def _of_group(self, judged: Judged, pairs: list[TrainedPair]) -> Iterator[TrainItem]:
+    def _of_group(self, judged: Judged, known: LogProbs | None, pairs: list[TrainedPair]) -> Iterator[TrainItem]:
         made = of_group(self._it, judged)
         self.spreads.append(health.spread(judged.verdict))
         self.dropped.update(made.dropped)
@@ -116,7 +117,7 @@ class _Made:
         self.truncated += made.truncated
         self.useful += bool(made.items)
         pairs.extend(_trained(judged, pair) for pair in made.pairs)
-        for item in _annotated(self._logprobs, judged.group.prompt.id, made.items):
+        for item in _annotated(judged.group.prompt.id, made.items, known):
             self.earned.extend(map(self._it.parts.algorithm.score, item.sequences))
             self.sampled_by.update(s.policy_version for s in item.sequences)
             yield item
@@ -133,13 +134,12 @@ def _trained(judged: Judged, pair: Pair) -> TrainedPair:
     )
 
 
-def _annotated(table: Table[LogProbs], prompt_id: str, made: Sequence[TrainItem]) -> list[TrainItem]:
+def _annotated(prompt_id: str, made: Sequence[TrainItem], kept: LogProbs | None) -> list[TrainItem]:
     """The items of a group with what was kept about their sequences.
 
     Raises:
         StoreError: if nothing was kept, or it was kept about others.
     """
-    (kept,) = table.select([prompt_id])
     arrays: Mapping[str, Sequence[Any]] = {} if kept is None else kept.arrays
     lengths = [len(s.response_ids) for item in made for s in item.sequences]
     if kept is None or any([len(array) for array in own] != lengths for own in arrays.values()):

@@ -13,6 +13,7 @@ from onlinerl.controller.feed import Feed, Loading, Stopped
 from onlinerl.controller.parts import Parts, reference_iteration
 from onlinerl.controller.report import Reporter
 from onlinerl.errors import StoreError, SyncError
+from onlinerl.protocols.algorithm import Needs
 from onlinerl.protocols.store import ROLLOUTS, VERDICTS, Table
 from onlinerl.types import Failure, Group, Label, Prompt, SyncReport, TrainRecord, Verdict
 
@@ -89,6 +90,11 @@ class Iteration:
         return self.parts.store.groups(self.number, ROLLOUTS, self._by_id)
 
     @cached_property
+    def needs(self) -> Needs:
+        """Of the algorithm, which makes them anew whenever it is asked."""
+        return self.parts.algorithm.needs
+
+    @cached_property
     def _by_id(self) -> dict[str, Prompt]:
         return {p.id: p for p in self._prompts[0]}
 
@@ -148,11 +154,11 @@ class Iteration:
 
     def large_enough(self, group: Group) -> bool:
         """Whether a group has as many usable responses as the algorithm needs."""
-        return len(group.rollouts) >= self.parts.algorithm.needs.min_samples
+        return len(group.rollouts) >= self.needs.min_samples
 
     def reference(self) -> int | None:
         """Which iterate the reference is; None if the algorithm needs none."""
-        if not self.parts.algorithm.needs.reference:
+        if not self.needs.reference:
             return None
         chosen = self.parts.config.reference
         schedule = self.parts.algorithm.reference if chosen.schedule == "default" else chosen.schedule

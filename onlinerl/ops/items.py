@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from onlinerl.types.labels import Judged
 
 
-def train_sequences(judged: Judged) -> dict[int, TrainSequence]:
-    """The judged responses of a group by their index in it, with score, win rate and the log-probs that the engine reported.
+def train_sequences(judged: Judged, only: Collection[int] | None = None) -> dict[int, TrainSequence]:
+    """The judged responses of a group by their index in it, with score, win rate and the log-probs that the engine reported; of those
+    with the indices `only`, or of all.
 
     The score is the oracle's own; an oracle that only compares gives none, and then the win rate stands in for it. A response that
     nobody judged has neither, and is left out.
@@ -36,7 +37,7 @@ def train_sequences(judged: Judged) -> dict[int, TrainSequence]:
         for index, (rollout, score, win_rate, said) in enumerate(
             zip(judged.group.rollouts, scores, win_rates, judged.verdict.judged(), strict=True)
         )
-        if said
+        if said and (only is None or index in only)
     }
 
 

@@ -18,7 +18,7 @@ def pair_items(judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], 
 
     Reasons: `unjudged`, and `identical` for two equal token sequences, whose margin is always 0.
     """
-    sequences = train_sequences(judged)
+    sequences = train_sequences(judged, {index for pair in pairs for index in (pair.chosen, pair.rejected)})
     items: list[TrainItem] = []
     dropped: Counter[str] = Counter()
     for pair in pairs:

@@ -155,22 +155,22 @@ class TableFiles:
         newest = (one for batch in _journal.read(self._journal_path(len(parts) + 1)) for one in batch["prompt_id"].to_pylist())
         yield from ((one, (len(parts) + 1, row)) for row, one in enumerate(newest))
 
-    def row(self, prompt_id: str) -> Row | None:
-        """The latest row of a prompt, None if there is none.
+    def rows(self, prompt_ids: Iterable[str]) -> list[Row | None]:
+        """The latest row of each prompt, None where there is none.
 
         Raises:
-            StoreError: if what holds it is damaged or gone.
+            StoreError: if what holds one is damaged or gone.
         """
-        place = self.ids().get(prompt_id)
-        if place is None:
-            return None
+        places = map(self.ids().get, prompt_ids)
         with self._lock, _manifest.way_back(self.folder):
-            number, row = place
-            if number == 0:
-                return self._older[row]
-            holder = self._holder(number, row)
-            batch = _parts.holding(holder.starts, row)
-            return self._decoded(number, batch, holder)[row - holder.starts[batch]]
+            return [None if place is None else self._row(*place) for place in places]
+
+    def _row(self, number: int, row: int) -> Row:
+        if number == 0:
+            return self._older[row]
+        holder = self._holder(number, row)
+        batch = _parts.holding(holder.starts, row)
+        return self._decoded(number, batch, holder)[row - holder.starts[batch]]
 
     def _holder(self, number: int, row: int) -> Part | Journal:
         """What has a row: while a part is a journal, and has been read here before the row came, it is read again."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Generic, TypeVar
 
 from onlinerl.stores._tables import TableFiles
 from onlinerl.stores.rows import Codec
 
 T = TypeVar("T")
+_AT_ONCE = 32
+"""Rows that are looked up together."""
 
 
 class StoredTable(Generic[T]):
@@ -33,9 +36,10 @@ class StoredTable(Generic[T]):
 
     def select(self, prompt_ids: Iterable[str]) -> Iterator[T | None]:
         """The latest value of each prompt, None where there is none."""
-        for prompt_id in prompt_ids:
-            row = self._files.row(prompt_id)
-            yield None if row is None else self._codec.from_row(row)
+        asked = iter(prompt_ids)
+        while some := list(islice(asked, _AT_ONCE)):
+            for row in self._files.rows(some):
+                yield None if row is None else self._codec.from_row(row)
 
     def missing(self, prompt_ids: Iterable[str]) -> list[str]:
         """Prompts of which there is nothing, in the same order."""

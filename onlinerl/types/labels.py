@@ -90,9 +90,10 @@ class Verdict:
 
         A response that nobody judged has no score, no win rate and no place in a batch.
         """
-        known = np.ones(len(self.scores if self.scores is not None else self.preferences or ()), dtype=bool)
         if self.scores is not None:
-            known &= np.isfinite(np.asarray(self.scores, dtype=np.float64))
+            known = np.isfinite(np.asarray(self.scores, dtype=np.float64))
+        else:
+            known = np.ones(len(self.preferences or ()), dtype=bool)
         if self.preferences is not None:
             compared = ~np.isnan(self.matrix())
             np.fill_diagonal(compared, False)

@@ -64,7 +64,7 @@ def _arrays(it: Iteration, sequences: Sequence[TrainSequence]) -> dict[str, list
     """What the algorithm asks for, one array per sequence each."""
     if not sequences:
         return {}
-    needs, learner = it.parts.algorithm.needs, it.parts.learner
+    needs, learner = it.needs, it.parts.learner
     temperature = needs.temperature(it.parts.config.sampling.temperature)
     arrays: dict[str, list[Any]] = {}
     reference = it.reference()

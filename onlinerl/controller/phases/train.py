@@ -18,7 +18,7 @@ def train(it: Iteration) -> TrainRecord:
     """One pass of the learner over what was judged; no step at all where that gives nothing to learn."""
     with it.parts.store.scratch() as scratch:
         built = items.build(it, scratch)
-        within_groups = it.parts.algorithm.needs.min_samples > 1
+        within_groups = it.needs.min_samples > 1
         idle = health.nothing_to_learn(built.spreads, built.earned, built.dropped, within_groups=within_groups)
         in_a_row = it.idle_before() + 1 if idle else 0
         steps = UpdateReport(steps=0, tokens=0, metrics=())
