@@ -2,9 +2,9 @@
 
     python benchmarks/lag.py
 
-On the toy engine and learner, made as slow as parts that have a core each: the engine takes SAMPLE_S per prompt, the learner LOGPROB_S per
-response and STEP_S per optimizer step. Says the ratio of an iteration with lag to what the engine, or the learner, is busy for in one
-where everything runs in turn, whichever is more, and writes it to docs/results.md.
+On the toy engine and learner, made as slow as parts that have a core each: the engine takes some time per prompt, the learner some per
+response and per optimizer step; once the engine is the longer part, once the learner. Says the ratio of an iteration with lag to what the
+engine, or the learner, is busy for in one where everything runs in turn, whichever is more, and writes it to docs/results.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results.md"
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 PROMPTS, HELDOUT, ITERATIONS = 64, 8, 6
-SAMPLE_S, LOGPROB_S, STEP_S = 0.0625, 0.005, 0.25
+LOGPROB_S = 0.005
+CASES = ((0.0625, 0.1875), (0.03125, 0.375))
+"""Seconds that the engine takes per prompt, and the learner per step of 8 responses."""
 LIMIT = 1.2
 STEADY = slice(2, None)
 """The first two iterations are sampled by the same version, one after the other."""
@@ -46,10 +48,13 @@ def judge(groups: Sequence[dict[str, Any]]) -> list[list[float]]:
     return [[float(len(response)) for response in group["responses"]] for group in groups]
 
 
+sample_s, step_s = CASES[0]
+
+
 def generate(self: ToyEngine, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sequence[Group]]:
-    """As an engine that takes SAMPLE_S per prompt."""
+    """As an engine that takes `sample_s` per prompt."""
     for groups in _generate(self, requests, sampling):
-        time.sleep(SAMPLE_S)
+        time.sleep(sample_s)
         yield groups
 
 
@@ -60,9 +65,9 @@ def logprobs(self: ToyLearner, sequences: Sequence[TrainSequence], **options: An
 
 
 def update(self: ToyLearner, steps: Sequence[Sequence[TrainItem]], rates: Sequence[float]) -> Iterator[UpdateReport]:
-    """As a learner that takes STEP_S per step."""
+    """As a learner that takes `step_s` per step."""
     for report in _update(self, steps, rates):
-        time.sleep(STEP_S)
+        time.sleep(step_s)
         yield report
 
 
@@ -111,22 +116,43 @@ def main() -> int:
     ToyEngine.generate = generate  # type: ignore[method-assign]
     ToyLearner.logprobs = logprobs  # type: ignore[assignment, method-assign]
     ToyLearner.update = update  # type: ignore[method-assign]
-    with tempfile.TemporaryDirectory() as place:
-        turns = run(Path(place), "turns", {"stream": False, "evaluate_beside": False})
-        beside, lagged = (run(Path(place), f"lag{lag}", {"max_lag": lag}) for lag in (0, 1))
-    parts = {part: busy(turns, part) for part in ("engine", "learner")}
-    ratio = seconds(lagged) / max(parts.values())
-    block = (
-        f"Measured {datetime.now(UTC):%Y-%m-%d} with `python benchmarks/lag.py`: {PROMPTS} prompts of 2 responses, an engine of {SAMPLE_S} s a "
-        f"prompt, a learner of {STEP_S} s a step of 8 responses and {LOGPROB_S} s a response whose log-probs it gives; seconds of an iteration.\n\n"
-        "| engine alone | learner alone | in turn | side by side, lag 0 | lag 1 | of the longer one | limit |\n|---|---|---|---|---|---|---|\n"
-        f"| {parts['engine']:.1f} | {parts['learner']:.1f} | {seconds(turns):.1f} | {seconds(beside):.1f} | {seconds(lagged):.1f} | {ratio:.2f} "
-        f"| {LIMIT} |"
+    rows, ratios = [], []
+    for case in CASES:
+        global sample_s, step_s
+        sample_s, step_s = case
+        with tempfile.TemporaryDirectory() as place:
+            turns = run(Path(place), "turns", {"stream": False, "evaluate_beside": False})
+            beside, lagged = (run(Path(place), f"lag{lag}", {"max_lag": lag}) for lag in (0, 1))
+        parts = {part: busy(turns, part) for part in ("engine", "learner")}
+        ratios.append(seconds(lagged) / max(parts.values()))
+        rows.append(
+            f"| {sample_s:g} | {step_s:g} | {parts['engine']:.1f} | {parts['learner']:.1f} | {seconds(turns):.1f} | "
+            f"{seconds(beside):.1f} | {seconds(lagged):.1f} | {ratios[-1]:.2f} | {LIMIT} |"
+        )
+    head = (
+        "engine, s a prompt",
+        "learner, s a step",
+        "engine alone",
+        "learner alone",
+        "in turn",
+        "side by side, lag 0",
+        "lag 1",
+        "of the longer one",
+        "limit",
+    )
+    block = "\n".join(
+        [
+            f"Measured {datetime.now(UTC):%Y-%m-%d} with `python benchmarks/lag.py`: {PROMPTS} prompts of 2 responses, steps of 8 responses, "
+            f"{LOGPROB_S} s a response whose log-probs the learner gives; seconds of an iteration.\n",
+            f"| {' | '.join(head)} |",
+            "|---" * len(head) + "|",
+            *rows,
+        ]
     )
     pattern = r"(<!-- figures: lag -->\n).*?(<!-- /figures -->)"
     RESULTS.write_text(re.sub(pattern, lambda m: f"{m[1]}{block}\n{m[2]}", RESULTS.read_text(), flags=re.DOTALL))
     print(block)
-    return int(ratio > LIMIT)
+    return int(max(ratios) > LIMIT)
 
 
 if __name__ == "__main__":
