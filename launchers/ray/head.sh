@@ -25,4 +25,7 @@ flags+=(--min-worker-port="${ports%%-*}" --max-worker-port="${ports##*-}")
 [ -z "${GPUS:-}" ] || flags+=(--num-gpus="$GPUS")
 [ -z "${TEMP_DIR:-}" ] || flags+=(--temp-dir="$TEMP_DIR")
 
+# Engine and learner are the work. Ray gives its workers 15, with which whatever else computes on the machine goes before them.
+export RAY_worker_niceness=${RAY_worker_niceness:-0}
+
 exec ray start --head --block --include-dashboard=false --disable-usage-stats "${flags[@]}"

@@ -32,4 +32,7 @@ flags+=(--min-worker-port="${ports%%-*}" --max-worker-port="${ports##*-}")
 [ -z "${CPUS:-}" ] || flags+=(--num-cpus="$CPUS")
 [ -z "${GPUS:-}" ] || flags+=(--num-gpus="$GPUS")
 
+# Engine and learner are the work. Ray gives its workers 15, with which whatever else computes on the machine goes before them.
+export RAY_worker_niceness=${RAY_worker_niceness:-0}
+
 exec ray start --block --disable-usage-stats "${flags[@]}"

@@ -75,6 +75,8 @@ class Cluster:
     def _connect(self) -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Engine and learner are the work. Ray gives its workers 15, with which whatever else computes on the machine goes before them.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
         address = self._config.cluster.address
         handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}

@@ -170,13 +170,17 @@ def test_head_and_worker_make_a_cluster(tmp_path):
         done = subprocess.run([*wait, "2", "120"], env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr + (Path(scratch) / "log").read_text()
         look = (
-            "import json, sys, ray; ray.init(address=sys.argv[1], logging_level='ERROR');"
+            "import json, os, sys, ray; ray.init(address=sys.argv[1], logging_level='ERROR');"
+            "nice = ray.remote(lambda: os.nice(0));"
+            "print(json.dumps([ray.get(nice.options(num_cpus=0, resources={name + '_node': 0.1}).remote()) "
+            "for name in ('learner', 'rollout')]));"
             "print(json.dumps([n['Resources'] for n in ray.nodes() if n['Alive']]))"
         )
         look = [sys.executable, "-c", look, address]
         stranger = subprocess.Popen(look, env=env | {"RAY_AUTH_MODE": "disabled"}, stderr=subprocess.PIPE, text=True)
         said = subprocess.run(look, env=env | {"RAY_AUTH_MODE": "token"}, capture_output=True, text=True, check=True)
-        resources = json.loads(said.stdout.splitlines()[-1])
+        niceness, resources = map(json.loads, said.stdout.splitlines()[-2:])
+        assert niceness == [os.nice(0)] * 2, "workers of Ray come after nobody"
         names = sorted(name for node in resources for name in node if name in ("learner_node", "rollout_node"))
         assert names == ["learner_node", "rollout_node"]
         assert all(node["CPU"] == 1 for node in resources)
@@ -204,7 +208,7 @@ from onlinerl import config
 from onlinerl.cluster.runtime import Cluster
 
 with Cluster(config.load(sys.argv[1])):
-    assert ray.get(ray.remote(lambda: 7).options(num_cpus=0).remote()) == 7
+    assert ray.get(ray.remote(lambda: os.nice(0)).options(num_cpus=0).remote()) == os.nice(0)
     address = ray.get_runtime_context().gcs_address
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"}
     look = "import sys, ray; ray.init(address=sys.argv[1], logging_level='ERROR')"
