@@ -8,13 +8,15 @@ thread of its own; the others go on.
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from typing import Any, Protocol
+from typing import Any
 
 from onlinerl.cluster.delivery import Delivered
 from onlinerl.cluster.replica import Replica, outcome
+from onlinerl.cluster.starter import Starter
 from onlinerl.cluster.states import ReplicaState
 from onlinerl.controller.fleet import FleetReporter, Reason
 from onlinerl.errors import EngineError, OnlineRLError
@@ -29,42 +31,6 @@ PING_S = 30.0
 """A replica that is asked nothing but its process ids answers within this, or is lost."""
 
 
-class Starter(Protocol):
-    """How a replica is started."""
-
-    def reserve(self, index: int) -> None:
-        """See that there is room.
-
-        Raises:
-            ClusterError: if there is none.
-        """
-        ...
-
-    def release(self, index: int) -> None:
-        """The room is not needed any more."""
-        ...
-
-    def open(self, replica: Replica) -> None:
-        """Start its process; returns at once."""
-        ...
-
-    def load(self, replica: Replica) -> None:
-        """Return once it has loaded the model.
-
-        Raises:
-            EngineError: with its own error.
-        """
-        ...
-
-    def restore(self, replica: Replica, delivered: Delivered) -> float:
-        """Give it a version from disk and let it prove it; returns the gap on the canary.
-
-        Raises:
-            OnlineRLError: if it cannot.
-        """
-        ...
-
-
 class Closed(Exception):
     """The run is over."""
 
@@ -75,10 +41,9 @@ class Fleet:
     Args:
         config: the engine section.
         starter: starts replicas.
-        heals: whether replicas that are lost are started again; otherwise the first one ends the run.
     """
 
-    def __init__(self, config: EngineConfig, starter: Starter, *, heals: bool) -> None:
+    def __init__(self, config: EngineConfig, starter: Starter) -> None:
         self.replicas = [Replica(index) for index in range(config.replicas)]
         self.version: int | None = None
         """What the engine serves; None before the first push."""
@@ -86,11 +51,14 @@ class Fleet:
         self.resized: Callable[[int], None] = lambda replicas: None
         """Told how many replicas there are to be from now on."""
         self.most = config.max_restarts if config.max_restarts is not None else RESTARTS
-        self.heals = heals and self.most > 0
+        self.heals = self.most > 0
+        """Whether replicas that are lost are started again; otherwise the first one ends the run."""
         self._least, self._starter = config.min_replicas, starter
         self._delivered: Delivered | None = None
         self._changed = threading.Condition(threading.RLock())
         self._updating = self._closing = False
+        self._may_start = True
+        """False while a learner on the same GPUs has their memory."""
         self._losses = self._restarts = 0
         self._last: OnlineRLError | None = None
         self._failure: Exception | None = None
@@ -139,7 +107,8 @@ class Fleet:
         Raises:
             EngineError: with what each of them does instead.
         """
-        if not any(r.coming_back or r.state in (ReplicaState.STARTING, ReplicaState.UPDATING) for r in self.replicas):
+        on_the_way = (ReplicaState.STARTING, ReplicaState.UPDATING)
+        if not any((r.coming_back and self._may_start) or r.state in on_the_way for r in self.replicas):
             states = ", ".join(f"{r.name} is {r.state}" for r in self.replicas)
             raise EngineError(
                 f"at least {self._least} replicas are needed, and {states}",
@@ -199,6 +168,9 @@ class Fleet:
     def _start(self, replica: Replica) -> None:
         with self._changed:
             self._require_open()
+            while not self._may_start:
+                self._changed.wait(LOOK_S)
+                self._require_open()
             if replica.leaving:
                 return
             self._starter.open(replica)
@@ -325,15 +297,48 @@ class Fleet:
     # --- memory that is shared with a learner ---
 
     def move(self, state: ReplicaState) -> list[Replica]:
-        """All go to sleep, or all wake up: as stale before a push, serving without one. Returns them; ask them afterwards."""
+        """All that are up go to sleep, or wake up: as stale before a push, serving without one. Returns them; ask them afterwards."""
         with self._changed:
             self.require_enough()
-            for replica in self.replicas:
+            moved = [r for r in self.replicas if r.state is not ReplicaState.DEAD]
+            for replica in moved:
                 # Without a push, they serve what they held before, if they did.
                 unproved = state is ReplicaState.SERVING and (self.version is None or replica.version != self.version)
                 replica.to(ReplicaState.STALE if unproved else state)
             self._moved()
-            return list(self.replicas)
+            return moved
+
+    def settle(self, timeout_s: float) -> None:
+        """Nobody starts from here on, until `may_start`. Returns once those that were starting are up, and nothing is left of the lost.
+
+        Raises:
+            EngineError: if that is not so within the time: their memory is about to be another's.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            self._may_start = False
+            while left := [r for r in self.replicas if self._unsettled(r)]:
+                self._require_open()
+                self.require_enough()
+                if time.monotonic() > deadline:
+                    raise EngineError(
+                        f"after {timeout_s:.0f} s, {' and '.join(f'{r.name} ({r.state})' for r in left)} cannot give up its GPU",
+                        field="cluster.colocate",
+                        fix="see why in the logs; then `onlinerl resume`, which begins with fresh replicas",
+                    )
+                self._changed.wait(LOOK_S)
+
+    def _unsettled(self, replica: Replica) -> bool:
+        if replica.state is ReplicaState.DEAD:
+            return not replica.ended
+        waits_for_a_push = replica.state is ReplicaState.STALE and self._delivered is None
+        return replica.coming_back and not waits_for_a_push
+
+    def may_start(self) -> None:
+        """The GPUs' memory is the replicas' again: those that were lost meanwhile come back."""
+        with self._changed:
+            self._may_start = True
+            self._changed.notify_all()
 
     # --- more and fewer ---
 

@@ -12,11 +12,11 @@ import numpy as np
 from onlinerl.cluster.colocation import Turns
 from onlinerl.cluster.fleet import Fleet
 from onlinerl.cluster.handout import Handout
-from onlinerl.cluster.replica import TokenPair, all_of
+from onlinerl.cluster.replica import Replica, TokenPair, all_of, outcomes
 from onlinerl.cluster.runtime import Cluster
 from onlinerl.cluster.starter import ClusterStarter
 from onlinerl.cluster.states import ReplicaState
-from onlinerl.errors import EngineError
+from onlinerl.errors import EngineError, OnlineRLError
 from onlinerl.protocols.engine import EngineConfig, EngineReplica, ReplicaSettings
 from onlinerl.types import Group, Request, Sampling
 
@@ -38,8 +38,7 @@ class EnginePool:
     ) -> None:
         self._config, self._turns = config, turns
         self.starter = ClusterStarter(cluster, first, model, config, settings)
-        # On shared GPUs a replica cannot start while the learner has them.
-        self.fleet = Fleet(config, self.starter, heals=not turns.shared)
+        self.fleet = Fleet(config, self.starter)
         self.wanted: Callable[[], int | None] = lambda: None
         """How many replicas somebody has asked for since the last look."""
         self._starting = list(self.fleet.replicas)
@@ -92,21 +91,35 @@ class EnginePool:
         return all_of(futures, self._config.generate_timeout_s, EngineError, "log-probs")[0]
 
     def sleep(self, timeout_s: float | None = None) -> None:
-        """Give the GPUs' memory to the learner: weights to host memory, KV caches dropped."""
+        """Give the GPUs' memory to the learner: weights to host memory, KV caches dropped, nothing left of replicas that were lost."""
+        timeout_s = timeout_s or self._config.start_timeout_s
+        self.fleet.settle(timeout_s)
         replicas = self.fleet.move(ReplicaState.ASLEEP)
-        self._all({r.name: r.call(EngineReplica.sleep) for r in replicas}, "going to sleep", timeout_s)
+        self._moved({r: r.call(EngineReplica.sleep) for r in replicas}, "going to sleep", timeout_s)
+        self.fleet.settle(timeout_s)
 
     def wake_up(self, what: str, timeout_s: float | None = None) -> None:
         """Take memory back: "weights" before a push, "kv_cache" after it, or "all" where nothing was pushed."""
         if what == "kv_cache":  # they are in the middle of an update
-            replicas = list(self.fleet.replicas)
+            replicas = [r for r in self.fleet.replicas if r.state is ReplicaState.UPDATING]
         else:
             replicas = self.fleet.move(ReplicaState.STALE if what == "weights" else ReplicaState.SERVING)
         tags = None if what == "all" else [what]
-        self._all({r.name: r.call(EngineReplica.wake_up, tags) for r in replicas}, "waking up", timeout_s)
+        asked = {r: r.call(EngineReplica.wake_up, tags) for r in replicas}
+        self._moved(asked, "waking up", timeout_s or self._config.start_timeout_s)
+        if what != "weights":  # then the learner has some of its own on the GPUs still
+            self.fleet.may_start()
 
-    def _all(self, asked: Mapping[str, Future[None]], what: str, timeout_s: float | None) -> None:
-        all_of(asked, timeout_s or self._config.start_timeout_s, EngineError, what)
+    def _moved(self, asked: Mapping[Replica, Future[None]], what: str, timeout_s: float) -> None:
+        """Those that are gone are given up; one that is there and cannot do it ends the run."""
+        answers = outcomes({r.name: future for r, future in asked.items()}, timeout_s, EngineError, what)
+        failed = {r: answer for r in asked if isinstance(answer := answers[r.name], OnlineRLError)}
+        gone = self.fleet.silent(list(failed)) if self.fleet.heals else {}
+        for replica, error in failed.items():
+            if replica not in gone:
+                raise error
+        for replica, error in failed.items():
+            self.fleet.lost(replica, replica.actor, "died", error)
 
     def shutdown(self) -> None:
         """End all replicas; one that does not answer is killed, with all that it had started."""

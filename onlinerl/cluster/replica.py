@@ -95,6 +95,8 @@ class Replica:
         """When it last answered, or got the first prompt that it has in hand."""
         self.coming_back = False
         """Whether it is being started again."""
+        self.ended = True
+        """Whether nothing is left of the process that it had last."""
         self.leaving = False
         """Whether it is to be removed."""
         self._node, self._family = "", list[tuple[int, float]]()
@@ -111,7 +113,7 @@ class Replica:
     def open(self, options: Mapping[str, Any]) -> None:
         """Start the process."""
         self.to(ReplicaState.STARTING)
-        self.version, self.in_hand = None, 0
+        self.version, self.in_hand, self.ended = None, 0, False
         self._node, self._family = "", []
         self.actor = ReplicaActor.options(**options).remote()  # type: ignore[attr-defined]
 
@@ -175,8 +177,12 @@ class Replica:
             EngineError: if some of them are still there.
         """
         self.kill()
-        if not self._family:
-            return  # it had not finished starting: what is below it ends with its parent
+        if self._family:
+            self._end_family()
+        # Else it had not finished starting: what is below it ends with its parent.
+        self.ended = True
+
+    def _end_family(self) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(node_id=self._node, soft=False)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Protocol
 
 from ray.util.placement_group import PlacementGroup
 
@@ -16,8 +17,44 @@ from onlinerl.errors import EngineError, SyncError
 from onlinerl.protocols.engine import EngineConfig, EngineReplica, Place, ReplicaSettings
 
 
+class Starter(Protocol):
+    """How a replica is started."""
+
+    def reserve(self, index: int) -> None:
+        """See that there is room.
+
+        Raises:
+            ClusterError: if there is none.
+        """
+        ...
+
+    def release(self, index: int) -> None:
+        """The room is not needed any more."""
+        ...
+
+    def open(self, replica: Replica) -> None:
+        """Start its process; returns at once."""
+        ...
+
+    def load(self, replica: Replica) -> None:
+        """Return once it has loaded the model.
+
+        Raises:
+            EngineError: with its own error.
+        """
+        ...
+
+    def restore(self, replica: Replica, delivered: Delivered) -> float:
+        """Give it a version from disk and let it prove it; returns the gap on the canary.
+
+        Raises:
+            OnlineRLError: if it cannot.
+        """
+        ...
+
+
 class ClusterStarter:
-    """Starts replicas of one model on a cluster; a `fleet.Starter`.
+    """Starts replicas of one model on a cluster; a `Starter`.
 
     Args:
         cluster: where they run.

@@ -14,6 +14,7 @@ from onlinerl.cluster.group import LearnerGroup
 from onlinerl.cluster.pool import EnginePool
 from onlinerl.cluster.replica import Arguments, Replica, T, TokenPair, all_of
 from onlinerl.cluster.runtime import get
+from onlinerl.cluster.states import ReplicaState
 from onlinerl.errors import LearnerLost, OnlineRLError, SyncError
 from onlinerl.protocols.engine import EngineConfig, EngineReplica
 from onlinerl.protocols.learner import LearnerRank
@@ -123,20 +124,23 @@ class WeightPush:
             except OnlineRLError as error:
                 self._connected = []  # a half-open update is never reused
                 blamed = self._failed()
-                if not blamed:
+                if blamed is None:
                     raise SyncError(
                         f"the push of version {version} failed: {error.cause}", field=error.field or "sync", fix=error.fix
                     ) from error
                 for replica, reason in blamed.items():
                     self._fleet.lost(replica, replica.actor, "push", reason)
 
-    def _failed(self) -> dict[Replica, OnlineRLError]:
-        """Whom to do without next time, and why; nobody if it is not the replicas, or none of them can be replaced."""
+    def _failed(self) -> dict[Replica, OnlineRLError] | None:
+        """Whom to do without next time, and why, beside those that were given up on the way; None if it is not the replicas, or none of
+        them can be replaced."""
+        there = [r for r in self._members if r.state is ReplicaState.UPDATING]
         self._fleet.end_update(self._members, None)
-        if not self._fleet.heals:
-            return {}
-        some = len(self._unproved) < len(self._members)
-        return self._fleet.silent(self._members) or (self._unproved if some else {})
+        if not self._fleet.heals or self._turns.turn == "unknown":  # then nothing can be sent again
+            return None
+        some = len(self._unproved) < len(there)
+        blamed = self._fleet.silent(there) or (self._unproved if some else {})
+        return blamed if blamed or len(there) < len(self._members) else None
 
     def _attempt(self, version: int, left: _Deadline) -> SyncReport:
         def learner(method: Callable[..., T], *args: Any) -> T:

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
-from onlinerl.engines._fit import Place
 from onlinerl.learners._self_test import Sums
+from onlinerl.protocols.engine import Place
 from onlinerl.protocols.learner import RankSettings
 from onlinerl.types import Group, Rollout
 
@@ -59,6 +59,7 @@ class World:
         self.events: dict[str, list[str]] = {}
         self.environments: dict[str, dict[str, str]] = {}
         self.fail: Callable[[str, str], bool] = lambda who, what: False
+        self.dies: Callable[[str, str], bool] = lambda who, what: False
         self._gpus: dict[str, Gpu] = {}
 
     def gpu(self, role: str, index: int) -> Gpu:
@@ -78,7 +79,7 @@ class Ref:
     """What Ray would return for a call; the work is done at once."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
-        self.error: Exception | None = None
+        self.error: Exception | None = None  # RayActorError where there is no process
         self.result: Any = None
         try:
             self.result = work()
@@ -89,10 +90,16 @@ class Ref:
         """The same, as `concurrent.futures` has it."""
         done: Future[Any] = Future()
         if self.error is not None:
-            done.set_exception(RayTaskError("call", str(self.error), self.error))
+            done.set_exception(self.said)
         else:
             done.set_result(self.result)
         return done
+
+    @property
+    def said(self) -> Exception:
+        """The error as Ray hands it on."""
+        assert self.error is not None
+        return self.error if isinstance(self.error, RayActorError) else RayTaskError("call", str(self.error), self.error)
 
 
 def remote(method: Callable[..., Any]) -> SimpleNamespace:
@@ -103,21 +110,39 @@ def remote(method: Callable[..., Any]) -> SimpleNamespace:
 class Actor:
     """Answers `call.remote(method, ...)` with its own methods."""
 
+    PARTS: tuple[str, ...]
+
     def __init__(self, world: World, role: str, index: int) -> None:
         self.world, self.index, self.gpu = world, index, world.gpu(role, index)
-        self.call = remote(lambda method, *args: getattr(self, f"do_{method}")(*args))
+        self.dead = False
+        self.call = remote(lambda method, *args: self._living(f"do_{method}")(*args))
         for name in ("place", "start", "processes", "host", "free_port", "generate", "logprobs"):
             if hasattr(self, f"on_{name}"):
-                setattr(self, name, remote(getattr(self, f"on_{name}")))
+                setattr(self, name, remote(lambda *args, name=name: self._living(f"on_{name}")(*args)))
+
+    def _living(self, method: str) -> Any:
+        if self.dead:
+            raise RayActorError
+        return getattr(self, method)
 
     def did(self, what: str) -> None:
         self.world.happened(self.index, what)
+        if self.world.dies(f"gpu {self.index}", what):
+            self.end()
+            raise RayActorError
+
+    def end(self) -> None:
+        """The process is gone, and what it had on its GPU."""
+        self.dead = True
+        self.gpu.give(*self.PARTS)
 
     def do_shutdown(self) -> None: ...
 
 
 class Replica(Actor):
     """An engine whose weights are one number."""
+
+    PARTS = ("engine weights", "kv cache")
 
     def on_place(self) -> Place:
         return Place(host="here", cores=(0,))
@@ -129,6 +154,15 @@ class Replica(Actor):
 
     def on_processes(self) -> tuple[str, list[tuple[int, float]]]:
         return "node", []
+
+    def do_process_ids(self) -> list[int]:
+        return []
+
+    def do_load_weights(self, path: str, version: int, dtypes: Any) -> None:
+        self.did("engine loads a version")
+        self.gpu.need("engine weights")
+        saved = Path(path) / "weights.json"
+        self.weights, self.version = json.loads(saved.read_text()) if saved.exists() else 0.0, str(version)
 
     def _ready(self) -> None:
         self.gpu.need("engine weights", "kv cache")
@@ -196,6 +230,8 @@ class Replica(Actor):
 
 class Rank(Actor):
     """A learner whose weights are one number, which every step raises."""
+
+    PARTS = ("policy", "optimizer")
 
     def on_host(self, timeout_s: float) -> tuple[str, int]:
         return "127.0.0.1", 1
@@ -281,12 +317,9 @@ def install(monkeypatch: Any, world: World, *, device: str) -> None:
     """Let a run start its replicas and ranks in `world`."""
     from onlinerl.cluster import group, replica, runtime
 
-    counts = {"replica": 0, "rank": 0}
-
     def actors(role: str, make: type[Actor]) -> SimpleNamespace:
         def options(**chosen: Any) -> SimpleNamespace:
-            index = counts[role]
-            counts[role] += 1
+            index = chosen["index"] if role == "rank" else chosen["index"] - chosen["ranks"]
             world.environments[f"{role} {index}"] = chosen["env"]
             return SimpleNamespace(remote=lambda: make(world, role, index))
 
@@ -294,8 +327,7 @@ def install(monkeypatch: Any, world: World, *, device: str) -> None:
 
     class Cluster:
         def __init__(self, config: Any) -> None:
-            self.device, self.logs = device, "/tmp/ray/session/logs"
-            counts.update(replica=0, rank=0)
+            self.device, self.logs, self.ranks = device, "/tmp/ray/session/logs", config.learner.ranks
 
         def share_cores(self) -> bool:
             return False
@@ -306,11 +338,11 @@ def install(monkeypatch: Any, world: World, *, device: str) -> None:
         def __exit__(self, *exc: object) -> None: ...
 
         def options(self, index: int, env: dict[str, str], **more: Any) -> dict[str, Any]:
-            return {"env": env}
+            return {"env": env, "index": index, "ranks": self.ranks}
 
     def get(ref: Ref, timeout: float | None = None) -> Any:
         if ref.error is not None:
-            raise RayTaskError("call", str(ref.error), ref.error)
+            raise ref.said
         return ref.result
 
     def wait(refs: Any, num_returns: int = 1, timeout: float | None = None) -> tuple[list[Ref], list[Ref]]:
@@ -321,5 +353,5 @@ def install(monkeypatch: Any, world: World, *, device: str) -> None:
     monkeypatch.setattr(group, "RankActor", actors("rank", Rank))
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(ray, "wait", wait)
-    monkeypatch.setattr(ray, "kill", lambda actor: None)
+    monkeypatch.setattr(ray, "kill", lambda actor: actor.end())
     monkeypatch.setattr(ray, "cancel", lambda ref, force: None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import sys
+import time
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -24,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import shared_gpu
 
-from onlinerl.cluster import colocation
+from onlinerl.cluster import colocation, fleet
 from onlinerl.cluster.colocation import STEPS, Turns
 
 START = ["engine loads", "engine sleeps", "learner loads"]
@@ -56,10 +58,10 @@ def run(monkeypatch: pytest.MonkeyPatch, toy_config: Any, tmp_path: Path) -> Run
     """Runs or resumes a run of one iteration; `stop_in`: the phase of iteration 1 that is done but not written down."""
 
     def start(
-        *, shared: bool = True, stop_in: str = "", fail: Any = None, resume: bool = False, **more: Any
+        *, shared: bool = True, stop_in: str = "", fail: Any = None, dies: Any = None, resume: bool = False, **more: Any
     ) -> shared_gpu.World:
         world = shared_gpu.World(shared=shared)
-        world.fail = fail or world.fail
+        world.fail, world.dies = fail or world.fail, dies or world.dies
         shared_gpu.install(monkeypatch, world, device="cuda" if shared else "cpu")
         finish = RunDirectory.finish_phase
 
@@ -167,12 +169,84 @@ def test_a_resume_takes_turns_as_the_run_did(run: Run, tmp_path: Path, phase: st
 # --- a push that fails ---
 
 
-@pytest.mark.parametrize("moment", PUSH)
+@pytest.mark.parametrize("moment", PUSH[:-1])
 def test_a_failed_push_ends_the_run_and_a_resume_goes_on(run: Run, moment: str) -> None:
     with pytest.raises(SyncError, match=shared_gpu.BROKEN):
         run(fail=lambda who, what: (who, what) == ("gpu 1", moment))
 
     assert_recorded(run(resume=True), START, PUSH, EVALUATE, TO_ENGINE, SAMPLE, TO_LEARNER, TRAIN, CHECKPOINT, PUSH, EVALUATE)
+
+
+def test_a_replica_that_never_proves_its_weights_is_given_up_and_the_others_go_on(run: Run, tmp_path: Path) -> None:
+    world = run(fail=lambda who, what: (who, what) == ("gpu 1", PUSH[-1]))
+
+    assert [row["sync"]["proved"] for row in summarise(tmp_path / "runs" / "toy")["iterations"]] == [True, True]
+    assert [world.events[gpu].count("engine loads") for gpu in ("gpu 0", "gpu 1")] == [1, 1 + fleet.RESTARTS]
+
+
+# --- a replica that dies ---
+
+
+def at(moment: str, occurrence: int = 1) -> Callable[[str, str], bool]:
+    """The engine on GPU 1 dies the n-th time that it is asked for something."""
+    seen = itertools.count(1)
+    return lambda who, what: (who, what) == ("gpu 1", moment) and next(seen) == occurrence
+
+
+BEFORE_IT_COMES_BACK = {
+    ("engine generates", 1): {"engine generates"},
+    ("engine generates", 12): {"engine generates"},
+    ("engine sleeps", 2): {"learner leaves: all"},
+    ("engine wakes: weights", 2): {"learner leaves: all"},
+    ("engine wakes: kv_cache", 2): {
+        "engine wakes: kv_cache",
+        "learner leaves: all",
+    },  # at once, or when the push was sent again
+    ("engine wakes: all", 1): {"engine wakes: all"},
+}
+"""When it dies, and what has happened on its GPU right before it loads again: never while the learner is there."""
+
+
+@pytest.mark.parametrize("moment", BEFORE_IT_COMES_BACK, ids=lambda moment: f"{moment[0]}, {moment[1]}")
+def test_a_replica_that_dies_comes_back_when_the_learner_has_left(run: Run, tmp_path: Path, moment: tuple[str, int]) -> None:
+    world = run(dies=at(*moment), iterations=2)
+
+    assert [row["sync"]["proved"] for row in summarise(tmp_path / "runs" / "toy")["iterations"]] == [True] * 3
+    there, struck = world.events["gpu 0"], world.events["gpu 1"]
+    assert (there.count("engine loads"), struck.count("engine loads")) == (1, 2)
+    again = struck.index("engine loads", 1)
+    assert struck[again - 1] in BEFORE_IT_COMES_BACK[moment]
+    assert struck[again + 1] == "engine loads a version"
+    assert struck[-4:] == there[-4:], "it takes part again"
+
+
+def test_a_replica_that_starts_while_the_learner_returns_is_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the wait before a change of turns is for: without it, both are on the GPU."""
+    loads = shared_gpu.Replica.on_start
+
+    def slow(self: Any, *args: Any) -> None:
+        if self.world.events:
+            time.sleep(0.3)
+        loads(self, *args)
+
+    monkeypatch.setattr(shared_gpu.Replica, "on_start", slow)
+    assert run(dies=at("engine generates", 12), name="waits").events["gpu 1"].count("engine loads") == 2
+    monkeypatch.setattr(fleet.Fleet, "settle", lambda self, timeout_s: None)
+    with pytest.raises(OnlineRLError, match=r"CUDA|is starting and cannot become|is stale and cannot become"):
+        run(dies=at("engine generates", 12), name="does-not-wait")
+
+
+def test_the_only_replica_dies_asleep_and_a_resume_goes_on(run: Run, tmp_path: Path) -> None:
+    """Nobody is there to be pushed to, and it can only start when the push is over."""
+    one = {"engine.replicas": 1, "learner.ranks": 1}
+    dies = at("engine wakes: weights", 2)
+    with pytest.raises(SyncError, match="at least 1 replicas are needed, and replica 0 is dead") as error:
+        run(dies=lambda who, what: dies("gpu 1" if who == "gpu 0" else who, what), **one)
+    assert "onlinerl resume" in error.value.fix
+
+    run(resume=True)
+
+    assert [row["status"] for row in summarise(tmp_path / "runs" / "toy")["iterations"]] == ["promoted", "promoted"]
 
 
 # --- the table has no step too many, and none in the wrong place ---

@@ -39,7 +39,7 @@ class Actor:
 def handed_out(replicas: int, prompts: int):
     """So many prompts of four responses each, and replicas that take sixteen responses at a time."""
     config = SimpleNamespace(replicas=replicas, max_num_seqs=16, generate_timeout_s=60.0, max_restarts=3, min_replicas=1)
-    fleet = fleet_module.Fleet(config, SimpleNamespace(), heals=True)
+    fleet = fleet_module.Fleet(config, SimpleNamespace())
     fleet.version = 0
     for replica in fleet.replicas:
         replica.actor, replica.state = Actor(), fleet_module.ReplicaState.SERVING

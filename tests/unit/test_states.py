@@ -45,7 +45,7 @@ def test_an_illegal_start_is_refused_before_a_process_is_started(monkeypatch):
 @pytest.mark.parametrize("state", [State.ASLEEP, State.PAUSED, State.STALE])
 def test_nobody_waits_for_replicas_that_are_not_on_the_way(state):
     config = SimpleNamespace(replicas=2, max_restarts=3, min_replicas=1)
-    fleet = pytest.importorskip("onlinerl.cluster.fleet").Fleet(config, SimpleNamespace(), heals=True)
+    fleet = pytest.importorskip("onlinerl.cluster.fleet").Fleet(config, SimpleNamespace())
     for replica in fleet.replicas:
         replica.state = state
     with pytest.raises(EngineError, match=f"replica 1 is {state}"):
