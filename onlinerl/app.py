@@ -59,7 +59,7 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False) -> int:
     Raises:
         OnlineRLError: naming field, cause and fix.
     """
-    config = preflight.settled(configuration.located(config))
+    config = configuration.settled(config)
     if os.path.exists(config.directory / "manifest.json") and not fresh:
         raise StoreError(
             f"{config.directory} already holds a run",
@@ -93,7 +93,7 @@ def resume(directory: Path, overrides: Sequence[str], console: Console) -> int:
     directory = directory.absolute()
     store = RunDirectory.open(directory)
     try:
-        config = preflight.settled(configuration.located(resuming.stored_config(directory, overrides)))
+        config = configuration.settled(resuming.stored_config(directory, overrides))
         resuming.require_unchanged(config, store)
         resuming.require_in_order(store, config.schedule.max_lag)
         if all(store.phase_done(number, "commit") for number in range(config.iterations + 1)):

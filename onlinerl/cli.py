@@ -84,7 +84,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
     from onlinerl import app as application
     from onlinerl import placement
 
-    loaded = configuration.located(configuration.load(config, overrides or ()))
+    loaded = configuration.settled(configuration.load(config, overrides or ()))
     checked = application.check(loaded, out)
     device = (
         "cpu"

@@ -22,6 +22,7 @@ from onlinerl.families import check_attention, logit_rule
 from onlinerl.prompts._kept import Kept
 from onlinerl.prompts._source import ShuffledPrompts, check_answers, check_overlap, load_prompts
 from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.keys import decided
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.protocols.transport import Layout
@@ -78,12 +79,14 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     """Validate everything that does not need the cluster.
 
     Args:
-        config: what to check.
+        config: what to check, as `onlinerl.config.settled` gives it.
         kept: the prompts of the run that is resumed: what it goes on with, whatever has become of the files.
 
     Raises:
         OnlineRLError: naming field, cause and fix.
     """
+    decided(config.engine.dtype, "engine.dtype")
+    decided(config.learner.dtype, "learner.dtype")
     algorithm, oracle, pairing = (
         configuration.algorithm(config),
         configuration.oracle(config),
@@ -92,7 +95,6 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     if kept is None:  # what a run was started with by an older version, it may go on with
         check_sections(config, algorithm)
     notes = [derived(config, algorithm), *_precision(config), *check_algorithm(config, algorithm)]
-    config = settled(config)
     _check_schedule(config)
     _check_layout(config)
     for tracker in config.metrics.all():
@@ -273,7 +275,9 @@ def _check_layout(config: RunConfig) -> None:
         raise ConfigError("needs GPUs, and cluster.device is cpu", field="cluster.colocate", fix="leave it out on CPUs")
     threads = config.engine.threads and config.learner.threads
     # On several machines it is known only once the parts have their places.
-    same_cores = not config.engine.in_process and config.cluster.address is None and _runs_on_cpu(config) and not threads
+    same_cores = (
+        not config.engine.in_process and config.cluster.address is None and configuration.runs_on_cpu(config) and not threads
+    )
     placement.require_apart(config, cores_are_shared=same_cores)
     if config.cluster.colocate:
         placement.require_shareable(config)
@@ -302,33 +306,15 @@ def _check_engine(checked: Checked, model: Path) -> None:
     """What the engine would say only after it has started."""
     config = checked.config
     description = json.loads((model / "config.json").read_text())
-    on_cpu, alone = _runs_on_cpu(config), config.cluster.address is None
+    on_cpu, alone = configuration.runs_on_cpu(config), config.cluster.address is None
     config.engine.check(description, checked.max_model_len, on_cpu=on_cpu, alone=alone)
-
-
-def _runs_on_cpu(config: RunConfig) -> bool:
-    """Whether it is known already."""
-    device, alone = config.cluster.device, config.cluster.address is None
-    return device == "cpu" or (device == "auto" and alone and not hardware.has_gpu())
-
-
-def settled(config: RunConfig) -> RunConfig:
-    """The same with the dtypes decided: what a run computes must not depend on where it is resumed. On a cluster of CPUs this machine
-    stands for the others."""
-    dtype = "float32" if _runs_on_cpu(config) and not hardware.computes_bfloat16() else "bfloat16"
-    chosen = {
-        name: section.model_copy(update={"dtype": dtype})
-        for name, section in (("engine", config.engine), ("learner", config.learner))
-        if section.dtype == "auto"
-    }
-    return config.model_copy(update=chosen)
 
 
 def _precision(config: RunConfig) -> list[str]:
     """What is worth knowing about the dtypes on this machine's CPU."""
-    if config.engine.in_process or not _runs_on_cpu(config) or hardware.computes_bfloat16():
+    if config.engine.in_process or not configuration.runs_on_cpu(config) or hardware.computes_bfloat16():
         return []
-    slow = [f"{name}.dtype" for name in ("engine", "learner") if getattr(config, name).dtype not in ("auto", "float32")]
+    slow = [f"{name}.dtype" for name in ("engine", "learner") if getattr(config, name).dtype != "float32"]
     if slow:
         return [f"{' and '.join(slow)}: this CPU has no instructions for it; float32 (`auto`) is many times faster here"]
     return ["engine and learner compute in float32: this CPU has no instructions for bfloat16"]

@@ -1,7 +1,7 @@
 """Configuration of a run: its sections, how they are read, and what identifies a run."""
 
 from onlinerl.config.identity import changes, digest, fingerprint, flatten, resumable, without_unread
-from onlinerl.config.loading import algorithm, dump, load, located, oracle, pair_builder, parse
+from onlinerl.config.loading import algorithm, dump, load, oracle, pair_builder, parse
 from onlinerl.config.paths import at_home
 from onlinerl.config.roles import component
 from onlinerl.config.sections import (
@@ -17,6 +17,7 @@ from onlinerl.config.sections import (
     Section,
     TrainingConfig,
 )
+from onlinerl.config.settling import runs_on_cpu, settled
 from onlinerl.protocols.engine import EngineConfig
 from onlinerl.protocols.learner import LearnerConfig
 from onlinerl.protocols.prompts import PromptsConfig
@@ -47,10 +48,11 @@ __all__ = [
     "fingerprint",
     "flatten",
     "load",
-    "located",
     "oracle",
     "pair_builder",
     "parse",
     "resumable",
+    "runs_on_cpu",
+    "settled",
     "without_unread",
 ]

@@ -15,7 +15,6 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from onlinerl import registry, synonyms, yaml_files
-from onlinerl.config.paths import at_home
 from onlinerl.config.roles import ROLES, build
 from onlinerl.config.secrets import refuse_values
 from onlinerl.config.sections import RunConfig
@@ -126,18 +125,6 @@ SPECS = ("algorithm", "oracle", "pairing")
 CHOICES = {
     f"{section}.{role.base.chosen_by}": (role.default, role.keeps) for section, role in ROLES.items() if section != "tracker"
 }
-
-
-def located(config: RunConfig) -> RunConfig:
-    """The same configuration with absolute paths, so that it means the same in every working directory."""
-    model = at_home(config.model, "model")
-    return config.model_copy(
-        update={
-            "model": str(model.absolute()) if model.is_dir() else config.model,  # otherwise perhaps a hub id
-            "runs": str(at_home(config.runs, "runs").absolute()),
-            "prompts": config.prompts.located(),
-        }
-    )
 
 
 def dump(config: RunConfig) -> str:

@@ -13,7 +13,7 @@ from pydantic import Field
 from onlinerl.engines import _fit
 from onlinerl.errors import ConfigError
 from onlinerl.protocols.engine import EngineConfig, ReplicaSettings
-from onlinerl.protocols.keys import Resumable
+from onlinerl.protocols.keys import Resumable, decided
 
 TOKENS_PER_STEP = 2048
 """Least token budget of a step on CPU; vLLM's own default."""
@@ -62,14 +62,15 @@ def arguments(model: str, config: VllmConfig, settings: ReplicaSettings) -> dict
         settings: what else a replica is told.
 
     Raises:
-        ConfigError: if the KV cache could not hold one sequence.
+        ConfigError: if it is not decided which dtype it computes in, or if the KV cache could not hold one sequence.
     """
+    dtype = decided(config.dtype, "engine.dtype")  # vLLM would take `auto` for the dtype of the model's files
     on_cpu, receiver = settings.device == "cpu", settings.transport.receiver
     if on_cpu:
         _fit.check_kv_cache(config, _description(model), settings.max_model_len)
     common = {
         "model": model,
-        "dtype": config.dtype,
+        "dtype": dtype,
         "tensor_parallel_size": config.tensor_parallel_size,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": config.max_num_seqs,

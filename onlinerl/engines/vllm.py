@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import wraps
 from itertools import count
@@ -11,21 +10,19 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from onlinerl.engines import _fit, _vllm
+from onlinerl.engines import _fit, _responses, _vllm
+from onlinerl.engines._responses import FINISH, Answer
 from onlinerl.engines._vllm import VllmConfig
 from onlinerl.errors import ConfigError, EngineError
 from onlinerl.protocols.engine import Place, ReplicaSettings
-from onlinerl.types import FinishReason, Group, RejectReason, Request, Rollout, Sampling
+from onlinerl.types import Group, Request, Sampling
 
 __all__ = ["VLLM", "VLLMReplica"]
 
-_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 COLOCATED_UTILIZATION = 0.95
 """More than this of a GPU cannot go to an engine that shares it: 0.05 of the largest GPUs is what an idle learner keeps."""
 T = TypeVar("T")
 Arguments = ParamSpec("Arguments")
-ATTEMPTS = 3
-"""How often a response is asked for that vLLM aborts."""
 
 
 def _alive(method: Callable[Arguments, Awaitable[T]]) -> Callable[Arguments, Coroutine[Any, Any, T]]:
@@ -103,21 +100,9 @@ class VLLMReplica:
         Raises:
             EngineError: if vLLM gives no answer at all.
         """
-        results = await asyncio.gather(*(self._one(request, seed, sampling) for seed in request.seeds))
-        return Group(
-            prompt=request.prompt,
-            rollouts=tuple(each for each in results if isinstance(each, Rollout)),
-            rejected=tuple(each for each in results if not isinstance(each, Rollout)),
-        )
+        return await _responses.generate(request, sampling, self._ask)
 
-    async def _one(self, request: Request, seed: int, sampling: Sampling) -> Rollout | RejectReason:
-        for _ in range(ATTEMPTS):
-            result = await self._attempt(request, seed, sampling)
-            if not isinstance(result, Rollout) or result.finish_reason != "abort":
-                return result
-        return "abort"  # half a response is no response
-
-    async def _attempt(self, request: Request, seed: int, sampling: Sampling) -> Rollout | RejectReason:
+    async def _ask(self, request: Request, sampling: Sampling, seed: int) -> Answer:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -143,19 +128,14 @@ class VLLMReplica:
         logprobs = tuple(
             entry[token].logprob for token, entry in zip(tokens, out.logprobs or (), strict=False) if token in entry
         )
-        if out.finish_reason not in _FINISH:
+        if out.finish_reason not in FINISH:
             raise EngineError(f"prompt {request.prompt.id} ended with {out.finish_reason!r}", fix="look at the replica's log")
-        # Training on a token needs to know how probable it was; nothing is put in place of a number that is not there.
-        if out.finish_reason != "abort" and (len(logprobs) != len(tokens) or not np.isfinite(logprobs).all()):
-            return "logprob"
-        return Rollout(
+        return Answer(
             token_ids=tokens,
             logprobs=logprobs,
             text=out.text,
-            finish_reason=_FINISH[out.finish_reason],
+            finish_reason=FINISH[out.finish_reason],
             policy_version=version,
-            sampler=sampling,
-            seed=seed,
         )
 
     @_alive

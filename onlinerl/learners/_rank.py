@@ -32,11 +32,11 @@ from onlinerl.learners._self_test import Sums, compare
 from onlinerl.learners._weights import PolicySource
 from onlinerl.network import choose_interface
 from onlinerl.ops.batching import collate
+from onlinerl.protocols.keys import decided
 from onlinerl.protocols.learner import LearnerConfig, RankSettings
 from onlinerl.protocols.transport import Meeting, Replicas, Sender, TransportConfig
 from onlinerl.types import TrainItem, TrainSequence
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AFTER_CONTROLLER_S = 10.0
 """Ranks that wait for one that hangs give up so much later than the controller: it then knows that none of them has failed by itself."""
 
@@ -49,12 +49,16 @@ class Rank:
         settings: what else all ranks are told.
         rank: of this process.
         store, address: where the ranks meet; rank 0 hosts the store.
+
+    Raises:
+        ConfigError: if it is not decided which dtype it computes in.
     """
 
     _policy: Policy
     _reader: ModelReader
 
     def __init__(self, config: LearnerConfig, settings: RankSettings, *, rank: int, store: dist.TCPStore, address: str) -> None:
+        self.dtype: torch.dtype = getattr(torch, decided(config.dtype, "learner.dtype"))
         self.algorithm, self.config, self.training = settings.algorithm, config, settings.training
         self.rank, self.world_size, self.temperature = rank, settings.world_size, settings.temperature
         self.device = torch.device("cuda", 0) if settings.device == "cuda" else torch.device("cpu")
@@ -306,8 +310,8 @@ class Rank:
 
     def export(self, path: str, tokenizer: str) -> None:
         """The policy as a Hugging Face model with its tokenizer. Collective; rank 0 writes."""
-        model, dtype = self._policy.model, DTYPES[self.config.dtype]
-        export_weights(self.weight_source(dtype), Path(path), dtype, writer=self.rank == 0)
+        model = self._policy.model
+        export_weights(self.weight_source(self.dtype), Path(path), self.dtype, writer=self.rank == 0)
         if self.rank == 0:
             from transformers import AutoTokenizer
 

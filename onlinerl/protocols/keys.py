@@ -1,10 +1,12 @@
-"""Types of keys that several roles have."""
+"""Keys that several roles have: their types, and what holds for their values."""
 
 from __future__ import annotations
 
 from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, Field
+
+from onlinerl.errors import ConfigError
 
 
 def _custom(resources: dict[str, float]) -> dict[str, float]:
@@ -29,3 +31,22 @@ Resumable = Annotated[T, MayChange()]
 """A key of this type may differ between a run and its resume: where it runs, what is watched and when to stop, not what is computed."""
 Seconds = Annotated[float, Field(gt=0, le=1e6)]
 """A deadline. Eleven days are longer than any wait should be, and short enough for every timer that is set to it."""
+
+
+def decided(dtype: str, key: str) -> str:
+    """The dtype, if it is one.
+
+    Args:
+        dtype: what the key says.
+        key: its dotted name.
+
+    Raises:
+        ConfigError: if it is `auto`. Whoever computes must not decide for itself: a run is resumed with what it was started with.
+    """
+    if dtype == "auto":
+        raise ConfigError(
+            "is auto, and nothing has decided yet what that is; a run does it when it starts",
+            field=key,
+            fix="name a dtype, float32 or bfloat16, or settle the whole configuration with onlinerl.config.settled",
+        )
+    return dtype

@@ -15,7 +15,7 @@ import yaml
 from recorded import disagreements
 from toy_runs import BATCH, COUNTED, HELDOUT, PROBE, PROMPTS, events, everything, weights
 
-from onlinerl import registry
+from onlinerl import hardware, registry
 from onlinerl.graph import NAMES as PHASES
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.stores.directory import RunDirectory
@@ -121,6 +121,35 @@ def test_a_learning_rate_of_zero_changes_nothing(toy_config, warm_cli, tmp_path)
     assert {row["reward"] for row in rows} == {rows[0]["reward"]}
     assert [row["kl_ref"] for row in rows] == [0, 0, 0]
     assert [row["win_rate"]["value"] for row in rows[1:]] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["to a CPU with bfloat16", "to a CPU without"])
+def test_dtypes_are_stored_with_the_run_and_a_resume_on_another_machine_keeps_them(
+    toy_config, onlinerl, tmp_path, monkeypatch, there
+):
+    """Whatever that machine would have decided for a run of its own."""
+
+    def on_machine(computes_bfloat16: bool) -> None:
+        monkeypatch.setattr(hardware, "computes_bfloat16", lambda: computes_bfloat16)
+
+    def stored() -> set[str]:
+        written = yaml.safe_load((tmp_path / "runs/toy/config.yaml").read_text())
+        manifest = json.loads((tmp_path / "runs/toy/manifest.json").read_text())
+        kept = [manifest["fingerprint"][f"{section}.dtype"] for section in ("engine", "learner")]
+        return {*kept, *(written[section]["dtype"] for section in ("engine", "learner"))}
+
+    chosen = "bfloat16" if there else "float32"
+    on_machine(there)
+    code, message = onlinerl("run", toy_config(tmp_path, {"iterations": 1, "cluster.device": "cpu"}))
+    assert code == 0, message
+    assert stored() == {chosen}
+    on_machine(not there)
+    code, message = onlinerl("resume", "runs/toy", "iterations=2")
+    assert code == 0, message
+    assert stored() == {chosen}
+    code, message = onlinerl("resume", "runs/toy", "iterations=3", "learner.dtype=auto")
+    assert code != 0, "it would go on in another dtype"
+    assert f"learner.dtype: was '{chosen}' when the run started" in message
 
 
 # --- killed and resumed ---

@@ -474,11 +474,11 @@ def test_located_paths_mean_the_same_everywhere(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
     tree = {**BASE, "model": "model", "runs": "out", "prompts": {"train": "a.jsonl", "heldout": "package:film_reviews_heldout"}}
-    found = configuration.located(configuration.parse(tree))
+    found = configuration.settled(configuration.parse(tree))
     assert (found.model, found.runs) == (str(tmp_path / "model"), str(tmp_path / "out"))
     assert (found.prompts.train, found.prompts.heldout) == (str(tmp_path / "a.jsonl"), "package:film_reviews_heldout")
-    assert configuration.located(found) == found
-    assert configuration.located(configuration.parse({**tree, "model": "org/name"})).model == "org/name"
+    assert configuration.settled(found) == found
+    assert configuration.settled(configuration.parse({**tree, "model": "org/name"})).model == "org/name"
 
 
 def test_a_reward_models_path_means_the_same_everywhere(tmp_path, monkeypatch):

@@ -166,7 +166,7 @@ def test_check_knows_before_anything_is_loaded(
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
-    config = configuration.load(toy_config(tmp_path, model=str(model)))
+    config = configuration.settled(configuration.load(toy_config(tmp_path, model=str(model))))
     preflight.check(config)
 
     written = json.loads((model / "config.json").read_text())

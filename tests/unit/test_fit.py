@@ -140,7 +140,7 @@ def check(toy_config, tmp_path):
     def check(**overrides: object) -> preflight.Checked:
         keys = {"engine.name": "vllm", "learner.name": "deepspeed", "cluster.device": "cpu"}
         keys |= {key.replace("__", "."): value for key, value in overrides.items()}
-        return preflight.check(configuration.load(toy_config(tmp_path, keys)))
+        return preflight.check(configuration.settled(configuration.load(toy_config(tmp_path, keys))))
 
     return check
 

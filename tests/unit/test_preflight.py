@@ -11,10 +11,15 @@ import pytest
 
 from onlinerl import config as configuration
 from onlinerl import hardware, preflight
-from onlinerl.config import RunConfig
+from onlinerl.config import RunConfig, TrainingConfig
+from onlinerl.config.roles import build
+from onlinerl.engines import _vllm
 from onlinerl.errors import ConfigError, OracleError
 from onlinerl.learners.deepspeed.memory import learner_rank
+from onlinerl.protocols.engine import ReplicaSettings
+from onlinerl.protocols.learner import RankSettings
 from onlinerl.protocols.oracle import Oracle
+from onlinerl.transports.disk import Disk
 from onlinerl.types import Prompt, Verdict
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
@@ -109,11 +114,53 @@ def test_dtypes_are_decided_where_the_run_starts(monkeypatch, overrides, cpu_can
     """bfloat16 on GPUs and on CPUs that have instructions for it; the others would be many times slower."""
     monkeypatch.setattr(hardware, "computes_bfloat16", lambda: cpu_can)
     monkeypatch.setattr(hardware, "has_gpu", lambda: gpu)
-    found = preflight.settled(config(*overrides))
+    found = configuration.settled(config(*overrides))
     assert (found.engine.dtype, found.learner.dtype) == dtypes
-    assert preflight.settled(found) == found
-    notes = preflight._precision(config(*overrides))
+    assert configuration.settled(found) == found
+    notes = preflight._precision(found)
     assert [n.startswith(note) for n in notes] == [True] if note else notes == []
+
+
+@pytest.mark.parametrize("section", ["engine", "learner"])
+def test_a_dtype_that_nobody_has_decided_is_not_taken_for_one(toy_config, tmp_path, section):
+    """Memory and disk space would be those of another dtype, and a run would be stored without saying what it computes in."""
+    loaded = configuration.load(toy_config(tmp_path))
+    halfway = loaded.model_copy(update={section: getattr(configuration.settled(loaded), section)})
+    other = "learner" if section == "engine" else "engine"
+    with pytest.raises(ConfigError, match="is auto, and nothing has decided yet what that is") as error:
+        preflight.check(halfway)
+    assert error.value.field == f"{other}.dtype"
+    assert "settle the whole configuration" in str(error.value.fix)
+
+
+@pytest.mark.parametrize("learner", ["torch", "deepspeed"])
+def test_a_learner_does_not_decide_its_dtype(tiny_model, learner):
+    """Before it meets the others: each rank could decide for another one."""
+    settings = RankSettings(
+        model=str(tiny_model),
+        algorithm=build({"name": "dpo"}, "algorithm"),
+        training=TrainingConfig(),
+        world_size=1,
+        device="cpu",
+        temperature=1.0,
+        seed=0,
+    )
+    with pytest.raises(ConfigError, match="is auto, and nothing has decided") as error:
+        build({"name": learner}, "learner").rank(settings, rank=0, store=None, address="")
+    assert error.value.field == "learner.dtype"
+
+
+@pytest.mark.parametrize("engine", ["vllm", "openai"])
+def test_an_engine_does_not_decide_its_dtype(tiny_model, engine):
+    """vLLM knows `auto` too, and means the dtype of the model's files by it."""
+    config = build({"name": engine}, "engine")
+    for device in ("cpu", "cuda"):
+        settings = ReplicaSettings(device=device, colocated=False, max_model_len=64, transport=Disk(), seed=0)
+        with pytest.raises(ConfigError, match="is auto, and nothing has decided") as error:
+            _vllm.arguments(str(tiny_model), config, settings)
+        assert error.value.field == "engine.dtype"
+    chosen = config.model_copy(update={"dtype": "float32"})
+    assert _vllm.arguments(str(tiny_model), chosen, settings)["dtype"] == "float32"
 
 
 def test_memory_of_a_critic_is_that_of_a_second_model():
@@ -143,7 +190,7 @@ def test_memory_of_an_unknown_model():
 def check(toy_config, tmp_path):
     def check(**overrides: object) -> preflight.Checked:
         keys = {key.replace("__", "."): value for key, value in overrides.items()}
-        return preflight.check(configuration.load(toy_config(tmp_path, keys)))
+        return preflight.check(configuration.settled(configuration.load(toy_config(tmp_path, keys))))
 
     return check
 
@@ -264,12 +311,11 @@ def test_a_downloaded_hub_id_is_found_where_it_lies(tiny_model, tmp_path, monkey
     (cache / "models--org--tiny" / "refs").mkdir()
     (cache / "models--org--tiny" / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-    checked = preflight.check(
-        config("model=org/tiny", "prompts.max_tokens=500", "sampling.max_new_tokens=8", "metrics.prometheus=false")
-    )
+    fits = ("prompts.max_tokens=500", "sampling.max_new_tokens=8", "metrics.prometheus=false")
+    checked = preflight.check(configuration.settled(config("model=org/tiny", *fits)))
     assert checked.config.model == str(snapshot)
     assert preflight.identity("org/tiny")["checksum"] == preflight.identity(str(tiny_model))["checksum"]
-    assert preflight.check(config("model=org/other", "metrics.prometheus=false")).train is None
+    assert preflight.check(configuration.settled(config("model=org/other", "metrics.prometheus=false"))).train is None
 
 
 # --- schedules ---
@@ -279,10 +325,11 @@ def test_a_downloaded_hub_id_is_found_where_it_lies(tiny_model, tmp_path, monkey
     "override", ["training.lr_scheduler_type=cosine", "training.warmup_ratio=0.1", "training.iteration_decay=0.5"]
 )
 def test_a_learning_rate_of_0_cannot_be_scheduled(toy_config, tmp_path, override):
-    fixed = ["training.learning_rate=0"]
-    preflight.check(configuration.load(toy_config(tmp_path), fixed))
+    fixed = configuration.settled(configuration.load(toy_config(tmp_path), ["training.learning_rate=0"]))
+    preflight.check(fixed)
+    scheduled = configuration.settled(configuration.load(toy_config(tmp_path), ["training.learning_rate=0", override]))
     with pytest.raises(ConfigError, match="would do nothing") as error:
-        preflight.check(configuration.load(toy_config(tmp_path), [*fixed, override]))
+        preflight.check(scheduled)
     assert error.value.field == "training.learning_rate"
 
 

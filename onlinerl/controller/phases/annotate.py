@@ -13,9 +13,10 @@ from onlinerl.protocols.store import LOGPROBS
 from onlinerl.types import AnnotateRecord, Group, Judged, LogProbs, TrainSequence, Verdict
 
 AT_ONCE = 1024
-"""Prompts whose responses get their log-probs in one go. More at once would only take memory."""
+"""Prompts whose responses get their log-probs in one go. More at once would only take memory. With another number the learner makes other
+micro-batches, and log-probs differ in their last digits: a run that is resumed would not be the same bit for bit."""
 STREAMED = 32
-"""The same while the engine still samples: few enough to begin early, enough to fill the learner's micro-batches."""
+"""The same with `schedule.stream`: few enough to begin while the engine still samples, enough to fill the learner's micro-batches."""
 
 
 def annotate(it: Iteration) -> AnnotateRecord:

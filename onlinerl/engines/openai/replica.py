@@ -12,19 +12,18 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from onlinerl.engines import _responses
+from onlinerl.engines._responses import FINISH, Answer
 from onlinerl.engines.openai.client import Client, Refused
 from onlinerl.engines.openai.server import MODEL, OwnServer
 from onlinerl.errors import EngineError
-from onlinerl.types import FinishReason, Group, RejectReason, Request, Rollout, Sampling
+from onlinerl.types import Group, Request, Sampling
 
 if TYPE_CHECKING:
     from onlinerl.engines.openai import OpenAI
 
-_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 LOWEST = -9999.0
 """What vLLM's server says instead of minus infinity."""
-ATTEMPTS = 3
-"""How often a response is asked for that the server aborts."""
 LOOK_S = 0.5
 """How often a server that starts is asked whether it is there."""
 TOKEN = "token_id:"
@@ -90,7 +89,7 @@ class OpenAIReplica:
                 field="engine.base_url",
                 fix=f"start it with --max-model-len {max_model_len}, or lower sampling.max_new_tokens",
             )
-        _response(await self._complete([1], Sampling(max_new_tokens=1), seed=0))
+        _answer(await self._complete([1], Sampling(max_new_tokens=1), seed=0), self._version)
         await self.logprobs([1], [1])
         await self.process_ids()
 
@@ -130,32 +129,11 @@ class OpenAIReplica:
 
     async def generate(self, request: Request, sampling: Sampling) -> Group:
         """A response to the prompt for each seed, and why there is none where it cannot be used."""
-        results = await asyncio.gather(*(self._one(request, seed, sampling) for seed in request.seeds))
-        return Group(
-            prompt=request.prompt,
-            rollouts=tuple(each for each in results if isinstance(each, Rollout)),
-            rejected=tuple(each for each in results if not isinstance(each, Rollout)),
-        )
+        return await _responses.generate(request, sampling, self._ask)
 
-    async def _one(self, request: Request, seed: int, sampling: Sampling) -> Rollout | RejectReason:
+    async def _ask(self, request: Request, sampling: Sampling, seed: int) -> Answer:
         version = self._version
-        for _ in range(ATTEMPTS):
-            text, tokens, logprobs, finish = _response(await self._complete(request.prompt.token_ids, sampling, seed))
-            if finish == "abort":
-                continue
-            # Training on a token needs to know how probable it was; nothing is put in place of a number that is not there.
-            if len(logprobs) != len(tokens) or not all(map(_usable, logprobs)):
-                return "logprob"
-            return Rollout(
-                token_ids=tuple(tokens),
-                logprobs=tuple(logprobs),
-                text=text,
-                finish_reason=finish,
-                policy_version=version,
-                sampler=sampling,
-                seed=seed,
-            )
-        return "abort"  # half a response is no response
+        return _answer(await self._complete(request.prompt.token_ids, sampling, seed), version)
 
     async def logprobs(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> np.ndarray:
         """Log-probs f32[T] of given response tokens, by teacher forcing (the server's prompt log-probs)."""
@@ -296,12 +274,8 @@ def _from_disk_only() -> NoReturn:
     raise EngineError("this engine takes its weights from disk", field="sync.backend", fix="set it to disk, or leave it out")
 
 
-def _usable(logprob: Any) -> bool:
-    return isinstance(logprob, float | int) and math.isfinite(logprob) and logprob > LOWEST
-
-
-def _response(choice: Mapping[str, Any]) -> tuple[str, list[int], list[Any], FinishReason]:
-    """Text, tokens, their log-probs and the finish reason of a completion.
+def _answer(choice: Mapping[str, Any], version: int) -> Answer:
+    """What a completion says, from weights of this version.
 
     Raises:
         EngineError: if the server does not say what is needed.
@@ -323,6 +297,12 @@ def _response(choice: Mapping[str, Any]) -> tuple[str, list[int], list[Any], Fin
             fix="use a server that does (`return_token_ids`, or `return_tokens_as_token_ids`), as vLLM",
         )
     finish = choice.get("finish_reason")
-    if finish not in _FINISH:
+    if finish not in FINISH:
         raise EngineError(f"a response ended with {finish!r}", field="engine.base_url", fix="look at the server's log")
-    return choice.get("text") or "", tokens, given["token_logprobs"], _FINISH[finish]
+    return Answer(
+        token_ids=tokens,
+        logprobs=[-math.inf if isinstance(each, float | int) and each <= LOWEST else each for each in given["token_logprobs"]],
+        text=choice.get("text") or "",
+        finish_reason=FINISH[finish],
+        policy_version=version,
+    )

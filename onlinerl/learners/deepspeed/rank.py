@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from onlinerl.errors import LearnerError
 from onlinerl.learners._optimizer import build_optimizer, parameter_groups
-from onlinerl.learners._rank import DTYPES, Rank
+from onlinerl.learners._rank import Rank
 from onlinerl.learners.deepspeed import DeepSpeed
 from onlinerl.learners.deepspeed.extensions import without_abandoned_locks
 from onlinerl.learners.deepspeed.loading import ShardedReader
@@ -43,9 +43,7 @@ class DeepSpeedRank(Rank):
                 timeout=timedelta(seconds=self.config.start_timeout_s),
                 verbose=False,
             )
-        self._reader = ShardedReader(
-            DTYPES[self.config.dtype], self.config.attn_implementation, self.device, self._deepspeed_config()
-        )
+        self._reader = ShardedReader(self.dtype, self.config.attn_implementation, self.device, self._deepspeed_config())
         self._policy = self._reader.trained(model, self.needs.critic)
         self._policy.eval()
         optimizer = build_optimizer(parameter_groups(self._policy, self.training), self.training, checked=self._bare)

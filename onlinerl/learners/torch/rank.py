@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from onlinerl.learners._loading import ModelReader
 from onlinerl.learners._optimizer import build_optimizer, parameter_groups
 from onlinerl.learners._plain import load_plain
-from onlinerl.learners._rank import DTYPES, Rank
+from onlinerl.learners._rank import Rank
 from onlinerl.types import TrainItem
 
 __all__ = ["TorchRank"]
@@ -30,7 +30,7 @@ class TorchRank(Rank):
     """Holds the policy and its optimizer; see `Rank`."""
 
     def _build(self, model: str) -> None:
-        self._reader = ModelReader(DTYPES[self.config.dtype], self.config.attn_implementation, self.device)
+        self._reader = ModelReader(self.dtype, self.config.attn_implementation, self.device)
         self._policy = self._reader.trained(model, self.needs.critic)
         self._policy.eval()
         if self.config.gradient_checkpointing:
