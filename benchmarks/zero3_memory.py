@@ -215,9 +215,9 @@ def run_rank(job: dict[str, Any], rank: int, port: int, log: Path) -> None:
         return TrainSequence(
             prompt_ids=ids[:8],
             response_ids=ids[8:],
-            reference=row,
-            old=row,
-            behaviour=row,
+            reference_logprobs=row,
+            old_logprobs=row,
+            behavior_logprobs=row,
             values=row,
             returns=row,
             advantages=row,

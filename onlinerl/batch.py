@@ -71,9 +71,9 @@ class Batch:
     weight_B: Tensor
     policy_weight_B: Tensor
     """Of the policy's terms of the loss; 0 where only the critic learns."""
-    reference_BT: Tensor | None = None
-    old_BT: Tensor | None = None
-    behaviour_BT: Tensor | None = None
+    reference_logprobs_BT: Tensor | None = None
+    old_logprobs_BT: Tensor | None = None
+    behavior_logprobs_BT: Tensor | None = None
     values_BT: Tensor | None = None
     advantages_BT: Tensor | None = None
     returns_BT: Tensor | None = None

@@ -39,7 +39,7 @@ class PolicyGradient(Algorithm):
         """Old log-probs; the reference if the KL has a price."""
         uncorrected = self.importance_sampling_cap is None
         off_policy: OffPolicy = "refused" if uncorrected else "corrected"
-        return Needs(reference=self.kl_coef > 0, old=True, sampling_temperature=True, off_policy=off_policy)
+        return Needs(reference=self.kl_coef > 0, old_logprobs=True, sampling_temperature=True, off_policy=off_policy)
 
     @by_knobs
     def reference(self) -> Reference:
@@ -50,19 +50,19 @@ class PolicyGradient(Algorithm):
         """The clipped loss of each response token, [B, T], zero where the mask is false, and its metrics.
 
         Ratios outside [1 - low, 1 + high] earn nothing more; they are taken to the policy that training starts from (the proximal one),
-        and each token is weighted by sg[min(exp(old - behaviour), cap)] for not having been sampled by it: "Batch size-invariance for
-        policy optimization", with the truncated weight of "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-        Training".
+        and each token is weighted by sg[min(exp(old_logprobs - behavior_logprobs), cap)] for not having been sampled by it: "Batch
+        size-invariance for policy optimization", with the truncated weight of "Your Efficient RL Framework Secretly Brings You
+        Off-Policy RL Training".
 
         Raises:
             ValueError: if the batch lacks the old or the engine's log-probs, or advantages.
         """
         mask = batch.mask_BT
-        logprobs, old = masked(outputs.logprobs_BT, mask), masked(batch.need("old_BT"), mask)
+        logprobs, old = masked(outputs.logprobs_BT, mask), masked(batch.need("old_logprobs_BT"), mask)
         advantages = masked(batch.need("advantages_BT"), mask)
         ratio = bounded_exp(logprobs - old)
         loss = clipped_surrogate(ratio, advantages, low, high, self.dual_clip)
-        gap = old - masked(batch.need("behaviour_BT"), mask)
+        gap = old - masked(batch.need("behavior_logprobs_BT"), mask)
         metrics = {
             "clip_low": Mean.of((ratio < 1.0 - low) & (advantages < 0), mask),
             "clip_high": Mean.of((ratio > 1.0 + high) & (advantages > 0), mask),

@@ -189,7 +189,7 @@ class Ppo(PolicyGradient):
         """What later iterations must know: the scores' mean and spread, the KL of the rollouts and its price; and how good the critic is.
 
         `explained_variance` is 1 - Var(R - V) / Var(R) of the values before training: 1 is a perfect critic, 0 one that says the same
-        everywhere. `kl_rollouts` is the mean over responses of sum_t (old - reference), in nats.
+        everywhere. `kl_rollouts` is the mean over responses of sum_t (old_logprobs - reference_logprobs), in nats.
         """
         scores = np.array([self.score(item.sequences[0]) for item in items])
         if not scores.size:
@@ -198,7 +198,8 @@ class Ppo(PolicyGradient):
         if self.kl_coef > 0:
             figures["kl_coef"] = self._price(past)
             sequences = (item.sequences[0] for item in items)
-            figures["kl_rollouts"] = float(np.mean([(need(s, "old") - need(s, "reference")).sum() for s in sequences]))
+            gaps = [(need(s, "old_logprobs") - need(s, "reference_logprobs")).sum() for s in sequences]
+            figures["kl_rollouts"] = float(np.mean(gaps))
         targets = self._targets(items, past)
         _, variance = moments(lambda: (t.returns for t in targets()))
         if variance > 0:
@@ -255,7 +256,7 @@ class Ppo(PolicyGradient):
         """r[T]: minus the price of the KL at every token, plus the score at the last one."""
         rewards = np.zeros(len(sequence.response_ids))
         if self._pays_in_reward:
-            rewards -= price * (need(sequence, "old") - need(sequence, "reference"))
+            rewards -= price * (need(sequence, "old_logprobs") - need(sequence, "reference_logprobs"))
         rewards[-1:] += score  # a slice, because an empty response has no last token
         return rewards
 

@@ -34,7 +34,9 @@ class Evaluated:
 def sequences(groups: Sequence[Group]) -> list[TrainSequence]:
     """Every response of every group, for its log-probs."""
     return [
-        TrainSequence(prompt_ids=g.prompt.token_ids, response_ids=r.token_ids, behaviour=np.asarray(r.logprobs, np.float32))
+        TrainSequence(
+            prompt_ids=g.prompt.token_ids, response_ids=r.token_ids, behavior_logprobs=np.asarray(r.logprobs, np.float32)
+        )
         for g in groups
         for r in g.rollouts
     ]

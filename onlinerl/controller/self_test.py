@@ -75,18 +75,18 @@ def check(result: SelfTest, expected_loss: float | None, dtype: str) -> None:
     for name, gap in result.stored_gaps.items():
         if not gap <= limit:
             raise LearnerError(
-                f"before the first step, the stored {name} differs from what the policy says by {gap:.4f} per token "
+                f"before the first step, the stored {name} differ from what the policy says by {gap:.4f} per token "
                 f"(limit {limit:g} in {dtype})",
                 field="learner",
-                fix="it was computed at another temperature, with other weights, or for other tokens: training on it would go wrong",
+                fix="they were computed at another temperature, with other weights, or for other tokens: training on it would go wrong",
             )
     for name, tilt in result.stored_tilts.items():
         if not tilt <= GAP[dtype]:
             raise LearnerError(
-                f"before the first step, the stored {name} differs from what the policy says the more, the less probable a token is: by "
+                f"before the first step, the stored {name} differ from what the policy says the more, the less probable a token is: by "
                 f"{tilt:.4f} (limit {GAP[dtype]:g} in {dtype})",
                 field="learner",
-                fix="it was computed at another temperature or with other weights: training on it would go wrong",
+                fix="they were computed at another temperature or with other weights: training on it would go wrong",
             )
     slack = FORMULA + limit * result.stored_loss_slope
     if expected_loss is not None and not abs(result.stored_loss - expected_loss) <= slack:

@@ -112,7 +112,7 @@ def combine(parts: Sequence[Sums], items: Sequence[TrainItem], algorithm: Algori
 def _add(sums: Sums, batch: Batch, outputs: Outputs, again: Outputs, other_BT: Tensor, algorithm: Algorithm) -> None:
     mask_BT = batch.mask_BT
     ours_BT = outputs.logprobs_BT
-    own = replace(batch, reference_BT=ours_BT, old_BT=ours_BT, values_BT=outputs.values_BT)
+    own = replace(batch, reference_logprobs_BT=ours_BT, old_logprobs_BT=ours_BT, values_BT=outputs.values_BT)
     sums.loss += algorithm.loss(again, own).total.item()
     sums.repeat += ((again.logprobs_BT - ours_BT) * mask_BT).sum().item()
     sums.base += ((other_BT - ours_BT).abs() * mask_BT).sum().item()
@@ -123,7 +123,7 @@ def _add(sums: Sums, batch: Batch, outputs: Outputs, again: Outputs, other_BT: T
     sums.stored_loss += total.item()
     if total.requires_grad:
         sums.slope += torch.autograd.grad(total, variable_BT)[0].abs().sum().item()
-    for name, said_BT in (("reference", ours_BT), ("old", ours_BT), ("values", outputs.values_BT)):
+    for name, said_BT in (("reference_logprobs", ours_BT), ("old_logprobs", ours_BT), ("values", outputs.values_BT)):
         stored_BT = getattr(batch, f"{name}_BT")
         if stored_BT is None or said_BT is None:
             continue

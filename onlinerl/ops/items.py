@@ -32,7 +32,7 @@ def train_sequences(judged: Judged, only: Collection[int] | None = None) -> dict
             win_rate=float(win_rate),
             finish_reason=rollout.finish_reason,
             policy_version=rollout.policy_version,
-            behaviour=np.asarray(rollout.logprobs, dtype=np.float32),
+            behavior_logprobs=np.asarray(rollout.logprobs, dtype=np.float32),
         )
         for index, (rollout, score, win_rate, said) in enumerate(
             zip(judged.group.rollouts, scores, win_rates, judged.verdict.judged(), strict=True)

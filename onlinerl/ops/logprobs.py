@@ -24,7 +24,7 @@ def token_log_ratios(outputs: Outputs, batch: Batch) -> Tensor:
     Raises:
         ValueError: if the batch carries no reference log-probs.
     """
-    return masked(outputs.logprobs_BT, batch.mask_BT) - masked(batch.need("reference_BT"), batch.mask_BT)
+    return masked(outputs.logprobs_BT, batch.mask_BT) - masked(batch.need("reference_logprobs_BT"), batch.mask_BT)
 
 
 def lengths(batch: Batch) -> Tensor:

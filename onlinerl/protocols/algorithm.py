@@ -34,9 +34,9 @@ class Needs(BaseModel):
     pairs: bool = False
     """Pairs built by the configured pair builder."""
     reference: bool = False
-    """Reference log-probs."""
-    old: bool = False
-    """Log-probs of the learner's own weights before the first step."""
+    """A reference model, and `reference_logprobs`, what it says."""
+    old_logprobs: bool = False
+    """Log-probs of the weights that training starts from."""
     critic: Literal["separate", "shared"] | None = None
     """Values of a critic, which has a backbone of its own or is a head on the policy's."""
     critic_learning_rate: float | None = None

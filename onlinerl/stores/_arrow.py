@@ -12,8 +12,11 @@ import pyarrow as pa
 
 Row = dict[str, Any]
 
-PER_TOKEN = frozenset({"token_ids", "logprobs", "old", "reference", "behaviour", "values", "advantages", "returns"})
+PER_TOKEN = frozenset({"token_ids", "logprobs", "old_logprobs", "reference_logprobs", "values"})
 """Columns with one array of numbers per response."""
+_RENAMED = {"old": "old_logprobs", "reference": "reference_logprobs"}
+"""Columns of formats 1 to 5, in any table -> what they are called now. Files keep the names that they were written with, and are read as if
+they had the present ones."""
 
 
 def per_token(numbers: pa.DataType) -> pa.DataType:
@@ -46,16 +49,21 @@ def _column(rows: Sequence[Mapping[str, Any]], field: pa.Field) -> pa.Array:
 
 
 def rows_of(batch: pa.RecordBatch, *, arrays: bool = True) -> list[Row]:
-    """The rows of a batch. With `arrays`, numbers per token are numpy arrays, one per response; else lists."""
+    """The rows of a batch, whichever format wrote it. With `arrays`, numbers per token are numpy arrays, one per response; else lists."""
     columns = {}
     for field, column in zip(batch.schema, batch.columns, strict=True):
-        columns[field.name] = _arrays(column) if arrays and is_per_token(field) else _cells(column)
+        columns[as_now(field.name)] = _arrays(column) if arrays and is_per_token(field) else _cells(column)
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+def as_now(column: str) -> str:
+    """The present name of a column."""
+    return _RENAMED.get(column, column)
 
 
 def is_per_token(field: pa.Field) -> bool:
     """Whether a column has one array of numbers per response."""
-    return field.name in PER_TOKEN and pa.types.is_list(field.type) and pa.types.is_list(field.type.value_type)
+    return as_now(field.name) in PER_TOKEN and pa.types.is_list(field.type) and pa.types.is_list(field.type.value_type)
 
 
 def _ragged(cells: Sequence[Sequence[Any] | None], kind: pa.DataType) -> pa.Array:

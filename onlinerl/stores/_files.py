@@ -30,9 +30,9 @@ import numpy as np
 from onlinerl.errors import StoreError
 
 TEMPORARY = ".tmp"
-FORMAT = 5
-"""Of what is written; 1 had no checksums, up to 3 a table was one journal of JSON lines, or one Parquet file; 4 had other names for some keys of the
-configuration (`onlinerl.synonyms.RENAMED`)."""
+FORMAT = 6
+"""Of what is written; 1 had no checksums, up to 3 a table was one journal of JSON lines, or one Parquet file; up to 4 some keys of the
+configuration had other names (`onlinerl.synonyms.RENAMED`), and up to 5 some columns (`_arrow`)."""
 _CHECKSUM = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -9,7 +9,7 @@ from typing import Any
 from onlinerl.errors import StoreError
 from onlinerl.stores import _files
 
-READABLE = (1, 2, 3, 4, _files.FORMAT)
+READABLE = (1, 2, 3, 4, 5, _files.FORMAT)
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 LOCK = "lock"

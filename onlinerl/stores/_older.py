@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from onlinerl.stores import _files
+from onlinerl.stores._arrow import as_now
 
 _ENCODING = b"onlinerl.encoding"
 _ZEROS = bytes(8)
@@ -39,7 +40,7 @@ def is_there(folder: Path, table: str) -> bool:
 
 
 def rows(folder: Path, table: str, recorded: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """All rows of such a table, in the order in which they were appended; none if there is none.
+    """All rows of such a table under the present names of its columns, in the order in which they were appended; none if there is none.
 
     Args:
         folder: of the iteration.
@@ -51,11 +52,13 @@ def rows(folder: Path, table: str, recorded: Mapping[str, Any] | None) -> list[d
     """
     # A crash between the rename and the removal of the journal left both: the Parquet file was complete, so it wins.
     if is_sealed(folder, table):
-        return _read_parquet(folder / f"{table}.parquet", recorded)
-    journal = journal_path(folder, table)
-    if recorded is not None and not journal.exists():
-        raise _files.damaged(folder / f"{table}.parquet", "it was complete, and is gone")
-    return read_lines(journal)
+        found = _read_parquet(folder / f"{table}.parquet", recorded)
+    else:
+        journal = journal_path(folder, table)
+        if recorded is not None and not journal.exists():
+            raise _files.damaged(folder / f"{table}.parquet", "it was complete, and is gone")
+        found = read_lines(journal)
+    return [{as_now(column): cell for column, cell in row.items()} for row in found]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -15,14 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from onlinerl.stores import _files
-from onlinerl.stores._arrow import is_per_token
+from onlinerl.stores._arrow import as_now, is_per_token
 
 ROW_GROUP_BYTES = 1 << 20
 
 
 def write(path: Path, batches: Sequence[pa.RecordBatch]) -> dict[str, Any]:
-    """Write a part, durably; returns what the manifest must say about it."""
-    table = pa.Table.from_batches(batches)
+    """Write a part, durably, with the present names of its columns; returns what the manifest must say about it."""
+    table = pa.Table.from_batches(batches)  # of a journal, maybe, that an older version began
+    table = table.rename_columns([as_now(column) for column in table.column_names])
     rows = max(1, table.num_rows * ROW_GROUP_BYTES // max(1, table.nbytes))
     sink = pa.BufferOutputStream()
     # Numbers per token hardly repeat: a dictionary of them costs time and room, and the bytes of floats compress best by their places.

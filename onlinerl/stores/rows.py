@@ -303,7 +303,10 @@ PAIRS = Codec(
     pair_from_row,
 )
 LOGPROBS = Codec(
-    pa.schema({"prompt_id": _TEXT} | dict.fromkeys(("logprobs", "old", "reference", "values"), per_token(pa.float32()))),
+    pa.schema(
+        {"prompt_id": _TEXT}
+        | dict.fromkeys(("logprobs", "old_logprobs", "reference_logprobs", "values"), per_token(pa.float32()))
+    ),
     logprob_row,
     logprobs_from_row,
 )

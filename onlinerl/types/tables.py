@@ -24,7 +24,8 @@ class LogProbs:
 
     prompt_id: str
     arrays: Mapping[str, tuple[np.ndarray, ...]]
-    """By name (old, reference, values): f32[T] of each sequence, in the order of the prompt's items."""
+    """By name (old_logprobs, reference_logprobs, values; logprobs of answers to held-out prompts): f32[T] of each sequence, in the order
+    of the prompt's items."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,12 +29,12 @@ class TrainSequence:
     """Weight of what the loss asks of the policy; with 0 only the critic learns from this response."""
     finish_reason: FinishReason = "stop"
     policy_version: int = 0
-    behaviour: np.ndarray | None = None
-    """f32[T], log-probs reported by the engine."""
-    old: np.ndarray | None = None
-    """f32[T], log-probs of the learner's weights at rollout time."""
-    reference: np.ndarray | None = None
-    """f32[T], log-probs of the reference model."""
+    behavior_logprobs: np.ndarray | None = None
+    """f32[T], reported by the engine: of the policy that sampled."""
+    old_logprobs: np.ndarray | None = None
+    """f32[T], of the weights that training starts from, by the learner."""
+    reference_logprobs: np.ndarray | None = None
+    """f32[T], of the reference model, by the learner."""
     values: np.ndarray | None = None
     """f32[T], the critic's value of the state before each token."""
     advantages: np.ndarray | None = None

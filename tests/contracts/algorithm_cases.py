@@ -124,12 +124,12 @@ def annotated_items(algorithm: Algorithm, kind: str = "scores", *, at_reference:
 
     def fill(s: TrainSequence) -> TrainSequence:
         def draw() -> np.ndarray:
-            near = s.behaviour if at_reference else s.behaviour + 0.3 * rng.standard_normal(len(s.response_ids))
+            near = s.behavior_logprobs if at_reference else s.behavior_logprobs + 0.3 * rng.standard_normal(len(s.response_ids))
             return near.astype(np.float32)
 
         return s.with_(
-            old=draw() if needs.old else None,
-            reference=draw() if needs.reference else None,
+            old_logprobs=draw() if needs.old_logprobs else None,
+            reference_logprobs=draw() if needs.reference else None,
             values=rng.standard_normal(len(s.response_ids)).astype(np.float32) if needs.values else None,
         )
 
@@ -154,7 +154,7 @@ class Policy:
         self.leaves = []
         for s in self.sequences:
             T = len(s.response_ids)
-            logprobs = s.behaviour if at_reference else s.behaviour + 0.3 * rng.standard_normal(T)
+            logprobs = s.behavior_logprobs if at_reference else s.behavior_logprobs + 0.3 * rng.standard_normal(T)
             values = np.zeros(T) if s.values is None else s.values + (0.0 if at_reference else 0.3 * rng.standard_normal(T))
             self.leaves += [torch.tensor(x, dtype=torch.float64).requires_grad_() for x in (logprobs, values, rng.random(T))]
 

@@ -169,7 +169,8 @@ def test_declares_what_it_reads(name, knobs):
     needs = algorithm.needs
     assert algorithm.unit in ("token", "sequence", "pair")
     assert algorithm.reference == "none" if not needs.reference else algorithm.reference in ("fixed", "previous")
-    for field in [f for f in ("reference", "old", "values") if getattr(needs, f)]:
+    read = {"reference_logprobs": needs.reference, "old_logprobs": needs.old_logprobs, "values": needs.values}
+    for field in [f for f, needed in read.items() if needed]:
         items = training_items(algorithm)
         stripped = [
             dataclasses.replace(item, sequences=tuple(s.with_(**{field: None}) for s in item.sequences)) for item in items

@@ -80,7 +80,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def test_log_probs_are_those_of_the_right_weights(toy_config, warm_cli, tmp_path):
-    """`behaviour` of the version that sampled, `old` of the one that training starts from: what lies between them is corrected for."""
+    """`behavior_logprobs` of the version that sampled, `old_logprobs` of what training starts from: the gap is corrected for."""
     done = warm_cli("run", toy_config(tmp_path, LAGGED | {"algorithm.name": "grpo", "training.epochs": 2}))
     assert done.returncode == 0, done.message
     run = tmp_path / "runs/toy"
@@ -88,12 +88,12 @@ def test_log_probs_are_those_of_the_right_weights(toy_config, warm_cli, tmp_path
     differ = 0.0
     with RunDirectory.open(run) as opened:
         for t, version in SAMPLED_BY.items():
-            old = {row["prompt_id"]: row["old"] for row in opened.read(t, "logprobs")}
+            old = {row["prompt_id"]: row["old_logprobs"] for row in opened.read(t, "logprobs")}
             for row in opened.read(t, "rollouts"):
-                for tokens, behaviour, ours in zip(row["token_ids"], row["logprobs"], old[row["prompt_id"]], strict=True):
-                    assert behaviour == pytest.approx(log_softmax(iterates[version])[tokens], abs=1e-5)
+                for tokens, behavior, ours in zip(row["token_ids"], row["logprobs"], old[row["prompt_id"]], strict=True):
+                    assert behavior == pytest.approx(log_softmax(iterates[version])[tokens], abs=1e-5)
                     assert ours == pytest.approx(log_softmax(iterates[t - 1])[tokens], abs=1e-5)
-                    differ = max(differ, float(np.abs(np.subtract(behaviour, ours)).max()))
+                    differ = max(differ, float(np.abs(np.subtract(behavior, ours)).max()))
     assert differ > 0.05, "there was something to correct for"
 
 
@@ -289,7 +289,7 @@ def test_the_self_test_fails_on_log_probs_that_are_not_the_policy_s(toy_config, 
     monkeypatch.setattr(ToyLearner, "logprobs", logprobs)
     code, message = onlinerl("run", toy_config(tmp_path, LAGGED | {"algorithm.name": "grpo"}))
     assert code == FAILED
-    assert "before the first step, the stored old differs" in message
+    assert "before the first step, the stored old_logprobs differ" in message
 
 
 def test_an_engine_that_keeps_old_weights_is_noticed(toy_config, onlinerl, tmp_path, monkeypatch):

@@ -12,14 +12,14 @@ from pathlib import Path
 import documents
 import numpy as np
 import pytest
-from older import as_format_3
+from older import as_format_3, as_format_5
 
 from onlinerl import graph, wiring
 from onlinerl.controller import evaluation
 from onlinerl.engines.toy import ToyEngine
 from onlinerl.errors import StoreError
 from onlinerl.learners.toy import ToyLearner
-from onlinerl.stores import _files
+from onlinerl.stores import _files, _tables
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import summarise
 from onlinerl.trackers.jsonl import read_metrics
@@ -272,7 +272,7 @@ def test_which_weights_the_reference_logprobs_come_from(toy_config, onlinerl, mo
 
     def update(self, steps, rates, original=ToyLearner.update):
         sequence = steps[0][0].sequences[0]
-        trained.append(sequence.reference - self.logprobs([sequence])[0])
+        trained.append(sequence.reference_logprobs - self.logprobs([sequence])[0])
         return original(self, steps, rates)
 
     monkeypatch.setattr(ToyLearner, "update", update)
@@ -452,10 +452,23 @@ def as_format_2(run: Path) -> None:
     _files.replace_json(run / "manifest.json", {**manifest, **changes})
 
 
-@pytest.mark.parametrize("phase", ["label", "annotate", "train"])
-def test_a_run_of_the_previous_version_is_resumed(toy_config, onlinerl, monkeypatch, tmp_path, phase):
-    """Its tables were one file each: those that were complete are read, and what was begun goes on."""
-    config = toy_config(tmp_path, iterations=2)
+@pytest.mark.parametrize(
+    ("rewritten", "phase", "algorithm", "part_bytes"),
+    [
+        pytest.param(as_format_3, "label", "dpo", _tables.PART_BYTES, id="3-label"),
+        pytest.param(as_format_3, "annotate", "ppo", _tables.PART_BYTES, id="3-annotate"),
+        pytest.param(as_format_3, "train", "dpo", _tables.PART_BYTES, id="3-train"),
+        pytest.param(as_format_5, "annotate", "ppo", _tables.PART_BYTES, id="5-annotate-journal"),
+        pytest.param(as_format_5, "annotate", "ppo", 1, id="5-annotate-parts"),
+        pytest.param(as_format_5, "train", "dpo", _tables.PART_BYTES, id="5-train"),
+    ],
+)
+def test_a_run_of_an_earlier_format_is_resumed(
+    toy_config, onlinerl, monkeypatch, tmp_path, rewritten, phase, algorithm, part_bytes
+):
+    """Up to format 3 a table was one file, up to format 5 columns had other names: what was complete is read, what was begun goes on."""
+    monkeypatch.setattr(_tables, "PART_BYTES", part_bytes)
+    config = toy_config(tmp_path, {"algorithm.name": algorithm}, iterations=2)
     assert onlinerl("run", config)[0] == 0
     expected, run = summarise(tmp_path / "runs/toy", extras=True), tmp_path / "runs/toy"
     weights = np.load(run / "exports/0002/logits.npy")
@@ -463,7 +476,7 @@ def test_a_run_of_the_previous_version_is_resumed(toy_config, onlinerl, monkeypa
     with monkeypatch.context() as patch:
         _fail_in_the_middle(patch, phase)
         assert onlinerl("run", config)[0] != 0
-    as_format_3(run)
+    rewritten(run)
     before = summarise(run)["iterations"]
     code, message = onlinerl("resume", run)
     assert code == 0, message
@@ -507,4 +520,4 @@ def test_a_run_of_an_earlier_version_is_shown_and_resumed(toy_config, onlinerl, 
     assert np.array_equal(np.load(run / "exports/0002/logits.npy"), expected)
     assert [row["reward"] for row in summarise(run)["iterations"]] == [row["reward"] for row in rows]
     with RunDirectory.open(run) as opened:
-        assert opened.manifest["format"] == 5
+        assert opened.manifest["format"] == 6

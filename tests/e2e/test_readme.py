@@ -287,8 +287,8 @@ def test_algorithm_trains_the_toy(files):
     assert isinstance(slic, Algorithm)
     learner = ToyLearner(4, slic, base="base")
     reference = np.full(2, np.log(1 / 4), dtype=np.float32)
-    chosen = TrainSequence(prompt_ids=(0,), response_ids=(1, 1), reference=reference)
-    rejected = TrainSequence(prompt_ids=(0,), response_ids=(2, 2), reference=reference)
+    chosen = TrainSequence(prompt_ids=(0,), response_ids=(1, 1), reference_logprobs=reference)
+    rejected = TrainSequence(prompt_ids=(0,), response_ids=(2, 2), reference_logprobs=reference)
     item = TrainItem(prompt_id="p", sequences=(chosen, rejected))
     losses = [report.metrics[0]["loss"] for report in learner.update([[item]] * 20, [0.1] * 20)]
     assert losses[0] == pytest.approx(1.0)  # the hinge at margin 0

@@ -194,7 +194,7 @@ def test_a_group_that_the_oracle_failed_on_is_scored_after_the_repair(toy_config
     assert code == 0, message
     with RunDirectory.open(tmp_path / "runs/toy") as run:
         assert len(run.read(1, "logprobs")) == 8
-        assert all(row["reference"] or row["old"] for row in run.read(1, "logprobs"))
+        assert all(row["reference_logprobs"] or row["old_logprobs"] for row in run.read(1, "logprobs"))
 
 
 def test_what_a_resume_would_ask_for_again_is_not_judged_before(toy_config, onlinerl, tmp_path, monkeypatch):

@@ -79,7 +79,9 @@ def test_a_zero_3_learner_leaves_and_returns(gpu_model: Path, record_property: R
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     rank = DeepSpeed(zero_stage=3, dtype="bfloat16").rank(settings, rank=0, store=store, address="127.0.0.1")
     zeros = np.zeros(3, np.float32)
-    chosen, rejected = (TrainSequence(prompt_ids=(3, 4), response_ids=r, reference=zeros) for r in ((5, 6, 7), (8, 9, 10)))
+    chosen, rejected = (
+        TrainSequence(prompt_ids=(3, 4), response_ids=r, reference_logprobs=zeros) for r in ((5, 6, 7), (8, 9, 10))
+    )
     items = [TrainItem(prompt_id="p", sequences=(chosen, rejected))]
 
     first = rank.step([items], 1, 1e-4)

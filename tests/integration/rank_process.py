@@ -218,7 +218,7 @@ def critic_gradients(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) ->
     result: dict[str, Any] = {}
     if case["recompute"]:
         learner.temperature = 0.8
-        arguments = ranks, learner, job["self_test_items"], ("old", "reference"), job["model"], job["untied"]
+        arguments = ranks, learner, job["self_test_items"], ("old_logprobs", "reference_logprobs"), job["model"], job["untied"]
         result["self_tests"] = self_tests(*arguments)
         learner.temperature = 1.0
 
@@ -252,7 +252,7 @@ def critic_gradients(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) ->
     (values,) = learner.values([[s for item in items for s in item.sequences]])
     own = scored(learner, items, "policy", 1.0)
     for how, arrays in (("sound", values), ("shifted", [np.roll(a, 1) for a in values]), ("permuted", values[1:] + values[:1])):
-        annotated = with_arrays(items, old=own, reference=own, values=arrays)
+        annotated = with_arrays(items, old_logprobs=own, reference_logprobs=own, values=arrays)
         parts = learner.self_test(ranks.mine(annotated, 80), job["model"])
         result["values", how] = combine(parts, annotated, learner.algorithm)
     return result
@@ -319,7 +319,7 @@ def steps(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, 
             "yielded": [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in yielded],
         },
         "initial": weights(learner),
-        "self_tests": self_tests(ranks, learner, job["self_test_items"], ("reference",), job["model"], job["untied"]),
+        "self_tests": self_tests(ranks, learner, job["self_test_items"], ("reference_logprobs",), job["model"], job["untied"]),
         "metrics": [],
         "after": [],
     }

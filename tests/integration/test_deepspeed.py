@@ -45,7 +45,7 @@ def sequence(rng: np.random.Generator, response: int | None = None, **extra: Any
     return TrainSequence(
         prompt_ids=tuple(map(int, rng.integers(3, VOCABULARY, int(rng.integers(2, 8))))),
         response_ids=tuple(map(int, rng.integers(3, VOCABULARY, length))),
-        reference=noise(),
+        reference_logprobs=noise(),
         **{name: make(length) for name, make in extra.items()},
     )
 
@@ -59,7 +59,7 @@ def sample_items(count: int, seed: int) -> list[TrainItem]:
     rng = np.random.default_rng(seed)
     old = lambda n: rng.normal(-5.0, 0.3, n).astype(np.float32)  # noqa: E731  near log(1 / vocabulary): some ratios are clipped
     normal = lambda n: rng.normal(0, 1, n).astype(np.float32)  # noqa: E731
-    extra = {"old": old, "behaviour": old, "advantages": normal, "values": normal, "returns": normal}
+    extra = {"old_logprobs": old, "behavior_logprobs": old, "advantages": normal, "values": normal, "returns": normal}
     return [TrainItem(prompt_id=str(i), sequences=(sequence(rng, **extra),)) for i in range(count)]
 
 
@@ -78,7 +78,7 @@ def spoiled(items: list[TrainItem], **changes: Any) -> list[TrainItem]:
 
 def with_reference(item: TrainItem, values: Sequence[float]) -> tuple[TrainSequence, ...]:
     return tuple(
-        s.with_(reference=np.full(len(s.response_ids), value, np.float32))
+        s.with_(reference_logprobs=np.full(len(s.response_ids), value, np.float32))
         for s, value in zip(item.sequences, values, strict=True)
     )
 
@@ -102,7 +102,7 @@ def self_test_items() -> list[TrainItem]:
     """Pairs whose responses are equally long, so that arrays can be exchanged; everything that ppo reads is there."""
     rng = np.random.default_rng(7)
     zeros = lambda n: np.zeros(n, np.float32)  # noqa: E731
-    extra = {"behaviour": zeros, "advantages": zeros, "returns": zeros, "values": zeros}
+    extra = {"behavior_logprobs": zeros, "advantages": zeros, "returns": zeros, "values": zeros}
     pair = lambda: tuple(sequence(rng, response=20, **extra) for _ in range(2))  # noqa: E731
     return [TrainItem(prompt_id=str(i), sequences=pair()) for i in range(8)]
 
@@ -398,7 +398,7 @@ def test_the_self_test_notices_a_stored_reference_that_is_not_the_policy_s(
     results = answers(ranks, "steps", stage, dtype)["self_tests"]
 
     self_test.check(results["sound"], Dpo().loss_at_reference, dtype)
-    assert {how: sound(results["reference", how], Dpo().loss_at_reference, dtype) for how in SPOILED} == dict.fromkeys(
+    assert {how: sound(results["reference_logprobs", how], Dpo().loss_at_reference, dtype) for how in SPOILED} == dict.fromkeys(
         SPOILED, False
     )
     assert not sound(results["base"], Dpo().loss_at_reference, dtype)
@@ -412,8 +412,8 @@ def test_the_self_test_notices_old_log_probs_and_values_that_are_not_the_policy_
     results = answer["self_tests"]
 
     self_test.check(results["sound"], None, "float32")
-    for name, how in product(("old", "reference"), SPOILED):
-        with pytest.raises(LearnerError, match=f"the stored {name} differs"):
+    for name, how in product(("old_logprobs", "reference_logprobs"), SPOILED):
+        with pytest.raises(LearnerError, match=f"the stored {name} differ "):
             self_test.check(results[name, how], None, "float32")
 
     limit = self_test.GAP["float32"]

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.engine
 # --- sampling ---
 
 
-def test_behaviour_logprobs_are_those_of_teacher_forcing(replica: Replica, sender: Sender, base: LlamaForCausalLM) -> None:
+def test_behavior_logprobs_are_those_of_teacher_forcing(replica: Replica, sender: Sender, base: LlamaForCausalLM) -> None:
     sender.push(state_of(base), 1)
 
     rollout = replica.sample(PROMPT, [7]).rollouts[0]
@@ -38,7 +38,7 @@ def test_behaviour_logprobs_are_those_of_teacher_forcing(replica: Replica, sende
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
-def test_behaviour_logprobs_are_at_the_sampling_temperature(
+def test_behavior_logprobs_are_at_the_sampling_temperature(
     replica: Replica, sender: Sender, base: LlamaForCausalLM, temperature: float
 ) -> None:
     sender.push(state_of(base), 1)
@@ -62,7 +62,7 @@ def processed(model: LlamaForCausalLM, prompt: Sequence[int], response: Sequence
     return np.array(found)
 
 
-def test_behaviour_logprobs_are_those_of_the_truncated_distribution(
+def test_behavior_logprobs_are_those_of_the_truncated_distribution(
     replica: Replica, sender: Sender, base: LlamaForCausalLM
 ) -> None:
     sender.push(state_of(base), 1)

@@ -1,4 +1,4 @@
-"""Writes tables and runs as formats 1 to 4 had them."""
+"""Writes tables and runs as formats 1 to 5 had them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from onlinerl.stores import _files
+from onlinerl.stores import _files, _journal, _manifest
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.synonyms import RENAMED
+
+COLUMNS = {"old_logprobs": "old", "reference_logprobs": "reference"}
+"""Columns of today -> what formats 1 to 5 called them."""
 
 
 def append_lines(path: Path, rows: Sequence[Mapping[str, Any]], *, checksums: bool = True) -> None:
@@ -78,7 +81,7 @@ def as_format_3(run: Path) -> None:
         if name == "base_logprobs":
             rows = [{"prompt_id": row["prompt_id"], "logprobs": row["logprobs"][0]} for row in rows]
         elif name == "logprobs":
-            rows = [{key: cell for key, cell in row.items() if cell is not None} for row in rows]
+            rows = [{COLUMNS.get(key, key): cell for key, cell in row.items() if cell is not None} for row in rows]
         _record(folder, name, write_parquet(folder / f"{name}.parquet", rows) if sealed else None)
         if not sealed:
             append_lines(folder / f"{name}.jsonl", _plain_rows(rows))
@@ -87,9 +90,7 @@ def as_format_3(run: Path) -> None:
     for name, kept in prompts.items():
         _remove(run / "prompts", name)
         _record(run / "prompts", name, write_parquet(run / "prompts" / f"{name}.parquet", [prompt_row(p) for p in kept or ()]))
-    manifests = [run / "manifest.json", *(run / "iterations").glob("*/manifest.json"), run / "prompts" / "manifest.json"]
-    for manifest in manifests:
-        _files.replace_json(manifest, {**_files.read_json(manifest), "format": 3})
+    _say_format(run, 3)
 
 
 def _plain_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -110,8 +111,38 @@ def _record(folder: Path, name: str, entry: dict[str, Any] | None) -> None:
     )
 
 
+def as_format_5(run: Path) -> None:
+    """Name the columns of a run of today as format 5 did, in the parts of its tables and in their journals."""
+    for name in ("logprobs", "base_logprobs"):
+        for part in sorted(run.glob(f"iterations/*/{name}.parquet/*")):
+            folder, number = part.parents[1], int(part.stem)
+            rows = pq.read_metadata(part).row_group(0).num_rows
+            table = _with_old_columns(pq.read_table(part))
+            pq.write_table(table, part, row_group_size=rows, compression="zstd", write_page_checksum=True)
+            entry, data = _manifest.table(folder, name), part.read_bytes()
+            entry["parts"][number - 1] = {"rows": table.num_rows, "bytes": len(data), "sha256": _files.sha256(data)}
+            _manifest.update_table(folder, name, entry)
+        for path in run.glob(f"iterations/*/{name}.*.journal"):
+            batches = [_with_old_columns(batch) for batch in _journal.read(path)]
+            path.unlink()
+            journal = _journal.Journal(path, batches[0].schema)
+            for batch in batches:
+                journal.append(batch)
+    _say_format(run, 5)
+
+
+def _with_old_columns(table: Any) -> Any:
+    return table.rename_columns([COLUMNS.get(name, name) for name in table.schema.names])
+
+
+def _say_format(run: Path, number: int) -> None:
+    for manifest in [run / "manifest.json", *run.glob("iterations/*/manifest.json"), *run.glob("prompts/manifest.json")]:
+        _files.replace_json(manifest, {**_files.read_json(manifest), "format": number})
+
+
 def with_old_keys(run: Path) -> set[str]:
     """Name the keys of a run of today as format 4 did, in its configuration and in its fingerprint; returns those that it has."""
+    as_format_5(run)  # and the columns
     config = yaml.safe_load((run / "config.yaml").read_text())
     manifest = _files.read_json(run / "manifest.json")
     written = set()
@@ -123,5 +154,6 @@ def with_old_keys(run: Path) -> set[str]:
     names = {new: old for old, new in RENAMED.items() if old in written}
     fingerprint = {names.get(key, key): value for key, value in manifest["fingerprint"].items()}
     (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    _files.replace_json(run / "manifest.json", {**manifest, "fingerprint": fingerprint, "format": 4})
+    _files.replace_json(run / "manifest.json", {**manifest, "fingerprint": fingerprint})
+    _say_format(run, 4)
     return written

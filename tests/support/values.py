@@ -48,11 +48,11 @@ def labels(numbers: Sequence[int]) -> list[Label]:
     return [label(number, float(number), 0.5) for number in numbers]
 
 
-def logprobs(number: int, *lengths: int) -> LogProbs:
-    """Reference log-probs of sequences of these lengths."""
+def logprobs(number: int, *lengths: int, names: Sequence[str] = ("reference_logprobs",)) -> LogProbs:
+    """What a learner said about sequences of these lengths, other numbers under each name."""
     rng = np.random.default_rng(number)
-    arrays = tuple(rng.normal(-2, 1, length).astype(np.float32) for length in lengths)
-    return LogProbs(prompt_id=f"p{number}", arrays={"reference": arrays})
+    arrays = {name: tuple(rng.normal(-2, 1, length).astype(np.float32) for length in lengths) for name in names}
+    return LogProbs(prompt_id=f"p{number}", arrays=arrays)
 
 
 def pair(number: int, **changes: float) -> TrainedPair:

@@ -45,20 +45,20 @@ def test_pairs_point_at_their_rows():
 
 
 def test_per_token_fields_are_filled_only_if_all_sequences_have_them():
-    full = item((1, 2), reference=np.array([-1.0, -2.0]), old=np.array([-3.0, -4.0]), score=3.0, win_rate=0.8)
-    part = item((1, 1), reference=np.array([-5.0]))
+    full = item((1, 2), reference_logprobs=np.array([-1.0, -2.0]), old_logprobs=np.array([-3.0, -4.0]), score=3.0, win_rate=0.8)
+    part = item((1, 1), reference_logprobs=np.array([-5.0]))
     batch = collate([full, part])
-    assert batch.reference_BT.tolist() == [[-1.0, -2.0], [-5.0, 0.0]]
-    assert batch.old_BT is None
+    assert batch.reference_logprobs_BT.tolist() == [[-1.0, -2.0], [-5.0, 0.0]]
+    assert batch.old_logprobs_BT is None
     assert batch.advantages_BT is None
     assert batch.scores_B.tolist() == [3.0, 0.0]
     assert batch.win_rates_B.tolist() == pytest.approx([0.8, 0.5])
-    assert collate([full]).old_BT.tolist() == [[-3.0, -4.0]]
+    assert collate([full]).old_logprobs_BT.tolist() == [[-3.0, -4.0]]
 
 
 def test_a_field_of_the_wrong_length_is_refused():
-    with pytest.raises(ValueError, match="reference has 1 numbers for 2 response tokens"):
-        collate([item((1, 2), reference=np.array([-1.0]))])
+    with pytest.raises(ValueError, match="reference_logprobs has 1 numbers for 2 response tokens"):
+        collate([item((1, 2), reference_logprobs=np.array([-1.0]))])
 
 
 def test_empty_response_keeps_one_masked_position():
@@ -74,7 +74,14 @@ def test_the_dummy_of_a_rank_without_data():
     assert batch.mask_BT.tolist() == [[False]]
     assert batch.pairs_P2.shape == (0, 2)
     assert batch.weight_B.tolist() == [0.0]
-    for name in ("reference_BT", "old_BT", "behaviour_BT", "values_BT", "advantages_BT", "returns_BT"):
+    for name in (
+        "reference_logprobs_BT",
+        "old_logprobs_BT",
+        "behavior_logprobs_BT",
+        "values_BT",
+        "advantages_BT",
+        "returns_BT",
+    ):
         assert batch.need(name).tolist() == [[0.0]]
 
 

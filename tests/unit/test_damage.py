@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import older
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from older import append_lines, write_parquet
-from values import group, groups, label, labels
+from values import group, groups, label, labels, logprobs
 
 from onlinerl.errors import StoreError
-from onlinerl.stores import _files
+from onlinerl.stores import _files, _identity, _journal, _parts, _tables
 from onlinerl.stores._tables import TableFiles
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.rows import LABELS, group_row, label_row
 from onlinerl.stores.summary import samples, summarise
 from onlinerl.stores.tables import StoredTable
-from onlinerl.types import Prompt
+from onlinerl.types import LogProbs, Prompt
 
 FLIPS = 300
 
@@ -231,7 +234,7 @@ def test_a_run_of_an_earlier_format_opens_and_goes_on(tmp_path, number):
         assert verdicts.missing(["p0", "p1", "p2"]) == ["p2"]
         assert list(run.phases(1)) == ["sample"]
         run.update_manifest(status="running")
-        assert run.manifest["format"] == 5, "an older version must not go on with it"
+        assert run.manifest["format"] == 6, "an older version must not go on with it"
         verdicts.append(labels(range(2, 4)))
         assert list(verdicts) == labels(range(4))
         assert not (folder / "verdicts.jsonl").exists()
@@ -280,6 +283,89 @@ def test_a_conversion_that_was_killed_is_completed(tmp_path, monkeypatch):
     table.append([label(3, 1.0)])
     assert list(table) == [*labels(range(3)), label(3, 1.0)]
     assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "verdicts.0002.journal", "verdicts.parquet"]
+
+
+ALL = ("old_logprobs", "reference_logprobs", "values")
+SOME = [logprobs(n, 5, n % 3, names=ALL if n % 4 else ("reference_logprobs",)) for n in range(24)]
+"""What two algorithms ask for; a group may have nothing of one array."""
+
+
+def exactly(values: Iterable[LogProbs]) -> list:
+    return [(one.prompt_id, {name: [a.tobytes() for a in own] for name, own in one.arrays.items()}) for one in values]
+
+
+def column_names(folder: Path) -> dict[str, set[str]]:
+    """As they are in the files of a table: which of those of today, and which of those of format 5."""
+    files = {p.name: pq.read_schema(p) for p in sorted(folder.glob("logprobs.parquet/*"))}
+    files |= {p.name: _journal.Journal(p, pa.schema([])).schema for p in folder.glob("logprobs.*.journal")}
+    return {name: set(schema.names) - {"prompt_id", "logprobs", "values"} for name, schema in files.items()}
+
+
+OLD, NOW = set(older.COLUMNS.values()), set(older.COLUMNS)
+
+
+@pytest.fixture
+def of_format_5(tmp_path, monkeypatch) -> RunDirectory:
+    """A run with a complete table of iteration 1 and one that grows, of iteration 2; both have several parts."""
+    monkeypatch.setattr(_tables, "PART_BYTES", 1000)
+    monkeypatch.setattr(_parts, "ROW_GROUP_BYTES", 300)
+    path = tmp_path / "old"
+    with RunDirectory.create(path, config_yaml="", manifest={"name": "old", "fingerprint": {}}) as run:
+        for one in SOME[:15]:
+            run.logprobs(1, "logprobs").append([one])
+            run.logprobs(2, "logprobs").append([one])
+        run.logprobs(1, "logprobs").seal()
+    older.as_format_5(path)
+    complete, growing = (column_names(path / "iterations" / t) for t in ("0001", "0002"))
+    assert len(growing) > 3
+    assert any(name.endswith("journal") for name in growing)
+    assert all(names == OLD for names in (*complete.values(), *growing.values()))
+    with RunDirectory.open(path) as run:
+        assert run.manifest["format"] == 5
+        yield run
+
+
+def test_a_table_of_format_5_is_read_as_it_was_written(of_format_5):
+    for t in (1, 2):
+        table = of_format_5.logprobs(t, "logprobs")
+        assert exactly(table) == exactly(SOME[:15])
+        assert exactly(table.select(["p7", "p0", "p14"])) == exactly([SOME[7], SOME[0], SOME[14]])
+        assert table.missing(["p3", "p20"]) == ["p20"]
+        for row, one in zip(of_format_5.read(t, "logprobs"), SOME[:15], strict=True):  # as people get it
+            plain = {name: [a.tolist() for a in own] for name, own in one.arrays.items()}
+            assert row == {"prompt_id": one.prompt_id, **dict.fromkeys(("logprobs", *ALL)), **plain}
+    with pytest.raises(StoreError, match="takes no more rows"):
+        of_format_5.logprobs(1, "logprobs").append(SOME[15:])
+
+
+@pytest.mark.parametrize("added", [0, 1, 9])
+def test_a_table_of_format_5_goes_on_with_the_present_columns(of_format_5, added):
+    """Parts of both stand side by side; what is written has the present names, the rows of the older journal among it."""
+    folder = of_format_5.path / "iterations/0002"
+    before = {part: part.read_bytes() for part in folder.glob("logprobs.parquet/*")}
+    table = of_format_5.logprobs(2, "logprobs")
+    for n in range(15, 15 + added):
+        table.append([SOME[n]])
+        assert exactly(table.select(["p7", "p14", f"p{n}"])) == exactly([SOME[7], SOME[14], SOME[n]])
+        assert exactly(table) == exactly(SOME[: n + 1])
+    table.seal()
+    assert exactly(table) == exactly(SOME[: 15 + added])
+    assert {part: part.read_bytes() for part in before} == before, "a part never changes"
+    names = column_names(folder)
+    assert [names.pop(part.name) for part in sorted(before)] == [OLD] * len(before)
+    assert names
+    assert list(names.values()) == [NOW] * len(names)
+    again = RunDirectory(of_format_5.path, of_format_5._lock).logprobs(2, "logprobs")
+    assert exactly(again.select(["p14", "p2"])) == exactly([SOME[14], SOME[2]])
+    assert again.sealed
+
+
+def test_an_older_version_refuses_what_this_one_has_gone_on_with(of_format_5, monkeypatch):
+    of_format_5.update_manifest(status="running")
+    of_format_5.close()
+    monkeypatch.setattr(_identity, "READABLE", (1, 2, 3, 4, 5))
+    with pytest.raises(StoreError, match="has format 6, this version of onlinerl reads formats 1, 2, 3, 4, 5"):
+        RunDirectory.open(of_format_5.path)
 
 
 @pytest.mark.parametrize("lacking", ["name", "fingerprint"])

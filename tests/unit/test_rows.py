@@ -137,7 +137,13 @@ def test_results_survive_with_their_unknown_cells(stored):
 
 
 @quick
-@given(st.lists(st.dictionaries(st.sampled_from(("old", "reference", "values")), st.lists(floats, max_size=3), max_size=3)))
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(("old_logprobs", "reference_logprobs", "values")), st.lists(floats, max_size=3), max_size=3
+        )
+    )
+)
 def test_logprobs_survive(stored):
     values = [
         LogProbs(prompt_id=f"p{i}", arrays={k: tuple(np.array(x, np.float32) for x in v) for k, v in arrays.items()})

@@ -23,9 +23,9 @@ GOOD = SelfTest(
     repeat_kl=0.0,
     stored_loss=math.log(2),
     stored_loss_slope=5.0,
-    stored_gaps={"reference": 1e-5},
+    stored_gaps={"reference_logprobs": 1e-5},
     noise=1e-5,
-    stored_tilts={"reference": 1e-5},
+    stored_tilts={"reference_logprobs": 1e-5},
     base_gap=1e-5,
 )
 
@@ -37,15 +37,23 @@ GOOD = SelfTest(
         ({"loss": math.nan}, "with policy = reference the loss is", "algorithm"),
         ({"repeat_kl": -0.01}, "two passes of one policy", "learner"),
         ({"repeat_kl": math.nan}, "two passes of one policy", "learner"),
-        ({"stored_gaps": {"reference": 1e-5, "old": 0.03}}, r"the stored old differs .* by 0\.0300", "learner"),
-        ({"stored_gaps": {"values": math.nan}}, "the stored values differs", "learner"),
         (
-            {"stored_gaps": {"old": 0.11}, "noise": 0.05},
-            r"the stored old differs .* by 0\.1100 per token \(limit 0\.1 ",
+            {"stored_gaps": {"reference_logprobs": 1e-5, "old_logprobs": 0.03}},
+            r"the stored old_logprobs differ .* by 0\.0300",
             "learner",
         ),
-        ({"stored_tilts": {"old": 0.03}, "noise": 0.05}, "the more, the less probable a token is: by 0\\.03", "learner"),
-        ({"stored_tilts": {"old": math.nan}}, "the less probable a token is", "learner"),
+        ({"stored_gaps": {"values": math.nan}}, "the stored values differ ", "learner"),
+        (
+            {"stored_gaps": {"old_logprobs": 0.11}, "noise": 0.05},
+            r"the stored old_logprobs differ .* by 0\.1100 per token \(limit 0\.1 ",
+            "learner",
+        ),
+        (
+            {"stored_tilts": {"old_logprobs": 0.03}, "noise": 0.05},
+            "the more, the less probable a token is: by 0\\.03",
+            "learner",
+        ),
+        ({"stored_tilts": {"old_logprobs": math.nan}}, "the less probable a token is", "learner"),
         ({"noise": 0.3}, "if its batch is padded further", "learner.attn_implementation"),
         ({"noise": math.nan}, "if its batch is padded further", "learner.attn_implementation"),
         ({"stored_loss": math.log(2) + 0.2}, "with the stored reference the loss is", "learner"),
@@ -62,7 +70,7 @@ def test_what_stops_a_run(changes, said, field):
 
 
 def test_limits_follow_the_dtype():
-    rounded = replace(GOOD, stored_gaps={"old": 0.005}, stored_loss=math.log(2) + 0.02)
+    rounded = replace(GOOD, stored_gaps={"old_logprobs": 0.005}, stored_loss=math.log(2) + 0.02)
     self_test.check(rounded, math.log(2), "bfloat16")
     with pytest.raises(LearnerError, match=r"limit 0\.001 in float32"):
         self_test.check(rounded, math.log(2), "float32")
@@ -70,7 +78,7 @@ def test_limits_follow_the_dtype():
 
 def test_rounding_that_goes_far_is_no_fault():
     """Prompts of 400 tokens in bfloat16: the stored arrays are off by as much as the same pass with other padding."""
-    far = {"stored_gaps": {"old": 0.056}, "noise": 0.049, "base_gap": 0.0286, "stored_tilts": {"old": 0.002}}
+    far = {"stored_gaps": {"old_logprobs": 0.056}, "noise": 0.049, "base_gap": 0.0286, "stored_tilts": {"old_logprobs": 0.002}}
     self_test.check(replace(GOOD, **far), math.log(2), "bfloat16")
 
 
@@ -94,7 +102,9 @@ def test_long_responses_of_different_prompts_are_chosen():
     assert self_test.choose(group) == [group[1], group[2], group[3], group[0]]
 
 
-@pytest.mark.parametrize(("algorithm", "name", "temperature"), [(Dpo(), "reference", 1.0), (Grpo(), "old", 0.7)])
+@pytest.mark.parametrize(
+    ("algorithm", "name", "temperature"), [(Dpo(), "reference_logprobs", 1.0), (Grpo(), "old_logprobs", 0.7)]
+)
 @pytest.mark.parametrize("spoiled", ["nothing", "shifted", "permuted", "temperature"])
 def test_the_toy_learner_notices_too(algorithm: Algorithm, name: str, temperature: float, spoiled: str) -> None:
     learner = ToyLearner(7, algorithm, "base", temperature)
@@ -110,7 +120,7 @@ def test_the_toy_learner_notices_too(algorithm: Algorithm, name: str, temperatur
         scores = [np.roll(s, 1) for s in scores]
     if spoiled == "permuted":
         scores = scores[1:] + scores[:1]
-    sequences = [s.with_(**{name: a, "behaviour": a}) for s, a in zip(sequences, scores, strict=True)]
+    sequences = [s.with_(**{name: a, "behavior_logprobs": a}) for s, a in zip(sequences, scores, strict=True)]
     items = [TrainItem(prompt_id=str(i), sequences=tuple(sequences[2 * i : 2 * i + 2])) for i in range(4)]
 
     result = learner.self_test(items, "base")

@@ -48,7 +48,7 @@ def test_a_run_is_created_and_opened_again(tmp_path):
     with make(tmp_path / "r") as run:
         assert run.manifest["status"] == "running"
         assert run.manifest["attempt"] == 0
-        assert run.manifest["format"] == 5
+        assert run.manifest["format"] == 6
         run.update_manifest(status="interrupted", attempt=1, best=float("nan"))
     with RunDirectory.open(tmp_path / "r") as run:
         assert run.manifest["status"] == "interrupted"

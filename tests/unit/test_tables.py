@@ -14,10 +14,10 @@ import pytest
 from values import group, groups, label, labels, logprobs, pair
 
 from onlinerl.errors import StoreError
-from onlinerl.stores import _files, _journal, _manifest, _parts, _tables
+from onlinerl.stores import _arrow, _files, _journal, _manifest, _parts, _tables
 from onlinerl.stores._tables import TableFiles
 from onlinerl.stores.directory import RunDirectory
-from onlinerl.stores.rows import LABELS, groups_of
+from onlinerl.stores.rows import LABELS, LOGPROBS, PAIRS, PROMPTS, groups_of
 from onlinerl.stores.tables import StoredTable
 
 MANIFEST = {"name": "r", "config_digest": "abc", "fingerprint": {}}
@@ -322,7 +322,7 @@ def test_scratch_is_a_sequence_on_the_disk(run):
     with run.scratch() as scratch:
         kept = scratch.keep(logprobs(n, 3, 2) for n in range(10))
         assert len(kept) == 10
-        assert kept[3].arrays["reference"][1].tobytes() == logprobs(3, 3, 2).arrays["reference"][1].tobytes()
+        assert kept[3].arrays["reference_logprobs"][1].tobytes() == logprobs(3, 3, 2).arrays["reference_logprobs"][1].tobytes()
         assert [one.prompt_id for one in kept] == [f"p{n}" for n in range(10)]
         assert [one.prompt_id for one in kept[-2:]] == ["p8", "p9"]
         assert kept[-1].prompt_id == "p9"
@@ -343,4 +343,10 @@ def test_a_full_disk_under_the_scratch_is_said(run, monkeypatch):
 def test_the_lists_of_a_schema_are_those_of_its_rows():
     for codec, value in ((LABELS, label(1, 0.5)), (groups_of(None), group(1))):
         assert list(codec.to_row(value)) == codec.schema.names
-    assert _files.FORMAT == 5
+    assert _files.FORMAT == 6
+
+
+def test_no_column_of_today_has_the_name_of_one_of_an_earlier_format():
+    """It would be read as another one."""
+    for codec in (LABELS, LOGPROBS, PAIRS, PROMPTS, groups_of(None)):
+        assert [_arrow.as_now(name) for name in codec.schema.names] == codec.schema.names

@@ -70,11 +70,13 @@ def _arrays(it: Iteration, sequences: Sequence[TrainSequence]) -> dict[str, list
     arrays: dict[str, list[Any]] = {}
     reference = it.reference()
     model = None if reference is None else it.model_of(reference)
-    if needs.old or model == "policy":
-        arrays["old"] = learner.logprobs(sequences, model="policy", temperature=temperature)
+    if needs.old_logprobs or model == "policy":
+        arrays["old_logprobs"] = learner.logprobs(sequences, model="policy", temperature=temperature)
     if model is not None:
         same = model == "policy"
-        arrays["reference"] = arrays["old"] if same else learner.logprobs(sequences, model=model, temperature=temperature)
+        arrays["reference_logprobs"] = (
+            arrays["old_logprobs"] if same else learner.logprobs(sequences, model=model, temperature=temperature)
+        )
     if needs.values:
         arrays["values"] = learner.values(sequences)
     return arrays

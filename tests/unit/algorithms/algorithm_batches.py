@@ -13,7 +13,7 @@ from onlinerl.ops.batching import collate
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Group, Judged, Pair, Prompt, Rollout, Sampling, TrainItem, TrainSequence, Verdict
 
-PER_TOKEN = ("behaviour", "old", "reference", "values", "advantages", "returns")
+PER_TOKEN = ("behavior_logprobs", "old_logprobs", "reference_logprobs", "values", "advantages", "returns")
 
 
 def sequence(length: int, first_token: int = 10, **changes) -> TrainSequence:

@@ -20,7 +20,11 @@ def at_reference(items):
 
 
 def item(rate_1: float, rate_2: float, **changes):
-    return pair(sequence(2, reference=-1.0, win_rate=rate_1), sequence(4, 50, reference=-1.0, win_rate=rate_2), **changes)
+    return pair(
+        sequence(2, reference_logprobs=-1.0, win_rate=rate_1),
+        sequence(4, 50, reference_logprobs=-1.0, win_rate=rate_2),
+        **changes,
+    )
 
 
 @pytest.mark.parametrize(("rate_1", "rate_2"), [(0.9, 0.1), (0.5, 0.5), (0.2, 0.7)])

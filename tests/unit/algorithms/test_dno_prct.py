@@ -28,7 +28,11 @@ def at_reference(items):
 
 
 def item(rate_1: float, rate_2: float, **changes):
-    return pair(sequence(2, reference=-1.0, win_rate=rate_1), sequence(4, 50, reference=-1.0, win_rate=rate_2), **changes)
+    return pair(
+        sequence(2, reference_logprobs=-1.0, win_rate=rate_1),
+        sequence(4, 50, reference_logprobs=-1.0, win_rate=rate_2),
+        **changes,
+    )
 
 
 def test_value_by_hand():

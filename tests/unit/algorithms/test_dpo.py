@@ -28,7 +28,7 @@ def at_reference(items):
 
 
 # Chosen: D_w = 2 over 4 tokens. Rejected: D_l = -1 over 2 tokens. So h = 3, and z = 0.3 at beta 0.1.
-ITEM = pair(sequence(4, reference=-1.0), sequence(2, 50, reference=-2.0), prob=0.8)
+ITEM = pair(sequence(4, reference_logprobs=-1.0), sequence(2, 50, reference_logprobs=-2.0), prob=0.8)
 ROWS = [-0.5, -2.5]
 F_PLUS, F_MINUS = 0.554355244, 0.854355244  # log(1 + exp(-0.3)) and log(1 + exp(0.3))
 
@@ -78,7 +78,7 @@ def test_even_odds_at_the_reference_give_no_gradient():
 
 
 def test_length_norm_at_equal_lengths_is_beta_times_length():
-    item = pair(sequence(5, reference=-1.0), sequence(5, 50, reference=-1.5))
+    item = pair(sequence(5, reference_logprobs=-1.0), sequence(5, 50, reference_logprobs=-1.5))
     rows = [-0.7, -1.9]
     assert evaluate(Dpo(beta=0.5, length_norm=True), [item], rows)[0] == pytest.approx(evaluate(Dpo(beta=0.1), [item], rows)[0])
 
@@ -93,7 +93,7 @@ def test_nll_leaves_the_gradient_on_the_rejected_response_alone():
 @settings(max_examples=50, deadline=None)
 def test_a_pair_is_ranked_right_iff_its_loss_is_below_that_of_the_reference_gap(shift, reference_gap):
     # S_w - S_l = shift, S_ref_w - S_ref_l = -c with c = reference_gap
-    item = pair(sequence(1, reference=-reference_gap), sequence(1, 50))
+    item = pair(sequence(1, reference_logprobs=-reference_gap), sequence(1, 50))
     if abs(shift) > 1e-3:
         loss = evaluate(Dpo(), [item], [shift, 0.0])[0]
         assert (shift > 0) == (loss <= math.log1p(math.exp(-0.1 * reference_gap)))
@@ -109,8 +109,8 @@ def test_a_pair_is_ranked_right_iff_its_loss_is_below_that_of_the_reference_gap(
 @settings(max_examples=50, deadline=None)
 def test_swapping_chosen_and_rejected_flips_the_slope_at_zero_margin(lengths, level, prob, smoothing, norm):
     algorithm = Dpo(soft_labels=True, label_smoothing=smoothing, length_norm=norm)
-    one, other = sequence(lengths[0], reference=level), sequence(lengths[1], 50, reference=level)
-    rows = [float(one.reference[0]), float(one.reference[0])]
+    one, other = sequence(lengths[0], reference_logprobs=level), sequence(lengths[1], 50, reference_logprobs=level)
+    rows = [float(one.reference_logprobs[0]), float(one.reference_logprobs[0])]
     _, forward, _, _ = evaluate(algorithm, [pair(one, other, prob=prob)], rows)
     _, swapped, _, _ = evaluate(algorithm, [pair(other, one, prob=prob)], rows)
     assert torch.allclose(forward, -swapped.flip(0), atol=1e-12)
@@ -150,7 +150,7 @@ def test_items_are_the_pairs_without_identical_responses_which_are_counted():
     items, dropped = Dpo().items(group, [Pair(chosen=2, rejected=0, prob=0.7), Pair(chosen=2, rejected=1, prob=0.9)])
     assert [(item.prob, [s.score for s in item.sequences]) for item in items] == [(0.7, [2.0, 0.0])]
     assert dropped == {"identical": 1}
-    assert items[0].sequences[0].behaviour.tolist() == [-1.0, -1.0, -1.0]
+    assert items[0].sequences[0].behavior_logprobs.tolist() == [-1.0, -1.0, -1.0]
 
 
 @pytest.mark.parametrize("knobs", [{"label_smoothing": 0.5}, {"label_smoothing": -0.1}, {"beta": 0.0}, {"nll_coef": -1.0}])
@@ -160,8 +160,8 @@ def test_impossible_knobs_are_refused(knobs):
 
 
 def test_a_missing_reference_is_named():
-    item = pair(sequence(1).with_(reference=None), sequence(1, 50))
-    with pytest.raises(ValueError, match="reference_BT"):
+    item = pair(sequence(1).with_(reference_logprobs=None), sequence(1, 50))
+    with pytest.raises(ValueError, match="reference_logprobs_BT"):
         evaluate(Dpo(), [item], [0.0, 0.0])
 
 
@@ -180,7 +180,10 @@ LENGTHS = [(4, 2), (1, 6), (3, 3)]
 )
 def test_agrees_with_trl(knobs, theirs, count):
     torch.manual_seed(0)
-    items = [pair(sequence(w, reference=-torch.rand(w)), sequence(n, 50, reference=-torch.rand(n))) for w, n in LENGTHS[:count]]
+    items = [
+        pair(sequence(w, reference_logprobs=-torch.rand(w)), sequence(n, 50, reference_logprobs=-torch.rand(n)))
+        for w, n in LENGTHS[:count]
+    ]
     rows = [-torch.rand(n, dtype=torch.float64) * 2 for lengths in LENGTHS[:count] for n in lengths]
     loss, gradient, _, batch = evaluate(Dpo(**knobs), items, rows)
 
@@ -192,7 +195,7 @@ def test_agrees_with_trl(knobs, theirs, count):
     smoothing = knobs.get("label_smoothing", 0.0)
     expected = dpo_loss(
         logprobs[order],
-        batch.reference_BT[order].double(),
+        batch.reference_logprobs_BT[order].double(),
         batch.mask_BT[order],
         beta=knobs["beta"],
         label_smoothing=smoothing,

@@ -79,7 +79,7 @@ def test_advantages_sum_to_zero_and_do_not_see_scale_or_shift(scores, scale, shi
 def test_equal_scores_teach_nothing(std_norm):
     algorithm = grpo(std_norm=std_norm)
     items = list(algorithm.prepare(items_of(algorithm, judged([2, 3], scores=(0.1, 0.1)))))
-    items = [single(item.sequences[0].with_(old=item.sequences[0].behaviour)) for item in items]
+    items = [single(item.sequences[0].with_(old_logprobs=item.sequences[0].behavior_logprobs)) for item in items]
     loss, gradient, out, _ = evaluate(algorithm, items, [-1.0, -1.2])
     assert loss == 0
     assert gradient.abs().max() == 0
@@ -107,8 +107,8 @@ def test_normalisation_and_aggregation_are_always_stated():
 
 def test_on_policy_the_loss_is_minus_the_mean_advantage():
     items = [
-        single(sequence(4, old=-1.0, behaviour=-1.0, advantages=1.0)),
-        single(sequence(2, old=-1.0, behaviour=-1.0, advantages=-2.0)),
+        single(sequence(4, old_logprobs=-1.0, behavior_logprobs=-1.0, advantages=1.0)),
+        single(sequence(2, old_logprobs=-1.0, behavior_logprobs=-1.0, advantages=-2.0)),
     ]
     by_sequence, gradient, _, _ = evaluate(grpo(), items, [-1.0, -1.0])
     assert by_sequence == pytest.approx(0.5)  # -(1 - 2) / 2
@@ -122,8 +122,10 @@ def test_on_policy_the_loss_is_minus_the_mean_advantage():
 def test_value_by_hand():
     # ratios 1.5 (clipped to 1.2) and 1 with A = 1; ratio 0.9 with A = -2
     items = [
-        single(sequence(2, old=[-1.0 - np.log(1.5), -1.0], behaviour=[-1.0 - np.log(1.5), -1.0], advantages=1.0)),
-        single(sequence(1, old=-1.0 - np.log(0.9), behaviour=-1.0 - np.log(0.9), advantages=-2.0)),
+        single(
+            sequence(2, old_logprobs=[-1.0 - np.log(1.5), -1.0], behavior_logprobs=[-1.0 - np.log(1.5), -1.0], advantages=1.0)
+        ),
+        single(sequence(1, old_logprobs=-1.0 - np.log(0.9), behavior_logprobs=-1.0 - np.log(0.9), advantages=-2.0)),
     ]
     assert evaluate(grpo(), items, [-1.0, -1.0])[0] == pytest.approx((-1.1 + 1.8) / 2, rel=1e-6)
     assert evaluate(grpo(agg="token_mean"), items, [-1.0, -1.0])[0] == pytest.approx((-1.2 - 1.0 + 1.8) / 3, rel=1e-5)
@@ -131,7 +133,7 @@ def test_value_by_hand():
 
 def test_clipping():
     def one(advantage, log_ratio, **knobs):
-        item = single(sequence(1, old=-1.0, behaviour=-1.0, advantages=advantage))
+        item = single(sequence(1, old_logprobs=-1.0, behavior_logprobs=-1.0, advantages=advantage))
         loss, gradient, out, _ = evaluate(grpo(**knobs), [item], [-1.0 + log_ratio])
         return loss, gradient.item(), values(out)
 
@@ -150,14 +152,14 @@ def test_clipping():
 
 
 def test_share_of_clamped_ratios_and_entropy_by_hand():
-    item = single(sequence(4, old=[-1.0, -2.0, -30.0, -1.0], behaviour=-1.0, advantages=1.0))
+    item = single(sequence(4, old_logprobs=[-1.0, -2.0, -30.0, -1.0], behavior_logprobs=-1.0, advantages=1.0))
     metrics = values(evaluate(grpo(), [item], [[-1.0, -2.0, -1.0, -20.9]])[2])  # log-ratios 0, 0, 29 and -19.9
     assert metrics["clamped"] == 0.25
     assert metrics["entropy_sampled"] == pytest.approx(34.0 / 4)
 
 
 def test_kl_at_the_reference_is_zero_and_away_from_it_k3():
-    item = single(sequence(2, old=-1.0, behaviour=-1.0, reference=-1.0))
+    item = single(sequence(2, old_logprobs=-1.0, behavior_logprobs=-1.0, reference_logprobs=-1.0))
     assert evaluate(grpo(kl_coef=0.5), [item], [-1.0])[0] == pytest.approx(0.0)
     # d = 1: exp(-1) - 1 + 1
     assert evaluate(grpo(kl_coef=0.5), [item], [0.0])[0] == pytest.approx(0.5 * 0.36787944, rel=1e-6)
@@ -166,8 +168,8 @@ def test_kl_at_the_reference_is_zero_and_away_from_it_k3():
 
 
 def test_sampler_weight_is_capped_and_carries_no_gradient():
-    # old - behaviour = log 1.5 and log 5: weights 1.5 and the cap 2
-    item = single(sequence(2, old=-1.0, behaviour=[-1.0 - np.log(1.5), -1.0 - np.log(5.0)], advantages=1.0))
+    # old_logprobs - behavior_logprobs = log 1.5 and log 5: weights 1.5 and the cap 2
+    item = single(sequence(2, old_logprobs=-1.0, behavior_logprobs=[-1.0 - np.log(1.5), -1.0 - np.log(5.0)], advantages=1.0))
     loss, gradient, out, _ = evaluate(grpo(), [item], [-1.0])
     assert loss == pytest.approx(-(1.5 + 2.0) / 2, rel=1e-6)
     assert gradient[0].tolist() == pytest.approx([-0.75, -1.0], rel=1e-6)
@@ -187,9 +189,9 @@ def test_sampler_weight_is_capped_and_carries_no_gradient():
 )
 def test_responses_of_an_older_policy_are_weighted_by_how_probable_they_are_now(mode, weights, capped):
     """The padding of a shorter neighbour takes no part, and the KL term is not weighted."""
-    behaviour = [-1.0 - np.log(1.5), -1.0 - np.log(5.0), -1.0 - np.log(0.5)]
-    stale = single(sequence(3, old=-1.0, behaviour=behaviour, advantages=1.0))
-    near = single(sequence(1, old=-1.0, behaviour=-1.0, advantages=1.0))
+    behavior = [-1.0 - np.log(1.5), -1.0 - np.log(5.0), -1.0 - np.log(0.5)]
+    stale = single(sequence(3, old_logprobs=-1.0, behavior_logprobs=behavior, advantages=1.0))
+    near = single(sequence(1, old_logprobs=-1.0, behavior_logprobs=-1.0, advantages=1.0))
     algorithm = grpo(agg="token_mean", importance_sampling_mode=mode)
     loss, gradient, out, _ = evaluate(algorithm, [stale, near], [-1.0, -1.0])
     assert loss == pytest.approx(-(sum(weights) + 1.0) / 4, rel=1e-6)
@@ -202,17 +204,17 @@ def test_responses_of_an_older_policy_are_weighted_by_how_probable_they_are_now(
 
 def test_truncated_weights_give_the_gradient_of_the_policy_that_training_starts_from():
     """Over all responses that the older policy can give, each as often as it gives it: with no weight the gradient is another one."""
-    behaviour, old = np.log([0.7, 0.2, 0.1]), np.log([0.5, 0.2, 0.3])
+    behavior, old = np.log([0.7, 0.2, 0.1]), np.log([0.5, 0.2, 0.3])
     rewards = np.array([0.0, 1.0, 2.0])
 
     def gradient(algorithm) -> np.ndarray:
         logits = torch.tensor(old, requires_grad=True)
         total = torch.zeros(())
         for token in range(3):
-            item = single(sequence(1, old=old[token], behaviour=behaviour[token], advantages=rewards[token]))
+            item = single(sequence(1, old_logprobs=old[token], behavior_logprobs=behavior[token], advantages=rewards[token]))
             batch = collate([item])
             logprobs = torch.log_softmax(logits, dim=0)[token].float().reshape(1, 1)
-            total = total + np.exp(behaviour[token]) * algorithm.loss(Outputs(logprobs_BT=logprobs), batch).total
+            total = total + np.exp(behavior[token]) * algorithm.loss(Outputs(logprobs_BT=logprobs), batch).total
         (found,) = torch.autograd.grad(total, logits)
         return found.numpy()
 
@@ -239,7 +241,11 @@ def test_agrees_with_trl(agg, kl):
     group = judged(lengths, scores=(1.0, -0.5, 0.25))
     items = [
         single(
-            item.sequences[0].with_(old=draw(n).astype("f4"), reference=draw(n).astype("f4"), behaviour=draw(n).astype("f4"))
+            item.sequences[0].with_(
+                old_logprobs=draw(n).astype("f4"),
+                reference_logprobs=draw(n).astype("f4"),
+                behavior_logprobs=draw(n).astype("f4"),
+            )
         )
         for item, n in zip(algorithm.prepare(items_of(algorithm, group)), lengths, strict=True)
     ]
@@ -250,14 +256,14 @@ def test_agrees_with_trl(agg, kl):
     logprobs = spread(rows, batch).nan_to_num().requires_grad_()
     expected = grpo_loss(
         logprobs,
-        batch.old_BT.double(),
+        batch.old_logprobs_BT.double(),
         batch.advantages_BT[:, 0].double(),
         batch.mask_BT,
         agg=agg,
         clip_range_high=0.28,
-        reference_BT=batch.reference_BT.double(),
+        reference_logprobs_BT=batch.reference_logprobs_BT.double(),
         kl=kl,
-        sampler_weight_BT=(batch.old_BT - batch.behaviour_BT).double().exp().clamp(max=2.0),
+        sampler_weight_BT=(batch.old_logprobs_BT - batch.behavior_logprobs_BT).double().exp().clamp(max=2.0),
     )
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     assert torch.allclose(gradient, torch.autograd.grad(expected, logprobs)[0], atol=1e-7)

@@ -72,9 +72,9 @@ def test_value_by_hand():
     item = single(
         sequence(
             2,
-            old=[-np.log(1.5), 0.0],
-            behaviour=[-np.log(1.5), 0.0],
-            reference=[-1.0, 0.0],
+            old_logprobs=[-np.log(1.5), 0.0],
+            behavior_logprobs=[-np.log(1.5), 0.0],
+            reference_logprobs=[-1.0, 0.0],
             advantages=[1.0, -1.0],
             returns=[0.0, 2.0],
         )
@@ -86,14 +86,14 @@ def test_value_by_hand():
 
 def test_advantages_and_returns_by_hand():
     # k1 = (0.5, -0.5), so r = (-0.05, 0.05 + 1); delta_1 = 1.05 - 0.4, delta_0 = -0.05 + 0.4 - 0.2
-    s = sequence(2, old=-1.0, reference=[-1.5, -0.5], values=[0.2, 0.4], score=1.0)
+    s = sequence(2, old_logprobs=-1.0, reference_logprobs=[-1.5, -0.5], values=[0.2, 0.4], score=1.0)
     (out,) = prepared(raw(kl_coef=0.1, lam=0.5), s)
     assert out.advantages.tolist() == pytest.approx([0.475, 0.65])
     assert out.returns.tolist() == pytest.approx([0.675, 1.05])
 
 
 def test_with_lambda_and_gamma_1_advantages_are_returns_to_go_minus_values():
-    s = sequence(4, old=[-1.0, -2.0, -0.5, -1.0], reference=-1.0, values=[0.3, -0.2, 0.5, 0.1], score=2.0)
+    s = sequence(4, old_logprobs=[-1.0, -2.0, -0.5, -1.0], reference_logprobs=-1.0, values=[0.3, -0.2, 0.5, 0.1], score=2.0)
     algorithm = raw(kl_coef=0.2, lam=1.0)
     (out,) = prepared(algorithm, s)
     to_go = np.cumsum(algorithm.rewards(s, 2.0, 0.2)[::-1])[::-1]
@@ -143,8 +143,8 @@ def test_scores_fall_back_to_win_rates():
 def test_what_prepare_lacks_is_named():
     with pytest.raises(ValueError, match=r"sequence\.values"):
         prepared(Ppo(kl_coef=0.0), sequence(1).with_(values=None))
-    with pytest.raises(ValueError, match=r"sequence\.reference"):
-        prepared(raw(), sequence(1).with_(reference=None))
+    with pytest.raises(ValueError, match=r"sequence\.reference_logprobs"):
+        prepared(raw(), sequence(1).with_(reference_logprobs=None))
     with pytest.raises(ValueError, match="values_BT"):
         evaluate(Ppo(), [single(sequence(1))], [0.0])
 
@@ -158,7 +158,8 @@ def learned(algorithm: Ppo, steps: int = 4) -> np.ndarray:
     drawn = [TrainSequence(prompt_ids=(0,), response_ids=(token, token), score=float(token == 1)) for token in (0, 1, 2)]
     logprobs = learner.logprobs(drawn)
     filled = [
-        s.with_(old=p, reference=p, behaviour=p, values=np.zeros(2, np.float32)) for s, p in zip(drawn, logprobs, strict=True)
+        s.with_(old_logprobs=p, reference_logprobs=p, behavior_logprobs=p, values=np.zeros(2, np.float32))
+        for s, p in zip(drawn, logprobs, strict=True)
     ]
     items = list(algorithm.prepare([single(s) for s in filled]))
     list(learner.update([items] * steps, [0.05] * steps))
@@ -176,7 +177,7 @@ def test_a_kl_in_the_loss_holds_the_policy_back_within_the_first_iteration():
 
 def test_the_price_in_the_reward_is_adapted_by_what_earlier_iterations_measured():
     algorithm = raw(kl_coef=0.1, lam=1.0, target_kl=6.0, kl_horizon=1000)
-    s = sequence(2, old=-1.0, reference=[-1.5, -0.5])
+    s = sequence(2, old_logprobs=-1.0, reference_logprobs=[-1.5, -0.5])
     past = [{"kl_rollouts": 6.6, "responses": 500.0}, {}, {"kl_rollouts": 60.0, "responses": 1000.0}]
     price = 0.1 * 1.05 * 1.2
     assert prepared(algorithm, s, past=past)[0].returns.tolist() == pytest.approx([0.0, price * 0.5])
@@ -208,8 +209,8 @@ def test_rewards_are_whitened_and_keep_their_mean():
 
 
 def test_figures_by_hand():
-    one = sequence(2, old=-1.0, reference=[-1.5, -2.0], values=[1.0, 2.0], score=4.0)
-    other = sequence(1, old=-1.0, reference=-0.5, values=0.5, score=2.0, finish_reason="length")
+    one = sequence(2, old_logprobs=-1.0, reference_logprobs=[-1.5, -2.0], values=[1.0, 2.0], score=4.0)
+    other = sequence(1, old_logprobs=-1.0, reference_logprobs=-0.5, values=0.5, score=2.0, finish_reason="length")
     figures = raw(lam=1.0, kl_coef=0.5, missing_eos_score=0.0).figures([single(one), single(other)])
     # k1: 0.5 and 1.0; -0.5. Returns: 4 - 0.25 - 0.5, 4 - 0.5; 0 + 0.25
     returns, values_ = np.array([3.25, 3.5, 0.25]), np.array([1.0, 2.0, 0.5])
@@ -238,7 +239,7 @@ def test_a_perfect_critic_explains_everything_and_a_constant_one_nothing():
 
 def test_in_the_warm_up_only_the_critic_learns():
     algorithm = Ppo(critic_warmup=2, entropy_coef=0.1, kl_coef=0.5, vf_coef=1.0)
-    s = sequence(2, reference=-1.0, old=-0.5, behaviour=-0.5, values=[1.0, 2.0], score=1.0)
+    s = sequence(2, reference_logprobs=-1.0, old_logprobs=-0.5, behavior_logprobs=-0.5, values=[1.0, 2.0], score=1.0)
     entropy = torch.ones(1, 2, dtype=torch.float64, requires_grad=True)
     one = {"responses": 1.0, "score_mean": 0.0, "score_std": 1.0}
     for past, weight in (([], 0.0), ([one], 0.0), ([one, {}], 0.0), ([one, one], 1.0)):  # {}: an iteration without a step
@@ -310,7 +311,7 @@ def test_value_loss_stops_at_the_clip():
 
 
 def test_kl_in_the_loss_has_the_value_of_k3_and_the_gradient_of_k2():
-    items = [single(sequence(2, reference=-1.0))]
+    items = [single(sequence(2, reference_logprobs=-1.0))]
     algorithm = Ppo(kl_coef=0.5, kl_in="loss", vf_coef=0.0)
     mean, gradient, _, metrics, _ = loss_of(algorithm, items, [0.0], [0.0])  # d = 1
     assert mean == pytest.approx(0.5 * 0.36787944, rel=1e-6)
@@ -341,18 +342,20 @@ def test_policy_part_agrees_with_trl():
     def draw(n):
         return -1.0 + 0.4 * rng.standard_normal(n)
 
-    items = [single(sequence(n, old=draw(n), behaviour=draw(n), advantages=rng.standard_normal(n))) for n in lengths]
+    items = [
+        single(sequence(n, old_logprobs=draw(n), behavior_logprobs=draw(n), advantages=rng.standard_normal(n))) for n in lengths
+    ]
     rows = [draw(n) for n in lengths]
     mean, gradient, _, metrics, batch = loss_of(Ppo(vf_coef=0.0, kl_coef=0.0), items, rows, [0.0] * 3)
     assert metrics["clip_high"] + metrics["clip_low"] > 0
     logprobs = spread(rows, batch).nan_to_num().requires_grad_()
     expected = grpo_loss(
         logprobs,
-        batch.old_BT.double(),
+        batch.old_logprobs_BT.double(),
         batch.advantages_BT.double(),
         batch.mask_BT,
         agg="token_mean",
-        sampler_weight_BT=(batch.old_BT - batch.behaviour_BT).double().exp().clamp(max=2.0),
+        sampler_weight_BT=(batch.old_logprobs_BT - batch.behavior_logprobs_BT).double().exp().clamp(max=2.0),
     )
     assert mean == pytest.approx(expected.item(), rel=1e-6)
     assert torch.allclose(gradient, torch.autograd.grad(expected, logprobs)[0], atol=1e-7)

@@ -28,7 +28,7 @@ def test_value_by_hand():
 
 
 def test_even_game_at_the_reference_has_no_loss_and_no_gradient():
-    items = [single(sequence(3, reference=-1.0, win_rate=0.5))]
+    items = [single(sequence(3, reference_logprobs=-1.0, win_rate=0.5))]
     loss, gradient, _, _ = evaluate(Sppo(pairs="all"), items, [-1.0])
     assert loss == 0
     assert gradient.abs().max() == 0
@@ -36,7 +36,7 @@ def test_even_game_at_the_reference_has_no_loss_and_no_gradient():
 
 def test_minimum_is_where_the_log_ratio_is_eta_times_the_centred_win_rate():
     # eta 10, win rate 0.75: target 2.5 nats over 5 tokens
-    items = [single(sequence(5, reference=-1.0, win_rate=0.75))]
+    items = [single(sequence(5, reference_logprobs=-1.0, win_rate=0.75))]
     loss, gradient, _, _ = evaluate(Sppo(eta=10.0, pairs="all"), items, [-0.5])
     assert loss == pytest.approx(0, abs=1e-12)
     assert gradient.abs().max() == 0
@@ -98,13 +98,18 @@ def test_hard_labels_agree_with_trl_which_sums_the_two_squares():
     eta, lengths = 20.0, [(4, 2), (1, 6)]
     rng = np.random.default_rng(0)
     items = [
-        pair(sequence(w, reference=-rng.random(w), win_rate=1.0), sequence(n, 50, reference=-rng.random(n), win_rate=0.0))
+        pair(
+            sequence(w, reference_logprobs=-rng.random(w), win_rate=1.0),
+            sequence(n, 50, reference_logprobs=-rng.random(n), win_rate=0.0),
+        )
         for w, n in lengths
     ]
     rows = [-2 * rng.random(n) for pair_lengths in lengths for n in pair_lengths]
     loss, gradient, _, batch = evaluate(Sppo(eta=eta), items, rows)
     logprobs = spread(rows, batch).nan_to_num().requires_grad_()
     order = torch.tensor([0, 2, 1, 3])
-    expected = dpo_loss(logprobs[order], batch.reference_BT[order].double(), batch.mask_BT[order], beta=1 / eta, sppo_hard=1.0)
+    expected = dpo_loss(
+        logprobs[order], batch.reference_logprobs_BT[order].double(), batch.mask_BT[order], beta=1 / eta, sppo_hard=1.0
+    )
     assert loss == pytest.approx(expected.item() / 2, rel=1e-9)
     assert torch.allclose(gradient, torch.autograd.grad(expected / 2, logprobs)[0], atol=1e-9)

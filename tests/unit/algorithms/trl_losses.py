@@ -15,13 +15,19 @@ from torch import Tensor
 
 
 def dpo_loss(
-    logprobs_BT: Tensor, reference_BT: Tensor, mask_BT: Tensor, *, beta: float, label_smoothing: float = 0.0, **mix: float
+    logprobs_BT: Tensor,
+    reference_logprobs_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    **mix: float,
 ) -> Tensor:
     """Mean over pairs. Rows: all chosen responses, then all rejected ones. `mix`: TRL's loss types and their weights."""
     trainer = pytest.importorskip("trl.trainer.dpo_trainer", reason="trl is not installed").DPOTrainer
     mix = mix or {"sigmoid": 1.0}
     pad = torch.zeros_like(mask_BT[:, :1])  # TRL shifts by one: the first position predicts nothing
-    logprobs, reference = logprobs_BT.masked_fill(~mask_BT, 0.0), reference_BT.masked_fill(~mask_BT, 0.0)
+    logprobs, reference = logprobs_BT.masked_fill(~mask_BT, 0.0), reference_logprobs_BT.masked_fill(~mask_BT, 0.0)
     chosen, rejected = reference.sum(dim=1).chunk(2)
     outputs = SimpleNamespace(log_probs=logprobs, entropy=logprobs, mean_logits=logprobs, is_top1=mask_BT)
     inputs = {
@@ -51,14 +57,14 @@ def dpo_loss(
 
 def grpo_loss(
     logprobs_BT: Tensor,
-    old_BT: Tensor,
+    old_logprobs_BT: Tensor,
     advantages: Tensor,
     mask_BT: Tensor,
     *,
     agg: str,
     clip_range_low: float = 0.2,
     clip_range_high: float = 0.2,
-    reference_BT: Tensor | None = None,
+    reference_logprobs_BT: Tensor | None = None,
     kl: float = 0.0,
     sampler_weight_BT: Tensor | None = None,
 ) -> Tensor:
@@ -71,8 +77,8 @@ def grpo_loss(
         "completion_ids": torch.zeros(mask_BT.shape, dtype=torch.int64),
         "completion_mask": mask_BT.long(),
         "advantages": advantages,
-        "old_per_token_logps": old_BT,
-        "ref_per_token_logps": reference_BT,
+        "old_per_token_logps": old_logprobs_BT,
+        "ref_per_token_logps": reference_logprobs_BT,
         "importance_sampling_ratio": torch.ones_like(logprobs) if sampler_weight_BT is None else sampler_weight_BT,
     }
     stand_in = SimpleNamespace(
