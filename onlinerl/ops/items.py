@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 
 def train_sequences(judged: Judged, only: Collection[int] | None = None) -> dict[int, TrainSequence]:
-    """The judged responses of a group by their index in it, with score, win rate and the log-probs that the engine reported; of those
-    with the indices `only`, or of all.
+    """The judged responses of a group, or `only` these, by their index in it, with score, win rate and the engine's log-probs.
 
     The score is the oracle's own; an oracle that only compares gives none, and then the win rate stands in for it. A response that
     nobody judged has neither, and is left out.
