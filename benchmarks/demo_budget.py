@@ -2,9 +2,9 @@
 
     python benchmarks/demo_budget.py make demo        (a Python with psutil, outside .venv if .venv is to be made by the command)
 
-Memory is the proportional set size summed over all descendants (shared pages are counted once). Looking takes the kernel up to half a
-second with several GiB, which are walked page by page, so it is done every few seconds and takes at most 3 % of a core. Processes that
-leave the family are found again through their session, so Ray's daemons count too.
+Memory is the proportional set size summed over all descendants (shared pages are counted once). The kernel walks it page by page, which
+took 16 % of a core when it was asked every second; now it is asked every few seconds, for at most 3 % of a core, and a peak that is shorter
+may be missed. Processes that leave the family are found again through their session, so Ray's daemons count too.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class Fleet:
         self._delivered: Delivered | None = None
         self._changed = threading.Condition(threading.RLock())
         self._updating = self._closing = False
-        self._may_start = True
+        self._starts_allowed = True
         """False while a learner on the same GPUs has their memory."""
         self._losses = self._restarts = 0
         self._last: OnlineRLError | None = None
@@ -108,7 +108,7 @@ class Fleet:
             EngineError: with what each of them does instead.
         """
         on_the_way = (ReplicaState.STARTING, ReplicaState.UPDATING)
-        if not any((r.coming_back and self._may_start) or r.state in on_the_way for r in self.replicas):
+        if not any((r.coming_back and self._starts_allowed) or r.state in on_the_way for r in self.replicas):
             states = ", ".join(f"{r.name} is {r.state}" for r in self.replicas)
             raise EngineError(
                 f"at least {self._least} replicas are needed, and {states}",
@@ -168,7 +168,7 @@ class Fleet:
     def _start(self, replica: Replica) -> None:
         with self._changed:
             self._require_open()
-            while not self._may_start:
+            while not self._starts_allowed:
                 self._changed.wait(LOOK_S)
                 self._require_open()
             if replica.leaving:
@@ -309,14 +309,14 @@ class Fleet:
             return moved
 
     def settle(self, timeout_s: float) -> None:
-        """Nobody starts from here on, until `may_start`. Returns once those that were starting are up, and nothing is left of the lost.
+        """Nobody starts from here on, until `allow_starts`. Returns once those that were starting are up, and nothing is left of the lost.
 
         Raises:
             EngineError: if that is not so within the time: their memory is about to be another's.
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            self._may_start = False
+            self._starts_allowed = False
             while left := [r for r in self.replicas if self._unsettled(r)]:
                 self._require_open()
                 self.require_enough()
@@ -334,10 +334,10 @@ class Fleet:
         waits_for_a_push = replica.state is ReplicaState.STALE and self._delivered is None
         return replica.coming_back and not waits_for_a_push
 
-    def may_start(self) -> None:
+    def allow_starts(self) -> None:
         """The GPUs' memory is the replicas' again: those that were lost meanwhile come back."""
         with self._changed:
-            self._may_start = True
+            self._starts_allowed = True
             self._changed.notify_all()
 
     # --- more and fewer ---

@@ -95,7 +95,7 @@ class EnginePool:
         timeout_s = timeout_s or self._config.start_timeout_s
         self.fleet.settle(timeout_s)
         replicas = self.fleet.move(ReplicaState.ASLEEP)
-        self._moved({r: r.call(EngineReplica.sleep) for r in replicas}, "going to sleep", timeout_s)
+        self._done_or_lost({r: r.call(EngineReplica.sleep) for r in replicas}, "going to sleep", timeout_s)
         self.fleet.settle(timeout_s)
 
     def wake_up(self, what: str, timeout_s: float | None = None) -> None:
@@ -106,11 +106,11 @@ class EnginePool:
             replicas = self.fleet.move(ReplicaState.STALE if what == "weights" else ReplicaState.SERVING)
         tags = None if what == "all" else [what]
         asked = {r: r.call(EngineReplica.wake_up, tags) for r in replicas}
-        self._moved(asked, "waking up", timeout_s or self._config.start_timeout_s)
+        self._done_or_lost(asked, "waking up", timeout_s or self._config.start_timeout_s)
         if what != "weights":  # then the learner has some of its own on the GPUs still
-            self.fleet.may_start()
+            self.fleet.allow_starts()
 
-    def _moved(self, asked: Mapping[Replica, Future[None]], what: str, timeout_s: float) -> None:
+    def _done_or_lost(self, asked: Mapping[Replica, Future[None]], what: str, timeout_s: float) -> None:
         """Those that are gone are given up; one that is there and cannot do it ends the run."""
         answers = outcomes({r.name: future for r, future in asked.items()}, timeout_s, EngineError, what)
         failed = {r: answer for r in asked if isinstance(answer := answers[r.name], OnlineRLError)}
