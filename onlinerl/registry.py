@@ -13,8 +13,10 @@ import inspect
 import os
 import pkgutil
 import re
+import sys
 import traceback
 from difflib import get_close_matches
+from functools import cache
 from importlib import metadata
 from types import ModuleType
 from typing import Any, TypeVar
@@ -31,7 +33,7 @@ def names(role: str) -> list[str]:
     """Names that can be selected for a role, without importing them."""
     package = importlib.import_module(f"onlinerl.{role}")
     own = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
-    return sorted({*own, *(e.name for e in metadata.entry_points(group=f"onlinerl.{role}"))})
+    return sorted({*own, *(e.name for e in _entry_points(role))})
 
 
 def load(role: str, name: str, base: type[T], field: str | None = None) -> type[T]:
@@ -45,7 +47,7 @@ def load(role: str, name: str, base: type[T], field: str | None = None) -> type[
     field = field or f"{role.removesuffix('s')}.name"
     if "." in name:
         return _checked(_dotted(name, field), name, base, field)
-    for entry in metadata.entry_points(group=f"onlinerl.{role}"):
+    for entry in _entry_points(role):
         if entry.name == name:
             return _checked(entry.load(), entry.value, base, field)
     if name not in names(role):
@@ -57,6 +59,23 @@ def load(role: str, name: str, base: type[T], field: str | None = None) -> type[
             fix=f"{hint}choose one of {', '.join(names(role))}, or give a dotted path to a class",
         )
     return _implementation(importlib.import_module(f"onlinerl.{role}.{name}"), base)
+
+
+def _entry_points(role: str) -> metadata.EntryPoints:
+    """What other packages add to a role."""
+    return _group(f"onlinerl.{role}", tuple(sys.path))
+
+
+@cache
+def _group(group: str, path: tuple[str, ...]) -> metadata.EntryPoints:
+    found: metadata.EntryPoints = _all_entry_points(path).select(group=group)
+    return found
+
+
+@cache
+def _all_entry_points(path: tuple[str, ...]) -> Any:
+    """Of all packages on the Python path: they are read from several hundred files."""
+    return metadata.entry_points()
 
 
 def _checked(found: object, where: str, base: type[T], field: str) -> type[T]:

@@ -188,8 +188,10 @@ PRELOADED = [
     "onlinerl.oracles.sentiment",
     "onlinerl.pairing.best_worst",
     *(f"onlinerl.algorithms.{file.stem}" for file in (PACKAGE / "algorithms").glob("[a-z]*.py")),
+    "pandas",  # which pyarrow imports where it is there
     "pyarrow.parquet",
     "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.configuration_llama",
     "vaderSentiment.vaderSentiment",
 ]
 

@@ -504,6 +504,8 @@ KINDS = {f.__name__: f for f in (gradients, critic_gradients, steps, export, off
 def main(job_file: str, rank: str, world_size: str, port: str) -> None:
     job = pickle.loads(Path(job_file).read_bytes())
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # what the imports have left: every case collects garbage many times, and `memory` looks through all objects
     ranks = Ranks(int(rank), int(world_size), int(port))
     for i, case in enumerate(job["cases"]):
         try:
