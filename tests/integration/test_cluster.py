@@ -24,8 +24,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 HOOKS = Path(__file__).resolve().parents[1] / "support" / "hooks.py"
 GONE_WITHIN_S = 30.0
-# Long enough to be caught at it.
-SLOW_SAMPLING = {"sampling": {"samples_per_prompt": 16, "max_new_tokens": 200}, "engine": {"max_num_seqs": 1}}
 WORDS = "old new long short slow fast dark light".split()  # noqa: SIM905
 
 
@@ -87,29 +85,21 @@ class Controller:
                 start_new_session=True,
             )
         self.seen: dict[tuple[int, float], psutil.Process] = {}
+        self.vllm: set[int] = set()
 
-    def look(self) -> list[psutil.Process]:
-        """All descendants now; they stay on the list of those that must not survive."""
+    def look(self) -> None:
+        """All descendants now come on the list of those that must not survive."""
         try:
             found = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             found = []
         for each in found:
-            self.seen.setdefault((each.pid, each.create_time()), each)
-        return found
-
-    def until(self, condition: Callable[[], object], timeout_s: float = 300) -> Any:
-        deadline = time.monotonic() + timeout_s
-        looked = 0.0
-        while not (result := condition()):
-            if time.monotonic() - looked > 1:  # walking through all processes takes long enough to miss what is waited for
-                self.look()
-                looked = time.monotonic()
-            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.text}"
-            assert time.monotonic() < deadline, f"nothing happened in {timeout_s} s:\n{self.text}"
-            time.sleep(0.02)
-        self.look()
-        return result
+            try:
+                self.seen.setdefault((each.pid, each.create_time()), each)
+                if "VLLM" in " ".join(each.cmdline()):
+                    self.vllm.add(each.pid)
+            except psutil.NoSuchProcess:
+                continue
 
     def wait(self, timeout_s: float = 400) -> int:
         deadline = time.monotonic() + timeout_s
@@ -315,29 +305,6 @@ def pushes(run: Path) -> list[tuple[str, int]]:
     return [(record["backend"], record["replicas"]) for record in records]
 
 
-def test_a_controller_that_is_stopped_while_it_samples_leaves_nothing_and_resumes(
-    start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path
-) -> None:
-    """The signal arrives while it waits for Ray. What a SIGKILL leaves is seen phase by phase below."""
-    config = write_config(tmp_path, tiny_llama, **SLOW_SAMPLING)
-    run = tmp_path / "runs" / "run"
-    controller = start("run", config)
-    controller.until(lambda: sampled(run) > 0)
-    assert sum("VLLM" in line for line in controller.survivors()) >= 2, "what must go was seen"
-
-    controller.process.send_signal(signal.SIGTERM)
-    code = controller.process.wait(timeout=120)
-    assert code == 75, controller.text
-    controller.assert_nothing_survives()
-    before = sampled(run)
-
-    again = start("resume", run)
-    assert again.wait() == 0, again.text
-    again.assert_nothing_survives()
-    assert_finished(run, 8 * 16)
-    assert 0 < before <= 8
-
-
 MANY_HELDOUT = 12
 # Two of three replicas in each phase that uses them, one killed and one stopped, and then two again. Events are counted over the run: the
 # base model and each iterate answer `MANY_HELDOUT` prompts, an iteration samples `PROMPTS`.
@@ -414,31 +381,45 @@ def test_a_rank_that_hangs_ends_the_attempt_and_a_resume_goes_on(
 # Iteration 1 has 8 prompts and 4 held-out ones; the base model is measured before it. What is counted starts anew with each process.
 PROMPTS, HELDOUT, GROUPS_PER_CALL = 8, 4, 4
 PROBE = [" It was good.", " It was bad, the answer is 7."]
-PHASES = {
-    "sample": ["generate", HELDOUT + 3],
-    "train": ["update", 1],
-    "sync": ["push", 1],
-}
-"""In which a replica, a rank, or both are in the middle of something; the toys show the others."""
+RESUMABLE = 75
+"""The exit code that means "requeue"."""
+ATTEMPTS: list[tuple[str, dict[str, Any], int]] = [
+    ("sample", {"kill": ["generate", HELDOUT + 3]}, -signal.SIGKILL),
+    ("sample", {"stop": ["generate", 2]}, RESUMABLE),  # a signal, which arrives while the controller waits for Ray
+    ("train", {"strikes": [("RankActor", "update", 1, "SIGKILL")]}, RESUMABLE),
+    ("sync", {"kill": ["push", 1]}, -signal.SIGKILL),
+]
+"""In which a replica, a rank, or both are in the middle of something; the toys show the other phases."""
 
 
-def test_killed_wherever_a_replica_or_a_rank_works(start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path) -> None:
-    """On the real parts too: no prompt is generated and no label requested twice, as engine and oracle count them."""
+def test_killed_or_stopped_wherever_a_replica_or_a_rank_works(
+    start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path
+) -> None:
+    """On the real parts too: nothing survives, no prompt is generated and no label requested twice, as engine and oracle count them."""
     oracle = {"name": "python", "function": "hooks.judge", "groups_per_call": GROUPS_PER_CALL}
     in_turn = {"stream": False, "evaluate_beside": False}  # so that it is known what is finished when
-    config = write_config(tmp_path, tiny_llama, engine={"replicas": 1}, learner={"ranks": 1}, oracle=oracle, schedule=in_turn)
+    one_by_one = {"replicas": 1, "max_num_seqs": 4}  # one prompt after the other: there are some left when the signal comes
+    config = write_config(
+        tmp_path,
+        tiny_llama,
+        engine=one_by_one,
+        learner={"ranks": 1},
+        oracle=oracle,
+        schedule=in_turn,
+        sampling={"max_new_tokens": 100},
+    )
     run, log = tmp_path / "runs" / "run", tmp_path / "events"
     hooks = {"log": str(log), "parts": "real"}
 
-    for phase, moment in PHASES.items():
+    for phase, blow, code in ATTEMPTS:
         command = ("resume", run) if run.exists() else ("run", config)
-        if phase == "train":  # here the rank is killed: the attempt ends with the code that means "requeue"
-            controller, code = start(*command, **hooks, strikes=[("RankActor", *moment, "SIGKILL")]), 75
-        else:
-            controller, code = start(*command, **hooks, kill=moment), -signal.SIGKILL
-        assert controller.wait() == code, f"{phase}: {controller.text}"
+        controller = start(*command, **hooks, **blow)
+        assert controller.wait() == code, f"{phase}, {blow}: {controller.text}"
+        assert len(controller.vllm) >= 2, "what must go was seen"
         controller.assert_nothing_survives()
-        assert finished_phases(run) == [*NAMES[: NAMES.index(phase)]], "killed at another moment than meant"
+        assert finished_phases(run) == [*NAMES[: NAMES.index(phase)]], "struck at another moment than meant"
+        if "stop" in blow:
+            assert 2 < sampled(run) < PROMPTS
     last = start("resume", run, **hooks)
     assert last.wait() == 0, last.text
     last.assert_nothing_survives()
@@ -447,8 +428,8 @@ def test_killed_wherever_a_replica_or_a_rank_works(start: Callable[..., Controll
     happened = [json.loads(line) for line in log.read_text().splitlines()]
     answered = Counter((e["prompt"], *e["seeds"], e["version"]) for e in happened if e["kind"] == "generate")
     expected = PROMPTS + 2 * HELDOUT
-    # The answer in hand at the instant of a kill is lost with the process.
+    # The answer in hand at the instant of a kill or a signal is lost with the process.
     assert len(answered) == expected
-    assert sum(answered.values()) == expected + 1
+    assert expected < sum(answered.values()) <= expected + 2
     asked = [one for e in happened if e["kind"] == "judge" for one in e["asked"] if one[1:] != PROBE]
     assert len(asked) == expected

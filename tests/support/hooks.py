@@ -18,7 +18,7 @@ SPEC = {}
 
 
 def event(kind, **facts):
-    """One thing happened: log it durably, then die or wait here if that is asked for. Returns how many of its kind there were."""
+    """One thing happened: log it durably, then die, be stopped or wait here if that is asked for. Returns how many of its kind there were."""
     with COUNTING:
         EVENTS[kind] += 1
         number = EVENTS[kind]
@@ -27,6 +27,8 @@ def event(kind, **facts):
             file.write(line)
         if SPEC.get("kill") == [kind, number]:
             os.kill(os.getpid(), signal.SIGKILL)
+    if SPEC.get("stop") == [kind, number]:
+        os.kill(os.getpid(), signal.SIGTERM)
     for name, *moment, how in SPEC.get("strikes", ()):
         if moment == [kind, number]:
             strike(name, how)
