@@ -24,9 +24,9 @@ fetch-model: install  ## put SmolLM2-135M-Instruct into models/
 demo: install fetch-model  ## one small real run on the CPU, from nothing (older runs of it are moved aside)
 	$(BIN)/onlinerl run $(CONFIG) --fresh
 
-test: install-dev fetch-model  ## all tests: two files at a time, then those that start engines and ranks, one after the other
+test: install-dev fetch-model  ## all tests, two files at a time: first the quick ones, then those that start engines and ranks
 	$(BIN)/python -m pytest tests -m "not long and not families and not engine" -n 2 --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest tests -m "not long and not families and engine"
+	$(BIN)/python -m pytest tests -m "not long and not families and engine" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: install-dev  ## whole runs on real parts that `make test` has no time for: kills in further phases, replicas that fail (about 10 minutes)
 	$(BIN)/python -m pytest tests -m long

@@ -27,7 +27,13 @@ def run(tmp_path_factory):
     """One finished run: its directory and what it printed."""
     runs = tmp_path_factory.mktemp("runs")
     command = [sys.executable, "-m", "onlinerl.cli", "run", "configs/quickstart.yaml", f"runs={runs}"]
-    small = ["iterations=1", "prompts.per_iteration=8", "evaluation.prompts=12", "metrics.prometheus_port=0"]
+    small = [
+        "iterations=1",
+        "prompts.per_iteration=8",
+        "evaluation.prompts=12",
+        "sampling.max_new_tokens=24",
+        "metrics.prometheus_port=0",
+    ]
     done = subprocess.run([*command, *small], cwd=ROOT, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return runs / "quickstart", done.stdout

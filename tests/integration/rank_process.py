@@ -8,6 +8,7 @@ One process group serves all cases, so that the heavy imports and the rendezvous
 from __future__ import annotations
 
 import gc
+import importlib
 import pickle
 import shutil
 import sys
@@ -504,6 +505,13 @@ KINDS = {f.__name__: f for f in (gradients, critic_gradients, steps, export, off
 def main(job_file: str, rank: str, world_size: str, port: str) -> None:
     job = pickle.loads(Path(job_file).read_bytes())
     torch.set_num_threads(1)
+    for late in (
+        "deepspeed",
+        "onlinerl.learners.deepspeed.rank",
+        "onlinerl.learners.torch.rank",
+        "transformers.models.llama.modeling_llama",
+    ):
+        importlib.import_module(late)
     gc.collect()
     gc.freeze()  # what the imports have left: every case collects garbage many times, and `memory` looks through all objects
     ranks = Ranks(int(rank), int(world_size), int(port))

@@ -213,6 +213,64 @@ def assert_finished(run: Path, samples: int, algorithm: str = "dpo") -> None:
     assert len({g["prompt_id"] for g in groups}) == len(groups) == 8
 
 
+# Iteration 1 has 8 prompts and 4 held-out ones; the base model is measured before it. What is counted starts anew with each process.
+PROMPTS, HELDOUT, GROUPS_PER_CALL = 8, 4, 4
+PROBE = [" It was good.", " It was bad, the answer is 7."]
+RESUMABLE = 75
+"""The exit code that means "requeue"."""
+ATTEMPTS: list[tuple[str, dict[str, Any], int]] = [
+    ("sample", {"kill": ["generate", HELDOUT + 3]}, -signal.SIGKILL),
+    ("sample", {"stop": ["generate", 2]}, RESUMABLE),  # a signal, which arrives while the controller waits for Ray
+    ("train", {"strikes": [("RankActor", "update", 1, "SIGKILL")]}, RESUMABLE),
+]
+PUSH: list[tuple[str, dict[str, Any], int]] = [("sync", {"kill": ["push", 1]}, -signal.SIGKILL)]
+"""In which a replica, a rank, or both are in the middle of something; the toys show the other phases."""
+
+
+@pytest.mark.parametrize("attempts", [ATTEMPTS, pytest.param(PUSH, marks=pytest.mark.long)], ids=["work", "push"])
+def test_killed_or_stopped_wherever_a_replica_or_a_rank_works(
+    start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path, attempts: list[tuple[str, dict[str, Any], int]]
+) -> None:
+    """On the real parts too: nothing survives, no prompt is generated and no label requested twice, as engine and oracle count them."""
+    oracle = {"name": "python", "function": "hooks.judge", "groups_per_call": GROUPS_PER_CALL}
+    in_turn = {"stream": False, "evaluate_beside": False}  # so that it is known what is finished when
+    one_by_one = {"replicas": 1, "max_num_seqs": 4}  # one prompt after the other: there are some left when the signal comes
+    config = write_config(
+        tmp_path,
+        tiny_llama,
+        engine=one_by_one,
+        learner={"ranks": 1},
+        oracle=oracle,
+        schedule=in_turn,
+        sampling={"max_new_tokens": 100},
+    )
+    run, log = tmp_path / "runs" / "run", tmp_path / "events"
+    hooks = {"log": str(log), "parts": "real"}
+
+    for phase, blow, code in attempts:
+        command = ("resume", run) if run.exists() else ("run", config)
+        controller = start(*command, **hooks, **blow)
+        assert controller.wait() == code, f"{phase}, {blow}: {controller.text}"
+        assert len(controller.vllm) >= 2, "what must go was seen"
+        controller.assert_nothing_survives()
+        assert finished_phases(run) == [*NAMES[: NAMES.index(phase)]], "struck at another moment than meant"
+        if "stop" in blow:
+            assert 2 < sampled(run) < PROMPTS
+    last = start("resume", run, **hooks)
+    assert last.wait() == 0, last.text
+    last.assert_nothing_survives()
+
+    assert_finished(run, PROMPTS * 4)
+    happened = [json.loads(line) for line in log.read_text().splitlines()]
+    answered = Counter((e["prompt"], *e["seeds"], e["version"]) for e in happened if e["kind"] == "generate")
+    expected = PROMPTS + 2 * HELDOUT
+    # The answer in hand at the instant of a kill or a signal is lost with the process.
+    assert len(answered) == expected
+    assert sum(answered.values()) <= expected + sum(phase == "sample" for phase, *_ in attempts)
+    asked = [one for e in happened if e["kind"] == "judge" for one in e["asked"] if one[1:] != PROBE]
+    assert len(asked) == expected
+
+
 def test_two_replicas_and_two_ranks(
     start: Callable[..., Controller], tiny_llama: Path, tiny_reward_model: Path, tmp_path: Path
 ) -> None:
@@ -376,60 +434,3 @@ def test_a_rank_that_hangs_ends_the_attempt_and_a_resume_goes_on(
     assert again.wait(timeout_s=600) == 0, again.text
     again.assert_nothing_survives()
     assert_finished(run, PROMPTS * 4)
-
-
-# Iteration 1 has 8 prompts and 4 held-out ones; the base model is measured before it. What is counted starts anew with each process.
-PROMPTS, HELDOUT, GROUPS_PER_CALL = 8, 4, 4
-PROBE = [" It was good.", " It was bad, the answer is 7."]
-RESUMABLE = 75
-"""The exit code that means "requeue"."""
-ATTEMPTS: list[tuple[str, dict[str, Any], int]] = [
-    ("sample", {"kill": ["generate", HELDOUT + 3]}, -signal.SIGKILL),
-    ("sample", {"stop": ["generate", 2]}, RESUMABLE),  # a signal, which arrives while the controller waits for Ray
-    ("train", {"strikes": [("RankActor", "update", 1, "SIGKILL")]}, RESUMABLE),
-    ("sync", {"kill": ["push", 1]}, -signal.SIGKILL),
-]
-"""In which a replica, a rank, or both are in the middle of something; the toys show the other phases."""
-
-
-def test_killed_or_stopped_wherever_a_replica_or_a_rank_works(
-    start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path
-) -> None:
-    """On the real parts too: nothing survives, no prompt is generated and no label requested twice, as engine and oracle count them."""
-    oracle = {"name": "python", "function": "hooks.judge", "groups_per_call": GROUPS_PER_CALL}
-    in_turn = {"stream": False, "evaluate_beside": False}  # so that it is known what is finished when
-    one_by_one = {"replicas": 1, "max_num_seqs": 4}  # one prompt after the other: there are some left when the signal comes
-    config = write_config(
-        tmp_path,
-        tiny_llama,
-        engine=one_by_one,
-        learner={"ranks": 1},
-        oracle=oracle,
-        schedule=in_turn,
-        sampling={"max_new_tokens": 100},
-    )
-    run, log = tmp_path / "runs" / "run", tmp_path / "events"
-    hooks = {"log": str(log), "parts": "real"}
-
-    for phase, blow, code in ATTEMPTS:
-        command = ("resume", run) if run.exists() else ("run", config)
-        controller = start(*command, **hooks, **blow)
-        assert controller.wait() == code, f"{phase}, {blow}: {controller.text}"
-        assert len(controller.vllm) >= 2, "what must go was seen"
-        controller.assert_nothing_survives()
-        assert finished_phases(run) == [*NAMES[: NAMES.index(phase)]], "struck at another moment than meant"
-        if "stop" in blow:
-            assert 2 < sampled(run) < PROMPTS
-    last = start("resume", run, **hooks)
-    assert last.wait() == 0, last.text
-    last.assert_nothing_survives()
-
-    assert_finished(run, PROMPTS * 4)
-    happened = [json.loads(line) for line in log.read_text().splitlines()]
-    answered = Counter((e["prompt"], *e["seeds"], e["version"]) for e in happened if e["kind"] == "generate")
-    expected = PROMPTS + 2 * HELDOUT
-    # The answer in hand at the instant of a kill or a signal is lost with the process.
-    assert len(answered) == expected
-    assert expected < sum(answered.values()) <= expected + 2
-    asked = [one for e in happened if e["kind"] == "judge" for one in e["asked"] if one[1:] != PROBE]
-    assert len(asked) == expected

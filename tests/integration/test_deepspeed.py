@@ -104,7 +104,7 @@ def self_test_items() -> list[TrainItem]:
     zeros = lambda n: np.zeros(n, np.float32)  # noqa: E731
     extra = {"behavior_logprobs": zeros, "advantages": zeros, "returns": zeros, "values": zeros}
     pair = lambda: tuple(sequence(rng, response=20, **extra) for _ in range(2))  # noqa: E731
-    return [TrainItem(prompt_id=str(i), sequences=pair()) for i in range(8)]
+    return [TrainItem(prompt_id=str(i), sequences=pair()) for i in range(4)]
 
 
 MAX_GRAD_NORM = 0.5
