@@ -203,12 +203,15 @@ def test_head_and_worker_make_a_cluster(tmp_path):
 # A cluster that a run starts for itself, and a stranger who found its port.
 OWN_CLUSTER = """
 import os, subprocess, sys
-import ray
+import psutil, ray
 from onlinerl import config
 from onlinerl.cluster.runtime import Cluster
 
 with Cluster(config.load(sys.argv[1])):
     assert ray.get(ray.remote(lambda: os.nice(0)).options(num_cpus=0).remote()) == os.nice(0)
+    below = [(each.name(), " ".join(each.cmdline())) for each in psutil.Process().children(recursive=True)]
+    workers = [args for name, args in below if name != "raylet" and ("ray::IDLE" in args or "default_worker.py" in args)]
+    assert len(workers) == 1, f"{workers}: more were started than were asked for"
     address = ray.get_runtime_context().gcs_address
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"}
     look = "import sys, ray; ray.init(address=sys.argv[1], logging_level='ERROR')"
