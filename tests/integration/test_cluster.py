@@ -223,7 +223,7 @@ ATTEMPTS: list[tuple[str, dict[str, Any], int]] = [
     ("sample", {"stop": ["generate", 2]}, RESUMABLE),  # a signal, which arrives while the controller waits for Ray
     ("train", {"strikes": [("RankActor", "update", 1, "SIGKILL")]}, RESUMABLE),
 ]
-PUSH: list[tuple[str, dict[str, Any], int]] = [("sync", {"kill": ["push", 1]}, -signal.SIGKILL)]
+PUSH: list[tuple[str, dict[str, Any], int]] = [("sync", {"kill": ["push", 2]}, -signal.SIGKILL)]  # the base model is pushed first
 """In which a replica, a rank, or both are in the middle of something; the toys show the other phases."""
 
 
