@@ -28,7 +28,7 @@ test: install-dev fetch-model  ## all tests, two files at a time: first the quic
 	$(BIN)/python -m pytest tests -m "not long and not families and not engine" -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest tests -m "not long and not families and engine" -n 2 --dist loadfile --no-loadscope-reorder
 
-test-long: install-dev  ## whole runs on real parts that `make test` has no time for: kills in further phases, replicas that fail (about half an hour)
+test-long: install-dev  ## whole runs on real parts that `make test` has no time for: kills in further phases, replicas that fail (times in docs/results.md)
 	$(BIN)/python -m pytest tests -m long
 
 test-families: install-dev  ## every model family through engine and push (about 6 minutes)
