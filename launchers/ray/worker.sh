@@ -34,7 +34,7 @@ flags+=(--min-worker-port="${ports%%-*}" --max-worker-port="${ports##*-}")
 
 # Engine and learner are the work. Ray gives its workers 15, with which whatever else computes on the machine goes before them.
 export RAY_worker_niceness=${RAY_worker_niceness:-0}
-# Ray starts a worker for each core beforehand. Ours have environments of their own, so none of those is ever used.
+# Ray starts a worker for each core beforehand. Our actors have environments of their own and take none of those.
 export RAY_prestart_worker_first_driver=${RAY_prestart_worker_first_driver:-0}
 
 exec ray start --block --disable-usage-stats "${flags[@]}"

@@ -77,7 +77,7 @@ class Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Engine and learner are the work. Ray gives its workers 15, with which whatever else computes on the machine goes before them.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        # Ray starts a worker for each core beforehand. Ours have environments of their own, so none of those is ever used.
+        # Ray starts a worker for each core beforehand. Our actors have environments of their own and take none of those.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
         address = self._config.cluster.address
