@@ -20,6 +20,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several files run at once. Threads that wait for each other on cores that are taken would slow all of them down.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SUPPORT = Path(__file__).parent / "support"
 PACKAGE = Path(__file__).parents[1] / "onlinerl"
 

@@ -32,6 +32,8 @@ def run(tmp_path_factory):
         "prompts.per_iteration=8",
         "evaluation.prompts=12",
         "sampling.max_new_tokens=24",
+        "engine.threads=1",  # other tests run beside it
+        "learner.threads=1",
         "metrics.prometheus_port=0",
     ]
     done = subprocess.run([*command, *small], cwd=ROOT, capture_output=True, text=True, timeout=800, check=False)

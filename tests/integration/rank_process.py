@@ -39,6 +39,9 @@ from onlinerl.types import SelfTest, TrainItem
 
 WEIGHTS = dict[str, np.ndarray]
 
+SELF_TEST_BUDGET = 120
+"""Tokens in which two of the self-test's four items fit: one rank has two micro-batches."""
+
 
 class InfiniteGradient(Dpo):
     """Finite, and with an infinite slope, where a pair's weight is not 1."""
@@ -163,7 +166,7 @@ def self_tests(
 
     def ask(**arrays: list[np.ndarray]) -> SelfTest:
         annotated = with_arrays(items, **arrays)
-        parts = learner.self_test(ranks.mine(annotated, 80), base)
+        parts = learner.self_test(ranks.mine(annotated, SELF_TEST_BUDGET), base)
         return combine(parts, annotated, learner.algorithm)
 
     own = scored(learner, items, "policy", learner.temperature)
@@ -177,7 +180,9 @@ def self_tests(
     results: dict[Any, SelfTest] = {"sound": ask(**sound)}
     for name, (how, arrays) in product(names, spoiled.items()):
         results[name, how] = ask(**{**sound, name: arrays})
-    results["base"] = combine(learner.self_test(ranks.mine(with_arrays(items, **sound), 80), other), items, learner.algorithm)
+    results["base"] = combine(
+        learner.self_test(ranks.mine(with_arrays(items, **sound), SELF_TEST_BUDGET), other), items, learner.algorithm
+    )
     return results
 
 
@@ -254,7 +259,7 @@ def critic_gradients(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) ->
     own = scored(learner, items, "policy", 1.0)
     for how, arrays in (("sound", values), ("shifted", [np.roll(a, 1) for a in values]), ("permuted", values[1:] + values[:1])):
         annotated = with_arrays(items, old_logprobs=own, reference_logprobs=own, values=arrays)
-        parts = learner.self_test(ranks.mine(annotated, 80), job["model"])
+        parts = learner.self_test(ranks.mine(annotated, SELF_TEST_BUDGET), job["model"])
         result["values", how] = combine(parts, annotated, learner.algorithm)
     return result
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 
 EVENTS = Counter()
 COUNTING = (
@@ -59,16 +60,22 @@ def strike(name, how):
         file.write(json.dumps({"kind": "strike", "pid": victim.pid, "how": how}) + "\n")
 
 
-def judge(queries):
-    """An oracle that counts: VADER on the response, as the sentiment oracle with include_prompt=false."""
+@cache
+def analyzer():
+    """VADER, whose lexicon is read once a process."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+    return SentimentIntensityAnalyzer()
+
+
+def judge(queries):
+    """An oracle that counts: VADER on the response, as the sentiment oracle with include_prompt=false."""
     number = event("judge", asked=[[q["prompt"], *q["responses"]] for q in queries])
     if SPEC.get("down") == ["judge", number]:
         return [None for _ in queries]
-    analyzer = SentimentIntensityAnalyzer()
     tied = SPEC.get("tied", ())
-    return [[0.5 if q["prompt"] in tied else analyzer.polarity_scores(r)["compound"] for r in q["responses"]] for q in queries]
+    score = analyzer().polarity_scores
+    return [[0.5 if q["prompt"] in tied else score(r)["compound"] for r in q["responses"]] for q in queries]
 
 
 def compare(queries):
