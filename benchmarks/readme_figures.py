@@ -3,6 +3,7 @@
 python benchmarks/readme_figures.py quickstart runs/seed0 runs/seed1 runs/seed2
 python benchmarks/readme_figures.py algorithms runs/ppo runs/grpo ...
 python benchmarks/readme_figures.py layouts runs/seed0 runs/two-by-two ...
+python benchmarks/readme_figures.py curves runs/dpo-lag0-seed0 runs/dpo-lag1-seed0 ...
 python benchmarks/readme_figures.py demo runs/quickstart     (the README's output of `make demo`)
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,33 @@ def layout(run: Path) -> str:
     return f"{spread}, ZeRO-{config['learner'].get('zero_stage', 0)}"
 
 
+def curves(runs: list[Path]) -> list[str]:
+    """One line per algorithm and iteration: the seeds of a lag together, beside those of the other."""
+    found: dict[tuple[str, int], list[list[dict[str, Any]]]] = {}
+    for run in runs:
+        config, report = yaml.safe_load((run / "config.yaml").read_text()), summarise(run)
+        found.setdefault((report["algorithm"], config["schedule"]["max_lag"]), []).append(report["iterations"])
+    lags = sorted({lag for _, lag in found})
+    figures: dict[str, Callable[[dict[str, Any]], float | None]] = {
+        "reward": lambda row: row["reward"],
+        "KL to base (nats)": lambda row: row["kl_ref"],
+        "win rate vs base": lambda row: row["win_rate"] and row["win_rate"]["value"],
+    }
+    head = " | ".join(f"{what}, lag {lag}" for what in figures for lag in lags)
+    lines = [f"| algorithm | iteration | {head} |", "|---|---|" + "---|" * len(figures) * len(lags)]
+    for algorithm in dict.fromkeys(name for name, _ in found):
+        for i in range(len(found[algorithm, lags[0]][0])):
+            cells = (seeds([read(c[i]) for c in found[algorithm, lag]]) for read in figures.values() for lag in lags)
+            lines.append(f"| `{algorithm}` | {i} | {' | '.join(cells)} |")
+    return lines
+
+
+def seeds(values: list[float | None]) -> str:
+    """The mean over the seeds, the lowest and the highest."""
+    known = [v for v in values if v is not None]
+    return f"{sum(known) / len(known):.2f} [{min(known):.2f}, {max(known):.2f}]" if known else "-"
+
+
 def demo(run: Path) -> list[str]:
     """The last push and the table, as a terminal of 80 columns shows them: eight lines for four iterations."""
     report = summarise(run, extras=True)
@@ -94,6 +123,7 @@ def main(kind: str, *paths: str) -> None:
         "quickstart": lambda: quickstart(runs),
         "algorithms": lambda: table(runs, "algorithm", lambda run: f"`{summarise(run)['algorithm']}`"),
         "layouts": lambda: table(runs, "layout", layout),
+        "curves": lambda: curves(runs),
     }
     write(kind, made[kind](), ROOT / "docs/results.md")
 

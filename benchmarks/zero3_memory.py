@@ -272,7 +272,7 @@ def estimate(job: dict[str, Any], parameters: int) -> float:
     from onlinerl.learners.deepspeed.memory import learner_rank
 
     config = DeepSpeed(ranks=job["ranks"], zero_stage=job["stage"], dtype=job["dtype"])
-    return sum(learner_rank(config, parameters, critic=job["critic"]).values())
+    return sum(learner_rank(config, parameters, critic=parameters if job["critic"] else 0).values())
 
 
 def line(result: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from onlinerl.errors import ConfigError, OracleError
 from onlinerl.families import check_attention, logit_rule
 from onlinerl.prompts._kept import Kept
 from onlinerl.prompts._source import ShuffledPrompts, check_answers, check_overlap, load_prompts
-from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.algorithm import Algorithm, Needs
 from onlinerl.protocols.keys import decided
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
@@ -132,7 +132,8 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
             )
         heldout = heldout[: config.evaluation.prompts]
     parameters = weight_files.parameters(config.model, local)
-    notes.append(memory(config, parameters, critic=algorithm.needs.critic == "separate"))
+    critic = _check_critic(config.model, algorithm.needs, local) if algorithm.needs.critic_model else parameters
+    notes.append(memory(config, parameters, critic=(critic or 0) if algorithm.needs.critic == "separate" else 0))
     checked = Checked(
         config=config,
         algorithm=algorithm,
@@ -179,13 +180,13 @@ def derived(config: RunConfig, algorithm: Algorithm) -> str:
     )
 
 
-def memory(config: RunConfig, parameters: float | None, *, critic: bool = False) -> str:
+def memory(config: RunConfig, parameters: float | None, *, critic: float = 0) -> str:
     """What each role keeps in memory, from the number of parameters: an estimate without activations.
 
     Args:
         config: the run's.
         parameters: of the model; None if that is not known.
-        critic: whether a second network of the same size is trained; a value head on the policy's own trunk is nothing beside it.
+        critic: parameters of a second network that is trained; a value head on the policy's own trunk is nothing beside it.
     """
     if parameters is None:
         return "memory: the size of the model is not known, so nothing was estimated"
@@ -334,22 +335,58 @@ def _check_writable(config: RunConfig) -> None:
         ) from None
 
 
-def _check_model(model: str) -> Path | None:
+def _check_model(model: str, field: str = "model") -> Path | None:
     """The model's directory, or None for a hub id that is not on this machine."""
     path = hub.local(model)
     if path is not None:
         if not (path / "config.json").is_file():
-            raise ConfigError(f"{path} holds no config.json", field="model", fix="give the directory of a Hugging Face model")
+            raise ConfigError(f"{path} holds no config.json", field=field, fix="give the directory of a Hugging Face model")
         return path
     if not hub.is_id(model):
         raise ConfigError(
             f"there is no directory {model}",
-            field="model",
+            field=field,
             fix="correct the path; `onlinerl fetch-model` brings the quickstart's model"
             if "SmolLM2" in model
             else "correct the path, or give a hub id such as org/name",
         )
     return None
+
+
+def _check_critic(model: str, needs: Needs, local: Path | None) -> float | None:
+    """How many parameters a critic has that begins as a reward model; None if that is not known.
+
+    Raises:
+        ConfigError: if it is no reward model, or does not read what the policy writes.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    field, critic = "algorithm.critic_model", needs.critic_model or ""
+    folder = _check_model(critic, field)
+    try:
+        parameters = weight_files.parameters(critic, folder)
+    except ConfigError as error:
+        raise ConfigError(error.cause, field=field, fix=error.fix) from None
+    if folder is None or local is None:
+        return parameters
+    try:
+        theirs, ours = AutoConfig.from_pretrained(folder), AutoConfig.from_pretrained(local)
+        reads = AutoTokenizer.from_pretrained(folder).get_vocab()
+    except Exception as error:  # of a damaged file the library may raise anything
+        raise ConfigError(
+            f"{critic} cannot be read: {error}", field=field, fix="give the directory of a reward model"
+        ) from error
+    cause = None
+    if theirs.num_labels != 1 or not (theirs.architectures or [""])[0].endswith("ForSequenceClassification"):
+        cause = f"{critic} is no reward model, i.e. a sequence classifier with num_labels=1"
+    elif theirs.model_type != ours.model_type:
+        cause = f"{critic} is of the family {theirs.model_type}, and the policy of {ours.model_type}"
+    elif reads != tokenizer(model).get_vocab():
+        cause = f"{critic} has another vocabulary than the policy, whose tokens it would read"
+    if cause is not None:
+        fix = "give a reward model that was made from the policy's family, or leave it out: the critic is then a copy of the policy"
+        raise ConfigError(cause, field=field, fix=fix)
+    return parameters
 
 
 def tokenizer(model: str) -> Any:

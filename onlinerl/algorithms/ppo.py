@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -77,6 +78,10 @@ class Ppo(PolicyGradient):
     entropy_coef: float = Field(0.0, ge=0)
     critic: Literal["separate", "shared"] = "separate"
     """The critic has its own backbone, or is a head on the policy's."""
+    critic_model: str | None = None
+    """Directory or hub id of a reward model that a separate critic begins with ("The N+ Implementation Details of RLHF with PPO"): one
+    label, the policy's family and tokenizer. Its head is taken too if scores are as the oracle gives them (`normalize_scores: false`).
+    None: the critic begins as a copy of the policy's backbone."""
     critic_learning_rate: float | None = Field(None, gt=0)
     """The policy's learning rate if None; ten times that is common, because the critic's head starts at 0."""
     critic_warmup: int = Field(0, ge=0)
@@ -108,17 +113,29 @@ class Ppo(PolicyGradient):
             raise ValueError("there is no price to adapt: kl_coef is 0")
         return target
 
-    @field_validator("critic_warmup")
+    @field_validator("critic_model", "critic_warmup")
     @classmethod
-    def _leaves_the_policy_alone(cls, iterations: int, info: ValidationInfo) -> int:
-        if iterations > 0 and info.data.get("critic") == "shared":
-            raise ValueError("a shared critic learns on the policy's own network, so the policy would change with it")
-        return iterations
+    def _of_its_own(cls, value: str | int | None, info: ValidationInfo) -> str | int | None:
+        if value and info.data.get("critic") == "shared":
+            raise ValueError("a shared critic is a head on the policy's own network, which would change with it")
+        return value
+
+    @field_validator("critic_model")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        folder = Path(path or "").expanduser()
+        return str(folder.absolute()) if path and folder.is_dir() else path  # a resume may start in another working directory
 
     @by_knobs
     def needs(self) -> Needs:
         """Of a policy gradient; a critic; the entropy if it has a bonus."""
-        more = {"critic": self.critic, "critic_learning_rate": self.critic_learning_rate, "entropy": self.entropy_coef > 0}
+        more = {
+            "critic": self.critic,
+            "critic_model": self.critic_model,
+            "critic_head": self.critic_model is not None and not self.normalize_scores,
+            "critic_learning_rate": self.critic_learning_rate,
+            "entropy": self.entropy_coef > 0,
+        }
         return super().needs.model_copy(update=more)
 
     def objection(self, plan: Plan) -> Objection | None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
+from onlinerl.errors import ConfigError
 from onlinerl.learners._policy import Policy
+from onlinerl.protocols.algorithm import Needs
+
+CAUSAL, REWARD = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
+"""What transformers calls a policy and a reward model."""
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,9 +32,17 @@ class ModelReader:
         self._dtype, self._attention, self._device = dtype, attention, device
         self._frozen: tuple[str, Policy] | None = None
 
-    def trained(self, model: str, critic: Literal["separate", "shared"] | None) -> Policy:
-        """The policy that is going to be trained."""
-        return Policy(self._read(model), critic)
+    def trained(self, model: str, needs: Needs) -> Policy:
+        """The policy that is going to be trained, with the critic that its algorithm needs."""
+        return Policy(self._read(model), needs.critic, *self._critic(needs))
+
+    def _critic(self, needs: Needs) -> tuple[PreTrainedModel | None, nn.Linear | None]:
+        """Backbone and head of a critic that begins as a reward model; of any other, nothing."""
+        if needs.critic_model is None:
+            return None, None
+        model = self._read(needs.critic_model, REWARD)
+        head: nn.Linear = model.score
+        return model.base_model, head if needs.critic_head else None
 
     def frozen(self, model: str) -> Policy:
         """A saved model that only gives log-probs. One at a time is kept: base and previous take turns."""
@@ -49,13 +63,22 @@ class ModelReader:
             self._frozen = None
             gc.collect()  # parameters that were cut up are part of reference cycles
 
-    def _read(self, model: str) -> PreTrainedModel:
-        return self._from_disk(model).to(self._device)
+    def _read(self, model: str, kind: str = CAUSAL) -> PreTrainedModel:
+        return self._from_disk(model, kind).to(self._device)
 
-    def _from_disk(self, model: str) -> PreTrainedModel:
-        from transformers import AutoModelForCausalLM
+    def _from_disk(self, model: str, kind: str) -> PreTrainedModel:
+        import transformers
 
-        return AutoModelForCausalLM.from_pretrained(model, dtype=self._dtype, attn_implementation=self._attention)
+        read = getattr(transformers, kind).from_pretrained
+        network: PreTrainedModel
+        network, report = read(model, dtype=self._dtype, attn_implementation=self._attention, output_loading_info=True)
+        if kind == REWARD and report["missing_keys"]:  # transformers would make them up at random
+            raise ConfigError(
+                f"{model} lacks trained weights for {', '.join(sorted(report['missing_keys']))}",
+                field="algorithm.critic_model",
+                fix="give a trained reward model; a language model has no reward head",
+            )
+        return network
 
     def _prepared(self, policy: Policy) -> Policy:
         """A frozen model as it is kept."""

@@ -71,6 +71,15 @@ class LogProbHead(nn.Module):
         return logits if self._rule.cap is None else self._rule.cap * torch.tanh(logits / self._rule.cap)
 
 
+def _zeros(backbone: PreTrainedModel) -> nn.Linear:
+    """A head that says 0 of every state."""
+    parameter = next(backbone.parameters())
+    head = nn.Linear(backbone.config.hidden_size, 1, dtype=parameter.dtype, device=parameter.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
 class Policy(nn.Module):
     """A causal language model that answers with log-probs instead of logits.
 
@@ -78,6 +87,7 @@ class Policy(nn.Module):
         model: a Hugging Face causal language model.
         critic: "separate" adds a second backbone with a value head, "shared" a head on the policy's own trunk, None nothing.
         critic_backbone: of a separate critic; a copy of the model's own by default.
+        value_head: what makes values [..., 1] of the critic's states; one of zeros by default.
 
     Raises:
         ConfigError: for a model family that rescales its logits in a way that is not known.
@@ -88,6 +98,7 @@ class Policy(nn.Module):
         model: PreTrainedModel,
         critic: Literal["separate", "shared"] | None = None,
         critic_backbone: PreTrainedModel | None = None,
+        value_head: nn.Linear | None = None,
     ) -> None:
         super().__init__()
         self._recompute = False
@@ -97,10 +108,7 @@ class Policy(nn.Module):
         self.value_head: nn.Linear | None = None
         if critic is not None:
             self.critic = (critic_backbone or copy.deepcopy(model.base_model)) if critic == "separate" else None
-            parameter = next(model.parameters())
-            self.value_head = nn.Linear(model.config.hidden_size, 1, dtype=parameter.dtype, device=parameter.device)
-            nn.init.zeros_(self.value_head.weight)
-            nn.init.zeros_(self.value_head.bias)
+            self.value_head = value_head or _zeros(self.critic or model)
 
     def recompute_activations(self) -> None:
         """Keep only the inputs of each layer for the backward pass, of policy and critic, from now on."""

@@ -41,6 +41,10 @@ class Needs(BaseModel):
     """Values of a critic, which has a backbone of its own or is a head on the policy's."""
     critic_learning_rate: float | None = None
     """Peak of the critic's learning rate; the policy's if None."""
+    critic_model: str | None = None
+    """Reward model whose backbone a separate critic begins with; None: a copy of the policy's own."""
+    critic_head: bool = False
+    """The reward model's head too, because values are in the units of its scores; else values begin at 0."""
     entropy: bool = False
     """The entropy of the next-token distribution at each response token."""
     sampling_temperature: bool = False
@@ -103,10 +107,7 @@ class Algorithm(Component):
         return pairs if self.needs.pairs else samples
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Mapping[str, int]]:
-        """Turn one judged group into what is trained, and say how much of it was left out for which reason.
-
-        `pairs` is empty unless `needs.pairs`.
-        """
+        """What one judged group trains, and how much was left out for which reason. `pairs` is empty unless `needs.pairs`."""
         raise NotImplementedError
 
     def score(self, sequence: TrainSequence) -> float:
@@ -122,10 +123,8 @@ class Algorithm(Component):
         return items
 
     def figures(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Mapping[str, float]:
-        """Finite figures of the whole iteration, from its items as `prepare` got them: reported, and kept for later iterations.
-
-        What an algorithm must remember from one iteration to the next goes here, so that a resume remembers exactly the same.
-        """
+        """Finite figures of the whole iteration, from its items as `prepare` got them: reported, and kept for later iterations. What an
+        algorithm must remember from one iteration to the next goes here, so that a resume remembers exactly the same."""
         return {}
 
     def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:

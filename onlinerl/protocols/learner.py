@@ -218,12 +218,12 @@ class LearnerConfig(Component):
         """In a word or two, how ranks share the work."""
         return self.dtype
 
-    def memory(self, parameters: float, *, critic: bool = False) -> Mapping[str, float]:
+    def memory(self, parameters: float, *, critic: float = 0) -> Mapping[str, float]:
         """Bytes that one rank holds when it holds most, without activations, by what they are for.
 
         Args:
             parameters: of the model.
-            critic: whether a second network of the same size is trained beside it.
+            critic: parameters of a second network that is trained beside it.
         """
         return {}
 

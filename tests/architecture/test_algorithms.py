@@ -21,8 +21,8 @@ NAMES = registry.names("algorithms")
 
 LIMIT = 700
 """Lines of our own that importing an algorithm may run through, blank ones and comments included, its own file among them."""
-CRITIC = 300
-"""As many more where there is a critic: rewards per token, advantages from values, a loss of its own."""
+CRITIC = 320
+"""As many more where there is a critic: what it begins as, rewards per token, advantages from values, a loss of its own."""
 OFF_POLICY = 60
 """As many more where responses of other policies are weighed by how probable they are."""
 

@@ -264,6 +264,27 @@ def critic_gradients(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) ->
     return result
 
 
+def critic_model(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
+    """Values of a critic that begins as a reward model, with its head and without, and after a checkpoint."""
+    sequences = [[s for item in job["steps"][0] for s in item.sequences]]
+    loss, found = job["critic_loss"], {}
+    for name, normalize in (("as scores are", False), ("normalized", True)):
+        algorithm = loss["algorithm"].model_copy(update={"critic_model": job["reward"], "normalize_scores": normalize})
+        learner = ranks.learner(job["model"], algorithm, stage=case["stage"], dtype=case["dtype"])
+        (found[name],) = learner.values(sequences)
+    found["backbone"] = {n.removeprefix("critic."): p for n, p in parameters(learner).items() if n.startswith("critic.")}
+    ranks.step(learner, loss["items"])
+    (trained,) = learner.values(sequences)
+    here = Path(job["directory"]) / "critic-model-{}-{}".format(ranks.world_size, case["stage"])
+    here.mkdir(exist_ok=True)
+    learner.save(str(here))
+    again = ranks.learner(job["model"], algorithm, stage=case["stage"], dtype=case["dtype"])
+    again.load(str(here))
+    (loaded,) = again.values(sequences)
+    found["resumed"] = all(map(np.array_equal, trained, loaded)) and any(np.abs(values).max() > 0 for values in trained)
+    return found
+
+
 def parameters(learner: Rank) -> WEIGHTS:
     """All of them, the critic's too, whole. Collective."""
     import deepspeed
@@ -504,7 +525,9 @@ def optimizer_tensors(learner: Rank) -> WEIGHTS:
     return {name: array(tensor) for name, tensor in found}
 
 
-KINDS = {f.__name__: f for f in (gradients, critic_gradients, steps, export, offload, other_optimizer, absent_rank)}
+KINDS = {
+    f.__name__: f for f in (gradients, critic_gradients, steps, export, offload, other_optimizer, critic_model, absent_rank)
+}
 
 
 def main(job_file: str, rank: str, world_size: str, port: str) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.grpo import Grpo
@@ -128,6 +128,7 @@ CASES: dict[tuple[Any, ...], dict[str, Any]] = {
         ("export", s, m): {"kind": "export", "stage": s, "dtype": "float32", "model": m}
         for s, m in product(EXPORTED, ("model", "untied"))
     },
+    **{("critic model", s): {"kind": "critic_model", "stage": s, "dtype": "float32"} for s in EXPORTED},
     **{("rmsprop", s): {"kind": "other_optimizer", "stage": s, "dtype": "float32"} for s in OTHER},
     **{("offload", s, d): {"kind": "offload", "stage": s, "dtype": d} for s, d in product(STAGES, DTYPES)},
     ("absent",): {"kind": "absent_rank", "stage": 2, "dtype": "float32", "timeout_s": 3.0},  # the last one: it breaks the group
@@ -137,13 +138,16 @@ Answers = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def answers(tiny_llama: Path, tiny_llama_untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+def answers(
+    tiny_llama: Path, tiny_llama_untied: Path, tiny_reward_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Answers:
     """`answers(ranks, *case)`: what the ranks computed. All cases of a number of ranks run together, when the first is asked for."""
     done: dict[int, dict[tuple[Any, ...], Any]] = {}
 
     def ask(ranks: int, *case: Any) -> dict[str, Any]:
         if ranks not in done:
-            done[ranks] = run_ranks(ranks, tiny_llama, tiny_llama_untied, tmp_path_factory.mktemp(f"ranks-{ranks}"))
+            models = {"model": tiny_llama, "untied": tiny_llama_untied, "reward": tiny_reward_model}
+            done[ranks] = run_ranks(ranks, models, tmp_path_factory.mktemp(f"ranks-{ranks}"))
         answer = done[ranks].get(case)
         if isinstance(answer, str):
             pytest.fail(answer)
@@ -154,15 +158,14 @@ def answers(tiny_llama: Path, tiny_llama_untied: Path, tmp_path_factory: pytest.
     return ask
 
 
-def run_ranks(ranks: int, tied: Path, untied: Path, directory: Path) -> dict[tuple[Any, ...], Any]:
+def run_ranks(ranks: int, models: dict[str, Path], directory: Path) -> dict[tuple[Any, ...], Any]:
     def loss(algorithm: Algorithm, items: list[TrainItem]) -> dict[str, Any]:
         few = len(items) < 8
         cuts = {1: 10_000, 4: 40} if few else budgets(items, ranks)  # a few items cannot fill four micro-batches
         return {"algorithm": algorithm, "items": items, "budgets": cuts}
 
     job = {
-        "model": str(tied),
-        "untied": str(untied),
+        **{name: str(path) for name, path in models.items()},
         "directory": str(directory),
         "losses": {name: loss(*what) for name, what in LOSSES.items()},
         "critic_loss": loss(*CRITIC),
@@ -356,6 +359,25 @@ def test_a_critic_learns_beside_a_policy_with_a_learning_rate_of_0(
             assert_stepped(weight, of_critic[name])
         else:
             np.testing.assert_array_equal(weight, step["before"][name], err_msg=name)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, EXPORTED)))
+def test_a_critic_begins_as_a_reward_model(answers: Answers, tiny_reward_model: Path, ranks: int, stage: int | str) -> None:
+    """Smaller than the policy, as it happens. With its head where values are in the units of its scores, else at 0."""
+    answer = answers(ranks, "critic model", stage)
+    judge = AutoModelForSequenceClassification.from_pretrained(tiny_reward_model, dtype=torch.float32).eval()
+    sequences = [s for i in STEPS[0] for s in i.sequences]
+
+    for s, with_head, without in zip(sequences, answer["as scores are"], answer["normalized"], strict=True):
+        ids = torch.tensor([[*s.prompt_ids, *s.response_ids]])
+        with torch.no_grad():
+            states = judge.base_model(input_ids=ids).last_hidden_state
+            scores = judge.score(states)[0, len(s.prompt_ids) - 1 : -1, 0].numpy()  # of the state before each token
+        np.testing.assert_allclose(with_head, scores, atol=1e-5)
+        assert np.abs(with_head).max() > 0
+        assert (without == 0).all()
+    assert_equal(answer["backbone"], {n: p.detach().numpy() for n, p in judge.base_model.named_parameters()})
+    assert answer["resumed"]
 
 
 @pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, OTHER)))

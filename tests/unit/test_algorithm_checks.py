@@ -67,7 +67,7 @@ def test_a_target_without_a_price_to_adapt_is_refused(knobs):
 
 def test_a_warm_up_of_a_critic_that_shares_the_policys_network_is_refused():
     """The policy would learn in it, against its name and what `check` says about the KL in the reward."""
-    with pytest.raises(ConfigError, match="the policy would change with it") as caught:
+    with pytest.raises(ConfigError, match="network, which would change with it") as caught:
         notes("algorithm.critic=shared", "algorithm.critic_warmup=1")
     assert caught.value.field == "algorithm.critic_warmup"
     assert notes("algorithm.critic=separate", "algorithm.critic_warmup=1") == []

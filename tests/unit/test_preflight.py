@@ -164,7 +164,7 @@ def test_an_engine_does_not_decide_its_dtype(tiny_model, engine):
 
 
 def test_memory_of_a_critic_is_that_of_a_second_model():
-    parts = [learner_rank(config("learner.zero_stage=2").learner, 2**30, critic=critic) for critic in (False, True)]
+    parts = [learner_rank(config("learner.zero_stage=2").learner, 2**30, critic=critic) for critic in (0, 2**30)]
     assert parts[1]["reference"] == parts[0]["reference"]
     assert all(parts[1][name] == 2 * parts[0][name] for name in ("weights", "gradients", "optimizer"))
 
@@ -339,3 +339,86 @@ def test_runs_that_start_at_once_do_not_spoil_each_others_check(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: preflight._check_writable(loaded), range(400)))
     assert not list(tmp_path.iterdir())
+
+
+# --- a critic that begins as a reward model ---
+
+
+@pytest.fixture
+def reward_model(tiny_model, tmp_path):
+    """Makes a folder of a reward model that reads what `tiny_model` writes; keyword arguments change its configuration."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    def make(kind: type = LlamaForSequenceClassification, extra: tuple[str, ...] = (), **changes: int) -> Path:
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        tokenizer.add_tokens(list(extra))
+        tokenizer.save_pretrained(tmp_path / "reward")
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        kind(LlamaConfig(**{"vocab_size": len(tokenizer), "num_labels": 1, **sizes, **changes})).save_pretrained(
+            tmp_path / "reward"
+        )
+        return tmp_path / "reward"
+
+    make.causal = LlamaForCausalLM
+    return make
+
+
+def checked(toy_config, folder, critic_model, **more):
+    path = toy_config(folder, {"algorithm.name": "ppo", "algorithm.critic_model": str(critic_model), **more})
+    return preflight.check(configuration.settled(configuration.load(path)))
+
+
+def test_a_critic_may_begin_as_a_reward_model(toy_config, reward_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    needs = checked(toy_config, tmp_path, reward_model().relative_to(tmp_path)).algorithm.needs
+    assert needs.critic_model == str(tmp_path / "reward"), "a resume may start elsewhere"
+    assert not needs.critic_head, "values are in other units than its scores"
+    scores = {"algorithm.normalize_scores": False}
+    assert checked(toy_config, tmp_path, "reward", **scores).algorithm.needs.critic_head
+
+
+@pytest.mark.parametrize(
+    ("spoil", "cause"),
+    [
+        (lambda make: make(num_labels=2), "no reward model"),
+        (lambda make: make(kind=make.causal), "no reward model"),
+        (lambda make: make(extra=("more",)), "another vocabulary"),
+        (lambda make: make() / "nothing", "there is no directory"),
+        (lambda make: other_family(make()), "of the family mistral"),
+        (lambda make: without_weights(make()), "holds no weights"),
+    ],
+)
+def test_what_a_critic_cannot_begin_as(toy_config, reward_model, tmp_path, spoil, cause):
+    with pytest.raises(ConfigError, match=cause) as caught:
+        checked(toy_config, tmp_path, spoil(reward_model))
+    assert caught.value.field == "algorithm.critic_model"
+    assert caught.value.fix
+
+
+def other_family(folder: Path) -> Path:
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"llama"', '"mistral"').replace("LlamaFor", "MistralFor"))
+    return folder
+
+
+def without_weights(folder: Path) -> Path:
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def test_a_shared_critic_has_no_network_of_its_own(toy_config, reward_model, tmp_path):
+    with pytest.raises(ConfigError, match="head on the policy's own network") as caught:
+        checked(toy_config, tmp_path, reward_model(), **{"algorithm.critic": "shared"})
+    assert caught.value.field == "algorithm.critic_model"
+
+
+def test_a_critic_that_begins_as_a_reward_model_counts_with_its_own_size(toy_config, reward_model, tmp_path):
+    path = toy_config(tmp_path, {"algorithm.name": "ppo", "learner.name": "deepspeed", "engine.name": "vllm"})
+    sizes = []
+    for critic in (None, reward_model(hidden_size=512, intermediate_size=2048, num_hidden_layers=24, num_attention_heads=8)):
+        overrides = [f"algorithm.critic_model={critic}"] if critic else []
+        (note,) = (
+            n for n in preflight.check(configuration.settled(configuration.load(path, overrides))).notes if "memory" in n
+        )
+        sizes.append(float(note.split("weights ")[1].split(" ")[0]))
+    assert sizes == [0.0, pytest.approx(0.4, abs=0.1)]

@@ -26,7 +26,7 @@ class DeepSpeed(LearnerConfig):
         """Stage and dtype."""
         return f"ZeRO-{self.zero_stage}, {self.dtype}"
 
-    def memory(self, parameters: float, *, critic: bool = False) -> Mapping[str, float]:
+    def memory(self, parameters: float, *, critic: float = 0) -> Mapping[str, float]:
         """Bytes that one rank holds when it holds most, without activations, by what they are for."""
         return learner_rank(self, parameters, critic=critic)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from onlinerl.learners._loading import ModelReader
+from onlinerl.learners._loading import CAUSAL, ModelReader
 from onlinerl.learners._policy import LogProbHead, Policy
+from onlinerl.protocols.algorithm import Needs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,23 +31,24 @@ class ShardedReader(ModelReader):
         self._config = deepspeed_config
         self._sharded = deepspeed_config["zero_optimization"]["stage"] == 3
 
-    def trained(self, model: str, critic: Literal["separate", "shared"] | None) -> Policy:
-        """The policy that is going to be trained. Collective under ZeRO-3."""
+    def trained(self, model: str, needs: Needs) -> Policy:
+        """The policy that is going to be trained, with the critic that its algorithm needs. Collective under ZeRO-3."""
         if not self._sharded:
-            return super().trained(model, critic)
+            return super().trained(model, needs)
         import deepspeed
 
-        # A network that is cut up cannot be copied: the critic is read from disk a second time.
-        backbone = self._read(model).base_model if critic == "separate" else None
-        policy = Policy(self._read(model), critic, backbone)
+        backbone, head = self._critic(needs)
+        if backbone is None and needs.critic == "separate":
+            backbone = self._read(model).base_model  # a network that is cut up cannot be copied
+        policy = Policy(self._read(model), needs.critic, backbone, head)
         deepspeed.zero.register_external_parameter(policy.head, policy.head.weight)
         return policy
 
-    def _read(self, model: str) -> PreTrainedModel:
+    def _read(self, model: str, kind: str = CAUSAL) -> PreTrainedModel:
         if not self._sharded:
-            return super()._read(model)
+            return super()._read(model, kind)
         with self._cut_up():
-            return self._from_disk(model)
+            return self._from_disk(model, kind)
 
     def _prepared(self, policy: Policy) -> Policy:
         if self._sharded:

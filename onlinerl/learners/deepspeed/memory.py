@@ -20,7 +20,7 @@ BUCKET = 20_000_000
 """Elements that DeepSpeed reduces, gathers or steps at a time."""
 
 
-def learner_rank(config: DeepSpeed, parameters: float, *, critic: bool = False) -> dict[str, float]:
+def learner_rank(config: DeepSpeed, parameters: float, *, critic: float = 0) -> dict[str, float]:
     """Bytes that one rank holds when it holds most, by what they are for. That is while it takes an optimizer step.
 
     Activations are not in it: they depend on the lengths of prompts and responses, and are bounded by
@@ -30,12 +30,12 @@ def learner_rank(config: DeepSpeed, parameters: float, *, critic: bool = False) 
     Args:
         config: the learner's section.
         parameters: of the model.
-        critic: whether a second network of the same size is trained beside it.
+        critic: parameters of a second network that is trained beside it.
     """
     ranks, stage = config.ranks, config.zero_stage
     low = config.dtype == "bfloat16"
     weight = 2 if low else 4
-    trained = parameters * (2 if critic else 1)
+    trained = parameters + critic
     share = trained / ranks if stage >= 1 else trained
     cut_up = ranks if stage == 3 else 1
     # The wrapper of stages 1 and 2 keeps master weights in fp32 whatever the dtype of the weights.

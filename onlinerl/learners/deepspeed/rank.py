@@ -44,7 +44,7 @@ class DeepSpeedRank(Rank):
                 verbose=False,
             )
         self._reader = ShardedReader(self.dtype, self.config.attn_implementation, self.device, self._deepspeed_config())
-        self._policy = self._reader.trained(model, self.needs.critic)
+        self._policy = self._reader.trained(model, self.needs)
         self._policy.eval()
         optimizer = build_optimizer(parameter_groups(self._policy, self.training), self.training, checked=self._bare)
         self._engine, *_ = deepspeed.initialize(

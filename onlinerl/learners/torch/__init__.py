@@ -18,10 +18,10 @@ class Torch(LearnerConfig):
 
     name: str = "torch"
 
-    def memory(self, parameters: float, *, critic: bool = False) -> Mapping[str, float]:
+    def memory(self, parameters: float, *, critic: float = 0) -> Mapping[str, float]:
         """Bytes that one rank holds when it holds most, without activations, by what they are for."""
         low = self.dtype == "bfloat16"
-        weight, trained = (2 if low else 4), parameters * (2 if critic else 1)
+        weight, trained = (2 if low else 4), parameters + critic
         return {
             "weights": weight * trained,
             "gradients": (4 + weight * low) * trained,  # summed in fp32; a micro-batch's own are in the dtype of the weights

@@ -31,7 +31,7 @@ class TorchRank(Rank):
 
     def _build(self, model: str) -> None:
         self._reader = ModelReader(self.dtype, self.config.attn_implementation, self.device)
-        self._policy = self._reader.trained(model, self.needs.critic)
+        self._policy = self._reader.trained(model, self.needs)
         self._policy.eval()
         if self.config.gradient_checkpointing:
             self._policy.recompute_activations()

@@ -40,6 +40,7 @@ KNOBS = {
     "importance_sampling_mode": [(CAPPED, mode) for mode in ("token_mask", "sequence_truncate", "sequence_mask")],
     "critic": [({}, "shared")],
     "critic_learning_rate": [({}, 1e-3)],
+    "critic_model": [({}, "org/reward-model")],
     "critic_warmup": [({}, 2)],
 }
 
