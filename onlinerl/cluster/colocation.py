@@ -17,7 +17,7 @@ Where engine and learner have GPUs of their own, or there are none, turns are ta
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
 from onlinerl.errors import ClusterError, ConfigError, OnlineRLError
@@ -51,6 +51,10 @@ class SleepingEngine(Protocol):
         """Return once every replica has loaded its model."""
         ...
 
+    def require_starting(self) -> None:
+        """Refuse to go on if a replica has failed to load its model; returns at once."""
+        ...
+
     def sleep(self, timeout_s: float | None = None) -> None:
         """Weights to host memory, KV cache dropped."""
         ...
@@ -63,8 +67,8 @@ class SleepingEngine(Protocol):
 class LeavingLearner(Protocol):
     """What is asked of the learner's ranks."""
 
-    def wait_started(self) -> None:
-        """Return once every rank has loaded the model."""
+    def wait_started(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Return once every rank has loaded the model; what `meanwhile` raises ends the waiting."""
         ...
 
     def offload(self, what: str, timeout_s: float | None = None) -> None:
@@ -101,8 +105,10 @@ class Turns:
         """Call it when the learner has begun to load. Returns once both are there; the learner has the first turn."""
         assert self._engine is not None, "the engine starts first"
         self._learner = learner
-        learner.wait_started()
-        if not self.shared:  # they loaded side by side
+        if self.shared:
+            learner.wait_started()
+        else:  # they load side by side; a replica that fails is said at once, not when the learner is there
+            learner.wait_started(self._engine.require_starting)
             self._engine.wait_started()
         self.turn = "learner"
 

@@ -97,13 +97,17 @@ class LearnerGroup:
             for i, (n, a) in enumerate(zip(self.names, self.actors, strict=True))
         }
 
-    def wait_started(self) -> None:
+    def wait_started(self, meanwhile: Callable[[], None] | None = None) -> None:
         """Return once every rank has loaded the model.
+
+        Args:
+            meanwhile: called now and then; what it raises ends the waiting.
 
         Raises:
             LearnerError: with the rank's own error.
         """
-        get(self._started, timeout_s=self._config.start_timeout_s, error=LearnerError, what="starting the learner")
+        limit = self._config.start_timeout_s
+        get(self._started, timeout_s=limit, error=LearnerError, what="starting the learner", meanwhile=meanwhile)
 
     def call(self, method: Callable[..., T], *args: Any, timeout_s: float | None = None, turn: Turn = "learner") -> list[T]:
         """The same method of `LearnerRank` with the same arguments on every rank."""

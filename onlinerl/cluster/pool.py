@@ -65,6 +65,15 @@ class EnginePool:
         for replica in self._starting:
             replica.to(ReplicaState.STALE)
 
+    def require_starting(self) -> None:
+        """Refuse to go on if a replica has failed to load its model; returns at once.
+
+        Raises:
+            EngineError: with the replica's own error.
+        """
+        failed = {name: future for name, future in self._started.items() if future.done() and future.exception() is not None}
+        all_of(failed, 0, EngineError, "starting the engine")
+
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Group]]:
         """Groups as they finish, those together that have finished meanwhile. The prompts of a replica that fails are asked again, with their seeds.
 

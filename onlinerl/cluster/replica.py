@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
@@ -29,6 +30,26 @@ END_S = 60.0
 """Longest wait for processes to be gone that were killed."""
 
 
+async def loaded(
+    model: str, config: EngineConfig, settings: ReplicaSettings, index: int, places: Sequence[Place]
+) -> EngineReplica:
+    """Replica `index` of those at `places`, with its model.
+
+    Raises:
+        OnlineRLError: whatever went wrong. An engine's own error may not survive the way to the controller: pydantic's cannot be
+            pickled, others cannot be unpickled.
+    """
+    try:
+        return await config.replica(model, places, index, settings)
+    except OnlineRLError:
+        raise
+    except Exception as error:  # an engine may raise anything
+        traceback.print_exc()  # into this process's log: only the message travels
+        raise EngineError(
+            f"starting the engine failed: {type(error).__name__}: {error}", fix="see the traceback in the Ray logs"
+        ) from error
+
+
 @ray.remote
 class ReplicaActor:
     """A replica in a process of its own."""
@@ -39,7 +60,7 @@ class ReplicaActor:
 
     async def start(self, model: str, config: EngineConfig, settings: ReplicaSettings, index: int, *places: Place) -> None:
         """Load the model; takes tens of seconds. Replica `index` of those at `places`."""
-        self._replica: EngineReplica = await config.replica(model, places, index, settings)
+        self._replica: EngineReplica = await loaded(model, config, settings, index, places)
 
     async def processes(self) -> tuple[str, list[tuple[int, float]]]:
         """The node that it lives on; its process there and all those below it, each with the time at which it began."""

@@ -8,7 +8,7 @@ import secrets
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
@@ -24,6 +24,8 @@ from onlinerl.errors import ClusterError, OnlineRLError
 from onlinerl.placement import Placement, bundles, explain_missing, explain_unplaceable, plan
 
 OBJECT_STORE_BYTES = 256 * 2**20
+LOOK_S = 0.5
+"""Between two looks at something else, while an answer is waited for."""
 
 
 class Cluster:
@@ -261,6 +263,7 @@ def get(
     what: str,
     lost: type[OnlineRLError] | None = None,
     late: type[OnlineRLError] | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Any:
     """`ray.get` with a deadline, and with the failing role's own error in the message.
 
@@ -271,6 +274,7 @@ def get(
         what: what was being done, for the message.
         lost: the exception to raise if a process is gone, where that is not `error`.
         late: the one to raise at the deadline, where that is not `error`.
+        meanwhile: called every `LOOK_S`; what it raises ends the waiting.
 
     Raises:
         OnlineRLError: of type `error`, naming the role, what it was doing and its own error.
@@ -282,7 +286,12 @@ def get(
     results = {}
     while waiting:
         # In the order of arrival: the first failure is the cause, and what others are still waiting for may be its consequence.
-        done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        left = max(0.0, deadline - time.monotonic())
+        done, waiting = ray.wait(waiting, timeout=left if meanwhile is None else min(left, LOOK_S))
+        if meanwhile is not None:
+            meanwhile()
+            if not done and left > LOOK_S:
+                continue
         if not done:
             silent = ", ".join(filter(None, (roles[ref] for ref in waiting)))
             raise (late or error)(

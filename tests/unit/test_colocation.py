@@ -286,8 +286,13 @@ class Part:
     def __init__(self, log: list[str], name: str) -> None:
         self.log, self.name, self.broken = log, name, False
 
-    def wait_started(self) -> None:
+    def wait_started(self, meanwhile: Callable[[], None] | None = None) -> None:
+        if meanwhile is not None:
+            meanwhile()
         self.log.append(f"{self.name} started")
+
+    def require_starting(self) -> None:
+        self._do("looked at")
 
     def _do(self, what: str) -> None:
         if self.broken:
@@ -318,6 +323,19 @@ def parts() -> tuple[Turns, Part, Part, list[str]]:
 
 def test_the_engine_sleeps_before_the_learner_is_waited_for(parts: Any) -> None:
     assert parts[3] == ["engine started", "engine sleep", "learner started"]
+
+
+def test_an_engine_that_fails_ends_the_wait_for_a_learner_that_loads_beside_it() -> None:
+    log: list[str] = []
+    engine, learner, turns = Part(log, "engine"), Part(log, "learner"), Turns(shared=False)
+    turns.engine_starts(engine)
+    engine.broken = True
+    with pytest.raises(EngineError, match="no memory"):
+        turns.learner_starts(learner)
+    assert log == []
+    engine.broken = False
+    turns.learner_starts(learner)
+    assert log == ["engine looked at", "learner started", "engine started"]
 
 
 def test_nobody_works_during_a_push_but_the_push(parts: Any) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import pickle
 import signal
+import threading
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
 
 from onlinerl import config as configuration
-from onlinerl.errors import ClusterError, EngineError, LearnerError
+from onlinerl.errors import ClusterError, ConfigError, EngineError, LearnerError
 
 runtime = pytest.importorskip("onlinerl.cluster.runtime")
 exceptions = pytest.importorskip("ray.exceptions")
@@ -101,3 +105,76 @@ def test_a_rank_that_wrote_nothing_makes_no_checkpoint(tmp_path):
     group.call = lambda method, path: [{"state/a.pt": 3}, {}]
     with pytest.raises(LearnerError, match="learner rank 1 wrote nothing"):
         group.save(tmp_path)
+
+
+def test_what_fails_meanwhile_ends_the_waiting(monkeypatch):
+    monkeypatch.setattr(runtime, "LOOK_S", 0.01)
+    monkeypatch.setattr(runtime.ray, "wait", lambda refs, timeout: (time.sleep(timeout), ([], refs))[1])
+    looks = []
+
+    def meanwhile():
+        looks.append(1)
+        if len(looks) == 3:
+            raise EngineError("replica 0: no such model", fix="none")
+
+    with pytest.raises(EngineError, match="no such model"):
+        runtime.get({"rank 0": "ref"}, timeout_s=60, error=LearnerError, what="starting", meanwhile=meanwhile)
+    with pytest.raises(LearnerError, match="did not finish within 0 s"):
+        runtime.get({"rank 0": "ref"}, timeout_s=0.05, error=LearnerError, what="starting", meanwhile=lambda: None)
+
+
+def test_a_replica_that_has_failed_to_start_is_said_while_others_load():
+    kind = pytest.importorskip("onlinerl.cluster.pool").EnginePool
+    pool = kind.__new__(kind)
+    loading, failed = Future(), Future()
+    pool._started = {"replica 0": loading, "replica 1": failed}
+    pool.require_starting()
+    failed.set_exception(exceptions.RayTaskError("start", "traceback", EngineError("no such model", fix="give another")))
+    with pytest.raises(EngineError, match="replica 1: no such model") as caught:
+        pool.require_starting()
+    assert caught.value.fix == "give another"
+
+
+class TwoArguments(Exception):
+    """Cannot be unpickled: it is made again of its message alone."""
+
+    def __init__(self, what, why):
+        super().__init__(f"{what}: {why}")
+
+
+class Locked(Exception):
+    """Cannot be pickled."""
+
+    def __init__(self, message):
+        super().__init__(message)
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize("raised", [TwoArguments("kv cache", "too small"), Locked("kv cache: too small")])
+def test_an_engine_s_own_error_at_its_start_reaches_the_controller(raised, capfd):
+    replica = pytest.importorskip("onlinerl.cluster.replica")
+
+    class Engine:
+        async def replica(self, *arguments):
+            raise raised
+
+    with pytest.raises((pickle.PicklingError, TypeError)):
+        pickle.loads(pickle.dumps(raised))
+    with pytest.raises(EngineError) as caught:
+        asyncio.run(replica.loaded("model", Engine(), None, 0, ()))
+    arrived = pickle.loads(pickle.dumps(caught.value))
+    assert f"{type(raised).__name__}: kv cache: too small" in arrived.cause
+    assert "Traceback" in capfd.readouterr().err, "the logs have the rest"
+
+
+def test_an_error_of_ours_at_a_replica_s_start_stays_as_it_is():
+    replica = pytest.importorskip("onlinerl.cluster.replica")
+    error = ConfigError("too small", field="engine.kv_cache_gib", fix="raise it")
+
+    class Engine:
+        async def replica(self, *arguments):
+            raise error
+
+    with pytest.raises(ConfigError) as caught:
+        asyncio.run(replica.loaded("model", Engine(), None, 0, ()))
+    assert caught.value is error
