@@ -18,7 +18,7 @@ from onlinerl.algorithm_checks import check_algorithm, check_sections
 from onlinerl.config import RunConfig
 from onlinerl.controller.asking import answers
 from onlinerl.errors import ConfigError, OracleError
-from onlinerl.families import check_attention, logit_rule
+from onlinerl.model_checks import check_description, check_vocabulary, check_weights
 from onlinerl.prompts._kept import Kept
 from onlinerl.prompts._source import ShuffledPrompts, check_answers, check_overlap, load_prompts
 from onlinerl.protocols.algorithm import Algorithm, Needs
@@ -103,7 +103,10 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     local = _check_model(config.model)
     if local is not None:  # from here on by its place: other processes may have another working directory
         config = config.model_copy(update={"model": str(local)})
-        check_family(config)
+        check_description(local, config.learner.attn_implementation)
+    parameters = weight_files.parameters(config.model, local)
+    if local is not None:
+        check_weights(local)
     train: ShuffledPrompts | None = None
     heldout: Sequence[Prompt] = ()
     if kept is not None and local is not None:
@@ -111,9 +114,9 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
         total = len(train)
         notes += kept.changes(config)
     elif local is not None:
-        train, heldout = load_prompts(
-            config.prompts, tokenizer(config.model), config.seed, needs_answers=oracle.needs_reference_answer
-        )
+        reads = tokenizer(config.model)
+        train, heldout = load_prompts(config.prompts, reads, config.seed, needs_answers=oracle.needs_reference_answer)
+        check_vocabulary(local, reads, (p.token_ids for p in (*train, *heldout)))
         total = len(train)
     else:
         raw = config.prompts.raw("train"), config.prompts.raw("heldout")
@@ -131,7 +134,6 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
                 fix=f"lower it to {len(heldout)}",
             )
         heldout = heldout[: config.evaluation.prompts]
-    parameters = weight_files.parameters(config.model, local)
     critic = _check_critic(config.model, algorithm.needs, local) if algorithm.needs.critic_model else parameters
     notes.append(memory(config, parameters, critic=(critic or 0) if algorithm.needs.critic == "separate" else 0))
     checked = Checked(
@@ -403,21 +405,3 @@ def tokenizer(model: str) -> Any:
         raise ConfigError(
             f"its tokenizer cannot be loaded: {error}", field="model", fix="put the tokenizer's files beside the weights"
         ) from error
-
-
-def check_family(config: RunConfig) -> None:
-    """Refuse a model whose log-probs the learner would get wrong.
-
-    Raises:
-        ConfigError: if the learner does not know its family well enough, or would compute its attention wrongly.
-    """
-    from transformers import AutoConfig
-
-    try:
-        model = AutoConfig.from_pretrained(config.model).to_dict()  # not the file alone: that may leave out what is a default
-    except Exception as error:  # models check their own configurations, each in its way
-        raise ConfigError(
-            f"its config.json cannot be read: {error}", field="model", fix="use a model that the installed transformers knows"
-        ) from error
-    logit_rule(model)
-    check_attention(model, config.learner.attn_implementation)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from onlinerl.errors import ConfigError
+
+_TRUNK = r"(?:(?:model|gpt_neox|transformer|backbone|language_model)\.)*"
+"""What the names in a language model begin with; those of its encoder or of a part for pictures begin otherwise."""
 
 
 def parameters(model: str, local: Path | None) -> float | None:
@@ -33,8 +37,29 @@ def parameters(model: str, local: Path | None) -> float | None:
             field="model",
             fix="download it again",
         )
-    shapes = [tensor["shape"] for file in files for tensor in _tensors(file).values()]
-    return float(sum(prod(shape) for shape in shapes)) or None
+    return float(sum(prod(shape) for shape in shapes(local).values())) or None
+
+
+def shapes(model: Path) -> dict[str, list[int]]:
+    """Of the tensors in a model's safetensors files, by name.
+
+    Raises:
+        ConfigError: if a file is not whole.
+    """
+    files = sorted(model.glob("*.safetensors"))
+    return {name: tensor["shape"] for file in files for name, tensor in _tensors(file).items()}
+
+
+def layers(shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """How many layers of a language model there are; None if they have names that are not known here."""
+    numbers = [int(found[1]) for name in shapes if (found := re.match(rf"{_TRUNK}(?:layers|h)\.(\d+)\.", name))]
+    return max(numbers) + 1 if numbers else None
+
+
+def embedding(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int] | None:
+    """Rows and columns of a language model's input embedding; None if it has a name that is not known here."""
+    tables = (s for name, s in shapes.items() if re.fullmatch(rf"{_TRUNK}(?:embed_tokens|embed_in|wte)\.weight", name))
+    return next(((s[0], s[1]) for s in tables if len(s) == 2), None)
 
 
 def _listed(model: Path) -> set[str]:

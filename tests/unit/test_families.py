@@ -14,10 +14,11 @@ import transformers
 from torch import nn
 
 from onlinerl import config as configuration
-from onlinerl import preflight
+from onlinerl import preflight, weight_files
 from onlinerl.errors import ConfigError
 from onlinerl.families import LogitRule, check_attention, logit_rule
 from onlinerl.learners._policy import Policy
+from onlinerl.model_checks import check_description, check_weights
 from onlinerl.ops.batching import collate
 from onlinerl.types import TrainItem, TrainSequence
 
@@ -123,6 +124,15 @@ def test_each_of_these_families_would_be_wrong_without_its_rule(family: str, mon
     ours, theirs = ours_and_theirs(build(family))
 
     assert (ours - theirs).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("family", [*RESCALED, *PLAIN])
+def test_check_takes_the_files_of_each_family(family: str, tmp_path: Path) -> None:
+    build(family).save_pretrained(tmp_path)
+    check_description(tmp_path, "eager")
+    check_weights(tmp_path)
+    shapes = weight_files.shapes(tmp_path)
+    assert (weight_files.layers(shapes), weight_files.embedding(shapes)) == (2, (VOCABULARY, SMALL["hidden_size"]))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,185 @@
+"""What of a model can be seen from its files to be of no use in a run, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onlinerl import weight_files
+from onlinerl.errors import ConfigError
+from onlinerl.families import check_attention, logit_rule
+
+
+def check_description(model: Path, attention: str) -> None:
+    """Refuse a model that the engine or the learner could not load, or whose log-probs the learner would get wrong.
+
+    Args:
+        model: its directory.
+        attention: `learner.attn_implementation`.
+
+    Raises:
+        ConfigError: naming cause and fix.
+    """
+    try:
+        written = _object(model / "config.json")
+    except (OSError, ValueError) as error:
+        raise _unreadable(error) from error
+    _check_quantization(written)
+    _check_remote_code(written)  # before transformers reads the file: it would ask at the terminal
+    try:
+        described = _described(model).to_dict()  # not the file alone: that may leave out what is a default
+    except Exception as error:  # models check their own configurations, each in its way
+        raise _unreadable(error) from error
+    _check_architecture(written)
+    logit_rule(described)
+    check_attention(described, attention)
+    _check_generation(model)
+
+
+def check_weights(model: Path) -> None:
+    """Refuse a configuration that does not go with the weights beside it, as far as their headers say.
+
+    Raises:
+        ConfigError: if it has more layers, or other embeddings.
+    """
+    shapes = weight_files.shapes(model)
+    text = _described(model).get_text_config(decoder=True)
+    layers, there = getattr(text, "num_hidden_layers", None), weight_files.layers(shapes)
+    if isinstance(layers, int) and there is not None and layers > there:
+        raise _other_weights(f"num_hidden_layers is {layers}, and the weight files hold {there} layers")
+    table = weight_files.embedding(shapes)
+    if table is None:
+        return
+    for key, size in zip(("vocab_size", "hidden_size"), table, strict=True):
+        wanted = getattr(text, key, None)
+        if isinstance(wanted, int) and wanted != size:
+            raise _other_weights(f"{key} is {wanted}, and the embedding in the weight files is {table[0]} x {table[1]}")
+
+
+def check_vocabulary(model: Path, tokenizer: Any, prompts: Iterable[Sequence[int]]) -> None:
+    """Refuse a tokenizer whose tokens the model does not have.
+
+    Special tokens do not count until a prompt contains one: Gemma 3 has one for pictures that its text models have no row for.
+
+    Args:
+        model: its directory.
+        tokenizer: the model's.
+        prompts: their token ids.
+
+    Raises:
+        ConfigError: if a token's id is beyond the model's vocabulary.
+    """
+    size = getattr(_described(model).get_text_config(decoder=True), "vocab_size", None)
+    if not isinstance(size, int):
+        return
+    added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {number for number, token in added.items() if token.special} - {tokenizer.eos_token_id}
+    used = set(tokenizer.get_vocab().values()) - special
+    highest = max(used.union(*prompts), default=-1)
+    if highest >= size:
+        raise ConfigError(
+            f"its tokenizer has tokens up to number {highest}, and the model's vocabulary ends at {size - 1} (vocab_size {size})",
+            field="model",
+            fix="put the tokenizer there that the model was trained with, or give the model as many embeddings "
+            "(resize_token_embeddings of transformers) and train them",
+        )
+
+
+def _check_quantization(written: Mapping[str, Any]) -> None:
+    """Quantized weights cannot be trained, nor replaced by the learner's."""
+    nested = written.get("text_config")
+    for part in (written, nested if isinstance(nested, Mapping) else {}):
+        for key in ("quantization_config", "compression_config"):
+            if (how := part.get(key)) is None:
+                continue
+            method = how.get("quant_method") if isinstance(how, Mapping) else None
+            raise ConfigError(
+                f"its weights are quantized ({f'{method}, ' if method else ''}{key} in its config.json): they can neither be trained "
+                "nor be replaced by trained ones",
+                field="model",
+                fix="give the model that it was made from, with weights in bfloat16, float16 or float32",
+            )
+
+
+def _check_remote_code(written: Mapping[str, Any]) -> None:
+    """Code that comes with a model is not run."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    code, family = written.get("auto_map"), written.get("model_type")
+    known = {"AutoConfig": family in CONFIG_MAPPING, "AutoModelForCausalLM": family in _causal()}
+    if isinstance(code, Mapping) and (missing := [name for name in known if name in code and not known[name]]):
+        raise ConfigError(
+            f"the family {family!r} needs code that comes with the model (auto_map in its config.json has {missing[0]}), which is not run: "
+            "the installed transformers does not know it as a language model",
+            field="model",
+            fix="give a model of a family that transformers knows, or install a transformers that knows this one",
+        )
+
+
+def _check_architecture(written: Mapping[str, Any]) -> None:
+    """A policy gives a distribution of the next token. A file that names no architecture is left to transformers."""
+    named, causal = written.get("architectures"), _causal()
+    if not isinstance(named, list) or not named:
+        return
+    known = set().union(*causal.values())
+    # Of a model that reads pictures too, transformers may know the language part alone.
+    if "text_config" in written and written.get("model_type") in causal:
+        return
+    if not any(str(name).endswith("ForCausalLM") or name in known for name in named):
+        raise ConfigError(
+            f"it is no causal language model: its config.json names {', '.join(map(str, named))} as its architecture",
+            field="model",
+            fix="give a model whose architecture ends in ForCausalLM; a reward model or encoder cannot write responses",
+        )
+
+
+def _check_generation(model: Path) -> None:
+    """Engine and learner do without a generation_config.json that is no JSON, and stop at one that is another JSON value."""
+    file = model / "generation_config.json"
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{file} holds a {type(value).__name__}, and must hold a JSON object",
+            field="model",
+            fix="download it again, or delete it: nothing else depends on it",
+        )
+
+
+def _causal() -> dict[str, set[str]]:
+    """By `model_type`: the classes that transformers' AutoModelForCausalLM may take."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    return {family: {classes} if isinstance(classes, str) else set(classes) for family, classes in NAMES.items()}
+
+
+def _described(model: Path) -> Any:
+    """The configuration of a model, as transformers has it."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model)
+
+
+def _object(file: Path) -> dict[str, Any]:
+    value = json.loads(file.read_bytes())
+    if not isinstance(value, dict):
+        raise ValueError("it holds no JSON object")
+    return value
+
+
+def _unreadable(error: Exception) -> ConfigError:
+    return ConfigError(
+        f"its config.json cannot be read: {error}", field="model", fix="use a model that the installed transformers knows"
+    )
+
+
+def _other_weights(cause: str) -> ConfigError:
+    return ConfigError(
+        f"its config.json does not go with its weights: {cause}",
+        field="model",
+        fix="restore the config.json that belongs to these weights, or download the model again",
+    )
