@@ -146,7 +146,7 @@ def _check_generation(model: Path) -> None:
         raise ConfigError(
             f"{file} holds a {type(value).__name__}, and must hold a JSON object",
             field="model",
-            fix="download it again, or delete it: nothing else depends on it",
+            fix="download it again, or delete it",
         )
 
 
