@@ -209,6 +209,8 @@ from onlinerl.cluster.runtime import Cluster
 
 with Cluster(config.load(sys.argv[1])):
     assert ray.get(ray.remote(lambda: os.nice(0)).options(num_cpus=0).remote()) == os.nice(0)
+    raylet = next(each for each in psutil.Process().children() if each.name() == "raylet")
+    assert os.getpgid(raylet.pid) != os.getpgrp(), "a SIGTERM to the group would reach it"
     below = [(each.name(), " ".join(each.cmdline())) for each in psutil.Process().children(recursive=True)]
     workers = [args for name, args in below if name != "raylet" and ("ray::IDLE" in args or "default_worker.py" in args)]
     assert len(workers) == 1, f"{workers}: more were started than were asked for"
