@@ -69,7 +69,7 @@ class Cluster:
             self._group = None
         ray.shutdown()
         if self._reaper is not None:
-            self._reaper.kill()
+            self._reaper.terminate()
             self._reaper.wait()
             self._reaper = None
 
