@@ -53,6 +53,34 @@ def check(config: RunConfig, console: Console, kept: Kept | None = None) -> Chec
     return checked
 
 
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGINT and SIGTERM stop the controller wherever it is and end as `Interrupted`; what is finished is on disk already.
+
+    A second one ends this process at once, whatever its clean-up is waiting for: the processes that it started notice that it is
+    gone and end themselves, and the lock of the run is released by the kernel.
+    """
+    received: list[str] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if received:
+            os._exit(Interrupted.exit_code)
+        received.append(signal.Signals(number).name)
+        with suppress(OSError):
+            os.write(2, b"stopping; a second signal ends it at once\n")  # stderr, without the buffers that were interrupted
+        raise KeyboardInterrupt  # the one exception that Ray's waiting calls let through a signal handler
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped by {' and '.join(received) or 'SIGTERM'}", fix="continue with `onlinerl resume`") from None
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@_signals()
 def run(config: RunConfig, console: Console, *, fresh: bool = False) -> int:
     """Start a run. Returns the number of iterations run.
 
@@ -84,6 +112,7 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False) -> int:
     return _execute(checked, store, console)
 
 
+@_signals()
 def resume(directory: Path, overrides: Sequence[str], console: Console) -> int:
     """Continue a run at its first unfinished phase. Returns the number of iterations run; 0 if there was nothing left.
 
@@ -139,65 +168,37 @@ def lacking(checked: Checked) -> list[ConfigError]:
 def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
     if "prompts" not in store.manifest:
         store.keep_prompts(train=list(checked.train or ()), heldout=checked.heldout)
-    with _signals():
-        (store.path / FAILURE).unlink(missing_ok=True)  # of an earlier attempt
-        clock = time_limit.PhaseClock(store)
-        tracker = FanoutTracker([clock, *wiring.trackers(checked, store.path, console)])
-        if store.caveat is not None:
-            tracker.note(store.caveat)
-        status = "failed"
-        try:
-            with wiring.started(checked, store, tracker) as parts:
-                done = loop.run(parts, attempt=store.manifest.get("attempt", 0))
-            store.update_manifest(status="finished")
-            status = "finished"
-            return done
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        except Exception as error:
-            if isinstance(error, OnlineRLError):
-                error.started = True
-            with suppress(OSError):  # a full disk must not hide what happened
-                _record_failure(store, error)
-            raise
-        finally:
-            if status != "finished":
-                with suppress(StoreError):  # what ended the run is on its way to the user
-                    stopped = {"stopped": clock.stopped()} if status == "interrupted" else {}
-                    store.update_manifest(status=status, **stopped)
-            tracker.ended(status)
-            tracker.close()
-            checked.oracle.close()
-            store.close()
-            _say_how_it_went(store.path, status, console)
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """SIGINT and SIGTERM stop the controller wherever it is and end as `Interrupted`; what is finished is on disk already.
-
-    A second one ends this process at once, whatever its clean-up is waiting for: the processes that it started notice that it is
-    gone and end themselves, and the lock of the run is released by the kernel.
-    """
-    received: list[str] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if received:
-            os._exit(Interrupted.exit_code)
-        received.append(signal.Signals(number).name)
-        with suppress(OSError):
-            os.write(2, b"stopping; a second signal ends it at once\n")  # stderr, without the buffers that were interrupted
-        raise KeyboardInterrupt  # the one exception that Ray's waiting calls let through a signal handler
-
-    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    (store.path / FAILURE).unlink(missing_ok=True)  # of an earlier attempt
+    clock = time_limit.PhaseClock(store)
+    tracker = FanoutTracker([clock, *wiring.trackers(checked, store.path, console)])
+    if store.caveat is not None:
+        tracker.note(store.caveat)
+    status = "failed"
     try:
-        yield
+        with wiring.started(checked, store, tracker) as parts:
+            done = loop.run(parts, attempt=store.manifest.get("attempt", 0))
+        store.update_manifest(status="finished")
+        status = "finished"
+        return done
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped by {' and '.join(received)}", fix="continue with `onlinerl resume`") from None
+        status = "interrupted"
+        raise
+    except Exception as error:
+        if isinstance(error, OnlineRLError):
+            error.started = True
+        with suppress(OSError):  # a full disk must not hide what happened
+            _record_failure(store, error)
+        raise
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if status != "finished":
+            with suppress(StoreError):  # what ended the run is on its way to the user
+                stopped = {"stopped": clock.stopped()} if status == "interrupted" else {}
+                store.update_manifest(status=status, **stopped)
+        tracker.ended(status)
+        tracker.close()
+        checked.oracle.close()
+        store.close()
+        _say_how_it_went(store.path, status, console)
 
 
 def _record_failure(store: RunDirectory, error: Exception) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import FrameType
 from typing import Any, Literal
 
@@ -70,7 +71,7 @@ class Cluster:
             self._group = None
         ray.shutdown()
         if self._reaper is not None:
-            self._reaper.kill()
+            self._reaper.terminate()
             self._reaper.wait()
             self._reaper = None
 
@@ -92,13 +93,17 @@ class Cluster:
                     # all its clusters share into a file that everybody can read; this one ends with the run.
                     if not os.environ.get("RAY_AUTH_TOKEN") and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
                         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-                    context = ray.init(
-                        address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet
-                    )
+                    with _in_a_group_of_their_own():
+                        context = ray.init(
+                            address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet
+                        )
                     self._reaper = _reaper.start(os.getpid())
                 else:
                     context = ray.init(address=address, namespace="onlinerl", **quiet)
                 self.logs = os.path.join(context.address_info["session_dir"], "logs")
+        except SystemExit:  # of the handler for SIGTERM that Ray has while it starts
+            ray.shutdown()
+            raise KeyboardInterrupt from None
         except _Late:
             ray.shutdown()
             raise ClusterError(
@@ -199,6 +204,20 @@ class Cluster:
 
 class _Late(BaseException):
     """The deadline passed. Not an Exception: Ray tries again after any of those, some of its waits for a quarter of an hour."""
+
+
+@contextmanager
+def _in_a_group_of_their_own() -> Iterator[None]:
+    """Processes that Ray starts inside are not reached by a SIGTERM to the controller's process group, as `timeout` and batch systems
+    send it: the clean-up needs them, and Ray aborts a process that has lost its control service. (Ray shields them from SIGINT itself.)"""
+    from ray._private import services
+
+    usual = services.ConsolePopen
+    services.ConsolePopen = partial(usual, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = usual
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -645,6 +646,23 @@ def test_a_signal_ends_it_resumably(counted, warm_cli, uninterrupted, tmp_path, 
     done = counted("resume")
     assert done.returncode == 0, done.message
     assert everything(run) == uninterrupted
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_before_anything_has_begun(warm_cli, toy_config, tmp_path, number):
+    """While the configuration is checked: a launcher must know that the job may be queued again."""
+    (tmp_path / "slow.py").write_text("import time\nopen('there', 'w').close()\ntime.sleep(60)\n")
+    config = toy_config(tmp_path, {"oracle.name": "python", "oracle.function": "slow.judge"})
+    process, out = warm_cli.start("run", config)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "there").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    stopped = warm_cli.finish(process, out)
+    assert stopped.returncode == REQUEUE, stopped.message
+    assert f"stopped by {number.name}" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
 
 
 def test_a_second_signal_ends_it_at_once(counted, warm_cli, uninterrupted, tmp_path):

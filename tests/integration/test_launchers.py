@@ -202,20 +202,32 @@ def test_head_and_worker_make_a_cluster(tmp_path):
 
 # A cluster that a run starts for itself, and a stranger who found its port.
 OWN_CLUSTER = """
-import os, subprocess, sys
+import os, subprocess, sys, time
 import psutil, ray
 from onlinerl import config
 from onlinerl.cluster.runtime import Cluster
 
 with Cluster(config.load(sys.argv[1])):
     assert ray.get(ray.remote(lambda: os.nice(0)).options(num_cpus=0).remote()) == os.nice(0)
+    raylet = next(each for each in psutil.Process().children() if each.name() == "raylet")
+    assert os.getpgid(raylet.pid) != os.getpgrp(), "a SIGTERM to the group would reach it"
     below = [(each.name(), " ".join(each.cmdline())) for each in psutil.Process().children(recursive=True)]
     workers = [args for name, args in below if name != "raylet" and ("ray::IDLE" in args or "default_worker.py" in args)]
     assert len(workers) == 1, f"{workers}: more were started than were asked for"
+    def start(file):
+        print(subprocess.Popen(["sleep", "600"], start_new_session=True).pid, file=open(file, "w"), flush=True)  # as ninja starts compilers
+        time.sleep(5)
+        os.kill(os.getpid(), 9)
+
+    try:
+        ray.get(ray.remote(start).options(num_cpus=0, max_retries=0).remote(sys.argv[2]))
+    except ray.exceptions.WorkerCrashedError:
+        lingers = psutil.Process(int(open(sys.argv[2]).read()))
     address = ray.get_runtime_context().gcs_address
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"}
     look = "import sys, ray; ray.init(address=sys.argv[1], logging_level='ERROR')"
     stranger = subprocess.run([sys.executable, "-c", look, address], env=env, capture_output=True, text=True)
+assert not lingers.is_running() or lingers.status() == psutil.STATUS_ZOMBIE, "what a part has started ends with the cluster"
 assert stranger.returncode != 0 and "AuthenticationError" in stranger.stderr, stranger.stderr
 """
 
@@ -224,7 +236,9 @@ assert stranger.returncode != 0 and "AuthenticationError" in stranger.stderr, st
 def test_a_cluster_of_a_run_alone_refuses_strangers_and_leaves_no_secret_behind(toy_config, tmp_path):
     config = toy_config(tmp_path, {"cluster.device": "cpu"})
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", OWN_CLUSTER, config], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", OWN_CLUSTER, config, tmp_path / "pid"], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert not (tmp_path / ".ray").exists()
 

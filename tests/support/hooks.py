@@ -29,7 +29,8 @@ def event(kind, **facts):
         if SPEC.get("kill") == [kind, number]:
             os.kill(os.getpid(), signal.SIGKILL)
     if SPEC.get("stop") == [kind, number]:
-        os.kill(os.getpid(), signal.SIGTERM)
+        # As `timeout` and batch systems do it, where the group is this run's alone.
+        os.kill(-os.getpid() if os.getpgrp() == os.getpid() else os.getpid(), signal.SIGTERM)
     for name, *moment, how in SPEC.get("strikes", ()):
         if moment == [kind, number]:
             strike(name, how)

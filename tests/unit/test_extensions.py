@@ -22,6 +22,20 @@ def lock(tmp_path, monkeypatch):
     return tmp_path / "shm_comm" / "lock"
 
 
+def test_each_environment_compiles_into_a_folder_of_its_own(monkeypatch):
+    """Unless the user has named one."""
+    folders = set()
+    for prefix in ("/one/.venv", "/two/.venv"):
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+        monkeypatch.setattr(sys, "prefix", prefix)
+        _extensions.use_own_folder()
+        folders.add(os.environ["TORCH_EXTENSIONS_DIR"])
+    assert len(folders) == 2
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/mine")
+    _extensions.use_own_folder()
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == "/mine"
+
+
 def builds(lock, then: str) -> subprocess.Popen:
     """A process that has begun to compile."""
     code = f"from torch.utils.file_baton import FileBaton as F; f = F({str(lock)!r}); assert f.try_acquire(); print(flush=True); {then}"

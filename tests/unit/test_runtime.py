@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -80,6 +82,24 @@ def test_a_cluster_that_never_answers(monkeypatch, address):
     assert caught.value.field == "cluster.start_timeout_s"
     assert signal.getsignal(signal.SIGALRM) is before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_sigterm_while_ray_starts_ends_it_like_one_at_any_other_time(monkeypatch):
+    """Ray has a handler of its own then, which raises SystemExit."""
+    ended = []
+
+    def init(**_):
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(runtime.ray, "init", init)
+    monkeypatch.setattr(runtime.ray, "shutdown", lambda: ended.append(True))
+    with pytest.raises(KeyboardInterrupt):
+        cluster().__enter__()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert ended
 
 
 def test_a_cluster_that_fails_while_room_is_reserved(monkeypatch):

@@ -7,8 +7,10 @@ Whoever compiles has the file open: one that nobody has open belongs to nobody.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +25,13 @@ LOOK_S = 2.0
 PATIENCE_S, NETWORK_PATIENCE_S = 60.0, 600.0
 """Youngest lock that is taken for abandoned. Processes of other machines and containers cannot be seen from here, and may compile for
 that long: on a network file system there may be such machines."""
+
+
+def use_own_folder() -> None:
+    """Compile into a folder of this Python environment. What PyTorch builds names the environment's paths: environments that share a
+    folder, as they do by default, compile everything anew whenever they take turns."""
+    name = hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(get_default_build_root()) / f"environment-{name}"))
 
 
 @contextmanager
@@ -44,9 +53,7 @@ def without_abandoned_locks() -> Iterator[None]:
 
 def remove_abandoned_locks() -> list[Path]:
     """Remove them; returns which they were."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    depth = "*/lock" if os.environ.get("TORCH_EXTENSIONS_DIR") else "*/*/lock"
-    abandoned = [lock for lock in root.glob(depth) if _is_abandoned(lock)]
+    abandoned = [lock for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/lock") if _is_abandoned(lock)]
     for lock in abandoned:
         logging.getLogger(__name__).warning("%s was left behind by a process that was killed; it is removed", lock)
         lock.unlink(missing_ok=True)

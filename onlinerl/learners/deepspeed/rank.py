@@ -16,7 +16,7 @@ from onlinerl.errors import LearnerError
 from onlinerl.learners._optimizer import build_optimizer, parameter_groups
 from onlinerl.learners._rank import Rank
 from onlinerl.learners.deepspeed import DeepSpeed
-from onlinerl.learners.deepspeed.extensions import without_abandoned_locks
+from onlinerl.learners.deepspeed.extensions import use_own_folder, without_abandoned_locks
 from onlinerl.learners.deepspeed.loading import ShardedReader
 from onlinerl.learners.deepspeed.memory import BUCKET
 from onlinerl.learners.deepspeed.weights import ShardedSource
@@ -37,6 +37,7 @@ class DeepSpeedRank(Rank):
 
         from onlinerl.learners.deepspeed.checkpoint import PlainCheckpointEngine
 
+        use_own_folder()
         with without_abandoned_locks():  # it compiles an extension for CPUs
             deepspeed.init_distributed(
                 dist_backend="nccl" if self.device.type == "cuda" else "gloo",
