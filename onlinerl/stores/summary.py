@@ -77,6 +77,14 @@ def state(path: str | Path) -> str:
     return str(status)
 
 
+def state_or_damage(path: str | Path) -> str:
+    """How a run stands, for a list of runs that must not end at the first damaged one: what is wrong with it is a state, too."""
+    try:
+        return state(path)
+    except StoreError as error:
+        return f"damaged: {error.cause}; {error.fix}"
+
+
 def runs(folder: str | Path) -> list[Path]:
     """The runs in a folder, by name."""
     return sorted(manifest.parent for manifest in Path(folder).glob("*/manifest.json"))
@@ -171,11 +179,14 @@ def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = Fal
 
 def _run_manifest(path: Path) -> dict[str, Any]:
     try:
-        return _files.read_json(path / "manifest.json")
+        manifest = _files.read_json(path / "manifest.json")
     except FileNotFoundError:
         raise StoreError(
             f"{path} holds no run", field="name", fix=f"check the path; `ls {path.parent}` lists the runs there"
         ) from None
+    if lacking := [key for key in ("name", "status") if not isinstance(manifest.get(key), str)]:
+        raise _files.damaged(path / "manifest.json", f"it does not say the {' and the '.join(lacking)} of the run")
+    return manifest
 
 
 def _iteration(number: int, phases: Mapping[str, Mapping[str, Any]], *, active: bool, extras: bool) -> dict[str, Any]:

@@ -402,13 +402,6 @@ def test_a_check_where_the_models_are_not_on_the_machine(recipe, cli, tmp_path):
 def test_how_a_run_stands(toy_config, onlinerl, oracle, capsys, tmp_path):
     """`show` says so; of a folder, it lists the runs."""
 
-    def shown(*arguments: object) -> str:
-        capsys.readouterr()
-        sys.argv = ["onlinerl", "show", *map(str, arguments)]
-        with pytest.raises(SystemExit):
-            command_line.main()
-        return capsys.readouterr().out
-
     assert onlinerl("run", toy_config(tmp_path, iterations=1))[0] == 0
     bad = {
         **oracle(
@@ -419,11 +412,43 @@ def test_how_a_run_stands(toy_config, onlinerl, oracle, capsys, tmp_path):
     manifest = tmp_path / "runs/gone/manifest.json"
     manifest.parent.mkdir()
     manifest.write_text(json.dumps({"name": "gone", "status": "running"}))  # and nobody holds its lock
-    assert "finished" in shown(tmp_path / "runs/toy").splitlines()
-    assert f"interrupted: its process is gone; continue with `onlinerl resume {tmp_path}/runs/gone`" in shown(manifest.parent)
-    lines = shown(tmp_path / "runs").splitlines()
+    assert "finished" in shown(capsys, tmp_path / "runs/toy").splitlines()
+    assert f"interrupted: its process is gone; continue with `onlinerl resume {tmp_path}/runs/gone`" in shown(capsys, manifest.parent)
+    lines = shown(capsys, tmp_path / "runs").splitlines()
     assert [line.split()[:2] for line in lines] == [["bad", "failed:"], ["gone", "interrupted:"], ["toy", "finished"]]
     assert "oracle" in lines[0]
+
+
+def shown(capsys, *arguments: object) -> str:
+    """What `show` prints."""
+    capsys.readouterr()
+    sys.argv = ["onlinerl", "show", *map(str, arguments)]
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    said = capsys.readouterr()
+    assert not ended.value.code, said.err
+    return said.out
+
+
+def test_a_damaged_run_is_listed_among_the_others(onlinerl, capsys, tmp_path):
+    for name, manifest in {
+        "a": "",
+        "b": "{}",
+        "c": json.dumps({"name": "c", "status": "finished"}),
+    }.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "manifest.json").write_text(manifest)
+    empty, lacking, whole = shown(capsys, tmp_path / "runs").splitlines()
+    assert empty.startswith(f"a  damaged: {tmp_path}/runs/a/manifest.json is damaged or cannot be read: ")
+    assert "restore the file from a backup" in empty
+    assert lacking.startswith("b  damaged: ")
+    assert "does not say the name and the status of the run" in lacking
+    assert whole == "c  finished"
+    states = json.loads(shown(capsys, tmp_path / "runs", "--json"))["runs"]
+    assert list(states) == ["a", "b", "c"]
+    code, message = onlinerl("show", tmp_path / "runs/b")
+    assert code == REFUSED
+    says(message, "store: runs: ", "does not say the name and the status of the run")
 
 
 @pytest.mark.parametrize("key", ["runs", "model", "prompts.train"])
