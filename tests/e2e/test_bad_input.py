@@ -466,6 +466,11 @@ def test_a_directory_that_holds_other_files(toy_config, onlinerl, tmp_path):
     code, message = onlinerl("run", toy_config(tmp_path))
     assert code == REFUSED
     says(message, "holds files but no run (thesis.tex)", "give the run another `name`")
+    code, message = onlinerl("run", toy_config(tmp_path), "--fresh")
+    assert code == REFUSED, message
+    says(message, "holds files but no run (thesis.tex)", "give the run another `name`")
+    assert (tmp_path / "runs/toy/thesis.tex").read_text() == "x"
+    assert [path.name for path in (tmp_path / "runs").iterdir() if not path.name.startswith(".")] == ["toy"]
 
 
 @pytest.mark.parametrize("place", ["file", "below a file", "system", "read-only"])
@@ -592,6 +597,20 @@ def test_a_resume_may_change_where_it_runs(toy_config, onlinerl, tmp_path):
     assert code == 0, message
 
 
+def test_a_resume_stays_where_the_run_lies(toy_config, onlinerl, tmp_path):
+    assert onlinerl("run", toy_config(tmp_path, iterations=1))[0] == 0
+    run = tmp_path / "runs/toy"
+    code, message = onlinerl("resume", run, f"runs={tmp_path}/elsewhere", "iterations=2")
+    assert code == REFUSED
+    says(
+        message,
+        f"config: runs: the run lies in {tmp_path}/runs and is resumed there, not in {tmp_path}/elsewhere",
+        f"mv {run} {tmp_path}/elsewhere/ && onlinerl resume {tmp_path}/elsewhere/toy",
+    )
+    assert len(summarise(run)["iterations"]) == 2, "nothing was computed"
+    assert onlinerl("resume", run, f"runs={tmp_path}/runs", "iterations=2")[0] == 0, "launchers may say where it lies"
+
+
 def test_a_run_on_a_network_disk_says_so(toy_config, monkeypatch, capsys, tmp_path):
     (tmp_path / "mounts").write_text("22 1 0:35 / / rw,relatime - nfs4 server:/export rw,local_lock=flock\n")
     monkeypatch.setattr(mounts, "_MOUNTS", tmp_path / "mounts")
@@ -607,6 +626,9 @@ def test_a_resume_of_nothing(onlinerl, tmp_path):
     code, message = onlinerl("resume", tmp_path / "runs/toy")
     assert code == REFUSED
     says(message, "store: name: ", "holds no run", "runs in", "other")
+    code, message = onlinerl("scale", tmp_path / "runs/toy", "--replicas", "2")
+    assert code == REFUSED
+    says(message, "store: name: ", "holds no run", "check the path")
 
 
 # --- oracles ---
