@@ -8,7 +8,6 @@ import signal
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -47,7 +46,7 @@ def check(config: RunConfig, console: Console, kept: Kept | None = None) -> Chec
             console.print(f"{absent} is not on this machine: the oracle was not tried", highlight=False, soft_wrap=True)
     elif checked.train is not None:
         verdict = wiring.probed(checked, checked.oracle)
-        checked = replace(checked, oracle_scores=verdict.scores is not None)
+        checked = checked.tried(verdict)
     for note in implied_preferences(config, checked.algorithm, checked.oracle, verdict):
         console.print(note, highlight=False, soft_wrap=True)
     return checked

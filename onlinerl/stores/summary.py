@@ -25,11 +25,12 @@ def summarise(path: str | Path, *, extras: bool = False) -> dict[str, Any]:
 
     Returns `{"run", "algorithm", "iterations": [{"iteration", "reward", "kl_ref", "kl_prev", "win_rate": {"value", "low", "high",
     "n"}, "phases": {name: seconds}, "sync": {"seconds", "bytes", "proved"}, "samples", "oracle_calls", "status", "kl_estimator", "kl_conflict",
-    "insufficient", "idle"}]}`. Iteration 0 is the base model: its KL is 0 and its win rate None. `sync` and `win_rate` are None
+    "insufficient", "idle", "oracle_versions"}]}`. Iteration 0 is the base model: its KL is 0 and its win rate None. `sync` and `win_rate` are None
     until they are known. `status` is what the iteration was committed as: "promoted", or "keep" where there was nothing to learn
     and `idle` says why; before that "running", or "unfinished" if no process is working on the run. `kl_estimator` says which
     estimate `kl_ref` is (k3, or k1 where that has less noise), `kl_conflict` whether the two disagree, and `insufficient` which
-    figures were measured on too few prompts to decide by.
+    figures were measured on too few prompts to decide by. `oracle_versions` are those that judged what the finished phases used; figures
+    of different ones cannot be compared.
     With `extras`, each iteration also has "oracle_failures" and every other metric with a column in the table (see the catalogue).
 
     Raises:
@@ -208,6 +209,7 @@ def _iteration(number: int, phases: Mapping[str, Mapping[str, Any]], *, active: 
         "kl_conflict": measure.get("kl_conflict"),
         "insufficient": measure.get("insufficient", []),
         "idle": phases.get("train", {}).get("idle"),
+        "oracle_versions": list(label.get("oracle_versions", {}) | measure.get("oracle_versions", {})),
     }
     if extras:
         row |= {name: measure.get(name) for name in CATALOGUE.columns() if name not in row}
