@@ -26,6 +26,7 @@ from onlinerl.prompts._kept import Kept
 from onlinerl.protocols.oracle import ModelOracle
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import FAILURE, summarise
+from onlinerl.trackers import jsonl
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import render_table
 from onlinerl.types import Verdict
@@ -100,6 +101,8 @@ def resume(directory: Path, overrides: Sequence[str], console: Console) -> int:
             return 0
         limit = time_limit.given()
         for note in () if limit is None else time_limit.check(store, limit):
+            console.print(note, highlight=False, soft_wrap=True)
+        for note in jsonl.caveats(directory / "metrics.jsonl", {t: store.phases(t) for t in store.iterations()}):
             console.print(note, highlight=False, soft_wrap=True)
         checked = check(config, console, resuming.kept(store))
         _require_startable(checked)

@@ -413,7 +413,9 @@ def test_how_a_run_stands(toy_config, onlinerl, oracle, capsys, tmp_path):
     manifest.parent.mkdir()
     manifest.write_text(json.dumps({"name": "gone", "status": "running"}))  # and nobody holds its lock
     assert "finished" in shown(capsys, tmp_path / "runs/toy").splitlines()
-    assert f"interrupted: its process is gone; continue with `onlinerl resume {tmp_path}/runs/gone`" in shown(capsys, manifest.parent)
+    assert f"interrupted: its process is gone; continue with `onlinerl resume {tmp_path}/runs/gone`" in shown(
+        capsys, manifest.parent
+    )
     lines = shown(capsys, tmp_path / "runs").splitlines()
     assert [line.split()[:2] for line in lines] == [["bad", "failed:"], ["gone", "interrupted:"], ["toy", "finished"]]
     assert "oracle" in lines[0]
@@ -609,6 +611,17 @@ def test_a_resume_stays_where_the_run_lies(toy_config, onlinerl, tmp_path):
     )
     assert len(summarise(run)["iterations"]) == 2, "nothing was computed"
     assert onlinerl("resume", run, f"runs={tmp_path}/runs", "iterations=2")[0] == 0, "launchers may say where it lies"
+
+
+def test_a_resume_says_which_figures_are_lost(toy_config, onlinerl, monkeypatch, capsys, tmp_path):
+    assert onlinerl("run", toy_config(tmp_path, iterations=1))[0] == 0
+    run, table = tmp_path / "runs/toy", summarise(tmp_path / "runs/toy")["iterations"]
+    (run / "metrics.jsonl").unlink()
+    monkeypatch.setattr(sys, "argv", ["onlinerl", "resume", str(run), "iterations=2"])
+    with pytest.raises(SystemExit):
+        command_line.main()
+    assert f"{run}/metrics.jsonl is gone, and with it the figures of iterations 0, 1. " in capsys.readouterr().out
+    assert summarise(run)["iterations"][:2] == table
 
 
 def test_a_run_on_a_network_disk_says_so(toy_config, monkeypatch, capsys, tmp_path):
