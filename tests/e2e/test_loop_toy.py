@@ -39,6 +39,7 @@ ROW = {
     "kl_conflict": bool,
     "insufficient": list,
     "idle": NONE,
+    "oracle_versions": list,
 }
 
 
