@@ -8,7 +8,6 @@ import signal
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -27,6 +26,7 @@ from onlinerl.prompts._kept import Kept
 from onlinerl.protocols.oracle import ModelOracle
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import FAILURE, summarise
+from onlinerl.trackers import jsonl
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import render_table
 from onlinerl.types import Verdict
@@ -47,7 +47,7 @@ def check(config: RunConfig, console: Console, kept: Kept | None = None) -> Chec
             console.print(f"{absent} is not on this machine: the oracle was not tried", highlight=False, soft_wrap=True)
     elif checked.train is not None:
         verdict = wiring.probed(checked, checked.oracle)
-        checked = replace(checked, oracle_scores=verdict.scores is not None)
+        checked = checked.tried(verdict)
     for note in implied_preferences(config, checked.algorithm, checked.oracle, verdict):
         console.print(note, highlight=False, soft_wrap=True)
     return checked
@@ -130,6 +130,8 @@ def resume(directory: Path, overrides: Sequence[str], console: Console) -> int:
             return 0
         limit = time_limit.given()
         for note in () if limit is None else time_limit.check(store, limit):
+            console.print(note, highlight=False, soft_wrap=True)
+        for note in jsonl.caveats(directory / "metrics.jsonl", {t: store.phases(t) for t in store.iterations()}):
             console.print(note, highlight=False, soft_wrap=True)
         checked = check(config, console, resuming.kept(store))
         _require_startable(checked)

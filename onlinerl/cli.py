@@ -152,7 +152,7 @@ def _show_samples(run: Path, iteration: int | None, limit: int, *, heldout: bool
 def _show_runs(found: Sequence[Path], *, as_json: bool) -> None:
     from onlinerl.stores import summary
 
-    states = {path.name: summary.state(path) for path in found}
+    states = {path.name: summary.state_or_damage(path) for path in found}
     if as_json:
         sys.stdout.write(json.dumps({"runs": states}, indent=1) + "\n")
         return

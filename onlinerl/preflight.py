@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,12 @@ class Checked:
     """The derived numbers, and what could not be checked."""
     oracle_scores: bool = True
     """Whether the oracle scores single responses, or only compares."""
+    oracle_version: str | None = None
+    """Of the oracle, as it says with its verdicts; None until it was tried."""
+
+    def tried(self, verdict: Verdict) -> Checked:
+        """The same with what a trial of the oracle has shown."""
+        return replace(self, oracle_scores=verdict.scores is not None, oracle_version=verdict.oracle_version)
 
     @property
     def max_model_len(self) -> int:

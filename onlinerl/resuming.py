@@ -12,7 +12,7 @@ from onlinerl import graph, preflight
 from onlinerl.config import RunConfig
 from onlinerl.errors import ConfigError, StoreError
 from onlinerl.prompts._kept import Kept
-from onlinerl.stores import scaling
+from onlinerl.stores import scaling, summary
 from onlinerl.stores.directory import KINDS, RunDirectory
 
 
@@ -54,6 +54,7 @@ def stored_config(directory: Path, overrides: Sequence[str]) -> RunConfig:
     """
     file = directory / "config.yaml"
     try:
+        _require_same_place(file, overrides)
         config = configuration.load(file, [*overrides, f"runs={json.dumps(str(directory.parent))}"], stored=True)
         return config if any(o.startswith("pairing") for o in overrides) else configuration.without_unread(config)
     except ConfigError as error:
@@ -65,6 +66,20 @@ def stored_config(directory: Path, overrides: Sequence[str]) -> RunConfig:
         except ConfigError as stored:
             raise ConfigError(stored.cause, field=stored.field, fix=f"{stored.fix}, in {file}") from error
         raise
+
+
+def _require_same_place(file: Path, overrides: Sequence[str]) -> None:
+    """A run is resumed where it lies, so `runs` may say that and nothing else."""
+    if not any(override.partition("=")[0].strip() == "runs" for override in overrides):
+        return
+    run = file.parent
+    asked = configuration.load(file, overrides, stored=True).directory.parent
+    if asked.resolve() != run.parent.resolve():
+        raise ConfigError(
+            f"the run lies in {run.parent} and is resumed there, not in {asked}",
+            field="runs",
+            fix=f"leave it out; or move the run first and resume it there: mv {run} {asked}/ && onlinerl resume {asked / run.name}",
+        )
 
 
 def require_in_order(store: RunDirectory, max_lag: int) -> None:
@@ -97,6 +112,7 @@ def scale(directory: Path, replicas: int) -> None:
     Raises:
         OnlineRLError: naming field, cause and fix, if it cannot have it.
     """
+    summary.status(directory)  # refuses what is no run
     config = stored_config(directory, ())
     if config.engine.in_process:
         raise ConfigError("has no replicas", field="engine.name", fix="only a run on a cluster can be scaled")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +25,7 @@ from onlinerl.protocols.oracle import ModelOracle, Oracle
 from onlinerl.protocols.sync import WeightSync
 from onlinerl.protocols.tracker import Tracked, Tracker
 from onlinerl.protocols.transport import Layout
-from onlinerl.stores import scaling
+from onlinerl.stores import oracle_versions, scaling
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.trackers.console import OnConsole
 from onlinerl.trackers.jsonl import Jsonl, read_metrics
@@ -82,7 +81,7 @@ def on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Itera
             turns.engine_starts(pool)
             learner = LearnerGroup(cluster, config, algorithm, _loss_temperature(checked), turns)
             if oracle is not checked.oracle:
-                checked = replace(checked, oracle_scores=probed(checked, oracle).scores is not None)
+                checked = checked.tried(probed(checked, oracle))
             turns.learner_starts(learner)
             asked = canary(checked.heldout, config.evaluation.canary)
             sync = WeightPush(learner, pool, turns, transport, config.engine, asked)
@@ -128,7 +127,7 @@ def in_process(checked: Checked, store: RunDirectory, tracker: Tracker) -> Itera
     assert isinstance(config.engine, InProcessEngine)
     assert isinstance(config.learner, InProcessLearner)
     if isinstance(checked.oracle, ModelOracle):
-        checked = replace(checked, oracle_scores=probed(checked, checked.oracle).scores is not None)
+        checked = checked.tried(probed(checked, checked.oracle))
     tokenizer = preflight.tokenizer(config.model)
     engine = config.engine.open(len(tokenizer), tokenizer.decode)
     learner = config.learner.open(len(tokenizer), checked.algorithm, config.model, _loss_temperature(checked))
@@ -153,6 +152,9 @@ def _wire(
     shared_hardware: bool = False,
 ) -> Parts:
     assert checked.train is not None
+    version = checked.oracle_version
+    if version is not None and (caveat := oracle_versions.caveat(store.path, version)) is not None:
+        tracker.note(caveat)
     schedule = checked.config.schedule
     # Where engine and learner take turns, an evaluation would only be reported later.
     beside = schedule.evaluate_beside and not shared_hardware

@@ -160,3 +160,5 @@ class Measured:
     wins: Mapping[str, Estimate]
     """Win rate by opponent: `base` and `prev`; empty for the base model."""
     mismatch: Mismatch
+    oracle_versions: Mapping[str, int]
+    """Verdicts and comparisons by the version of the oracle that gave them: several if it was changed in between."""

@@ -18,7 +18,7 @@ from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import per_iteration, per_step
 from onlinerl.protocols.tracker import Tracker
-from onlinerl.types import MeasureRecord, Metric, SelfTest, SyncReport, UpdateReport, Verdict
+from onlinerl.types import MeasureRecord, Metric, SelfTest, SyncReport, UpdateReport
 
 
 @dataclass
@@ -147,8 +147,8 @@ class Reporter:
         """Held-out figures, and how many calls of the oracle they took. Returns the record that `show` reads."""
         now = measured.answers
         reward, length, cut = evaluation.reward(now), evaluation.length(now), evaluation.truncated(now)
-        oracle_version = next((v.oracle_version for v in now.verdicts.values() if isinstance(v, Verdict)), None)
-        common: dict[str, Any] = {"set": "heldout", "policy_version": iteration, "oracle_version": oracle_version}
+        versions = " + ".join(measured.oracle_versions) or None
+        common: dict[str, Any] = {"set": "heldout", "policy_version": iteration, "oracle_version": versions}
         metrics = [
             self._estimate("length", length, **common),
             self._estimate("truncated", cut, **common),
@@ -185,6 +185,7 @@ class Reporter:
             "logp_mismatch": measured.mismatch.mean,
             "insufficient": sorted({m.name for m in metrics if m.insufficient}),
             "oracle_calls": oracle_calls,
+            "oracle_versions": measured.oracle_versions,
         }
 
     def _divergence(self, name: str, reference: str, kl: Divergence, common: Mapping[str, Any]) -> list[Metric]:

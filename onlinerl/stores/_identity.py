@@ -55,6 +55,12 @@ def require_empty(path: Path) -> None:
         )
 
 
+def require_once_a_run(path: Path) -> None:
+    """Refuse to set aside other people's files. A run that has lost its manifest is still known by what it has stored."""
+    if not (path / MANIFEST).exists() and not ((path / CONFIG).exists() and (path / "iterations").is_dir()):
+        require_empty(path)
+
+
 def no_run(path: Path) -> StoreError:
     """The error for a directory without a run, which says where there is one."""
     runs = sorted(p.parent.name for p in path.parent.glob(f"*/{MANIFEST}"))

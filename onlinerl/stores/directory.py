@@ -109,11 +109,12 @@ class RunDirectory:
         """Rename an existing run to `<name>.1` (or the next free number) and return its new path; None if there is none.
 
         Raises:
-            StoreError: if a process is still writing to it.
+            StoreError: if a process is still writing to it, or what is there never was a run.
         """
         path = Path(path)
         if not path.exists():
             return None
+        _identity.require_once_a_run(path)
         lock = Lock(path / _identity.LOCK)
         try:
             number = 1

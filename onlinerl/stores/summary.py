@@ -25,11 +25,12 @@ def summarise(path: str | Path, *, extras: bool = False) -> dict[str, Any]:
 
     Returns `{"run", "algorithm", "iterations": [{"iteration", "reward", "kl_ref", "kl_prev", "win_rate": {"value", "low", "high",
     "n"}, "phases": {name: seconds}, "sync": {"seconds", "bytes", "proved"}, "samples", "oracle_calls", "status", "kl_estimator", "kl_conflict",
-    "insufficient", "idle"}]}`. Iteration 0 is the base model: its KL is 0 and its win rate None. `sync` and `win_rate` are None
+    "insufficient", "idle", "oracle_versions"}]}`. Iteration 0 is the base model: its KL is 0 and its win rate None. `sync` and `win_rate` are None
     until they are known. `status` is what the iteration was committed as: "promoted", or "keep" where there was nothing to learn
     and `idle` says why; before that "running", or "unfinished" if no process is working on the run. `kl_estimator` says which
     estimate `kl_ref` is (k3, or k1 where that has less noise), `kl_conflict` whether the two disagree, and `insufficient` which
-    figures were measured on too few prompts to decide by.
+    figures were measured on too few prompts to decide by. `oracle_versions` are those that judged what the finished phases used; figures
+    of different ones cannot be compared.
     With `extras`, each iteration also has "oracle_failures" and every other metric with a column in the table (see the catalogue).
 
     Raises:
@@ -75,6 +76,14 @@ def state(path: str | Path) -> str:
     if status == "failed":
         return f"failed: {_cause(path)}; once that is repaired, continue with `onlinerl resume {path}`"
     return str(status)
+
+
+def state_or_damage(path: str | Path) -> str:
+    """How a run stands, for a list of runs that must not end at the first damaged one: what is wrong with it is a state, too."""
+    try:
+        return state(path)
+    except StoreError as error:
+        return f"damaged: {error.cause}; {error.fix}"
 
 
 def runs(folder: str | Path) -> list[Path]:
@@ -171,11 +180,14 @@ def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = Fal
 
 def _run_manifest(path: Path) -> dict[str, Any]:
     try:
-        return _files.read_json(path / "manifest.json")
+        manifest = _files.read_json(path / "manifest.json")
     except FileNotFoundError:
         raise StoreError(
             f"{path} holds no run", field="name", fix=f"check the path; `ls {path.parent}` lists the runs there"
         ) from None
+    if lacking := [key for key in ("name", "status") if not isinstance(manifest.get(key), str)]:
+        raise _files.damaged(path / "manifest.json", f"it does not say the {' and the '.join(lacking)} of the run")
+    return manifest
 
 
 def _iteration(number: int, phases: Mapping[str, Mapping[str, Any]], *, active: bool, extras: bool) -> dict[str, Any]:
@@ -197,6 +209,7 @@ def _iteration(number: int, phases: Mapping[str, Mapping[str, Any]], *, active: 
         "kl_conflict": measure.get("kl_conflict"),
         "insufficient": measure.get("insufficient", []),
         "idle": phases.get("train", {}).get("idle"),
+        "oracle_versions": list(label.get("oracle_versions", {}) | measure.get("oracle_versions", {})),
     }
     if extras:
         row |= {name: measure.get(name) for name in CATALOGUE.columns() if name not in row}

@@ -228,6 +228,14 @@ def _remarks(rows: Sequence[Mapping[str, Any]], catalogue: Catalogue) -> list[st
         remarks.append("k1: there k3 is the noisier estimate of the KL")
     if any(row.get("kl_conflict") for row in rows):
         remarks.append("!: the two estimates of the KL disagree")
+    if judges := list(dict.fromkeys(version for row in rows for version in row.get("oracle_versions") or ())):
+        first, *later = judges
+        others = [str(row["iteration"]) for row in rows if not {first}.issuperset(row.get("oracle_versions") or ())]
+        if others:
+            remarks.append(
+                f"not to be compared with what {first} judged alone: iteration{'s' * (len(others) > 1)} {', '.join(others)}, "
+                f"judged by another version of the oracle ({', '.join(later)})"
+            )
     for row in rows:
         if row["status"] == "keep":
             remarks.append(f"iteration {row['iteration']} gave nothing to learn")

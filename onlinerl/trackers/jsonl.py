@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from onlinerl.errors import ConfigError, StoreError
 from onlinerl.protocols.tracker import Tracked, Tracker, TrackerConfig
 from onlinerl.types import Metric
 
-__all__ = ["Jsonl", "JsonlTracker", "read_metrics"]
+__all__ = ["Jsonl", "JsonlTracker", "caveats", "read_metrics"]
 
 _NEEDED: Mapping[str, Any] = {"name": str, "value": int | float | None, "iteration": int, "attempt": int, "labels": dict}
 """What a record must hold to be read."""
@@ -104,6 +104,29 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             latest.pop(key, None)  # keeps the order of the file
             latest[key] = record
     return list(latest.values())
+
+
+def caveats(path: str | Path, finished: Mapping[int, Collection[str]]) -> list[str]:
+    """What is wrong with the metrics file of a run that goes on: figures that it has lost. Call it before the file is opened.
+
+    Args:
+        path: of the file.
+        finished: the phases that are finished, by iteration: each of them has logged how long it took.
+    """
+    path = Path(path)
+    said = []
+    known = {record["iteration"] for record in read_metrics(path)}
+    # The last phase that finished may have been killed before it could log anything.
+    if lost := [str(t) for t, phases in finished.items() if t not in known and len(phases) > 1]:
+        gone = "has no" if path.exists() else "is gone, and with it the"
+        said.append(
+            f"{path} {gone} figures of iteration{'s' * (len(lost) > 1)} {', '.join(lost)}. They are not computed again: to have them in "
+            "plots and totals, add the lines of a backup to it. The table of `onlinerl show` has its figures from elsewhere, and lacks nothing"
+        )
+    torn = path.read_bytes().rpartition(b"\n")[2] if path.exists() else b""
+    if torn and _parse(torn) is None:
+        said.append(f"the last line of {path} was cut short: that figure is skipped, and the file goes on behind it")
+    return said
 
 
 def _record(metric: Metric) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class LabelRecord(PhaseRecord):
 
     oracle_calls: int
     failures: int
+    oracle_versions: Mapping[str, int]
+    """Verdicts by the version of the oracle that gave them; several if it was changed in between."""
 
 
 class AnnotateRecord(PhaseRecord):
@@ -130,6 +132,8 @@ class MeasureRecord(PhaseRecord):
     insufficient: Sequence[str]
     """Figures measured on too few prompts to decide by."""
     oracle_calls: int
+    oracle_versions: Mapping[str, int]
+    """Verdicts and comparisons by the version of the oracle that gave them."""
 
 
 class CommitRecord(PhaseRecord):

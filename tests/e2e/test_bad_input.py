@@ -402,13 +402,6 @@ def test_a_check_where_the_models_are_not_on_the_machine(recipe, cli, tmp_path):
 def test_how_a_run_stands(toy_config, onlinerl, oracle, capsys, tmp_path):
     """`show` says so; of a folder, it lists the runs."""
 
-    def shown(*arguments: object) -> str:
-        capsys.readouterr()
-        sys.argv = ["onlinerl", "show", *map(str, arguments)]
-        with pytest.raises(SystemExit):
-            command_line.main()
-        return capsys.readouterr().out
-
     assert onlinerl("run", toy_config(tmp_path, iterations=1))[0] == 0
     bad = {
         **oracle(
@@ -419,11 +412,45 @@ def test_how_a_run_stands(toy_config, onlinerl, oracle, capsys, tmp_path):
     manifest = tmp_path / "runs/gone/manifest.json"
     manifest.parent.mkdir()
     manifest.write_text(json.dumps({"name": "gone", "status": "running"}))  # and nobody holds its lock
-    assert "finished" in shown(tmp_path / "runs/toy").splitlines()
-    assert f"interrupted: its process is gone; continue with `onlinerl resume {tmp_path}/runs/gone`" in shown(manifest.parent)
-    lines = shown(tmp_path / "runs").splitlines()
+    assert "finished" in shown(capsys, tmp_path / "runs/toy").splitlines()
+    assert f"interrupted: its process is gone; continue with `onlinerl resume {tmp_path}/runs/gone`" in shown(
+        capsys, manifest.parent
+    )
+    lines = shown(capsys, tmp_path / "runs").splitlines()
     assert [line.split()[:2] for line in lines] == [["bad", "failed:"], ["gone", "interrupted:"], ["toy", "finished"]]
     assert "oracle" in lines[0]
+
+
+def shown(capsys, *arguments: object) -> str:
+    """What `show` prints."""
+    capsys.readouterr()
+    sys.argv = ["onlinerl", "show", *map(str, arguments)]
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    said = capsys.readouterr()
+    assert not ended.value.code, said.err
+    return said.out
+
+
+def test_a_damaged_run_is_listed_among_the_others(onlinerl, capsys, tmp_path):
+    for name, manifest in {
+        "a": "",
+        "b": "{}",
+        "c": json.dumps({"name": "c", "status": "finished"}),
+    }.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "manifest.json").write_text(manifest)
+    empty, lacking, whole = shown(capsys, tmp_path / "runs").splitlines()
+    assert empty.startswith(f"a  damaged: {tmp_path}/runs/a/manifest.json is damaged or cannot be read: ")
+    assert "restore the file from a backup" in empty
+    assert lacking.startswith("b  damaged: ")
+    assert "does not say the name and the status of the run" in lacking
+    assert whole == "c  finished"
+    states = json.loads(shown(capsys, tmp_path / "runs", "--json"))["runs"]
+    assert list(states) == ["a", "b", "c"]
+    code, message = onlinerl("show", tmp_path / "runs/b")
+    assert code == REFUSED
+    says(message, "store: runs: ", "does not say the name and the status of the run")
 
 
 @pytest.mark.parametrize("key", ["runs", "model", "prompts.train"])
@@ -441,6 +468,11 @@ def test_a_directory_that_holds_other_files(toy_config, onlinerl, tmp_path):
     code, message = onlinerl("run", toy_config(tmp_path))
     assert code == REFUSED
     says(message, "holds files but no run (thesis.tex)", "give the run another `name`")
+    code, message = onlinerl("run", toy_config(tmp_path), "--fresh")
+    assert code == REFUSED, message
+    says(message, "holds files but no run (thesis.tex)", "give the run another `name`")
+    assert (tmp_path / "runs/toy/thesis.tex").read_text() == "x"
+    assert [path.name for path in (tmp_path / "runs").iterdir() if not path.name.startswith(".")] == ["toy"]
 
 
 @pytest.mark.parametrize("place", ["file", "below a file", "system", "read-only"])
@@ -567,6 +599,31 @@ def test_a_resume_may_change_where_it_runs(toy_config, onlinerl, tmp_path):
     assert code == 0, message
 
 
+def test_a_resume_stays_where_the_run_lies(toy_config, onlinerl, tmp_path):
+    assert onlinerl("run", toy_config(tmp_path, iterations=1))[0] == 0
+    run = tmp_path / "runs/toy"
+    code, message = onlinerl("resume", run, f"runs={tmp_path}/elsewhere", "iterations=2")
+    assert code == REFUSED
+    says(
+        message,
+        f"config: runs: the run lies in {tmp_path}/runs and is resumed there, not in {tmp_path}/elsewhere",
+        f"mv {run} {tmp_path}/elsewhere/ && onlinerl resume {tmp_path}/elsewhere/toy",
+    )
+    assert len(summarise(run)["iterations"]) == 2, "nothing was computed"
+    assert onlinerl("resume", run, f"runs={tmp_path}/runs", "iterations=2")[0] == 0, "launchers may say where it lies"
+
+
+def test_a_resume_says_which_figures_are_lost(toy_config, onlinerl, monkeypatch, capsys, tmp_path):
+    assert onlinerl("run", toy_config(tmp_path, iterations=1))[0] == 0
+    run, table = tmp_path / "runs/toy", summarise(tmp_path / "runs/toy")["iterations"]
+    (run / "metrics.jsonl").unlink()
+    monkeypatch.setattr(sys, "argv", ["onlinerl", "resume", str(run), "iterations=2"])
+    with pytest.raises(SystemExit):
+        command_line.main()
+    assert f"{run}/metrics.jsonl is gone, and with it the figures of iterations 0, 1. " in capsys.readouterr().out
+    assert summarise(run)["iterations"][:2] == table
+
+
 def test_a_run_on_a_network_disk_says_so(toy_config, monkeypatch, capsys, tmp_path):
     (tmp_path / "mounts").write_text("22 1 0:35 / / rw,relatime - nfs4 server:/export rw,local_lock=flock\n")
     monkeypatch.setattr(mounts, "_MOUNTS", tmp_path / "mounts")
@@ -582,6 +639,9 @@ def test_a_resume_of_nothing(onlinerl, tmp_path):
     code, message = onlinerl("resume", tmp_path / "runs/toy")
     assert code == REFUSED
     says(message, "store: name: ", "holds no run", "runs in", "other")
+    code, message = onlinerl("scale", tmp_path / "runs/toy", "--replicas", "2")
+    assert code == REFUSED
+    says(message, "store: name: ", "holds no run", "check the path")
 
 
 # --- oracles ---

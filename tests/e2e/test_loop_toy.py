@@ -40,6 +40,7 @@ ROW = {
     "kl_conflict": bool,
     "insufficient": list,
     "idle": NONE,
+    "oracle_versions": list,
 }
 
 
@@ -342,6 +343,46 @@ def test_an_exception_loses_no_label_that_was_paid_for(toy_config, warm_cli, tmp
     assert done.returncode == 0, done.message
     probes = 2  # one at each start
     assert len(log.read_text().splitlines()) == probes + 2 * HELDOUT + PROMPTS, "no label was paid for twice"
+
+
+EDITED = """
+def judge(queries):
+    if {broken} and len(queries[0]["responses"]) > 2:
+        with open("asked", "a") as file:
+            file.write("x")
+        if len(open("asked").read()) > 5:
+            raise KeyError("choices")
+    return [[{sign} len(r) for r in q["responses"]] for q in queries]
+"""
+
+
+def test_a_resume_with_an_edited_oracle_is_said_and_shown(toy_config, warm_cli, tmp_path):
+    """What was paid for is kept; a person must know that a batch and the rewards are of two versions."""
+    file, run = tmp_path / "taste.py", tmp_path / "runs/toy"
+    file.write_text(EDITED.format(broken=True, sign="+"))
+    overrides = {"oracle.name": "python", "oracle.function": "taste.judge", "iterations": 2}
+    stopped = warm_cli("run", toy_config(tmp_path, overrides))
+    assert stopped.returncode == 1, stopped.message
+    assert "the oracle is " not in stopped.stdout
+    file.write_text(EDITED.format(broken=False, sign="-"))
+    done = warm_cli("resume", run)
+    assert done.returncode == 0, done.message
+    (base,), mixed, (new,) = (row["oracle_versions"] for row in summarise(run)["iterations"])
+    assert mixed == [base, new]
+    (said,) = [line for line in done.stdout.splitlines() if line.startswith("the oracle is ")]
+    assert said.startswith(f"the oracle is {new} now, and this run has verdicts of another version: {HELDOUT + 5} by {base}.")
+    assert "iteration 1 may be trained on verdicts of both" in said
+    assert "restore the oracle as it was and resume" in said
+    shown = " ".join(warm_cli("show", run).stdout.split())
+    assert (
+        f"not to be compared with what {base} judged alone: iterations 1, 2, judged by another version of the oracle ({new})"
+        in shown
+    )
+    later = warm_cli("resume", run, "iterations=3")
+    assert later.returncode == 0, later.message
+    assert f"{HELDOUT + 5} by {base}. They are kept. Rewards of" in later.stdout, "of finished iterations, as they recorded it"
+    versions = {r["oracle_version"] for r in read_metrics(run / "metrics.jsonl") if r["name"] == "reward"}
+    assert versions == {base, new}
 
 
 def flip(file: Path) -> None:

@@ -101,6 +101,7 @@ def measured() -> evaluation.Measured:
         entropy_seq=evaluation.entropy_seq(LOGPROBS),
         wins={"base": wilson([1.0, 0.0]), "prev": wilson([0.5])},
         mismatch=evaluation.mismatch(one, [np.array([-1.0])] * 3),
+        oracle_versions={"1": 3},
     )
 
 

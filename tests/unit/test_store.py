@@ -128,6 +128,18 @@ def test_move_aside_takes_the_next_free_number(tmp_path):
         RunDirectory.open(tmp_path / expected).close()
 
 
+def test_move_aside_takes_a_run_without_its_manifest_and_no_other_files(tmp_path):
+    make(tmp_path / "r").close()
+    (tmp_path / "r/manifest.json").unlink()
+    (tmp_path / "r/iterations").mkdir(exist_ok=True)
+    assert RunDirectory.move_aside(tmp_path / "r") == tmp_path / "r.1"
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/notes.txt").write_text("x")
+    with pytest.raises(StoreError, match="holds files but no run"):
+        RunDirectory.move_aside(tmp_path / "r")
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["notes.txt"]
+
+
 def test_an_unwritable_place_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be written"):

@@ -11,11 +11,12 @@ from values import label, pair
 
 from onlinerl.errors import StoreError
 from onlinerl.protocols.store import ROLLOUTS
+from onlinerl.stores import oracle_versions
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import samples, summarise
 from onlinerl.types import Group, Label, Prompt, Rollout, Sampling, Verdict
 
-UNSAID = {"kl_estimator": None, "kl_conflict": None, "insufficient": [], "idle": None}
+UNSAID = {"kl_estimator": None, "kl_conflict": None, "insufficient": [], "idle": None, "oracle_versions": []}
 RATE = {"value": 0.6, "low": 0.5, "high": 0.7, "n": 100}
 
 
@@ -30,7 +31,7 @@ def test_a_committed_iteration(run):
     run.finish_phase(0, "measure", {"seconds": 2.0, "reward": 0.1, "kl_ref": 1e-9, "win_rate": RATE, "length": 20.0})
     run.finish_phase(0, "commit", {"status": "promoted"})
     run.finish_phase(1, "sample", {"seconds": 1.0, "samples": 256, "tokens": 9})
-    run.finish_phase(1, "label", {"seconds": 0.5, "oracle_calls": 64, "failures": 1})
+    run.finish_phase(1, "label", {"seconds": 0.5, "oracle_calls": 64, "failures": 1, "oracle_versions": {"v1": 63}})
     run.finish_phase(1, "annotate", {})
     run.finish_phase(1, "train", {"seconds": 3.0, "steps": 8, "tokens": 99})
     run.finish_phase(1, "checkpoint", {"seconds": 0.1})
@@ -46,6 +47,7 @@ def test_a_committed_iteration(run):
         "kl_estimator": "k1",
         "kl_conflict": True,
         "insufficient": ["kl_ref", "reward"],
+        "oracle_versions": {"v2": 10, "v1": 1},
     }
     run.finish_phase(1, "measure", evaluated)
     run.finish_phase(1, "commit", {"status": "promoted"})
@@ -82,6 +84,7 @@ def test_a_committed_iteration(run):
                 "kl_conflict": True,
                 "insufficient": ["kl_ref", "reward"],
                 "idle": None,
+                "oracle_versions": ["v1", "v2"],
             },
         ],
     }
@@ -142,6 +145,26 @@ def test_a_group_that_was_asked_for_again_is_shown_once(run):
     )
     run.groups(1, ROLLOUTS).append([first, again])
     assert [shown["prompt_id"] for shown in samples(run.path, 1, 5)] == ["p"]
+
+
+def test_verdicts_of_another_version_of_the_oracle_are_counted_in_tables_and_in_records(run):
+    assert oracle_versions.caveat(run.path, "2") is None
+    run.labels(1, "verdicts").append([label(0), *(judged(f"p{i}", "1") for i in range(2, 5))])
+    run.finish_phase(1, "label", {"seconds": 0.5})  # by an older onlinerl, which did not record it
+    run.labels(1, "comparisons_0000").append([judged("h0", "1"), judged("h1", "2")])
+    run.finish_phase(2, "label", {"seconds": 0.5, "oracle_versions": {"0": 7, "2": 9}})
+    assert oracle_versions.caveat(run.path, "1") is not None
+    said = oracle_versions.caveat(run.path, "2")
+    assert said is not None
+    assert "verdicts of another version: 4 by 1, 7 by 0. They are kept. " in said
+    run.labels(3, "verdicts").append([judged("p9", "0")])
+    said = oracle_versions.caveat(run.path, "2")
+    assert said is not None
+    assert "8 by 0. They are kept; iteration 3 may be trained on verdicts of both. " in said
+
+
+def judged(prompt_id: str, version: str) -> Label:
+    return Label(prompt_id=prompt_id, result=Verdict(annotator="j", oracle_version=version, scores=(0.0, 1.0)))
 
 
 def test_a_run_without_iterations_and_no_run(run, tmp_path):

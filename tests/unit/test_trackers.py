@@ -25,7 +25,7 @@ from onlinerl.protocols.tracker import Tracked, Tracker
 from onlinerl.trackers import console as console_module
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import ConsoleTracker, render_table, sturdy_console
-from onlinerl.trackers.jsonl import JsonlTracker, read_metrics
+from onlinerl.trackers.jsonl import JsonlTracker, caveats, read_metrics
 from onlinerl.trackers.prometheus import PrometheusTracker, totals
 from onlinerl.trackers.tensorboard import TensorboardTracker
 from onlinerl.types import Metric
@@ -221,6 +221,27 @@ def test_a_damaged_figure_is_skipped_and_stops_nobody(tmp_path):
         path.write_bytes(damaged)
         counted = totals(read_metrics(path))
         assert len(counted) <= 2
+
+
+def test_what_a_metrics_file_has_lost_is_said(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    done = {0: ["answer", "measure"], 1: ["sample", "label"], 2: ["sample"]}
+    assert caveats(path, {}) == []
+    (said,) = caveats(path, done)
+    assert said.startswith(f"{path} is gone, and with it the figures of iterations 0, 1.")
+    tracker = JsonlTracker(path)
+    tracker.log([metric(iteration=0), metric(iteration=1)])
+    tracker.close()
+    assert caveats(path, done) == []
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])  # a record that lacks nothing but its end
+    assert caveats(path, done) == []
+    path.write_bytes(whole[:-9])
+    lost, torn = caveats(path, done)
+    assert lost.startswith(f"{path} has no figures of iteration 1.")
+    assert torn == f"the last line of {path} was cut short: that figure is skipped, and the file goes on behind it"
+    JsonlTracker(path).close()
+    assert caveats(path, done) == [lost], "a line that was torn is said once"
 
 
 def test_no_file_is_no_metrics(tmp_path):

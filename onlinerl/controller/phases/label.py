@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from onlinerl.controller import collect, health
@@ -15,15 +17,18 @@ def label(it: Iteration) -> LabelRecord:
     calls = collect.judge(it, sampled, len(it.prompt_ids), labels, "label", wanted=it.large_enough, feed=it.answers)
     failures: list[Failure] = []
     spread: dict[str, float] = {}
+    versions: Counter[str] = Counter()
     # Groups that were large enough to be judged are those with a label.
     for found in labels.select(dict.fromkeys(it.prompt_ids)):
         result = None if found is None else found.result
         if isinstance(result, Failure):
             failures.append(result)
-        elif found is not None and result is not None and result.scores is not None:
-            spread[found.prompt_id] = float(np.std(result.scores))
+        elif found is not None and result is not None:
+            versions[result.oracle_version] += 1
+            if result.scores is not None:
+                spread[found.prompt_id] = float(np.std(result.scores))
     health.check_failures(failures, calls, it.parts.config.max_failed_labels)
     spreads = [spread[prompt_id] for prompt_id in it.prompt_ids if prompt_id in spread]
     it.report.labelled(it.number, ok=calls - len(failures), failed=len(failures), spreads=spreads)
     waited = sampled.waited / it.parts.asker.oracle.max_concurrent
-    return {"oracle_calls": calls, "failures": len(failures), "waited": waited}
+    return {"oracle_calls": calls, "failures": len(failures), "oracle_versions": versions, "waited": waited}

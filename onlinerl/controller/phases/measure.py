@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
@@ -33,6 +34,7 @@ def measure(it: Iteration) -> MeasureRecord:
         entropy_seq=evaluation.entropy_seq(own),
         wins=wins,
         mismatch=evaluation.mismatch(sample, own[: len(sample)]),
+        oracle_versions=_oracle_versions(it),
     )
     it.report.mismatch(it.number, measured.mismatch)
     health.check_mismatch(measured.mismatch.k3, config.evaluation.max_mismatch_k3)
@@ -69,10 +71,22 @@ def _win_rates(it: Iteration, now: evaluation.Evaluated) -> tuple[dict[str, Esti
         return {}, 0
     rates, calls = {}, 0
     for iterate in sorted({0, it.number - 1}):
-        judge = partial(_judged, it, table=f"comparisons_{iterate:04d}")
+        judge = partial(_judged, it, table=_comparisons(iterate))
         rates[iterate], more = evaluation.win_rate(now, _evaluated(it, iterate), judge)
         calls += more
     return {"base": rates[0], "prev": rates[it.number - 1]}, calls
+
+
+def _comparisons(iterate: int) -> str:
+    """The table of comparisons with an earlier iterate."""
+    return f"comparisons_{iterate:04d}"
+
+
+def _oracle_versions(it: Iteration) -> Counter[str]:
+    """Verdicts and comparisons of this iterate by the version of the oracle that gave them."""
+    tables = (EVALUATION_VERDICTS, *(_comparisons(iterate) for iterate in sorted({0, max(0, it.number - 1)})))
+    labels = (label for table in tables for label in it.parts.store.labels(it.number, table))
+    return Counter(label.result.oracle_version for label in labels if isinstance(label.result, Verdict))
 
 
 def _judged(it: Iteration, groups: Sequence[Group], table: str) -> tuple[int, dict[str, Verdict | Failure]]:
