@@ -130,7 +130,12 @@ def lacking(checked: Checked) -> list[ConfigError]:
     if isinstance(checked.oracle, ModelOracle):
         models["oracle.path"] = checked.oracle.absent()
     return [
-        ConfigError(f"{model} is not on this machine", field=field, fix=f"download it first: hf download {model}")
+        ConfigError(
+            f"{model} is not on this machine",
+            field=field,
+            fix=f"download it first: hf download {model}; or, if it is meant as a path, correct it: there is no directory "
+            f"{Path(model).absolute()}",
+        )
         for field, model in models.items()
         if model is not None
     ]
@@ -139,7 +144,7 @@ def lacking(checked: Checked) -> list[ConfigError]:
 def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
     if "prompts" not in store.manifest:
         store.keep_prompts(train=list(checked.train or ()), heldout=checked.heldout)
-    with _signals():
+    with _signals(store.path):
         (store.path / FAILURE).unlink(missing_ok=True)  # of an earlier attempt
         clock = time_limit.PhaseClock(store)
         tracker = FanoutTracker([clock, *wiring.trackers(checked, store.path, console)])
@@ -174,7 +179,7 @@ def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
+def _signals(run: Path) -> Iterator[None]:
     """SIGINT and SIGTERM stop the controller wherever it is and end as `Interrupted`; what is finished is on disk already.
 
     A second one ends this process at once, whatever its clean-up is waiting for: the processes that it started notice that it is
@@ -194,7 +199,7 @@ def _signals() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped by {' and '.join(received)}", fix="continue with `onlinerl resume`") from None
+        raise Interrupted(f"stopped by {' and '.join(received)}", fix=f"continue with `onlinerl resume {run}`") from None
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

