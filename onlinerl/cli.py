@@ -197,7 +197,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except Interrupted as stop:
-        err.print(f"{stop}", highlight=False, markup=False)
+        err.print(f"{stop}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(REQUEUE)
     except OnlineRLError as error:
         err.print(f"error: {error.boundary}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
