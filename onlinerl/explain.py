@@ -46,6 +46,8 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str, compone
             return ConfigError(f"was renamed{more}", field=field, fix=f"write {now}")
         return ConfigError(f"is not a known key{more}", field=field, fix=_meant(path[-1], field, known, model))
     info = _field(model, path)
+    if first["type"] == "missing" and info is not None and info.examples:
+        return ConfigError(f"is missing{more}", field=field, fix=f"write {field}={info.description}, e.g. {info.examples[0]}")
     if first["type"] == "missing":
         what = f" with {_allowed(info)}" if info is not None and path[-1] not in components and _allowed(info) else ""
         return ConfigError(f"is missing{more}", field=field, fix=f"add `{path[-1]}: ...`{what}")

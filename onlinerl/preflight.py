@@ -15,7 +15,7 @@ from typing import Any
 from onlinerl import config as configuration
 from onlinerl import hardware, hub, placement, weight_files
 from onlinerl.algorithm_checks import check_algorithm, check_sections
-from onlinerl.config import RunConfig
+from onlinerl.config import RunConfig, at_home
 from onlinerl.controller.asking import answers
 from onlinerl.errors import ConfigError, OracleError
 from onlinerl.model_checks import check_description, check_vocabulary, check_weights
@@ -241,12 +241,17 @@ def _check_enough(config: RunConfig, total: int, *, resumed: bool) -> None:
         "set prompts.reuse=true, or start a new run with more prompts" if resumed else "add prompts, or set prompts.reuse=true"
     )
     if wanted > total and not config.prompts.reuse:
+        iterations = total // config.prompts.per_iteration
+        if total >= config.iterations and not resumed:
+            less = f"lower it to {total // config.iterations}, "
+        elif iterations:
+            less = f"lower iterations to {iterations}, "
+        else:
+            less = "" if resumed else f"lower both, e.g. prompts.per_iteration=1 iterations={total}, "
         raise ConfigError(
             f"{config.iterations} iterations of {config.prompts.per_iteration} fresh prompts need {wanted}, and there are {total}",
             field="prompts.per_iteration",
-            fix=f"lower iterations to {total // config.prompts.per_iteration}, {more}"
-            if resumed or total < config.iterations
-            else f"lower it to {total // config.iterations}, {more}",
+            fix=f"{less}{more}",
         )
     if config.prompts.per_iteration > total:  # even with reuse, no prompt comes twice in one iteration
         raise ConfigError(
@@ -352,11 +357,14 @@ def _check_model(model: str, field: str = "model") -> Path | None:
         return path
     if not hub.is_id(model):
         raise ConfigError(
-            f"there is no directory {model}",
+            f"there is no directory {at_home(model, field).absolute()}",
             field=field,
-            fix="correct the path; `onlinerl fetch-model` brings the quickstart's model"
-            if "SmolLM2" in model
-            else "correct the path, or give a hub id such as org/name",
+            fix="correct the path (relative paths start where onlinerl was started); "
+            + (
+                "`onlinerl fetch-model` brings the quickstart's model"
+                if "SmolLM2" in model
+                else "a model on the hub is given by its id, such as org/name"
+            ),
         )
     return None
 

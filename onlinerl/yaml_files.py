@@ -55,20 +55,14 @@ def read(path: Path, choices: Choices, _seen: tuple[Path, ...] = ()) -> dict[str
     try:
         tree = _load(path.read_text(), str(path))
     except FileNotFoundError:
-        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1) if path.parent.is_dir() else []
-        hint = (
-            f"write CONFIG first, then keys without dashes, e.g. {_bare(path.name.partition('=')[0])}=VALUE"
-            if path.name.startswith("-")
-            else f"did you mean {path.parent / near[0]}?"
-            if near
-            else "give the path of a YAML file, e.g. configs/quickstart.yaml"
-        )
-        raise ConfigError(f"there is no file {path}", field="CONFIG", fix=hint) from None
+        raise _absent(path, extended=bool(_seen)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}", field="CONFIG", fix="give the path of a YAML file") from None
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"{path} is not valid YAML: {error}", field="CONFIG", fix="check the indentation at that line"
+            f"{path} is not valid YAML: {error}",
+            field="CONFIG",
+            fix="check brackets, quotes and indentation at that line and before it",
         ) from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} does not hold a mapping", field="CONFIG", fix="start with `name: my-run`")
@@ -78,6 +72,18 @@ def read(path: Path, choices: Choices, _seen: tuple[Path, ...] = ()) -> dict[str
     if not isinstance(base, str):
         raise ConfigError(f"{path} extends {base!r}", field="extends", fix="give the path of one YAML file")
     return _merge(read(path.parent / base, choices, (*_seen, path.resolve())), tree, choices)
+
+
+def _absent(path: Path, *, extended: bool) -> ConfigError:
+    """There is no file at `path`, which the user gave, or a file that is `extended`."""
+    if path.name.startswith("-"):
+        key = _bare(path.name.partition("=")[0])
+        fix = f"write CONFIG first, then keys without dashes, e.g. {key}=VALUE"
+        return ConfigError(f"there is no file {path}", field="CONFIG", fix=fix)
+    near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1) if path.parent.is_dir() else []
+    start = "at the file that says `extends`" if extended else "where onlinerl was started"
+    fix = f"did you mean {path.parent / near[0]}?" if near else f"check the path; a relative one starts {start}"
+    return ConfigError(f"there is no file {path.absolute()}", field="CONFIG", fix=fix)
 
 
 def holder(path: Path, key: str) -> Path | None:

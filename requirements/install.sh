@@ -90,7 +90,7 @@ if [ "$("$python" -c 'import importlib.metadata as m; print(m.version("torch").s
 fi
 
 # ---- everything else, exactly as locked
-step "$(grep -c == requirements/cpu.txt) packages of requirements/cpu.txt (about a minute)"
+step "$(grep -c == requirements/cpu.txt) packages of requirements/cpu.txt (a few minutes)"
 # One package (deepspeed) is built on the spot, also with the locked setuptools. Older pips read the first name, newer the second.
 export PIP_CONSTRAINT=$PWD/requirements/cpu.txt PIP_BUILD_CONSTRAINT=$PWD/requirements/cpu.txt
 pip install --no-deps -r requirements/cpu.txt

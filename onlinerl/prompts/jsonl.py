@@ -29,6 +29,10 @@ from onlinerl.types import Message, RawPrompt
 __all__ = ["Jsonl", "read_prompts"]
 
 _KEYS = ("id", "text", "messages", "reference_answer", "answer", "source")
+_MEANT = {
+    "prompt": "text or messages",
+    "question": "text, or messages for a chat model (and reference_answer for what an oracle verifies)",
+}
 
 # Strings that only a chat template or a tokenizer writes.
 _MARKERS = (
@@ -150,8 +154,8 @@ def _parse(raw: bytes, where: _Line, source: str) -> RawPrompt:
         where.fail(f"holds a JSON {type(row).__name__}, not an object", 'write e.g. {"text": "Once upon a time"}')
     for key in row:
         if key not in _KEYS:
-            close = {"prompt": ["text", "messages"], "question": ["text"]}.get(key) or get_close_matches(key, _KEYS, n=1)
-            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            close = _MEANT.get(key) or " or ".join(get_close_matches(key, _KEYS, n=1))
+            hint = f"did you mean {close}? " if close else ""
             where.fail(f"has the unknown key {key!r}", f"{hint}known keys: {', '.join(_KEYS)}")
     if ("text" in row) == ("messages" in row):
         both = "both text and messages" if "text" in row else "neither text nor messages"

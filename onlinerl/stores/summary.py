@@ -155,14 +155,15 @@ def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = Fal
     chosen = list(islice(files.ids(), max(0, limit)))
     if not files.ids():
         known = sampled(path, heldout=heldout)
-        raise StoreError(
-            f"{path} has no samples of iteration {iteration}",
-            field="iteration",
-            fix=f"choose one of {', '.join(map(str, known))}"
-            if known
-            else "wait until the first iteration has sampled"
-            + ("" if heldout else "; --heldout shows the base model's answers"),
-        )
+        if known:
+            cause, fix = f"has no samples of iteration {iteration}", f"choose one of {', '.join(map(str, known))}"
+        elif heldout:
+            cause, fix = "has no held-out answers yet", "wait until the base model has answered"
+        else:
+            cause, fix = "has sampled nothing to train on yet", "wait until the first iteration has sampled"
+            if sampled(path, heldout=True):
+                fix += "; --heldout shows the base model's answers"
+        raise StoreError(f"{path} {cause}", field="iteration", fix=fix)
     labels = StoredTable(TableFiles(folder, verdicts), columns.LABELS).select(chosen)
     pairs: dict[str, list[TrainedPair]] = {prompt_id: [] for prompt_id in chosen}
     for pair in () if heldout else StoredTable(TableFiles(folder, PAIRS), columns.PAIRS):
@@ -182,9 +183,13 @@ def _run_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = _files.read_json(path / "manifest.json")
     except FileNotFoundError:
-        raise StoreError(
-            f"{path} holds no run", field="name", fix=f"check the path; `ls {path.parent}` lists the runs there"
-        ) from None
+        folder = path.parent
+        fix = (
+            f"check the path; `ls {folder}` lists the runs there"
+            if folder.is_dir()
+            else f"check the path: there is no directory {folder.absolute()}; relative paths start where onlinerl was started"
+        )
+        raise StoreError(f"{path} holds no run", field="name", fix=fix) from None
     if lacking := [key for key in ("name", "status") if not isinstance(manifest.get(key), str)]:
         raise _files.damaged(path / "manifest.json", f"it does not say the {' and the '.join(lacking)} of the run")
     return manifest

@@ -127,13 +127,17 @@ def test_a_file_that_cannot_be_read(refused, toy_config, tmp_path):
     says(refusal, "algorithm.name: onlinerl.errors.ConfigError is no subclass of onlinerl.protocols.algorithm.Algorithm")
 
 
-def test_a_file_that_is_not_there(toy_config, refused, tmp_path):
+def test_a_file_that_is_not_there(toy_config, refused, monkeypatch, tmp_path):
     toy_config(tmp_path)
     says(refused(tmp_path / "toi.yaml"), f"CONFIG: there is no file {tmp_path}/toi.yaml", f"did you mean {tmp_path}/toy.yaml?")
     (tmp_path / "list.yaml").write_text("- a\n")
     says(refused(tmp_path / "list.yaml"), "does not hold a mapping", "start with `name: my-run`")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
-    says(refused(tmp_path / "broken.yaml"), "is not valid YAML", "line 2")
+    says(refused(tmp_path / "broken.yaml"), "is not valid YAML", "line 2", "check brackets, quotes and indentation")
+    monkeypatch.chdir(tmp_path)
+    says(refused("conf/a.yaml"), f"there is no file {tmp_path}/conf/a.yaml", "a relative one starts where onlinerl was started")
+    (tmp_path / "top.yaml").write_text("extends: conf/a.yaml\n")
+    says(refused("top.yaml"), f"there is no file {tmp_path}/conf/a.yaml", "starts at the file that says `extends`")
 
 
 def test_a_missing_key(toy_config, refused, tmp_path):
@@ -229,6 +233,14 @@ def test_a_missing_key(toy_config, refused, tmp_path):
             ),
         ),
         (
+            {"prompts.per_iteration": 50, "iterations": 41},
+            ("prompts.per_iteration: 41 iterations of 50", "lower both, e.g. prompts.per_iteration=1 iterations=40"),
+        ),
+        (
+            {"prompts.per_iteration": 12, "iterations": 41},
+            ("prompts.per_iteration: 41 iterations of 12", "lower iterations to 3"),
+        ),
+        (
             {"prompts.per_iteration": 41, "prompts.reuse": True},
             ("prompts.per_iteration: asks for 41 different prompts at once, and there are 40", "lower it to 40"),
         ),
@@ -258,6 +270,7 @@ GOOD = [{"text": f"the film {i} was"} for i in range(3)]
         ("\n\n", ("holds no prompts",)),
         (lines(*GOOD, '{"text": "the film'), ("line 4: is not JSON", "write one JSON object per line")),
         (lines(GOOD[0], {"prompt": "x"}), ("line 2: has the unknown key 'prompt'", "did you mean text or messages?")),
+        (lines({"question": "x", "answer": "y"}), ("did you mean text, or messages for a chat model (and reference_answer",)),
         (lines(GOOD[0], {"text": 7}), ("line 2: text must be a string",)),
         (lines(GOOD[0], GOOD[1], GOOD[0]), ("line 3: has the same id as line 1", "remove one")),
         (
@@ -269,7 +282,7 @@ GOOD = [{"text": f"the film {i} was"} for i in range(3)]
             ("2 of 5 prompts are longer than 16 tokens; the longest, 'long', has 20", "set prompts.max_tokens to 20 or more"),
         ),
     ],
-    ids=["missing", "empty", "blank", "json", "key", "type", "twice", "templated", "long"],
+    ids=["missing", "empty", "blank", "json", "key", "question", "type", "twice", "templated", "long"],
 )
 def test_prompt_files(toy_config, refused, tmp_path, content, parts):
     """Checked when they are loaded: form, template, length."""
@@ -305,8 +318,9 @@ def test_models(toy_config, refused, tiny_model, tmp_path):
         return refused(toy_config(tmp_path, model=str(model)))
 
     says(attempt(tmp_path / "nowhere"), f"config: model: there is no directory {tmp_path}/nowhere", "correct the path")
-    says(attempt("models/SmolLM2-135M-Instruct"), "there is no directory", "onlinerl fetch-model")
-    says(attempt("org/name-7B"), "model: org/name-7B is not on this machine", "download it first")
+    relative = "models/SmolLM2-135M-Instruct-x"
+    says(attempt(relative), f"there is no directory {Path.cwd()}/{relative}", "start where onlinerl was started", "fetch-model")
+    says(attempt("org/name-7B"), "model: org/name-7B is not on this machine", "download it first", f"{Path.cwd()}/org/name-7B")
     (tmp_path / "empty").mkdir()
     says(attempt(tmp_path / "empty"), "model: ", "holds no config.json", "give the directory of a Hugging Face model")
     shutil.copytree(tiny_model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "chat*"))

@@ -79,6 +79,16 @@ def test_a_run_that_never_learns_stops_and_can_go_on(toy_config, onlinerl, oracl
     assert not np.load(run / "exports/0004/logits.npy").any()
 
 
+@pytest.mark.parametrize(("limit", "said"), [(2, True), (48, False)])
+def test_ties_of_responses_that_were_cut_say_so(toy_config, onlinerl, oracle, tmp_path, limit, said):
+    few = {"prompts.per_iteration": 4, "iterations": 1, "evaluation.prompts": 4, "sampling.max_new_tokens": limit}
+    assert onlinerl("run", toy_config(tmp_path, {**oracle(CONSTANT), **few}))[0] == 0
+    (sample,), (train,) = (records(tmp_path / "runs/toy", phase) for phase in ("sample", "train"))
+    cut, responses = sample["truncated"], sample["samples"]
+    assert (cut > responses / 2) == said
+    assert (f"; {cut} of {responses} responses were cut at sampling.max_new_tokens={limit}: raise it" in train["idle"]) == said
+
+
 def test_a_run_may_end_with_nothing_left_to_learn(toy_config, onlinerl, oracle, tmp_path):
     """A converged policy is a success."""
     config = toy_config(tmp_path, {**oracle(CONSTANT), "iterations": 2, "training.max_idle_iterations": 2})

@@ -679,7 +679,8 @@ def test_a_signal_ends_it_resumably(counted, warm_cli, uninterrupted, tmp_path, 
     stopped = warm_cli.finish(process, out)
     assert stopped.returncode == REQUEUE, stopped.message
     assert f"stopped by {number.name}" in stopped.stderr
-    assert "onlinerl resume" in stopped.stdout
+    assert f"onlinerl resume {run}" in stopped.stdout
+    assert f"onlinerl resume {run}" in stopped.stderr
     assert summarise(run)["iterations"][-1]["status"] == "unfinished"
     with RunDirectory.open(run) as opened:
         assert opened.manifest["status"] == "interrupted"

@@ -45,6 +45,23 @@ def test_a_part_that_hangs_is_a_verdict():
     assert "did not finish" in fault
 
 
+@pytest.mark.parametrize(
+    ("script", "fault"),
+    [
+        ("echo no controller >&2; exit 3", "ended with exit code 3: no controller"),
+        ("exec sleep 5", "did not finish within 0.5 s"),
+    ],
+)
+def test_a_program_that_fails_is_a_verdict(monkeypatch, tmp_path, script, fault):
+    program = tmp_path / "sbatch"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(doctor, "PROGRAM_SECONDS", 0.5)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    part = doctor._program("sbatch", "--version", "submits")
+    assert (part.verdict, part.detail) == ("broken", f"`{program} --version` {fault}")
+
+
 def test_both_builds_of_vllm_are_broken(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda name: "0.32.0")
     part = doctor._vllm()

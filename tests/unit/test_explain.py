@@ -112,6 +112,7 @@ def test_every_suggested_key_exists():
         ("sync.timeout_s=0", "sync.timeout_s", "give a number above 0 and up to 1000000.0"),
         ("algorithm.beta=0", "algorithm.beta", "give a number above 0"),
         ("name=a/b", "name", "e.g. my-run"),
+        ("oracle.name=python", "oracle.function", "write oracle.function=module.function, e.g. brevity.judge"),
         ("oracle={name: python, function: judge}", "oracle.function", "write module.function, e.g. brevity.judge"),
         ("oracle={name: python, function: ../my/brevity.py}", "oracle.function", "write module.function, e.g. brevity.judge"),
         ("pairing.name=floor_margin", "pairing.floor", "add `floor: ...` with a number"),

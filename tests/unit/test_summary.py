@@ -10,7 +10,7 @@ import pytest
 from values import label, pair
 
 from onlinerl.errors import StoreError
-from onlinerl.protocols.store import ROLLOUTS
+from onlinerl.protocols.store import EVALUATION, ROLLOUTS
 from onlinerl.stores import oracle_versions
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import samples, summarise
@@ -171,6 +171,21 @@ def test_a_run_without_iterations_and_no_run(run, tmp_path):
     assert summarise(run.path)["iterations"] == []
     with pytest.raises(StoreError, match="holds no run"):
         summarise(tmp_path / "nothing")
+    with pytest.raises(StoreError, match=f"there is no directory {tmp_path}/none"):
+        summarise(tmp_path / "none/demo")
+
+
+def test_samples_before_there_are_any(run):
+    """Nothing is promised that is not there yet."""
+    with pytest.raises(StoreError, match="has sampled nothing to train on yet") as nothing:
+        samples(run.path, 0, 5)
+    assert "--heldout" not in nothing.value.fix
+    with pytest.raises(StoreError, match="has no held-out answers yet"):
+        samples(run.path, 0, 5, heldout=True)
+    run.groups(0, EVALUATION).append([Group(prompt=Prompt(id="p", text="a", token_ids=(1,)), rollouts=())])
+    with pytest.raises(StoreError) as answered:
+        samples(run.path, 0, 5)
+    assert "--heldout shows the base model's answers" in answered.value.fix
 
 
 @pytest.mark.parametrize("sealed", [False, True])

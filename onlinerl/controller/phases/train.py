@@ -20,6 +20,8 @@ def train(it: Iteration) -> TrainRecord:
         built = items.build(it, scratch)
         within_groups = it.needs.min_samples > 1
         idle = health.nothing_to_learn(built.spreads, built.earned, built.dropped, within_groups=within_groups)
+        if idle is not None and built.spreads:
+            idle += _cut(it)
         in_a_row = it.idle_before() + 1 if idle else 0
         steps = UpdateReport(steps=0, tokens=0, metrics=())
         figures: Mapping[str, float] = {}
@@ -45,6 +47,16 @@ def train(it: Iteration) -> TrainRecord:
         "policy_version": it.number - 1,
         "sampled_by": sorted(built.sampled_by),
     }
+
+
+def _cut(it: Iteration) -> str:
+    """A word on the length of the responses, if most of them had no room to end: that can be why they are judged the same."""
+    sampled = it.parts.store.phases(it.number).get("sample", {})
+    cut, responses = sampled.get("truncated", 0), sampled.get("samples", 0)
+    if 2 * cut <= responses:
+        return ""
+    limit = it.parts.config.sampling.max_new_tokens
+    return f"; {cut} of {responses} responses were cut at sampling.max_new_tokens={limit}: raise it if they need more room"
 
 
 def _prepare(
