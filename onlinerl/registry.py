@@ -134,7 +134,10 @@ def imported(module_name: str, field: str, error: type[OnlineRLError] = ConfigEr
     """
     try:
         return importlib.import_module(module_name)
-    except Exception as problem:  # an import runs the user's code, which may raise anything
+    except (
+        Exception,
+        SystemExit,
+    ) as problem:  # an import runs the user's code, which may raise anything, or read our command line
         said = "".join(traceback.format_exception_only(problem)).strip()
         if isinstance(problem, ModuleNotFoundError) and problem.name and f"{module_name}.".startswith(f"{problem.name}."):
             fix = "put the package on the Python path, e.g. PYTHONPATH=. onlinerl ..., or correct the name"
@@ -147,7 +150,7 @@ def imported(module_name: str, field: str, error: type[OnlineRLError] = ConfigEr
         raise error(f"cannot import {module_name!r}: {said}{where}", field=field, fix=fix) from problem
 
 
-def _line(problem: Exception) -> str:
+def _line(problem: BaseException) -> str:
     """Where in the user's code an import failed. A SyntaxError says so itself."""
     own = [frame for frame in traceback.extract_tb(problem.__traceback__) if not _is_library(frame.filename)]
     return f"\n  in {own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else ""

@@ -10,7 +10,7 @@ from typing import Any
 from onlinerl.controller import health
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import Built, batched
-from onlinerl.errors import StoreError
+from onlinerl.errors import LearnerError, OnlineRLError, StoreError
 from onlinerl.protocols.store import LOGPROBS, Scratch
 from onlinerl.types import Judged, LogProbs, Pair, TrainedPair, TrainItem, Verdict
 
@@ -41,8 +41,17 @@ def of_group(it: Iteration, judged: Judged) -> GroupItems:
         pairs, reasons = it.parts.pairing.build(judged)
         dropped.update(reasons)
     contradicted = sum(pair.prob < 0.5 for pair in pairs)
-    items, left_out = it.parts.algorithm.items(judged, pairs)
-    dropped.update(left_out)
+    try:
+        items, left_out = it.parts.algorithm.items(judged, pairs)
+        dropped.update(left_out)
+    except OnlineRLError:
+        raise
+    except Exception as error:  # it may be the user's own
+        raise LearnerError(
+            f"{type(it.parts.algorithm).__name__}.items failed for prompt {judged.group.prompt.id!r}: {type(error).__name__}: {error}",
+            field="algorithm.name",
+            fix="it must return the items of the group, and by reason how many were left out; the traceback is in failure.json of the run",
+        ) from error
     whole = [i for i in items if all(s.finish_reason != "length" for s in i.sequences)]
     truncated = len(items) - len(whole)
     if it.parts.config.training.on_truncated == "drop":

@@ -6,6 +6,7 @@ loss must be what the policy says now, token by token. A misaligned or permuted 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from onlinerl.errors import LearnerError
@@ -94,6 +95,12 @@ def check(result: SelfTest, expected_loss: float | None, dtype: str) -> None:
             f"with the stored reference the loss is {result.stored_loss:.6f} instead of {expected_loss:.6f} (give or take {slack:.6f})",
             field="learner",
             fix="the stored log-probs do not belong to this policy",
+        )
+    if not (math.isfinite(result.loss) and math.isfinite(result.stored_loss)):
+        raise LearnerError(
+            f"before the first step the loss is {result.loss} on the policy's own log-probs and {result.stored_loss} on the stored ones",
+            field="algorithm",
+            fix="scores too large to calculate with are one reason (look at the rewards), an error in the algorithm's own loss another",
         )
     if not result.base_gap <= limit:
         raise LearnerError(

@@ -70,9 +70,13 @@ def _numbers(values: object, count: int, what: str) -> tuple[float, ...] | Failu
         value = _listed(value)  # numpy and torch scalars become Python numbers
         if not isinstance(value, int | float):
             return Failure(kind="parse_fail", message=f"{what}: entry {index} is {_shown(value)}, not a number")
-        if not math.isfinite(value):
-            return Failure(kind="non_finite", message=f"{what}: entry {index} is {value}")
-        numbers.append(float(value))
+        try:
+            number = float(value)
+        except OverflowError:
+            return Failure(kind="non_finite", message=f"{what}: entry {index} is a whole number too large for a float")
+        if not math.isfinite(number):
+            return Failure(kind="non_finite", message=f"{what}: entry {index} is {number}")
+        numbers.append(number)
     return tuple(numbers)
 
 

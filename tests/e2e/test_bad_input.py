@@ -98,12 +98,14 @@ def test_keys_and_types(toy_config, refused, tmp_path, override, parts):
         ("..x", ("'..x' is no dotted path",)),
         ("unfinished.Mine", ("cannot import 'unfinished': ", "SyntaxError: ", "correct the error")),
         ("raising.Mine", ("cannot import 'raising': ZeroDivisionError: division by zero",)),
+        ("leaving.Mine", ("cannot import 'leaving': SystemExit: 0", "leaving.py, line 2")),
     ],
 )
 def test_a_class_of_the_users_own_that_cannot_be_imported(toy_config, refused, monkeypatch, tmp_path, name, parts):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "unfinished.py").write_text("class Mine(:\n")
     (tmp_path / "raising.py").write_text("1 / 0\n")
+    (tmp_path / "leaving.py").write_text("import sys\nsys.exit(0)\n")
     says(refused(toy_config(tmp_path), f"algorithm.name={name}"), "config: algorithm.name: ", *parts)
 
 
@@ -832,3 +834,25 @@ def test_ranks_and_replicas_that_share_gpus_are_reserved_as_pairs():
     assert [p.bundle for p in wanted] == [0, 1, 0, 1]
     assert {p.gpus for p in wanted} == {0.5}
     assert placement.describe(wanted)[1] == "learner rank 1 and replica 1: 3 CPU, 1 GPU, 0.5 node_a"
+
+
+@pytest.mark.parametrize(
+    ("body", "cause"),
+    [
+        ("return []", "Mine.items failed for prompt 'p"),
+        ("raise KeyError('score')", "KeyError: 'score'"),
+    ],
+)
+def test_an_algorithm_of_the_users_own_that_makes_no_items(toy_config, warm_cli, tmp_path, body, cause):
+    """Its error is theirs, and the run can go on when it is corrected."""
+    own = (
+        f"from onlinerl.algorithms.dpo import Dpo\n\n\nclass Mine(Dpo):\n    def items(self, judged, pairs):\n        {body}\n"
+    )
+    (tmp_path / "mine.py").write_text(own)
+    config = toy_config(tmp_path, {"algorithm.name": "mine.Mine", "iterations": 1})
+    failed = warm_cli("run", config)
+    assert failed.returncode == FAILED, failed.message
+    says(failed.stderr, "algorithm.name: ", cause, "failure.json")
+    assert "Traceback" not in failed.message
+    (tmp_path / "mine.py").write_text(own.replace(body, "return super().items(judged, pairs)"))
+    assert warm_cli("resume", tmp_path / "runs/toy").returncode == 0

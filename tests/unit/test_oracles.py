@@ -37,6 +37,7 @@ class TestVerdicts:
             ([1.0], "wrong_length"),
             ([1.0, math.nan], "non_finite"),
             ([1.0, math.inf], "non_finite"),
+            ([1.0, 10**5000], "non_finite"),
             (np.array([1.0, -np.inf]), "non_finite"),
             ([1.0, None], "parse_fail"),
             ([1.0, "2"], "parse_fail"),

@@ -69,6 +69,14 @@ def test_what_stops_a_run(changes, said, field):
     assert error.value.field == field
 
 
+@pytest.mark.parametrize("changes", [{"loss": math.nan}, {"stored_loss": math.inf}])
+def test_a_loss_that_is_not_finite_stops_a_run_whose_formula_says_nothing(changes):
+    self_test.check(GOOD, None, "float32")
+    with pytest.raises(LearnerError, match="before the first step the loss is") as error:
+        self_test.check(replace(GOOD, **changes), None, "float32")
+    assert error.value.field == "algorithm"
+
+
 def test_limits_follow_the_dtype():
     rounded = replace(GOOD, stored_gaps={"old_logprobs": 0.005}, stored_loss=math.log(2) + 0.02)
     self_test.check(rounded, math.log(2), "bfloat16")
