@@ -318,6 +318,8 @@ def test_figures_are_written_into_the_documents_by_a_program(sandbox, warm_cli, 
     assert f"| 1 | {last['reward']:.2f} | {last['kl_ref']:.2f} | {rate} |" in results
     assert f"| `dpo` | {base['reward']:.2f} | {last['reward']:.2f} | {last['kl_ref']:.1f} | {rate} |" in results
     assert "| 1 replica, 1 rank, ZeRO-0 |" in results
+    [*_, curve] = readme_figures.curves([Path("runs/quickstart"), Path("runs/quickstart")])  # as of two seeds
+    assert curve.startswith(f"| `dpo` | 1 | {last['reward']:.2f} [{last['reward']:.2f}, {last['reward']:.2f}] | ")
     [block] = [found for found in documents.blocks(sandbox / "README.md") if found.language == "text"]
     assert f"{last['reward']:.3f}" in block.text
     assert rate in block.text
