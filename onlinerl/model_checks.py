@@ -87,6 +87,36 @@ def check_vocabulary(model: Path, tokenizer: Any, prompts: Iterable[Sequence[int
         )
 
 
+def check_critic(critic: Path, policy: Path, tokenizer: Any) -> None:
+    """Refuse what a critic cannot begin as: it must be a reward model that reads what the policy writes, with weights that can be trained.
+
+    Args:
+        critic: its directory.
+        policy: the policy's.
+        tokenizer: the policy's.
+
+    Raises:
+        ConfigError: naming cause and fix.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        _check_quantization(_object(critic / "config.json"))
+        weight_files.parameters(str(critic), critic)
+        theirs, ours = _described(critic), _described(policy)
+        vocabulary = AutoTokenizer.from_pretrained(critic).get_vocab()
+    except ConfigError as error:
+        raise ConfigError(f"{critic}: {error.cause}", field="algorithm.critic_model", fix=error.fix) from None
+    except Exception as error:  # of a damaged file the library may raise anything
+        raise _no_critic(f"{critic} cannot be read: {error}") from error
+    if theirs.num_labels != 1 or not (theirs.architectures or [""])[0].endswith("ForSequenceClassification"):
+        raise _no_critic(f"{critic} is no reward model, i.e. a sequence classifier with num_labels=1")
+    if theirs.model_type != ours.model_type:
+        raise _no_critic(f"{critic} is of the family {theirs.model_type}, and the policy of {ours.model_type}")
+    if vocabulary != tokenizer.get_vocab():
+        raise _no_critic(f"{critic} has another vocabulary than the policy, whose tokens it would read")
+
+
 def _check_quantization(written: Mapping[str, Any]) -> None:
     """Quantized weights cannot be trained, nor replaced by the learner's."""
     nested = written.get("text_config")
@@ -169,6 +199,14 @@ def _object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("it holds no JSON object")
     return value
+
+
+def _no_critic(cause: str) -> ConfigError:
+    return ConfigError(
+        cause,
+        field="algorithm.critic_model",
+        fix="give a reward model that was made from the policy's family, or leave it out: the critic is then a copy of the policy",
+    )
 
 
 def _unreadable(error: Exception) -> ConfigError:

@@ -18,10 +18,10 @@ from onlinerl.algorithm_checks import check_algorithm, check_sections
 from onlinerl.config import RunConfig, at_home
 from onlinerl.controller.asking import answers
 from onlinerl.errors import ConfigError, OracleError
-from onlinerl.model_checks import check_description, check_vocabulary, check_weights
+from onlinerl.model_checks import check_critic, check_description, check_vocabulary, check_weights
 from onlinerl.prompts._kept import Kept
 from onlinerl.prompts._source import ShuffledPrompts, check_answers, check_overlap, load_prompts
-from onlinerl.protocols.algorithm import Algorithm, Needs
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.keys import decided
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
@@ -140,8 +140,13 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
                 fix=f"lower it to {len(heldout)}",
             )
         heldout = heldout[: config.evaluation.prompts]
-    critic = _check_critic(config.model, algorithm.needs, local) if algorithm.needs.critic_model else parameters
-    notes.append(memory(config, parameters, critic=(critic or 0) if algorithm.needs.critic == "separate" else 0))
+    critic = parameters if algorithm.needs.critic == "separate" else 0
+    if algorithm.needs.critic_model is not None:
+        folder = _check_model(algorithm.needs.critic_model, "algorithm.critic_model")
+        if folder is not None and local is not None:
+            check_critic(folder, local, tokenizer(config.model))
+        critic = weight_files.parameters(algorithm.needs.critic_model, folder)
+    notes.append(memory(config, parameters, critic=critic or 0))
     checked = Checked(
         config=config,
         algorithm=algorithm,
@@ -367,42 +372,6 @@ def _check_model(model: str, field: str = "model") -> Path | None:
             ),
         )
     return None
-
-
-def _check_critic(model: str, needs: Needs, local: Path | None) -> float | None:
-    """How many parameters a critic has that begins as a reward model; None if that is not known.
-
-    Raises:
-        ConfigError: if it is no reward model, or does not read what the policy writes.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    field, critic = "algorithm.critic_model", needs.critic_model or ""
-    folder = _check_model(critic, field)
-    try:
-        parameters = weight_files.parameters(critic, folder)
-    except ConfigError as error:
-        raise ConfigError(error.cause, field=field, fix=error.fix) from None
-    if folder is None or local is None:
-        return parameters
-    try:
-        theirs, ours = AutoConfig.from_pretrained(folder), AutoConfig.from_pretrained(local)
-        reads = AutoTokenizer.from_pretrained(folder).get_vocab()
-    except Exception as error:  # of a damaged file the library may raise anything
-        raise ConfigError(
-            f"{critic} cannot be read: {error}", field=field, fix="give the directory of a reward model"
-        ) from error
-    cause = None
-    if theirs.num_labels != 1 or not (theirs.architectures or [""])[0].endswith("ForSequenceClassification"):
-        cause = f"{critic} is no reward model, i.e. a sequence classifier with num_labels=1"
-    elif theirs.model_type != ours.model_type:
-        cause = f"{critic} is of the family {theirs.model_type}, and the policy of {ours.model_type}"
-    elif reads != tokenizer(model).get_vocab():
-        cause = f"{critic} has another vocabulary than the policy, whose tokens it would read"
-    if cause is not None:
-        fix = "give a reward model that was made from the policy's family, or leave it out: the critic is then a copy of the policy"
-        raise ConfigError(cause, field=field, fix=fix)
-    return parameters
 
 
 def tokenizer(model: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -386,6 +387,7 @@ def test_a_critic_may_begin_as_a_reward_model(toy_config, reward_model, tmp_path
         (lambda make: make() / "nothing", "there is no directory"),
         (lambda make: other_family(make()), "of the family mistral"),
         (lambda make: without_weights(make()), "holds no weights"),
+        (lambda make: quantized(make()), "quantized"),
     ],
 )
 def test_what_a_critic_cannot_begin_as(toy_config, reward_model, tmp_path, spoil, cause):
@@ -398,6 +400,12 @@ def test_what_a_critic_cannot_begin_as(toy_config, reward_model, tmp_path, spoil
 def other_family(folder: Path) -> Path:
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"llama"', '"mistral"').replace("LlamaFor", "MistralFor"))
+    return folder
+
+
+def quantized(folder: Path) -> Path:
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | {"quantization_config": {"quant_method": "gptq"}}))
     return folder
 
 
