@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 from onlinerl import users_code
@@ -12,8 +13,9 @@ from onlinerl.controller import health
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import Built, batched
 from onlinerl.errors import StoreError
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.store import LOGPROBS, Scratch
-from onlinerl.types import Judged, LogProbs, Pair, TrainedPair, TrainItem, Verdict
+from onlinerl.types import Judged, LogProbs, Pair, TrainedPair, TrainItem, TrainSequence, Verdict
 
 AT_ONCE = 64
 """Prompts whose pairs are written together."""
@@ -139,10 +141,17 @@ class _Made:
         self.useful += bool(made.items)
         pairs.extend(_trained(judged, pair) for pair in made.pairs)
         for item in _annotated(judged.group.prompt.id, made.items, known):
-            with users_code.calling(self._it.parts.algorithm, "score"):
-                self.earned.extend(float(self._it.parts.algorithm.score(s)) for s in item.sequences)
+            self.earned.extend(_score(self._it.parts.algorithm, s) for s in item.sequences)
             self.sampled_by.update(s.policy_version for s in item.sequences)
             yield item
+
+
+def _score(algorithm: Algorithm, sequence: TrainSequence) -> float:
+    with users_code.calling(algorithm, "score"):
+        score: object = algorithm.score(sequence)
+    if not isinstance(score, Real):
+        raise users_code.wrong_result(algorithm, "score", f"a value of type {type(score).__name__}", "a number")
+    return float(score)
 
 
 def _trained(judged: Judged, pair: Pair) -> TrainedPair:

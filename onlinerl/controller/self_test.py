@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from onlinerl.errors import LearnerError
 from onlinerl.types import SelfTest, TrainItem
 
+LARGEST_FLOAT = 3.4e38
+"""In single precision, in which losses are calculated."""
 LARGEST_SCORE = 1e19
-"""Its square is about the largest number in single precision, in which losses are calculated."""
+"""Its square is about as large."""
 
 ITEMS = 8
 AMONG = 256
@@ -44,6 +46,20 @@ def choose(items: Sequence[TrainItem]) -> list[TrainItem]:
         (others if known[i][1] in seen else first_of_prompt).append(i)
         seen.add(known[i][1])
     return [items[i] for i in [*first_of_prompt, *others][:ITEMS]]
+
+
+def require_scores_fit(earned: Sequence[float]) -> None:
+    """Refuse scores that are infinite in a batch. Their advantages may still be finite, but wrong: 0 where the spread is infinite.
+
+    Args:
+        earned: what each response earns.
+
+    Raises:
+        LearnerError: if one is too large.
+    """
+    largest = max(map(abs, earned), default=0.0)
+    if not largest <= LARGEST_FLOAT:
+        raise _overflow("training cannot begin", largest)
 
 
 def check(result: SelfTest, expected_loss: float | None, dtype: str, largest_score: float = 0.0) -> None:
@@ -115,13 +131,17 @@ def _require_finite(loss: float, what: str, largest_score: float) -> None:
         return
     cause = f"before the first step the loss is {loss} on {what}"
     if largest_score > LARGEST_SCORE:
-        raise LearnerError(
-            f"{cause}: scores as large as {largest_score:.3g} overflow, because their squares do not fit single precision",
-            field="oracle",
-            fix=f"let the oracle give scores of ordinary size (at most {LARGEST_SCORE:.0e}), and start a new run: these are stored in this one",
-        )
+        raise _overflow(cause, largest_score)
     raise LearnerError(
         cause,
         field="algorithm.name",
         fix="look for log(0), 0/0 or an overflow in the algorithm's `loss` and `prepare`, correct it, then `onlinerl resume`",
+    )
+
+
+def _overflow(cause: str, largest: float) -> LearnerError:
+    return LearnerError(
+        f"{cause}: scores as large as {largest:.3g} overflow in single precision, in which losses are calculated",
+        field="oracle",
+        fix=f"let the oracle give scores of ordinary size (at most {LARGEST_SCORE:.0e}), and start a new run: this one keeps the others",
     )

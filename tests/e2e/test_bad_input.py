@@ -854,7 +854,8 @@ WRONG_LOSS = " instead of a LossOutput whose `total` is a tensor without axes"
         ("items", "return [1], {}", "Mine.items returned something else than TrainItems with sequences" + WRONG_ITEMS),
         ("items", "return [], ['short']", "Mine.items returned list ['short'] as second part" + WRONG_ITEMS),
         ("items", "raise KeyError('score')", "Mine.items failed for prompt 'p"),
-        ("score", "return None", "Mine.score failed: TypeError: "),
+        ("score", "return 1 / 0", "Mine.score failed: ZeroDivisionError: division by zero"),
+        ("score", "return None", "Mine.score returned a value of type NoneType instead of a number"),
         ("prepare", "raise KeyError('score')", "Mine.prepare failed: KeyError: 'score'"),
         ("prepare", "return None", "Mine.prepare returned a value of type NoneType instead of items"),
         ("prepare", "return [1]", "Mine.prepare returned a int among its items instead of a TrainItem"),
@@ -883,20 +884,26 @@ def test_an_algorithm_of_the_users_own_that_fails(toy_config, warm_cli, tmp_path
     failed = warm_cli("run", config)
     assert failed.returncode == FAILED, failed.message
     says(failed.stderr, "algorithm.name: ", cause)
-    if method in cause:
-        raised = "failed" in cause and "TypeError" not in cause  # what `score` returned fails when it is read
-        says(failed.stderr, f"mine.py, line {8 if raised else 7}" if method != "score" else "Mine.score")
+    if "Mine." in cause:
+        line = 8 if "failed" in cause else 7  # where it was raised, or where what returned begins
+        says(failed.stderr, f"mine.py, line {line}")
     assert "Traceback" not in failed.message
     (tmp_path / "mine.py").write_text(head)
     assert warm_cli("resume", tmp_path / "runs/toy").returncode == 0
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
-def test_scores_that_overflow(toy_config, warm_cli, tmp_path, algorithm):
+@pytest.mark.parametrize(
+    ("algorithm", "score", "cause"),
+    [
+        ("grpo", "1e308", "training cannot begin"),  # the spread is infinite, and so all advantages would be 0
+        ("ppo", "1e308", "training cannot begin"),
+    ],
+)
+def test_scores_that_overflow(toy_config, warm_cli, tmp_path, algorithm, score, cause):
     (tmp_path / "huge.py").write_text(
-        "def judge(queries):\n    return [[1e308 if i % 2 else -1e308 for i, _ in enumerate(q['responses'])] for q in queries]\n"
+        f"def judge(queries):\n    return [[(-1) ** i * {score} for i, _ in enumerate(q['responses'])] for q in queries]\n"
     )
     own = {"oracle.name": "python", "oracle.function": "huge.judge", "algorithm.name": algorithm, "iterations": 1}
     failed = warm_cli("run", toy_config(tmp_path, own))
     assert failed.returncode == FAILED, failed.message
-    says(failed.stderr, "oracle: before the first step the loss is nan", "scores as large as 1e+308 overflow")
+    says(failed.stderr[failed.stderr.index("error: ") :], f"oracle: {cause}", f"scores as large as {float(score):.3g} overflow")

@@ -29,6 +29,8 @@ def train(it: Iteration) -> TrainRecord:
         steps = UpdateReport(steps=0, tokens=0, metrics=())
         figures: Mapping[str, float] = {}
         if idle is None:
+            if not it.needs.pairs:  # pairs are made of which score is higher only
+                self_test.require_scores_fit(built.earned)
             prepared, figures = _prepare(it, built.items, scratch)
             steps = _update(it, prepared)
     it.weights.learner = it.number
