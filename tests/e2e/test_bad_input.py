@@ -685,6 +685,18 @@ def test_an_oracle_that_is_not_there(toy_config, refused, tmp_path):
     says(refused(toy_config(tmp_path, overrides)), "oracle.function: cannot import 'no_such_module_at_all'", "PYTHONPATH=.")
 
 
+def test_an_oracle_that_reads_the_command_line_when_it_is_imported(toy_config, refused, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    body = "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--data', required=True)\nparser.parse_args()\n"
+    (tmp_path / "script.py").write_text(body)
+    message = refused(toy_config(tmp_path, {"oracle.name": "python", "oracle.function": "script.judge"}))
+    says(
+        message[message.index("error: oracle: ") :],
+        "oracle.function: cannot import 'script': SystemExit: 2",
+        "script.py, line 4",
+    )
+
+
 SCORES = "[[len(r) for r in q['responses']] for q in queries]"
 
 
