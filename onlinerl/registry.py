@@ -10,11 +10,9 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import os
 import pkgutil
 import re
 import sys
-import traceback
 from difflib import get_close_matches
 from functools import cache
 from importlib import metadata
@@ -23,7 +21,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from onlinerl import synonyms
+from onlinerl import synonyms, users_code
 from onlinerl.errors import ConfigError, OnlineRLError
 
 T = TypeVar("T")
@@ -134,30 +132,18 @@ def imported(module_name: str, field: str, error: type[OnlineRLError] = ConfigEr
     """
     try:
         return importlib.import_module(module_name)
-    except (
-        Exception,
-        SystemExit,
-    ) as problem:  # an import runs the user's code, which may raise anything, or read our command line
-        said = "".join(traceback.format_exception_only(problem)).strip()
+    # An import runs the user's code, which may raise anything, or read our command line and exit.
+    except (Exception, SystemExit) as problem:
+        said = users_code.said(problem)
         if isinstance(problem, ModuleNotFoundError) and problem.name and f"{module_name}.".startswith(f"{problem.name}."):
             fix = "put the package on the Python path, e.g. PYTHONPATH=. onlinerl ..., or correct the name"
             raise error(f"cannot import {module_name!r}: {said}", field=field, fix=fix) from None
-        where, fix = _line(problem), "correct the error"
+        where, fix = users_code.line(problem), "correct the error"
         if untyped := re.search(r"non-annotated attribute was detected: `(\w+) = (.*?)`", said):
             knob, value = untyped.groups()
             said = f"`{knob} = {value}` has no type"
             fix = f"write `{knob}: {_type_of(value)} = {value}` for a knob, `_{knob}: Any = PrivateAttr(None)` for other state"
         raise error(f"cannot import {module_name!r}: {said}{where}", field=field, fix=fix) from problem
-
-
-def _line(problem: BaseException) -> str:
-    """Where in the user's code an import failed. A SyntaxError says so itself."""
-    own = [frame for frame in traceback.extract_tb(problem.__traceback__) if not _is_library(frame.filename)]
-    return f"\n  in {own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else ""
-
-
-def _is_library(file: str) -> bool:
-    return file.startswith(("<frozen", os.path.dirname(os.__file__), os.path.dirname(__file__))) or "site-packages" in file
 
 
 def _type_of(value: str) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
+from onlinerl import users_code
 from onlinerl.controller import health
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import Built, batched
-from onlinerl.errors import LearnerError, OnlineRLError, StoreError
+from onlinerl.errors import StoreError
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.store import LOGPROBS, Scratch
-from onlinerl.types import Judged, LogProbs, Pair, TrainedPair, TrainItem, Verdict
+from onlinerl.types import Judged, LogProbs, Pair, TrainedPair, TrainItem, TrainSequence, Verdict
 
 AT_ONCE = 64
 """Prompts whose pairs are written together."""
@@ -41,17 +44,8 @@ def of_group(it: Iteration, judged: Judged) -> GroupItems:
         pairs, reasons = it.parts.pairing.build(judged)
         dropped.update(reasons)
     contradicted = sum(pair.prob < 0.5 for pair in pairs)
-    try:
-        items, left_out = it.parts.algorithm.items(judged, pairs)
-        dropped.update(left_out)
-    except OnlineRLError:
-        raise
-    except Exception as error:  # it may be the user's own
-        raise LearnerError(
-            f"{type(it.parts.algorithm).__name__}.items failed for prompt {judged.group.prompt.id!r}: {type(error).__name__}: {error}",
-            field="algorithm.name",
-            fix="it must return the items of the group, and by reason how many were left out; the traceback is in failure.json of the run",
-        ) from error
+    items, left_out = _items(it, judged, pairs)
+    dropped.update(left_out)
     whole = [i for i in items if all(s.finish_reason != "length" for s in i.sequences)]
     truncated = len(items) - len(whole)
     if it.parts.config.training.on_truncated == "drop":
@@ -60,6 +54,26 @@ def of_group(it: Iteration, judged: Judged) -> GroupItems:
         rollouts = judged.group.rollouts
         pairs = [p for p in pairs if "length" not in {rollouts[i].finish_reason for i in (p.chosen, p.rejected)}]
     return GroupItems(items=items, pairs=pairs, dropped=dropped, contradicted=contradicted, truncated=truncated)
+
+
+def _items(it: Iteration, judged: Judged, pairs: Sequence[Pair]) -> tuple[Sequence[TrainItem], Mapping[str, int]]:
+    """What the algorithm makes of the group.
+
+    Raises:
+        LearnerError: if it fails, or returns something else.
+    """
+    algorithm = it.parts.algorithm
+    with users_code.calling(algorithm, "items", f" for prompt {judged.group.prompt.id!r}"):
+        made: Any = algorithm.items(judged, pairs)
+    wanted = "(list of TrainItem, {reason: number of items left out})"
+    if not (isinstance(made, tuple) and len(made) == 2):
+        raise users_code.wrong_result(algorithm, "items", f"a value of type {type(made).__name__}", wanted)
+    items, left_out = made
+    if not (isinstance(items, Sequence) and all(isinstance(i, TrainItem) and i.sequences for i in items)):
+        raise users_code.wrong_result(algorithm, "items", "something else than TrainItems with sequences", wanted)
+    if not (isinstance(left_out, Mapping) and all(isinstance(n, int) for n in left_out.values())):
+        raise users_code.wrong_result(algorithm, "items", f"{type(left_out).__name__} {left_out!r:.80} as second part", wanted)
+    return items, left_out
 
 
 def build(it: Iteration, scratch: Scratch) -> Built:
@@ -127,9 +141,17 @@ class _Made:
         self.useful += bool(made.items)
         pairs.extend(_trained(judged, pair) for pair in made.pairs)
         for item in _annotated(judged.group.prompt.id, made.items, known):
-            self.earned.extend(map(self._it.parts.algorithm.score, item.sequences))
+            self.earned.extend(_score(self._it.parts.algorithm, s) for s in item.sequences)
             self.sampled_by.update(s.policy_version for s in item.sequences)
             yield item
+
+
+def _score(algorithm: Algorithm, sequence: TrainSequence) -> float:
+    with users_code.calling(algorithm, "score"):
+        score: object = algorithm.score(sequence)
+    if not isinstance(score, Real):
+        raise users_code.wrong_result(algorithm, "score", f"a value of type {type(score).__name__}", "a number")
+    return float(score)
 
 
 def _trained(judged: Judged, pair: Pair) -> TrainedPair:

@@ -12,6 +12,11 @@ from collections.abc import Sequence
 from onlinerl.errors import LearnerError
 from onlinerl.types import SelfTest, TrainItem
 
+LARGEST_FLOAT = 3.4e38
+"""In single precision, in which losses are calculated."""
+LARGEST_SCORE = 1e19
+"""Its square is about as large."""
+
 ITEMS = 8
 AMONG = 256
 """Of the first so many."""
@@ -43,13 +48,28 @@ def choose(items: Sequence[TrainItem]) -> list[TrainItem]:
     return [items[i] for i in [*first_of_prompt, *others][:ITEMS]]
 
 
-def check(result: SelfTest, expected_loss: float | None, dtype: str) -> None:
+def require_scores_fit(earned: Sequence[float]) -> None:
+    """Refuse scores that are infinite in a batch. Their advantages may still be finite, but wrong: 0 where the spread is infinite.
+
+    Args:
+        earned: what each response earns.
+
+    Raises:
+        LearnerError: if one is too large.
+    """
+    largest = max(map(abs, earned), default=0.0)
+    if not largest <= LARGEST_FLOAT:
+        raise _overflow("training cannot begin", largest)
+
+
+def check(result: SelfTest, expected_loss: float | None, dtype: str, largest_score: float = 0.0) -> None:
     """Refuse to train on what does not belong to the policy.
 
     Args:
         result: of the learner.
         expected_loss: what the formula says with policy = reference; None if it says nothing.
         dtype: of the learner.
+        largest_score: of the items, by absolute value.
 
     Raises:
         LearnerError: saying what does not hold.
@@ -67,6 +87,7 @@ def check(result: SelfTest, expected_loss: float | None, dtype: str) -> None:
             field="learner",
             fix="something differs between two passes of one model: dropout, or a non-deterministic kernel",
         )
+    _require_finite(result.loss, "the policy's own log-probs", largest_score)
     if expected_loss is not None and not abs(result.loss - expected_loss) <= FORMULA:
         raise LearnerError(
             f"with policy = reference the loss is {result.loss:.6f} instead of {expected_loss:.6f}",
@@ -89,6 +110,7 @@ def check(result: SelfTest, expected_loss: float | None, dtype: str) -> None:
                 field="learner",
                 fix="they were computed at another temperature or with other weights: training on it would go wrong",
             )
+    _require_finite(result.stored_loss, "the stored log-probs", largest_score)
     slack = FORMULA + limit * result.stored_loss_slope
     if expected_loss is not None and not abs(result.stored_loss - expected_loss) <= slack:
         raise LearnerError(
@@ -96,15 +118,30 @@ def check(result: SelfTest, expected_loss: float | None, dtype: str) -> None:
             field="learner",
             fix="the stored log-probs do not belong to this policy",
         )
-    if not (math.isfinite(result.loss) and math.isfinite(result.stored_loss)):
-        raise LearnerError(
-            f"before the first step the loss is {result.loss} on the policy's own log-probs and {result.stored_loss} on the stored ones",
-            field="algorithm",
-            fix="scores too large to calculate with are one reason (look at the rewards), an error in the algorithm's own loss another",
-        )
     if not result.base_gap <= limit:
         raise LearnerError(
             f"before the first step, policy and base model differ by {result.base_gap:.4f} nats per token (limit {limit:g})",
             field="model",
             fix="the model on disk is not the one that training started from; was it replaced?",
         )
+
+
+def _require_finite(loss: float, what: str, largest_score: float) -> None:
+    if math.isfinite(loss):
+        return
+    cause = f"before the first step the loss is {loss} on {what}"
+    if largest_score > LARGEST_SCORE:
+        raise _overflow(cause, largest_score)
+    raise LearnerError(
+        cause,
+        field="algorithm.name",
+        fix="look for log(0), 0/0 or an overflow in the algorithm's `loss` and `prepare`, correct it, then `onlinerl resume`",
+    )
+
+
+def _overflow(cause: str, largest: float) -> LearnerError:
+    return LearnerError(
+        f"{cause}: scores as large as {largest:.3g} overflow in single precision, in which losses are calculated",
+        field="oracle",
+        fix=f"let the oracle give scores of ordinary size (at most {LARGEST_SCORE:.0e}), and start a new run: this one keeps the others",
+    )

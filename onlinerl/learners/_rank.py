@@ -24,6 +24,7 @@ from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.errors import LearnerError
 from onlinerl.learners._export import export_weights
 from onlinerl.learners._loading import ModelReader, give_back
+from onlinerl.learners._loss import loss_of
 from onlinerl.learners._offload import HostMemory, tensors_of
 from onlinerl.learners._optimizer import critic_rate
 from onlinerl.learners._plain import load_generators, save_generators
@@ -184,7 +185,7 @@ class Rank:
         for items in micro:
             batch = collate(items).to(self.device)
             outputs = self._forward(batch)
-            loss = self.algorithm.loss(outputs, batch) if items else None
+            loss = loss_of(self.algorithm, outputs, batch, trained=True) if items else None
             total = loss.total if loss is not None else outputs.logprobs_BT.sum() * 0.0 + _zero(outputs.values_BT)
             self._accumulate(total, count if total.isfinite() else float("nan"))
             _add(totals, "loss", Mean(total=total.detach().float(), count=torch.tensor(float(0))))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from onlinerl.batch import Batch, Outputs
+from onlinerl.learners._loss import loss_of
 from onlinerl.ops.batching import collate
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import SelfTest, TrainItem
@@ -113,13 +114,13 @@ def _add(sums: Sums, batch: Batch, outputs: Outputs, again: Outputs, other_BT: T
     mask_BT = batch.mask_BT
     ours_BT = outputs.logprobs_BT
     own = replace(batch, reference_logprobs_BT=ours_BT, old_logprobs_BT=ours_BT, values_BT=outputs.values_BT)
-    sums.loss += algorithm.loss(again, own).total.item()
+    sums.loss += loss_of(algorithm, again, own).total.item()
     sums.repeat += ((again.logprobs_BT - ours_BT) * mask_BT).sum().item()
     sums.base += ((other_BT - ours_BT).abs() * mask_BT).sum().item()
     sums.tokens += int(mask_BT.sum())
     variable_BT = ours_BT.detach().clone().requires_grad_()
     with torch.enable_grad():
-        total = algorithm.loss(replace(outputs, logprobs_BT=variable_BT), batch).total
+        total = loss_of(algorithm, replace(outputs, logprobs_BT=variable_BT), batch).total
     sums.stored_loss += total.item()
     if total.requires_grad:
         sums.slope += torch.autograd.grad(total, variable_BT)[0].abs().sum().item()

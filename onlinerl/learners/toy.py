@@ -13,6 +13,7 @@ from torch import Tensor
 
 from onlinerl.batch import Batch, Outputs
 from onlinerl.errors import ConfigError, SyncError
+from onlinerl.learners._loss import loss_of
 from onlinerl.learners._plain import load_plain
 from onlinerl.learners._self_test import combine, compare
 from onlinerl.ops.batching import collate
@@ -96,7 +97,7 @@ class ToyLearner:
         """One Adam step per element of `steps`."""
         for items, learning_rate in zip(steps, learning_rates, strict=True):
             batch = collate(items)
-            loss = self._algorithm.loss(self._outputs(batch), batch)
+            loss = loss_of(self._algorithm, self._outputs(batch), batch, trained=True)
             mean = loss.total / sum(i.count(self._algorithm.unit) for i in items)
             self._optimizer.param_groups[0]["lr"] = learning_rate
             self._optimizer.zero_grad()

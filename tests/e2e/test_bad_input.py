@@ -685,6 +685,18 @@ def test_an_oracle_that_is_not_there(toy_config, refused, tmp_path):
     says(refused(toy_config(tmp_path, overrides)), "oracle.function: cannot import 'no_such_module_at_all'", "PYTHONPATH=.")
 
 
+def test_an_oracle_that_reads_the_command_line_when_it_is_imported(toy_config, refused, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    body = "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--data', required=True)\nparser.parse_args()\n"
+    (tmp_path / "script.py").write_text(body)
+    message = refused(toy_config(tmp_path, {"oracle.name": "python", "oracle.function": "script.judge"}))
+    says(
+        message[message.index("error: oracle: ") :],
+        "oracle.function: cannot import 'script': SystemExit: 2",
+        "script.py, line 4",
+    )
+
+
 SCORES = "[[len(r) for r in q['responses']] for q in queries]"
 
 
@@ -836,23 +848,74 @@ def test_ranks_and_replicas_that_share_gpus_are_reserved_as_pairs():
     assert placement.describe(wanted)[1] == "learner rank 1 and replica 1: 3 CPU, 1 GPU, 0.5 node_a"
 
 
+LINES = {
+    "items": "items(self, judged, pairs)",
+    "score": "score(self, sequence)",
+    "prepare": "prepare(self, items, past=())",
+    "figures": "figures(self, items, past=())",
+    "loss": "loss(self, outputs, batch)",
+}
+WRONG_ITEMS = " instead of (list of TrainItem, {reason: number of items left out})"
+WRONG_LOSS = " instead of a LossOutput whose `total` is a tensor without axes"
+
+
 @pytest.mark.parametrize(
-    ("body", "cause"),
+    ("method", "body", "cause"),
     [
-        ("return []", "Mine.items failed for prompt 'p"),
-        ("raise KeyError('score')", "KeyError: 'score'"),
+        ("items", "return []", "Mine.items returned a value of type list" + WRONG_ITEMS),
+        ("items", "return [1], {}", "Mine.items returned something else than TrainItems with sequences" + WRONG_ITEMS),
+        ("items", "return [], ['short']", "Mine.items returned list ['short'] as second part" + WRONG_ITEMS),
+        ("items", "raise KeyError('score')", "Mine.items failed for prompt 'p"),
+        ("score", "return 1 / 0", "Mine.score failed: ZeroDivisionError: division by zero"),
+        ("score", "return None", "Mine.score returned a value of type NoneType instead of a number"),
+        ("prepare", "raise KeyError('score')", "Mine.prepare failed: KeyError: 'score'"),
+        ("prepare", "return None", "Mine.prepare returned a value of type NoneType instead of items"),
+        ("prepare", "return [1]", "Mine.prepare returned a int among its items instead of a TrainItem"),
+        ("prepare", "return []", "Mine.prepare returned no item instead of what becomes of the "),
+        ("prepare", "yield 1 / 0", "Mine.prepare failed: ZeroDivisionError: division by zero"),
+        ("figures", "return {'a': 1 / 0}", "Mine.figures failed: ZeroDivisionError: division by zero"),
+        ("figures", "return {'a': 'b'}", "Mine.figures returned dict {'a': 'b'} instead of {name: number}"),
+        ("loss", "raise KeyError('score')", "Mine.loss failed: KeyError: 'score'"),
+        ("loss", "return 1.0", "Mine.loss returned a value of type float" + WRONG_LOSS),
+        ("loss", "return outputs.logprobs_BT.sum(1)", "Mine.loss returned a tensor of shape ["),
+        ("loss", "return LossOutput(total=outputs.logprobs_BT.sum(1))", "a LossOutput whose `total` is a tensor of shape ["),
+        (
+            "loss",
+            "return LossOutput(total=outputs.logprobs_BT.sum().detach())",
+            "Mine.loss returned a `total` without gradient",
+        ),
+        ("loss", "return LossOutput(total=outputs.logprobs_BT.sum() * float('nan'))", "before the first step the loss is nan"),
     ],
 )
-def test_an_algorithm_of_the_users_own_that_makes_no_items(toy_config, warm_cli, tmp_path, body, cause):
-    """Its error is theirs, and the run can go on when it is corrected."""
-    own = (
-        f"from onlinerl.algorithms.dpo import Dpo\n\n\nclass Mine(Dpo):\n    def items(self, judged, pairs):\n        {body}\n"
-    )
-    (tmp_path / "mine.py").write_text(own)
+def test_an_algorithm_of_the_users_own_that_fails(toy_config, warm_cli, tmp_path, method, body, cause):
+    """Its error is theirs, with the file and line, and the run can go on when it is corrected."""
+    head = "from onlinerl.algorithms.dpo import Dpo\nfrom onlinerl.batch import LossOutput\n\n\nclass Mine(Dpo):\n"
+    head += "    loss_at_reference = None\n"
+    (tmp_path / "mine.py").write_text(f"{head}    def {LINES[method]}:\n        {body}\n")
     config = toy_config(tmp_path, {"algorithm.name": "mine.Mine", "iterations": 1})
     failed = warm_cli("run", config)
     assert failed.returncode == FAILED, failed.message
-    says(failed.stderr, "algorithm.name: ", cause, "failure.json")
+    says(failed.stderr, "algorithm.name: ", cause)
+    if "Mine." in cause:
+        line = 8 if "failed" in cause else 7  # where it was raised, or where what returned begins
+        says(failed.stderr, f"mine.py, line {line}")
     assert "Traceback" not in failed.message
-    (tmp_path / "mine.py").write_text(own.replace(body, "return super().items(judged, pairs)"))
+    (tmp_path / "mine.py").write_text(head)
     assert warm_cli("resume", tmp_path / "runs/toy").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "score", "cause"),
+    [
+        ("grpo", "1e308", "training cannot begin"),  # the spread is infinite, and so all advantages would be 0
+        ("ppo", "1e308", "training cannot begin"),
+    ],
+)
+def test_scores_that_overflow(toy_config, warm_cli, tmp_path, algorithm, score, cause):
+    (tmp_path / "huge.py").write_text(
+        f"def judge(queries):\n    return [[(-1) ** i * {score} for i, _ in enumerate(q['responses'])] for q in queries]\n"
+    )
+    own = {"oracle.name": "python", "oracle.function": "huge.judge", "algorithm.name": algorithm, "iterations": 1}
+    failed = warm_cli("run", toy_config(tmp_path, own))
+    assert failed.returncode == FAILED, failed.message
+    says(failed.stderr[failed.stderr.index("error: ") :], f"oracle: {cause}", f"scores as large as {float(score):.3g} overflow")

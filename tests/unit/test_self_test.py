@@ -34,7 +34,7 @@ GOOD = SelfTest(
     ("changes", "said", "field"),
     [
         ({"loss": math.log(2) + 0.002}, "with policy = reference the loss is", "algorithm"),
-        ({"loss": math.nan}, "with policy = reference the loss is", "algorithm"),
+        ({"loss": math.nan}, "before the first step the loss is nan on the policy's own", "algorithm.name"),
         ({"repeat_kl": -0.01}, "two passes of one policy", "learner"),
         ({"repeat_kl": math.nan}, "two passes of one policy", "learner"),
         (
@@ -74,7 +74,10 @@ def test_a_loss_that_is_not_finite_stops_a_run_whose_formula_says_nothing(change
     self_test.check(GOOD, None, "float32")
     with pytest.raises(LearnerError, match="before the first step the loss is") as error:
         self_test.check(replace(GOOD, **changes), None, "float32")
-    assert error.value.field == "algorithm"
+    assert error.value.field == "algorithm.name"
+    with pytest.raises(LearnerError, match=r"scores as large as 1e\+308 overflow") as error:
+        self_test.check(replace(GOOD, **changes), None, "float32", largest_score=1e308)
+    assert error.value.field == "oracle"
 
 
 def test_limits_follow_the_dtype():

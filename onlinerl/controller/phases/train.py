@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any, overload
 
+from onlinerl import users_code
 from onlinerl.controller import health, items, self_test
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import learning_rates
 from onlinerl.errors import LearnerError
 from onlinerl.ops.schedule import schedule
+from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.store import Scratch
 from onlinerl.types import TrainItem, TrainRecord, UpdateReport, derive_seed
 
@@ -26,6 +29,8 @@ def train(it: Iteration) -> TrainRecord:
         steps = UpdateReport(steps=0, tokens=0, metrics=())
         figures: Mapping[str, float] = {}
         if idle is None:
+            if not it.needs.pairs:  # pairs are made of which score is higher only
+                self_test.require_scores_fit(built.earned)
             prepared, figures = _prepare(it, built.items, scratch)
             steps = _update(it, prepared)
     it.weights.learner = it.number
@@ -67,12 +72,55 @@ def _prepare(
     Before the very first step of a run they must pass the self-test.
     """
     past = _past_figures(it)
-    made = it.parts.algorithm.prepare(annotated, past)
-    prepared = annotated if made is annotated else scratch.keep(made)
-    figures = it.parts.algorithm.figures(annotated, past)
+    prepared = _prepared(it.parts.algorithm, annotated, past, scratch)
+    figures = _figures(it.parts.algorithm, annotated, past)
     if not it.trained_before():
         _self_test(it, prepared)
     return prepared, figures
+
+
+def _prepared(
+    algorithm: Algorithm, annotated: Sequence[TrainItem], past: Sequence[Mapping[str, float]], scratch: Scratch
+) -> Sequence[TrainItem]:
+    """What the algorithm makes of all items.
+
+    Raises:
+        LearnerError: if it fails, or gives something else.
+    """
+    with users_code.calling(algorithm, "prepare"):
+        made: object = algorithm.prepare(annotated, past)
+    if made is annotated:
+        return annotated
+    if not isinstance(made, Iterable):
+        raise users_code.wrong_result(
+            algorithm, "prepare", f"a value of type {type(made).__name__}", "items: return or yield them"
+        )
+
+    def checked() -> Iterator[TrainItem]:
+        for item in users_code.each(algorithm, "prepare", made):
+            if not isinstance(item, TrainItem):
+                raise users_code.wrong_result(algorithm, "prepare", f"a {type(item).__name__} among its items", "a TrainItem")
+            yield item
+
+    prepared = scratch.keep(checked())
+    if not prepared:
+        raise users_code.wrong_result(
+            algorithm, "prepare", "no item", f"what becomes of the {len(annotated)} that it was given"
+        )
+    return prepared
+
+
+def _figures(algorithm: Algorithm, annotated: Sequence[TrainItem], past: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    """What the algorithm says about the iteration.
+
+    Raises:
+        LearnerError: if it fails, or returns something else.
+    """
+    with users_code.calling(algorithm, "figures"):
+        figures: Any = algorithm.figures(annotated, past)
+    if not (isinstance(figures, Mapping) and all(isinstance(value, Real) for value in figures.values())):
+        raise users_code.wrong_result(algorithm, "figures", f"{type(figures).__name__} {figures!r:.80}", "{name: number}")
+    return {str(name): float(value) for name, value in figures.items()}
 
 
 def _past_figures(it: Iteration) -> list[Mapping[str, float]]:
@@ -132,6 +180,8 @@ class _Steps(Sequence[Sequence[TrainItem]]):
 
 def _self_test(it: Iteration, prepared: Sequence[TrainItem]) -> None:
     """Before the very first step."""
-    result = it.parts.learner.self_test(self_test.choose(prepared), it.parts.base_model)
-    self_test.check(result, it.parts.algorithm.loss_at_reference, it.parts.config.learner.dtype)
+    chosen = self_test.choose(prepared)
+    result = it.parts.learner.self_test(chosen, it.parts.base_model)
+    largest = max(abs(s.score) for item in chosen for s in item.sequences)
+    self_test.check(result, it.parts.algorithm.loss_at_reference, it.parts.config.learner.dtype, largest)
     it.report.self_test(result)

@@ -1,0 +1,48 @@
+"""Calling the algorithm's loss, which may be the user's own: it returns what it must, or the error says what it returned."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from onlinerl import users_code
+from onlinerl.batch import Batch, LossOutput, Mean, Outputs
+from onlinerl.errors import LearnerError
+from onlinerl.protocols.algorithm import Algorithm
+
+WANTED = "a LossOutput whose `total` is a tensor without axes, the sum over units"
+
+
+def loss_of(algorithm: Algorithm, outputs: Outputs, batch: Batch, *, trained: bool = False) -> LossOutput:
+    """The loss of one micro-batch.
+
+    Args:
+        algorithm: whose loss.
+        outputs, batch: what it is given.
+        trained: whether a backward pass follows, for which it must have a gradient.
+
+    Raises:
+        LearnerError: if it raises or returns something else.
+    """
+    try:
+        with users_code.calling(algorithm, "loss"):
+            loss: object = algorithm.loss(outputs, batch)
+    except LearnerError as error:
+        if isinstance(error.__cause__, torch.OutOfMemoryError):  # not the fault of the formula
+            raise error.__cause__ from None
+        raise
+    if not isinstance(loss, LossOutput):
+        raise users_code.wrong_result(algorithm, "loss", _shown(loss), WANTED)
+    if not isinstance(loss.total, Tensor) or loss.total.dim():
+        raise users_code.wrong_result(algorithm, "loss", f"a LossOutput whose `total` is {_shown(loss.total)}", WANTED)
+    if trained and not loss.total.requires_grad:
+        got = "a `total` without gradient (detached, or made from numbers)"
+        raise users_code.wrong_result(algorithm, "loss", got, "one calculated from `outputs`")
+    for name, mean in loss.metrics.items():
+        if not (isinstance(mean, Mean) and isinstance(mean.total, Tensor) and isinstance(mean.count, Tensor)):
+            raise users_code.wrong_result(algorithm, "loss", f"{_shown(mean)} as the metric {name!r}", "Mean.of(TENSOR)")
+    return loss
+
+
+def _shown(value: object) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a value of type {type(value).__name__}"
