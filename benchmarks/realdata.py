@@ -154,13 +154,16 @@ def record(results: list[dict[str, Any]]) -> None:
 def main() -> int:
     """Prepare, run, record. Returns 1 if a run failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME")
+    known = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     arguments = parser.parse_args()
     if not arguments.data.is_dir():
         sys.exit(f"there is no directory {arguments.data}: give one with gsm8k/ and hh_rlhf/ in it (--data)")
+    if unknown := sorted({*arguments.names} - {*known}):
+        parser.error(f"there is no {', '.join(unknown)}: choose from {', '.join(known)}")
     prepare(arguments.data)
-    names = arguments.names or sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    names = arguments.names or known
     results = [run(name) for name in names]
     if not arguments.names:
         record(results)
