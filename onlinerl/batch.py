@@ -1,6 +1,6 @@
 """The only tensor-carrying values.
 
-Axes: B rows (sequences), S prompt + response positions, T response positions, P pairs. A field's suffix names its axes.
+Axes: B rows (sequences), S prompt + response positions, T response positions, P pairs, G lists of at most K rows. A field's suffix names its axes.
 """
 
 from __future__ import annotations
@@ -68,6 +68,9 @@ class Batch:
     prob_P: Tensor
     """P(chosen beats rejected)."""
     weight_P: Tensor
+    lists_GK: Tensor
+    """int64, row indices of the sequences of each item in their order; -1 behind the end of a shorter one. G items."""
+    weight_G: Tensor
     weight_B: Tensor
     policy_weight_B: Tensor
     """Of the policy's terms of the loss; 0 where only the critic learns."""
@@ -77,6 +80,10 @@ class Batch:
     values_BT: Tensor | None = None
     advantages_BT: Tensor | None = None
     returns_BT: Tensor | None = None
+    slopes_B: Tensor | None = None
+    """For a loss of a whole step (ops/whole_step.py): its slope by the value of each row."""
+    step_loss: Tensor | None = None
+    """And its value, in one of the step's micro-batches; else 0."""
 
     @property
     def sequence_mask_BS(self) -> Tensor:

@@ -1,26 +1,91 @@
-"""What losses on pairs share: the pairs of the configured builder, against a reference."""
+"""What losses on pairs share: the pairs of the configured builder, their weights, and the likelihood of the chosen response."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+from torch import Tensor
+
+from onlinerl.batch import Batch, LossOutput, Mean, Outputs
+from onlinerl.ops.logprobs import lengths
 from onlinerl.ops.pairs import pair_items
-from onlinerl.protocols.algorithm import Algorithm, Needs, Reference
+from onlinerl.ops.preference import by_pair, pair_metrics, sequence_logprobs
+from onlinerl.protocols.algorithm import Algorithm, Needs, OffPolicy, Reference, by_knobs
+from onlinerl.types.training import TrainItem
 
 if TYPE_CHECKING:
     from onlinerl.types.labels import Judged, Pair
-    from onlinerl.types.training import TrainItem
 
 
 class Pairwise(Algorithm):
-    """An item is a pair, the chosen response first."""
+    """Mean over pairs of weight * (`pair_loss` + nll_coef * NLL(chosen)). An item is a pair, the chosen response first."""
 
     unit = "pair"
-    needs = Needs(pairs=True, reference=True, min_samples=2, off_policy="valid")  # a preference holds whoever wrote the two
-    reference: ClassVar[Reference] = "fixed"
+
+    pair_weights: Literal["equal", "score_gap", "certainty"] = "equal"
+    """What a pair counts: as much as any other, the gap between its scores, or 2 P(chosen beats rejected) - 1; the latter two are divided
+    by their mean over the iteration."""
+    nll_coef: float = Field(0.0, ge=0)
+    """Weight of the negative log-prob of the chosen response: "Iterative Reasoning Preference Optimization", equation 1."""
+    nll_norm: Literal["per_token", "sum"] = "per_token"
+    """Mean or sum over its tokens. The sum is that of "Provably Mitigating Overoptimization in RLHF", whose weights are far smaller."""
+
+    @by_knobs
+    def needs(self) -> Needs:
+        """Pairs and a reference; probabilities if they are weights.
+
+        A preference holds whoever wrote the two, but where the reference is the previous iterate, they are meant to be its responses.
+        """
+        off_policy: OffPolicy = "approximate" if self.reference == "previous" else "valid"
+        certainty = self.pair_weights == "certainty"
+        return Needs(pairs=True, reference=True, min_samples=2, off_policy=off_policy, preferences=certainty)
+
+    @by_knobs
+    def reference(self) -> Reference:
+        """The base model."""
+        return "fixed"
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
         """The pairs, without those of identical or unjudged responses."""
         return pair_items(judged, pairs)
+
+    def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Iterable[TrainItem]:
+        """The pairs with their weights, whose mean is 1."""
+        if self.pair_weights == "equal":
+            return items
+        total = sum(map(self._weight, items))
+        scale = len(items) / total if total > 0 else 0.0
+        return (replace(item, weight=self._weight(item) * scale) for item in items)
+
+    def pair_loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Mean]]:
+        """Loss and margin z of each pair, [P] each, and metrics of its own."""
+        raise NotImplementedError
+
+    def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
+        """Sum over pairs.
+
+        Raises:
+            ValueError: if reference log-probs are needed and missing.
+        """
+        loss_P, z_P, metrics = self.pair_loss(outputs, batch)
+        metrics = (
+            pair_metrics(outputs, batch, z_P, reference=self.needs.reference) | {"preference_loss": Mean.of(loss_P)} | metrics
+        )
+        if self.nll_coef > 0:
+            nll_B = -sequence_logprobs(outputs, batch)
+            mean_P, _ = by_pair(nll_B / lengths(batch), batch)
+            loss_P = loss_P + self.nll_coef * (mean_P if self.nll_norm == "per_token" else by_pair(nll_B, batch)[0])
+            metrics["chosen_nll"] = Mean.of(mean_P)
+        return LossOutput(total=(loss_P * batch.weight_P).sum(), metrics=metrics)
+
+    def unless_modified(self, loss: float) -> float | None:
+        """What the loss is where policy and reference agree; None if weights or the likelihood of the chosen response change it."""
+        return loss if self.pair_weights == "equal" and not self.nll_coef else None
+
+    def _weight(self, item: TrainItem) -> float:
+        chosen, rejected = item.sequences
+        return max(0.0, chosen.score - rejected.score if self.pair_weights == "score_gap" else 2 * item.prob - 1)

@@ -6,11 +6,12 @@ import math
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from onlinerl.algorithms._pairwise import Pairwise
-from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.ops.preference import by_pair, logistic, margin, pair_metrics
-from onlinerl.protocols.algorithm import Needs, Reported
+from onlinerl.batch import Batch, Mean, Outputs
+from onlinerl.ops.preference import by_pair, logistic, margin
+from onlinerl.protocols.algorithm import Needs, Reported, by_knobs
 
 
 class Dno(Pairwise):
@@ -20,10 +21,7 @@ class Dno(Pairwise):
     iteration. Win rates differ by less than 1, so q stays within [0.27, 0.73] unless `reward_scale` stretches them.
     """
 
-    # Win rates are against the responses of the policy that the iteration starts from.
-    needs = Needs(pairs=True, reference=True, preferences=True, min_samples=2, off_policy="approximate")
-    reference = "previous"
-    loss_at_reference = math.log(2)  # with z = 0 both orientations give it, whatever q
+    reference = "previous"  # win rates are against the responses of the policy that the iteration starts from
 
     eta: float = Field(0.1, gt=0)
     reward_scale: float = Field(1.0, gt=0)
@@ -31,15 +29,19 @@ class Dno(Pairwise):
 
     metrics = (Reported("target_prob", "Probability that a pair is trained towards", "ratio"),)
 
-    def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
-        """Sum over pairs.
+    @by_knobs
+    def needs(self) -> Needs:
+        """Of a pair loss, with win rates."""
+        return super().needs.model_copy(update={"preferences": True})
 
-        Raises:
-            ValueError: if reference log-probs are missing.
-        """
+    @by_knobs
+    def loss_at_reference(self) -> float | None:
+        """With z = 0 both orientations give ln 2, whatever q."""
+        return self.unless_modified(math.log(2))
+
+    def pair_loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Mean]]:
+        """The loss, z, and the mean of q."""
         z_P = self.eta * margin(outputs, batch)
         rate_1, rate_2 = by_pair(batch.win_rates_B, batch)
         q_P = torch.sigmoid(self.reward_scale * (rate_1 - rate_2))
-        loss_P = logistic(z_P, q_P)
-        metrics = pair_metrics(outputs, batch, z_P) | {"preference_loss": Mean.of(loss_P), "target_prob": Mean.of(q_P)}
-        return LossOutput(total=(loss_P * batch.weight_P).sum(), metrics=metrics)
+        return logistic(z_P, q_P), z_P, {"target_prob": Mean.of(q_P)}

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from onlinerl.algorithms.dpo import Dpo
-from onlinerl.protocols.algorithm import Needs, by_knobs
 from onlinerl.types.training import TrainItem, TrainSequence
 
 if TYPE_CHECKING:
@@ -18,11 +17,6 @@ class DnoPrct(Dpo):
     """DPO against the policy of the iteration's start, on pairs whose winner is good and clearly better than the loser."""
 
     reference = "previous"
-
-    @by_knobs
-    def needs(self) -> Needs:
-        """Of DPO; the candidates are meant to be those of the policy that the iteration starts from."""
-        return super().needs.model_copy(update={"off_policy": "approximate"})
 
     floor: float | None = None
     """Lowest score of a winner; None accepts any. In units of the oracle's score (win rates, if it gives none)."""

@@ -33,6 +33,7 @@ from onlinerl.learners._self_test import Sums, compare
 from onlinerl.learners._weights import PolicySource
 from onlinerl.network import choose_interface
 from onlinerl.ops.batching import collate
+from onlinerl.ops.whole_step import Rows, WholeStep, first_pass
 from onlinerl.protocols.keys import decided
 from onlinerl.protocols.learner import LearnerConfig, RankSettings
 from onlinerl.protocols.transport import Meeting, Replicas, Sender, TransportConfig
@@ -182,8 +183,7 @@ class Rank:
         whole step, on all ranks.
         """
         totals: dict[str, Tensor] = {}
-        for items in micro:
-            batch = collate(items).to(self.device)
+        for items, batch in zip(micro, self._batches(micro), strict=True):
             outputs = self._forward(batch)
             loss = loss_of(self.algorithm, outputs, batch, trained=True) if items else None
             total = loss.total if loss is not None else outputs.logprobs_BT.sum() * 0.0 + _zero(outputs.values_BT)
@@ -192,6 +192,20 @@ class Rank:
             for name, mean in (loss.metrics if loss else {}).items():
                 _add(totals, name, mean)
         return totals
+
+    def _batches(self, micro: Sequence[Sequence[TrainItem]]) -> Iterator[Batch]:
+        """One after the other, unless the loss looks at all of them first."""
+        batches = (collate(items).to(self.device) for items in micro)
+        if not isinstance(self.algorithm, WholeStep):
+            yield from batches
+            return
+        yield from first_pass(self.algorithm, list(batches), self._forward, self._gather)
+
+    def _gather(self, own: list[Rows]) -> tuple[list[list[Rows]], int]:
+        """The rows of every rank, and which one this is."""
+        ranks: list[list[Rows]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(ranks, own)
+        return ranks, self.rank
 
     def _forward(self, batch: Batch) -> Outputs:
         """As the loss gets it."""

@@ -53,6 +53,7 @@ PAIRS = (
     per_step("chosen_fell", "Share of chosen responses less probable than under the reference", "ratio", section=_PAIRS),
     per_step("chosen_length", "Tokens of the chosen response", "tokens", section=_PAIRS),
     per_step("rejected_length", "Tokens of the rejected response", "tokens", section=_PAIRS),
+    per_step("chosen_nll", "Negative log-prob of the chosen tokens", "nats/token", section=_PAIRS),
     per_step("length_ratio", "Length of the chosen response over that of the rejected one", "ratio", section=_PAIRS),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,9 +22,9 @@ _DUMMY = TrainSequence(prompt_ids=(0,), response_ids=()).with_(**{name: np.zeros
 def collate(items: Sequence[TrainItem]) -> Batch:
     """One micro-batch of tensors, right-padded with token 0; rows are the items' sequences in order, masks come from lengths.
 
-    Items of two sequences become rows of `pairs_P2`. Per-token fields are filled only if all sequences have them. No items give the
-    dummy that a rank without data runs so that collective operations stay aligned: one row of one prompt token and one masked
-    response position, all per-token fields zero, weight 0, no pairs; the loss of it is 0.
+    Items become rows of `lists_GK`, those of two sequences rows of `pairs_P2` too. Per-token fields are filled only if all sequences
+    have them. No items give the dummy that a rank without data runs so that collective operations stay aligned: one row of one prompt
+    token and one masked response position, all per-token fields zero, weight 0, no pairs and lists; the loss of it is 0.
 
     Raises:
         ValueError: if a per-token field does not have one number per response token.
@@ -35,6 +36,8 @@ def collate(items: Sequence[TrainItem]) -> Batch:
     if not sequences:
         sequences, weights = [_DUMMY], [0.0]
 
+    K = max((len(item.sequences) for item in items), default=1)
+    lists = [[*range(start, end), *[-1] * (K - end + start)] for start, end in pairwise(starts)]
     T = max(1, *(len(s.response_ids) for s in sequences))
     prompt_lengths = torch.tensor([len(s.prompt_ids) for s in sequences])
     lengths = torch.tensor([len(s.response_ids) for s in sequences])
@@ -55,6 +58,8 @@ def collate(items: Sequence[TrainItem]) -> Batch:
         pairs_P2=torch.tensor([(start, start + 1) for _, start in pairs], dtype=torch.int64).reshape(-1, 2),
         prob_P=_floats(item.prob for item, _ in pairs),
         weight_P=_floats(item.weight for item, _ in pairs),
+        lists_GK=torch.tensor(lists, dtype=torch.int64).reshape(-1, K),
+        weight_G=_floats(item.weight for item in items),
         weight_B=_floats(weights),
         policy_weight_B=_floats(s.policy_weight for s in sequences),
         **{f"{name}_BT": _per_token(sequences, name, T) for name in _PER_TOKEN},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -31,15 +32,21 @@ def by_pair(values_B: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     return values_B[chosen], values_B[rejected]
 
 
-def margin(outputs: Outputs, batch: Batch, *, length_norm: bool = False) -> Tensor:
-    """h[P] = D_w - D_l, in nats; with `length_norm` each D is divided by its response's length.
+def margin(outputs: Outputs, batch: Batch) -> Tensor:
+    """h[P] = D_w - D_l, in nats.
 
     Raises:
         ValueError: if the batch carries no reference log-probs.
     """
-    ratios_B = log_ratios(outputs, batch)
-    chosen, rejected = by_pair(ratios_B / lengths(batch) if length_norm else ratios_B, batch)
+    chosen, rejected = by_pair(log_ratios(outputs, batch), batch)
     return chosen - rejected
+
+
+def beyond_the_shorter(batch: Batch) -> Tensor:
+    """bool[B, T]: tokens of the longer response of a pair at positions that the shorter one does not have."""
+    shorter_P = torch.minimum(*by_pair(batch.lengths_B, batch))
+    shorter_B = batch.lengths_B.scatter(0, batch.pairs_P2.flatten(), shorter_P.repeat_interleave(2))
+    return torch.arange(batch.mask_BT.shape[1], device=shorter_B.device)[None, :] >= shorter_B[:, None]
 
 
 def logistic(z: Tensor, prob: Tensor | float) -> Tensor:
@@ -56,23 +63,28 @@ def smoothed(prob: Tensor, label_smoothing: float) -> Tensor:
     return (1.0 - label_smoothing) * prob + label_smoothing * (1.0 - prob)
 
 
-def pair_metrics(outputs: Outputs, batch: Batch, z: Tensor) -> dict[str, Mean]:
-    """What every pair loss reports: the two sides apart (the loss sees only their difference), accuracies, lengths."""
+def pair_metrics(outputs: Outputs, batch: Batch, z: Tensor, *, reference: bool = True) -> dict[str, Mean]:
+    """What every pair loss reports: the two sides apart (the loss sees only their difference), accuracies, lengths. Log-ratios only with a
+    `reference`."""
     sums_B, lengths_B = sequence_logprobs(outputs, batch).detach(), lengths(batch)
-    ratio_w, ratio_l = by_pair(log_ratios(outputs, batch).detach(), batch)
     sum_w, sum_l = by_pair(sums_B, batch)
     mean_w, mean_l = by_pair(sums_B / lengths_B, batch)
     length_w, length_l = by_pair(lengths_B, batch)
-    return {
-        "chosen_log_ratio": Mean.of(ratio_w),
-        "rejected_log_ratio": Mean.of(ratio_l),
-        "margin": Mean.of(ratio_w - ratio_l),
+    metrics = {
         "z": Mean.of(z),
         "accuracy": Mean.of(z > 0),  # does the policy prefer the chosen response more than the reference does
         "ranking_accuracy": Mean.of(sum_w > sum_l),  # does it prefer it at all
         "ranking_accuracy_per_token": Mean.of(mean_w > mean_l),
-        "chosen_fell": Mean.of(ratio_w < 0),  # share of chosen responses that lost probability
         "chosen_length": Mean.of(length_w),
         "rejected_length": Mean.of(length_l),
         "length_ratio": Mean.of(length_w / length_l),
+    }
+    if not reference:
+        return metrics
+    ratio_w, ratio_l = by_pair(log_ratios(outputs, batch).detach(), batch)
+    return metrics | {
+        "chosen_log_ratio": Mean.of(ratio_w),
+        "rejected_log_ratio": Mean.of(ratio_l),
+        "margin": Mean.of(ratio_w - ratio_l),
+        "chosen_fell": Mean.of(ratio_w < 0),  # share of chosen responses that lost probability
     }

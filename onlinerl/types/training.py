@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:  # a loss reads no more than what is in this file
     from onlinerl.types.rollouts import FinishReason
 
-Unit = Literal["token", "sequence", "pair"]
+Unit = Literal["token", "sequence", "pair", "list"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import math
@@ -11,11 +12,13 @@ from types import ModuleType
 import numpy as np
 import torch
 from matrix_oracle import Referee
+from torch import Tensor
 from torch.nn.functional import pad
 
 from onlinerl import registry
 from onlinerl.batch import Batch, Outputs
 from onlinerl.ops.batching import collate
+from onlinerl.ops.whole_step import WholeStep, first_pass
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Group, Judged, Pair, Prompt, Query, Rollout, Sampling, TrainItem, TrainSequence, Verdict
 
@@ -32,6 +35,7 @@ def golden(name: str) -> ModuleType:
     test_value_by_hand    the loss of a few tokens
     at_reference(items)   the mean loss where policy, old policy, reference and engine agree, with the first of the variants
     VARIANTS              knobs that the contracts are tried with
+    stops_gradients       optional: whether a term of this loss has another gradient than its value on purpose
     KNOBS                 by knob: which others are set with it, and a value that must change something
     """
     file = GOLDEN / f"test_{name}.py"
@@ -158,6 +162,13 @@ class Policy:
             values = np.zeros(T) if s.values is None else s.values + (0.0 if at_reference else 0.3 * rng.standard_normal(T))
             self.leaves += [torch.tensor(x, dtype=torch.float64).requires_grad_() for x in (logprobs, values, rng.random(T))]
 
+    def moved(self, step: Tensor) -> Policy:
+        """The same policy with all leaves, one after the other, moved by `step`."""
+        other = copy.copy(self)
+        parts = torch.split(step, [len(leaf) for leaf in self.leaves])
+        other.leaves = [(leaf.detach() + part).requires_grad_() for leaf, part in zip(self.leaves, parts, strict=True)]
+        return other
+
     def outputs(self, rows: list[TrainSequence], batch: Batch, junk: float = math.nan) -> Outputs:
         """The outputs for a batch whose rows are these sequences; `junk` is what padding holds."""
         width = batch.mask_BT.shape[1]
@@ -170,9 +181,16 @@ class Policy:
     def gradient(self, algorithm: Algorithm, micros: list[list[TrainItem]], *, extra: int = 0, junk: float = math.nan):
         """(mean loss, gradient of every leaf, metrics) of an optimizer step made of these micro-batches."""
         total, metrics, units = torch.zeros((), dtype=torch.float64), {}, 0
-        for micro in micros:
-            batch = widen(collate(micro), extra)
-            out = algorithm.loss(self.outputs([s for item in micro for s in item.sequences], batch, junk), batch)
+        batches = [widen(collate(micro), extra) for micro in micros]
+        outputs = [
+            self.outputs([s for item in micro for s in item.sequences], batch, junk)
+            for micro, batch in zip(micros, batches, strict=True)
+        ]
+        if isinstance(algorithm, WholeStep):
+            given = iter(outputs)
+            batches = first_pass(algorithm, batches, lambda _: next(given), lambda own: ([own], 0))
+        for micro, batch, output in zip(micros, batches, outputs, strict=True):
+            out = algorithm.loss(output, batch)
             total = total + out.total
             units += sum(item.count(algorithm.unit) for item in micro)
             for name, mean in out.metrics.items():

@@ -113,6 +113,20 @@ def test_the_gradient_does_not_depend_on_micro_batches_ranks_order_or_padding(na
 
 
 @pytest.mark.parametrize(("name", "knobs"), CASES)
+def test_the_gradient_is_the_slope_of_the_loss(name, knobs):
+    """By finite differences in fp64, in a random direction. Where a formula stops a gradient on purpose, its golden test says so."""
+    algorithm = build(name, knobs)
+    if hasattr(golden(name), "stops_gradients") and golden(name).stops_gradients(algorithm):
+        pytest.skip("a term's value and gradient are those of two estimators")
+    items = training_items(algorithm)
+    policy = Policy(items)
+    _, gradient, _ = policy.gradient(algorithm, [items])
+    direction = torch.from_numpy(np.random.default_rng(1).standard_normal(len(gradient)))
+    ahead, behind = (policy.moved(step * direction).gradient(algorithm, [items])[0] for step in (1e-5, -1e-5))
+    assert (ahead - behind) / 2e-5 == pytest.approx((gradient @ direction).item(), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize(("name", "knobs"), CASES)
 def test_masked_positions_are_not_read(name, knobs):
     algorithm = build(name, knobs)
     items = training_items(algorithm)
@@ -167,7 +181,7 @@ def test_declares_what_it_reads(name, knobs):
     """`training_items` fills in exactly `needs`; without any one of those fields the algorithm must refuse, not go on."""
     algorithm = build(name, knobs)
     needs = algorithm.needs
-    assert algorithm.unit in ("token", "sequence", "pair")
+    assert algorithm.unit in ("token", "sequence", "pair", "list")
     assert algorithm.reference == "none" if not needs.reference else algorithm.reference in ("fixed", "previous")
     read = {"reference_logprobs": needs.reference, "old_logprobs": needs.old_logprobs, "values": needs.values}
     for field in [f for f, needed in read.items() if needed]:

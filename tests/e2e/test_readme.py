@@ -185,9 +185,9 @@ def files(sandbox):
 
 def test_the_guides_show_the_same_files_as_the_readme():
     shown = documents.files(README)
-    assert set(shown) == {"my.yaml", "brevity.py", "slic.py"}
+    assert set(shown) == {"my.yaml", "brevity.py", "hinge.py"}
     assert documents.files(ROOT / "docs/add-an-oracle.md")["brevity.py"] == shown["brevity.py"]
-    assert documents.files(ROOT / "docs/add-an-algorithm.md")["slic.py"] == shown["slic.py"]
+    assert documents.files(ROOT / "docs/add-an-algorithm.md")["hinge.py"] == shown["hinge.py"]
 
 
 def oracle(**spec):
@@ -283,9 +283,9 @@ def test_algorithm_trains_the_toy(files):
     from onlinerl.learners.toy import ToyLearner
     from onlinerl.types import TrainItem, TrainSequence
 
-    slic = registry.load("algorithms", "slic.Slic", Algorithm)(beta=0.5)
-    assert isinstance(slic, Algorithm)
-    learner = ToyLearner(4, slic, base="base")
+    hinge = registry.load("algorithms", "hinge.Hinge", Algorithm)(beta=0.5)
+    assert isinstance(hinge, Algorithm)
+    learner = ToyLearner(4, hinge, base="base")
     reference = np.full(2, np.log(1 / 4), dtype=np.float32)
     chosen = TrainSequence(prompt_ids=(0,), response_ids=(1, 1), reference_logprobs=reference)
     rejected = TrainSequence(prompt_ids=(0,), response_ids=(2, 2), reference_logprobs=reference)

@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.grpo import Grpo
+from onlinerl.algorithms.kto import Kto
+from onlinerl.algorithms.lipo_lambda import LipoLambda
 from onlinerl.algorithms.ppo import Ppo
 from onlinerl.controller import self_test
 from onlinerl.errors import LearnerError
@@ -63,6 +65,18 @@ def sample_items(count: int, seed: int) -> list[TrainItem]:
     return [TrainItem(prompt_id=str(i), sequences=(sequence(rng, **extra),)) for i in range(count)]
 
 
+def judged_items(count: int, seed: int, size: int) -> list[TrainItem]:
+    """Of `size` responses each, the best first, which the policy finds more probable than the reference does."""
+    rng = np.random.default_rng(seed)
+
+    def response(score: float) -> TrainSequence:
+        made = sequence(rng)
+        return made.with_(reference_logprobs=made.reference_logprobs - 1.5, score=score, win_rate=1 / (1 + np.exp(-score)))
+
+    scores = -np.sort(-rng.standard_normal((count, size)), axis=1)
+    return [TrainItem(prompt_id=str(i), sequences=tuple(map(response, row.tolist()))) for i, row in enumerate(scores)]
+
+
 def budgets(items: Sequence[TrainItem], ranks: int) -> dict[int, int]:
     """Token budgets that cut `items` into 1 and 4 micro-batches a rank."""
     found: dict[int, int] = {}
@@ -86,6 +100,8 @@ def with_reference(item: TrainItem, values: Sequence[float]) -> tuple[TrainSeque
 LOSSES: dict[str, tuple[Algorithm, list[TrainItem]]] = {
     "dpo": (Dpo(), pair_items(8, seed=1)),
     "grpo": (Grpo(agg="token_mean", kl_coef=0.05), sample_items(12, seed=2)),
+    "lists": (LipoLambda(beta=0.5), judged_items(8, seed=8, size=3)),
+    "the whole step at once": (Kto(threshold=0.0, undesirable_weight=2.0), judged_items(12, seed=9, size=1)),
     "fewer items than ranks": (Dpo(), pair_items(1, seed=3)),
     "uneven": (Dpo(), pair_items(5, seed=4)),
 }

@@ -44,6 +44,13 @@ def test_pairs_point_at_their_rows():
     assert batch.weight_B.tolist() == [1.0, 2.0, 2.0, 1.0, 1.0]
 
 
+def test_lists_point_at_their_rows_whatever_their_lengths():
+    batch = collate([item((1, 1)), item((1, 2), (1, 3), (1, 4), weight=2.0), item((1, 1), (1, 4))])
+    assert batch.lists_GK.tolist() == [[0, -1, -1], [1, 2, 3], [4, 5, -1]]
+    assert batch.weight_G.tolist() == [1.0, 2.0, 1.0]
+    assert collate([]).lists_GK.shape == (0, 1)
+
+
 def test_per_token_fields_are_filled_only_if_all_sequences_have_them():
     full = item((1, 2), reference_logprobs=np.array([-1.0, -2.0]), old_logprobs=np.array([-3.0, -4.0]), score=3.0, win_rate=0.8)
     part = item((1, 1), reference_logprobs=np.array([-5.0]))

@@ -15,6 +15,29 @@ from onlinerl.types import Group, Judged, Pair, Prompt, Rollout, Sampling, Train
 
 PER_TOKEN = ("behavior_logprobs", "old_logprobs", "reference_logprobs", "values", "advantages", "returns")
 
+PAIR_KNOBS = {
+    "pair_weights": [({}, "score_gap"), ({}, "certainty")],
+    "nll_coef": [({}, 0.5)],
+    "nll_norm": [({"nll_coef": 0.5}, "sum")],
+}
+"""How the knobs that all losses on pairs have are set, for `KNOBS` of a golden test."""
+MARGIN_KNOBS = PAIR_KNOBS | {
+    "beta": [({}, 0.3)],
+    "reference_free": [({}, True)],
+    "ld_alpha": [({}, 0.5)],
+    "length_norm": [({}, True)],
+    "beta_rejected": [({}, 0.03)],
+    "gamma_beta_ratio": [({}, 0.7)],
+    "score_margin": [({}, 0.2)],
+    "dpop_lambda": [({}, 2.0)],
+    "length_penalty": [({}, 0.1)],
+    "soft_labels": [({}, True)],
+    "label_smoothing": [({}, 0.2)],
+    "margin_cap": [({}, 0.01)],
+    "flip_rate": [({"margin_cap": 10.0}, 0.2)],
+}
+"""Those of losses of a margin."""
+
 
 def sequence(length: int, first_token: int = 10, **changes) -> TrainSequence:
     """A response of `length` tokens whose per-token fields are zero unless given as number or list."""
@@ -73,6 +96,25 @@ def judged(lengths: Sequence[int], **verdict) -> Judged:
     return Judged(
         group=Group(prompt=prompt, rollouts=rollouts), verdict=Verdict(annotator="test", oracle_version="1", **verdict)
     )
+
+
+# Chosen: S_w = -2 and D_w = 2 over 4 tokens. Rejected: S_l = -5 and D_l = -1 over 2 tokens. So h = 3, and z = 0.3 at beta 0.1.
+ITEM = pair(sequence(4, reference_logprobs=-1.0, score=1.5), sequence(2, 50, reference_logprobs=-2.0, score=0.5), prob=0.8)
+ROWS = (-0.5, -2.5)
+F_PLUS, F_MINUS = 0.554355244, 0.854355244
+"""log(1 + exp(-0.3)) and log(1 + exp(0.3))"""
+
+
+# The two and a third one: S = -1 and D = 0.5 in one token. Scores 3, 2 and 0.
+LIST = TrainItem(
+    prompt_id="p",
+    sequences=(
+        ITEM.sequences[0].with_(score=3.0, win_rate=0.9),
+        ITEM.sequences[1].with_(score=2.0, win_rate=0.5),
+        sequence(1, 80, reference_logprobs=-1.5, score=0.0, win_rate=0.1),
+    ),
+)
+LIST_ROWS = (*ROWS, -1.0)
 
 
 def items_of(algorithm: Algorithm, group: Judged, pairs: Sequence[Pair] = ()) -> list[TrainItem]:

@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from algorithm_batches import evaluate, items_of, judged, pair, sequence, values
+from algorithm_batches import PAIR_KNOBS, evaluate, items_of, judged, pair, sequence, values
 
 from onlinerl.algorithms.dno import Dno
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.types import Pair
 
 VARIANTS = [{}, {"reward_scale": 5.0}]
-KNOBS = {"eta": [({}, 0.3)], "reward_scale": [({}, 4.0)]}
+KNOBS = PAIR_KNOBS | {"eta": [({}, 0.3)], "reward_scale": [({}, 4.0)]}
 PAIRS = [Pair(chosen=2, rejected=0, prob=0.9), Pair(chosen=2, rejected=1, prob=0.8), Pair(chosen=1, rejected=0, prob=0.7)]
 
 

@@ -4,22 +4,14 @@ import math
 
 import pytest
 import torch
-from algorithm_batches import evaluate, items_of, judged, pair, sequence
+from algorithm_batches import MARGIN_KNOBS, evaluate, items_of, judged, pair, sequence
 
 from onlinerl.algorithms.dno_prct import DnoPrct
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.types import Pair
 
 VARIANTS = [{}, {"margin": -1.0, "floor": -10.0, "nll_coef": 0.1}]
-KNOBS = {
-    "beta": [({}, 0.3)],
-    "label_smoothing": [({}, 0.2)],
-    "soft_labels": [({}, True)],
-    "nll_coef": [({}, 0.5)],
-    "length_norm": [({}, True)],
-    "floor": [({}, 0.5)],
-    "margin": [({}, 0.5)],
-}
+KNOBS = MARGIN_KNOBS | {"floor": [({}, 0.5)], "margin": [({}, 0.5)]}
 PAIRS = [Pair(chosen=2, rejected=0, prob=0.9), Pair(chosen=2, rejected=1, prob=0.8), Pair(chosen=1, rejected=0, prob=0.7)]
 
 

@@ -4,33 +4,21 @@ import math
 
 import pytest
 import torch
-from algorithm_batches import evaluate, judged, pair, sequence, values
+from algorithm_batches import F_MINUS, F_PLUS, ITEM, MARGIN_KNOBS, ROWS, evaluate, judged, pair, sequence, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from trl_losses import dpo_loss
+from trl_losses import assert_agrees_with_dpo
 
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.types import Pair
 
 VARIANTS = [{}, {"soft_labels": True, "label_smoothing": 0.1, "nll_coef": 0.5, "length_norm": True}]
-KNOBS = {
-    "beta": [({}, 0.3)],
-    "label_smoothing": [({}, 0.2)],
-    "soft_labels": [({}, True)],
-    "nll_coef": [({}, 0.5)],
-    "length_norm": [({}, True)],
-}
+KNOBS = MARGIN_KNOBS
 
 
 def at_reference(items):
     return math.log(2)
-
-
-# Chosen: D_w = 2 over 4 tokens. Rejected: D_l = -1 over 2 tokens. So h = 3, and z = 0.3 at beta 0.1.
-ITEM = pair(sequence(4, reference_logprobs=-1.0), sequence(2, 50, reference_logprobs=-2.0), prob=0.8)
-ROWS = [-0.5, -2.5]
-F_PLUS, F_MINUS = 0.554355244, 0.854355244  # log(1 + exp(-0.3)) and log(1 + exp(0.3))
 
 
 def test_at_the_reference_the_loss_is_log_2_and_the_slopes_are_half_beta():
@@ -165,9 +153,6 @@ def test_a_missing_reference_is_named():
         evaluate(Dpo(), [item], [0.0, 0.0])
 
 
-LENGTHS = [(4, 2), (1, 6), (3, 3)]
-
-
 @pytest.mark.parametrize(
     ("knobs", "theirs", "count"),
     [
@@ -176,30 +161,9 @@ LENGTHS = [(4, 2), (1, 6), (3, 3)]
         # TRL has label smoothing only in AOT, which for a single pair is DPO; and its NLL averages over the tokens of the batch
         ({"beta": 0.3, "label_smoothing": 0.2}, {"aot": 1.0}, 1),
         ({"beta": 0.3, "nll_coef": 0.7}, {"sigmoid": 1.0, "sft": 0.7}, 1),
+        ({"beta": 0.3, "flip_rate": 0.2, "margin_cap": 100.0}, {"robust": 1.0}, 3),
     ],
 )
 def test_agrees_with_trl(knobs, theirs, count):
-    torch.manual_seed(0)
-    items = [
-        pair(sequence(w, reference_logprobs=-torch.rand(w)), sequence(n, 50, reference_logprobs=-torch.rand(n)))
-        for w, n in LENGTHS[:count]
-    ]
-    rows = [-torch.rand(n, dtype=torch.float64) * 2 for lengths in LENGTHS[:count] for n in lengths]
-    loss, gradient, _, batch = evaluate(Dpo(**knobs), items, rows)
-
-    order = torch.cat([batch.pairs_P2[:, 0], batch.pairs_P2[:, 1]])
-    logprobs = torch.zeros(batch.mask_BT.shape, dtype=torch.float64)
-    for row, tokens in enumerate(rows):
-        logprobs[row, : len(tokens)] = tokens
-    logprobs.requires_grad_()
-    smoothing = knobs.get("label_smoothing", 0.0)
-    expected = dpo_loss(
-        logprobs[order],
-        batch.reference_logprobs_BT[order].double(),
-        batch.mask_BT[order],
-        beta=knobs["beta"],
-        label_smoothing=smoothing,
-        **theirs,
-    )
-    assert loss == pytest.approx(expected.item(), rel=1e-7)  # labels are fp32
-    assert torch.allclose(gradient, torch.autograd.grad(expected, logprobs)[0], atol=1e-8)
+    smoothing = knobs.get("label_smoothing", knobs.get("flip_rate", 0.0))
+    assert_agrees_with_dpo(Dpo(**knobs), theirs, count, beta=knobs["beta"], label_smoothing=smoothing)

@@ -45,6 +45,11 @@ KNOBS = {
 }
 
 
+def stops_gradients(algorithm):
+    """The KL in the loss has the value of k3 and the gradient of k2."""
+    return algorithm.kl_in == "loss" and algorithm.kl_coef > 0
+
+
 def at_reference(items):
     advantages, returns, values = (
         np.concatenate([getattr(item.sequences[0], name) for item in items]) for name in ("advantages", "returns", "values")

@@ -7,11 +7,15 @@ model, tokenizer or dataset takes part and any difference is one of the loss.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
+from algorithm_batches import evaluate, pair, sequence
 from torch import Tensor
+
+from onlinerl.protocols.algorithm import Algorithm
 
 
 def dpo_loss(
@@ -53,6 +57,60 @@ def dpo_loss(
         _total_train_tokens=0,
     )
     return trainer._compute_loss(stand_in, lambda **_: outputs, inputs, return_outputs=False)
+
+
+LENGTHS = [(4, 2), (1, 6), (3, 3)]
+
+
+def assert_agrees(algorithm: Algorithm, theirs: Callable[[Tensor, Tensor, Tensor], Tensor], count: int = len(LENGTHS)) -> None:
+    """Value and gradient of a loss on `count` random pairs are those of theirs(logprobs_BT, reference_logprobs_BT, mask_BT), whose rows
+    are all chosen responses and then all rejected ones."""
+    torch.manual_seed(0)
+    items = [
+        pair(sequence(w, reference_logprobs=-torch.rand(w)), sequence(n, 50, reference_logprobs=-torch.rand(n)))
+        for w, n in LENGTHS[:count]
+    ]
+    rows = [-torch.rand(n, dtype=torch.float64) * 2 for lengths in LENGTHS[:count] for n in lengths]
+    loss, gradient, _, batch = evaluate(algorithm, items, rows)
+    order = torch.cat([batch.pairs_P2[:, 0], batch.pairs_P2[:, 1]])
+    logprobs = torch.zeros(batch.mask_BT.shape, dtype=torch.float64)
+    for row, tokens in enumerate(rows):
+        logprobs[row, : len(tokens)] = tokens
+    logprobs.requires_grad_()
+    expected = theirs(logprobs[order], batch.reference_logprobs_BT[order].double(), batch.mask_BT[order])
+    assert loss == pytest.approx(expected.item(), rel=1e-7)  # labels are fp32
+    assert torch.allclose(gradient, torch.autograd.grad(expected, logprobs)[0], rtol=1e-6, atol=1e-8)
+
+
+def assert_agrees_with_dpo(
+    algorithm: Algorithm, mix: dict[str, float], count: int = len(LENGTHS), *, beta: float, label_smoothing: float = 0.0
+) -> None:
+    """It is a mix of TRL's loss types."""
+
+    def theirs(*arrays: Tensor) -> Tensor:
+        return dpo_loss(*arrays, beta=beta, label_smoothing=label_smoothing, **mix)
+
+    assert_agrees(algorithm, theirs, count)
+
+
+def cpo_loss(logprobs_BT: Tensor, mask_BT: Tensor, *, beta: float, gamma: float | None = None) -> Tensor:
+    """Mean over pairs, rows as above, of CPO without its likelihood term; with `gamma` of SimPO."""
+    trainer = pytest.importorskip("trl.experimental.cpo.cpo_trainer", reason="trl is not installed").CPOTrainer
+    sums = logprobs_BT.masked_fill(~mask_BT, 0.0).sum(dim=1)
+    kind = {"loss_type": "sigmoid"} if gamma is None else {"loss_type": "simpo", "simpo_gamma": gamma}
+    stand_in = SimpleNamespace(
+        alpha=0.0, accelerator=SimpleNamespace(device="cpu"), beta=beta, label_smoothing=0.0, simpo_gamma=0.0
+    )
+    vars(stand_in).update(kind)
+    return trainer.cpo_loss(stand_in, *(sums if gamma is None else sums / mask_BT.sum(dim=1)).chunk(2))[0].mean()
+
+
+def odds_ratio_loss(logprobs_BT: Tensor, mask_BT: Tensor, *, lam: float) -> Tensor:
+    """Mean over pairs, rows as above, of ORPO without its likelihood term."""
+    trainer = pytest.importorskip("trl.experimental.orpo.orpo_trainer", reason="trl is not installed").ORPOTrainer
+    means = logprobs_BT.masked_fill(~mask_BT, 0.0).sum(dim=1) / mask_BT.sum(dim=1)
+    stand_in = SimpleNamespace(accelerator=SimpleNamespace(device="cpu"), beta=lam)
+    return -trainer.odds_ratio_loss(stand_in, *means.chunk(2))[0].mean()  # what TRL calls losses is subtracted there
 
 
 def grpo_loss(

@@ -1,0 +1,113 @@
+"""What losses on whole lists share: all responses of a group as one item, the best first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from onlinerl.batch import Batch, LossOutput, Mean, Outputs
+from onlinerl.ops.items import judged_sequences
+from onlinerl.ops.logprobs import lengths
+from onlinerl.protocols.algorithm import Algorithm, Needs, Reference, Reported, by_knobs
+from onlinerl.types.training import TrainItem
+
+if TYPE_CHECKING:
+    from onlinerl.types.labels import Judged, Pair
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Responses by list, the best of each first: G lists of at most K."""
+
+    values_GK: Tensor
+    """What the policy ranks them by."""
+    labels_GK: Tensor
+    """How good they are."""
+    lengths_GK: Tensor
+    valid_GK: Tensor
+    """bool, false behind the end of a shorter list; whatever is there must reach neither value nor gradient."""
+
+    @property
+    def below_GKK(self) -> Tensor:
+        """bool: where the second of two responses comes behind the first."""
+        both_GKK = self.valid_GK[:, :, None] & self.valid_GK[:, None, :]
+        return both_GKK.triu(diagonal=1)
+
+    @property
+    def worse_GKK(self) -> Tensor:
+        """bool: where the second of two responses has the lower label."""
+        return self.below_GKK & (self.labels_GK[:, :, None] > self.labels_GK[:, None, :])
+
+
+class Listwise(Algorithm):
+    """Mean over groups of `list_loss`: of what the policy ranks responses by, and of labels that say how good they are."""
+
+    unit = "list"
+    needs = Needs(reference=True, min_samples=2, off_policy="valid")
+
+    by_win_rate: ClassVar[bool] = False
+    """Whether labels are win rates within the group instead of scores."""
+    metrics: ClassVar[tuple[Reported, ...]] = (
+        Reported("list_size", "Responses of a list", "responses"),
+        Reported("list_accuracy", "Share of the pairs in a list whose better response has the larger value", "ratio"),
+    )
+
+    @by_knobs
+    def reference(self) -> Reference:
+        """The base model, if it is read."""
+        return "fixed" if self.needs.reference else "none"
+
+    def most_items(self, samples: int, pairs: int) -> int:
+        """One list."""
+        return 1
+
+    def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
+        """All judged responses as one item, the best first; of identical ones the first counts."""
+        sequences, dropped = judged_sequences(judged, at_least=self.needs.min_samples)
+        distinct = list({tuple(s.response_ids): s for s in reversed(sequences)}.values())[::-1]
+        dropped["identical"] += len(sequences) - len(distinct)
+        if 0 < len(distinct) < self.needs.min_samples:
+            dropped["single"] += len(distinct)
+            distinct = []
+        ranked = sorted(distinct, key=lambda s: -(s.win_rate if self.by_win_rate else s.score))
+        return [TrainItem(prompt_id=judged.group.prompt.id, sequences=tuple(ranked))] if ranked else [], +dropped
+
+    def values(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """What the loss ranks responses by, [B]."""
+        raise NotImplementedError
+
+    def list_loss(self, lists: Lists) -> Tensor:
+        """The loss of each list, [G]."""
+        raise NotImplementedError
+
+    def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
+        """Sum over lists.
+
+        Raises:
+            ValueError: if reference log-probs are needed and missing.
+        """
+        rows_GK = batch.lists_GK.clamp(min=0)
+        labels_B = batch.win_rates_B if self.by_win_rate else batch.scores_B
+        lists = Lists(
+            values_GK=self.values(outputs, batch)[rows_GK],
+            labels_GK=labels_B[rows_GK],
+            lengths_GK=lengths(batch)[rows_GK],
+            valid_GK=batch.lists_GK >= 0,
+        )
+        loss_G = self.list_loss(lists)
+        right_GKK = lists.values_GK[:, :, None] > lists.values_GK[:, None, :]
+        metrics = {
+            "list_size": Mean.of(lists.valid_GK.sum(dim=1)),
+            "list_accuracy": Mean.of(right_GKK, lists.worse_GKK),
+        }
+        return LossOutput(total=(loss_G * batch.weight_G).sum(), metrics=metrics)
+
+
+def logsumexp_of(values_GKK: Tensor, mask_GKK: Tensor) -> Tensor:
+    """log sum exp over the last axis where the mask is true, [G, K]; finite, with finite gradients, where it is nowhere true."""
+    return torch.logsumexp(values_GKK.masked_fill(~mask_GKK, torch.finfo(values_GKK.dtype).min), dim=2)

@@ -1,0 +1,18 @@
+"""CPO: "Contrastive Preference Optimization: Pushing the Boundaries of LLM Performance in Machine Translation"."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from onlinerl.algorithms.dpo import Dpo
+
+
+class Cpo(Dpo):
+    """f(beta (S_w - S_l)) - nll_coef * (log-prob per token of the chosen response), without a reference.
+
+    The public code takes the mean over all chosen tokens of a batch; here it is that of each response, so that the gradient does not
+    depend on what else is in the batch.
+    """
+
+    reference_free: bool = True
+    nll_coef: float = Field(1.0, ge=0)

@@ -1,0 +1,33 @@
+"""iREPO: "iREPO: implicit Reward Pairwise Difference based Empirical Preference Optimization"."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from onlinerl.algorithms._pairwise import Pairwise
+from onlinerl.batch import Batch, Mean, Outputs
+from onlinerl.ops.preference import margin
+from onlinerl.protocols.algorithm import Needs, by_knobs
+
+
+class Irepo(Pairwise):
+    """(logit(p) - beta h)^2, h against the policy of the iteration's start: the margin is brought to what the probability says."""
+
+    reference = "previous"
+
+    beta: float = Field(0.1, gt=0)
+    prob_clip: float = Field(0.02, gt=0, lt=0.5)
+    """Probabilities count as at least this and at most 1 minus this: the logit of a certain one is infinite."""
+
+    @by_knobs
+    def needs(self) -> Needs:
+        """Of a pair loss, with probabilities."""
+        return super().needs.model_copy(update={"preferences": True})
+
+    def pair_loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Mean]]:
+        """A square per pair."""
+        z_P = self.beta * margin(outputs, batch)
+        target_P = torch.logit(batch.prob_P.clamp(self.prob_clip, 1.0 - self.prob_clip))
+        return (target_P - z_P).square(), z_P, {}

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+from algorithm_batches import evaluate, items_of, judged, sequence, single, values
+
+from onlinerl.algorithms.kto import Kto
+
+VARIANTS = [{}, {"threshold": 0.0, "desirable_weight": 1.5, "undesirable_weight": 0.5}]
+KNOBS = {
+    "beta": [({}, 0.3)],
+    "desirable_weight": [({}, 2.0)],
+    "undesirable_weight": [({}, 2.0)],
+    "threshold": [({}, 0.0), ({"threshold": 0.0}, 1.0)],
+}
+
+
+def at_reference(items):
+    return 0.5
+
+
+def stops_gradients(algorithm):
+    """z has none."""
+    return True
+
+
+GOOD = single(sequence(4, reference_logprobs=-1.0, win_rate=0.9, score=1.0))
+BAD = single(sequence(2, 50, reference_logprobs=-2.0, win_rate=0.1, score=-1.0))
+
+
+@pytest.mark.parametrize("knobs", [{}, {"threshold": 0.5}])
+def test_value_by_hand(knobs):
+    # D = 2 and -1, so z = 0.5: 1 - sigmoid(0.1 * 1.5) = 0.462570 of either
+    loss, _, out, _ = evaluate(Kto(**knobs), [GOOD, BAD], [-0.5, -2.5])
+    assert loss == pytest.approx(0.462570, abs=1e-6)
+    assert values(out) == pytest.approx({"desirable": 0.5, "desirable_log_ratio": 2.0, "undesirable_log_ratio": -1.0})
+
+
+def test_a_negative_mean_counts_as_no_kl():
+    # D = -2 and -3: sigmoid(0.2) = 0.549834 and sigmoid(-0.3) = 0.425557
+    loss, _, _, _ = evaluate(Kto(), [GOOD, BAD], [-1.5, -3.5])
+    assert loss == pytest.approx((0.549834 + 0.425557) / 2, abs=1e-6)
+
+
+def test_weights_of_the_classes():
+    loss, _, _, _ = evaluate(Kto(desirable_weight=2.0, undesirable_weight=0.5), [GOOD, BAD], [-0.5, -2.5])
+    assert loss == pytest.approx(0.462570 * 1.25, abs=1e-6)
+
+
+def test_at_the_baseline_the_classes_pull_in_opposite_directions_and_the_baseline_gets_no_gradient():
+    # D = 1 and 1, so z = 1: slopes -beta / 4 and +beta / 4, over two responses
+    loss, gradient, _, _ = evaluate(Kto(), [GOOD, BAD], [-0.75, -1.5])
+    assert loss == pytest.approx(0.5)
+    assert gradient[:, 0].tolist() == pytest.approx([-0.1 / 8, 0.1 / 8])
+
+
+def test_a_step_of_one_class_is_legal():
+    loss, gradient, _, _ = evaluate(Kto(), [GOOD], [-0.5])
+    assert loss == pytest.approx(0.5)
+    assert gradient[0, 0] < 0
+
+
+def test_without_a_threshold_responses_that_win_half_are_left_out_and_counted():
+    items, dropped = Kto().items(judged([1, 2, 3], scores=(0.0, 1.0, 2.0)), [])
+    assert [item.sequences[0].score for item in items] == [0.0, 2.0]
+    assert dropped == {"tie": 1}
+    assert len(items_of(Kto(threshold=1.0), judged([1, 2, 3], scores=(0.0, 1.0, 2.0)))) == 3
+
+
+def test_one_response_is_enough_with_a_threshold():
+    assert (Kto().needs.min_samples, Kto(threshold=0.0).needs.min_samples) == (2, 1)
+    assert (Kto().needs.preferences, Kto(threshold=0.0).needs.preferences) == (True, False)

@@ -1,0 +1,137 @@
+"""What may modify any loss of a margin, each by hand and each off by default."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from algorithm_batches import F_PLUS, ITEM, ROWS, evaluate, pair, sequence
+
+from onlinerl import registry
+from onlinerl.algorithms._margin import Margin
+from onlinerl.algorithms.dpo import Dpo
+from onlinerl.ops.batching import collate
+from onlinerl.ops.preference import beyond_the_shorter
+from onlinerl.protocols.algorithm import Algorithm
+
+
+def f(z: float) -> float:
+    return math.log1p(math.exp(-z))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "z"),
+    [
+        ({"reference_free": True}, 0.1 * (-2 + 5)),
+        ({"ld_alpha": 1.0}, 0.3),
+        # Two of the four chosen tokens, 0.5 each, are beyond the two rejected ones.
+        ({"ld_alpha": 0.5}, 0.1 * (1 + 0.5 * 1 + 1)),
+        ({"ld_alpha": 0.0, "reference_free": True}, 0.1 * (-1 + 5)),
+        ({"length_norm": True}, 0.1 * (0.5 + 0.5)),
+        ({"ld_alpha": 0.0, "length_norm": True}, 0.1 * (0.25 + 0.5)),  # lengths stay
+        ({"beta_rejected": 0.04}, 0.1 * 2 + 0.04),
+        ({"gamma_beta_ratio": 2.0}, 0.3 - 0.2),
+        ({"score_margin": 0.2}, 0.3 - 0.2 * (1.5 - 0.5)),
+        ({"dpop_lambda": 5.0}, 0.3),  # the chosen response did not lose
+        ({"length_penalty": 0.05}, 0.3 + 0.05 * 2),
+        ({"margin_cap": 0.2}, 0.2),
+        ({"margin_cap": 0.4}, 0.3),
+        ({"gamma_beta_ratio": 1.0, "length_penalty": 0.1, "score_margin": 0.1}, 0.3 - 0.1 + 0.2 - 0.1),
+    ],
+)
+def test_what_moves_the_margin(knobs, z):
+    assert evaluate(Dpo(**knobs), [ITEM], ROWS)[0] == pytest.approx(f(z), rel=1e-6)
+
+
+def test_a_chosen_response_that_lost_probability_counts_against_the_pair():
+    # D_w = 4 (-1.5 + 1) = -2 and D_l = -5: h = 3, less 5 times 2
+    loss, gradient, _, _ = evaluate(Dpo(dpop_lambda=5.0), [ITEM], [-1.5, -4.5])
+    assert loss == pytest.approx(f(0.1 * (3 - 10)), rel=1e-6)
+    assert gradient[0, 0] / gradient[1, 0] == pytest.approx(-6.0)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "right"),
+    [
+        ({"label_smoothing": 0.1}, 0.9),
+        ({"soft_labels": True}, 0.8),
+        ({"soft_labels": True, "label_smoothing": 0.1}, 0.74),
+        ({"flip_rate": 0.1, "margin_cap": 9.0}, 0.9 / 0.8),
+        ({"soft_labels": True, "flip_rate": 0.1, "margin_cap": 9.0}, 0.7 / 0.8),
+        ({"soft_labels": True, "label_smoothing": 0.1, "flip_rate": 0.1, "margin_cap": 9.0}, 0.64 / 0.8),
+    ],
+)
+def test_what_moves_the_label(knobs, right):
+    assert evaluate(Dpo(**knobs), [ITEM], ROWS)[0] == pytest.approx(right * f(0.3) + (1 - right) * f(-0.3), rel=1e-6)
+
+
+def test_everything_switched_off_is_the_loss_itself_to_the_bit():
+    off = {"ld_alpha": 1.0, "beta_rejected": 0.1, "margin_cap": 1e9, "pair_weights": "equal"}
+    one, other = evaluate(Dpo(), [ITEM], ROWS), evaluate(Dpo(**off), [ITEM], ROWS)
+    assert one[0] == other[0] == pytest.approx(F_PLUS)
+    assert torch.equal(one[1], other[1])
+
+
+def weights(**knobs) -> list[float]:
+    items = [
+        pair(sequence(2, score=3.0), sequence(2, 50, score=0.0), prob=0.95),
+        pair(sequence(2, score=1.0), sequence(2, 50, score=0.0), prob=0.75),
+        pair(sequence(2, score=0.0), sequence(2, 50, score=1.0), prob=0.5),  # the scores contradict the label
+    ]
+    return [item.weight for item in Dpo(**knobs).prepare(items)]
+
+
+def test_weights_of_pairs_have_mean_1_over_the_iteration():
+    assert weights() == [1.0, 1.0, 1.0]
+    assert weights(pair_weights="score_gap") == pytest.approx([3 * 3 / 4, 3 * 1 / 4, 0.0])
+    assert weights(pair_weights="certainty") == pytest.approx([3 * 0.9 / 1.4, 3 * 0.5 / 1.4, 0.0])
+
+
+def test_pairs_without_any_gap_teach_nothing():
+    even = [pair(sequence(2), sequence(2, 50)) for _ in range(2)]
+    assert [item.weight for item in Dpo(pair_weights="score_gap").prepare(even)] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "loss"),
+    [
+        ({}, math.log(2)),
+        ({"label_smoothing": 0.1, "ld_alpha": 0.3, "dpop_lambda": 2.0, "beta_rejected": 0.01}, math.log(2)),
+        ({"flip_rate": 0.1, "margin_cap": 5.0}, math.log(2)),
+        ({"gamma_beta_ratio": 1.0}, None),
+        ({"score_margin": 1.0}, None),
+        ({"length_penalty": -0.1}, None),
+        ({"reference_free": True}, None),
+        ({"nll_coef": 0.1}, None),
+        ({"pair_weights": "score_gap"}, None),
+    ],
+)
+def test_the_self_test_knows_the_loss_only_where_the_formula_fixes_it(knobs, loss):
+    known = Dpo(**knobs).loss_at_reference
+    assert known == (None if loss is None else pytest.approx(loss))
+    at_reference = evaluate(Dpo(**knobs), [ITEM], [-1.0, -2.0])[0]
+    assert loss is None or at_reference == pytest.approx(loss)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in registry.names("algorithms") if issubclass(registry.load("algorithms", n, Algorithm), Margin)]
+)
+def test_swapping_chosen_and_rejected_flips_the_slope_at_zero_margin(name):
+    algorithm = registry.load("algorithms", name, Algorithm)(gamma_beta_ratio=0.0, nll_coef=0.0, label_smoothing=0.1)
+    one, other = sequence(3, reference_logprobs=-1.0), sequence(3, 50, reference_logprobs=-1.0)
+    slopes = [evaluate(algorithm, [pair(*sides)], [-1.0, -1.0])[1] for sides in ((one, other), (other, one))]
+    assert slopes[0].abs().max() > 0
+    if algorithm.beta_rejected is None:
+        assert torch.allclose(slopes[0][0], -slopes[0][1], atol=1e-12)
+    assert torch.allclose(slopes[0], slopes[1], atol=1e-12)  # chosen first, whichever it is
+
+
+def test_only_tokens_beyond_the_shorter_response_of_their_own_pair():
+    batch = collate([ITEM, pair(sequence(1), sequence(3, 50))])
+    assert beyond_the_shorter(batch).tolist() == [
+        [False, False, True, True],
+        [False, False, True, True],
+        [False, True, True, True],
+        [False, True, True, True],
+    ]

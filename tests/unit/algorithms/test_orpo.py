@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from algorithm_batches import ITEM, PAIR_KNOBS, ROWS, evaluate, pair, sequence
+from trl_losses import assert_agrees, odds_ratio_loss
+
+from onlinerl.algorithms.orpo import Orpo
+
+VARIANTS = [{}, {"lam": 1.0, "nll_coef": 0.0}]
+KNOBS = PAIR_KNOBS | {"lam": [({}, 0.5)], "nll_norm": [({}, "sum")]}
+
+
+def at_reference(items):
+    def odds(sequence):
+        mean = float(sequence.behavior_logprobs.mean())
+        return mean - math.log(1 - math.exp(mean))
+
+    gaps = [odds(item.sequences[0]) - odds(item.sequences[1]) for item in items]
+    nll = [-float(item.sequences[0].behavior_logprobs.mean()) for item in items]
+    return float(np.mean([n + 0.1 * np.log1p(np.exp(-gap)) for n, gap in zip(nll, gaps, strict=True)]))
+
+
+def test_value_by_hand():
+    # o_w = -0.5 - ln(1 - e^-0.5) = 0.432752, o_l = -2.5 - ln(1 - e^-2.5) = -2.414350; f(2.847102) = 0.056382
+    assert evaluate(Orpo(), [ITEM], ROWS)[0] == pytest.approx(0.5 + 0.1 * 0.056382, abs=1e-6)
+
+
+def test_at_equal_log_probs_per_token_the_odds_say_log_2():
+    item = pair(sequence(4), sequence(2, 50))
+    assert evaluate(Orpo(lam=1.0, nll_coef=0.0), [item], [-0.7, -0.7])[0] == pytest.approx(math.log(2))
+
+
+def test_a_response_that_is_certain_has_finite_odds():
+    loss, gradient, _, _ = evaluate(Orpo(), [pair(sequence(1), sequence(1, 50))], [0.0, -1e-9])
+    assert math.isfinite(loss)
+    assert torch.isfinite(gradient).all()
+
+
+def test_reads_no_reference():
+    assert not Orpo().needs.reference
+    assert Orpo().reference == "none"
+
+
+def test_agrees_with_trl():
+    assert_agrees(Orpo(nll_coef=0.0, lam=0.7), lambda logprobs, _, mask: odds_ratio_loss(logprobs, mask, lam=0.7))
