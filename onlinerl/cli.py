@@ -1,4 +1,4 @@
-"""The command line: run, resume, scale, check, show, fetch-model, doctor."""
+"""The command line: run, resume, scale, check, show, algorithms, fetch-model, doctor."""
 
 from __future__ import annotations
 
@@ -168,6 +168,22 @@ def _show_timeline(run: Path, *, as_json: bool) -> None:
         sys.stdout.write(json.dumps(timeline.chrome_trace(spans)) + "\n")
         return
     for line in timeline.text(spans):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def algorithms(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One of them, or a dotted path to a class.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """List the algorithms, or show one of them: its formula and paper, what it needs, its knobs."""
+    from onlinerl.views import cards
+
+    found = cards.cards() if name is None else [cards.card(name)]
+    if as_json:
+        sys.stdout.write(json.dumps([one.as_json() for one in found], indent=1, allow_nan=False) + "\n")
+        return
+    for line in cards.table(found) if name is None else cards.page(found[0]):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -49,7 +49,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str, compone
     if first["type"] == "missing" and info is not None and info.examples:
         return ConfigError(f"is missing{more}", field=field, fix=f"write {field}={info.description}, e.g. {info.examples[0]}")
     if first["type"] == "missing":
-        what = f" with {_allowed(info)}" if info is not None and path[-1] not in components and _allowed(info) else ""
+        what = f" with {allowed(info)}" if info is not None and path[-1] not in components and allowed(info) else ""
         return ConfigError(f"is missing{more}", field=field, fix=f"add `{path[-1]}: ...`{what}")
     cause = f"{first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}{more}"
     return ConfigError(cause, field=field, fix=_fix(first["input"], field, info, path[-1] in components))
@@ -85,11 +85,11 @@ def _fix(value: object, field: str, info: FieldInfo | None, component: bool) -> 
         )
     if info is not None and info.examples:
         return f"write {info.description}, e.g. {info.examples[0]}"
-    allowed = _allowed(info) if info is not None else ""
-    return f"give {allowed}" if allowed else "correct the value"
+    takes = allowed(info) if info is not None else ""
+    return f"give {takes}" if takes else "correct the value"
 
 
-def _allowed(info: FieldInfo) -> str:
+def allowed(info: FieldInfo) -> str:
     """In words, what a field takes."""
     kinds, bounds = _described(info.annotation)
     bounds += _range(info.metadata)

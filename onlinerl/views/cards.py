@@ -1,0 +1,155 @@
+"""What is known of each algorithm, from its own declarations: a card each."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+from onlinerl import registry
+from onlinerl.explain import allowed
+from onlinerl.protocols.algorithm import Algorithm, Needs
+
+OFF_POLICY = {
+    "valid": "responses of an older policy (schedule.max_lag) are as good as new ones",
+    "corrected": "responses of an older policy (schedule.max_lag) are weighed for it",
+    "approximate": "responses of an older policy (schedule.max_lag) are taken as they are, which is near enough",
+    "refused": "responses of an older policy (schedule.max_lag) would be wrong, and are refused",
+}
+_INDENT = "    "
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knob:
+    """One key of `algorithm`."""
+
+    name: str
+    default: Any
+    takes: str
+    """In words, which values."""
+    about: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """An algorithm as it is by default."""
+
+    name: str
+    source: str
+    """The paper."""
+    about: str
+    """What it optimizes."""
+    unit: str
+    """What the loss is a mean over."""
+    needs: tuple[str, ...]
+    reference: str
+    """The schedule of its paper."""
+    off_policy: str
+    loss_at_reference: float | None
+    knobs: tuple[Knob, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def card(name: str) -> Card:
+    """Of one algorithm.
+
+    Args:
+        name: as in `algorithm.name`.
+
+    Raises:
+        ConfigError: if there is none of this name.
+    """
+    kind = registry.load("algorithms", name, Algorithm)
+    algorithm, docs = kind(), _docs(kind)
+    defaults = algorithm.model_dump()
+    return Card(
+        name=name,
+        source=_plain(sys.modules[kind.__module__].__doc__),
+        about=_plain(kind.__doc__),
+        unit=algorithm.unit,
+        needs=tuple(_needs(algorithm.needs)),
+        reference=algorithm.reference,
+        off_policy=OFF_POLICY[algorithm.needs.off_policy],
+        loss_at_reference=algorithm.loss_at_reference,
+        knobs=tuple(
+            Knob(name=field, default=defaults[field], takes=allowed(info), about=docs.get(field, ""))
+            for field, info in kind.model_fields.items()
+        ),
+    )
+
+
+def cards() -> list[Card]:
+    """Of all algorithms, by their names."""
+    return [card(name) for name in registry.names("algorithms")]
+
+
+def table(all_of_them: Sequence[Card]) -> Iterator[str]:
+    """A line each."""
+    width = max(len(one.name) for one in all_of_them)
+    for one in all_of_them:
+        yield f"{one.name:<{width}}  {one.source}"
+
+
+def page(one: Card, width: int = 100) -> Iterator[str]:
+    """A card as text."""
+    yield f"{one.name}: {one.source}"
+    yield ""
+    yield from textwrap.wrap(one.about, width)
+    yield ""
+    yield f"mean over: {one.unit}s"
+    yield f"reference.schedule: {one.reference}"
+    for need in one.needs:
+        yield from textwrap.wrap(f"needs: {need}", width, subsequent_indent=_INDENT)
+    yield one.off_policy
+    if one.loss_at_reference is not None:
+        yield f"loss where policy and reference agree: {one.loss_at_reference:.6g}"
+    yield ""
+    for knob in one.knobs:
+        yield f"algorithm.{knob.name}: {_value(knob.default)}" + (f"  ({knob.takes})" if knob.takes else "")
+        yield from textwrap.wrap(knob.about, width, initial_indent=_INDENT, subsequent_indent=_INDENT)
+
+
+def _value(value: object) -> str:
+    """As it is written in a configuration."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def _needs(needs: Needs) -> Iterator[str]:
+    """What is switched on, in the words of its declaration."""
+    docs, on = _docs(Needs), needs.model_dump()
+    yield f"{needs.min_samples} responses per prompt or more"
+    for field in ("pairs", "reference", "old_logprobs", "entropy", "preferences"):
+        if on[field]:
+            yield docs[field].partition(". ")[0].rstrip(".")
+    if needs.critic is not None:
+        yield f"a critic ({needs.critic})"
+
+
+@cache
+def _docs(kind: type) -> Mapping[str, str]:
+    """The docstring of each attribute; that of the most special class counts."""
+    found: dict[str, str] = {}
+    for cls in kind.__mro__:
+        if cls.__module__.partition(".")[0] in ("builtins", "pydantic"):
+            continue
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert isinstance(body, ast.ClassDef)
+        for statement, after in zip(body.body, body.body[1:], strict=False):
+            if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+                continue
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+                found.setdefault(statement.target.id, _plain(after.value.value))
+    return found
+
+
+def _plain(doc: str | None) -> str:
+    return " ".join((doc or "").split())

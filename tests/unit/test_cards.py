@@ -1,0 +1,65 @@
+"""The cards of algorithms, on the command line and as a page."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from onlinerl import registry
+from onlinerl.cli import app
+from onlinerl.errors import ConfigError
+from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.views import cards
+
+ROOT = Path(__file__).parents[2]
+NAMES = registry.names("algorithms")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_algorithm_says_what_it_is(name):
+    one = cards.card(name)
+    assert '"' in one.source or name == "nbpo", "the docstring of its module names the paper"
+    assert len(one.about) > 20
+    assert {knob.name for knob in one.knobs} == set(registry.load("algorithms", name, Algorithm).model_fields)
+    assert all(knob.takes for knob in one.knobs)
+    assert all("\n" not in line for line in cards.page(one))
+
+
+def test_a_card_by_hand():
+    one = cards.card("simpo")
+    assert (one.unit, one.reference, one.loss_at_reference) == ("pair", "none", None)
+    assert one.needs == ("2 responses per prompt or more", "Pairs built by the configured pair builder")
+    knobs = {knob.name: knob for knob in one.knobs}
+    assert (knobs["beta"].default, knobs["beta"].takes) == (2.0, "a number above 0")
+    assert knobs["beta"].about == "2 to 2.5 in the paper, up to 10."  # its own docstring, not that of what it builds on
+    assert "tokens of the longer response" in knobs["ld_alpha"].about
+    page = list(cards.page(one))
+    assert "algorithm.beta: 2.0  (a number above 0)" in page
+    assert "algorithm.ld_alpha: null  (a number from 0 and up to 1, or null)" in page
+    assert "algorithm.length_norm: true  (true or false)" in page
+
+
+def test_on_the_command_line():
+    listed = CliRunner().invoke(app, ["algorithms"])
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == NAMES
+    one = CliRunner().invoke(app, ["algorithms", "dpo", "--json"])
+    (card,) = json.loads(one.stdout)
+    assert card["loss_at_reference"] == pytest.approx(0.693147, abs=1e-6)
+    assert len(json.loads(CliRunner().invoke(app, ["algorithms", "--json"]).stdout)) == len(NAMES)
+
+
+def test_a_name_that_there_is_not_is_refused_with_the_one_that_was_meant():
+    with pytest.raises(ConfigError, match="there is no 'simp0'") as error:
+        cards.card("simp0")
+    assert "simpo" in str(error.value.fix)
+
+
+def test_the_page_is_what_the_tool_writes():
+    spec = importlib.util.spec_from_file_location("algorithm_docs", ROOT / "tools/algorithm_docs.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert (ROOT / "docs/algorithms.md").read_text() == tool.document(), "run python tools/algorithm_docs.py"
