@@ -44,11 +44,53 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
             field="sampling.top_p" if sampling.top_p < 1 else "sampling.top_k",
             fix="set top_p to 1.0 and top_k to -1",
         )
+    if needs.critic_warmup >= config.iterations:
+        raise ConfigError(
+            f"is {needs.critic_warmup}, and there are {config.iterations} iterations: the policy would never learn",
+            field="algorithm.critic_warmup",
+            fix=f"lower it below {config.iterations}, or raise iterations",
+        )
     plan = planned(config, algorithm)
     objection = algorithm.objection(plan)
     if objection is not None:
         raise ConfigError(objection.cause, field=objection.field, fix=objection.fix)
-    return [*_stale(config, algorithm), *algorithm.remarks(plan)]
+    paid = _kl_in_reward(algorithm, plan)
+    return [*_stale(config, algorithm), *paid, *algorithm.remarks(plan)]
+
+
+def _kl_in_reward(algorithm: Algorithm, plan: Plan) -> list[str]:
+    """From when on a KL in the reward acts. It does not change while the policy is trained on what was sampled.
+
+    Raises:
+        ConfigError: if it never would.
+    """
+    if not algorithm.needs.kl_in_reward:
+        return []
+    movable = "kl_in" in type(algorithm).model_fields
+    changed = range(algorithm.needs.critic_warmup + 2, plan.iterations + 1)  # until then it is the base model that samples
+    first = next((t for t in changed if plan.references[t - 1] != t - 1), None)
+    if first is None:
+        moving = any(plan.references)
+        raise ConfigError(
+            "with the KL in the reward it would never act: "
+            + (
+                "the reference is always the policy that sampled"
+                if moving
+                else "the policy that samples is always the base model"
+            ),
+            field="reference.schedule" if moving else "algorithm.kl_in" if movable else "algorithm.kl_coef",
+            fix=("set algorithm.kl_in=loss, where it acts at every step" if movable else "set algorithm.kl_coef=0")
+            + (", or reference.schedule=fixed" if moving else "" if movable else ", or raise iterations"),
+        )
+    if plan.max_lag:
+        return [
+            "the KL in the reward is that of the policy which training starts from, on responses of an older one (schedule.max_lag): a "
+            "biased estimate" + ("; algorithm.kl_in=loss does not depend on who sampled" if movable else "")
+        ]
+    return [
+        f"the KL in the reward is that of the policy that sampled: it is 0 until iteration {first}, because that policy is the reference "
+        "until then" + ("; algorithm.kl_in=loss acts at every step" if movable else "")
+    ]
 
 
 def _stale(config: RunConfig, algorithm: Algorithm) -> list[str]:
@@ -117,7 +159,12 @@ def planned(config: RunConfig, algorithm: Algorithm) -> Plan:
     chosen = config.reference
     schedule = algorithm.reference if chosen.schedule == "default" else chosen.schedule
     references = (reference_iteration(schedule, chosen.every, t) for t in range(1, config.iterations + 1))
-    return Plan(iterations=config.iterations, references=tuple(references), max_lag=config.schedule.max_lag)
+    return Plan(
+        iterations=config.iterations,
+        references=tuple(references),
+        max_lag=config.schedule.max_lag,
+        max_new_tokens=config.sampling.max_new_tokens,
+    )
 
 
 def implied_preferences(config: RunConfig, algorithm: Algorithm, oracle: Oracle, verdict: Verdict | None) -> list[str]:

@@ -1,25 +1,33 @@
-"""What losses on ratios between the policy and the one that sampled share."""
+"""What losses on the policy's own responses share: ratios to the one that sampled, and a KL to the reference."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from onlinerl.batch import Batch, Mean, Outputs
-from onlinerl.ops.importance import Mode, importance_weights
-from onlinerl.ops.kl import MAX_LOG_RATIO, bounded_exp, k3
-from onlinerl.ops.logprobs import masked
-from onlinerl.ops.surrogate import clipped_surrogate
+from onlinerl.ops.logprobs import lengths, masked, token_log_ratios
+from onlinerl.ops.ratios import MAX_LOG_RATIO, Mode, bounded_exp, clipped_surrogate, importance_weights, k3
 from onlinerl.protocols.algorithm import Algorithm, Needs, OffPolicy, Reference, by_knobs
+
+Ratio = Literal["token", "response", "response_mean", "none"]
+"""That of a token, of its response, or its geometric mean over it (with the token's gradient); `none`: the log-prob, as in REINFORCE."""
+Estimator = Callable[[Tensor], Tensor]
 
 
 class PolicyGradient(Algorithm):
     """Ratios are between probabilities at the sampling temperature; a KL to the reference may have a price."""
 
+    least: ClassVar[int] = 1
+    """Judged responses without which a group teaches nothing."""
+    kl_in_reward: ClassVar[bool] = False
+    """Whether the KL is paid inside the reward."""
+
     kl_coef: float = Field(0.0, ge=0)
     """Price of one nat of KL to the reference; 0 needs no reference."""
-    dual_clip: float | None = Field(None, gt=1)
-    """A token with a negative advantage loses at most this many times it, however large its ratio."""
     importance_sampling_cap: float | None = Field(2.0, gt=0)
     """Largest weight that corrects for a response being sampled with other probabilities than those that the learner gives it before
     training: those of the engine's arithmetic, and with `schedule.max_lag: 1` of older weights. None applies no weight."""
@@ -30,45 +38,52 @@ class PolicyGradient(Algorithm):
     @field_validator("importance_sampling_mode")
     @classmethod
     def _is_read(cls, mode: Mode, info: ValidationInfo) -> Mode:
-        if mode != "token_truncate" and info.data.get("importance_sampling_cap", 0) is None:
+        if mode != cls.model_fields["importance_sampling_mode"].default and info.data.get("importance_sampling_cap", 0) is None:
             raise ValueError("importance_sampling_cap is null, so there is no weight")
         return mode
 
     @by_knobs
     def needs(self) -> Needs:
         """Old log-probs; the reference if the KL has a price."""
-        uncorrected = self.importance_sampling_cap is None
-        off_policy: OffPolicy = "refused" if uncorrected else "corrected"
-        return Needs(reference=self.kl_coef > 0, old_logprobs=True, sampling_temperature=True, off_policy=off_policy)
+        stale: OffPolicy = "refused" if self.importance_sampling_cap is None else "corrected"
+        ours = {"kl_in_reward": self.kl_in_reward and self.kl_coef > 0, "min_samples": self.least}
+        return Needs(reference=self.kl_coef > 0, old_logprobs=True, sampling_temperature=True, off_policy=stale, **ours)
 
     @by_knobs
     def reference(self) -> Reference:
         """The initial policy, if there is a KL term."""
         return "fixed" if self.kl_coef > 0 else "none"
 
-    def surrogate(self, outputs: Outputs, batch: Batch, low: float, high: float) -> tuple[Tensor, dict[str, Mean]]:
+    def surrogate(
+        self, outputs: Outputs, batch: Batch, bounds: tuple[float, float, float | None], of: Ratio = "token", kl: Estimator = k3
+    ) -> tuple[Tensor, dict[str, Mean]]:
         """The clipped loss of each response token, [B, T], zero where the mask is false, and its metrics.
 
-        Ratios outside [1 - low, 1 + high] earn nothing more; they are taken to the policy that training starts from (the proximal one),
-        and each token is weighted by sg[min(exp(old_logprobs - behavior_logprobs), cap)] for not having been sampled by it: "Batch
-        size-invariance for policy optimization", with the truncated weight of "Your Efficient RL Framework Secretly Brings You
-        Off-Policy RL Training".
+        Ratios outside `bounds` (low, high and dual of `clipped_surrogate`) earn nothing more; they are to the policy that training starts
+        from (the proximal one). Each token is weighted by sg[min(exp(old_logprobs - behavior_logprobs), cap)] for not having been sampled
+        by it: "Batch size-invariance for policy optimization", with the truncated weight of "Your Efficient RL Framework Secretly Brings
+        You Off-Policy RL Training". A KL that no reward pays is added, by the estimator `kl`.
 
         Raises:
             ValueError: if the batch lacks the old or the engine's log-probs, or advantages.
         """
-        mask = batch.mask_BT
+        mask, (low, high, dual) = batch.mask_BT, bounds
         logprobs, old = masked(outputs.logprobs_BT, mask), masked(batch.need("old_logprobs_BT"), mask)
         advantages = masked(batch.need("advantages_BT"), mask)
-        ratio = bounded_exp(logprobs - old)
-        loss = clipped_surrogate(ratio, advantages, low, high, self.dual_clip)
+        log_ratio = logprobs - old
+        if of.startswith("response"):
+            whole = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
+            mean = (whole / lengths(batch)[:, None]).detach()
+            log_ratio = whole if of == "response" else mean + logprobs - logprobs.detach()
+        ratio = logprobs if of == "none" else bounded_exp(log_ratio)
+        loss = clipped_surrogate(ratio, advantages, low, high, dual)
         gap = old - masked(batch.need("behavior_logprobs_BT"), mask)
         metrics = {
             "clip_low": Mean.of((ratio < 1.0 - low) & (advantages < 0), mask),
             "clip_high": Mean.of((ratio > 1.0 + high) & (advantages > 0), mask),
             "kl_old": Mean.of(k3(logprobs - old), mask),  # how far the policy moved since training on them began
             # More than a few says that the policy has left the samples: their ratios are no longer what they claim to be.
-            "clamped": Mean.of((logprobs - old).abs() > MAX_LOG_RATIO, mask),
+            "clamped": Mean.of(log_ratio.abs() > MAX_LOG_RATIO, mask),
             # At the sampling temperature. Without lag it is unbiased for the entropy: the tokens were drawn from this policy.
             "entropy_sampled": Mean.of(-old, mask),
             "sampler_gap": Mean.of(gap.abs(), mask),  # how much learner and engine disagree, in nats
@@ -82,4 +97,19 @@ class PolicyGradient(Algorithm):
         metrics["policy_loss"] = Mean.of(loss, mask)
         if outputs.entropy_BT is not None:
             metrics["entropy"] = Mean.of(masked(outputs.entropy_BT, mask), mask)
-        return masked(loss, mask), metrics
+        loss = masked(loss, mask)
+        if self.kl_coef > 0:
+            kl_BT = kl(token_log_ratios(outputs, batch))
+            metrics["kl_reference"] = Mean.of(kl_BT, mask)
+            loss = loss if self.needs.kl_in_reward else loss + self.kl_coef * kl_BT
+        return loss, metrics
+
+
+class Clipped(PolicyGradient):
+    """With bounds of the ratio."""
+
+    clip_range_low: float = Field(0.2, gt=0)
+    clip_range_high: float = Field(0.2, gt=0)
+    """Ratios outside [1 - clip_range_low, 1 + clip_range_high] earn nothing more."""
+    dual_clip: float | None = Field(None, gt=1)
+    """A token with a negative advantage loses at most this many times it, however large its ratio."""

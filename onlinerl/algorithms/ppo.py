@@ -15,11 +15,11 @@ from onlinerl.algorithms._policy_gradient import PolicyGradient
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.critic import clipped_value_loss, gae
 from onlinerl.ops.items import judged_sequences, need, sample_items, with_sequence
-from onlinerl.ops.kl import k3_plus
-from onlinerl.ops.logprobs import masked, token_log_ratios
-from onlinerl.ops.scaling import adapted_kl, moments, normalized, whitening
+from onlinerl.ops.logprobs import masked
+from onlinerl.ops.ratios import k3_plus
+from onlinerl.ops.scaling import adapted_kl, normalized
+from onlinerl.ops.whitening import moments, whitening
 from onlinerl.protocols.algorithm import Needs, Reported, by_knobs
-from onlinerl.types.plan import Objection, Plan
 from onlinerl.types.training import TrainItem, TrainSequence
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class Ppo(PolicyGradient):
     """GAE lambda."""
     clip_range: float = Field(0.2, gt=0)
     """Ratios outside 1 +- clip_range earn nothing more."""
+    dual_clip: float | None = Field(None, gt=1)
+    """A token with a negative advantage loses at most this many times it, however large its ratio."""
     normalize_scores: bool = True
     """Shift and scale scores by mean and standard deviation of all scores so far, so that the critic, which starts at 0, has values of
     about 1 to learn whatever the oracle's units are."""
@@ -134,54 +136,15 @@ class Ppo(PolicyGradient):
             "critic_model": self.critic_model,
             "critic_head": self.critic_model is not None and not self.normalize_scores,
             "critic_learning_rate": self.critic_learning_rate,
+            "critic_warmup": self.critic_warmup,
+            "kl_in_reward": self._pays_in_reward,
             "entropy": self.entropy_coef > 0,
         }
         return super().needs.model_copy(update=more)
 
-    def objection(self, plan: Plan) -> Objection | None:
-        """A policy that would never learn, and a KL in the reward that would never act."""
-        if self.critic_warmup >= plan.iterations:
-            return Objection(
-                field="algorithm.critic_warmup",
-                cause=f"is {self.critic_warmup}, and there are {plan.iterations} iterations: the policy would never learn",
-                fix=f"lower it below {plan.iterations}, or raise iterations",
-            )
-        if not self._pays_in_reward or self._first_paid(plan) is not None:
-            return None
-        moving = any(plan.references)
-        return Objection(
-            field="reference.schedule" if moving else "algorithm.kl_in",
-            cause="with the KL in the reward it would never act: "
-            + (
-                "the reference is always the policy that sampled"
-                if moving
-                else "the policy that samples is always the base model"
-            ),
-            fix="set algorithm.kl_in=loss, where it acts at every step" + (", or reference.schedule=fixed" if moving else ""),
-        )
-
-    def remarks(self, plan: Plan) -> list[str]:
-        """From when on a KL in the reward acts."""
-        if not self._pays_in_reward:
-            return []
-        if plan.max_lag:
-            return [
-                "the KL in the reward is that of the policy which training starts from, on responses of an older one (schedule.max_lag): a "
-                "biased estimate; algorithm.kl_in=loss does not depend on who sampled"
-            ]
-        return [
-            f"the KL in the reward is that of the policy that sampled: it is 0 until iteration {self._first_paid(plan)}, because that "
-            "policy is the reference until then; algorithm.kl_in=loss acts at every step"
-        ]
-
     @property
     def _pays_in_reward(self) -> bool:
         return self.kl_coef > 0 and self.kl_in == "reward"
-
-    def _first_paid(self, plan: Plan) -> int | None:
-        """The first iteration in which the policy that samples is another one than the reference."""
-        changed = range(self.critic_warmup + 2, plan.iterations + 1)  # until then it is the base model
-        return next((t for t in changed if plan.references[t - 1] != t - 1), None)
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
         """Each judged response by itself."""
@@ -233,12 +196,7 @@ class Ppo(PolicyGradient):
         if outputs.values_BT is None:
             raise ValueError("ppo reads outputs.values_BT, which the learner did not compute")
         mask = batch.mask_BT
-        loss_BT, metrics = self.surrogate(outputs, batch, self.clip_range, self.clip_range)
-        if self.kl_coef > 0:
-            kl_BT = k3_plus(token_log_ratios(outputs, batch))
-            metrics["kl_reference"] = Mean.of(kl_BT, mask)
-            if self.kl_in == "loss":
-                loss_BT = loss_BT + self.kl_coef * kl_BT
+        loss_BT, metrics = self.surrogate(outputs, batch, (self.clip_range, self.clip_range, self.dual_clip), kl=k3_plus)
         if self.entropy_coef > 0:
             if outputs.entropy_BT is None:
                 raise ValueError("an entropy bonus reads outputs.entropy_BT, which the learner did not compute")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,11 +16,9 @@ if TYPE_CHECKING:
 
 
 def train_sequences(judged: Judged, only: Collection[int] | None = None) -> dict[int, TrainSequence]:
-    """The judged responses of a group, or `only` these, by their index in it, with score, win rate and the engine's log-probs.
-
-    The score is the oracle's own; an oracle that only compares gives none, and then the win rate stands in for it. A response that
-    nobody judged has neither, and is left out.
-    """
+    """The judged responses of a group, or `only` these, by their index in it, with score, win rate and the engine's log-probs. The score is
+    the oracle's own; an oracle that only compares gives none, and then the win rate stands in for it. A response that nobody judged has
+    neither, and is left out."""
     win_rates = judged.verdict.win_rates()
     scores = win_rates if judged.verdict.scores is None else judged.verdict.scores
     return {
@@ -41,10 +39,8 @@ def train_sequences(judged: Judged, only: Collection[int] | None = None) -> dict
 
 
 def judged_sequences(judged: Judged, at_least: int = 1) -> tuple[list[TrainSequence], Counter[str]]:
-    """The judged responses of a group in their order, and how many were left out for which reason.
-
-    Reasons: `unjudged`, and `single` for those that are too few to be compared (fewer than `at_least`).
-    """
+    """The judged responses of a group in their order, and how many were left out for which reason: `unjudged`, and `single` for those
+    that are too few to be compared (fewer than `at_least`)."""
     sequences = list(train_sequences(judged).values())
     dropped = Counter(unjudged=len(judged.group.rollouts) - len(sequences))
     if len(sequences) < at_least:
@@ -56,6 +52,11 @@ def judged_sequences(judged: Judged, at_least: int = 1) -> tuple[list[TrainSeque
 def sample_items(judged: Judged, sequences: Iterable[TrainSequence]) -> list[TrainItem]:
     """Each response by itself."""
     return [TrainItem(prompt_id=judged.group.prompt.id, sequences=(sequence,)) for sequence in sequences]
+
+
+def with_advantages(sequences: Sequence[TrainSequence], advantages: Iterable[float]) -> list[TrainSequence]:
+    """Each response with its one advantage on every token, f32[T]."""
+    return [s.with_(advantages=np.full(len(s.response_ids), a, np.float32)) for s, a in zip(sequences, advantages, strict=True)]
 
 
 def need(sequence: TrainSequence, name: str) -> np.ndarray:

@@ -14,6 +14,8 @@ class Plan:
     """Which iterate is the reference in each iteration: 0 is the base model, None no reference."""
     max_lag: int = 0
     """How many versions the policy that samples may be behind the one that training starts from."""
+    max_new_tokens: int | None = None
+    """The longest response that is sampled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

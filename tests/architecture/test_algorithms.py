@@ -24,9 +24,9 @@ LIMIT = 700
 """Lines of our own that importing an algorithm may run through, blank ones and comments included, its own file among them."""
 FAMILY = 160
 """As many more where a loss is on pairs, lists or whole steps: what may modify one of them may modify any other."""
-CRITIC = 330
+CRITIC = 320
 """As many more where there is a critic: what it begins as, rewards per token, advantages from values, a loss of its own."""
-OFF_POLICY = 60
+OFF_POLICY = 70
 """As many more where responses of other policies are weighed by how probable they are."""
 
 # In one interpreter, because torch takes longer to import than all of ours.

@@ -101,7 +101,11 @@ def test_an_import_that_goes_up_or_sideways_is_noticed(tmp_path, module, line):
     ("module", "line", "chain"),
     [
         ("stores/rows.py", "import torch", "onlinerl.stores.rows -> torch"),
-        ("controller/health.py", "from onlinerl.ops import kl", "onlinerl.controller.health -> onlinerl.ops.kl -> torch"),
+        (
+            "controller/health.py",
+            "from onlinerl.ops import ratios",
+            "onlinerl.controller.health -> onlinerl.ops.ratios -> torch",
+        ),
         ("metrics/catalogue.py", "import prometheus_client", "onlinerl.metrics.catalogue -> prometheus_client"),
         ("algorithms/dpo.py", "import deepspeed", "onlinerl.algorithms.dpo -> deepspeed"),
         ("engines/toy.py", "import ray", "onlinerl.engines.toy -> ray"),

@@ -49,6 +49,24 @@ def test_a_kl_in_the_reward_that_acts_later_is_explained(overrides, first):
     assert "algorithm.kl_in=loss acts at every step" in note
 
 
+@pytest.mark.parametrize("algorithm", ["rloo", "reinforce_pp", "p3o"])
+def test_where_the_kl_can_only_be_in_the_reward_the_same_is_said(algorithm):
+    name = f"algorithm.name={algorithm}"
+    (note,) = notes(name)
+    assert "it is 0 until iteration 2" in note
+    assert "kl_in" not in note
+    assert notes(name, "algorithm.kl_coef=0.0") == notes(name, "algorithm.kl_coef=0.0", "iterations=1") == []
+    for override, field, fix in (
+        ("iterations=1", "algorithm.kl_coef", "raise iterations"),
+        ("reference.schedule=previous", "reference.schedule", "reference.schedule=fixed"),
+    ):
+        with pytest.raises(ConfigError, match="it would never act") as caught:
+            notes(name, override)
+        assert caught.value.field == field
+        assert "algorithm.kl_coef=0" in caught.value.fix
+        assert fix in caught.value.fix
+
+
 def test_a_policy_that_would_never_learn_is_refused():
     assert notes("algorithm.critic_warmup=3") == []
     with pytest.raises(ConfigError, match="the policy would never learn") as caught:
@@ -76,7 +94,7 @@ def test_a_warm_up_of_a_critic_that_shares_the_policys_network_is_refused():
 LAG = "schedule.max_lag=1"
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "gspo", "reinforce_pp_baseline", "reinforce_scalar"])
 def test_lag_without_a_correction_is_refused_where_the_loss_needs_one(algorithm):
     name = f"algorithm.name={algorithm}"
     assert notes(name, LAG) == []
@@ -87,7 +105,9 @@ def test_lag_without_a_correction_is_refused_where_the_loss_needs_one(algorithm)
     assert notes(name, "algorithm.importance_sampling_cap=null") == []
 
 
-@pytest.mark.parametrize(("algorithm", "said"), [("dpo", 0), ("dno", 1), ("dno_prct", 1), ("sppo", 1)])
+@pytest.mark.parametrize(
+    ("algorithm", "said"), [("dpo", 0), ("raft", 0), ("weighted_sft", 0), ("dno", 1), ("dno_prct", 1), ("sppo", 1)]
+)
 def test_what_lag_means_for_losses_on_preferences_is_said(algorithm, said):
     found = notes(f"algorithm.name={algorithm}", LAG)
     assert len(found) == said

@@ -8,14 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onlinerl.ops import scaling
-from onlinerl.ops.advantages import group_advantages, unbiased_std
+from onlinerl.ops.advantages import group_advantages, leave_one_out, unbiased_std
 from onlinerl.ops.critic import clipped_value_loss, gae
-from onlinerl.ops.kl import bounded_exp, k2, k3, k3_plus
 from onlinerl.ops.logprobs import masked
 from onlinerl.ops.preference import logistic, smoothed
-from onlinerl.ops.scaling import adapted_kl, moments, normalized, whitening
-from onlinerl.ops.surrogate import clipped_surrogate
+from onlinerl.ops.ratios import bounded_exp, clipped_surrogate, k2, k3, k3_plus
+from onlinerl.ops.scaling import adapted_kl, normalized
+from onlinerl.ops.whitening import moments, whitening
 
 
 def leaf(*values: float) -> torch.Tensor:
@@ -116,7 +115,7 @@ def test_whiten():
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_moments_of_parts_are_numpys_of_all_of_them_to_the_last_bit(monkeypatch, count, ddof):
     """However they are cut up: a step of training must not depend on how much memory there is."""
-    monkeypatch.setattr(scaling, "_BLOCK", 128)
+    monkeypatch.setattr("onlinerl.ops.whitening._BLOCK", 128)
     rng = np.random.default_rng(count)
     numbers = rng.normal(3.0, 10.0 ** rng.integers(-3, 4, count))
     parts = np.split(numbers, np.sort(rng.integers(0, count, 30)))
@@ -150,6 +149,14 @@ def test_group_advantages():
     assert unbiased_std(np.array([4.0])) == 0.0
     with pytest.raises(ValueError, match="at least 2"):
         group_advantages([1.0], normalise=True)
+    assert group_advantages([]).tolist() == []  # nobody of the group was judged
+
+
+def test_leave_one_out():
+    assert leave_one_out([3.0, 1.0, 2.0]) == pytest.approx([1.5, -1.5, 0.0])
+    assert leave_one_out([3.0, 1.0]).tolist() == [2.0, -2.0]
+    assert leave_one_out([0.1, 0.1, 0.1]).tolist() == [0.0, 0.0, 0.0]
+    assert leave_one_out([]).tolist() == []
 
 
 def test_clipped_surrogate_table():

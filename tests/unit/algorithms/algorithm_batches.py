@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,6 +14,12 @@ from onlinerl.ops.batching import collate
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Group, Judged, Pair, Prompt, Rollout, Sampling, TrainItem, TrainSequence, Verdict
 
+CAPPED = {"importance_sampling_cap": 0.9}
+IMPORTANCE_KNOBS = {
+    "importance_sampling_cap": [({}, 0.9), ({}, None), (CAPPED, None)],
+    "importance_sampling_mode": [(CAPPED, mode) for mode in ("token_mask", "sequence_truncate", "sequence_mask")],
+}
+CLIP_KNOBS = {"clip_range_low": [({}, 0.05)], "clip_range_high": [({}, 0.05)], "dual_clip": [({}, 1.01)]}
 PER_TOKEN = ("behavior_logprobs", "old_logprobs", "reference_logprobs", "values", "advantages", "returns")
 
 PAIR_KNOBS = {
@@ -127,3 +134,48 @@ def items_of(algorithm: Algorithm, group: Judged, pairs: Sequence[Pair] = ()) ->
 def values(out: LossOutput) -> dict[str, float]:
     """Metrics as plain means."""
     return {name: float(mean.total / mean.count) for name, mean in out.metrics.items() if mean.count > 0}
+
+
+def finite_differences(
+    algorithm: Algorithm, items: Sequence[TrainItem], rows: Sequence[float | Sequence[float]], step: float = 1e-5
+) -> Tensor:
+    """What the gradient of `evaluate` must be, [B, T], from values alone (central differences, fp64).
+
+    Not for losses with a stopped gradient in them, whose value moves otherwise than the gradient says.
+    """
+    batch = collate(items)
+    at, units = spread(rows, batch), sum(item.count(algorithm.unit) for item in items)
+    slopes = torch.zeros_like(at)
+    for row, token in batch.mask_BT.nonzero().tolist():
+        sides = []
+        for move in (step, -step):
+            moved = at.clone()
+            moved[row, token] += move
+            sides.append(algorithm.loss(Outputs(logprobs_BT=moved), batch).total.item() / units)
+        slopes[row, token] = (sides[0] - sides[1]) / (2 * step)
+    return slopes
+
+
+def place(sequence: TrainSequence) -> int:
+    """Which response of `judged` it is."""
+    return sequence.response_ids[0] // 10 - 1
+
+
+def trained(algorithm: Algorithm, groups: Sequence[Judged], **logprobs: Sequence[Sequence[float]]) -> list[TrainItem]:
+    """What is trained of these groups, prepared; `logprobs`: by field, one list per response, the same in every group."""
+
+    def fill(s: TrainSequence) -> TrainSequence:
+        return s.with_(**{name: np.asarray(rows[place(s)], np.float32) for name, rows in logprobs.items()})
+
+    items = [item for group in groups for item in algorithm.items(group, [])[0]]
+    return list(algorithm.prepare([replace(item, sequences=tuple(map(fill, item.sequences))) for item in items]))
+
+
+def response_gradients(algorithm: Algorithm, items: Sequence[TrainItem], logprobs: Sequence[Sequence[float]]) -> list[float]:
+    """The gradient at every token of every response, one after the other, summed over all items that a response is part of."""
+    sequences = [s for item in items for s in item.sequences]
+    _, gradient_BT, _, _ = evaluate(algorithm, items, [logprobs[place(s)] for s in sequences])
+    sums = [np.zeros(len(row)) for row in logprobs]
+    for s, row in zip(sequences, gradient_BT.tolist(), strict=True):
+        sums[place(s)] += row[: len(s.response_ids)]
+    return [float(slope) for own in sums for slope in own]

@@ -125,8 +125,11 @@ def grpo_loss(
     reference_logprobs_BT: Tensor | None = None,
     kl: float = 0.0,
     sampler_weight_BT: Tensor | None = None,
+    level: str = "token",
+    max_length: int | None = None,
 ) -> Tensor:
-    """`agg`: seq_mean_token_mean or token_mean. `advantages`: [B], or [B, T]."""
+    """`agg`: seq_mean_token_mean, token_mean or seq_mean_token_sum_norm (over `max_length`). `advantages`: [B], or [B, T]. `level`: whose
+    ratio it is, that of a token or of the sequence."""
     trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="trl is not installed").GRPOTrainer
     logprobs = logprobs_BT.masked_fill(~mask_BT, 0.0)
     inputs = {
@@ -146,14 +149,41 @@ def grpo_loss(
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
-        importance_sampling_level="token",
+        importance_sampling_level=level,
         beta=kl,
-        loss_type={"seq_mean_token_mean": "grpo", "token_mean": "bnpo"}[agg],
+        loss_type={"seq_mean_token_mean": "grpo", "token_mean": "bnpo", "seq_mean_token_sum_norm": "dr_grpo"}[agg],
+        max_completion_length=max_length,
         epsilon_low=clip_range_low,
         epsilon_high=clip_range_high,
         use_vllm=True,
         vllm_importance_sampling_correction=True,
         _entropy_bonus_enabled=False,
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, torch.zeros_like(logprobs), None),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+    )
+    return trainer._compute_loss(stand_in, None, inputs)
+
+
+def rloo_loss(
+    logprobs_BT: Tensor, old_logprobs_BT: Tensor, advantages: Tensor, mask_BT: Tensor, *, clip_range: float = 0.2
+) -> Tensor:
+    """Mean over responses. `advantages`: [B]; TRL computes them where it samples, which cannot be called alone."""
+    trainer = pytest.importorskip("trl.trainer.rloo_trainer", reason="trl is not installed").RLOOTrainer
+    logprobs = logprobs_BT.masked_fill(~mask_BT, 0.0)
+    inputs = {
+        "prompt_ids": torch.zeros(len(mask_BT), 1, dtype=torch.int64),
+        "prompt_mask": torch.ones(len(mask_BT), 1, dtype=torch.int64),
+        "completion_ids": torch.zeros(mask_BT.shape, dtype=torch.int64),
+        "completion_mask": mask_BT.long(),
+        "advantages": advantages,
+        "old_logps": old_logprobs_BT.masked_fill(~mask_BT, 0.0).sum(dim=1),
+    }
+    stand_in = SimpleNamespace(
+        model=SimpleNamespace(training=False),
+        accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x),
+        aux_loss_enabled=False,
+        epsilon_low=clip_range,
+        epsilon_high=clip_range,
         _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, torch.zeros_like(logprobs), None),
         _metrics=defaultdict(lambda: defaultdict(list)),
     )

@@ -1,0 +1,59 @@
+"""Supervised learning weighted by reward: the class weights of C-RLFT, "OpenChat: Advancing Open-source Language Models with Mixed-Quality
+Data", or exp(score / beta), "Reinforcement Learning by Reward-weighted Regression for Operational Space Control"."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import Field, ValidationInfo, field_validator
+
+from onlinerl.algorithms._imitation import Imitation
+from onlinerl.ops.items import judged_sequences, sample_items
+
+if TYPE_CHECKING:
+    from onlinerl.types.labels import Judged, Pair
+    from onlinerl.types.training import TrainItem
+
+
+class WeightedSft(Imitation):
+    """Sum of w * cross-entropy over tokens, over the sum of w over tokens.
+
+    The normaliser is the iteration's, not the optimizer step's: weights are scaled so that their mean over all tokens of the iteration is 1,
+    and a step divides by its tokens. So steps differ in what they weigh, and a step of bad responses only is a small one. The tag in the
+    prompt that C-RLFT tells its classes apart by belongs into the prompts; there is none here.
+    """
+
+    per_sequence: bool = False
+    beta: float = Field(1.0, gt=0)
+    """w = exp(score / beta): small looks at the best responses of the iteration only."""
+    threshold: float | None = None
+    """Two classes instead: w = 1 from this score on, `low_weight` below it."""
+    low_weight: float = Field(0.1, ge=0, le=1)
+
+    @field_validator("low_weight")
+    @classmethod
+    def _is_read(cls, weight: float, info: ValidationInfo) -> float:
+        if weight != cls.model_fields["low_weight"].default and info.data.get("threshold", 0) is None:
+            raise ValueError("threshold is null, so there are no classes")
+        return weight
+
+    def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
+        """Each judged response by itself; its weight depends on all of them."""
+        sequences, dropped = judged_sequences(judged)
+        return sample_items(judged, sequences), dropped
+
+    def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Iterator[TrainItem]:
+        """Weights whose mean over the units of the iteration is 1."""
+        known = np.array([(item.sequences[0].score, item.count(self.unit)) for item in items]).reshape(-1, 2)
+        scores, units = known[:, 0], known[:, 1]
+        if self.threshold is None:
+            weights = np.exp((scores - scores.max(initial=-np.inf)) / self.beta)
+        else:
+            weights = np.where(scores >= self.threshold, 1.0, self.low_weight)
+        total = float(weights @ units)
+        for item, weight in zip(items, weights * (units.sum() / total if total > 0 else 0.0), strict=True):
+            yield replace(item, weight=float(weight))
