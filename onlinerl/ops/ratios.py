@@ -54,7 +54,8 @@ def importance_weights(log_ratio_BT: Tensor, mode: Mode, cap: float) -> tuple[Te
     """
     log_ratio_BT = log_ratio_BT.detach()
     if mode.startswith("sequence"):
-        log_ratio_BT = log_ratio_BT.sum(dim=1, keepdim=True).expand_as(log_ratio_BT)
+        # In fp64: how far a batch is padded decides in which order single precision would round.
+        log_ratio_BT = log_ratio_BT.double().sum(dim=1, keepdim=True).expand_as(log_ratio_BT)
     ratio_BT = bounded_exp(log_ratio_BT)
     above_BT = ratio_BT > cap
     limited_BT = ratio_BT.clamp(max=cap) if mode.endswith("truncate") else torch.where(above_BT, 0.0, ratio_BT)

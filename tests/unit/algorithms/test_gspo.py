@@ -23,6 +23,13 @@ from onlinerl.algorithms.gspo import Gspo
 
 VARIANTS = [{}, {"kl_coef": 0.04, "clip_range_low": 0.2, "clip_range_high": 0.28, "importance_sampling_cap": None}]
 KNOBS = CLIP_KNOBS | IMPORTANCE_KNOBS | {"kl_coef": [({}, 0.5)]}
+
+
+def stops_gradients(algorithm):
+    """The ratio of the response is a constant in that of each token."""
+    return True
+
+
 LOGPROBS = [[-1.0, -0.5, -2.0], [-0.3], [-1.5, -0.2]]
 GROUP = judged([3, 1, 2], scores=(1.0, -0.5, 0.25))
 WIDE = {"clip_range_low": 0.2, "clip_range_high": 0.2}

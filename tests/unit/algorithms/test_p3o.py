@@ -26,6 +26,11 @@ LOGPROBS = [[-1.0, -0.5, -2.0], [-0.3], [-1.5, -0.2]]
 SAMPLED = {"old_logprobs": LOGPROBS, "behavior_logprobs": LOGPROBS}
 
 
+def stops_gradients(algorithm):
+    """The ratio of the other response is a constant."""
+    return True
+
+
 def at_reference(items):
     return 0.0
 
