@@ -1,6 +1,7 @@
 """The only tensor-carrying values.
 
-Axes: B rows (sequences), S prompt + response positions, T response positions, P pairs, G lists of at most K rows. A field's suffix names its axes.
+Axes: B rows (sequences), S prompt + response positions, T response positions, P pairs, G lists of at most K rows. A field's suffix names
+its axes.
 """
 
 from __future__ import annotations

@@ -81,9 +81,11 @@ class Reported(NamedTuple):
 
 
 class Algorithm(Component):
-    """An algorithm is its hyper-parameters plus a pure loss. It is stateless and frozen: the configuration is the algorithm. Subclasses
-    declare the class attributes and implement `items` and `loss`; the other methods are optional. A declaration that depends on a knob
-    is a method of the same name under `by_knobs`."""
+    """An algorithm is its hyper-parameters plus a pure loss. It is stateless and frozen: the configuration is the algorithm.
+
+    Subclasses declare the class attributes and implement `items` and `loss`; the other methods are optional. A declaration that
+    depends on a knob is a method of the same name under `by_knobs`.
+    """
 
     metrics: ClassVar[tuple[Reported, ...]] = ()
     """What its loss and `figures` report and the catalogue (onlinerl/metrics) does not have."""
@@ -117,9 +119,11 @@ class Algorithm(Component):
         return sequence.score
 
     def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Iterable[TrainItem]:
-        """See all items of the iteration, with log-probs and values filled in: advantages, whitening, weights. `past` is what `figures` said
-        in each earlier iteration, oldest first, read from the run directory. Items are on the disk and read when they are asked for: go
-        through them as often as needed rather than keep them, and yield one by one what becomes of them."""
+        """See all items of the iteration, with log-probs and values filled in: advantages, whitening, weights.
+
+        `past` is what `figures` said in each earlier iteration, oldest first, read from the run directory. Items are on the disk and read
+        when they are asked for: go through them as often as needed rather than keep them, and yield one by one what becomes of them.
+        """
         return items
 
     def figures(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Mapping[str, float]:

@@ -22,11 +22,11 @@ NAMES = registry.names("algorithms")
 
 LIMIT = 700
 """Lines of our own that importing an algorithm may run through, blank ones and comments included, its own file among them."""
-FAMILY = 160
+FAMILY = 170
 """As many more where a loss is on pairs, lists or whole steps: what may modify one of them may modify any other."""
 CRITIC = 320
 """As many more where there is a critic: what it begins as, rewards per token, advantages from values, a loss of its own."""
-OFF_POLICY = 70
+OFF_POLICY = 80
 """As many more where responses of other policies are weighed by how probable they are."""
 
 # In one interpreter, because torch takes longer to import than all of ours.
