@@ -29,9 +29,8 @@ def train(it: Iteration) -> TrainRecord:
         steps = UpdateReport(steps=0, tokens=0, metrics=())
         figures: Mapping[str, float] = {}
         if idle is None:
-            if (
-                not it.needs.pairs
-            ):  # pairs are made of which score is higher; a loss that reads how much higher shows an overflow itself
+            # Pairs are made of which score is higher; a loss on them that reads how much higher shows an overflow itself.
+            if not it.needs.pairs:
                 self_test.require_scores_fit(built.earned)
             prepared, figures = _prepare(it, built.items, scratch)
             steps = _update(it, prepared)
