@@ -3,41 +3,55 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
 from onlinerl import users_code
 from onlinerl.controller import health
-from onlinerl.controller.iteration import Iteration
+from onlinerl.controller.iteration import Answer, Iteration
 from onlinerl.controller.parts import Built, batched
 from onlinerl.errors import StoreError
 from onlinerl.protocols.algorithm import Algorithm
-from onlinerl.protocols.store import LOGPROBS, Scratch
-from onlinerl.types import Judged, LogProbs, Pair, TrainedPair, TrainItem, TrainSequence, Verdict
+from onlinerl.protocols.store import LOGPROBS
+from onlinerl.types import Group, Judged, LogProbs, Pair, TrainedPair, TrainItem, TrainSequence, Verdict
 
 AT_ONCE = 64
-"""Prompts whose pairs are written together."""
+"""Pairs that are written together, and prompts that are read together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupItems:
-    """What one judged group gives."""
+    """What one group gives."""
 
-    items: Sequence[TrainItem]
+    prompt_id: str
+    judged: Judged | None = None
+    """None if it was not judged."""
+    items: Sequence[TrainItem] = ()
     pairs: Sequence[Pair] = ()
     """Those that are trained on."""
     dropped: Mapping[str, int] = field(default_factory=dict)
-    """What was left out, by reason: candidate pairs (the pair builder's reasons), items (the algorithm's, and `truncated`)."""
+    """What was left out, by reason: the group (`few_samples`, `not_judged`), candidate pairs (the pair builder's reasons), items (the
+    algorithm's, and `truncated`)."""
     contradicted: int = 0
     """Pairs whose winner lost the direct comparison with its own loser; they are trained all the same."""
     truncated: int = 0
     """Items with a response that hit max_new_tokens, kept or dropped."""
 
+    @property
+    def sequences(self) -> list[TrainSequence]:
+        """Of all items, in their order."""
+        return [sequence for item in self.items for sequence in item.sequences]
 
-def of_group(it: Iteration, judged: Judged) -> GroupItems:
+
+def of_group(it: Iteration, group: Group, answer: Answer) -> GroupItems:
     """The same at every call: pairs and items depend on the group and its verdict only."""
+    if not it.large_enough(group):
+        return GroupItems(prompt_id=group.prompt.id, dropped={"few_samples": 1})
+    if not isinstance(answer, Verdict):  # a failure is left out, never turned into a score
+        return GroupItems(prompt_id=group.prompt.id, dropped={"not_judged": 1})
+    judged = Judged(group=group, verdict=answer)
     dropped: Counter[str] = Counter()
     pairs: Sequence[Pair] = []
     if it.needs.pairs:
@@ -51,9 +65,17 @@ def of_group(it: Iteration, judged: Judged) -> GroupItems:
     if it.parts.config.training.on_truncated == "drop":
         dropped["truncated"] += truncated
         items = whole
-        rollouts = judged.group.rollouts
+        rollouts = group.rollouts
         pairs = [p for p in pairs if "length" not in {rollouts[i].finish_reason for i in (p.chosen, p.rejected)}]
-    return GroupItems(items=items, pairs=pairs, dropped=dropped, contradicted=contradicted, truncated=truncated)
+    return GroupItems(
+        prompt_id=group.prompt.id,
+        judged=judged,
+        items=items,
+        pairs=pairs,
+        dropped=dropped,
+        contradicted=contradicted,
+        truncated=truncated,
+    )
 
 
 def _items(it: Iteration, judged: Judged, pairs: Sequence[Pair]) -> tuple[Sequence[TrainItem], Mapping[str, int]]:
@@ -76,10 +98,22 @@ def _items(it: Iteration, judged: Judged, pairs: Sequence[Pair]) -> tuple[Sequen
     return items, left_out
 
 
-def build(it: Iteration, scratch: Scratch) -> Built:
-    """What is trained, in the order of the prompts, and what was left out and why. The items wait on the disk."""
+Annotated = tuple[GroupItems, LogProbs | None]
+"""What a group gives, and what is kept about its sequences."""
+
+
+def stored(it: Iteration) -> Iterator[Annotated]:
+    """Every group in the order of the prompts, from the tables."""
+    table = it.parts.store.logprobs(it.number, LOGPROBS)
+    for prompt_ids in batched(it.prompt_ids, AT_ONCE):
+        for (group, answer), known in zip(it.judged(prompt_ids), table.select(prompt_ids), strict=True):
+            yield of_group(it, group, answer), known
+
+
+def build(it: Iteration, groups: Iterable[Annotated]) -> Built:
+    """What is trained, in the order of the prompts, and what was left out and why. The pairs are stored; the items wait on the disk."""
     made = _Made(it)
-    items = scratch.keep(made.items())
+    items = it.scratch.keep(made.items(groups))
     return Built(
         items=items,
         spreads=made.spreads,
@@ -94,55 +128,48 @@ def build(it: Iteration, scratch: Scratch) -> Built:
 
 
 class _Made:
-    """Makes the items of an iteration, one group after the other, and counts."""
+    """Gathers the items of an iteration, one group after the other, and counts."""
 
     def __init__(self, it: Iteration) -> None:
         self._it = it
-        self._logprobs = it.parts.store.logprobs(it.number, LOGPROBS)
         self.dropped = Counter({"few_samples": 0, "not_judged": 0})
         self.sampled_by = Counter[int]()
         self.spreads: list[float] = []
         self.earned: list[float] = []
         self.truncated = self.useful = self.contradicted = 0
 
-    def items(self) -> Iterator[TrainItem]:
+    def items(self, groups: Iterable[Annotated]) -> Iterator[TrainItem]:
         """Once. The pairs are stored on the way."""
         table = self._it.parts.store.pairs(self._it.number)
         is_open = not table.sealed
-        stored = False
         if is_open:
             table.clear()
-        for prompt_ids in batched(self._it.prompt_ids, AT_ONCE):
-            pairs: list[TrainedPair] = []
-            known = dict(zip(prompt_ids, self._logprobs.select(prompt_ids), strict=True))
-            for one in self._judged(prompt_ids):
-                yield from self._of_group(one, known[one.group.prompt.id], pairs)
-            if is_open:
+        stored = False
+        pairs: list[TrainedPair] = []
+        for made, known in groups:
+            yield from self._of_group(made, known)
+            if is_open and made.judged is not None:
+                pairs.extend(_trained(made.judged, pair) for pair in made.pairs)
+            if len(pairs) >= AT_ONCE:
                 table.append(pairs)
-                stored = stored or bool(pairs)
-        if stored:
+                stored, pairs = True, []
+        table.append(pairs)
+        if pairs or stored:
             table.seal()
 
-    def _judged(self, prompt_ids: Sequence[str]) -> Iterator[Judged]:
-        for group, answer in self._it.judged(prompt_ids):
-            if not self._it.large_enough(group):
-                self.dropped["few_samples"] += 1
-            elif not isinstance(answer, Verdict):  # a failure is left out, never turned into a score
-                self.dropped["not_judged"] += 1
-            else:
-                yield Judged(group=group, verdict=answer)
-
-    def _of_group(self, judged: Judged, known: LogProbs | None, pairs: list[TrainedPair]) -> Iterator[TrainItem]:
-        made = of_group(self._it, judged)
-        self.spreads.append(health.spread(judged.verdict))
-        self.dropped.update(made.dropped)
+    def _of_group(self, made: GroupItems, known: LogProbs | None) -> Iterator[TrainItem]:
+        for reason, count in made.dropped.items():
+            self.dropped[reason] += count
+        if made.judged is None:
+            return
+        self.spreads.append(health.spread(made.judged.verdict))
         self.contradicted += made.contradicted
         self.truncated += made.truncated
         self.useful += bool(made.items)
-        pairs.extend(_trained(judged, pair) for pair in made.pairs)
-        for item in _annotated(judged.group.prompt.id, made.items, known):
-            self.earned.extend(_score(self._it.parts.algorithm, s) for s in item.sequences)
-            self.sampled_by.update(s.policy_version for s in item.sequences)
+        for item in _annotated(made.prompt_id, made.items, known):
+            for sequence in item.sequences:
+                self.earned.append(_score(self._it.parts.algorithm, sequence))
+                self.sampled_by[sequence.policy_version] += 1
             yield item
 
 

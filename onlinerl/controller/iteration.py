@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,11 +11,11 @@ from functools import cached_property
 from onlinerl import graph
 from onlinerl.controller import health
 from onlinerl.controller.feed import Feed, Loading, Stopped
-from onlinerl.controller.parts import Parts, reference_iteration
+from onlinerl.controller.parts import Built, Parts, reference_iteration
 from onlinerl.controller.report import Reporter
 from onlinerl.errors import StoreError, SyncError
 from onlinerl.protocols.algorithm import Needs
-from onlinerl.protocols.store import ROLLOUTS, VERDICTS, Table
+from onlinerl.protocols.store import ROLLOUTS, VERDICTS, Scratch, Table
 from onlinerl.types import Failure, Group, Label, Prompt, SyncReport, TrainRecord, Verdict
 
 Answer = Verdict | Failure | None
@@ -45,6 +46,10 @@ class Iteration:
         """Prompts of which `sample` has stored the responses so far; read them through `sampled`."""
         self.answers: Feed[str] = Feed(self.stop)
         """Prompts that `label` has dealt with so far; read them through `labelled`."""
+        self.files = contextlib.ExitStack()
+        """What is open for as long as this process works on the iteration, until `train` has ended."""
+        self.built: Built | None = None
+        """What `annotate` has left for `train`, if it went through it in this process."""
 
     def check_stop(self) -> None:
         """Between two things that are durable one by one.
@@ -61,6 +66,11 @@ class Iteration:
             self.rollouts.close()
         if phase == "label":
             self.answers.close()
+
+    @cached_property
+    def scratch(self) -> Scratch:
+        """What is too large for memory and not worth keeping."""
+        return self.files.enter_context(self.parts.store.scratch())
 
     @property
     def cursor(self) -> int:

@@ -87,10 +87,11 @@ def plan_step(items: Sequence[TrainItem], ranks: int, tokens_per_microbatch: int
         raise ValueError(f"need at least 1 rank and 1 token, got {ranks} ranks and {tokens_per_microbatch} tokens")
     shares: list[list[TrainItem]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
-    for item in sorted(items, key=lambda item: -item.tokens):  # longest first, each to the rank with the least work
+    # Longest first, each to the rank with the least work.
+    for tokens, item in sorted(((item.tokens, item) for item in items), key=lambda one: -one[0]):
         rank = loads.index(min(loads))
         shares[rank].append(item)
-        loads[rank] += item.tokens
+        loads[rank] += tokens
     plan = [_pack(share, tokens_per_microbatch) for share in shares]
     depth = max(len(micros) for micros in plan)
     return [micros + [[] for _ in range(depth - len(micros))] for micros in plan]
@@ -99,11 +100,14 @@ def plan_step(items: Sequence[TrainItem], ranks: int, tokens_per_microbatch: int
 def _pack(items: Sequence[TrainItem], budget: int) -> list[list[TrainItem]]:
     """Fill micro-batches one after the other with items of falling length, so that neighbours need little padding."""
     micros: list[list[TrainItem]] = []
-    for item in sorted(items, key=lambda item: -_longest(item)):
-        if micros and padded_tokens([*micros[-1], item]) <= budget:
+    rows = width = 0  # of the last one, whose first item is the longest
+    for longest, item in sorted(((_longest(item), item) for item in items), key=lambda one: -one[0]):
+        rows += len(item.sequences)
+        if micros and rows * width <= budget:
             micros[-1].append(item)
         else:
             micros.append([item])
+            rows, width = len(item.sequences), longest
     return micros
 
 

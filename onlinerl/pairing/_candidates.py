@@ -104,9 +104,15 @@ def select(
     return pairs, dropped
 
 
+def _head(token_ids: Sequence[int]) -> tuple[int, ...]:
+    return tuple(token_ids[:16])
+
+
 def _distinct(judged: Judged) -> list[int]:
     """One index per distinct response. Of equals, the one with the smallest seed stays, so that position does not matter."""
     rollouts = judged.group.rollouts
+    if len({rollout.text for rollout in rollouts}) == len({_head(rollout.token_ids) for rollout in rollouts}) == len(rollouts):
+        return list(range(len(rollouts)))  # as nearly always, which their first tokens show
     ids = [np.asarray(rollout.token_ids, ">i8").tobytes() for rollout in rollouts]  # in the order of the numbers
     texts: set[str] = set()
     tokens: set[bytes] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -41,6 +42,17 @@ class Cost:
     seconds: float = 0.0
     usd: float = 0.0
     tokens: int = 0
+
+
+@lru_cache(maxsize=256)  # several ask about one and the same group
+def induced(scores: tuple[float, ...], temperature: float) -> np.ndarray:
+    """P[i, j] = sigmoid((s_i - s_j) / temperature), shape [K, K]; nobody may write to it."""
+    s = np.asarray(scores, dtype=np.float64)
+    with np.errstate(over="ignore"):  # a huge gap saturates at 0 or 1, which is what it means
+        probs: np.ndarray = 1.0 / (1.0 + np.exp(-(s[:, None] - s[None, :]) / temperature))
+    np.fill_diagonal(probs, 0.5)
+    probs.flags.writeable = False
+    return probs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,9 +126,7 @@ class Verdict:
             mirrored = 1.0 - raw.T
             probs = np.where(np.isnan(raw), mirrored, np.where(np.isnan(mirrored), raw, (raw + mirrored) / 2))
         elif self.scores is not None:
-            scores = np.asarray(self.scores, dtype=np.float64)
-            with np.errstate(over="ignore"):  # a huge gap saturates at 0 or 1, which is what it means
-                probs = 1.0 / (1.0 + np.exp(-(scores[:, None] - scores[None, :]) / self.temperature))
+            return induced(self.scores, self.temperature)
         else:
             raise ValueError("a Verdict needs scores or preferences")
         np.fill_diagonal(probs, 0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,8 +10,8 @@ from onlinerl.controller import items
 from onlinerl.controller.feed import Feed
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import batched
-from onlinerl.protocols.store import LOGPROBS
-from onlinerl.types import AnnotateRecord, Group, Judged, LogProbs, TrainSequence, Verdict
+from onlinerl.protocols.store import LOGPROBS, Table
+from onlinerl.types import AnnotateRecord, LogProbs, TrainSequence
 
 AT_ONCE = 1024
 """Prompts whose responses get their log-probs in one go. More at once would only take memory. With another number the learner makes other
@@ -23,27 +24,42 @@ def annotate(it: Iteration) -> AnnotateRecord:
     """Log-probs of what will be trained on, in the order of the prompts, whatever arrived first."""
     table = it.parts.store.logprobs(it.number, LOGPROBS)
     it.parts.tracker.phase_started(it.number, "annotate", len(it.prompt_ids), "groups")
-    count = 0
+    annotated = Counter[str]()
     labelled = it.labelled()
+    it.built = items.build(it, _annotated(it, table, labelled, annotated))
+    table.seal()
+    return {"sequences": annotated["sequences"], "reference": it.reference(), "waited": labelled.waited}
+
+
+def _annotated(
+    it: Iteration, table: Table[LogProbs], labelled: Feed[str], annotated: Counter[str]
+) -> Iterator[items.Annotated]:
+    """Every group; what is new is on the disk before anybody gets it, and counted."""
     for chunk in _chunks(it, labelled):
+        made = {group.prompt.id: items.of_group(it, group, answer) for group, answer in it.judged(chunk)}
+        missing = table.missing(chunk)
         # A group without a verdict gets no row: a resume may ask the oracle again, and then it has something to train on.
-        sequences = {
-            group.prompt.id: _sequences(it, group, answer)
-            for group, answer in it.judged(table.missing(chunk))
-            if isinstance(answer, Verdict)
-        }
-        arrays = _arrays(it, [s for own in sequences.values() for s in own])
-        values, start = [], 0
-        for prompt_id, own in sequences.items():
-            of_prompt = {name: tuple(array[start : start + len(own)]) for name, array in arrays.items()}
-            values.append(LogProbs(prompt_id=prompt_id, arrays=of_prompt))
-            start += len(own)
-        table.append(values)
-        count += start
+        new = _of_groups(it, [made[prompt_id] for prompt_id in missing if made[prompt_id].judged is not None])
+        table.append(new)
+        annotated["sequences"] += sum(len(made[one.prompt_id].sequences) for one in new)
+        known = {one.prompt_id: one for one in new}
+        if len(missing) < len(chunk):
+            known |= {one.prompt_id: one for one in table.select(chunk) if one is not None}
+        yield from ((made[prompt_id], known.get(prompt_id)) for prompt_id in chunk)
         it.parts.tracker.phase_advanced(it.number, "annotate", len(chunk))
         it.check_stop()
-    table.seal()
-    return {"sequences": count, "reference": it.reference(), "waited": labelled.waited}
+
+
+def _of_groups(it: Iteration, groups: Sequence[items.GroupItems]) -> list[LogProbs]:
+    """What is kept about the sequences of each group."""
+    arrays = _arrays(it, [s for made in groups for s in made.sequences])
+    known, start = [], 0
+    for made in groups:
+        end = start + len(made.sequences)
+        of_prompt = {name: tuple(array[start:end]) for name, array in arrays.items()}
+        known.append(LogProbs(prompt_id=made.prompt_id, arrays=of_prompt))
+        start = end
+    return known
 
 
 def _chunks(it: Iteration, feed: Feed[str]) -> Iterator[Sequence[str]]:
@@ -54,11 +70,6 @@ def _chunks(it: Iteration, feed: Feed[str]) -> Iterator[Sequence[str]]:
             arrived.update(feed.take(len(it.prompt_ids)))
         yield chunk
     feed.take(1)  # the end: nobody is done before the one that is followed
-
-
-def _sequences(it: Iteration, group: Group, verdict: Verdict) -> list[TrainSequence]:
-    """The responses that a group gives to train on, in the order of its items."""
-    return [s for item in items.of_group(it, Judged(group=group, verdict=verdict)).items for s in item.sequences]
 
 
 def _arrays(it: Iteration, sequences: Sequence[TrainSequence]) -> dict[str, list[Any]]:

@@ -19,8 +19,8 @@ from onlinerl.types import TrainItem, TrainRecord, UpdateReport, derive_seed
 
 def train(it: Iteration) -> TrainRecord:
     """One pass of the learner over what was judged; no step at all where that gives nothing to learn."""
-    with it.parts.store.scratch() as scratch:
-        built = items.build(it, scratch)
+    with it.files:
+        built = it.built or items.build(it, items.stored(it))  # built on the way here, unless that was in another process
         within_groups = it.needs.min_samples > 1
         idle = health.nothing_to_learn(built.spreads, built.earned, built.dropped, within_groups=within_groups)
         if idle is not None and built.spreads:
@@ -32,7 +32,7 @@ def train(it: Iteration) -> TrainRecord:
             # Pairs are made of which score is higher; a loss on them that reads how much higher shows an overflow itself.
             if not it.needs.pairs:
                 self_test.require_scores_fit(built.earned)
-            prepared, figures = _prepare(it, built.items, scratch)
+            prepared, figures = _prepare(it, built.items)
             steps = _update(it, prepared)
     it.weights.learner = it.number
     it.report.trained(it.number, steps, built, idle, in_a_row, figures)
@@ -65,15 +65,13 @@ def _cut(it: Iteration) -> str:
     return f"; {cut} of {responses} responses were cut at sampling.max_new_tokens={limit}: raise it if they need more room"
 
 
-def _prepare(
-    it: Iteration, annotated: Sequence[TrainItem], scratch: Scratch
-) -> tuple[Sequence[TrainItem], Mapping[str, float]]:
+def _prepare(it: Iteration, annotated: Sequence[TrainItem]) -> tuple[Sequence[TrainItem], Mapping[str, float]]:
     """The items as the loss needs them, on the disk, and what the algorithm says about them.
 
     Before the very first step of a run they must pass the self-test.
     """
     past = _past_figures(it)
-    prepared = _prepared(it.parts.algorithm, annotated, past, scratch)
+    prepared = _prepared(it.parts.algorithm, annotated, past, it.scratch)
     figures = _figures(it.parts.algorithm, annotated, past)
     if not it.trained_before():
         _self_test(it, prepared)
