@@ -6,8 +6,8 @@ knows only this: start every phase whose inputs are there and whose parts are fr
     phase        waits for                             may follow   uses                          writes
     sample t     commit t-1, or only sync t-1 (1)      -            engine (shared)               rollouts t
     label t      sample t                              sample t     oracle (shared)               verdicts t
-    annotate t   label t, measure t-1 (2)              label t      learner                       logprobs t
-    train t      label t, annotate t (2)               -            learner                       pairs t, weights t
+    annotate t   label t, measure t-1 (2)              label t      learner                       logprobs t, pairs t
+    train t      label t, annotate t (2)               -            learner                       weights t
     checkpoint t train t                               -            learner                       checkpoint t, export t
     sync t       checkpoint t, answer t-1 (3)          -            learner, engine               version t in every replica, proved
     answer t     sync t                                -            engine (shared)               answers t to the held-out prompts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -296,6 +297,12 @@ def test_which_weights_the_reference_logprobs_come_from(toy_config, onlinerl, mo
     kept = {int(p.name) for p in (run / "exports").iterdir()}
     assert kept == {3, 4, expected[-1]} - {0}
     assert {int(p.name) for p in (run / "checkpoints").iterdir()} == {2, 3, 4}
+
+
+def test_the_garbage_collector_is_left_as_it_was(toy_config, onlinerl, tmp_path):
+    """The loop keeps it from looking through all that was loaded before, and is not the only user of it."""
+    onlinerl("run", toy_config(tmp_path, {"iterations": 1}))
+    assert gc.get_freeze_count() == 0
 
 
 def test_all_exports_are_kept_by_default(toy_config, onlinerl, tmp_path):

@@ -173,3 +173,24 @@ class TestFloorMargin:
         with pytest.raises(OracleError, match="without scores") as caught:
             FloorMargin(floor=5.0, margin=2.0).build(judged(preferences=MATRIX))
         assert caught.value.field == "pairing.name"
+
+
+def test_responses_that_begin_alike_are_told_apart():
+    start = tuple(range(40))
+    one = judged(scores=[1.0, 0.0, 0.5], tokens=[(*start, 1), (*start, 2), (*start, 3)])
+    assert indices(BestWorst().build(one)[0]) == [(0, 1)]
+
+
+def test_responses_of_the_same_tokens_are_one_however_long_they_are():
+    start = tuple(range(40))
+    pairs, dropped = AllPairs().build(judged(scores=[1.0, 0.0, 0.5], tokens=[(*start, 1), (*start, 1), (*start, 3)]))
+    assert len(pairs) == 1
+    assert dropped == {"identical": 2}
+
+
+def test_probabilities_that_scores_imply_cannot_be_written_to():
+    """They are handed out more than once."""
+    verdict = judged(scores=[1.0, 0.0]).verdict
+    with pytest.raises(ValueError, match="read-only"):
+        verdict.matrix()[0, 1] = 0.0
+    assert verdict.matrix()[0, 1] == pytest.approx(0.7310585786300049)
