@@ -126,7 +126,7 @@ class Verdict:
             mirrored = 1.0 - raw.T
             probs = np.where(np.isnan(raw), mirrored, np.where(np.isnan(mirrored), raw, (raw + mirrored) / 2))
         elif self.scores is not None:
-            return induced(self.scores, self.temperature)
+            return induced(tuple(map(float, self.scores)), float(self.temperature))
         else:
             raise ValueError("a Verdict needs scores or preferences")
         np.fill_diagonal(probs, 0.5)
