@@ -23,7 +23,7 @@ NAMES = registry.names("algorithms")
 LIMIT = 700
 """Lines of our own that importing an algorithm may run through, blank ones and comments included, its own file among them."""
 FAMILY = 170
-"""As many more where a loss is on pairs, lists or whole steps: what may modify one of them may modify any other."""
+"""As many more where a loss is on pairs, lists, whole steps or how responses fare against each other: what such losses share."""
 CRITIC = 320
 """As many more where there is a critic: what it begins as, rewards per token, advantages from values, a loss of its own."""
 OFF_POLICY = 80
@@ -62,7 +62,11 @@ def counted() -> dict[str, dict[str, int]]:
 def test_importing_a_loss_pulls_in_little(counted, name):
     algorithm = registry.load("algorithms", name, Algorithm)()
     needs, family = algorithm.needs, isinstance(algorithm, WholeStep) or algorithm.unit == "list"
-    allowances = {FAMILY: needs.pairs or family, CRITIC: needs.critic, OFF_POLICY: needs.off_policy == "corrected"}
+    allowances = {
+        FAMILY: needs.pairs or needs.preferences or family,
+        CRITIC: needs.critic,
+        OFF_POLICY: needs.off_policy == "corrected",
+    }
     limit = LIMIT + sum(more for more, holds in allowances.items() if holds)
     assert sum(counted[name].values()) <= limit, dict(sorted(counted[name].items(), key=lambda each: -each[1]))
 
