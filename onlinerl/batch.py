@@ -49,6 +49,23 @@ class Outputs:
     """The critic's value of the state before each response token."""
     entropy_BT: Tensor | None = None
     """Entropy of the next-token distribution, in nats."""
+    collision_BT: Tensor | None = None
+    """log sum_v pi_v^2 over the vocabulary: of how probable it is that two samples agree. Without gradient."""
+    reference_kl_BT: Tensor | None = None
+    """KL(reference || policy) of the next-token distributions, in nats, with gradient."""
+
+    def need(self, name: str) -> Tensor:
+        """A field that the loss cannot do without.
+
+        Raises:
+            ValueError: if the learner did not compute it.
+        """
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            raise ValueError(
+                f"this loss reads outputs.{name}, which the learner did not compute; declare it in the algorithm's `needs`"
+            )
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.logprobs import lengths
 from onlinerl.ops.pairs import pair_items
-from onlinerl.ops.preference import by_pair, pair_metrics, sequence_logprobs
+from onlinerl.ops.preference import by_pair, closeness, pair_metrics, sequence_logprobs
 from onlinerl.protocols.algorithm import Algorithm, Needs, OffPolicy, Reference, by_knobs
 from onlinerl.types.training import TrainItem
 
@@ -26,9 +26,9 @@ class Pairwise(Algorithm):
 
     unit = "pair"
 
-    pair_weights: Literal["equal", "score_gap", "certainty"] = "equal"
-    """What a pair counts: as much as any other, the gap between its scores, or 2 P(chosen beats rejected) - 1; the latter two are divided
-    by their mean over the iteration."""
+    pair_weights: Literal["equal", "score_gap", "certainty", "wpo"] = "equal"
+    """What a pair counts: as much as any other, the gap between its scores, 2 P(chosen beats rejected) - 1 (these two are divided by their
+    mean over the iteration), or how close both responses are to what the policy would say now (see `closeness`)."""
     nll_coef: float = Field(0.0, ge=0)
     """Weight of the negative log-prob of the chosen response: "Iterative Reasoning Preference Optimization", equation 1."""
     nll_norm: Literal["per_token", "sum"] = "per_token"
@@ -42,7 +42,10 @@ class Pairwise(Algorithm):
         """
         off_policy: OffPolicy = "approximate" if self.reference == "previous" else "valid"
         certainty = self.pair_weights == "certainty"
-        return Needs(pairs=True, reference=True, min_samples=2, off_policy=off_policy, preferences=certainty)
+        collision = self.pair_weights == "wpo"
+        return Needs(
+            pairs=True, reference=True, min_samples=2, off_policy=off_policy, preferences=certainty, collision=collision
+        )
 
     @by_knobs
     def reference(self) -> Reference:
@@ -54,8 +57,8 @@ class Pairwise(Algorithm):
         return pair_items(judged, pairs)
 
     def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Iterable[TrainItem]:
-        """The pairs with their weights, whose mean is 1."""
-        if self.pair_weights == "equal":
+        """The pairs with their weights, whose mean is 1; those of `wpo` are the policy's of the moment, and come in the loss."""
+        if self.pair_weights in ("equal", "wpo"):
             return items
         total = sum(map(self._weight, items))
         scale = len(items) / total if total > 0 else 0.0
@@ -69,7 +72,7 @@ class Pairwise(Algorithm):
         """Sum over pairs.
 
         Raises:
-            ValueError: if reference log-probs are needed and missing.
+            ValueError: if something is missing that it needs.
         """
         loss_P, z_P, metrics = self.pair_loss(outputs, batch)
         metrics = (
@@ -80,7 +83,11 @@ class Pairwise(Algorithm):
             mean_P, _ = by_pair(nll_B / lengths(batch), batch)
             loss_P = loss_P + self.nll_coef * (mean_P if self.nll_norm == "per_token" else by_pair(nll_B, batch)[0])
             metrics["chosen_nll"] = Mean.of(mean_P)
-        return LossOutput(total=(loss_P * batch.weight_P).sum(), metrics=metrics)
+        weight_P = batch.weight_P
+        if self.pair_weights == "wpo":
+            close_P = closeness(outputs, batch)
+            weight_P, metrics["pair_weight"] = weight_P * close_P, Mean.of(close_P)
+        return LossOutput(total=(loss_P * weight_P).sum(), metrics=metrics)
 
     def unless_modified(self, loss: float) -> float | None:
         """What the loss is where policy and reference agree; None if weights or the likelihood of the chosen response change it."""

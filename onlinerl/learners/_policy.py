@@ -11,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from onlinerl.batch import Batch, Outputs
 from onlinerl.families import LogitRule, logit_rule
+from onlinerl.learners import _vocabulary
 from onlinerl.learners._logits import logits as fp32_logits
+from onlinerl.learners._vocabulary import FrozenStates, TokenTerms, rescaled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +23,7 @@ CHUNK = 1024
 
 
 class LogProbHead(nn.Module):
-    """Hidden states -> log-probs of given tokens, chunk by chunk, recomputed in the backward pass.
+    """Hidden states -> what is asked about given tokens, chunk by chunk, recomputed in the backward pass.
 
     Args:
         output: the module that holds the output matrix.
@@ -30,7 +32,7 @@ class LogProbHead(nn.Module):
 
     def __init__(self, output: nn.Linear, rule: LogitRule) -> None:
         super().__init__()
-        self._rule = rule
+        self.rule = rule
         self._output = [output]  # in a list: the matrix belongs to the language model, and must not be registered twice
 
     @property
@@ -42,33 +44,40 @@ class LogProbHead(nn.Module):
         """What `forward` reads: the output matrix, and its bias where there is one."""
         return list(self._output[0].parameters())
 
-    def forward(self, hidden_NH: Tensor, targets_N: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        """Log-probs [N] of `targets_N` and, if asked for, entropies [N]; fp32, of logits divided by `temperature`."""
+    def forward(
+        self,
+        hidden_NH: Tensor,
+        targets_N: Tensor,
+        temperature: float,
+        *,
+        entropy: bool = False,
+        collision: bool = False,
+        reference: FrozenStates | None = None,
+    ) -> TokenTerms:
+        """Of logits divided by `temperature`: log-probs of `targets_N` and, if asked for, entropies, log sum_v pi_v^2, and the KL of
+        the reference to this model. Fp32."""
         weight, bias = self.weight, getattr(self._output[0], "bias", None)
 
-        def piece(hidden: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            logits = self._rescaled(fp32_logits(hidden, weight, bias))
-            if temperature != 1.0:
-                logits = logits / temperature
-            chosen = -nn.functional.cross_entropy(logits, targets, reduction="none")
-            if not entropy:
-                return chosen, chosen
-            return chosen, torch.logsumexp(logits, dim=-1) - (torch.softmax(logits, dim=-1) * logits).sum(-1)
+        def piece(start: int, hidden: Tensor, targets: Tensor, weight: Tensor) -> TokenTerms:
+            logits = rescaled(fp32_logits(hidden, weight, bias), self.rule, temperature)
+            theirs = None if reference is None else reference.logits(start, start + len(hidden), temperature)
+            return TokenTerms(
+                logprobs=-nn.functional.cross_entropy(logits, targets, reduction="none"),
+                entropy=_vocabulary.entropy(logits) if entropy else None,
+                collision=_vocabulary.collision(logits) if collision else None,
+                reference_kl=None if theirs is None else _vocabulary.kl_from(theirs, logits),
+            )
 
+        # The logits of both models together are no more than those of one without the other.
+        size = CHUNK if reference is None else max(1, CHUNK // 2)
         parts = []
-        for start in range(0, len(targets_N), CHUNK):
-            args = (hidden_NH[start : start + CHUNK], targets_N[start : start + CHUNK], weight)
-            if torch.is_grad_enabled() and len(targets_N) > CHUNK:
+        for start in range(0, len(targets_N), size):
+            args = (start, hidden_NH[start : start + size], targets_N[start : start + size], weight)
+            if torch.is_grad_enabled() and len(targets_N) > size:
                 parts.append(checkpoint(piece, *args, use_reentrant=False))
             else:
                 parts.append(piece(*args))
-        logprobs = torch.cat([p[0] for p in parts])
-        return logprobs, torch.cat([p[1] for p in parts]) if entropy else None
-
-    def _rescaled(self, logits: Tensor) -> Tensor:
-        if self._rule.scale != 1.0:
-            logits = logits * self._rule.scale
-        return logits if self._rule.cap is None else self._rule.cap * torch.tanh(logits / self._rule.cap)
+        return TokenTerms._make(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
 
 
 def _zeros(backbone: PreTrainedModel) -> nn.Linear:
@@ -135,20 +144,40 @@ class Policy(nn.Module):
                             setattr(layer, name, 0.0)
         return self
 
-    def forward(self, batch: Batch, temperature: float = 1.0, values: bool = False, entropy: bool = False) -> Outputs:
-        """One pass over all rows; see `Outputs`. Positions where mask_BT is false hold zeros."""
-        mask_BT = batch.mask_BT
-        rows, steps = mask_BT.nonzero(as_tuple=True)
-        if len(rows) == 0:  # a rank that ran short still has to take part in every collective
-            rows = steps = torch.zeros(1, dtype=torch.long, device=mask_BT.device)
-        # The state before response token t of row b sits at position prompt_length + t - 1.
-        positions = batch.prompt_lengths_B[rows] + steps - 1
+    def forward(
+        self,
+        batch: Batch,
+        temperature: float = 1.0,
+        values: bool = False,
+        entropy: bool = False,
+        collision: bool = False,
+        reference: FrozenStates | None = None,
+    ) -> Outputs:
+        """One pass over all rows; see `Outputs`. Positions where mask_BT is false hold zeros.
+
+        Args:
+            batch: of B rows.
+            temperature: that logits are divided by.
+            values, entropy, collision: whether they are asked for.
+            reference: `states` of the same batch in the model that `Outputs.reference_kl_BT` is from; None asks for none.
+        """
+        rows, steps, positions = _places(batch)
         hidden_BSH = self._run(self.model.base_model, batch)
-        targets_N = batch.tokens_BS[rows, positions + 1]
-        logprobs_N, entropy_N = self.head(hidden_BSH[rows, positions], targets_N, temperature, entropy)
+        terms = self.head(
+            hidden_BSH[rows, positions],
+            batch.tokens_BS[rows, positions + 1],
+            temperature,
+            entropy=entropy,
+            collision=collision,
+            reference=reference,
+        )
 
         def spread(flat: Tensor) -> Tensor:
-            return torch.zeros(mask_BT.shape, dtype=torch.float32, device=flat.device).index_put((rows, steps), flat)
+            table_BT = torch.zeros(batch.mask_BT.shape, dtype=torch.float32, device=flat.device)
+            return table_BT.index_put((rows, steps), flat)
+
+        def spread_if_any(flat: Tensor | None) -> Tensor | None:
+            return None if flat is None else spread(flat)
 
         values_BT = None
         if values:
@@ -156,10 +185,17 @@ class Policy(nn.Module):
             state_BSH = hidden_BSH if self.critic is None else self._run(self.critic, batch)
             values_BT = spread(self.value_head(state_BSH[rows, positions]).squeeze(-1).float())
         return Outputs(
-            logprobs_BT=spread(logprobs_N),
+            logprobs_BT=spread(terms.logprobs),
             values_BT=values_BT,
-            entropy_BT=None if entropy_N is None else spread(entropy_N),
+            entropy_BT=spread_if_any(terms.entropy),
+            collision_BT=spread_if_any(terms.collision),
+            reference_kl_BT=spread_if_any(terms.reference_kl),
         )
+
+    def states(self, batch: Batch) -> Tensor:
+        """The state before each response token, [N, hidden], in the order in which `forward` takes them."""
+        rows, _, positions = _places(batch)
+        return self._run(self.model.base_model, batch)[rows, positions]
 
     @staticmethod
     def _run(backbone: PreTrainedModel, batch: Batch) -> Tensor:
@@ -168,3 +204,12 @@ class Policy(nn.Module):
         attention = None if bool(mask_BS.all()) else mask_BS.long()
         state_BSH: Tensor = backbone(input_ids=batch.tokens_BS, attention_mask=attention, use_cache=False).last_hidden_state
         return state_BSH
+
+
+def _places(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all N response tokens of a batch: their rows, which token of the response they are, and the position of the state before."""
+    rows, steps = batch.mask_BT.nonzero(as_tuple=True)
+    if len(rows) == 0:  # a rank that ran short still has to take part in every collective
+        rows = steps = torch.zeros(1, dtype=torch.long, device=batch.mask_BT.device)
+    # The state before response token t of row b sits at position prompt_length + t - 1.
+    return rows, steps, batch.prompt_lengths_B[rows] + steps - 1

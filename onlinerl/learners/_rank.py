@@ -210,7 +210,11 @@ class Rank:
     def _forward(self, batch: Batch) -> Outputs:
         """As the loss gets it."""
         outputs: Outputs = self._network(
-            batch, temperature=self.temperature, values=self.needs.values, entropy=self.needs.entropy
+            batch,
+            temperature=self.temperature,
+            values=self.needs.values,
+            entropy=self.needs.entropy,
+            collision=self.needs.collision,
         )
         return outputs
 

@@ -16,6 +16,7 @@ from onlinerl.errors import ConfigError, SyncError
 from onlinerl.learners._loss import loss_of
 from onlinerl.learners._plain import load_plain
 from onlinerl.learners._self_test import combine, compare
+from onlinerl.learners._vocabulary import collision
 from onlinerl.ops.batching import collate
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.engine import RolloutEngine
@@ -112,6 +113,7 @@ class ToyLearner:
             logprobs_BT=self._logprobs(batch, self.logits),
             values_BT=self.value.float().expand(batch.mask_BT.shape),
             entropy_BT=entropy.float().expand(batch.mask_BT.shape),
+            collision_BT=collision(self.logits / self._temperature).float().expand(batch.mask_BT.shape),
         )
 
     def _logprobs(self, batch: Batch, logits: Tensor) -> Tensor:

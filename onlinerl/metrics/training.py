@@ -55,6 +55,7 @@ PAIRS = (
     per_step("rejected_length", "Tokens of the rejected response", "tokens", section=_PAIRS),
     per_step("chosen_nll", "Negative log-prob of the chosen tokens", "nats/token", section=_PAIRS),
     per_step("length_ratio", "Length of the chosen response over that of the rejected one", "ratio", section=_PAIRS),
+    per_step("pair_weight", "Weight of a pair with `pair_weights: wpo`", "ratio", section=_PAIRS),
 )
 
 _GRADIENT = "Policy-gradient losses"

@@ -63,6 +63,21 @@ def smoothed(prob: Tensor, label_smoothing: float) -> Tensor:
     return (1.0 - label_smoothing) * prob + label_smoothing * (1.0 - prob)
 
 
+def closeness(outputs: Outputs, batch: Batch) -> Tensor:
+    """w[P] = min(1, w(y_w) w(y_l)), w(y) = exp(mean over tokens of lp - log sum_v pi_v^2), of the policy of the moment, without gradient.
+
+    "WPO: Enhancing RLHF with Weighted Preference Optimization", whose weights make pairs of other policies count as if sampled from this
+    one. A response of tokens as probable as samples are in the mean has w(y) = 1. As in the authors' code the product is cut off at 1, and
+    weights are not divided by their mean over the batch, so the loss gets smaller where pairs are far from the policy.
+
+    Raises:
+        ValueError: if the learner did not compute log sum_v pi_v^2.
+    """
+    excess_BT = masked(outputs.logprobs_BT - outputs.need("collision_BT"), batch.mask_BT).detach()
+    chosen, rejected = by_pair(excess_BT.sum(dim=1) / lengths(batch), batch)
+    return torch.exp(chosen + rejected).clamp(max=1.0)
+
+
 def pair_metrics(outputs: Outputs, batch: Batch, z: Tensor, *, reference: bool = True) -> dict[str, Mean]:
     """What every pair loss reports: the two sides apart (the loss sees only their difference), accuracies, lengths. Log-ratios only with a
     `reference`."""

@@ -148,10 +148,12 @@ def training_items(algorithm: Algorithm, kind: str = "scores", *, at_reference: 
 
 
 class Policy:
-    """Log-probs, values and entropies of every sequence as fp64 leaves, so that gradients can be compared sequence by sequence."""
+    """What a learner computes of every sequence as fp64 leaves, so that gradients can be compared sequence by sequence."""
+
+    COLUMNS = ("logprobs_BT", "values_BT", "entropy_BT", "collision_BT", "reference_kl_BT")
 
     def __init__(self, items: list[TrainItem], *, at_reference: bool = False) -> None:
-        rng = np.random.default_rng(9)
+        rng, more = np.random.default_rng(9), np.random.default_rng(10)
         self.sequences = [s for item in items for s in item.sequences]
         # Weights are kept per occurrence, since one response may be part of several pairs.
         self.index = {id(s): n for n, s in enumerate(self.sequences)}
@@ -160,7 +162,9 @@ class Policy:
             T = len(s.response_ids)
             logprobs = s.behavior_logprobs if at_reference else s.behavior_logprobs + 0.3 * rng.standard_normal(T)
             values = np.zeros(T) if s.values is None else s.values + (0.0 if at_reference else 0.3 * rng.standard_normal(T))
-            self.leaves += [torch.tensor(x, dtype=torch.float64).requires_grad_() for x in (logprobs, values, rng.random(T))]
+            collisions, kls = -0.5 - more.random(T), (0.0 if at_reference else 1.0) * more.random(T)
+            columns = (logprobs, values, rng.random(T), collisions, kls)
+            self.leaves += [torch.tensor(x, dtype=torch.float64).requires_grad_() for x in columns]
 
     def moved(self, step: Tensor) -> Policy:
         """The same policy with all leaves, one after the other, moved by `step`."""
@@ -172,18 +176,21 @@ class Policy:
     def outputs(self, rows: list[TrainSequence], batch: Batch, junk: float = math.nan) -> Outputs:
         """The outputs for a batch whose rows are these sequences; `junk` is what padding holds."""
         width = batch.mask_BT.shape[1]
-        columns = []
-        for part in range(3):
-            leaves = [self.leaves[3 * self.index[id(s)] + part] for s in rows] or [torch.zeros(0, dtype=torch.float64)]
-            columns.append(torch.stack([pad(x, (0, width - len(x)), value=junk) for x in leaves]))
-        return Outputs(logprobs_BT=columns[0], values_BT=columns[1], entropy_BT=columns[2])
+        columns = {}
+        for part, name in enumerate(self.COLUMNS):
+            leaves = [self.leaves[len(self.COLUMNS) * self.index[id(s)] + part] for s in rows]
+            padded = [pad(x, (0, width - len(x)), value=junk) for x in leaves or [torch.zeros(0, dtype=torch.float64)]]
+            columns[name] = torch.stack(padded)
+        return Outputs(**columns)
 
     def gradient(self, algorithm: Algorithm, micros: list[list[TrainItem]], *, extra: int = 0, junk: float = math.nan):
         """(mean loss, gradient of every leaf, metrics) of an optimizer step made of these micro-batches."""
         total, metrics, units = torch.zeros((), dtype=torch.float64), {}, 0
         batches = [widen(collate(micro), extra) for micro in micros]
+        needs = algorithm.needs
+        undeclared = {f"{name}_BT": None for name in ("collision",) if not getattr(needs, name)}
         outputs = [
-            self.outputs([s for item in micro for s in item.sequences], batch, junk)
+            dataclasses.replace(self.outputs([s for item in micro for s in item.sequences], batch, junk), **undeclared)
             for micro, batch in zip(micros, batches, strict=True)
         ]
         if isinstance(algorithm, WholeStep):

@@ -145,7 +145,8 @@ def test_a_rank_without_data_contributes_zero_through_the_graph(name, knobs):
     batch = collate([])
     logprobs = torch.full((1, 1), -1.0, requires_grad=True)
     values = torch.full((1, 1), 0.5, requires_grad=True)
-    out = algorithm.loss(Outputs(logprobs_BT=logprobs, values_BT=values, entropy_BT=torch.ones(1, 1)), batch)
+    others = dict.fromkeys(("entropy_BT", "collision_BT", "reference_kl_BT"), torch.ones(1, 1))
+    out = algorithm.loss(Outputs(logprobs_BT=logprobs, values_BT=values, **others), batch)
     assert out.total.item() == 0
     out.total.backward()  # every rank must reach the backward pass
     assert logprobs.grad.tolist() == [[0.0]]
@@ -191,6 +192,19 @@ def test_declares_what_it_reads(name, knobs):
         ]
         with pytest.raises(ValueError, match=field):
             prepare_and_train(algorithm, stripped)
+
+
+@pytest.mark.parametrize(("name", "knobs"), CASES)
+def test_refuses_outputs_that_lack_what_it_declares(name, knobs):
+    """What nobody declared is not there in any of these tests, so what is read must be declared, too."""
+    algorithm = build(name, knobs)
+    items = training_items(algorithm)
+    rows, batch = [s for item in items for s in item.sequences], collate(items)
+    for need in ("collision",):
+        if getattr(algorithm.needs, need):
+            outputs = dataclasses.replace(Policy(items).outputs(rows, batch), **{f"{need}_BT": None})
+            with pytest.raises(ValueError, match=f"outputs.{need}_BT"):
+                algorithm.loss(outputs, batch)
 
 
 @pytest.mark.parametrize(("name", "knobs"), CASES)

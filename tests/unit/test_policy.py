@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from onlinerl.batch import Batch, Outputs
-from onlinerl.learners import _logits, _policy
+from onlinerl.learners import _logits, _policy, _vocabulary
 from onlinerl.learners._policy import Policy
 from onlinerl.ops.batching import collate
 from onlinerl.types import TrainItem, TrainSequence
@@ -70,6 +70,13 @@ def naive(
         logprobs.append(before[torch.arange(len(row.response_ids)), torch.tensor(row.response_ids)])
         entropies.append(-(before.exp() * before).sum(-1))
     return logprobs, entropies
+
+
+def logits_of(model: LlamaForCausalLM, row: TrainSequence) -> Tensor:
+    """[T, V] of the states before each response token, all at once."""
+    ids = torch.tensor([[*row.prompt_ids, *row.response_ids]])
+    logits: Tensor = model(input_ids=ids).logits[0].float()
+    return logits[len(row.prompt_ids) - 1 : -1]
 
 
 def rows_of(table_BT: Tensor, rows: Sequence[TrainSequence]) -> list[Tensor]:
@@ -128,8 +135,40 @@ def test_temperature_divides_the_logits(temperature: float) -> None:
     assert_same(rows_of(outputs.entropy_BT, ROWS), plain_entropy)
 
 
-def test_entropy_only_when_asked_for() -> None:
-    assert Policy(llama())(batch_of(ROWS)).entropy_BT is None
+def test_only_what_is_asked_for() -> None:
+    outputs = Policy(llama())(batch_of(ROWS))
+    assert outputs.entropy_BT is None
+    assert outputs.collision_BT is None
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1024])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_collision_is_that_of_all_probabilities_and_carries_no_gradient(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, temperature: float
+) -> None:
+    monkeypatch.setattr(_policy, "CHUNK", chunk)
+    model = llama()
+
+    outputs = Policy(model)(batch_of(ROWS), temperature=temperature, collision=True)
+
+    plain = [(table.softmax(-1) ** 2).sum(-1).log() for table in (logits_of(model, row) / temperature for row in ROWS)]
+    assert outputs.collision_BT is not None
+    assert not outputs.collision_BT.requires_grad
+    assert_same(rows_of(outputs.collision_BT, ROWS), plain)
+    assert outputs.logprobs_BT.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("logits", "expected"),
+    [
+        ([0.0, 0.0, 0.0, 0.0], -1.386294),  # four equal ones: log of 4 / 16
+        ([100.0, 0.0, 0.0, 0.0], 0.0),  # a certain one
+        ([0.0, 1.098612], -0.470004),  # 1/4 and 3/4: log of 10/16
+        ([300.0, 300.0], -0.693147),  # whose exponentials overflow
+    ],
+)
+def test_collision_by_hand(logits: list[float], expected: float) -> None:
+    assert _vocabulary.collision(torch.tensor([logits])).item() == pytest.approx(expected, abs=2e-5)
 
 
 def test_a_row_does_not_depend_on_its_neighbours_or_on_padding() -> None:

@@ -23,7 +23,7 @@ CLIP_KNOBS = {"clip_range_low": [({}, 0.05)], "clip_range_high": [({}, 0.05)], "
 PER_TOKEN = ("behavior_logprobs", "old_logprobs", "reference_logprobs", "values", "advantages", "returns")
 
 PAIR_KNOBS = {
-    "pair_weights": [({}, "score_gap"), ({}, "certainty")],
+    "pair_weights": [({}, "score_gap"), ({}, "certainty"), ({}, "wpo")],
     "nll_coef": [({}, 0.5)],
     "nll_norm": [({"nll_coef": 0.5}, "sum")],
 }

@@ -13,8 +13,13 @@ from trl_losses import assert_agrees_with_dpo
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.types import Pair
 
-VARIANTS = [{}, {"soft_labels": True, "label_smoothing": 0.1, "nll_coef": 0.5, "length_norm": True}]
+VARIANTS = [{}, {"soft_labels": True, "label_smoothing": 0.1, "nll_coef": 0.5, "length_norm": True}, {"pair_weights": "wpo"}]
 KNOBS = MARGIN_KNOBS
+
+
+def stops_gradients(algorithm):
+    """Weights of `wpo` follow the policy."""
+    return algorithm.pair_weights == "wpo"
 
 
 def at_reference(items):

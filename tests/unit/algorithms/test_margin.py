@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from algorithm_batches import F_PLUS, ITEM, ROWS, evaluate, pair, sequence
+from algorithm_batches import F_PLUS, ITEM, ROWS, evaluate, pair, sequence, values
+from torch import Tensor
 
 from onlinerl import registry
 from onlinerl.algorithms._margin import Margin
+from onlinerl.algorithms._pairwise import Pairwise
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.ops.batching import collate
 from onlinerl.ops.preference import beyond_the_shorter
@@ -91,6 +94,45 @@ def test_weights_of_pairs_have_mean_1_over_the_iteration():
 def test_pairs_without_any_gap_teach_nothing():
     even = [pair(sequence(2), sequence(2, 50)) for _ in range(2)]
     assert [item.weight for item in Dpo(pair_weights="score_gap").prepare(even)] == [0.0, 0.0]
+
+
+def collisions(*rows: list[float]) -> Tensor:
+    """Of `ITEM`, padded to four tokens."""
+    return torch.tensor([row + [float("nan")] * (4 - len(row)) for row in rows], dtype=torch.float64)
+
+
+def test_a_pair_that_the_policy_would_not_say_counts_less():
+    # lp - log sum pi^2 is -0.2, 0.2, -0.4, 0 (mean -0.1) and -0.5, -0.3 (mean -0.4): the weight is exp(-0.5) = 0.606531
+    collision_BT = collisions([-0.3, -0.7, -0.1, -0.5], [-2.0, -2.2])
+    loss, gradient, out, _ = evaluate(Dpo(pair_weights="wpo", nll_coef=2.0), [ITEM], ROWS, collision_BT=collision_BT)
+    assert loss == pytest.approx(0.606531 * (F_PLUS + 2.0 * 0.5), rel=1e-6)
+    assert values(out)["pair_weight"] == pytest.approx(0.606531, rel=1e-6)
+    plain = evaluate(Dpo(nll_coef=2.0), [ITEM], ROWS)[1]
+    assert torch.allclose(gradient, 0.606531 * plain, rtol=1e-6)  # nothing flows through the weight
+    halved = [replace(ITEM, weight=0.5)]
+    assert evaluate(Dpo(pair_weights="wpo", nll_coef=2.0), halved, ROWS, collision_BT=collision_BT)[0] == pytest.approx(
+        loss / 2
+    )
+
+
+def test_no_pair_counts_more_than_one_of_the_policy_s_own_samples():
+    # +1 per chosen token, -0.2 per rejected one: exp(0.8), cut off at 1. It is the product that is, not its factors: exp(1 - 3) stays.
+    at = {"cut off": collisions([-1.5] * 4, [-2.3] * 2), "product": collisions([-1.5] * 4, [0.5] * 2)}
+    losses = {
+        name: evaluate(Dpo(pair_weights="wpo"), [ITEM], ROWS, collision_BT=collision_BT)[0] for name, collision_BT in at.items()
+    }
+    assert losses == {"cut off": pytest.approx(F_PLUS), "product": pytest.approx(0.135335 * F_PLUS, rel=1e-5)}
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in registry.names("algorithms") if issubclass(registry.load("algorithms", n, Algorithm), Pairwise)]
+)
+def test_every_loss_on_pairs_can_be_weighed_like_that(name):
+    plain, weighed = (registry.load("algorithms", name, Algorithm)(pair_weights=how) for how in ("equal", "wpo"))
+    assert (plain.needs.collision, weighed.needs.collision) == (False, True)
+    assert weighed.needs == plain.needs.model_copy(update={"collision": True})
+    assert weighed.loss_at_reference is None
+    assert list(weighed.prepare([ITEM])) == [ITEM]
 
 
 @pytest.mark.parametrize(
