@@ -38,6 +38,7 @@ class GroupItems:
 
 def of_group(it: Iteration, judged: Judged) -> GroupItems:
     """The same at every call: pairs and items depend on the group and its verdict only."""
+    health.require_asked_for(judged.group, {"policy", *it.needs.beside_samples})
     dropped: Counter[str] = Counter()
     pairs: Sequence[Pair] = []
     if it.needs.pairs:
@@ -53,6 +54,7 @@ def of_group(it: Iteration, judged: Judged) -> GroupItems:
         items = whole
         rollouts = judged.group.rollouts
         pairs = [p for p in pairs if "length" not in {rollouts[i].finish_reason for i in (p.chosen, p.rejected)}]
+        pairs = pairs if items else []  # an item may have a third response, which was cut
     return GroupItems(items=items, pairs=pairs, dropped=dropped, contradicted=contradicted, truncated=truncated)
 
 

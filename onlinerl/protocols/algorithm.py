@@ -60,6 +60,13 @@ class Needs(BaseModel):
     them (`valid`), right by weighing them (`corrected`), near enough (`approximate`), or takes them for the newer one's (`refused`)."""
     preferences: bool = False
     """How probable it is that one response beats another (win rates, soft labels); scores alone only imply it."""
+    greedy: bool = False
+    """The greedy response (temperature 0) of the policy that samples. It joins the samples of its prompt, and is judged with them."""
+
+    @property
+    def beside_samples(self) -> tuple[str, ...]:
+        """Sources of the responses of a group beside those that `sampling.samples_per_prompt` counts."""
+        return ("greedy",) * self.greedy
 
     @property
     def values(self) -> bool:
