@@ -19,11 +19,12 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
     """
     name, needs, k = config.algorithm["name"], algorithm.needs, config.sampling.samples_per_prompt
     CATALOGUE.including(algorithm.metrics, name)
-    if k < needs.min_samples:
+    least = needs.min_samples - len(needs.beside_samples)
+    if k < least:
         raise ConfigError(
-            f"{name} compares responses and needs at least {needs.min_samples} per prompt, got {k}",
+            f"{name} compares responses and needs at least {least} per prompt, got {k}",
             field="sampling.samples_per_prompt",
-            fix=f"set it to {needs.min_samples} or more",
+            fix=f"set it to {least} or more",
         )
     if needs.reference and config.reference.schedule == "none":
         raise ConfigError(
@@ -43,6 +44,12 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
             f"{name} weighs samples by their probability, which top_p and top_k change in a way the learner cannot score",
             field="sampling.top_p" if sampling.top_p < 1 else "sampling.top_k",
             fix="set top_p to 1.0 and top_k to -1",
+        )
+    if needs.sampling_temperature and needs.beside_samples:
+        raise ConfigError(
+            f"{name} weighs samples by their probability, and asks for responses that were not drawn from the policy",
+            field="algorithm.name",
+            fix="correct its `needs`, or choose another algorithm",
         )
     if needs.critic_warmup >= config.iterations:
         raise ConfigError(

@@ -82,7 +82,7 @@ class Batch:
     scores_B: Tensor
     win_rates_B: Tensor
     pairs_P2: Tensor
-    """int64, row indices (chosen, rejected); empty where items are single samples."""
+    """int64, row indices (chosen, rejected); empty where items are single samples or lists."""
     prob_P: Tensor
     """P(chosen beats rejected)."""
     weight_P: Tensor
@@ -102,6 +102,8 @@ class Batch:
     """For a loss of a whole step (ops/whole_step.py): its slope by the value of each row."""
     step_loss: Tensor | None = None
     """And its value, in one of the step's micro-batches; else 0."""
+    exploration_P: Tensor | None = None
+    """int64, row index of the exploration response of each pair; filled only if all pairs have one."""
 
     @property
     def sequence_mask_BS(self) -> Tensor:

@@ -183,11 +183,12 @@ def probe_oracle(oracle: Oracle, prompt: Prompt) -> Verdict:
 def derived(config: RunConfig, algorithm: Algorithm) -> str:
     """The batch-like numbers that follow from the ones that were set."""
     prompts, k, per_step = config.prompts.per_iteration, config.sampling.samples_per_prompt, config.training.batch_size
-    items = prompts * algorithm.most_items(k, configuration.pair_builder(config).most(k))
+    greedy, judged = algorithm.needs.greedy, k + len(algorithm.needs.beside_samples)
+    items = prompts * algorithm.most_items(judged, configuration.pair_builder(config).most(judged))
     what = "pairs" if algorithm.needs.pairs else "items"
     steps = ceil(items / per_step) * config.training.epochs
     return (
-        f"{prompts} prompts x {k} samples -> at most {items} {what} -> at most {steps} optimizer steps an iteration "
+        f"{prompts} prompts x {f'({k} samples + 1 greedy response)' if greedy else f'{k} samples'} -> at most {items} {what} -> at most {steps} optimizer steps an iteration "
         f"({per_step} {what} a step, {config.training.epochs} epoch{'s' if config.training.epochs > 1 else ''}); "
         f"{config.iterations} iterations"
     )

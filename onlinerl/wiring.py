@@ -199,7 +199,8 @@ def probed(checked: Checked, oracle: Oracle) -> Verdict:
         ConfigError: if it only compares, and there is nothing to compare.
     """
     verdict = preflight.probe_oracle(oracle, checked.heldout[0])
-    if verdict.scores is None and checked.config.sampling.samples_per_prompt < 2:
+    responses = checked.config.sampling.samples_per_prompt + len(checked.algorithm.needs.beside_samples)
+    if verdict.scores is None and responses < 2:
         raise ConfigError(
             "the oracle only compares responses with each other, and there is one per prompt",
             field="sampling.samples_per_prompt",

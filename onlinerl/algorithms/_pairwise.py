@@ -94,5 +94,5 @@ class Pairwise(Algorithm):
         return loss if self.pair_weights == "equal" and not self.nll_coef else None
 
     def _weight(self, item: TrainItem) -> float:
-        chosen, rejected = item.sequences
+        chosen, rejected = item.sequences[:2]
         return max(0.0, chosen.score - rejected.score if self.pair_weights == "score_gap" else 2 * item.prob - 1)

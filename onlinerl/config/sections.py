@@ -34,7 +34,8 @@ class SamplingConfig(Section):
     """How responses are drawn."""
 
     samples_per_prompt: int = Field(4, ge=1)
-    """K: responses drawn for each training prompt. The held-out prompts get one each."""
+    """K: responses drawn for each training prompt; those that an algorithm needs beside them come on top. The held-out prompts get one
+    each."""
     temperature: float = Field(1.0, ge=0.01)
     """Not below 0.01: vLLM samples at 0.01 instead, and the learner would compute log-probs at another temperature."""
     top_p: float = Field(1.0, gt=0, le=1)

@@ -44,10 +44,12 @@ def generate(
     asked = sum(len(r.seeds) for r in requests)
     rejected = Counter(reason for s in sampled.values() for reason in s.rejected)
     todo = [r for r in requests if r.prompt.id not in sampled]
+    by_id = {r.prompt.id: r for r in todo}
     tracker.phase_started(it.number, phase, asked, "samples")
     tracker.phase_advanced(it.number, phase, sum(s.responses for s in sampled.values()))
     for groups in it.parts.engine.generate(todo, sampling) if todo else ():
         health.check_groups(groups, it.number if phase == "answer" else it.sampling_version)
+        health.check_sources(groups, by_id, sampling)
         table.append(groups)
         new = {group.prompt.id: Sampled.of(group) for group in groups}
         sampled |= new

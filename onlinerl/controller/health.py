@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from onlinerl.errors import EngineError, OracleError
-from onlinerl.types import Failure, Group, RejectReason, TrainRecord, Verdict
+from onlinerl.errors import EngineError, OracleError, StoreError
+from onlinerl.types import Failure, Group, RejectReason, Request, Sampling, TrainRecord, Verdict
 
 TIE = 1e-9
 """Judgements that differ by less are the same."""
@@ -26,6 +26,49 @@ def check_groups(groups: Sequence[Group], policy_version: int) -> None:
                     f"prompt {group.prompt.id}: sampled by version {rollout.policy_version}, expected {policy_version}",
                     fix="a replica missed a weight update; `onlinerl resume` starts fresh replicas",
                 )
+
+
+def check_sources(groups: Sequence[Group], asked: Mapping[str, Request], sampling: Sampling) -> None:
+    """Refuse responses that were drawn where the greedy one was asked for, or the other way round.
+
+    Args:
+        groups: what the engine answered.
+        asked: by prompt id.
+        sampling: of the responses that are drawn.
+
+    Raises:
+        EngineError: naming the prompt.
+    """
+    for group in groups:
+        expected = {seed: (how.temperature == 0, source) for seed, how, source in asked[group.prompt.id].responses(sampling)}
+        for rollout in group.rollouts:
+            found = (rollout.sampler.temperature == 0, rollout.source)
+            if expected.get(rollout.seed, found) != found:
+                raise EngineError(
+                    f"prompt {group.prompt.id}: the response to seed {rollout.seed} is {rollout.source} at temperature "
+                    f"{rollout.sampler.temperature:g}, and another one was asked for",
+                    field="engine.name",
+                    fix="an engine answers each seed as `Request.responses` says; repair it, or choose another one",
+                )
+
+
+def require_asked_for(group: Group, sources: Collection[str]) -> None:
+    """Refuse to train on a group with responses that the algorithm did not ask for.
+
+    Args:
+        group: all responses to a prompt.
+        sources: where they may be from.
+
+    Raises:
+        StoreError: naming the prompt.
+    """
+    if others := {rollout.source for rollout in group.rollouts} - {*sources}:
+        raise StoreError(
+            f"prompt {group.prompt.id} has responses that are not the policy's samples ({', '.join(sorted(others))}), and the algorithm "
+            "did not ask for them",
+            field="algorithm.name",
+            fix="resume with the algorithm that sampled them, or start a new run",
+        )
 
 
 def check_rejected(reasons: Mapping[RejectReason, int], asked: int, limit: float) -> None:

@@ -52,6 +52,7 @@ def of_group(it: Iteration, group: Group, answer: Answer) -> GroupItems:
     if not isinstance(answer, Verdict):  # a failure is left out, never turned into a score
         return GroupItems(prompt_id=group.prompt.id, dropped={"not_judged": 1})
     judged = Judged(group=group, verdict=answer)
+    health.require_asked_for(group, {"policy", *it.needs.beside_samples})
     dropped: Counter[str] = Counter()
     pairs: Sequence[Pair] = []
     if it.needs.pairs:
@@ -67,6 +68,7 @@ def of_group(it: Iteration, group: Group, answer: Answer) -> GroupItems:
         items = whole
         rollouts = group.rollouts
         pairs = [p for p in pairs if "length" not in {rollouts[i].finish_reason for i in (p.chosen, p.rejected)}]
+        pairs = pairs if items else []  # an item may have a third response, which was cut
     return GroupItems(
         prompt_id=group.prompt.id,
         judged=judged,

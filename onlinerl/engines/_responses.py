@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from onlinerl.types import FinishReason, Group, RejectReason, Request, Rollout, Sampling
+from onlinerl.types import FinishReason, Group, RejectReason, Request, Rollout, Sampling, Source
 
 FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 """How a response may end, by the word that vLLM and OpenAI's completions have for it."""
@@ -37,7 +37,7 @@ Ask = Callable[[Request, Sampling, int], Awaitable[Answer]]
 
 async def generate(request: Request, sampling: Sampling, ask: Ask) -> Group:
     """A response to the prompt for each seed, and why there is none where it cannot be used. All seeds are asked for at once."""
-    results = await asyncio.gather(*(_one(request, sampling, seed, ask) for seed in request.seeds))
+    results = await asyncio.gather(*(_one(request, *each, ask) for each in request.responses(sampling)))
     return Group(
         prompt=request.prompt,
         rollouts=tuple(each for each in results if isinstance(each, Rollout)),
@@ -45,7 +45,7 @@ async def generate(request: Request, sampling: Sampling, ask: Ask) -> Group:
     )
 
 
-async def _one(request: Request, sampling: Sampling, seed: int, ask: Ask) -> Rollout | RejectReason:
+async def _one(request: Request, seed: int, sampling: Sampling, source: Source, ask: Ask) -> Rollout | RejectReason:
     for _ in range(ATTEMPTS):
         answer = await ask(request, sampling, seed)
         if answer.finish_reason == "abort":
@@ -61,6 +61,7 @@ async def _one(request: Request, sampling: Sampling, seed: int, ask: Ask) -> Rol
             policy_version=answer.policy_version,
             sampler=sampling,
             seed=seed,
+            source=source,
         )
     return "abort"  # half a response is no response
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from onlinerl.protocols.engine import InProcessEngine
-from onlinerl.types import Group, Request, Rollout, Sampling
+from onlinerl.types import Group, Request, Rollout, Sampling, Source
 
 __all__ = ["Toy", "ToyEngine"]
 
@@ -42,15 +42,15 @@ class ToyEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Group]]:
         """One group per request, in order, each by itself."""
         for request in requests:
-            yield [Group(prompt=request.prompt, rollouts=tuple(self._one(seed, sampling) for seed in request.seeds))]
+            yield [Group(prompt=request.prompt, rollouts=tuple(self._one(*each) for each in request.responses(sampling)))]
 
-    def _one(self, seed: int, sampling: Sampling) -> Rollout:
-        rng = np.random.default_rng(seed)
-        logprobs = _log_softmax(self.logits / sampling.temperature)
+    def _one(self, seed: int, sampling: Sampling, source: Source) -> Rollout:
+        rng, greedy = np.random.default_rng(seed), sampling.temperature == 0
+        logprobs = _log_softmax(self.logits if greedy else self.logits / sampling.temperature)
         end = len(self.logits) - 1
         tokens: list[int] = []
         while len(tokens) < sampling.max_new_tokens and end not in tokens:
-            tokens.append(int(rng.choice(len(logprobs), p=np.exp(logprobs))))
+            tokens.append(int(logprobs.argmax() if greedy else rng.choice(len(logprobs), p=np.exp(logprobs))))
         return Rollout(
             token_ids=tuple(tokens),
             logprobs=tuple(float(logprobs[t]) for t in tokens),
@@ -59,6 +59,7 @@ class ToyEngine:
             policy_version=self.version,
             sampler=sampling,
             seed=seed,
+            source=source,
         )
 
     def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:

@@ -22,7 +22,7 @@ _DUMMY = TrainSequence(prompt_ids=(0,), response_ids=()).with_(**{name: np.zeros
 def collate(items: Sequence[TrainItem]) -> Batch:
     """One micro-batch of tensors, right-padded with token 0; rows are the items' sequences in order, masks come from lengths.
 
-    Items become rows of `lists_GK`, those of two sequences rows of `pairs_P2` too. Per-token fields are filled only if all sequences
+    Items become rows of `lists_GK`, pairs rows of `pairs_P2` too. Per-token fields are filled only if all sequences
     have them. No items give the dummy that a rank without data runs so that collective operations stay aligned: one row of one prompt
     token and one masked response position, all per-token fields zero, weight 0, no pairs and lists; the loss of it is 0.
 
@@ -32,7 +32,8 @@ def collate(items: Sequence[TrainItem]) -> Batch:
     sequences = [sequence for item in items for sequence in item.sequences]
     weights = [item.weight for item in items for _ in item.sequences]
     starts = np.cumsum([0, *(len(item.sequences) for item in items)]).tolist()
-    pairs = [(item, start) for item, start in zip(items, starts, strict=False) if len(item.sequences) == 2]
+    pairs = [(item, start) for item, start in zip(items, starts, strict=False) if item.is_pair]
+    explored = [start + item.exploration for item, start in pairs if item.exploration is not None]
     if not sequences:
         sequences, weights = [_DUMMY], [0.0]
 
@@ -62,6 +63,7 @@ def collate(items: Sequence[TrainItem]) -> Batch:
         weight_G=_floats(item.weight for item in items),
         weight_B=_floats(weights),
         policy_weight_B=_floats(s.policy_weight for s in sequences),
+        exploration_P=torch.tensor(explored, dtype=torch.int64) if len(explored) == len(pairs) else None,
         **{f"{name}_BT": _per_token(sequences, name, T) for name in _PER_TOKEN},
     )
 

@@ -62,6 +62,13 @@ class Needs(BaseModel):
     """How probable it is that one response beats another (win rates, soft labels); scores alone only imply it."""
     collision: bool = False
     """log sum_v pi_v^2 of the next-token distribution at each response token, without gradient."""
+    greedy: bool = False
+    """The greedy response (temperature 0) of the policy that samples. It joins the samples of its prompt, and is judged with them."""
+
+    @property
+    def beside_samples(self) -> tuple[str, ...]:
+        """Sources of the responses of a group beside those that `sampling.samples_per_prompt` counts."""
+        return ("greedy",) * self.greedy
 
     @property
     def values(self) -> bool:

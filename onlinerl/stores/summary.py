@@ -231,6 +231,7 @@ def _sample(group: Group, result: Verdict | Failure | None, pairs: Sequence[Trai
         "responses": [
             {
                 "text": rollout.text,
+                "source": rollout.source,
                 "score": verdict.scores[k] if verdict and verdict.scores else None,
                 "win_rate": win_rates[k] if win_rates else None,
                 "tokens": len(rollout.token_ids),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from onlinerl.types.prompts import Prompt
 
 FinishReason = Literal["stop", "length", "abort"]
 RejectReason = Literal["logprob", "abort"]
+Source = Literal["policy", "greedy"]
+"""Where a response is from: drawn from the policy, or its most probable token taken at each position."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,10 +19,15 @@ class Sampling:
     """How responses are drawn. The engine samples with it and the learner scores with it."""
 
     temperature: float = 1.0
+    """0 takes the most probable token at each position. Its log-prob is then reported at temperature 1, where it is not simply 0."""
     top_p: float = 1.0
     top_k: int = -1
     """-1 keeps the whole vocabulary."""
     max_new_tokens: int = 256
+
+    def greedy(self) -> Sampling:
+        """The same length at temperature 0, of the whole vocabulary."""
+        return replace(self, temperature=0.0, top_p=1.0, top_k=-1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +36,13 @@ class Request:
 
     prompt: Prompt
     seeds: tuple[int, ...]
+    greedy: bool = False
+    """Whether the last of them is taken greedily instead of being drawn. It has a seed like the others, which names it."""
+
+    def responses(self, sampling: Sampling) -> list[tuple[int, Sampling, Source]]:
+        """Seed, sampling and source of each response, in their order; `sampling` is that of those that are drawn."""
+        drawn: list[tuple[int, Sampling, Source]] = [(seed, sampling, "policy") for seed in self.seeds]
+        return [*drawn[:-1], (self.seeds[-1], sampling.greedy(), "greedy")] if self.greedy else drawn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +52,8 @@ class Rollout:
     token_ids: Sequence[int]
     """Exactly the generated tokens, end-of-sequence token included when the model emitted one. Length T; a tuple, or `Numbers`."""
     logprobs: Sequence[float]
-    """Natural-log probability of each token under the sampling distribution, as reported by the engine. Length T."""
+    """Natural-log probability of each token under the sampling distribution (temperature 1 for a greedy response), as reported by the
+    engine. Length T."""
     text: str
     finish_reason: FinishReason
     policy_version: int
@@ -46,6 +61,7 @@ class Rollout:
     sampler: Sampling
     seed: int
     source: str = "policy"
+    """See `Source`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -49,13 +49,21 @@ class TrainSequence:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainItem:
-    """What is trained as one: a sample (1 sequence), a pair (2, chosen first) or a list. Never split across micro-batches."""
+    """What is trained as one: a sample (1 sequence), a pair (2, chosen first; perhaps a third one, to explore) or a list. Never split
+    across micro-batches."""
 
     prompt_id: str
     sequences: tuple[TrainSequence, ...]
     prob: float = 1.0
     """For a pair: P(chosen beats rejected)."""
     weight: float = 1.0
+    exploration: int | None = None
+    """For a pair with an exploration response: which of the sequences that is; a third one where it is not one of the two."""
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether the first two sequences are a pair."""
+        return len(self.sequences) == 2 or self.exploration is not None
 
     @property
     def tokens(self) -> int:

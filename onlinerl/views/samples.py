@@ -74,6 +74,7 @@ def _rank(answer: Mapping[str, Any]) -> tuple[bool, float]:
 def _head(k: int, answer: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) -> Text:
     """What is known about an answer, in one line."""
     facts = [f"  #{k}"]
+    facts += [] if answer["source"] == "policy" else [visible(answer["source"])]
     facts += [f"score {answer['score']:.3f}"] if answer["score"] is not None else []
     facts += [f"win rate {answer['win_rate']:.2f}"] if answer["win_rate"] is not None else []
     facts.append(f"{answer['tokens']} tokens")

@@ -50,9 +50,14 @@ def variants(name: str) -> list[dict]:
     return golden(name).VARIANTS if (GOLDEN / f"test_{name}.py").is_file() else [{}]
 
 
-def group(rng: np.random.Generator, number: int, kind: str, K: int = 4) -> Judged:
+def source(algorithm: Algorithm) -> str:
+    """Where one response of each group is from: the policy, unless the algorithm asks for another one."""
+    return next(iter(algorithm.needs.beside_samples), "policy")
+
+
+def group(rng: np.random.Generator, number: int, kind: str, K: int = 4, source: str = "policy") -> Judged:
     """A group of K random responses of 1 to 6 tokens, judged by scores only, by a matrix only (one order, both, gaps) or by an oracle
-    that compares and leaves one response out."""
+    that compares and leaves one response out. The last response is from `source`."""
     rollouts = tuple(
         Rollout(
             token_ids=(k, *rng.integers(10, 99, rng.integers(0, 6)).tolist()),
@@ -62,6 +67,7 @@ def group(rng: np.random.Generator, number: int, kind: str, K: int = 4) -> Judge
             policy_version=1,
             sampler=Sampling(),
             seed=k,
+            source=source if k == K - 1 else "policy",
         )
         for k in range(K)
     )
@@ -80,8 +86,8 @@ def group(rng: np.random.Generator, number: int, kind: str, K: int = 4) -> Judge
     return Judged(group=Group(prompt=prompt, rollouts=rollouts), verdict=verdict)
 
 
-def refereed(texts: list[str]) -> Judged:
-    """A group judged by an oracle that compares, and leaves some cells and some responses out."""
+def refereed(texts: list[str], source: str = "policy") -> Judged:
+    """A group judged by an oracle that compares, and leaves some cells and some responses out. The response "b" is from `source`."""
     rollouts = tuple(
         Rollout(
             token_ids=tuple(text.encode()),
@@ -91,6 +97,7 @@ def refereed(texts: list[str]) -> Judged:
             policy_version=1,
             sampler=Sampling(),
             seed=k,
+            source=source if text == "b" else "policy",
         )
         for k, text in enumerate(texts)
     )
@@ -137,7 +144,7 @@ def annotated_items(algorithm: Algorithm, kind: str = "scores", *, at_reference:
             values=rng.standard_normal(len(s.response_ids)).astype(np.float32) if needs.values else None,
         )
 
-    judged = [group(rng, number, kind) for number in range(5)]
+    judged = [group(rng, number, kind, source=source(algorithm)) for number in range(5)]
     items = [item for j in judged for item in algorithm.items(j, pairs_of(j) if needs.pairs else [])[0]]
     return [dataclasses.replace(item, sequences=tuple(fill(s) for s in item.sequences)) for item in items]
 

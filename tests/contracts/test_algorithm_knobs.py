@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from algorithm_cases import GOLDEN, Policy, annotated_items, build, golden, group, pairs_of
+from algorithm_cases import GOLDEN, Policy, annotated_items, build, golden, group, pairs_of, source
 
 from onlinerl import registry
 from onlinerl.protocols.algorithm import Needs
@@ -35,7 +35,7 @@ def test_every_knob_is_here(name):
 def outcome(name: str, values: dict[str, Any]) -> tuple[Needs, float, list[float], list[int], list[str]]:
     """What the learner is told, loss per unit, its gradient, items per group, and what was left out."""
     algorithm = build(name, values)
-    groups = [group(np.random.default_rng(number), number, "scores") for number in range(5)]
+    groups = [group(np.random.default_rng(number), number, "scores", source=source(algorithm)) for number in range(5)]
     built = [algorithm.items(one, pairs_of(one) if algorithm.needs.pairs else []) for one in groups]
     items = list(algorithm.prepare(annotated_items(algorithm), PAST))
     loss, gradient, _ = Policy(items).gradient(algorithm, [items])

@@ -9,7 +9,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from algorithm_cases import Policy, annotated_items, build, golden, pairs_of, refereed, trained, training_items, variants
+from algorithm_cases import (
+    Policy,
+    annotated_items,
+    build,
+    golden,
+    pairs_of,
+    refereed,
+    source,
+    trained,
+    training_items,
+    variants,
+)
 
 from onlinerl import registry
 from onlinerl.batch import LossOutput, Mean, Outputs
@@ -63,9 +74,9 @@ def test_a_response_that_nobody_judged_is_as_if_it_had_not_been_sampled(name, kn
     """It is not worth 0.5, beats nobody, is nobody's baseline and nobody's pair; and it is counted."""
     algorithm = build(name, knobs)
     texts = ["aaa b", "b", "ba"]
-    without = refereed(texts)
+    without = refereed(texts, source(algorithm))
     texts.insert(place, "dull")
-    judged = refereed(texts)
+    judged = refereed(texts, source(algorithm))
     clean = pairs_of(without)
     # The pairs of the judged ones by their places now, and one with the unjudged response that no builder should have made.
     moved = [

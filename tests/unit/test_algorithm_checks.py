@@ -201,3 +201,16 @@ def test_an_algorithm_that_declares_a_metric_of_others_is_refused():
     with pytest.raises(ConfigError, match="dpo declares metrics that cannot be recorded: defined twice: reward") as caught:
         check_algorithm(config, clash())
     assert caught.value.field == "algorithm.name"
+
+
+def test_responses_beside_the_samples_count_for_what_an_algorithm_needs(monkeypatch):
+    """dpo needs two samples, selm one and the greedy response; nothing may weigh the greedy one by its probability."""
+    one = ["sampling.samples_per_prompt=1"]
+    assert notes("algorithm.name=selm", *one) == []
+    with pytest.raises(ConfigError, match="needs at least 2 per prompt, got 1"):
+        notes("algorithm.name=dpo", *one)
+    kind = type(configuration.algorithm(configuration.load(QUICKSTART, ["algorithm.name=ppo"])))
+    needs = kind().needs.model_copy(update={"greedy": True})
+    monkeypatch.setattr(kind, "needs", property(lambda self: needs))
+    with pytest.raises(ConfigError, match="asks for responses that were not drawn from the policy"):
+        notes()

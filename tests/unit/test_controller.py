@@ -15,8 +15,8 @@ from onlinerl import config as configuration
 from onlinerl.controller import evaluation, health
 from onlinerl.controller.evaluation import Evaluated
 from onlinerl.controller.parts import batched, learning_rates, reference_iteration
-from onlinerl.errors import EngineError, OracleError
-from onlinerl.types import Failure, Group, Judged, Prompt, Rollout, Sampling, Verdict
+from onlinerl.errors import EngineError, OracleError, StoreError
+from onlinerl.types import Failure, Group, Judged, Prompt, Request, Rollout, Sampling, Verdict
 
 # --- schedules ---
 
@@ -113,6 +113,34 @@ def test_another_policy_than_the_current_one_is_refused(version):
     with pytest.raises(EngineError, match=f"p1: sampled by version {version}, expected 2") as error:
         health.check_groups([group(), group(policy_version=version)], 2)
     assert "missed a weight update" in error.value.fix
+
+
+GREEDY = {"sampler": Sampling(temperature=0.0), "seed": 1, "source": "greedy"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        (GREEDY, False),
+        ({**GREEDY, "source": "policy"}, True),
+        ({**GREEDY, "sampler": Sampling()}, True),
+        ({**GREEDY, "seed": 0}, True),
+        ({"seed": 1}, True),
+    ],
+)
+def test_what_was_drawn_where_the_greedy_response_was_asked_for_is_refused(changes, refused):
+    asked = {"p1": Request(prompt=group().prompt, seeds=(0, 1), greedy=True)}
+    if not refused:
+        health.check_sources([group(**changes)], asked, Sampling())
+        return
+    with pytest.raises(EngineError, match=r"p1: the response to seed .*, and another one was asked for"):
+        health.check_sources([group(**changes)], asked, Sampling())
+
+
+def test_a_greedy_response_that_nobody_asked_for_is_not_trained_on():
+    health.require_asked_for(group(**GREEDY), {"policy", "greedy"})
+    with pytest.raises(StoreError, match=r"prompt p1 has responses that are not the policy's samples \(greedy\)"):
+        health.require_asked_for(group(**GREEDY), {"policy"})
 
 
 # --- verdicts ---

@@ -16,6 +16,7 @@ from onlinerl.types import Group, Prompt, Request, Sampling
 
 PROMPT = Prompt(id="p", text="", token_ids=(5, 6))
 SAMPLING = Sampling(temperature=0.7, max_new_tokens=3)
+GREEDY = Sampling(temperature=0.0, max_new_tokens=3)
 ABORTED = {"finish_reason": "abort", "token_ids": [1], "logprobs": [-0.5], "text": "half"}
 
 
@@ -28,7 +29,8 @@ class Engine:
         self.finished: list[int] = []
 
     async def ask(self, request: Request, sampling: Sampling, seed: int) -> Answer:
-        assert (request.prompt, sampling) == (PROMPT, SAMPLING)
+        greedy = request.greedy and seed == request.seeds[-1]
+        assert (request.prompt, sampling) == (PROMPT, GREEDY if greedy else SAMPLING)
         self.asked[seed] += 1
         for _ in range(100 - seed):
             await asyncio.sleep(0)
@@ -36,8 +38,9 @@ class Engine:
         usual: dict[str, Any] = {"token_ids": [seed, 0], "logprobs": [-0.5, -0.25], "text": str(seed), "finish_reason": "stop"}
         return Answer(**{"policy_version": 4, **usual, **next(self._answers[seed])})
 
-    def group(self) -> Group:
-        return asyncio.run(generate(Request(prompt=PROMPT, seeds=tuple(self._answers)), SAMPLING, self.ask))
+    def group(self, *, greedy: bool = False) -> Group:
+        request = Request(prompt=PROMPT, seeds=tuple(self._answers), greedy=greedy)
+        return asyncio.run(generate(request, SAMPLING, self.ask))
 
 
 def test_all_seeds_are_asked_for_at_once_and_the_responses_are_in_their_order() -> None:
@@ -59,6 +62,17 @@ def test_an_aborted_response_is_asked_for_again_with_its_seed() -> None:
         (12, "12", "length", 5),
     ]
     assert group.rejected == ()
+
+
+def test_the_last_response_may_be_the_greedy_one() -> None:
+    group = Engine({seed: [{}] for seed in (11, 12, 13)}).group(greedy=True)
+    assert [(r.seed, r.source, r.sampler) for r in group.rollouts] == [
+        (11, "policy", SAMPLING),
+        (12, "policy", SAMPLING),
+        (13, "greedy", GREEDY),
+    ]
+    narrow = Sampling(temperature=0.7, top_p=0.5, top_k=3, max_new_tokens=3)
+    assert narrow.greedy() == GREEDY, "the whole vocabulary"
 
 
 def test_one_that_is_aborted_every_time_is_given_up_and_the_others_stay() -> None:

@@ -221,6 +221,7 @@ def test_samples_for_people(run, sealed):
     assert shown[0]["prompt"] == "prompt 0"
     assert shown[0]["responses"][1] == {
         "text": "answer 1",
+        "source": "policy",
         "score": 100.0,
         "win_rate": 0.75,
         "tokens": 2,

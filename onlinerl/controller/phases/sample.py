@@ -1,4 +1,4 @@
-"""Fresh prompts, K responses each."""
+"""Fresh prompts, K responses each, and the greedy one where the algorithm asks for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ def sample(it: Iteration) -> SampleRecord:
     config = it.parts.config
     prompts, next_cursor = it.prompts()
     k = config.sampling.samples_per_prompt
-    requests = [Request(prompt=p, seeds=tuple(derive_seed(config.seed, it.number, p.id, i) for i in range(k))) for p in prompts]
+    greedy = it.needs.greedy
+    places = [*range(k), *(["greedy"] if greedy else [])]
+    requests = [
+        Request(prompt=p, seeds=tuple(derive_seed(config.seed, it.number, p.id, i) for i in places), greedy=greedy)
+        for p in prompts
+    ]
     sampled = collect.generate(it, requests, config.sampling.spec(), it.groups(), "sample", feed=it.rollouts)
     it.report.sampled(it.number, sampled)
     return {

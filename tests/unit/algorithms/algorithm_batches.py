@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -54,8 +54,8 @@ def sequence(length: int, first_token: int = 10, **changes) -> TrainSequence:
     return TrainSequence(prompt_ids=(1, 2), response_ids=tuple(range(first_token, first_token + length)), **fields)
 
 
-def pair(chosen: TrainSequence, rejected: TrainSequence, **changes) -> TrainItem:
-    return TrainItem(prompt_id="p", sequences=(chosen, rejected), **changes)
+def pair(chosen: TrainSequence, rejected: TrainSequence, *more: TrainSequence, **changes) -> TrainItem:
+    return TrainItem(prompt_id="p", sequences=(chosen, rejected, *more), **changes)
 
 
 def single(only: TrainSequence, **changes) -> TrainItem:
@@ -85,8 +85,8 @@ def spread(rows: Sequence[float | Sequence[float]], batch: Batch) -> Tensor:
     return padded
 
 
-def judged(lengths: Sequence[int], **verdict) -> Judged:
-    """A group with one distinct response per length, judged as given."""
+def judged(lengths: Sequence[int], sources: Mapping[int, str] | None = None, **verdict) -> Judged:
+    """A group with one distinct response per length, judged as given; `sources`: of those that were not drawn from the policy."""
     rollouts = tuple(
         Rollout(
             token_ids=tuple(range(10 * (k + 1), 10 * (k + 1) + length)),
@@ -96,6 +96,7 @@ def judged(lengths: Sequence[int], **verdict) -> Judged:
             policy_version=3,
             sampler=Sampling(),
             seed=k,
+            source=(sources or {}).get(k, "policy"),
         )
         for k, length in enumerate(lengths)
     )

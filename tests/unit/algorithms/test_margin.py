@@ -162,7 +162,9 @@ def test_the_self_test_knows_the_loss_only_where_the_formula_fixes_it(knobs, los
 def test_swapping_chosen_and_rejected_flips_the_slope_at_zero_margin(name):
     algorithm = registry.load("algorithms", name, Algorithm)(gamma_beta_ratio=0.0, nll_coef=0.0, label_smoothing=0.1)
     one, other = sequence(3, reference_logprobs=-1.0), sequence(3, 50, reference_logprobs=-1.0)
-    slopes = [evaluate(algorithm, [pair(*sides)], [-1.0, -1.0])[1] for sides in ((one, other), (other, one))]
+    third = [sequence(3, 80, reference_logprobs=-1.0)] if algorithm.needs.beside_samples else []  # what is explored is no side
+    items = [pair(*sides, *third, exploration=2 if third else None) for sides in ((one, other), (other, one))]
+    slopes = [evaluate(algorithm, [item], [-1.0] * len(item.sequences))[1][:2] for item in items]
     assert slopes[0].abs().max() > 0
     if algorithm.beta_rejected is None:
         assert torch.allclose(slopes[0][0], -slopes[0][1], atol=1e-12)

@@ -1,0 +1,63 @@
+"""SELM: "Self-Exploring Language Models: Active Preference Elicitation for Online Alignment"."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+from torch import Tensor
+
+from onlinerl.algorithms._optimism import Optimistic
+from onlinerl.batch import Batch, Outputs
+from onlinerl.ops.items import train_sequences
+from onlinerl.ops.preference import log_ratios, sequence_logprobs
+from onlinerl.protocols.algorithm import Needs, Reference, by_knobs
+from onlinerl.types.training import TrainItem, TrainSequence
+
+if TYPE_CHECKING:
+    from onlinerl.types.labels import Judged, Pair
+
+
+class Selm(Optimistic):
+    """f(z) + optimism * beta * D(x), x the greedy response of the policy that sampled, the pair made of all judged responses of the group.
+
+    The paper ranks the greedy response with the chosen and the rejected one of its data set; prompts bring no pairs here, so the samples of
+    the group take their place. With `reference_free` D is the log-prob, whose gradient is the same.
+    """
+
+    beta: float = Field(0.01, gt=0)
+    optimism: float = Field(1e-3, ge=0)
+
+    @by_knobs
+    def needs(self) -> Needs:
+        """Of a pair loss, with the greedy response."""
+        return super().needs.model_copy(update={"greedy": True})
+
+    @by_knobs
+    def reference(self) -> Reference:
+        """The policy at the start of the iteration, or none."""
+        return "none" if self.reference_free else "previous"
+
+    def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
+        """The pairs with the greedy response: a third sequence, unless it is one of the two. Without one they are left out (`no_greedy`)."""
+        items, dropped = super().items(judged, pairs)
+        places = {i for i, rollout in enumerate(judged.group.rollouts) if rollout.source == "greedy"}
+        found = list(train_sequences(judged, places).values())
+        if items and not found:
+            return [], dropped + Counter(no_greedy=len(items))
+        return [_exploring(item, found[0]) for item in items], dropped
+
+    def explored(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """beta D[B]."""
+        return self.beta * (sequence_logprobs if self.reference_free else log_ratios)(outputs, batch)
+
+
+def _exploring(item: TrainItem, greedy: TrainSequence) -> TrainItem:
+    """With the place of the greedy response among its sequences, where it is put if none of them has its tokens."""
+    for place, sequence in enumerate(item.sequences):
+        if sequence.response_ids == greedy.response_ids:
+            return replace(item, exploration=place)
+    return replace(item, sequences=(*item.sequences, greedy), exploration=2)
