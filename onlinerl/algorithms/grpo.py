@@ -46,7 +46,7 @@ class Grpo(Clipped):
         """Each judged response by itself, with advantages A = (r - mean) / std of those of its group on every token."""
         # Here and not in `prepare`, because this is where a group is whole.
         sequences, dropped = judged_sequences(judged, at_least=self.least)
-        advantages = group_advantages([s.score for s in sequences], normalise=self.std_norm == "group")
+        advantages = group_advantages([self.score(s) for s in sequences], normalise=self.std_norm == "group")
         return sample_items(judged, with_advantages(sequences, advantages)), dropped
 
     def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Iterable[TrainItem]:
