@@ -371,7 +371,7 @@ MANY_HELDOUT = 12
 STRIKES = {
     "sample": ("generate", MANY_HELDOUT, 2 * MANY_HELDOUT + 8),
     "answer": ("generate", MANY_HELDOUT + 8, 2 * MANY_HELDOUT + 2 * 8),
-    "sync": ("push: watch", 1, 2),
+    "sync": ("push: watching", 1, 2),
 }
 
 
@@ -399,7 +399,7 @@ def test_two_of_three_replicas_are_killed_and_stopped_twice_and_the_run_ends_as_
     run, log = tmp_path / "runs" / "run", tmp_path / "events"
     event, *counts = STRIKES[phase]
     strikes = [
-        ("EngineCore", event, count + (1 if event == "push: watch" else i), how)
+        ("EngineCore", event, count + (1 if event == "push: watching" else i), how)
         for count in counts
         for i, how in enumerate(("SIGKILL", "SIGSTOP"), start=1)
     ]

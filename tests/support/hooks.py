@@ -166,10 +166,9 @@ def install():
 def _watch_pushes(sync):
     """An event after each step of a push."""
 
-    def ask_all(self, method, *args, original=sync._all):
-        answers = original(self, method, *args)
-        event(f"push: {method}")
-        return answers
+    def ask_all(self, asked, timeout_s, what, original=sync._all):
+        original(self, asked, timeout_s, what)
+        event(f"push: {what}")
 
     sync._all = ask_all
 
