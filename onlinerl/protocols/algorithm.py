@@ -62,6 +62,8 @@ class Needs(BaseModel):
     """How probable it is that one response beats another (win rates, soft labels); scores alone only imply it."""
     collision: bool = False
     """log sum_v pi_v^2 of the next-token distribution at each response token, without gradient."""
+    reference_kl: bool = False
+    """KL(reference || policy) of the next-token distributions at each response token: the reference itself runs beside the policy."""
 
     @property
     def values(self) -> bool:
