@@ -200,6 +200,10 @@ class LearnerGroup:
         parts = self.scatter(LearnerRank.self_test, [(rank, base_model) for rank in work])[0]
         return combine(parts, items, self._algorithm)
 
+    def set_reference(self, model: str) -> None:
+        """Which saved model the policy is compared with in the loss."""
+        self.call(LearnerRank.set_reference, model)
+
     def reset_optimizer(self) -> None:
         """Forget the optimizer's moments."""
         self.call(LearnerRank.reset_optimizer)

@@ -176,11 +176,11 @@ class Iteration:
 
     def model_of(self, iterate: int) -> str:
         """Where the weights of an iterate are: "policy" if the learner holds them, else a path."""
-        if iterate == self.weights.learner:
-            return "policy"
-        if iterate == 0:
-            return self.parts.base_model
-        return str(self.parts.store.require("exports", iterate))
+        return "policy" if iterate == self.weights.learner else self.saved(iterate)
+
+    def saved(self, iterate: int) -> str:
+        """Where the weights of an iterate are on disk."""
+        return str(self.parts.store.require("exports", iterate)) if iterate else self.parts.base_model
 
     def push(self) -> SyncReport:
         """Give the engine the learner's weights; that it failed is exported before it ends the run."""

@@ -87,6 +87,13 @@ def check(result: SelfTest, expected_loss: float | None, dtype: str, largest_sco
             field="learner",
             fix="something differs between two passes of one model: dropout, or a non-deterministic kernel",
         )
+    if not abs(result.reference_kl) <= max(FORMULA, limit**2):  # a KL grows with the square of what log-probs are off by
+        raise LearnerError(
+            f"before the first step, the KL between the policy and the reference beside it is {result.reference_kl:.4f} nats per token "
+            "instead of 0",
+            field="model",
+            fix="the reference is the model on disk, and training started from another one; was it replaced?",
+        )
     _require_finite(result.loss, "the policy's own log-probs", largest_score)
     if expected_loss is not None and not abs(result.loss - expected_loss) <= FORMULA:
         raise LearnerError(

@@ -7,10 +7,12 @@ import gc
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from onlinerl.batch import Batch
 from onlinerl.errors import ConfigError
 from onlinerl.learners._policy import Policy
+from onlinerl.learners._vocabulary import FrozenStates
 from onlinerl.protocols.algorithm import Needs
 
 CAUSAL, REWARD = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
@@ -52,6 +54,13 @@ class ModelReader:
             give_back()
         return self._frozen[1]
 
+    @torch.no_grad()
+    def states(self, model: str, batch: Batch) -> FrozenStates:
+        """What a saved model says about the tokens of a batch, short of its logits. Collective under ZeRO-3."""
+        policy = self.frozen(model)
+        weight_VH, bias_V = self._output(policy)
+        return FrozenStates(policy.states(batch), weight_VH, bias_V, policy.head.rule)
+
     @property
     def kept(self) -> Policy | None:
         """The frozen model that is kept now, if any."""
@@ -83,6 +92,10 @@ class ModelReader:
     def _prepared(self, policy: Policy) -> Policy:
         """A frozen model as it is kept."""
         return policy
+
+    def _output(self, policy: Policy) -> tuple[Tensor, Tensor | None]:
+        """Output matrix and bias of a frozen model, whole."""
+        return policy.head.weight, policy.head.bias
 
 
 def give_back() -> None:

@@ -14,8 +14,8 @@ ROWS = 8192
 
 
 def logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-    """`hidden @ weight.T + bias`, fp32[N, V], accumulated in fp32 and not rounded afterwards."""
-    if weight_VH.dtype == torch.float32:
+    """`hidden @ weight.T + bias`, fp32[N, V], accumulated in fp32 and not rounded afterwards; fp64 of fp64."""
+    if weight_VH.dtype in (torch.float32, torch.float64):
         return nn.functional.linear(hidden_NH, weight_VH, bias_V)
     out: Tensor = _Fp32Logits.apply(hidden_NH, weight_VH)  # type: ignore[no-untyped-call]
     return out if bias_V is None else out + bias_V.float()

@@ -40,6 +40,11 @@ class LogProbHead(nn.Module):
         """The output matrix [vocabulary, hidden]."""
         return self._output[0].weight
 
+    @property
+    def bias(self) -> Tensor | None:
+        """Its bias [vocabulary], where there is one."""
+        return getattr(self._output[0], "bias", None)
+
     def parameters_of_output(self) -> list[nn.Parameter]:
         """What `forward` reads: the output matrix, and its bias where there is one."""
         return list(self._output[0].parameters())
@@ -56,7 +61,7 @@ class LogProbHead(nn.Module):
     ) -> TokenTerms:
         """Of logits divided by `temperature`: log-probs of `targets_N` and, if asked for, entropies, log sum_v pi_v^2, and the KL of
         the reference to this model. Fp32."""
-        weight, bias = self.weight, getattr(self._output[0], "bias", None)
+        weight, bias = self.weight, self.bias
 
         def piece(start: int, hidden: Tensor, targets: Tensor, weight: Tensor) -> TokenTerms:
             logits = rescaled(fp32_logits(hidden, weight, bias), self.rule, temperature)

@@ -65,6 +65,7 @@ class Rank:
         self.rank, self.world_size, self.temperature = rank, settings.world_size, settings.temperature
         self.device = torch.device("cuda", 0) if settings.device == "cuda" else torch.device("cpu")
         self.needs = self.algorithm.needs
+        self._reference = settings.model
         seed_everything(settings.seed)
         choose_interface(address)
         os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(self.world_size))
@@ -186,7 +187,8 @@ class Rank:
         for items, batch in zip(micro, self._batches(micro), strict=True):
             outputs = self._forward(batch)
             loss = loss_of(self.algorithm, outputs, batch, trained=True) if items else None
-            total = loss.total if loss is not None else outputs.logprobs_BT.sum() * 0.0 + _zero(outputs.values_BT)
+            nothing = outputs.logprobs_BT.sum() * 0.0 + _zero(outputs.values_BT) + _zero(outputs.reference_kl_BT)
+            total = nothing if loss is None else loss.total
             self._accumulate(total, count if total.isfinite() else float("nan"))
             _add(totals, "loss", Mean(total=total.detach().float(), count=torch.tensor(float(0))))
             for name, mean in (loss.metrics if loss else {}).items():
@@ -207,14 +209,19 @@ class Rank:
         dist.all_gather_object(ranks, own)
         return ranks, self.rank
 
+    def set_reference(self, model: str) -> None:
+        """Which saved model `Needs.reference_kl` is about; until this is called the one that training began with."""
+        self._reference = model
+
     def _forward(self, batch: Batch) -> Outputs:
-        """As the loss gets it."""
+        """As the loss gets it. The reference is not the policy even where they are the same iterate, because the policy moves."""
         outputs: Outputs = self._network(
             batch,
             temperature=self.temperature,
             values=self.needs.values,
             entropy=self.needs.entropy,
             collision=self.needs.collision,
+            reference=self._reader.states(self._reference, batch) if self.needs.reference_kl else None,
         )
         return outputs
 

@@ -34,6 +34,7 @@ class Sums:
     base: float = 0.0
     tokens: int = 0
     noise: float = 0.0
+    reference_kl: float = 0.0
     gaps: dict[str, float] = field(default_factory=dict)
     moments: dict[str, Moments] = field(default_factory=dict)
 
@@ -107,6 +108,7 @@ def combine(parts: Sequence[Sums], items: Sequence[TrainItem], algorithm: Algori
         noise=noise,
         stored_tilts={name: _together(parts, name).tilt(noise) for name in names if name != "values"},
         base_gap=sum(p.base for p in parts) / max(1, sum(p.tokens for p in parts)),
+        reference_kl=sum(p.reference_kl for p in parts) / max(1, sum(p.tokens for p in parts)),
     )
 
 
@@ -118,6 +120,8 @@ def _add(sums: Sums, batch: Batch, outputs: Outputs, again: Outputs, other_BT: T
     sums.repeat += ((again.logprobs_BT - ours_BT) * mask_BT).sum().item()
     sums.base += ((other_BT - ours_BT).abs() * mask_BT).sum().item()
     sums.tokens += int(mask_BT.sum())
+    if outputs.reference_kl_BT is not None:
+        sums.reference_kl += (outputs.reference_kl_BT * mask_BT).sum().item()
     variable_BT = ours_BT.detach().clone().requires_grad_()
     with torch.enable_grad():
         total = loss_of(algorithm, replace(outputs, logprobs_BT=variable_BT), batch).total

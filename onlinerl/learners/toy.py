@@ -16,7 +16,7 @@ from onlinerl.errors import ConfigError, SyncError
 from onlinerl.learners._loss import loss_of
 from onlinerl.learners._plain import load_plain
 from onlinerl.learners._self_test import combine, compare
-from onlinerl.learners._vocabulary import collision
+from onlinerl.learners._vocabulary import collision, kl_from
 from onlinerl.ops.batching import collate
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.engine import RolloutEngine
@@ -74,6 +74,7 @@ class ToyLearner:
 
     def __init__(self, vocabulary: int, algorithm: Algorithm, base: str, temperature: float = 1.0) -> None:
         self._algorithm, self._base, self._temperature = algorithm, base, temperature
+        self._reference = base
         self.logits = torch.zeros(vocabulary, dtype=torch.float64, requires_grad=True)
         self.value = torch.zeros((), dtype=torch.float64, requires_grad=True)
         self._optimizer = torch.optim.Adam([self.logits, self.value], lr=1.0)
@@ -106,14 +107,21 @@ class ToyLearner:
             self._optimizer.step()
             yield UpdateReport(steps=1, tokens=sum(i.tokens for i in items), metrics=({"loss": mean.item()},))
 
+    def set_reference(self, model: str) -> None:
+        """Which saved model the policy is compared with in the loss."""
+        self._reference = model
+
     def _outputs(self, batch: Batch) -> Outputs:
-        logprobs = torch.log_softmax(self.logits / self._temperature, dim=-1)
+        logits = self.logits / self._temperature
+        logprobs = torch.log_softmax(logits, dim=-1)
         entropy: Tensor = -(logprobs.exp() * logprobs).sum()
+        reference = torch.tensor(self._logits_of(self._reference)) / self._temperature
         return Outputs(
             logprobs_BT=self._logprobs(batch, self.logits),
             values_BT=self.value.float().expand(batch.mask_BT.shape),
             entropy_BT=entropy.float().expand(batch.mask_BT.shape),
-            collision_BT=collision(self.logits / self._temperature).float().expand(batch.mask_BT.shape),
+            collision_BT=collision(logits).float().expand(batch.mask_BT.shape),
+            reference_kl_BT=kl_from(reference, logits).float().expand(batch.mask_BT.shape),
         )
 
     def _logprobs(self, batch: Batch, logits: Tensor) -> Tensor:

@@ -68,6 +68,11 @@ class Learner(Protocol):
         """Before the first step: compare what the items carry with what the policy says, and the policy with the base model on disk."""
         ...
 
+    def set_reference(self, model: str) -> None:
+        """Which saved model the policy is compared with in the loss, for algorithms with `Needs.reference_kl`; never the policy itself,
+        which moves."""
+        ...
+
     def reset_optimizer(self) -> None:
         """Forget the optimizer's moments."""
         ...
@@ -133,6 +138,10 @@ class LearnerRank(Protocol):
 
     def self_test(self, micro: Sequence[Sequence[TrainItem]], base_model: str) -> list[Sums]:
         """See `SelfTest`; what each rank found about its micro-batches, by rank."""
+        ...
+
+    def set_reference(self, model: str) -> None:
+        """Which saved model the policy is compared with in the loss, for algorithms with `Needs.reference_kl`."""
         ...
 
     def reset_optimizer(self) -> None:

@@ -82,3 +82,5 @@ class SelfTest:
     what rounding explains. Nats per token at one standard deviation. Another temperature shows here first."""
     base_gap: float
     """Mean |log-prob difference| between the policy and the base model as it is on disk, in nats per token."""
+    reference_kl: float = 0.0
+    """Mean KL per token between the policy and the reference that runs beside it, in nats; 0 if none does."""

@@ -195,7 +195,7 @@ class Policy:
         total, metrics, units = torch.zeros((), dtype=torch.float64), {}, 0
         batches = [widen(collate(micro), extra) for micro in micros]
         needs = algorithm.needs
-        undeclared = {f"{name}_BT": None for name in ("collision",) if not getattr(needs, name)}
+        undeclared = {f"{name}_BT": None for name in ("collision", "reference_kl") if not getattr(needs, name)}
         outputs = [
             dataclasses.replace(self.outputs([s for item in micro for s in item.sequences], batch, junk), **undeclared)
             for micro, batch in zip(micros, batches, strict=True)

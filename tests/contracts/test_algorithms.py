@@ -211,7 +211,7 @@ def test_refuses_outputs_that_lack_what_it_declares(name, knobs):
     algorithm = build(name, knobs)
     items = training_items(algorithm)
     rows, batch = [s for item in items for s in item.sequences], collate(items)
-    for need in ("collision",):
+    for need in ("collision", "reference_kl"):
         if getattr(algorithm.needs, need):
             outputs = dataclasses.replace(Policy(items).outputs(rows, batch), **{f"{need}_BT": None})
             with pytest.raises(ValueError, match=f"outputs.{need}_BT"):

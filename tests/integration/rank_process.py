@@ -204,6 +204,24 @@ def gradients(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[s
     count = sum(i.count(learner.algorithm.unit) for i in items)
     results["long", "gradients"] = learner.gradients(ranks.mine(items, 100_000), count)
     results["long", "scores"] = scored(learner, items, "policy", learner.temperature)
+    return results | beside_a_reference(ranks, learner, job)
+
+
+def beside_a_reference(ranks: Ranks, learner: Rank, job: dict[str, Any]) -> dict[Any, Any]:
+    """Gradients of a loss that reads the KL of another model, in many pieces and with a rank that has no data; and its self-tests."""
+    loss, results = job["beside"], {}
+    learner.algorithm, learner.needs = loss["algorithm"], loss["algorithm"].needs
+    learner.temperature = loss["temperature"]
+    learner.set_reference(job["untied"])
+    for name, items in loss["items"].items():
+        micro = ranks.mine(items, 100_000)
+        results["beside", name] = learner.gradients(micro, len(items))
+    own = scored(learner, job["self_test_items"], "policy", learner.temperature)
+    annotated = with_arrays(job["self_test_items"], reference_logprobs=own)
+    for reference in ("untied", "model"):
+        learner.set_reference(job[reference])
+        parts = learner.self_test(ranks.mine(annotated, SELF_TEST_BUDGET), job["model"])
+        results["beside", "self-test", reference] = combine(parts, annotated, learner.algorithm)
     return results
 
 

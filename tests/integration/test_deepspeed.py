@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.grpo import Grpo
 from onlinerl.algorithms.kto import Kto
 from onlinerl.algorithms.lipo_lambda import LipoLambda
 from onlinerl.algorithms.ppo import Ppo
+from onlinerl.algorithms.tdpo2 import Tdpo2
+from onlinerl.batch import Batch, Outputs
 from onlinerl.controller import self_test
 from onlinerl.errors import LearnerError
 from onlinerl.learners import _policy
@@ -112,6 +114,8 @@ CRITIC: tuple[Algorithm, list[TrainItem]] = (
 LONG = pair_items(6, seed=6, response=120)
 """1,440 response tokens."""
 LONG_TEMPERATURE = 0.7
+BESIDE = {"long": LONG, "fewer items than ranks": pair_items(1, seed=11)}
+"""What is trained beside a reference."""
 
 
 def self_test_items() -> list[TrainItem]:
@@ -186,6 +190,7 @@ def run_ranks(ranks: int, models: dict[str, Path], directory: Path) -> dict[tupl
         "losses": {name: loss(*what) for name, what in LOSSES.items()},
         "critic_loss": loss(*CRITIC),
         "long": {"algorithm": Dpo(), "items": LONG, "temperature": LONG_TEMPERATURE},
+        "beside": {"algorithm": Tdpo2(alpha=2.0), "items": BESIDE, "temperature": LONG_TEMPERATURE},
         "self_test_items": self_test_items(),
         "max_grad_norm": MAX_GRAD_NORM,
         "steps": STEPS,
@@ -327,6 +332,52 @@ def test_more_tokens_than_a_chunk_at_another_temperature(
     ours = np.stack(answer["long", "scores"])
     assert np.abs(ours - scores).mean() < (1e-5 if dtype == "float32" else 0.02)
     assert np.abs(ours - untempered).mean() > 0.05
+
+
+def of_tokens(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """[B, T, V]: log-probs of all tokens that might have come in the place of each response token."""
+    logits = model(input_ids=batch.tokens_BS, attention_mask=batch.sequence_mask_BS.long()).logits.float() / LONG_TEMPERATURE
+    before = batch.prompt_lengths_B[:, None] - 1 + torch.arange(batch.mask_BT.shape[1])
+    rows = torch.arange(len(before))[:, None]
+    return torch.log_softmax(logits, dim=-1)[rows, before.clamp(max=logits.shape[1] - 1)]
+
+
+@configurations
+@pytest.mark.parametrize("items", list(BESIDE))
+def test_gradient_beside_a_reference_equals_that_of_all_logits_at_once(
+    answers: Answers, tiny_llama: Path, tiny_llama_untied: Path, ranks: int, stage: int | str, dtype: str, items: str
+) -> None:
+    """Of the KL as its definition has it, to a model whose distributions are others."""
+    answer = answers(ranks, "gradients", stage, dtype)["beside", items]
+    policy, reference = (plain_policy(path, dtype) for path in (tiny_llama, tiny_llama_untied))
+    batch = collate(BESIDE[items])
+    ours = of_tokens(policy.model, batch)
+    with torch.no_grad():
+        theirs = of_tokens(reference.model, batch)
+    kl_BT = (theirs.exp() * (theirs - ours)).sum(-1)
+    assert kl_BT[batch.mask_BT].mean() > 0.1
+    starts = batch.prompt_lengths_B[:, None] + torch.arange(batch.mask_BT.shape[1])
+    tokens_BT = batch.tokens_BS.gather(1, starts.clamp(max=batch.tokens_BS.shape[1] - 1))
+    outputs = Outputs(logprobs_BT=ours.gather(2, tokens_BT[:, :, None])[:, :, 0], reference_kl_BT=kl_BT)
+    (Tdpo2(alpha=2.0).loss(outputs, batch).total / len(BESIDE[items])).backward()
+    expected = {n: np.zeros(p.shape) if p.grad is None else p.grad.double().numpy() for n, p in policy.named_parameters()}
+
+    error = relative_error(answer, expected)
+    print(f"{ranks} ranks ZeRO {stage} {dtype} {items}: {error:.2e}")
+    assert error < BOUND[dtype]
+
+
+@configurations
+def test_the_self_test_notices_a_reference_beside_the_policy_that_is_another_model(
+    answers: Answers, ranks: int, stage: int | str, dtype: str
+) -> None:
+    answer = answers(ranks, "gradients", stage, dtype)
+    right, wrong = (answer["beside", "self-test", reference] for reference in ("model", "untied"))
+
+    assert abs(right.reference_kl) < 1e-6
+    self_test.check(right, Tdpo2().loss_at_reference, dtype)
+    with pytest.raises(LearnerError, match="the reference beside it"):
+        self_test.check(wrong, Tdpo2().loss_at_reference, dtype)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])

@@ -17,6 +17,7 @@ from onlinerl import config as configuration
 from onlinerl import preflight, weight_files
 from onlinerl.errors import ConfigError
 from onlinerl.families import LogitRule, check_attention, logit_rule
+from onlinerl.learners._loading import ModelReader
 from onlinerl.learners._policy import Policy
 from onlinerl.model_checks import check_description, check_weights
 from onlinerl.ops.batching import collate
@@ -124,6 +125,27 @@ def test_each_of_these_families_would_be_wrong_without_its_rule(family: str, mon
     ours, theirs = ours_and_theirs(build(family))
 
     assert (ours - theirs).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("family", [*RESCALED, "Phi"])
+def test_the_kl_of_a_frozen_reference_is_that_of_both_models_own_logits(family: str, tmp_path: Path) -> None:
+    model, reference = build(family), build(family)
+    with torch.no_grad():
+        reference.get_output_embeddings().weight.mul_(1.5)
+    reference.save_pretrained(tmp_path)
+    batch = collate([TrainItem(prompt_id="", sequences=(s,)) for s in sequences()])
+    reader = ModelReader(torch.float32, "eager", torch.device("cpu"))
+
+    found_BT = Policy(model)(batch, reference=reader.states(str(tmp_path), batch)).reference_kl_BT
+
+    assert found_BT is not None
+    for found, s in zip(found_BT, sequences(), strict=True):
+        ids = torch.tensor([[*s.prompt_ids, *s.response_ids]])
+        with torch.no_grad():
+            theirs, ours = (m(input_ids=ids).logits[0, len(s.prompt_ids) - 1 : -1].softmax(-1) for m in (reference, model))
+        plain = (theirs * (theirs.log() - ours.log())).sum(-1)
+        assert plain.max() > 1e-3
+        torch.testing.assert_close(found[: len(s.response_ids)], plain, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", [*RESCALED, *PLAIN])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.grpo import Grpo
+from onlinerl.algorithms.tdpo2 import Tdpo2
 from onlinerl.controller import self_test
 from onlinerl.errors import LearnerError
 from onlinerl.learners._self_test import Moments
@@ -57,6 +59,8 @@ GOOD = SelfTest(
         ({"noise": 0.3}, "if its batch is padded further", "learner.attn_implementation"),
         ({"noise": math.nan}, "if its batch is padded further", "learner.attn_implementation"),
         ({"stored_loss": math.log(2) + 0.2}, "with the stored reference the loss is", "learner"),
+        ({"reference_kl": 0.002, "loss": 0.8}, r"the KL between the policy and the reference beside it is 0\.0020", "model"),
+        ({"reference_kl": math.nan}, "the KL between the policy and the reference beside it is nan", "model"),
         ({"base_gap": 0.03}, r"policy and base model differ by 0\.0300", "model"),
         ({"base_gap": math.nan}, "policy and base model differ", "model"),
     ],
@@ -91,6 +95,13 @@ def test_rounding_that_goes_far_is_no_fault():
     """Prompts of 400 tokens in bfloat16: the stored arrays are off by as much as the same pass with other padding."""
     far = {"stored_gaps": {"old_logprobs": 0.056}, "noise": 0.049, "base_gap": 0.0286, "stored_tilts": {"old_logprobs": 0.002}}
     self_test.check(replace(GOOD, **far), math.log(2), "bfloat16")
+
+
+def test_a_kl_may_be_what_the_square_of_the_rounding_allows():
+    far = replace(GOOD, noise=0.1, reference_kl=0.03)
+    self_test.check(far, math.log(2), "bfloat16")
+    with pytest.raises(LearnerError, match="the reference beside it"):
+        self_test.check(replace(far, noise=0.05), math.log(2), "bfloat16")
 
 
 def test_an_algorithm_without_a_fixed_loss_is_asked_for_none():
@@ -139,6 +150,28 @@ def test_the_toy_learner_notices_too(algorithm: Algorithm, name: str, temperatur
     assert (result.stored_gaps[name] > self_test.GAP["bfloat16"]) == (spoiled != "nothing")
     assert (result.stored_tilts[name] > self_test.GAP["bfloat16"]) == (spoiled != "nothing")
     assert result.noise == 0
+
+
+@pytest.mark.parametrize(("wrong", "kl"), [(False, 0.0), (True, 0.130812)])
+def test_the_toy_learner_notices_a_reference_that_is_another_model(tmp_path: Path, wrong: bool, kl: float) -> None:
+    """(1/4, 3/4) in the place of even odds: 0.25 ln 0.5 + 0.75 ln 1.5."""
+    np.save(tmp_path / "logits.npy", np.array([0.0, math.log(3.0)]))
+    learner = ToyLearner(2, Tdpo2(), "base")
+    if wrong:
+        learner.set_reference(str(tmp_path))
+    even = np.full(4, -math.log(2), np.float32)
+    sequences = [
+        TrainSequence(prompt_ids=(1,), response_ids=ids, reference_logprobs=even) for ids in ((0, 1, 0, 1), (1, 1, 0, 0))
+    ]
+
+    result = learner.self_test([TrainItem(prompt_id="p", sequences=tuple(sequences))], "base")
+
+    assert result.reference_kl == pytest.approx(kl, abs=1e-6)
+    if wrong:
+        with pytest.raises(LearnerError, match="the reference beside it"):
+            self_test.check(result, Tdpo2().loss_at_reference, "float32")
+    else:
+        self_test.check(result, Tdpo2().loss_at_reference, "float32")
 
 
 @pytest.mark.parametrize(("temperature", "caught"), [(1.0, False), (0.98, True), (1.02, True)])

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from onlinerl.learners._loading import CAUSAL, ModelReader
 from onlinerl.learners._policy import LogProbHead, Policy
@@ -54,6 +54,17 @@ class ShardedReader(ModelReader):
         if self._sharded:
             gather_in_forward(policy)
         return policy
+
+    def _output(self, policy: Policy) -> tuple[Tensor, Tensor | None]:
+        """Under ZeRO-3 a copy, which lives as long as the graph of the micro-batch: the backward pass reads it again, piece by piece, and
+        ranks have different numbers of pieces, so nothing collective can happen there."""
+        if not self._sharded:
+            return super()._output(policy)
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(policy.head.parameters_of_output(), modifier_rank=None):
+            bias_V = policy.head.bias
+            return policy.head.weight.detach().clone(), None if bias_V is None else bias_V.detach().clone()
 
     @contextmanager
     def _cut_up(self) -> Iterator[None]:

@@ -1,0 +1,72 @@
+"""TDPO1: "Token-level Direct Preference Optimization"."""
+
+from __future__ import annotations
+
+import math
+
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from onlinerl.algorithms._pairwise import Pairwise
+from onlinerl.batch import Batch, Mean, Outputs
+from onlinerl.ops.logprobs import masked
+from onlinerl.ops.preference import by_pair, margin, smoothed
+from onlinerl.protocols.algorithm import Needs, Reported, by_knobs
+
+
+class Tdpo1(Pairwise):
+    """p f(z) + (1 - p) f(-z), z = beta (h + K_w - K_l), f(z) = -log sigmoid(z), p the probability of the label.
+
+    K = sum over the response of KL(reference || policy) of the next token, over the whole vocabulary, so the reference runs beside the
+    policy. A response is worth beta (D + K) here, not beta D.
+    """
+
+    metrics = (
+        Reported("chosen_reference_kl", "KL(reference || policy), all tokens of the chosen response", "nats/sequence"),
+        Reported("rejected_reference_kl", "KL(reference || policy), all tokens of the rejected response", "nats/sequence"),
+    )
+
+    beta: float = Field(0.1, gt=0)
+    """Small lets the policy go far from the reference."""
+    soft_labels: bool = False
+    """Train on the oracle's probability instead of taking every pair's label for certain."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of labels assumed to be wrong."""
+    flip_rate: float = Field(0.0, ge=0, lt=0.5)
+    """Share of labels that are wrong, corrected for without bias. The loss is then unbounded below, so it needs `margin_cap`."""
+    margin_cap: float | None = Field(None, gt=0, validate_default=True)
+    """Largest z; a pair beyond it teaches nothing more."""
+
+    @field_validator("margin_cap")
+    @classmethod
+    def _bounds(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is None and info.data.get("flip_rate"):
+            raise ValueError("with a flip_rate the loss is unbounded below; set it, e.g. to 10")
+        return value
+
+    @by_knobs
+    def needs(self) -> Needs:
+        """Of a pair loss, with the KL; probabilities if labels are soft."""
+        pairs = super().needs
+        return pairs.model_copy(update={"reference_kl": True, "preferences": self.soft_labels or pairs.preferences})
+
+    @by_knobs
+    def loss_at_reference(self) -> float | None:
+        """ln 2, whatever the label."""
+        return self.unless_modified(math.log(2))
+
+    def correction(self, preferred_P: Tensor, other_P: Tensor) -> Tensor:
+        """What the KLs of the two responses add to the difference of their log-ratios, [P]."""
+        return preferred_P - other_P
+
+    def pair_loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Mean]]:
+        """Of both orders of the two: with labels that may be wrong the rejected response is also the preferred one."""
+        kl_w, kl_l = by_pair(masked(outputs.need("reference_kl_BT"), batch.mask_BT).sum(dim=1), batch)
+        h_P, cap = margin(outputs, batch), self.margin_cap or math.inf
+        z_P = (self.beta * (h_P + self.correction(kl_w, kl_l))).clamp(max=cap)
+        swapped_P = (self.beta * (self.correction(kl_l, kl_w) - h_P)).clamp(min=-cap)
+        prob_P = smoothed(batch.prob_P if self.soft_labels else batch.prob_P.new_ones(len(z_P)), self.label_smoothing)
+        prob_P = (prob_P - self.flip_rate) / (1.0 - 2.0 * self.flip_rate)
+        metrics = {"chosen_reference_kl": Mean.of(kl_w), "rejected_reference_kl": Mean.of(kl_l)}
+        return -prob_P * logsigmoid(z_P) - (1.0 - prob_P) * logsigmoid(swapped_P), z_P, metrics
