@@ -135,7 +135,7 @@ class Softmax:
 
     def chances(self) -> dict[Response, float]:
         """Probabilities of all responses."""
-        return {r: float(row.sum().exp()) for r, row in self.table().items()}
+        return {r: row.detach().sum().exp().item() for r, row in self.table().items()}
 
     def expected(self, value: Callable[[Response, Tensor], Tensor | float]) -> Tensor:
         """The exact mean of `value(response, its log-probs)` over what the policy gives, with gradient."""

@@ -1,0 +1,266 @@
+"""Self-play on a game of three answers that beat each other in a circle: what approaches its Nash policy, and what does not.
+
+An iteration is exact. The groups of two that the policy may sample are all there, weighted by their probabilities, and its loss is minimized
+over all policies, by Newton's steps. A response meets itself in a group as often as it is sampled twice, and win rates of a group include
+the response itself, so the win rate that a response sees on average is 1/4 + (its win rate against the policy) / 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from algorithm_cases import build
+from enumerated import Loss, Response, Weighted, groups_of, items_of, prepared
+from torch import Tensor
+
+from onlinerl import registry
+from onlinerl.algorithms.dno import Dno
+from onlinerl.algorithms.sppo import Sppo
+from onlinerl.batch import Batch, LossOutput, Outputs
+from onlinerl.ops.preference import logistic, margin
+from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.types import Verdict
+
+ANSWERS: list[Response] = [(1,), (2,), (3,)]
+CYCLE = np.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.7], [0.8, 0.3, 0.5]])
+NASH = np.array([2.0, 3.0, 4.0]) / 9.0
+"""Of an odd game [[0, a, -b], [-a, 0, c], [b, -c, 0]] it is (c, b, a) / (a + b + c): here a = 0.4, b = 0.3, c = 0.2."""
+LADDER = 1.0 / (1.0 + np.exp(-np.subtract.outer([1.0, 0.0, -0.5], [1.0, 0.0, -0.5])))
+"""Bradley-Terry: the first answer beats the others, so it alone is Nash."""
+START = np.array([0.8, 0.1, 0.1])
+STEP = 0.5
+"""What an iteration adds to log-probs per unit of win rate, up to a constant."""
+ROUNDS = 200
+SPPO_LOSS = Sppo.loss
+
+
+class Player(NamedTuple):
+    """An algorithm that is promised to find the Nash policy."""
+
+    knobs: dict
+    """With which an iteration moves by STEP."""
+    regularized: float | None = None
+    """If the promise is that of the game in which a nat of KL to the initial policy costs this much."""
+
+
+PLAYERS = {
+    # An iteration asks for eta (win rate - 1/2) in the group, which is half of that against the policy.
+    "sppo": Player({"eta": 2 * STEP, "pairs": "all"}),
+    # Win rates in a group of two differ by P - 1/2.
+    "dno": Player({"eta": 1 / STEP}),
+    # Labels of +- 1 / (2 eta): their mean is (P - 1/2) / eta.
+    "inpo": Player({"eta": 1 / STEP, "tau": STEP}, regularized=STEP),
+}
+PROMISED = ("sppo", "dno", "inpo", "onpo", "nash_md")
+"""Algorithms whose papers promise it."""
+NAMES = [name for name in PROMISED if name in registry.names("algorithms")]
+AVERAGES = [name for name in NAMES if name in PLAYERS and PLAYERS[name].regularized is None]
+LASTS = [name for name in NAMES if name in PLAYERS and PLAYERS[name].regularized is not None]
+
+
+def gap(policy: np.ndarray, game: np.ndarray = CYCLE) -> float:
+    """The duality gap: what the best answer to a policy wins more than half, on both sides."""
+    return 2.0 * float((game @ policy).max()) - 1.0
+
+
+class Game:
+    """Self-play of one algorithm with the oracle `game`, from START."""
+
+    def __init__(self, algorithm: Algorithm, game: np.ndarray, *, scores: Sequence[float] | None = None) -> None:
+        def judge(group: Sequence[Response]) -> dict:
+            places = [ANSWERS.index(response) for response in group]
+            if scores is not None:
+                return {"scores": [scores[place] for place in places]}
+            return {"preferences": game[np.ix_(places, places)].tolist()}
+
+        self.algorithm, self.log_start = algorithm, torch.tensor(START).log()
+        groups = groups_of(dict.fromkeys(ANSWERS, 1.0), 2, judge)
+        self.made = [(g, items_of(algorithm, [(g, 1.0)])) for g, _ in groups]
+
+    def step(self, logprobs: Tensor) -> Tensor:
+        """The policy after one iteration, as log-probs of the answers."""
+        chances = dict(zip(ANSWERS, logprobs.exp().tolist(), strict=True))
+        every = Weighted([], [])
+        for group, made in self.made:
+            often = math.prod(chances[tuple(r.token_ids)] for r in group.group.rollouts)
+            every.items.extend(made.items)
+            every.weights.extend(weight * often for weight in made.weights)
+        tables = {"reference_logprobs": table(logprobs)}
+        if getattr(self.algorithm.needs, "anchor", False):
+            tables["anchor_logprobs"] = table(self.log_start)
+        loss = Loss(self.algorithm, prepared(self.algorithm, every, **tables))
+        return smallest(lambda logits: loss(table(torch.log_softmax(logits, dim=0))), logprobs)
+
+    def play(self, iterations: int) -> np.ndarray:
+        """All iterates, [iterations + 1, 3]."""
+        iterates = [self.log_start]
+        for _ in range(iterations):
+            iterates.append(self.step(iterates[-1]))
+        return torch.stack(iterates).exp().numpy()
+
+
+def table(logprobs: Tensor) -> dict[Response, Tensor]:
+    return {answer: logprobs[n : n + 1] for n, answer in enumerate(ANSWERS)}
+
+
+def smallest(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """The log-probs for which the loss is smallest; logits are known up to a constant only."""
+    logits = start.clone()
+    for _ in range(20):
+        x = logits.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        if slope.abs().max() < 1e-9:
+            break
+        curvature = torch.stack([torch.autograd.grad(s, x, retain_graph=True)[0] for s in slope])
+        logits = logits - torch.linalg.pinv(curvature, hermitian=True, rtol=1e-9) @ slope.detach()
+    else:
+        raise AssertionError("no minimum")
+    return torch.log_softmax(logits, dim=0)
+
+
+def moved(name: str, knobs: dict) -> np.ndarray:
+    """What the first iteration adds to the log-probs, up to a constant."""
+    game = Game(build(name, knobs), CYCLE)
+    change = (game.step(game.log_start) - game.log_start).numpy()
+    return change - change.mean()
+
+
+def check_step(name: str, knobs: dict, tolerance: float) -> None:
+    rates = CYCLE @ START
+    assert moved(name, knobs) == pytest.approx(STEP * (rates - rates.mean()), abs=tolerance)
+
+
+def of_average(iterates: np.ndarray) -> float:
+    """The gap of the mean of all policies that were played against."""
+    return gap(iterates[:-1].mean(axis=0))
+
+
+def regularized(game: np.ndarray, price: float) -> np.ndarray:
+    """The one policy with pi = START exp(game pi / price) / Z."""
+    policy = START
+    for _ in range(5000):
+        weights = START * np.exp(game @ policy / price)
+        policy = 0.95 * policy + 0.05 * weights / weights.sum()
+    return policy
+
+
+@pytest.fixture(scope="module")
+def circles() -> dict[str, np.ndarray]:
+    """The iterates of everybody whose average is promised to be Nash."""
+    return {name: Game(build(name, PLAYERS[name].knobs), CYCLE).play(ROUNDS) for name in AVERAGES}
+
+
+def test_everybody_whose_paper_promises_it_plays():
+    assert set(NAMES) <= set(PLAYERS), "say in PLAYERS how it is played"
+
+
+def test_the_nash_policies_are():
+    assert gap(NASH) == pytest.approx(0.0, abs=1e-12)
+    assert gap(np.array([1.0, 0.0, 0.0]), LADDER) == pytest.approx(0.0, abs=1e-12)
+    assert gap(START) == pytest.approx(0.44)
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "tolerance"),
+    [
+        # Of a square of the margin it is so exactly; sppo's partition term is fixed, and dno's squares are logistic.
+        ("ipo", {"tau": 1 / STEP}, 1e-5),
+        ("rebel", {"eta": STEP}, 1e-5),
+        ("sppo", PLAYERS["sppo"].knobs, 1e-3),
+        ("dno", PLAYERS["dno"].knobs, 1e-3),
+    ],
+)
+def test_an_iteration_is_multiplicative_weights(name, knobs, tolerance):
+    """log pi' = log pi + STEP (win rate against pi) + constant."""
+    check_step(name, knobs, tolerance)
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_the_average_policy_approaches_nash(circles, name):
+    """Multiplicative weights: the sum of an answer's win rates above 1/2 is at most [log(1 / pi_0) + sum of log Z] / STEP, and by Hoeffding's
+    lemma log Z <= (STEP range)^2 / 8, where no two win rates against a policy are farther apart than two entries of a column."""
+    spread = np.ptp(CYCLE, axis=0).max()
+    bound = 2.0 * (math.log(1.0 / START.min()) / (STEP * ROUNDS) + STEP * spread**2 / 8.0)
+    assert bound < 0.12  # START has 0.44
+    assert of_average(circles[name]) < bound
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_the_last_policy_does_not(circles, name):
+    """KL(Nash || pi) grows by log Z in every iteration."""
+    nats = [float((NASH * np.log(NASH / policy)).sum()) for policy in circles[name]]
+    assert np.diff(nats).min() > -1e-4
+    assert nats[-1] > nats[0]
+    assert max(map(gap, circles[name][-50:])) > 0.3
+
+
+def test_scores_that_collapse_the_game_do_not_lead_there(circles):
+    """Mean win rates make the first and the third answer equals, which the third wins against the first by 0.8."""
+    scores = CYCLE.mean(axis=1)
+    assert scores[0] == pytest.approx(scores[2])
+    iterates = Game(build("dpo", {"beta": 1.0, "soft_labels": True}), CYCLE, scores=scores.tolist()).play(ROUNDS)
+    assert iterates[-1][0] / iterates[-1][2] == pytest.approx(8.0, rel=1e-2)  # as in START
+    assert gap(iterates[-1]) > 0.44
+    assert of_average(iterates) > 3 * max(map(of_average, circles.values()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_where_one_answer_beats_all_others_it_gets_most_of_the_mass(name):
+    player = PLAYERS[name]
+    last = Game(build(name, player.knobs), LADDER).play(60)[-1]
+    assert last[0] > (0.98 if player.regularized is None else regularized(LADDER, player.regularized)[0] - 1e-3)
+
+
+@pytest.mark.parametrize("name", LASTS)
+def test_the_last_policy_is_that_of_the_regularized_game(name):
+    player = PLAYERS[name]
+    last = Game(build(name, player.knobs), CYCLE).play(80)[-1]
+    assert last == pytest.approx(regularized(CYCLE, player.regularized), abs=1e-4)
+    assert gap(last) > 0.02  # which is not Nash of the game itself
+
+
+def without_oneself(verdict: Verdict) -> np.ndarray:
+    """Win rates among the others only."""
+    matrix = verdict.matrix()
+    return (matrix.sum(axis=1) - 0.5) / (len(matrix) - 1)
+
+
+def reversed_rates(self: Algorithm, outputs: Outputs, batch: Batch) -> LossOutput:
+    return SPPO_LOSS(self, outputs, dataclasses.replace(batch, win_rates_B=1.0 - batch.win_rates_B))
+
+
+def of_probabilities(self: Algorithm, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor, dict]:
+    z_P = self.eta * margin(outputs, batch)
+    return logistic(z_P, batch.prob_P), z_P, {}
+
+
+@pytest.mark.parametrize(
+    ("name", "owner", "method", "faulty"),
+    [
+        ("sppo", Verdict, "win_rates", without_oneself),
+        ("dno", Verdict, "win_rates", without_oneself),
+        ("sppo", Sppo, "loss", reversed_rates),
+        ("dno", Dno, "pair_loss", of_probabilities),
+    ],
+)
+def test_a_fault_would_be_noticed_in_the_first_iteration(monkeypatch, name, owner, method, faulty):
+    monkeypatch.setattr(owner, method, faulty)
+    with pytest.raises(AssertionError):
+        check_step(name, PLAYERS[name].knobs, 1e-3)
+
+
+def test_a_policy_that_does_not_move_would_be_noticed(monkeypatch):
+    monkeypatch.setattr(
+        Sppo, "loss", lambda self, o, b: SPPO_LOSS(self, o, dataclasses.replace(b, win_rates_B=b.win_rates_B * 0 + 0.5))
+    )
+    still = Game(build("sppo", PLAYERS["sppo"].knobs), CYCLE).play(3)
+    assert np.allclose(still, START, atol=1e-6)
+    assert of_average(still) > 0.4
+    with pytest.raises(AssertionError):
+        test_the_average_policy_approaches_nash({"sppo": still}, "sppo")
