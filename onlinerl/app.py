@@ -24,6 +24,8 @@ from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
 from onlinerl.preflight import Checked
 from onlinerl.prompts._kept import Kept
 from onlinerl.protocols.oracle import ModelOracle
+from onlinerl.standing import Standing
+from onlinerl.stores import base_answers
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import FAILURE, summarise
 from onlinerl.trackers import jsonl
@@ -54,7 +56,7 @@ def check(config: RunConfig, console: Console, kept: Kept | None = None) -> Chec
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
+def signals() -> Iterator[None]:
     """SIGINT and SIGTERM stop the controller wherever it is and end as `Interrupted`; what is finished is on disk already.
 
     A second one ends this process at once, whatever its clean-up is waiting for: the processes that it started notice that it is
@@ -81,9 +83,24 @@ def _signals() -> Iterator[None]:
             signal.signal(each, handler)
 
 
-@_signals()
-def run(config: RunConfig, console: Console, *, fresh: bool = False) -> int:
+@signals()
+def run(
+    config: RunConfig,
+    console: Console,
+    *,
+    fresh: bool = False,
+    standing: Standing | None = None,
+    base_of: Path | None = None,
+) -> int:
     """Start a run. Returns the number of iterations run.
+
+    Args:
+        config: its configuration.
+        console: where it says what it does.
+        fresh: move an older run of this name aside first.
+        standing: parts that stay up between runs.
+        base_of: another run, of the same model, prompts, sampling, engine, oracle and seed: what its base model has answered, and how
+            that was judged, is taken over instead of being asked again.
 
     Raises:
         OnlineRLError: naming field, cause and fix.
@@ -110,12 +127,20 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False) -> int:
         "packages": _versions(),
     }
     store = RunDirectory.create(config.directory, config_yaml=configuration.dump(config), manifest=manifest)
-    return _execute(checked, store, console)
+    if base_of is not None:
+        base_answers.take_over(store, base_of, checked.oracle_version)
+    return _execute(checked, store, console, standing)
 
 
-@_signals()
-def resume(directory: Path, overrides: Sequence[str], console: Console) -> int:
+@signals()
+def resume(directory: Path, overrides: Sequence[str], console: Console, *, standing: Standing | None = None) -> int:
     """Continue a run at its first unfinished phase. Returns the number of iterations run; 0 if there was nothing left.
+
+    Args:
+        directory: of the run.
+        overrides: `key=value`, where it runs and when it stops.
+        console: where it says what it does.
+        standing: parts that stay up between runs.
 
     Raises:
         OnlineRLError: naming field, cause and fix.
@@ -141,7 +166,7 @@ def resume(directory: Path, overrides: Sequence[str], console: Console) -> int:
     except BaseException:
         store.close()
         raise
-    return _execute(checked, store, console)
+    return _execute(checked, store, console, standing)
 
 
 def _require_startable(checked: Checked) -> None:
@@ -173,7 +198,7 @@ def lacking(checked: Checked) -> list[ConfigError]:
     ]
 
 
-def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
+def _execute(checked: Checked, store: RunDirectory, console: Console, standing: Standing | None) -> int:
     if "prompts" not in store.manifest:
         store.keep_prompts(train=list(checked.train or ()), heldout=checked.heldout)
     (store.path / FAILURE).unlink(missing_ok=True)  # of an earlier attempt
@@ -183,7 +208,7 @@ def _execute(checked: Checked, store: RunDirectory, console: Console) -> int:
         tracker.note(store.caveat)
     status = "failed"
     try:
-        with wiring.started(checked, store, tracker) as parts:
+        with wiring.started(checked, store, tracker, standing) as parts:
             done = loop.run(parts, attempt=store.manifest.get("attempt", 0))
         store.update_manifest(status="finished")
         status = "finished"

@@ -1,4 +1,4 @@
-"""The command line: run, resume, scale, check, show, algorithms, fetch-model, doctor."""
+"""The command line: run, resume, sweep, scale, check, show, algorithms, fetch-model, doctor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from onlinerl import config as configuration
-from onlinerl.errors import Interrupted, LearnerLost, OnlineRLError
+from onlinerl.errors import Interrupted, LearnerLost, OnlineRLError, StoreError
 from onlinerl.trackers.console import render_table, sturdy_console
 
 # Exit codes beyond 0: what a launcher may want to tell apart.
@@ -34,6 +34,8 @@ Changes = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Where it runs and when it stops, e.g. iterations=8 or engine.replicas=2."),
 ]
+WIDE = 160
+"""Columns of a table that may be wider than the terminal."""
 # What begins with dashes and is no option is taken for a key, and refused with a word on how keys are written.
 KEYS_FOLLOW = {"ignore_unknown_options": True}
 
@@ -62,6 +64,55 @@ def resume(
     if application.resume(run, overrides or (), out) == 0:
         out.print(f"nothing left to do: {run} is finished; raise iterations=... to go on", highlight=False)
         raise typer.Exit(0 if finished_ok else NOTHING_LEFT)
+
+
+@app.command(context_settings=KEYS_FOLLOW)
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A sweep file, e.g. configs/sweeps/quickstart-all.yaml.")],
+    overrides: Overrides = None,
+    check: Annotated[bool, typer.Option("--check", help="Check every combination, start nothing.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="The table of what is there; start nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --show: machine-readable, one object.")] = False,
+) -> None:
+    """Run every combination of algorithms, oracles, pairings, seeds or other keys, or go on where a sweep was stopped.
+
+    Exit code 0: all are finished. 1: some failed, and the same call tries them again. 2: nothing was started. 75: stopped by a signal.
+    """
+    from onlinerl.sweeps import file as sweeps
+    from onlinerl.sweeps import running
+
+    loaded = sweeps.load(file, overrides or ())
+    if check:
+        running.check(loaded, out)
+        out.print("ok", style="green")
+        return
+    failed = 0 if show else running.run(loaded, out)
+    if not _show_sweep(loaded.folder, as_json=as_json):
+        raise StoreError(f"{loaded.folder} holds no sweep", field="name", fix=f"start it: onlinerl sweep {file}")
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+def _show_sweep(folder: Path, *, as_json: bool) -> bool:
+    """False if the folder holds no sweep."""
+    from onlinerl.stores import sweeps
+    from onlinerl.views import sweep as view
+
+    record = sweeps.read(folder)
+    if record is None:
+        return False
+    found = view.summarise(folder, record)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=1, allow_nan=False) + "\n")
+        return True
+    table = view.table(found)
+    table.width = out.measure(table, options=out.options.update(width=WIDE)).maximum  # no name is cut short
+    out.print(table, crop=False)
+    for remark in view.remarks(found):
+        out.print(remark, highlight=False, markup=False, soft_wrap=True)
+    if (folder / view.PLOT).exists():
+        out.print(f"plot: {folder / view.PLOT}", highlight=False, soft_wrap=True)
+    return True
 
 
 @app.command()
@@ -123,6 +174,8 @@ def show(
 
     if timeline:
         _show_timeline(run, as_json=as_json)
+        return
+    if not (run / "manifest.json").exists() and _show_sweep(run, as_json=as_json):
         return
     if not (run / "manifest.json").exists() and (found := summary.runs(run)):
         _show_runs(found, as_json=as_json)

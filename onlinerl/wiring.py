@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ from onlinerl.protocols.oracle import ModelOracle, Oracle
 from onlinerl.protocols.sync import WeightSync
 from onlinerl.protocols.tracker import Tracked, Tracker
 from onlinerl.protocols.transport import Layout
+from onlinerl.standing import Standing
 from onlinerl.stores import oracle_versions, scaling
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.trackers.console import OnConsole
@@ -32,68 +33,127 @@ from onlinerl.trackers.jsonl import Jsonl, read_metrics
 from onlinerl.types import Prompt, Verdict
 
 if TYPE_CHECKING:
+    from onlinerl.cluster.colocation import Turns
     from onlinerl.cluster.pool import EnginePool
-
-
-def started(checked: Checked, store: RunDirectory, tracker: Tracker) -> AbstractContextManager[Parts]:
-    """Engine, learner and what connects them, as the configuration names them."""
-    start = in_process if checked.config.engine.in_process else on_cluster
-    return start(checked, store, tracker)
+    from onlinerl.cluster.runtime import Cluster
 
 
 @contextmanager
-def on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterator[Parts]:
-    """Start the cluster and everything on it; end all of it, whatever happens."""
+def started(checked: Checked, store: RunDirectory, tracker: Tracker, standing: Standing | None = None) -> Iterator[Parts]:
+    """Engine, learner and what connects them, as the configuration names them.
+
+    Args:
+        checked: the run's.
+        store: of the run.
+        tracker: who is told.
+        standing: what is up already, and is to stay up for the next run if this one finishes; None: nothing is.
+    """
+    start = in_process if checked.config.engine.in_process else on_cluster
+    up = standing or Standing()
+    with ExitStack() as unless_finished:
+        unless_finished.callback(up.close)
+        with start(checked, store, tracker, up) as parts:
+            yield parts
+        if standing is not None:
+            unless_finished.pop_all()
+
+
+@contextmanager
+def on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker, up: Standing) -> Iterator[Parts]:
+    """Start what is not up yet of the cluster and the engine, and everything else on it. The learner and an oracle with weights end with
+    the run."""
     from onlinerl.cluster.colocation import Turns, require_gpus
     from onlinerl.cluster.group import LearnerGroup
     from onlinerl.cluster.oracle import PlacedOracle
-    from onlinerl.cluster.pool import EnginePool
-    from onlinerl.cluster.runtime import Cluster
     from onlinerl.cluster.sync import WeightPush
 
     config, algorithm = checked.config, checked.algorithm
     tracker.phase_started(0, "start", None, "")
     tracker.note("starting Ray, engine and learner: a minute or more, until the first phase begins")
-    with Cluster(config) as cluster:
-        store.update_manifest(logs=cluster.logs)
-        tracker.note(f"logs of all processes: {cluster.logs}")
-        require_gpus(cluster.device, config.cluster.colocate)
-        placement.require_apart(config, cores_are_shared=cluster.share_cores())
-        transport = config.sync.resolve(
-            Layout(device=cluster.device, colocated=config.cluster.colocate, joins=config.engine.joins_transfers)
+    cluster = _cluster(checked, up)
+    store.update_manifest(logs=cluster.logs)
+    tracker.note(f"logs of all processes: {cluster.logs}")
+    require_gpus(cluster.device, config.cluster.colocate)
+    placement.require_apart(config, cores_are_shared=cluster.share_cores())
+    transport = config.sync.resolve(
+        Layout(device=cluster.device, colocated=config.cluster.colocate, joins=config.engine.joins_transfers)
+    )
+    settings = ReplicaSettings(
+        device=cluster.device,
+        colocated=config.cluster.colocate,
+        max_model_len=checked.max_model_len,
+        transport=transport,
+        seed=config.seed,
+    )
+    pool: EnginePool | None = None
+    learner: LearnerGroup | None = None
+    oracle: Oracle = checked.oracle
+    stays = False
+    try:
+        if isinstance(checked.oracle, ModelOracle):
+            oracle = PlacedOracle.start(cluster, config.learner.ranks + config.engine.replicas, checked.oracle)
+        turns = Turns(shared=config.cluster.colocate)
+        pool = _engine(cluster, config, settings, turns, up, store, tracker)
+        turns.engine_starts(pool)
+        learner = LearnerGroup(cluster, config, algorithm, _loss_temperature(checked), turns)
+        if oracle is not checked.oracle:
+            checked = checked.tried(probed(checked, oracle))
+        turns.learner_starts(learner)
+        asked = canary(checked.heldout, config.evaluation.canary)
+        sync = WeightPush(learner, pool, turns, transport, config.engine, asked)
+        shared = config.cluster.colocate or cluster.share_cores()
+        yield _wire(
+            checked, store, tracker, asker=Asker(oracle), engine=pool, learner=learner, sync=sync, shared_hardware=shared
         )
-        settings = ReplicaSettings(
-            device=cluster.device,
-            colocated=config.cluster.colocate,
-            max_model_len=checked.max_model_len,
-            transport=transport,
-            seed=config.seed,
-        )
-        pool: EnginePool | None = None
-        learner: LearnerGroup | None = None
-        oracle: Oracle = checked.oracle
+        # On shared GPUs whose turn it is belongs to engine and learner together: they end together.
+        stays = pool.fleet.intact and not config.cluster.colocate
+    finally:
+        oracle.close()
+        if not stays:
+            up.engine.close()
+        if learner is not None:
+            learner.shutdown()
+
+
+def _cluster(checked: Checked, up: Standing) -> Cluster:
+    """One that is up already, if it has the very room that this run asks for."""
+    from onlinerl.cluster.runtime import Cluster
+
+    config = checked.config
+    placed_oracle = config.oracle if isinstance(checked.oracle, ModelOracle) else None
+    room = (config.cluster, config.engine, config.learner, placed_oracle)
+    cluster: Cluster
+    cluster, _ = up.cluster.take(room, lambda: Cluster(config))
+    return cluster
+
+
+def _engine(
+    cluster: Cluster,
+    config: RunConfig,
+    settings: ReplicaSettings,
+    turns: Turns,
+    up: Standing,
+    store: RunDirectory,
+    tracker: Tracker,
+) -> EnginePool:
+    """One that is up already, if its replicas would be started in the very same way."""
+    from onlinerl.cluster.pool import EnginePool
+
+    @contextmanager
+    def opened() -> Iterator[EnginePool]:
+        pool = EnginePool(cluster, config.learner.ranks, config.model, config.engine, settings, turns)
         try:
-            if isinstance(checked.oracle, ModelOracle):
-                oracle = PlacedOracle.start(cluster, config.learner.ranks + config.engine.replicas, checked.oracle)
-            turns = Turns(shared=config.cluster.colocate)
-            pool = EnginePool(cluster, config.learner.ranks, config.model, config.engine, settings, turns)
-            _watch_over(pool, config, store, tracker)
-            turns.engine_starts(pool)
-            learner = LearnerGroup(cluster, config, algorithm, _loss_temperature(checked), turns)
-            if oracle is not checked.oracle:
-                checked = checked.tried(probed(checked, oracle))
-            turns.learner_starts(learner)
-            asked = canary(checked.heldout, config.evaluation.canary)
-            sync = WeightPush(learner, pool, turns, transport, config.engine, asked)
-            shared = config.cluster.colocate or cluster.share_cores()
-            yield _wire(
-                checked, store, tracker, asker=Asker(oracle), engine=pool, learner=learner, sync=sync, shared_hardware=shared
-            )
+            yield pool
         finally:
-            oracle.close()
-            for part in (pool, learner):
-                if part is not None:
-                    part.shutdown()
+            pool.shutdown()
+
+    pool: EnginePool
+    pool, was_up = up.engine.take((cluster, config.model, config.engine, settings), opened)
+    _watch_over(pool, config, store, tracker)
+    if was_up:
+        tracker.note("the engine stays up; it serves once it has proved that it holds this run's weights")
+        pool.begin_run(turns)
+    return pool
 
 
 def _watch_over(pool: EnginePool, config: RunConfig, store: RunDirectory, tracker: Tracker) -> None:
@@ -121,7 +181,7 @@ def canary(prompts: Sequence[Prompt], count: int) -> Sequence[tuple[Sequence[int
 
 
 @contextmanager
-def in_process(checked: Checked, store: RunDirectory, tracker: Tracker) -> Iterator[Parts]:
+def in_process(checked: Checked, store: RunDirectory, tracker: Tracker, up: Standing) -> Iterator[Parts]:
     """Everything in this process, for fast tests of the loop."""
     config = checked.config
     assert isinstance(config.engine, InProcessEngine)
@@ -129,7 +189,8 @@ def in_process(checked: Checked, store: RunDirectory, tracker: Tracker) -> Itera
     if isinstance(checked.oracle, ModelOracle):
         checked = checked.tried(probed(checked, checked.oracle))
     tokenizer = preflight.tokenizer(config.model)
-    engine = config.engine.open(len(tokenizer), tokenizer.decode)
+    opened = config.engine.open
+    engine, _ = up.engine.take((config.model, config.engine), lambda: nullcontext(opened(len(tokenizer), tokenizer.decode)))
     learner = config.learner.open(len(tokenizer), checked.algorithm, config.model, _loss_temperature(checked))
     sync = config.learner.connect(learner, engine)
     yield _wire(checked, store, tracker, asker=Asker(checked.oracle), engine=engine, learner=learner, sync=sync)

@@ -71,7 +71,7 @@ def read(path: Path, choices: Choices, _seen: tuple[Path, ...] = ()) -> dict[str
         return tree
     if not isinstance(base, str):
         raise ConfigError(f"{path} extends {base!r}", field="extends", fix="give the path of one YAML file")
-    return _merge(read(path.parent / base, choices, (*_seen, path.resolve())), tree, choices)
+    return merge(read(path.parent / base, choices, (*_seen, path.resolve())), tree, choices)
 
 
 def _absent(path: Path, *, extended: bool) -> ConfigError:
@@ -98,7 +98,8 @@ def holder(path: Path, key: str) -> Path | None:
     return None if base is None else holder(path.parent / base, key)
 
 
-def _merge(base: dict[str, Any], over: Mapping[str, Any], choices: Choices) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: Mapping[str, Any], choices: Choices) -> dict[str, Any]:
+    """A tree on top of another one, which stays as it is."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
@@ -106,10 +107,22 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any], choices: Choices) -> d
             for leaf in value:
                 if f"{key}.{leaf}" in choices:
                     old = _kept(old, f"{key}.{leaf}", value[leaf], choices)
-            merged[key] = _merge(dict(old), value, choices)
+            merged[key] = merge(dict(old), value, choices)
         else:
             merged[key] = value
     return merged
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """A tree of one dotted key.
+
+    >>> nested("training.batch_size", 8)
+    {'training': {'batch_size': 8}}
+    """
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    tree: dict[str, Any] = value
+    return tree
 
 
 def _load(text: str, where: str) -> Any:

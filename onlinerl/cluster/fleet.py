@@ -53,7 +53,7 @@ class Fleet:
         self.most = config.max_restarts if config.max_restarts is not None else RESTARTS
         self.heals = self.most > 0
         """Whether replicas that are lost are started again; otherwise the first one ends the run."""
-        self._least, self._starter = config.min_replicas, starter
+        self._least, self._replicas, self._starter = config.min_replicas, config.replicas, starter
         self._delivered: Delivered | None = None
         self._changed = threading.Condition(threading.RLock())
         self._updating = self._closing = False
@@ -293,6 +293,20 @@ class Fleet:
         except OnlineRLError as error:
             return error
         return None
+
+    # --- from one run to the next ---
+
+    @property
+    def intact(self) -> bool:
+        """Whether it is what was started: no replica was lost, and there are not more or fewer by now."""
+        with self._changed:
+            return not self._losses and [r.index for r in self.replicas] == list(range(self._replicas))
+
+    def begin_run(self) -> None:
+        """Another run begins: nobody serves before its first push has proved what they hold, and no version of the last run counts."""
+        self.end_update(self.begin_update(), None)
+        with self._changed:
+            self._delivered = self.version = None
 
     # --- memory that is shared with a learner ---
 

@@ -56,6 +56,8 @@ class EnginePool:
         Raises:
             EngineError: with the replica's own error.
         """
+        if not self._starting:  # for an earlier run
+            return
         timeout_s = self._config.start_timeout_s
         placed = {name: ref.future() for name, ref in self._placed.items()}
         places = all_of(placed, timeout_s, EngineError, "starting the process")
@@ -64,6 +66,12 @@ class EnginePool:
         self.starter.remember(self._starting)
         for replica in self._starting:
             replica.to(ReplicaState.STALE)
+        self._starting = []
+
+    def begin_run(self, turns: Turns) -> None:
+        """Work for another run, which takes turns with another learner."""
+        self._turns = turns
+        self.fleet.begin_run()
 
     def require_starting(self) -> None:
         """Refuse to go on if a replica has failed to load its model; returns at once.

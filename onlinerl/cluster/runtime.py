@@ -30,7 +30,7 @@ LOOK_S = 0.5
 
 
 class Cluster:
-    """A Ray cluster for the time of one run; use as a context manager."""
+    """A Ray cluster for the time of one run, or of several with the same layout; use as a context manager."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config

@@ -1,7 +1,7 @@
 """Configuration of a run: its sections, how they are read, and what identifies a run."""
 
 from onlinerl.config.identity import changes, digest, fingerprint, flatten, resumable, without_unread
-from onlinerl.config.loading import algorithm, dump, load, oracle, pair_builder, parse
+from onlinerl.config.loading import algorithm, dump, load, oracle, pair_builder, parse, resolved
 from onlinerl.config.paths import at_home
 from onlinerl.config.roles import component
 from onlinerl.config.sections import (
@@ -51,6 +51,7 @@ __all__ = [
     "oracle",
     "pair_builder",
     "parse",
+    "resolved",
     "resumable",
     "runs_on_cpu",
     "settled",

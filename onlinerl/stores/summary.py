@@ -112,6 +112,15 @@ def records(path: str | Path) -> dict[int, dict[str, dict[str, Any]]]:
     return {int(folder.name): _manifest.read(folder).get("phases", {}) for folder in folders}
 
 
+def taken_over(path: str | Path) -> bool:
+    """Whether a run has the verdicts on its base model from another run.
+
+    Raises:
+        StoreError: if there is no run or it is damaged.
+    """
+    return "base_verdicts_of" in _run_manifest(Path(path))
+
+
 def tables(path: str | Path) -> list[str]:
     """Names of the tables that any iteration of a run has, by name."""
     ends = (".parquet", ".journal", ".jsonl")

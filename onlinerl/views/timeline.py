@@ -56,15 +56,20 @@ def idle(spans: Sequence[Span]) -> dict[str, float]:
 
     A phase that followed another one is counted as if it had done all its waiting first.
     """
-    total = _covered((span.began, span.ended) for span in spans)
+    total = working(spans)
     if total <= 0:
         return {}
     shares = {}
     for part in PARTS:
         mine = [span for span in spans if part in span.parts]
-        working = _covered((span.began + min(span.waited, span.ended - span.began), span.ended) for span in mine)
-        shares[part] = 1.0 - working / total
+        busy = _covered((span.began + min(span.waited, span.ended - span.began), span.ended) for span in mine)
+        shares[part] = 1.0 - busy / total
     return shares
+
+
+def working(spans: Sequence[Span]) -> float:
+    """Seconds in which any phase ran."""
+    return _covered((span.began, span.ended) for span in spans)
 
 
 def text(spans: Sequence[Span]) -> list[str]:

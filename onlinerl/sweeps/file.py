@@ -1,0 +1,251 @@
+"""A sweep file -> the configurations of its runs.
+
+base: ../quickstart.yaml          # the run configuration that all of them extend; relative to this file
+name: quickstart-all              # the runs are RUNS/NAME/COMBINATION
+set: {iterations: 2}              # what differs from the base in all of them; dotted keys or sections
+axes:                             # every combination of these is a run
+  algorithm: [dpo, {name: simpo, beta: 2.0}]
+  seed: [0, 1]
+exclude: [{algorithm: simpo, seed: 1}]
+token_budget: 200000              # instead of `iterations`
+exclude_refused: false            # true: what `check` refuses is left out, with the reason, instead of refusing all
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from onlinerl import config as configuration
+from onlinerl import yaml_files
+from onlinerl.config import RunConfig
+from onlinerl.config.loading import CHOICES
+from onlinerl.errors import ConfigError, OnlineRLError
+from onlinerl.explain import explain
+
+NAMED = frozenset(key.partition(".")[0] for key in CHOICES if key.endswith(".name"))
+"""Sections that choose by name: a text in their place is that name."""
+OWN = frozenset({"name", "runs"})
+"""Keys of a run that the sweep itself sets."""
+
+
+class SweepFile(BaseModel):
+    """What a sweep file says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    base: str = Field(description="the path of a run configuration, relative to this file", examples=["../quickstart.yaml"])
+    """The run configuration that every run extends."""
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=100,
+        description="at most 100 letters, digits, dots, - and _, a letter or digit first",
+        examples=["my-sweep"],
+    )
+    """The folder of its runs, in the base's `runs`."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Keys that all runs have, instead of those of the base."""
+    axes: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(min_length=1)
+    """By key: the values that it takes. A section that chooses by name takes a name, or a mapping with the name and its knobs."""
+    exclude: list[dict[str, Any]] = Field(default_factory=list)
+    """Combinations that are left out: all that have these values on these axes."""
+    token_budget: int | None = Field(None, ge=1)
+    """Tokens that a run may sample to train on. Each gets as many iterations as stay within it even if every response has
+    max_new_tokens; then `iterations` is not read."""
+    exclude_refused: bool = False
+    """Leave out what `check` refuses, and say why, instead of refusing the whole sweep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """One run of a sweep."""
+
+    name: str
+    choices: Mapping[str, str]
+    """By axis: its value in words."""
+    config: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A sweep file with everything in it resolved."""
+
+    name: str
+    file: Path
+    folder: Path
+    exclude_refused: bool
+    combinations: Sequence[Combination]
+    """In the order of the file: the last axis changes fastest."""
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Read a sweep file.
+
+    Args:
+        path: of the file.
+        overrides: `key=value`, on top of what it sets for all runs.
+
+    Raises:
+        ConfigError: naming the field, the cause and the fix; of combinations that are no configuration, all at once.
+    """
+    tree = yaml_files.read(path, {})
+    try:
+        file = SweepFile.model_validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        raise explain(error, SweepFile, "") from None
+    common: dict[str, Any] = {}
+    for key, value in file.set.items():
+        common = yaml_files.merge(common, yaml_files.nested(key, value), {})
+    for override in overrides:
+        yaml_files.override(common, override, {})
+    _require_apart(file, common)
+    base = yaml_files.read(path.parent / file.base, CHOICES)
+    folder = _folder(base, common) / file.name
+    found: list[Combination] = []
+    wrong: dict[str, ConfigError] = {}
+    for name, choices, values in _combinations(file):
+        try:
+            found.append(Combination(name=name, choices=choices, config=_config(file, base, common, values, folder, name)))
+        except ConfigError as error:
+            wrong[name] = error
+    if wrong:
+        raise all_at_once(wrong, len(wrong) + len(found))
+    return Sweep(name=file.name, file=path, folder=folder, exclude_refused=file.exclude_refused, combinations=found)
+
+
+def all_at_once(wrong: Mapping[str, OnlineRLError], of: int) -> ConfigError:
+    """One error for what is wrong with several of `of` combinations; those with the same fault are named together."""
+    same: dict[str, list[str]] = {}
+    for name, error in wrong.items():
+        same.setdefault(str(error), []).append(name)
+    lines = ["\n" + ", ".join(names) + ":\n    " + text.replace("\n", "\n    ") for text, names in same.items()]
+    return ConfigError(
+        f"{len(wrong)} of {of} combinations cannot run" + "".join(lines),
+        field="axes",
+        fix="correct these values, leave the combinations out with `exclude`, or all that `check` refuses with "
+        "`exclude_refused: true`",
+    )
+
+
+def _require_apart(file: SweepFile, common: Mapping[str, Any]) -> None:
+    """Each key is set in one place."""
+    flat = configuration.flatten(common)
+    for key in (*file.axes, *flat):
+        if key == "name" or (key == "runs" and key in file.axes):
+            raise ConfigError("is what the sweep calls its runs", field=key, fix="remove it; the name of the sweep is `name`")
+    for axis in file.axes:
+        if axis in flat:
+            raise ConfigError("is an axis of the sweep, and set for all runs too", field=axis, fix="remove one of the two")
+    if file.token_budget is not None and "iterations" in {*file.axes, *flat}:
+        raise ConfigError("follows from token_budget", field="iterations", fix="remove one of the two")
+
+
+def _folder(base: Mapping[str, Any], common: Mapping[str, Any]) -> Path:
+    default = RunConfig.model_fields["runs"].default
+    return configuration.at_home(str(common.get("runs", base.get("runs", default))), "runs").absolute()
+
+
+def _combinations(file: SweepFile) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
+    """Name, value in words and value by axis, of every combination that is not excluded.
+
+    Raises:
+        ConfigError: if two have the same name, if an exclusion fits none, or if none is left.
+    """
+    for axis, values in file.axes.items():
+        words = [label(axis, value) for value in values]
+        if twice := [word for word in words if words.count(word) > 1]:
+            raise ConfigError(
+                f"has two values that would give their runs the same name, {twice[0]!r}", field=f"axes.{axis}", fix="change one"
+            )
+    fits = [0] * len(file.exclude)
+    left = 0
+    for chosen in product(*file.axes.values()):
+        choice = dict(zip(file.axes, chosen, strict=True))
+        excluding = [i for i, rule in enumerate(file.exclude) if _fits(rule, choice)]
+        for i in excluding:
+            fits[i] += 1
+        if excluding:
+            continue
+        left += 1
+        choices = {axis: label(axis, value) for axis, value in choice.items()}
+        yield "-".join(choices.values()), choices, choice
+    for i, rule in enumerate(file.exclude):
+        unknown = [axis for axis in rule if axis not in file.axes]
+        if unknown or not fits[i]:
+            raise ConfigError(
+                f"{rule} fits no combination" + (f": {unknown[0]} is no axis" if unknown else ""),
+                field=f"exclude.{i}",
+                fix=f"name values of {', '.join(file.axes)}, or remove it",
+            )
+    if not left:
+        raise ConfigError("leaves no combination", field="exclude", fix="remove one of them")
+
+
+def _fits(rule: Mapping[str, Any], choice: Mapping[str, Any]) -> bool:
+    def same(asked: Any, value: Any) -> bool:
+        return bool(asked == value or (isinstance(value, Mapping) and asked == value.get("name")))
+
+    return all(axis in choice and same(asked, choice[axis]) for axis, asked in rule.items())
+
+
+def label(axis: str, value: Any) -> str:
+    """A value of an axis as a part of a run's name: `dpo`, `simpo-beta2.0`, `seed0`.
+
+    >>> label("algorithm", {"name": "simpo", "beta": 2.0}), label("training.learning_rate", 1e-5), label("pairing", None)
+    ('simpo-beta2.0', 'learning_rate1e-05', 'pairing-none')
+    """
+    leaf = axis.rpartition(".")[2]
+    if isinstance(value, Mapping):
+        knobs = [f"{key}{_plain(knob)}" for key, knob in configuration.flatten(value).items() if key != "name"]
+        return "-".join([_plain(value.get("name", leaf)), *knobs])
+    if value is None:
+        return f"{leaf}-none"
+    return _plain(value) if axis in NAMED else f"{leaf}{_plain(value)}"
+
+
+def _plain(value: Any) -> str:
+    """In characters that the name of a run may have."""
+    text = json.dumps(value) if isinstance(value, bool | list) else str(value)
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text)
+    return plain if isinstance(value, int | float) else plain.strip("-")
+
+
+def _config(
+    file: SweepFile, base: dict[str, Any], common: Mapping[str, Any], values: Mapping[str, Any], folder: Path, name: str
+) -> RunConfig:
+    """The configuration of one run, as a file that extends the base would give it.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    over: dict[str, Any] = {}
+    for axis, value in sorted(values.items(), key=lambda one: one[0].count(".")):  # a section before its keys
+        over = yaml_files.merge(over, yaml_files.nested(axis, _section(axis, value)), CHOICES)
+    # What the axes choose comes before what is set for all, which may be a knob of it, and then has the last word.
+    tree = yaml_files.merge(yaml_files.merge(yaml_files.merge(base, over, CHOICES), common, CHOICES), over, CHOICES)
+    if file.token_budget is not None:
+        tree["iterations"] = 1
+    tree |= {"name": name, "runs": str(folder)}
+    config = configuration.parse(tree)
+    if file.token_budget is None:
+        return config
+    most = config.prompts.per_iteration * config.sampling.samples_per_prompt * config.sampling.max_new_tokens
+    if most > file.token_budget:
+        raise ConfigError(
+            f"is {file.token_budget}, and one iteration may sample {most} tokens: {config.prompts.per_iteration} prompts x "
+            f"{config.sampling.samples_per_prompt} samples x {config.sampling.max_new_tokens} tokens",
+            field="token_budget",
+            fix=f"set it to {most} or more, or lower prompts.per_iteration",
+        )
+    return config.model_copy(update={"iterations": file.token_budget // most})
+
+
+def _section(axis: str, value: Any) -> Any:
+    return {"name": value} if axis in NAMED and isinstance(value, str) else value
