@@ -32,6 +32,12 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
             field="reference.schedule",
             fix=f"set it to {algorithm.reference}, or leave it out",
         )
+    if needs.reference_kl and not needs.reference:
+        raise ConfigError(
+            f"{name} declares `reference_kl` and no `reference`, so there is no model that the KL could be from",
+            field="algorithm.name",
+            fix="declare both in its `needs`",
+        )
     if _is_nonstandard(config, algorithm) and not config.reference.allow_nonstandard:
         raise ConfigError(
             f"{name} is defined against the previous iterate, not {config.reference.schedule!r}",

@@ -20,6 +20,7 @@ from onlinerl.controller import evaluation
 from onlinerl.engines.toy import ToyEngine
 from onlinerl.errors import StoreError
 from onlinerl.learners.toy import ToyLearner
+from onlinerl.ops.batching import collate
 from onlinerl.stores import _files, _tables
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import summarise
@@ -303,6 +304,45 @@ def test_the_garbage_collector_is_left_as_it_was(toy_config, onlinerl, tmp_path)
     """The loop keeps it from looking through all that was loaded before, and is not the only user of it."""
     onlinerl("run", toy_config(tmp_path, {"iterations": 1}))
     assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [
+        ({}, [0, 0, 0, 0]),
+        ({"schedule": "previous"}, [0, 1, 2, 3]),
+        ({"schedule": "every_n", "every": 2}, [0, 0, 2, 2]),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_which_saved_model_the_policy_is_compared_with_while_it_moves(
+    toy_config, onlinerl, monkeypatch, tmp_path, reference, expected
+):
+    """Never the policy itself, even where they begin as one: the KL is 0 at the first step and not at the last one."""
+    named: list[str] = []
+    kls: list[tuple[float, float]] = []
+
+    def set_reference(self, model, original=ToyLearner.set_reference):
+        named.append(model)
+        original(self, model)
+
+    def update(self, steps, rates, original=ToyLearner.update):
+        def kl():
+            return self._outputs(collate(steps[0])).reference_kl_BT[0, 0].item()
+
+        before = kl()
+        yield from original(self, steps, rates)
+        kls.append((before, kl()))
+
+    monkeypatch.setattr(ToyLearner, "set_reference", set_reference)
+    monkeypatch.setattr(ToyLearner, "update", update)
+    overrides = {f"reference.{key}": value for key, value in reference.items()}
+    more = {"algorithm.name": "tdpo2", "iterations": 4, "checkpoints.exports": "last", "metrics.prometheus": False}
+    code, message = onlinerl("run", toy_config(tmp_path, {**overrides, **more}))
+    assert code == 0, message
+    assert [int(path.rpartition("/")[2]) if "/exports/" in path else 0 for path in named] == expected
+    assert [before == 0 for before, _ in kls] == [iterate == t - 1 for t, iterate in enumerate(expected, start=1)]
+    assert min(after for _, after in kls) > 1e-3
 
 
 def test_all_exports_are_kept_by_default(toy_config, onlinerl, tmp_path):

@@ -116,6 +116,8 @@ LONG = pair_items(6, seed=6, response=120)
 LONG_TEMPERATURE = 0.7
 BESIDE = {"long": LONG, "fewer items than ranks": pair_items(1, seed=11)}
 """What is trained beside a reference."""
+FULL = Tdpo2(alpha=2.0, pair_weights="wpo")
+"""Reads all that is computed from whole distributions for losses on pairs."""
 
 
 def self_test_items() -> list[TrainItem]:
@@ -190,7 +192,7 @@ def run_ranks(ranks: int, models: dict[str, Path], directory: Path) -> dict[tupl
         "losses": {name: loss(*what) for name, what in LOSSES.items()},
         "critic_loss": loss(*CRITIC),
         "long": {"algorithm": Dpo(), "items": LONG, "temperature": LONG_TEMPERATURE},
-        "beside": {"algorithm": Tdpo2(alpha=2.0), "items": BESIDE, "temperature": LONG_TEMPERATURE},
+        "beside": {"algorithm": FULL, "items": BESIDE, "temperature": LONG_TEMPERATURE},
         "self_test_items": self_test_items(),
         "max_grad_norm": MAX_GRAD_NORM,
         "steps": STEPS,
@@ -347,7 +349,7 @@ def of_tokens(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 def test_gradient_beside_a_reference_equals_that_of_all_logits_at_once(
     answers: Answers, tiny_llama: Path, tiny_llama_untied: Path, ranks: int, stage: int | str, dtype: str, items: str
 ) -> None:
-    """Of the KL as its definition has it, to a model whose distributions are others."""
+    """Of the KL and of the weights as their definitions have them; the reference's distributions are others."""
     answer = answers(ranks, "gradients", stage, dtype)["beside", items]
     policy, reference = (plain_policy(path, dtype) for path in (tiny_llama, tiny_llama_untied))
     batch = collate(BESIDE[items])
@@ -358,8 +360,12 @@ def test_gradient_beside_a_reference_equals_that_of_all_logits_at_once(
     assert kl_BT[batch.mask_BT].mean() > 0.1
     starts = batch.prompt_lengths_B[:, None] + torch.arange(batch.mask_BT.shape[1])
     tokens_BT = batch.tokens_BS.gather(1, starts.clamp(max=batch.tokens_BS.shape[1] - 1))
-    outputs = Outputs(logprobs_BT=ours.gather(2, tokens_BT[:, :, None])[:, :, 0], reference_kl_BT=kl_BT)
-    (Tdpo2(alpha=2.0).loss(outputs, batch).total / len(BESIDE[items])).backward()
+    outputs = Outputs(
+        logprobs_BT=ours.gather(2, tokens_BT[:, :, None])[:, :, 0],
+        collision_BT=ours.exp().square().sum(-1).log(),
+        reference_kl_BT=kl_BT,
+    )
+    (FULL.loss(outputs, batch).total / len(BESIDE[items])).backward()
     expected = {n: np.zeros(p.shape) if p.grad is None else p.grad.double().numpy() for n, p in policy.named_parameters()}
 
     error = relative_error(answer, expected)

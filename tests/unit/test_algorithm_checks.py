@@ -8,8 +8,9 @@ import pytest
 
 from onlinerl import config as configuration
 from onlinerl.algorithm_checks import check_algorithm, check_sections, implied_preferences
+from onlinerl.algorithms.tdpo1 import Tdpo1
 from onlinerl.errors import ConfigError
-from onlinerl.protocols.algorithm import Reported
+from onlinerl.protocols.algorithm import Reported, by_knobs
 from onlinerl.types import Verdict
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
@@ -214,3 +215,24 @@ def test_responses_beside_the_samples_count_for_what_an_algorithm_needs(monkeypa
     monkeypatch.setattr(kind, "needs", property(lambda self: needs))
     with pytest.raises(ConfigError, match="asks for responses that were not drawn from the policy"):
         notes()
+
+
+def test_a_kl_to_no_reference_is_refused():
+    class Lost(Tdpo1):
+        @by_knobs
+        def needs(self):
+            return super().needs.model_copy(update={"reference": False})
+
+    config = configuration.load(QUICKSTART, ["algorithm.name=tdpo1"])
+    assert check_algorithm(config, Tdpo1()) == []
+    with pytest.raises(ConfigError, match="declares `reference_kl` and no `reference`") as caught:
+        check_algorithm(config, Lost())
+    assert caught.value.field == "algorithm.name"
+
+
+@pytest.mark.parametrize("name", ["tdpo1", "tdpo2"])
+def test_a_kl_needs_a_reference_and_any_one_will_do(name):
+    with pytest.raises(ConfigError, match=f"{name} needs a reference"):
+        notes(f"algorithm.name={name}", "reference.schedule=none")
+    for schedule in ("fixed", "previous", "every_n"):
+        assert [note for note in notes(f"algorithm.name={name}", f"reference.schedule={schedule}") if "reference" in note] == []

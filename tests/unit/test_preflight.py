@@ -70,6 +70,9 @@ def test_memory_of_a_model_with_a_billion_parameters():
     assert "learner 1 rank x 21.4 GiB (ZeRO-0, bfloat16: process 0.4 + weights 2.0 + gradients 5.0 + optimizer 12.0" in one
     assert "activations come on top" in one
     assert "engine 1 replica x 1 x 2.0 GiB of weights plus KV cache" in one
+    # A reference that runs beside the policy is the one that every run has.
+    assert preflight.memory(config("algorithm.name=tdpo2", "learner.dtype=bfloat16"), 2**30) == one
+    assert "reference 2.0" in one
     low = ("learner.dtype=bfloat16", "engine.dtype=bfloat16")
     eight = preflight.memory(config(*low, "learner.ranks=8", "learner.zero_stage=3", "engine.tensor_parallel_size=2"), 2**30)
     assert "learner 8 ranks x 2.9 GiB (ZeRO-3" in eight

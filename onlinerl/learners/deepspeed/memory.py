@@ -25,7 +25,9 @@ def learner_rank(config: DeepSpeed, parameters: float, *, critic: float = 0) -> 
 
     Activations are not in it: they depend on the lengths of prompts and responses, and are bounded by
     `learner.tokens_per_microbatch`. With them gone, an export, a checkpoint and a push of weights add no more than a bucket or the
-    largest tensor to what is held anyway.
+    largest tensor to what is held anyway. The reference is always in it: it scores what is trained, and measures how far the policy has
+    gone. Where it runs beside the policy (`Needs.reference_kl`), ZeRO-3 has its output matrix whole until the micro-batch's backward pass
+    is over, which like the activations is before the step.
 
     Args:
         config: the learner's section.
