@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from onlinerl.config import ReferenceConfig, RunConfig
-from onlinerl.controller.parts import reference_iteration
+from onlinerl.config import ReferenceConfig, RunConfig, SamplingConfig
+from onlinerl.controller.parts import reference_iteration, samples_dynamically
 from onlinerl.errors import ConfigError
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.protocols.algorithm import Algorithm
@@ -68,7 +68,35 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
     if objection is not None:
         raise ConfigError(objection.cause, field=objection.field, fix=objection.fix)
     paid = _kl_in_reward(algorithm, plan)
-    return [*_stale(config, algorithm), *paid, *algorithm.remarks(plan)]
+    return [*_stale(config, algorithm), *paid, *_dynamic(config, algorithm), *algorithm.remarks(plan)]
+
+
+def _dynamic(config: RunConfig, algorithm: Algorithm) -> list[str]:
+    """What dynamic sampling does.
+
+    Raises:
+        ConfigError: if it cannot work.
+    """
+    sampling = config.sampling
+    if not samples_dynamically(config, algorithm):
+        return []
+    asked_for = "sampling.dynamic" if sampling.dynamic else f"{config.algorithm['name']}, as its paper has it,"
+    if not config.schedule.stream:
+        raise ConfigError(
+            f"is false, and {asked_for} asks for dynamic sampling, which must know verdicts while it samples",
+            field="schedule.stream",
+            fix="set it to true, or sampling.dynamic=false",
+        )
+    if sampling.samples_per_prompt < 2:
+        raise ConfigError(
+            "is true, and with one response to each prompt there is nothing to tell apart",
+            field="sampling.dynamic",
+            fix="set sampling.samples_per_prompt to 2 or more, or leave it out",
+        )
+    return [
+        f"dynamic sampling: prompts whose responses are all judged alike are replaced, in at most {sampling.max_rounds} rounds of "
+        f"{config.prompts.per_iteration} prompts an iteration (sampling.max_rounds), which then goes on with what there is"
+    ]
 
 
 def _kl_in_reward(algorithm: Algorithm, plan: Plan) -> list[str]:
@@ -141,6 +169,12 @@ def check_sections(config: RunConfig, algorithm: Algorithm) -> None:
             f"{name} trains no pairs, so nothing would read it",
             field="pairing",
             fix="leave it out (pairing=null on the command line), or choose an algorithm that trains pairs",
+        )
+    if config.sampling.max_rounds != SamplingConfig().max_rounds and not samples_dynamically(config, algorithm):
+        raise ConfigError(
+            f"is {config.sampling.max_rounds}, and nothing would read it: {name} as configured does not sample dynamically",
+            field="sampling.max_rounds",
+            fix="leave it out, or set sampling.dynamic=true",
         )
     unread = {
         "schedule": not algorithm.needs.reference and reference.schedule != "none",

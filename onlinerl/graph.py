@@ -17,6 +17,8 @@ knows only this: start every phase whose inputs are there and whose parts are fr
 The base model, iteration 0, is only pushed, measured and committed. The engine is shared by phases that read its weights and taken
 alone by the one that writes them.
 
+With dynamic sampling annotate t waits for label t: until then nobody knows which prompts are left.
+
 With `max_lag: 1` iteration t is sampled while t-1 trains, so from the weights of t-2. Only these edges differ:
 
 (1) sample t waits for the same phase of t-2, and for sample t-1, which says where its prompts begin.
@@ -60,13 +62,14 @@ class Phase:
     """Dotted path, `package.module:function`, of a phase that is not in onlinerl.controller.phases."""
 
 
-def phases(*, stream: bool, evaluate_beside: bool, max_lag: int = 0) -> tuple[Phase, ...]:
+def phases(*, stream: bool, evaluate_beside: bool, max_lag: int = 0, dynamic: bool = False) -> tuple[Phase, ...]:
     """The graph, in the order in which an iteration goes through it if nothing runs side by side.
 
     Args:
         stream: labels follow the rollouts, and log-probs follow the labels.
         evaluate_beside: the next iteration samples while this one is evaluated.
         max_lag: how many iterations are trained while the next one is sampled: 0 or 1.
+        dynamic: `sample` waits for what `label` says, so `label` follows it; which prompts are left is known when both are finished.
     """
     sampled_from = ("sync" if evaluate_beside else "commit", 1 + max_lag)
     lagging = max_lag > 0
@@ -108,7 +111,7 @@ def phases(*, stream: bool, evaluate_beside: bool, max_lag: int = 0) -> tuple[Ph
         ),
         Phase(name="commit", waits_for=(("measure", 0), ("commit", 1), *([("sync", 0)] if lagging else [])), of_base=True),
     )
-    return graph if stream else tuple(_in_turn(phase) for phase in graph)
+    return tuple(_in_turn(phase) if not stream or (dynamic and phase.follows == "label") else phase for phase in graph)
 
 
 def sampling_version(iteration: int, max_lag: int) -> int:

@@ -17,6 +17,7 @@ from onlinerl import hardware, hub, placement, weight_files
 from onlinerl.algorithm_checks import check_algorithm, check_sections
 from onlinerl.config import RunConfig, at_home
 from onlinerl.controller.asking import answers
+from onlinerl.controller.parts import samples_dynamically
 from onlinerl.errors import ConfigError, OracleError
 from onlinerl.model_checks import check_critic, check_description, check_vocabulary, check_weights
 from onlinerl.prompts._kept import Kept
@@ -131,7 +132,8 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
             check_answers(raw[0])
         total = len(raw[0])
         notes.append(f"{config.model} is not on this machine: prompt lengths, templates and the oracle were not tried")
-    _check_enough(config, total, resumed=kept is not None)
+    rounds = config.sampling.max_rounds if samples_dynamically(config, algorithm) else 1
+    _check_enough(config, total, resumed=kept is not None, rounds=rounds)
     if config.evaluation.prompts is not None:
         if heldout and config.evaluation.prompts > len(heldout):
             raise ConfigError(
@@ -240,9 +242,16 @@ def identity(model: str) -> dict[str, str]:
     return {"model": model, "checksum": ends.hexdigest(), "blocks": blocks.hexdigest()}
 
 
-def _check_enough(config: RunConfig, total: int, *, resumed: bool) -> None:
+def _check_enough(config: RunConfig, total: int, *, resumed: bool, rounds: int = 1) -> None:
     """A run must not stop half-way because its prompts are used up."""
     wanted = config.prompts.per_iteration * config.iterations
+    if rounds > 1 and wanted <= total < wanted * rounds and not config.prompts.reuse:
+        raise ConfigError(
+            f"{config.iterations} iterations of up to {rounds} rounds of {config.prompts.per_iteration} fresh prompts (dynamic sampling) "
+            f"may need {wanted * rounds}, and there are {total}",
+            field="sampling.max_rounds",
+            fix=f"set prompts.reuse=true, lower it to {total // wanted}, or set sampling.dynamic=false",
+        )
     more = (
         "set prompts.reuse=true, or start a new run with more prompts" if resumed else "add prompts, or set prompts.reuse=true"
     )

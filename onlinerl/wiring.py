@@ -15,7 +15,7 @@ from onlinerl import graph, placement, preflight
 from onlinerl.config import RunConfig
 from onlinerl.controller.asking import Asker
 from onlinerl.controller.fleet import FleetReporter
-from onlinerl.controller.parts import Parts
+from onlinerl.controller.parts import Parts, samples_dynamically
 from onlinerl.errors import ConfigError
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.preflight import Checked
@@ -220,7 +220,12 @@ def _wire(
     # Where engine and learner take turns, an evaluation would only be reported later.
     beside = schedule.evaluate_beside and not shared_hardware
     return Parts(
-        phases=graph.phases(stream=schedule.stream, evaluate_beside=beside, max_lag=schedule.max_lag),
+        phases=graph.phases(
+            stream=schedule.stream,
+            evaluate_beside=beside,
+            max_lag=schedule.max_lag,
+            dynamic=samples_dynamically(checked.config, checked.algorithm),
+        ),
         config=checked.config,
         algorithm=checked.algorithm,
         pairing=checked.pairing,

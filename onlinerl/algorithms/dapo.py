@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
 from onlinerl.algorithms.grpo import Grpo
-from onlinerl.protocols.algorithm import Reported
+from onlinerl.protocols.algorithm import Needs, Reported, by_knobs
 from onlinerl.types.plan import Objection
 from onlinerl.types.training import TrainItem, TrainSequence
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 class Dapo(Grpo):
     """GRPO without a KL, with more room above a ratio of 1 than below, the mean over all tokens of an optimizer step instead of over each
-    response first, and a score that falls with the length of a response that is nearly too long (`overlong_buffer_len`).
+    response first, dynamic sampling (`sampling.dynamic`), and a score that falls with the length of a response that is nearly too long
+    (`overlong_buffer_len`; dynamic sampling looks at scores before).
 
     The printed objective divides by the tokens of one group, the authors' code by those of the step, as here. `training.on_truncated: drop`
     leaves out responses that were cut.
@@ -51,6 +52,11 @@ class Dapo(Grpo):
         if value > (end or 0):
             raise ValueError(f"it is longer than max_length, {end}, so every response would be penalised")
         return value
+
+    @by_knobs
+    def needs(self) -> Needs:
+        """Of GRPO, with prompts whose responses differ in their scores."""
+        return super().needs.model_copy(update={"dynamic_sampling": True})
 
     def objection(self, plan: Plan) -> Objection | None:
         """A penalty that no response can be long enough for."""

@@ -44,6 +44,12 @@ class SamplingConfig(Section):
     """Draw from so many of the most probable tokens; -1 draws from all."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest response in tokens; a longer one is cut there, and `training.on_truncated` says what becomes of it."""
+    dynamic: bool | None = None
+    """Dynamic sampling: a prompt whose responses the oracle judges all alike is replaced by another one, until there are
+    `prompts.per_iteration` others. By default as the algorithm's paper has it. Needs `schedule.stream`."""
+    max_rounds: int = Field(10, ge=1)
+    """With dynamic sampling: how often `prompts.per_iteration` prompts are sampled in an iteration at most. It goes on with what there is
+    then."""
 
     def spec(self) -> Sampling:
         """The part that engine and learner share."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Protocol
 
 from onlinerl.controller import health
@@ -30,38 +30,47 @@ def generate(
     phase: str,
     *,
     feed: Feed[str] | None = None,
+    more: Callable[[Mapping[str, Sampled]], Sequence[Request]] = lambda sampled: (),
 ) -> list[Sampled]:
     """What was sampled for each request, in their order; only groups that are not in the table yet are generated.
 
     Until the table is complete, a group with rejected responses is asked for again, so a repaired engine gets its chance. The id of each
-    prompt goes to `feed` too, once its group is on disk for good.
+    prompt goes to `feed` too, once its group is on disk for good. When all is there, `more` is told what was sampled by prompt, and says
+    what else to generate, until that is nothing.
     """
     tracker = it.parts.tracker
     complete = table.sealed
     sampled = {group.prompt.id: Sampled.of(group) for group in table if complete or not group.rejected}
     if feed is not None:
         feed.put(sampled)
-    asked = sum(len(r.seeds) for r in requests)
+    known = frozenset(sampled)
     rejected = Counter(reason for s in sampled.values() for reason in s.rejected)
-    todo = [r for r in requests if r.prompt.id not in sampled]
-    by_id = {r.prompt.id: r for r in todo}
-    tracker.phase_started(it.number, phase, asked, "samples")
-    tracker.phase_advanced(it.number, phase, sum(s.responses for s in sampled.values()))
-    for groups in it.parts.engine.generate(todo, sampling) if todo else ():
-        health.check_groups(groups, it.number if phase == "answer" else it.sampling_version)
-        health.check_sources(groups, by_id, sampling)
-        table.append(groups)
-        new = {group.prompt.id: Sampled.of(group) for group in groups}
-        sampled |= new
-        if feed is not None:
-            feed.put(prompt_id for prompt_id, one in new.items() if not one.rejected)
-        tracker.phase_advanced(it.number, phase, sum(one.responses + len(one.rejected) for one in new.values()))
-        rejected.update(reason for one in new.values() for reason in one.rejected)
-        health.check_rejected(rejected, asked, it.parts.config.engine.max_rejected)
-        it.check_stop()
+    requests = list(requests)
+    while True:
+        asked = sum(len(r.seeds) for r in requests)
+        todo = [r for r in requests if r.prompt.id not in sampled]
+        by_id = {r.prompt.id: r for r in todo}
+        tracker.phase_started(it.number, phase, asked, "samples")
+        tracker.phase_advanced(it.number, phase, sum(s.responses for s in sampled.values()))
+        for groups in it.parts.engine.generate(todo, sampling) if todo else ():
+            health.check_groups(groups, it.number if phase == "answer" else it.sampling_version)
+            health.check_sources(groups, by_id, sampling)
+            table.append(groups)
+            new = {group.prompt.id: Sampled.of(group) for group in groups}
+            sampled |= new
+            if feed is not None:
+                feed.put(prompt_id for prompt_id, one in new.items() if not one.rejected)
+            tracker.phase_advanced(it.number, phase, sum(one.responses + len(one.rejected) for one in new.values()))
+            rejected.update(reason for one in new.values() for reason in one.rejected)
+            health.check_rejected(rejected, asked, it.parts.config.engine.max_rejected)
+            it.check_stop()
+        added = more(sampled)
+        if not added:
+            break
+        requests += added
     table.seal()
     if feed is not None:  # until now a resume would have asked for these again, and nobody may judge what can still change
-        feed.put(r.prompt.id for r in todo if sampled[r.prompt.id].rejected)
+        feed.put(r.prompt.id for r in requests if r.prompt.id not in known and sampled[r.prompt.id].rejected)
     return [sampled[r.prompt.id] for r in requests]
 
 
@@ -82,7 +91,7 @@ def judge(
     Args:
         it: the iteration.
         groups: as they come.
-        expected: how many will come.
+        expected: how many will come, at least.
         table: where the answers are kept.
         phase: that asks.
         wanted: which groups are judged at all.
@@ -91,6 +100,7 @@ def judge(
     tracker = it.parts.tracker
     complete = table.sealed
     judged = {label.prompt_id for label in table if complete or isinstance(label.result, Verdict)}
+    expected = max(expected, len(judged))
     tracker.phase_started(it.number, phase, expected, "groups")
     tracker.phase_advanced(it.number, phase, len(judged))
     unjudged = _Unjudged(groups, frozenset(judged), wanted, feed)
@@ -101,6 +111,7 @@ def judge(
         if feed is not None:
             feed.put(query.prompt.id for query, _ in arrived)
         tracker.phase_advanced(it.number, phase, len(arrived))
+        expected = max(expected, len(judged))
         new = [result for _, result in arrived if isinstance(result, Failure)]
         failures += new
         if new:

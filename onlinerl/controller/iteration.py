@@ -11,12 +11,12 @@ from functools import cached_property
 from onlinerl import graph
 from onlinerl.controller import health
 from onlinerl.controller.feed import Feed, Loading, Stopped
-from onlinerl.controller.parts import Built, Parts, reference_iteration
+from onlinerl.controller.parts import Built, Parts, reference_iteration, samples_dynamically
 from onlinerl.controller.report import Reporter
 from onlinerl.errors import StoreError, SyncError
 from onlinerl.protocols.algorithm import Needs
 from onlinerl.protocols.store import ROLLOUTS, VERDICTS, Scratch, Table
-from onlinerl.types import Failure, Group, Label, Prompt, SyncReport, TrainRecord, Verdict
+from onlinerl.types import Failure, Group, Label, Prompt, SampleRecord, SyncReport, TrainRecord, Verdict
 
 Answer = Verdict | Failure | None
 """What is known about a group once it has been dealt with; None: it was too small to be judged."""
@@ -82,18 +82,36 @@ class Iteration:
         """Which weights this iteration is sampled from."""
         return graph.sampling_version(self.number, self.parts.config.schedule.max_lag)
 
-    def prompts(self) -> tuple[list[Prompt], int]:
-        """The prompts to train on, and the cursor of the next iteration."""
-        return self._prompts
-
     @cached_property
-    def _prompts(self) -> tuple[list[Prompt], int]:
-        return self.parts.train_prompts.take(self.parts.config.prompts.per_iteration, self.cursor)
+    def dynamic(self) -> bool:
+        """Whether prompts whose responses are judged all alike are replaced by others."""
+        return samples_dynamically(self.parts.config, self.parts.algorithm)
+
+    @property
+    def most_rounds(self) -> int:
+        """How often prompts are sampled at most."""
+        return self.parts.config.sampling.max_rounds if self.dynamic else 1
+
+    def prompts(self, rounds: int = 1) -> tuple[list[Prompt], int]:
+        """The prompts that are sampled in so many rounds, no prompt twice, and the cursor behind them."""
+        source = self.parts.train_prompts
+        return source.take(min(rounds * self.parts.config.prompts.per_iteration, len(source)), self.cursor)
 
     @cached_property
     def prompt_ids(self) -> list[str]:
-        """Of the prompts to train on, in their order: training must not depend on which response arrived first."""
-        return [p.id for p in self._prompts[0]]
+        """Of the prompts to train on, in their order: training must not depend on which response arrived first. With dynamic sampling
+        they are known once `sample` is finished."""
+        return list(self._sample_record["kept"]) if self.dynamic else [p.id for p in self.prompts()[0]]
+
+    @cached_property
+    def sampled_ids(self) -> list[str]:
+        """Of all prompts that were sampled, in their order, once `sample` is finished."""
+        asked = [p.id for p in self.prompts(self.most_rounds)[0]]
+        return asked[: self._sample_record["prompts"]] if self.dynamic else asked
+
+    @property
+    def _sample_record(self) -> SampleRecord:
+        return self.parts.store.phases(self.number)["sample"]
 
     def groups(self) -> Table[Group]:
         """What is sampled for training."""
@@ -106,7 +124,7 @@ class Iteration:
 
     @cached_property
     def _by_id(self) -> dict[str, Prompt]:
-        return {p.id: p for p in self._prompts[0]}
+        return {p.id: p for p in self.prompts(self.most_rounds)[0]}
 
     def labels(self) -> Table[Label]:
         """What the oracle says about it."""
@@ -115,7 +133,7 @@ class Iteration:
     def sampled(self) -> Loading[str, Group]:
         """The groups: in the order of the prompts if all are there, else as they come."""
         all_there = "sample" in self.parts.store.phases(self.number)
-        feed = Feed.of(self.prompt_ids, self.stop) if all_there else self.rollouts
+        feed = Feed.of(self.sampled_ids, self.stop) if all_there else self.rollouts
         return Loading(feed, lambda ids: [group for group, _ in self.judged(ids, labelled=False)])
 
     def labelled(self) -> Feed[str]:

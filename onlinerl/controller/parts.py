@@ -74,6 +74,12 @@ class Built:
     """Groups that were sampled."""
 
 
+def samples_dynamically(config: RunConfig, algorithm: Algorithm) -> bool:
+    """Whether prompts whose responses are judged all alike are replaced by others."""
+    chosen = config.sampling.dynamic
+    return algorithm.needs.dynamic_sampling if chosen is None else chosen
+
+
 def reference_iteration(schedule: str, every: int, iteration: int) -> int | None:
     """Which iterate the reference of `iteration` is: 0 for the base model, None for no reference.
 

@@ -40,8 +40,8 @@ class Reporter:
         """Exclusive wall time of a phase."""
         self._log(iteration, self._one("phase_seconds", seconds, labels={"phase": phase}))
 
-    def sampled(self, iteration: int, groups: Sequence[Sampled]) -> None:
-        """What was generated."""
+    def sampled(self, iteration: int, groups: Sequence[Sampled], *, kept: int | None = None) -> None:
+        """What was generated, and with dynamic sampling how many of the groups the iteration goes on with."""
         rejected = Counter(reason for g in groups for reason in g.rejected)
         self._log(
             iteration,
@@ -50,6 +50,7 @@ class Reporter:
             self._estimate("unique_ratio", bootstrap([g.unique for g in groups if g.responses])),
             self._estimate("rollouts_truncated", bootstrap([g.cut / g.responses for g in groups if g.responses])),
             *(self._one("rollouts_rejected", float(n), labels={"reason": r}) for r, n in sorted(rejected.items())),
+            *([] if kept is None else [self._one("sampled_per_kept", len(groups) / max(1, kept), n=kept)]),
         )
 
     def labelled(self, iteration: int, *, ok: int, failed: int, spreads: Sequence[float]) -> None:

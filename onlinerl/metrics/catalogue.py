@@ -209,6 +209,14 @@ SAMPLING = (
         labels={"reason": ("logprob", "abort")},
         series=(Series(name="onlinerl_rollouts_rejected_total", kind="counter", labels={"reason": None}),),
     ),
+    Definition(
+        name="sampled_per_kept",
+        help="With dynamic sampling: prompts that were sampled for each one whose responses the oracle tells apart and that is trained on",
+        unit="ratio",
+        section=_SAMPLING,
+        n_of="prompts kept",
+        series=(Series(name="onlinerl_sampled_per_kept_ratio"),),
+    ),
 )
 
 _ORACLE = "Oracle and training data"

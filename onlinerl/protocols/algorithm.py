@@ -64,6 +64,8 @@ class Needs(BaseModel):
     """log sum_v pi_v^2 of the next-token distribution at each response token, without gradient."""
     reference_kl: bool = False
     """KL(reference || policy) of the next-token distributions at each response token: the reference itself runs beside the policy."""
+    dynamic_sampling: bool = False
+    """Only prompts whose responses the oracle tells apart, unless `sampling.dynamic` says otherwise."""
     greedy: bool = False
     """The greedy response (temperature 0) of the policy that samples. It joins the samples of its prompt, and is judged with them."""
 

@@ -161,7 +161,8 @@ def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = Fal
     folder = path / "iterations" / f"{iteration:04d}"
     files = TableFiles(folder, table)
     # A group that was asked for again, because the engine's first answer was unusable, has two rows: the later one counts.
-    chosen = list(islice(files.ids(), max(0, limit)))
+    kept = None if heldout else records(path).get(iteration, {}).get("sample", {}).get("kept")  # of dynamic sampling
+    chosen = list(islice((i for i in files.ids() if not kept or i in kept), max(0, limit)))
     if not files.ids():
         known = sampled(path, heldout=heldout)
         if known:

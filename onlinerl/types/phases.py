@@ -6,7 +6,7 @@ A record is JSON in the manifest of its iteration. That of an older version may 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class PhaseRecord(TypedDict, total=False):
@@ -36,6 +36,11 @@ class SampleRecord(PhaseRecord):
     next_cursor: int
     """Where the prompts of the next iteration begin."""
     policy_version: int
+    kept: NotRequired[Sequence[str]]
+    """With dynamic sampling: the prompts that the iteration goes on with, by id, in their order."""
+    useful: NotRequired[int]
+    """With dynamic sampling: prompts whose responses the oracle told apart; those that are not kept are surplus."""
+    rounds: NotRequired[int]
 
 
 class LabelRecord(PhaseRecord):

@@ -107,6 +107,7 @@ def test_every_algorithm_learns(toy_config, warm_cli, tmp_path, algorithm):
     needs = registry.load("algorithms", algorithm, Algorithm)().needs
     epochs = 2 if needs.sampling_temperature or not (needs.reference or needs.pairs) else 1
     budget = {"algorithm.name": algorithm, "iterations": 4, "oracle.include_prompt": False, "training.epochs": epochs}
+    budget |= {"schedule.stream": True, "prompts.reuse": True} if needs.dynamic_sampling else {}
     done = warm_cli("run", toy_config(tmp_path, budget))
     assert done.returncode == 0, done.message
     rows = summarise(tmp_path / "runs/toy")["iterations"]

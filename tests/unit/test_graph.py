@@ -85,6 +85,15 @@ def test_side_by_side_pays():
     assert last[True, False, 1] < last[True, False] - 4
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+def test_with_dynamic_sampling_only_judging_follows(lag):
+    made = simulate(graph.phases(stream=True, evaluate_beside=True, max_lag=lag, dynamic=True), nothing_done())
+    when = {task: (start, end) for start, end, task in made}
+    for t in range(1, ITERATIONS + 1):
+        assert when[t, "label"][0] == when[t, "sample"][0]
+        assert when[t, "annotate"][0] >= when[t, "label"][1], "nobody knows yet which prompts are left"
+
+
 def test_with_lag_an_iteration_takes_as_long_as_the_longer_part():
     iterations = 20
     rows = graph.phases(stream=True, evaluate_beside=True, max_lag=1)

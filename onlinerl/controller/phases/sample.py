@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from onlinerl.controller import collect
+from onlinerl.controller.dynamic import Rounds
 from onlinerl.controller.iteration import Iteration
-from onlinerl.types import Request, SampleRecord, derive_seed
+from onlinerl.controller.tally import Sampled
+from onlinerl.types import Prompt, Request, SampleRecord, derive_seed
 
 
 def sample(it: Iteration) -> SampleRecord:
     """Sample from the iterate before this one, or from the one before that (`schedule.max_lag`)."""
     config = it.parts.config
-    prompts, next_cursor = it.prompts()
     k = config.sampling.samples_per_prompt
     greedy = it.needs.greedy
     places = [*range(k), *(["greedy"] if greedy else [])]
-    requests = [
-        Request(prompt=p, seeds=tuple(derive_seed(config.seed, it.number, p.id, i) for i in places), greedy=greedy)
-        for p in prompts
-    ]
-    sampled = collect.generate(it, requests, config.sampling.spec(), it.groups(), "sample", feed=it.rollouts)
-    it.report.sampled(it.number, sampled)
-    return {
+    rounds = Rounds(it)
+
+    def requests(prompts: Sequence[Prompt]) -> list[Request]:
+        return [
+            Request(prompt=p, seeds=tuple(derive_seed(config.seed, it.number, p.id, i) for i in places), greedy=greedy)
+            for p in prompts
+        ]
+
+    def more(sampled: Mapping[str, Sampled]) -> list[Request]:
+        return requests(rounds.more(sampled)) if it.dynamic else []
+
+    spec = config.sampling.spec()
+    sampled = collect.generate(it, requests(rounds.prompts), spec, it.groups(), "sample", feed=it.rollouts, more=more)
+    it.report.sampled(it.number, sampled, kept=len(rounds.kept) if it.dynamic else None)
+    record: SampleRecord = {
         "samples": sum(s.responses for s in sampled),
         "tokens": sum(s.tokens for s in sampled),
         "prompts": len(sampled),
         "truncated": sum(s.cut for s in sampled),
         "rejected": dict(Counter(reason for s in sampled for reason in s.rejected)),
-        "next_cursor": next_cursor,
+        "next_cursor": rounds.next_cursor,
         "policy_version": it.sampling_version,
     }
+    if it.dynamic:
+        if (shortage := rounds.shortage()) is not None:
+            it.parts.tracker.note(shortage)
+        record |= {"kept": rounds.kept, "useful": rounds.useful, "rounds": rounds.number, "waited": it.answers.waited}
+    return record

@@ -23,7 +23,9 @@ def train(it: Iteration) -> TrainRecord:
         built = it.built or items.build(it, items.stored(it))  # built on the way here, unless that was in another process
         within_groups = it.needs.min_samples > 1
         idle = health.nothing_to_learn(built.spreads, built.earned, built.dropped, within_groups=within_groups)
-        if idle is not None and built.spreads:
+        if not it.prompt_ids:
+            idle = f"all {len(it.sampled_ids)} prompts that were sampled are ties: the oracle gives every response to one the same judgement"
+        if idle is not None and (built.spreads or not it.prompt_ids):
             idle += _cut(it)
         in_a_row = it.idle_before() + 1 if idle else 0
         steps = UpdateReport(steps=0, tokens=0, metrics=())
