@@ -1,14 +1,16 @@
 """A sweep file -> the configurations of its runs.
 
-base: ../quickstart.yaml          # the run configuration that all of them extend; relative to this file
-name: quickstart-all              # the runs are RUNS/NAME/COMBINATION
-set: {iterations: 2}              # what differs from the base in all of them; dotted keys or sections
-axes:                             # every combination of these is a run
-  algorithm: [dpo, {name: simpo, beta: 2.0}]
-  seed: [0, 1]
-exclude: [{algorithm: simpo, seed: 1}]
-token_budget: 200000              # instead of `iterations`
-exclude_refused: false            # true: what `check` refuses is left out, with the reason, instead of refusing all
+    base: ../quickstart.yaml          # the run configuration that all of them extend
+    name: quickstart-all              # the runs are RUNS/NAME/COMBINATION
+    set: {iterations: 2}              # what differs from the base in all of them; dotted keys or sections
+    axes:                             # every combination of these is a run
+      algorithm: [dpo, {name: simpo, beta: 2.0}]
+      seed: [0, 1]
+    exclude: [{algorithm: simpo, seed: 1}]
+    token_budget: 200000              # instead of `iterations`
+    exclude_refused: false            # true: what `check` refuses is left out, with the reason, instead of refusing all
+
+`base` is relative to the sweep file, all other paths to where onlinerl is started.
 """
 
 from __future__ import annotations
@@ -19,14 +21,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onlinerl import config as configuration
-from onlinerl import yaml_files
+from onlinerl import registry, yaml_files
 from onlinerl.config import RunConfig
 from onlinerl.config.loading import CHOICES
+from onlinerl.config.roles import ROLES
 from onlinerl.errors import ConfigError, OnlineRLError
 from onlinerl.explain import explain
 
@@ -52,8 +55,9 @@ class SweepFile(BaseModel):
     """The folder of its runs, in the base's `runs`."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Keys that all runs have, instead of those of the base."""
-    axes: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(min_length=1)
-    """By key: the values that it takes. A section that chooses by name takes a name, or a mapping with the name and its knobs."""
+    axes: dict[str, Annotated[list[Any], Field(min_length=1)] | Literal["all"]] = Field(min_length=1)
+    """By key: the values that it takes. A section that chooses by name takes a name, or a mapping with the name and its knobs; `all`
+    instead of a list is every name that there is, with the defaults of each."""
     exclude: list[dict[str, Any]] = Field(default_factory=list)
     """Combinations that are left out: all that have these values on these axes."""
     token_budget: int | None = Field(None, ge=1)
@@ -158,7 +162,8 @@ def _combinations(file: SweepFile) -> Iterator[tuple[str, dict[str, str], dict[s
     Raises:
         ConfigError: if two have the same name, if an exclusion fits none, or if none is left.
     """
-    for axis, values in file.axes.items():
+    axes = {axis: _every(axis) if values == "all" else values for axis, values in file.axes.items()}
+    for axis, values in axes.items():
         words = [label(axis, value) for value in values]
         if twice := [word for word in words if words.count(word) > 1]:
             raise ConfigError(
@@ -166,8 +171,8 @@ def _combinations(file: SweepFile) -> Iterator[tuple[str, dict[str, str], dict[s
             )
     fits = [0] * len(file.exclude)
     left = 0
-    for chosen in product(*file.axes.values()):
-        choice = dict(zip(file.axes, chosen, strict=True))
+    for chosen in product(*axes.values()):
+        choice = dict(zip(axes, chosen, strict=True))
         excluding = [i for i, rule in enumerate(file.exclude) if _fits(rule, choice)]
         for i in excluding:
             fits[i] += 1
@@ -186,6 +191,12 @@ def _combinations(file: SweepFile) -> Iterator[tuple[str, dict[str, str], dict[s
             )
     if not left:
         raise ConfigError("leaves no combination", field="exclude", fix="remove one of them")
+
+
+def _every(axis: str) -> list[Any]:
+    if axis not in NAMED:
+        raise ConfigError("is no section that chooses by name", field=f"axes.{axis}", fix="list its values")
+    return list(registry.names(ROLES[axis].folder))
 
 
 def _fits(rule: Mapping[str, Any], choice: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7a3e9d", "#666666")
@@ -37,8 +37,10 @@ class Panel:
     x: str
     y: str
     lines: Sequence[Line]
-    frontier: Sequence[Point] = field(default=())
+    frontier: Sequence[Point] = ()
     """Points that are ringed and joined by steps."""
+    whole_x: bool = False
+    """Whether only whole numbers make sense on the x axis."""
 
 
 def render(title: str, panels: Sequence[Panel]) -> str:
@@ -68,7 +70,7 @@ def render(title: str, panels: Sequence[Panel]) -> str:
 
 def _panel(panel: Panel, styles: dict[str, tuple[str, str]]) -> list[str]:
     points = [point for line in panel.lines for point in line.points]
-    xs, ys = ticks([x for x, _ in points]), ticks([y for _, y in points])
+    xs, ys = ticks([x for x, _ in points], whole=panel.whole_x), ticks([y for _, y in points])
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def at(point: Point) -> tuple[float, float]:
@@ -104,18 +106,16 @@ def _panel(panel: Panel, styles: dict[str, tuple[str, str]]) -> list[str]:
     return parts
 
 
-def ticks(values: Sequence[float], most: int = 7) -> list[float]:
+def ticks(values: Sequence[float], most: int = 7, *, whole: bool = False) -> list[float]:
     """Round numbers from below the smallest value to above the largest.
 
-    >>> ticks([0.13, 0.92]), ticks([0, 1, 2]), ticks([])
-    ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [0.0, 0.5, 1.0, 1.5, 2.0], [0.0, 1.0])
+    >>> ticks([0.13, 0.92]), ticks([0, 1, 2], whole=True), ticks([])
+    ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [0.0, 1.0, 2.0], [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     """
     low, high = min(values, default=0.0), max(values, default=1.0)
     if high - low < 1e-9 * max(1.0, abs(low)):
         low, high = low - 0.5, high + 0.5
-    if not values:
-        return [0.0, 1.0]
-    rough = (high - low) / (most - 1)
+    rough = max((high - low) / (most - 1), 1.0 if whole else 0.0)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

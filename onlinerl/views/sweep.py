@@ -169,12 +169,14 @@ def plot(found: Mapping[str, Any]) -> str:
         Panel(
             title="reward",
             x="iteration",
+            whole_x=True,
             y="reward",
             lines=[_line(name, rows, "iteration", "reward") for name, rows in means.items()],
         ),
         Panel(
             title="win rate against the base model",
             x="iteration",
+            whole_x=True,
             y="win rate",
             lines=[_line(name, rows, "iteration", "win_rate") for name, rows in means.items()],
         ),

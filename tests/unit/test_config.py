@@ -20,7 +20,8 @@ BASE = {
     "oracle": {"name": "sentiment"},
     "prompts": {"train": "a.jsonl", "heldout": "b.jsonl"},
 }
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+ROOT = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name != "sweeps")
 
 
 @pytest.fixture
