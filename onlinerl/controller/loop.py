@@ -6,7 +6,6 @@ most of them every answer is on disk as soon as it is there, so that nothing is 
 
 from __future__ import annotations
 
-import gc
 import queue
 import threading
 import time
@@ -27,11 +26,9 @@ PATIENCE_S = 5.0
 def run(parts: Parts, attempt: int = 0) -> int:
     """Run every iteration that is not finished; returns how many these were. Raises the error of the boundary that failed first."""
     loop = _Loop(parts, attempt)
-    gc.freeze()  # what was loaded until now stays: looking through it again and again took a sixth of the controller's time
     try:
         return loop.run()
     finally:
-        gc.unfreeze()
         loop.end()
 
 
@@ -76,12 +73,10 @@ class _Loop:
         work.start()
 
     def work(self, task: Task, it: Iteration) -> None:
-        """In a thread of its own."""
         began = time.time()
         try:
             record = phases.function(self.parts.phases, task[1])(it)
-            ended = time.time()
-            busy = ended - began - record.get("waited", 0.0)
+            busy = (ended := time.time()) - began - record.get("waited", 0.0)
             self.ended.put((task, {"seconds": busy, "began": began, "ended": ended, **record}))
         except BaseException as error:  # noqa: BLE001  (raised again in the thread of the loop)
             self.ended.put((task, error))
