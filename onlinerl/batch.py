@@ -85,6 +85,7 @@ class Batch:
     """For a loss of a whole step (ops/whole_step.py): its slope by the value of each row."""
     step_loss: Tensor | None = None
     """And its value, in one of the step's micro-batches; else 0."""
+    anchor_logprobs_BT: Tensor | None = None
 
     @property
     def sequence_mask_BS(self) -> Tensor:

@@ -60,6 +60,8 @@ class Needs(BaseModel):
     them (`valid`), right by weighing them (`corrected`), near enough (`approximate`), or takes them for the newer one's (`refused`)."""
     preferences: bool = False
     """How probable it is that one response beats another (win rates, soft labels); scores alone only imply it."""
+    anchor: bool = False
+    """`anchor_logprobs`: what the base model says, whatever iterate the reference is."""
 
     @property
     def values(self) -> bool:
