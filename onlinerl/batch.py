@@ -102,6 +102,7 @@ class Batch:
     """For a loss of a whole step (ops/whole_step.py): its slope by the value of each row."""
     step_loss: Tensor | None = None
     """And its value, in one of the step's micro-batches; else 0."""
+    anchor_logprobs_BT: Tensor | None = None
     exploration_P: Tensor | None = None
     """int64, row index of the exploration response of each pair; filled only if all pairs have one."""
 

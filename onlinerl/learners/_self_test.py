@@ -21,6 +21,8 @@ PADDING = 64
 """Positions by which a batch is padded to see how far rounding alone goes: enough for kernels to cut it up in another way."""
 CHANCE = 4.0
 """Standard errors within which a tilt is taken for rounding."""
+LOGPROBS = ("reference_logprobs", "anchor_logprobs", "old_logprobs")
+"""What may be stored of models that an untrained policy is one and the same with."""
 
 
 @dataclass
@@ -115,7 +117,8 @@ def combine(parts: Sequence[Sums], items: Sequence[TrainItem], algorithm: Algori
 def _add(sums: Sums, batch: Batch, outputs: Outputs, again: Outputs, other_BT: Tensor, algorithm: Algorithm) -> None:
     mask_BT = batch.mask_BT
     ours_BT = outputs.logprobs_BT
-    own = replace(batch, reference_logprobs_BT=ours_BT, old_logprobs_BT=ours_BT, values_BT=outputs.values_BT)
+    stored = {f"{name}_BT": ours_BT for name in LOGPROBS}
+    own = replace(batch, **stored, values_BT=outputs.values_BT)
     sums.loss += loss_of(algorithm, again, own).total.item()
     sums.repeat += ((again.logprobs_BT - ours_BT) * mask_BT).sum().item()
     sums.base += ((other_BT - ours_BT).abs() * mask_BT).sum().item()
@@ -128,7 +131,7 @@ def _add(sums: Sums, batch: Batch, outputs: Outputs, again: Outputs, other_BT: T
     sums.stored_loss += total.item()
     if total.requires_grad:
         sums.slope += torch.autograd.grad(total, variable_BT)[0].abs().sum().item()
-    for name, said_BT in (("reference_logprobs", ours_BT), ("old_logprobs", ours_BT), ("values", outputs.values_BT)):
+    for name, said_BT in (*((name, ours_BT) for name in LOGPROBS), ("values", outputs.values_BT)):
         stored_BT = getattr(batch, f"{name}_BT")
         if stored_BT is None or said_BT is None:
             continue

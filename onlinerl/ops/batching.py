@@ -15,7 +15,15 @@ from onlinerl.types import TrainItem, TrainSequence
 
 __all__ = ["collate", "padded_tokens", "plan_step", "schedule"]
 
-_PER_TOKEN = ("reference_logprobs", "old_logprobs", "behavior_logprobs", "values", "advantages", "returns")
+_PER_TOKEN = (
+    "reference_logprobs",
+    "anchor_logprobs",
+    "old_logprobs",
+    "behavior_logprobs",
+    "values",
+    "advantages",
+    "returns",
+)
 _DUMMY = TrainSequence(prompt_ids=(0,), response_ids=()).with_(**{name: np.zeros(0, np.float32) for name in _PER_TOKEN})
 
 

@@ -66,6 +66,8 @@ class Needs(BaseModel):
     """KL(reference || policy) of the next-token distributions at each response token: the reference itself runs beside the policy."""
     dynamic_sampling: bool = False
     """Only prompts whose responses the oracle tells apart, unless `sampling.dynamic` says otherwise."""
+    anchor: bool = False
+    """`anchor_logprobs`: what the base model says, whatever iterate the reference is."""
     greedy: bool = False
     """The greedy response (temperature 0) of the policy that samples. It joins the samples of its prompt, and is judged with them."""
 

@@ -19,7 +19,7 @@ V = TypeVar("V")
 ROLLOUTS = "rollouts"
 VERDICTS = "verdicts"
 LOGPROBS = "logprobs"
-"""What is known about the responses that are trained on, f32[T] each, by name (old_logprobs, reference_logprobs, values)."""
+"""What is known about the responses that are trained on, f32[T] each, by name (old_logprobs, reference_logprobs, anchor_logprobs, values)."""
 PAIRS = "pairs"
 EVALUATION = "evaluation"
 EVALUATION_VERDICTS = "evaluation_verdicts"

@@ -305,7 +305,9 @@ PAIRS = Codec(
 LOGPROBS = Codec(
     pa.schema(
         {"prompt_id": _TEXT}
-        | dict.fromkeys(("logprobs", "old_logprobs", "reference_logprobs", "values"), per_token(pa.float32()))
+        | dict.fromkeys(
+            ("logprobs", "old_logprobs", "reference_logprobs", "anchor_logprobs", "values"), per_token(pa.float32())
+        )
     ),
     logprob_row,
     logprobs_from_row,

@@ -65,7 +65,7 @@ class SelfTest:
     """What a policy that has not been trained yet says about itself and about the log-probs that its items carry."""
 
     loss: float
-    """Per unit, with reference_logprobs = old_logprobs = what the policy says in the same pass."""
+    """Per unit, with reference_logprobs = anchor_logprobs = old_logprobs = what the policy says in the same pass."""
     repeat_kl: float
     """Difference of two passes of the policy over the same items, in nats per sequence."""
     stored_loss: float
@@ -73,8 +73,8 @@ class SelfTest:
     stored_loss_slope: float
     """How far `stored_loss` can move if every log-prob is off by one nat."""
     stored_gaps: Mapping[str, float]
-    """By name of an array that the items carry (reference_logprobs, old_logprobs, values): how far it is from what the policy says,
-    token by token. Mean of the worst sequence, in nats per token; values relative to the largest one if that is above 1."""
+    """By name of an array that the items carry (reference_logprobs, anchor_logprobs, old_logprobs, values): how far it is from what
+    the policy says, token by token. Mean of the worst sequence, in nats per token; values relative to the largest one if that is above 1."""
     noise: float
     """The same between two passes of the policy of which one pads its batch further: rounding, in the learner's dtype, on these items."""
     stored_tilts: Mapping[str, float]

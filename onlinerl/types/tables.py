@@ -24,7 +24,7 @@ class LogProbs:
 
     prompt_id: str
     arrays: Mapping[str, tuple[np.ndarray, ...]]
-    """By name (old_logprobs, reference_logprobs, values; logprobs of answers to held-out prompts): f32[T] of each sequence, in the order
+    """By name (old_logprobs, reference_logprobs, anchor_logprobs, values; logprobs of answers to held-out prompts): f32[T] of each sequence, in the order
     of the prompt's items."""
 
 

@@ -41,6 +41,8 @@ class TrainSequence:
     """f32[T]."""
     returns: np.ndarray | None = None
     """f32[T], targets of the critic."""
+    anchor_logprobs: np.ndarray | None = None
+    """f32[T], of the base model, by the learner, beside those of the reference."""
 
     def with_(self, **changes: object) -> TrainSequence:
         """A copy with some fields replaced."""

@@ -195,7 +195,12 @@ def test_declares_what_it_reads(name, knobs):
     needs = algorithm.needs
     assert algorithm.unit in ("token", "sequence", "pair", "list")
     assert algorithm.reference == "none" if not needs.reference else algorithm.reference in ("fixed", "previous")
-    read = {"reference_logprobs": needs.reference, "old_logprobs": needs.old_logprobs, "values": needs.values}
+    read = {
+        "reference_logprobs": needs.reference,
+        "anchor_logprobs": needs.anchor,
+        "old_logprobs": needs.old_logprobs,
+        "values": needs.values,
+    }
     for field in [f for f, needed in read.items() if needed]:
         items = training_items(algorithm)
         stripped = [

@@ -17,6 +17,7 @@ from older import as_format_3, as_format_5
 
 from onlinerl import graph, wiring
 from onlinerl.controller import evaluation
+from onlinerl.controller.phases import annotate as annotating
 from onlinerl.engines.toy import ToyEngine
 from onlinerl.errors import StoreError
 from onlinerl.learners.toy import ToyLearner
@@ -343,6 +344,49 @@ def test_which_saved_model_the_policy_is_compared_with_while_it_moves(
     assert [int(path.rpartition("/")[2]) if "/exports/" in path else 0 for path in named] == expected
     assert [before == 0 for before, _ in kls] == [iterate == t - 1 for t, iterate in enumerate(expected, start=1)]
     assert min(after for _, after in kls) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected", "anchored", "moving"),
+    [
+        ({}, [["policy"], ["policy", "base"], ["policy", "base"]], True, True),
+        ({"reference.schedule": "fixed", "reference.allow_nonstandard": True}, [["policy"], ["base"], ["base"]], True, False),
+        ({"algorithm.anchor_weight": 0.0}, [["policy"], ["policy"], ["policy"]], False, True),
+    ],
+    ids=["two anchors", "one and the same", "no base model"],
+)
+def test_the_anchor_is_the_base_model_and_no_model_is_asked_twice(
+    toy_config, onlinerl, monkeypatch, tmp_path, overrides, expected, anchored, moving
+):
+    asked: list[str] = []
+    by_iteration: list[list[str]] = []
+
+    def logprobs(self, sequences, *, model, original=ToyLearner.logprobs, **options):
+        asked.append(model)
+        return original(self, sequences, model=model, **options)
+
+    def arrays(it, sequences, original=annotating._arrays):
+        before = len(asked)
+        found = original(it, sequences)
+        by_iteration.append([{it.parts.base_model: "base"}.get(model, model) for model in asked[before:]])
+        return found
+
+    monkeypatch.setattr(ToyLearner, "logprobs", logprobs)
+    monkeypatch.setattr(annotating, "_arrays", arrays)
+    more = {"algorithm.name": "inpo", "metrics.prometheus": False, **overrides}
+    code, message = onlinerl("run", toy_config(tmp_path, more))
+    assert code == 0, message
+    assert by_iteration == expected
+    for t in (1, 2, 3):
+        rows = table(tmp_path / "runs/toy", t, "logprobs")
+        reference, anchor = (
+            [np.concatenate(row[name]) for row in rows if row[name] is not None]
+            for name in ("reference_logprobs", "anchor_logprobs")
+        )
+        assert bool(anchor) == anchored
+        for of_base in anchor:  # whose logits are all 0
+            assert np.ptp(of_base) == 0
+        assert any(np.ptp(of_reference) > 0 for of_reference in reference) == (moving and t > 1)
 
 
 def test_all_exports_are_kept_by_default(toy_config, onlinerl, tmp_path):

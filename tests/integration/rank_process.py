@@ -364,7 +364,9 @@ def steps(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, 
             "yielded": [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in yielded],
         },
         "initial": weights(learner),
-        "self_tests": self_tests(ranks, learner, job["self_test_items"], ("reference_logprobs",), job["model"], job["untied"]),
+        "self_tests": self_tests(
+            ranks, learner, job["self_test_items"], ("reference_logprobs", "anchor_logprobs"), job["model"], job["untied"]
+        ),
         "metrics": [],
         "after": [],
     }

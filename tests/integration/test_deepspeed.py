@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.grpo import Grpo
+from onlinerl.algorithms.inpo import Inpo
 from onlinerl.algorithms.kto import Kto
 from onlinerl.algorithms.lipo_lambda import LipoLambda
 from onlinerl.algorithms.ppo import Ppo
@@ -57,6 +58,12 @@ def sequence(rng: np.random.Generator, response: int | None = None, **extra: Any
 def pair_items(count: int, seed: int, response: int | None = None) -> list[TrainItem]:
     rng = np.random.default_rng(seed)
     return [TrainItem(prompt_id=str(i), sequences=(sequence(rng, response), sequence(rng, response))) for i in range(count)]
+
+
+def anchored(items: list[TrainItem]) -> list[TrainItem]:
+    """With what a base model says that is not the reference."""
+    base = lambda s: s.with_(anchor_logprobs=s.reference_logprobs[::-1] - np.float32(0.5))  # noqa: E731
+    return [replace(item, sequences=tuple(map(base, item.sequences))) for item in items]
 
 
 def sample_items(count: int, seed: int) -> list[TrainItem]:
@@ -106,6 +113,7 @@ LOSSES: dict[str, tuple[Algorithm, list[TrainItem]]] = {
     "the whole step at once": (Kto(threshold=0.0, undesirable_weight=2.0), judged_items(12, seed=9, size=1)),
     "fewer items than ranks": (Dpo(), pair_items(1, seed=3)),
     "uneven": (Dpo(), pair_items(5, seed=4)),
+    "two references": (Inpo(eta=0.5), anchored(pair_items(8, seed=13))),
 }
 CRITIC: tuple[Algorithm, list[TrainItem]] = (
     Ppo(critic="separate", critic_learning_rate=1e-3, entropy_coef=0.01, kl_in="loss"),
@@ -493,9 +501,9 @@ def test_the_self_test_notices_a_stored_reference_that_is_not_the_policy_s(
     results = answers(ranks, "steps", stage, dtype)["self_tests"]
 
     self_test.check(results["sound"], Dpo().loss_at_reference, dtype)
-    assert {how: sound(results["reference_logprobs", how], Dpo().loss_at_reference, dtype) for how in SPOILED} == dict.fromkeys(
-        SPOILED, False
-    )
+    for name in ("reference_logprobs", "anchor_logprobs"):
+        passed = {how: sound(results[name, how], Dpo().loss_at_reference, dtype) for how in SPOILED}
+        assert passed == dict.fromkeys(SPOILED, False), name
     assert not sound(results["base"], Dpo().loss_at_reference, dtype)
 
 

@@ -20,6 +20,8 @@ from onlinerl.synonyms import RENAMED
 
 COLUMNS = {"old_logprobs": "old", "reference_logprobs": "reference"}
 """Columns of today -> what formats 1 to 5 called them."""
+LATER = "anchor_logprobs"
+"""A column that they did not have."""
 
 
 def append_lines(path: Path, rows: Sequence[Mapping[str, Any]], *, checksums: bool = True) -> None:
@@ -132,7 +134,8 @@ def as_format_5(run: Path) -> None:
 
 
 def _with_old_columns(table: Any) -> Any:
-    return table.rename_columns([COLUMNS.get(name, name) for name in table.schema.names])
+    had = table.select([name for name in table.schema.names if name != LATER])
+    return had.rename_columns([COLUMNS.get(name, name) for name in had.schema.names])
 
 
 def _say_format(run: Path, number: int) -> None:

@@ -54,6 +54,7 @@ def test_lists_point_at_their_rows_whatever_their_lengths():
 def test_per_token_fields_are_filled_only_if_all_sequences_have_them():
     full = item((1, 2), reference_logprobs=np.array([-1.0, -2.0]), old_logprobs=np.array([-3.0, -4.0]), score=3.0, win_rate=0.8)
     part = item((1, 1), reference_logprobs=np.array([-5.0]))
+    anchored = item((1, 2), anchor_logprobs=np.array([-6.0, -7.0]))
     batch = collate([full, part])
     assert batch.reference_logprobs_BT.tolist() == [[-1.0, -2.0], [-5.0, 0.0]]
     assert batch.old_logprobs_BT is None
@@ -61,6 +62,8 @@ def test_per_token_fields_are_filled_only_if_all_sequences_have_them():
     assert batch.scores_B.tolist() == [3.0, 0.0]
     assert batch.win_rates_B.tolist() == pytest.approx([0.8, 0.5])
     assert collate([full]).old_logprobs_BT.tolist() == [[-3.0, -4.0]]
+    assert batch.anchor_logprobs_BT is None
+    assert collate([anchored]).anchor_logprobs_BT.tolist() == [[-6.0, -7.0]]
 
 
 def test_a_field_of_the_wrong_length_is_refused():
@@ -83,6 +86,7 @@ def test_the_dummy_of_a_rank_without_data():
     assert batch.weight_B.tolist() == [0.0]
     for name in (
         "reference_logprobs_BT",
+        "anchor_logprobs_BT",
         "old_logprobs_BT",
         "behavior_logprobs_BT",
         "values_BT",

@@ -140,7 +140,9 @@ def test_results_survive_with_their_unknown_cells(stored):
 @given(
     st.lists(
         st.dictionaries(
-            st.sampled_from(("old_logprobs", "reference_logprobs", "values")), st.lists(floats, max_size=3), max_size=3
+            st.sampled_from(("old_logprobs", "reference_logprobs", "anchor_logprobs", "values")),
+            st.lists(floats, max_size=3),
+            max_size=3,
         )
     )
 )

@@ -12,6 +12,7 @@ import torch
 
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.grpo import Grpo
+from onlinerl.algorithms.inpo import Inpo
 from onlinerl.algorithms.tdpo2 import Tdpo2
 from onlinerl.controller import self_test
 from onlinerl.errors import LearnerError
@@ -73,6 +74,15 @@ def test_what_stops_a_run(changes, said, field):
     assert error.value.field == field
 
 
+def test_a_large_loss_may_be_off_by_what_single_precision_rounds():
+    """The targets of `inpo` and `sppo_hard` are squares of hundreds of nats; 27777.78 is no number of single precision."""
+    expected = (0.5 / 0.003) ** 2
+    large = replace(GOOD, loss=27777.779296875, stored_loss=27777.779296875)
+    self_test.check(large, expected, "float32")
+    with pytest.raises(LearnerError, match="with policy = reference the loss is"):
+        self_test.check(replace(large, loss=expected * (1 + 3e-6)), expected, "float32")
+
+
 @pytest.mark.parametrize("changes", [{"loss": math.nan}, {"stored_loss": math.inf}])
 def test_a_loss_that_is_not_finite_stops_a_run_whose_formula_says_nothing(changes):
     self_test.check(GOOD, None, "float32")
@@ -125,7 +135,8 @@ def test_long_responses_of_different_prompts_are_chosen():
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "name", "temperature"), [(Dpo(), "reference_logprobs", 1.0), (Grpo(), "old_logprobs", 0.7)]
+    ("algorithm", "name", "temperature"),
+    [(Dpo(), "reference_logprobs", 1.0), (Inpo(), "anchor_logprobs", 1.0), (Grpo(), "old_logprobs", 0.7)],
 )
 @pytest.mark.parametrize("spoiled", ["nothing", "shifted", "permuted", "temperature"])
 def test_the_toy_learner_notices_too(algorithm: Algorithm, name: str, temperature: float, spoiled: str) -> None:
@@ -142,14 +153,22 @@ def test_the_toy_learner_notices_too(algorithm: Algorithm, name: str, temperatur
         scores = [np.roll(s, 1) for s in scores]
     if spoiled == "permuted":
         scores = scores[1:] + scores[:1]
-    sequences = [s.with_(**{name: a, "behavior_logprobs": a}) for s, a in zip(sequences, scores, strict=True)]
+    sound = learner.logprobs(sequences, temperature=temperature)
+    sequences = [
+        s.with_(**{"reference_logprobs": own, "behavior_logprobs": a, name: a})
+        for s, a, own in zip(sequences, scores, sound, strict=True)
+    ]
     items = [TrainItem(prompt_id=str(i), sequences=tuple(sequences[2 * i : 2 * i + 2])) for i in range(4)]
 
     result = learner.self_test(items, "base")
 
     assert (result.stored_gaps[name] > self_test.GAP["bfloat16"]) == (spoiled != "nothing")
     assert (result.stored_tilts[name] > self_test.GAP["bfloat16"]) == (spoiled != "nothing")
+    assert {n for n, gap in result.stored_gaps.items() if gap > 1e-6} == {name} - ({name} if spoiled == "nothing" else set())
     assert result.noise == 0
+    if spoiled != "nothing":
+        with pytest.raises(LearnerError, match=f"the stored {name} differ"):
+            self_test.check(result, None, "float32")
 
 
 @pytest.mark.parametrize(("wrong", "kl"), [(False, 0.0), (True, 0.130812)])

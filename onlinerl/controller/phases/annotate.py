@@ -78,16 +78,19 @@ def _arrays(it: Iteration, sequences: Sequence[TrainSequence]) -> dict[str, list
         return {}
     needs, learner = it.needs, it.parts.learner
     temperature = needs.temperature(it.parts.config.sampling.temperature)
-    arrays: dict[str, list[Any]] = {}
     reference = it.reference()
     model = None if reference is None else it.model_of(reference)
-    if needs.old_logprobs or model == "policy":
-        arrays["old_logprobs"] = learner.logprobs(sequences, model="policy", temperature=temperature)
-    if model is not None:
-        same = model == "policy"
-        arrays["reference_logprobs"] = (
-            arrays["old_logprobs"] if same else learner.logprobs(sequences, model=model, temperature=temperature)
-        )
+    models = {
+        "old_logprobs": "policy" if needs.old_logprobs or model == "policy" else None,
+        "reference_logprobs": model,
+        "anchor_logprobs": it.model_of(0) if needs.anchor else None,
+    }
+    # Two that are the same model are asked for once.
+    said = {
+        asked: learner.logprobs(sequences, model=asked, temperature=temperature)
+        for asked in dict.fromkeys(filter(None, models.values()))
+    }
+    arrays: dict[str, list[Any]] = {name: said[asked] for name, asked in models.items() if asked is not None}
     if needs.values:
         arrays["values"] = learner.values(sequences)
     return arrays

@@ -20,7 +20,7 @@ IMPORTANCE_KNOBS = {
     "importance_sampling_mode": [(CAPPED, mode) for mode in ("token_mask", "sequence_truncate", "sequence_mask")],
 }
 CLIP_KNOBS = {"clip_range_low": [({}, 0.05)], "clip_range_high": [({}, 0.05)], "dual_clip": [({}, 1.01)]}
-PER_TOKEN = ("behavior_logprobs", "old_logprobs", "reference_logprobs", "values", "advantages", "returns")
+PER_TOKEN = ("behavior_logprobs", "old_logprobs", "reference_logprobs", "anchor_logprobs", "values", "advantages", "returns")
 
 PAIR_KNOBS = {
     "pair_weights": [({}, "score_gap"), ({}, "certainty"), ({}, "wpo")],
