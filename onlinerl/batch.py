@@ -50,7 +50,7 @@ class Outputs:
     entropy_BT: Tensor | None = None
     """Entropy of the next-token distribution, in nats."""
     collision_BT: Tensor | None = None
-    """log sum_v pi_v^2 over the vocabulary: of how probable it is that two samples agree. Without gradient."""
+    """log sum_v pi_v^2 over the vocabulary: log of the probability that two samples agree. Without gradient."""
     reference_kl_BT: Tensor | None = None
     """KL(reference || policy) of the next-token distributions, in nats, with gradient."""
 

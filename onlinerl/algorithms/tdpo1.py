@@ -16,10 +16,10 @@ from onlinerl.protocols.algorithm import Needs, Reported, by_knobs
 
 
 class Tdpo1(Pairwise):
-    """p f(z) + (1 - p) f(-z), z = beta (h + K_w - K_l), f(z) = -log sigmoid(z), p the probability of the label.
+    """f(z) = -log sigmoid(z), z = beta (h + K_w - K_l), K = sum over a response of KL(reference || policy) of the next token.
 
-    K = sum over the response of KL(reference || policy) of the next token, over the whole vocabulary, so the reference runs beside the
-    policy. A response is worth beta (D + K) here, not beta D.
+    The KL is over the whole vocabulary, so the reference runs beside the policy. A response is worth beta (D + K) here, not beta D. A label
+    that is right with probability p gives p f(z) + (1 - p) f(z'), z' being the z of the two in the other order.
     """
 
     metrics = (

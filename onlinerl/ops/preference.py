@@ -67,7 +67,7 @@ def closeness(outputs: Outputs, batch: Batch) -> Tensor:
     """w[P] = min(1, w(y_w) w(y_l)), w(y) = exp(mean over tokens of lp - log sum_v pi_v^2), of the policy of the moment, without gradient.
 
     "WPO: Enhancing RLHF with Weighted Preference Optimization", whose weights make pairs of other policies count as if sampled from this
-    one. A response of tokens as probable as samples are in the mean has w(y) = 1. As in the authors' code the product is cut off at 1, and
+    one. w(y) is 1 where tokens are about as probable as the policy's own samples are. As in the authors' code the product is cut off at 1, and
     weights are not divided by their mean over the batch, so the loss gets smaller where pairs are far from the policy.
 
     Raises:

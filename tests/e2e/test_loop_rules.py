@@ -22,6 +22,7 @@ from onlinerl.engines.toy import ToyEngine
 from onlinerl.errors import StoreError
 from onlinerl.learners.toy import ToyLearner
 from onlinerl.ops.batching import collate
+from onlinerl.ops.preference import closeness
 from onlinerl.stores import _files, _tables
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import summarise
@@ -387,6 +388,22 @@ def test_the_anchor_is_the_base_model_and_no_model_is_asked_twice(
         for of_base in anchor:  # whose logits are all 0
             assert np.ptp(of_base) == 0
         assert any(np.ptp(of_reference) > 0 for of_reference in reference) == (moving and t > 1)
+
+
+def test_pairs_are_weighed_by_the_policy_of_the_moment(toy_config, onlinerl, monkeypatch, tmp_path):
+    """The base model of the toy is uniform, and every response is what it would say: its pairs count fully, until it has moved."""
+    weights: list[float] = []
+
+    def update(self, steps, rates, original=ToyLearner.update):
+        batch = collate(steps[0])
+        weights.append(closeness(self._outputs(batch), batch).mean().item())
+        return original(self, steps, rates)
+
+    monkeypatch.setattr(ToyLearner, "update", update)
+    code, message = onlinerl("run", toy_config(tmp_path, {"algorithm.pair_weights": "wpo", "metrics.prometheus": False}))
+    assert code == 0, message
+    assert weights[0] == pytest.approx(1.0, abs=1e-6)
+    assert 0 < min(weights[1:]) <= max(weights[1:]) < 1
 
 
 def test_all_exports_are_kept_by_default(toy_config, onlinerl, tmp_path):

@@ -389,9 +389,9 @@ def test_the_self_test_notices_a_reference_beside_the_policy_that_is_another_mod
     right, wrong = (answer["beside", "self-test", reference] for reference in ("model", "untied"))
 
     assert abs(right.reference_kl) < 1e-6
-    self_test.check(right, Tdpo2().loss_at_reference, dtype)
+    self_test.check(right, FULL.loss_at_reference, dtype)
     with pytest.raises(LearnerError, match="the reference beside it"):
-        self_test.check(wrong, Tdpo2().loss_at_reference, dtype)
+        self_test.check(wrong, FULL.loss_at_reference, dtype)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
