@@ -56,10 +56,6 @@ class Weighted:
     items: list[TrainItem]
     weights: list[float]
 
-    def count(self, algorithm: Algorithm) -> float:
-        """Expected number of units."""
-        return sum(weight * item.count(algorithm.unit) for item, weight in zip(self.items, self.weights, strict=True))
-
 
 def items_of(algorithm: Algorithm, groups: Iterable[tuple[Judged, float]]) -> Weighted:
     """What is trained of these groups, each of which comes up so often. Pairs have both labels, each as often as it is given."""

@@ -1,6 +1,6 @@
-"""Algorithms that are the same where their knobs say so: value and gradient, of the same judged groups, through `items` and `prepare`.
+"""Algorithms that are the same where their knobs say so: value and gradient, of the same judged groups.
 
-The golden tests compare most of these losses on pairs made by hand; here what reaches the loss is compared as well.
+Through `items` and `prepare`. The golden tests compare most of these losses on pairs made by hand; here what reaches the loss is compared as well.
 """
 
 from __future__ import annotations

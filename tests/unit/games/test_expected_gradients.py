@@ -1,6 +1,7 @@
-"""What the gradients of losses on samples are on average, over all groups that a small policy can give: each weighted by its probability.
+"""What the gradients of losses on samples are on average, over all groups that a small policy can give.
 
-J = mean reward - price * KL(policy || reference), whole responses on both sides, is differentiated exactly, by enumeration.
+Each group is weighted by its probability. They are compared with the exact gradient, by enumeration, of
+J = mean reward - price * KL(policy || reference), which is that of whole responses.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where the loss of every algorithm on pairs is smallest, if one answer beats the other with a known probability.
 
-Two answers a and b, of 2 and 3 tokens, and P(a beats b) = p: pairs of both labels are weighted by p and 1 - p, and hold the probability for
-those that read it. D is the log-ratio to the reference, S the log-prob, f(z) = -log sigmoid(z).
+Two answers a and b, of 2 and 3 tokens, and P(a beats b) = p: pairs of both labels are weighted by p and 1 - p, and say the probability
+to those that read it. D is the log-ratio to the reference, S the log-prob, f(z) = -log sigmoid(z).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def logit(p: float) -> float:
 
 
 def of_simpo(p: float) -> float:
-    """beta (S_a / 2 - S_b / 3) = log u, where (1 - p) / (1 + G u) = p / (u + G) / u, G = exp(beta gamma): both slopes are the same."""
+    """beta (S_a / 2 - S_b / 3) = log u where p / (u + G) = (1 - p) u / (1 + G u), G = exp(beta gamma): the two labels pull equally."""
     odds = (2 * p - 1) * math.exp(2.0 * 0.5)
     return math.log((odds + math.sqrt(odds**2 + 4 * p * (1 - p))) / (2 * (1 - p)))
 
@@ -129,12 +129,11 @@ OPTIMA: dict[str, list[Optimum]] = {
         Optimum(logit, {"nll_coef": 0.0, "lam": 1.0}, of=lambda best: odds(best.S[0] / 2) - odds(best.S[1] / 3)),
         Optimum(logit, {"nll_norm": "sum", "lam": 0.0}, of=lambda best: float(best.S[0] - best.S[1])),
     ],
-    # log(pi_a / pi_b) is a mean of those of the initial policy (tau / eta of it) and of the previous one, plus that of the labels
-    # +- 1 / (2 eta).
+    # The margin against the initial policy (anchor_weight, tau / eta, of it) and the previous one is the mean of +- 1 / (2 eta).
     "inpo": [
         Optimum(
             lambda p: (2 * p - 1) / (2 * 0.8),
-            {"eta": 0.8, "tau": 0.2},
+            {"eta": 0.8, "anchor_weight": 0.25},
             of=lambda best: 0.25 * float(best.anchored[0] - best.anchored[1]) + 0.75 * best.margin,
         )
     ],
@@ -208,8 +207,8 @@ def root(rises: Callable[[float], float], below: float, above: float) -> float:
 
 
 def smallest(loss: Callable[[Tensor], Tensor], parameters: int) -> Tensor:
-    """Where the loss is smallest. Of one parameter: where its slope changes from falling to rising, of which there must be one place.
-    Of two: by Newton's steps, from the reference."""
+    """Where the loss is smallest. Of one parameter: the one place where it stops to fall and begins to rise. Of two: by Newton's
+    steps, from the reference."""
     if parameters == 1:
         grid = torch.linspace(-12.0, 12.0, 13, dtype=torch.float64)
         slopes = [float(slope(loss, x[None])) for x in grid]
@@ -265,12 +264,7 @@ def test_where_nothing_holds_a_reward_back_there_is_no_optimum(name):
         ("slic", Slic, "phi", lambda self, z: torch.relu(2.0 - z)),
         ("nbpo", Nbpo, "phi", lambda self, z: -logsigmoid(z)),  # labels taken for the truth
         ("exo_pair", ExoPair, "phi", lambda self, z: -0.99 * logsigmoid(z) - 0.01 * logsigmoid(-z)),  # the other KL
-        (
-            "nca_pair",
-            NcaPair,
-            "of_rewards",
-            lambda self, won, lost: -logsigmoid(won) - 0.5 * logsigmoid(-lost),
-        ),  # a term left out
+        ("nca_pair", NcaPair, "of_rewards", lambda self, won, lost: -logsigmoid(won) - 0.5 * logsigmoid(-lost)),  # a term less
         ("sppo_hard", SppoHard, "of_rewards", lambda self, won, lost: (won - 1).square() + (lost + 1).square()),
     ],
 )
