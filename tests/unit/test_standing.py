@@ -40,7 +40,7 @@ def start(monkeypatch, toy_config, tmp_path):
             "engine.max_num_seqs": 4,
             "cluster.device": "cpu",
             "metrics.prometheus": False,
-            "algorithm.name": name,
+            "training.batch_size": {"first": 4, "second": 2}[name],
             **more,
         }
         config = configuration.load(toy_config(tmp_path / ("alone" if standing is None else "sweep"), keys, name=name))
@@ -59,11 +59,11 @@ def start(monkeypatch, toy_config, tmp_path):
 def test_the_replicas_stay_up_and_the_runs_are_those_that_start_their_own(start):
     world = World()
     with Standing() as standing:
-        together = [start(world, name, standing) for name in ("dpo", "ipo")]
+        together = [start(world, name, standing) for name in ("first", "second")]
         assert len(world.actors) == REPLICAS
         assert all(actor.alive for actor in world.actors)
     assert not any(actor.alive for actor in world.actors)
-    alone = [start(World(), name, None) for name in ("dpo", "ipo")]
+    alone = [start(World(), name, None) for name in ("first", "second")]
     assert together == alone
 
 
@@ -78,36 +78,36 @@ def test_weights_of_the_run_before_are_never_taken_for_those_of_this_one(start, 
 
     monkeypatch.setattr(Replica, "do_update_weights", update_weights)
     with Standing() as standing:
-        start(world, "dpo", standing)
+        start(world, "first", standing)
         with pytest.raises(SyncError, match="the push of version 0 failed"):
-            start(world, "ipo", standing)
+            start(world, "second", standing)
     assert world.asked, "the first run did sample"
 
 
 def test_a_replica_that_dies_before_the_first_push_gets_no_version_of_the_run_before(start):
     world = World({(1, "init_weight_transfer_engine", 2): "kill"})
     with Standing() as standing:
-        start(world, "dpo", standing)
-        again = start(world, "ipo", standing)
+        start(world, "first", standing)
+        again = start(world, "second", standing)
         assert len(world.actors) == REPLICAS + 1
-    assert again == start(World(), "ipo", None)
+    assert again == start(World(), "second", None)
 
 
 @pytest.mark.parametrize("other", [{"engine.max_num_seqs": 8}, {"seed": 1}, {"sampling.max_new_tokens": 40}])
 def test_another_engine_is_started_where_the_next_run_asks_for_one(start, other):
     world = World()
     with Standing() as standing:
-        start(world, "dpo", standing)
-        start(world, "ipo", standing, **other)
+        start(world, "first", standing)
+        start(world, "second", standing, **other)
         assert [actor.alive for actor in world.actors] == [False] * REPLICAS + [True] * REPLICAS
 
 
 def test_an_engine_that_has_lost_a_replica_ends_with_the_run(start):
     world = World({(1, "sample", 1): "kill"})
     with Standing() as standing:
-        start(world, "dpo", standing)
+        start(world, "first", standing)
         assert not any(actor.alive for actor in world.actors)
-        start(world, "ipo", standing)
+        start(world, "second", standing)
         assert sum(actor.alive for actor in world.actors) == REPLICAS
 
 
@@ -115,9 +115,9 @@ def test_a_run_that_fails_leaves_nothing_to_the_next_one(start):
     world = World({(index, "answer", 1): "raise" for index in range(REPLICAS)})
     with Standing() as standing:
         with pytest.raises(OnlineRLError):
-            start(world, "dpo", standing, **{"engine.max_restarts": 0})
+            start(world, "first", standing, **{"engine.max_restarts": 0})
         assert not any(actor.alive for actor in world.actors)
-        start(world, "ipo", standing)
+        start(world, "second", standing)
 
 
 def test_a_slot_closes_what_is_not_asked_for_again():
