@@ -52,6 +52,8 @@ class Listwise(Algorithm):
 
     by_win_rate: ClassVar[bool] = False
     """Whether labels are win rates within the group instead of scores."""
+    keeps_repeats: ClassVar[bool] = False
+    """Whether a response counts as often as it was sampled, which a ranking does not ask, but an average over the policy does."""
     metrics: ClassVar[tuple[Reported, ...]] = (
         Reported("list_size", "Responses of a list", "responses"),
         Reported("list_accuracy", "Share of the pairs in a list whose better response has the larger value", "ratio"),
@@ -67,14 +69,17 @@ class Listwise(Algorithm):
         return 1
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
-        """All judged responses as one item, the best first; of identical ones the first counts."""
+        """All judged responses as one item, the best first; of identical ones the first counts, unless repeats are kept."""
         sequences, dropped = judged_sequences(judged, at_least=self.needs.min_samples)
         distinct = list({tuple(s.response_ids): s for s in reversed(sequences)}.values())[::-1]
-        dropped["identical"] += len(sequences) - len(distinct)
-        if 0 < len(distinct) < self.needs.min_samples:
+        too_few = 0 < len(distinct) < self.needs.min_samples
+        if too_few or not self.keeps_repeats:
+            dropped["identical"] += len(sequences) - len(distinct)
+            sequences = distinct
+        if too_few:
             dropped["single"] += len(distinct)
-            distinct = []
-        ranked = sorted(distinct, key=lambda s: -(s.win_rate if self.by_win_rate else s.score))
+            sequences = []
+        ranked = sorted(sequences, key=lambda s: -(s.win_rate if self.by_win_rate else s.score))
         return [TrainItem(prompt_id=judged.group.prompt.id, sequences=tuple(ranked))] if ranked else [], +dropped
 
     def values(self, outputs: Outputs, batch: Batch) -> Tensor:

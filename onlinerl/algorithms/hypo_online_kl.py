@@ -20,6 +20,7 @@ class HypoOnlineKl(Listwise):
     """
 
     needs = Needs(reference=True, min_samples=2, off_policy="approximate")
+    keeps_repeats = True
 
     beta: float = Field(0.05, gt=0)
     lam: float = Field(1e-4, ge=0)

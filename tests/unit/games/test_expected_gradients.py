@@ -194,13 +194,14 @@ def test_raft_learns_the_best_of_k(K):
     assert np.cumsum((chances - got)[order]) == pytest.approx(np.cumsum(chances[order]) ** K, abs=1e-6)
 
 
-def of_bonus(lam: float) -> Tensor:
-    return NARROW.policy.slope(NARROW.loss("hypo_online_kl", {"lam": lam}, 2) - NARROW.loss("hypo_online_kl", {"lam": 0.0}, 2))
+def of_bonus(lam: float, K: int) -> Tensor:
+    return NARROW.policy.slope(NARROW.loss("hypo_online_kl", {"lam": lam}, K) - NARROW.loss("hypo_online_kl", {"lam": 0.0}, K))
 
 
-def test_the_bonus_of_hypo_is_the_gradient_of_the_kl():
-    """Of two responses. Two equal ones make no list, but their log-ratios are equal, so that they would add nothing."""
-    assert of_bonus(0.7).numpy() == pytest.approx(0.7 * NARROW.policy.slope(NARROW.kl()).numpy(), abs=1e-6)
+@pytest.mark.parametrize("K", [2, 3])
+def test_the_bonus_of_hypo_is_the_gradient_of_the_kl(K):
+    """A response counts as often as it is sampled. Only equal ones make no list, but they would add nothing."""
+    assert of_bonus(0.7, K).numpy() == pytest.approx(0.7 * NARROW.policy.slope(NARROW.kl()).numpy(), abs=1e-6)
 
 
 def test_there_is_no_bonus_at_the_reference():
@@ -235,7 +236,11 @@ def test_a_fault_would_be_noticed(monkeypatch, name, owner, attribute, faulty):
 def test_a_fault_of_a_kl_would_be_noticed(monkeypatch):
     monkeypatch.setattr(HypoOnlineKl, "list_loss", flowing)
     with pytest.raises(AssertionError):
-        test_the_bonus_of_hypo_is_the_gradient_of_the_kl()
+        test_the_bonus_of_hypo_is_the_gradient_of_the_kl(2)
+    monkeypatch.undo()
+    monkeypatch.setattr(HypoOnlineKl, "keeps_repeats", False)
+    with pytest.raises(AssertionError):
+        test_the_bonus_of_hypo_is_the_gradient_of_the_kl(3)
     monkeypatch.setattr(ppo_file, "k3_plus", k3)
     with pytest.raises(AssertionError):
         test_a_kl_per_token_in_the_loss_does_not_see_where_tokens_lead(*IN_THE_LOSS[0])
