@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,22 @@ from onlinerl.errors import LearnerError
 from onlinerl.protocols.algorithm import Algorithm
 
 WANTED = "a LossOutput whose `total` is a tensor without axes, the sum over units"
+
+
+@contextmanager
+def called(algorithm: Algorithm, method: str) -> Iterator[None]:
+    """Around a call of a method that works on tensors.
+
+    Raises:
+        LearnerError: naming it, in place of what it raises, unless the device is full.
+    """
+    try:
+        with users_code.calling(algorithm, method):
+            yield
+    except LearnerError as error:
+        if isinstance(error.__cause__, torch.OutOfMemoryError):  # not the fault of the formula
+            raise error.__cause__ from None
+        raise
 
 
 def loss_of(algorithm: Algorithm, outputs: Outputs, batch: Batch, *, trained: bool = False) -> LossOutput:
@@ -24,25 +43,21 @@ def loss_of(algorithm: Algorithm, outputs: Outputs, batch: Batch, *, trained: bo
     Raises:
         LearnerError: if it raises or returns something else.
     """
-    try:
-        with users_code.calling(algorithm, "loss"):
-            loss: object = algorithm.loss(outputs, batch)
-    except LearnerError as error:
-        if isinstance(error.__cause__, torch.OutOfMemoryError):  # not the fault of the formula
-            raise error.__cause__ from None
-        raise
+    with called(algorithm, "loss"):
+        loss: object = algorithm.loss(outputs, batch)
     if not isinstance(loss, LossOutput):
-        raise users_code.wrong_result(algorithm, "loss", _shown(loss), WANTED)
+        raise users_code.wrong_result(algorithm, "loss", shown(loss), WANTED)
     if not isinstance(loss.total, Tensor) or loss.total.dim():
-        raise users_code.wrong_result(algorithm, "loss", f"a LossOutput whose `total` is {_shown(loss.total)}", WANTED)
+        raise users_code.wrong_result(algorithm, "loss", f"a LossOutput whose `total` is {shown(loss.total)}", WANTED)
     if trained and not loss.total.requires_grad:
         got = "a `total` without gradient (detached, or made from numbers)"
         raise users_code.wrong_result(algorithm, "loss", got, "one calculated from `outputs`")
     for name, mean in loss.metrics.items():
         if not (isinstance(mean, Mean) and isinstance(mean.total, Tensor) and isinstance(mean.count, Tensor)):
-            raise users_code.wrong_result(algorithm, "loss", f"{_shown(mean)} as the metric {name!r}", "Mean.of(TENSOR)")
+            raise users_code.wrong_result(algorithm, "loss", f"{shown(mean)} as the metric {name!r}", "Mean.of(TENSOR)")
     return loss
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """What a method returned, for a message."""
     return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a value of type {type(value).__name__}"

@@ -31,9 +31,10 @@ from onlinerl.learners._plain import load_generators, save_generators
 from onlinerl.learners._policy import Policy
 from onlinerl.learners._self_test import Sums, compare
 from onlinerl.learners._weights import PolicySource
+from onlinerl.learners._whole_step import first_pass, initial_state, load_state, save_state, state_metrics
 from onlinerl.network import choose_interface
 from onlinerl.ops.batching import collate
-from onlinerl.ops.whole_step import Rows, WholeStep, first_pass
+from onlinerl.ops.whole_step import Rows, State, WholeStep
 from onlinerl.protocols.keys import decided
 from onlinerl.protocols.learner import LearnerConfig, RankSettings
 from onlinerl.protocols.transport import Meeting, Replicas, Sender, TransportConfig
@@ -58,6 +59,10 @@ class Rank:
 
     _policy: Policy
     _reader: ModelReader
+    _state: State | None = None
+    """What the algorithm keeps from one step to the next."""
+    _next_state: State | None = None
+    """What it keeps once the step is taken whose gradient was made last."""
 
     def __init__(self, config: LearnerConfig, settings: RankSettings, *, rank: int, store: dist.TCPStore, address: str) -> None:
         self.dtype: torch.dtype = getattr(torch, decided(config.dtype, "learner.dtype"))
@@ -66,6 +71,7 @@ class Rank:
         self.device = torch.device("cuda", 0) if settings.device == "cuda" else torch.device("cpu")
         self.needs = self.algorithm.needs
         self._reference = settings.model
+        self._state = self._next_state = initial_state(self.algorithm)
         seed_everything(settings.seed)
         choose_interface(address)
         os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(self.world_size))
@@ -171,7 +177,9 @@ class Rank:
         totals = self._backward(micro, count)
         give_back()
         norm, applied = self._apply()
-        metrics = self._reduce(totals, count)
+        if applied:
+            self._state = self._next_state
+        metrics = state_metrics(self.algorithm, self._state) | self._reduce(totals, count)
         metrics["grad_norm"] = norm
         metrics["learning_rate"] = learning_rate
         metrics["skipped"] = float(not applied)
@@ -201,7 +209,8 @@ class Rank:
         if not isinstance(self.algorithm, WholeStep):
             yield from batches
             return
-        yield from first_pass(self.algorithm, list(batches), self._forward, self._gather)
+        filled, self._next_state = first_pass(self.algorithm, list(batches), self._forward, self._gather, self._state)
+        yield from filled
 
     def _gather(self, own: list[Rows]) -> tuple[list[list[Rows]], int]:
         """The rows of every rank, and which one this is."""
@@ -307,12 +316,12 @@ class Rank:
     # --- disk ---
 
     def save(self, path: str) -> dict[str, int]:
-        """Weights, optimizer state and generators, one file or more per rank.
+        """Weights, optimizer state, the algorithm's state and generators, one file or more per rank.
 
         Returns:
             What this rank wrote: bytes by path relative to `path`.
         """
-        written = self._write(Path(path))
+        written = [*self._write(Path(path)), *(save_state(Path(path), self._state) if self.rank == 0 else ())]
         mine = Path(path) / f"rng_{self.rank}.json"
         save_generators(mine)
         dist.barrier()
@@ -322,7 +331,7 @@ class Rank:
         """The reverse of `save`.
 
         Raises:
-            LearnerError: if the checkpoint is not complete for this number of ranks.
+            LearnerError: if the checkpoint is not complete for this number of ranks and this algorithm.
         """
         count = len({file.stem for file in Path(path).glob("rng_*")})
         if count != self.world_size:
@@ -331,6 +340,7 @@ class Rank:
                 field="learner.ranks",
                 fix=f"resume with learner.ranks={count}",
             )
+        self._state = load_state(Path(path), self.algorithm)
         self._read(Path(path))
         load_generators(Path(path) / f"rng_{self.rank}.json")
 

@@ -17,7 +17,9 @@ from onlinerl.learners._loss import loss_of
 from onlinerl.learners._plain import load_plain
 from onlinerl.learners._self_test import combine, compare
 from onlinerl.learners._vocabulary import collision, kl_from
+from onlinerl.learners._whole_step import first_pass, initial_state, load_state, save_state, state_metrics
 from onlinerl.ops.batching import collate
+from onlinerl.ops.whole_step import WholeStep
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.engine import RolloutEngine
 from onlinerl.protocols.learner import InProcessLearner, Learner
@@ -78,6 +80,7 @@ class ToyLearner:
         self.logits = torch.zeros(vocabulary, dtype=torch.float64, requires_grad=True)
         self.value = torch.zeros((), dtype=torch.float64, requires_grad=True)
         self._optimizer = torch.optim.Adam([self.logits, self.value], lr=1.0)
+        self._state = initial_state(algorithm)
 
     def logprobs(
         self, sequences: Sequence[TrainSequence], *, model: str = "policy", temperature: float = 1.0
@@ -98,14 +101,18 @@ class ToyLearner:
     def update(self, steps: Sequence[Sequence[TrainItem]], learning_rates: Sequence[float]) -> Iterator[UpdateReport]:
         """One Adam step per element of `steps`."""
         for items, learning_rate in zip(steps, learning_rates, strict=True):
-            batch = collate(items)
+            batch, state = collate(items), self._state
+            if isinstance(self._algorithm, WholeStep):
+                (batch,), state = first_pass(self._algorithm, [batch], self._outputs, lambda own: ([own], 0), state)
             loss = loss_of(self._algorithm, self._outputs(batch), batch, trained=True)
             mean = loss.total / sum(i.count(self._algorithm.unit) for i in items)
             self._optimizer.param_groups[0]["lr"] = learning_rate
             self._optimizer.zero_grad()
             mean.backward()
             self._optimizer.step()
-            yield UpdateReport(steps=1, tokens=sum(i.tokens for i in items), metrics=({"loss": mean.item()},))
+            self._state = state
+            metrics = state_metrics(self._algorithm, state) | {"loss": mean.item()}
+            yield UpdateReport(steps=1, tokens=sum(i.tokens for i in items), metrics=(metrics,))
 
     def set_reference(self, model: str) -> None:
         """Which saved model the policy is compared with in the loss."""
@@ -144,15 +151,16 @@ class ToyLearner:
         self._optimizer.state.clear()
 
     def save(self, path: Path) -> dict[str, int]:
-        """Weights and optimizer."""
+        """Weights, optimizer and the algorithm's state."""
         file = path / "toy.pt"
         torch.save(
             {"logits": self.logits.detach(), "value": self.value.detach(), "optimizer": self._optimizer.state_dict()}, file
         )
-        return {file.name: file.stat().st_size}
+        return {written.name: written.stat().st_size for written in (file, *save_state(path, self._state))}
 
     def load(self, path: Path) -> None:
         """The reverse of `save`."""
+        self._state = load_state(path, self._algorithm)
         state = load_plain(path / "toy.pt")
         with torch.no_grad():
             self.logits.copy_(state["logits"])

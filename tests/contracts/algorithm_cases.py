@@ -17,8 +17,9 @@ from torch.nn.functional import pad
 
 from onlinerl import registry
 from onlinerl.batch import Batch, Outputs
+from onlinerl.learners._whole_step import first_pass, state_metrics
 from onlinerl.ops.batching import collate
-from onlinerl.ops.whole_step import WholeStep, first_pass
+from onlinerl.ops.whole_step import WholeStep
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Group, Judged, Pair, Prompt, Query, Rollout, Sampling, TrainItem, TrainSequence, Verdict
 
@@ -203,7 +204,9 @@ class Policy:
         ]
         if isinstance(algorithm, WholeStep):
             given = iter(outputs)
-            batches = first_pass(algorithm, batches, lambda _: next(given), lambda own: ([own], 0))
+            state = algorithm.initial_state()
+            batches, state = first_pass(algorithm, batches, lambda _: next(given), lambda own: ([own], 0), state)
+            metrics |= {name: (value, 1.0) for name, value in state_metrics(algorithm, state).items()}
         for micro, batch, output in zip(micros, batches, outputs, strict=True):
             out = algorithm.loss(output, batch)
             total = total + out.total

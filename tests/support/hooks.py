@@ -156,6 +156,8 @@ def install():
 
     if SPEC.get("slow_end"):
         _end_slowly()
+    if SPEC.get("broken") == "state":
+        _forget_state()
     engine.generate, learner.update, learner.save, sync.push = generate, update, save, push
     learner.logprobs = logprobs
     if SPEC.get("parts") == "real":
@@ -171,6 +173,16 @@ def _watch_pushes(sync):
         event(f"push: {what}")
 
     sync._all = ask_all
+
+
+def _forget_state():
+    """Checkpoints of the toy learner hold the state that its algorithm begins with."""
+    from onlinerl.learners import toy
+
+    def save_state(folder, state, original=toy.save_state):
+        return original(folder, None if state is None else dict.fromkeys(state, 0.0))
+
+    toy.save_state = save_state
 
 
 def _end_slowly():

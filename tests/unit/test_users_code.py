@@ -11,6 +11,7 @@ from onlinerl.algorithms.dpo import Dpo
 from onlinerl.batch import Batch, LossOutput, Outputs
 from onlinerl.errors import LearnerError
 from onlinerl.learners._rank import Rank
+from onlinerl.ops.whole_step import WholeStep
 from onlinerl.types import TrainItem, TrainSequence
 
 ITEM = TrainItem(prompt_id="a", sequences=(TrainSequence(prompt_ids=(1,), response_ids=(2, 3)),) * 2)
@@ -71,3 +72,60 @@ def test_a_device_that_is_full_is_not_the_fault_of_the_loss():
 def test_a_loss_that_is_right_is_trained():
     totals = rank_with(lambda outputs: LossOutput(total=outputs.logprobs_BT.sum() + 2))._backward([[ITEM]], 1)
     assert totals["loss"][0] == 2
+
+
+def whole_step_rank(**methods):
+    """A rank whose loss is one of the whole step, with methods of the user's own."""
+    plain = {
+        "initial_state": lambda self: {"seen": 0.0},
+        "values": lambda self, outputs, batch: outputs.logprobs_BT.sum(dim=1),
+        "step_loss": lambda self, rows: rows.values_N.sum(),
+        "next_state": lambda self, rows: {"seen": rows.state["seen"] + 1},
+    }
+    rank = rank_with(None)
+    rank.algorithm = type("Mine", (WholeStep,), plain | methods)()
+    rank._state = rank.algorithm.initial_state()
+    rank._gather = lambda own: ([own], 0)
+    return rank
+
+
+def of_one(self, *arguments):
+    return 1 / 0
+
+
+@pytest.mark.parametrize("method", ["values", "facts", "step_loss", "next_state"])
+def test_a_loss_of_a_whole_step_that_fails_in_the_first_pass(method):
+    with pytest.raises(LearnerError) as caught:
+        whole_step_rank(**{method: of_one})._backward([[ITEM]], 1)
+    assert caught.value.field == "algorithm.name"
+    assert caught.value.cause.startswith(f"Mine.{method} failed: ZeroDivisionError: division by zero\n  in ")
+    assert caught.value.cause.endswith(": return 1 / 0")
+
+
+@pytest.mark.parametrize(
+    ("method", "returned", "cause"),
+    [
+        ("values", 1.0, r"Mine\.values returned a value of type float instead of a number for each of 2 rows"),
+        ("values", torch.zeros(3), r"Mine\.values returned a tensor of shape \[3\] instead of a number for each of 2 rows"),
+        ("next_state", None, r"Mine\.next_state returned None instead of {name: float}"),
+        ("next_state", {"seen": torch.ones(())}, r"Mine\.next_state returned {'seen': tensor\(1\.\)} instead of {name: float}"),
+        ("next_state", {"seen": float("inf")}, r"Mine\.next_state returned seen = inf instead of finite numbers"),
+    ],
+)
+def test_a_loss_of_a_whole_step_that_returns_something_else(method, returned, cause):
+    with pytest.raises(LearnerError, match=cause):
+        whole_step_rank(**{method: lambda self, *arguments: returned})._backward([[ITEM]], 1)
+
+
+def test_a_loss_of_a_whole_step_that_is_right_is_trained():
+    rank = whole_step_rank(step_loss=lambda self, rows: rows.values_N.sum() + 2)
+    assert rank._backward([[ITEM]], 1)["loss"][0] == 2
+    assert (rank._state, rank._next_state) == ({"seen": 0.0}, {"seen": 1.0})
+
+
+def test_a_device_that_is_full_is_not_the_fault_of_a_first_pass():
+    def full(self, *arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        whole_step_rank(values=full)._backward([[ITEM]], 1)
