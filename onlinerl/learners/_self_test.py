@@ -123,7 +123,7 @@ def _add(sums: Sums, batch: Batch, outputs: Outputs, again: Outputs, other_BT: T
     sums.repeat += ((again.logprobs_BT - ours_BT) * mask_BT).sum().item()
     sums.base += ((other_BT - ours_BT).abs() * mask_BT).sum().item()
     sums.tokens += int(mask_BT.sum())
-    if outputs.reference_kl_BT is not None:
+    if algorithm.needs.reference_kl and outputs.reference_kl_BT is not None:
         sums.reference_kl += (outputs.reference_kl_BT * mask_BT).sum().item()
     variable_BT = ours_BT.detach().clone().requires_grad_()
     with torch.enable_grad():
