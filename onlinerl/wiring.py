@@ -159,7 +159,12 @@ def _wire(
     # Where engine and learner take turns, an evaluation would only be reported later.
     beside = schedule.evaluate_beside and not shared_hardware
     return Parts(
-        phases=graph.phases(stream=schedule.stream, evaluate_beside=beside, max_lag=schedule.max_lag),
+        phases=graph.phases(
+            stream=schedule.stream,
+            evaluate_beside=beside,
+            max_lag=schedule.max_lag,
+            reference_samples=checked.algorithm.needs.reference_samples > 0,
+        ),
         config=checked.config,
         algorithm=checked.algorithm,
         pairing=checked.pairing,

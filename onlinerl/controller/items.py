@@ -144,7 +144,7 @@ class _Made:
         pairs.extend(_trained(judged, pair) for pair in made.pairs)
         for item in _annotated(judged.group.prompt.id, made.items, known):
             self.earned.extend(_score(self._it.parts.algorithm, s) for s in item.sequences)
-            self.sampled_by.update(s.policy_version for s in item.sequences)
+            self.sampled_by.update(s.policy_version for s in item.sequences if s.source != "reference")
             yield item
 
 

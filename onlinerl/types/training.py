@@ -41,6 +41,8 @@ class TrainSequence:
     """f32[T]."""
     returns: np.ndarray | None = None
     """f32[T], targets of the critic."""
+    source: str = "policy"
+    """Who wrote it, see `Rollout.source`."""
 
     def with_(self, **changes: object) -> TrainSequence:
         """A copy with some fields replaced."""

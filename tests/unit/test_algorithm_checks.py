@@ -214,3 +214,18 @@ def test_responses_beside_the_samples_count_for_what_an_algorithm_needs(monkeypa
     monkeypatch.setattr(kind, "needs", property(lambda self: needs))
     with pytest.raises(ConfigError, match="asks for responses that were not drawn from the policy"):
         notes()
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "cause"),
+    [
+        ("schedule.max_lag=1", "schedule.max_lag", "the policy back, while it trains"),
+        ("cluster.colocate=true", "cluster.colocate", "on the shared GPU in one push"),
+    ],
+)
+def test_a_learner_that_cannot_lend_the_base_model_is_refused(override, field, cause):
+    one = ["algorithm.name=xpo", "sampling.samples_per_prompt=1"]
+    assert notes(*one) == []
+    with pytest.raises(ConfigError, match=cause) as caught:
+        notes(*one, override)
+    assert caught.value.field == field

@@ -1,26 +1,44 @@
-"""Fresh prompts, K responses each, and the greedy one where the algorithm asks for it."""
+"""Fresh prompts, K responses each, and what the algorithm asks for beside them: the greedy one, and those of the base model."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 
 from onlinerl.controller import collect
 from onlinerl.controller.iteration import Iteration
-from onlinerl.types import Request, SampleRecord, derive_seed
+from onlinerl.types import Group, Request, SampleRecord, derive_seed
 
 
 def sample(it: Iteration) -> SampleRecord:
     """Sample from the iterate before this one, or from the one before that (`schedule.max_lag`)."""
-    config = it.parts.config
+    config, greedy = it.parts.config, it.needs.greedy
     prompts, next_cursor = it.prompts()
-    k = config.sampling.samples_per_prompt
-    greedy = it.needs.greedy
-    places = [*range(k), *(["greedy"] if greedy else [])]
+    places = [*range(config.sampling.samples_per_prompt), *(["greedy"] if greedy else [])]
     requests = [
         Request(prompt=p, seeds=tuple(derive_seed(config.seed, it.number, p.id, i) for i in places), greedy=greedy)
         for p in prompts
     ]
-    sampled = collect.generate(it, requests, config.sampling.spec(), it.groups(), "sample", feed=it.rollouts)
+
+    def with_reference(groups: Sequence[Group]) -> Sequence[Group]:
+        """What the base model said to these prompts comes last."""
+        others = it.reference_groups().select([group.prompt.id for group in groups])
+        return [
+            group if other is None else replace(group, rollouts=(*group.rollouts, *other.rollouts))
+            for group, other in zip(groups, others, strict=True)
+        ]
+
+    sampled = collect.generate(
+        it,
+        requests,
+        config.sampling.spec(),
+        it.groups(),
+        "sample",
+        version=it.sampling_version,
+        feed=it.rollouts,
+        joined=with_reference if it.needs.reference_samples else lambda groups: groups,
+    )
     it.report.sampled(it.number, sampled)
     return {
         "samples": sum(s.responses for s in sampled),
