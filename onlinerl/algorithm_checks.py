@@ -63,6 +63,7 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
             field="algorithm.critic_warmup",
             fix=f"lower it below {config.iterations}, or raise iterations",
         )
+    _check_reference_samples(config, algorithm)
     plan = planned(config, algorithm)
     objection = algorithm.objection(plan)
     if objection is not None:
@@ -97,6 +98,35 @@ def _dynamic(config: RunConfig, algorithm: Algorithm) -> list[str]:
         f"dynamic sampling: prompts whose responses are all judged alike are replaced, in at most {sampling.max_rounds} rounds of "
         f"{config.prompts.per_iteration} prompts an iteration (sampling.max_rounds), which then goes on with what there is"
     ]
+
+
+def _check_reference_samples(config: RunConfig, algorithm: Algorithm) -> None:
+    """Refuse runs in which the learner cannot lend the engine the base model.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    if not algorithm.needs.reference_samples:
+        return
+    name = config.algorithm["name"]
+    if config.schedule.max_lag:
+        raise ConfigError(
+            f"is 1, and {name} samples the base model too: the learner would have to push it, and the policy back, while it trains",
+            field="schedule.max_lag",
+            fix="set it to 0",
+        )
+    if config.cluster.colocate:
+        raise ConfigError(
+            f"is true, and {name} samples the base model too: its weights and the policy's would have to be on the shared GPU in one push",
+            field="cluster.colocate",
+            fix="set it to false, which needs GPUs for the engine and for the learner",
+        )
+    if samples_dynamically(config, algorithm):
+        raise ConfigError(
+            f"is true, and {name} samples the base model first: it would have nothing on the prompts that come in later",
+            field="sampling.dynamic",
+            fix="leave it out",
+        )
 
 
 def _kl_in_reward(algorithm: Algorithm, plan: Plan) -> list[str]:
@@ -211,6 +241,7 @@ def planned(config: RunConfig, algorithm: Algorithm) -> Plan:
         references=tuple(references),
         max_lag=config.schedule.max_lag,
         max_new_tokens=config.sampling.max_new_tokens,
+        samples_per_prompt=config.sampling.samples_per_prompt,
     )
 
 

@@ -19,6 +19,12 @@ alone by the one that writes them.
 
 With dynamic sampling annotate t waits for label t: until then nobody knows which prompts are left.
 
+Where the algorithm asks for responses of the base model, another phase comes first, and sample t waits for it:
+
+    sample_reference t   as sample t                   -            learner, engine               reference_rollouts t
+
+It pushes the base model into every replica, samples, and pushes the policy back, so it takes learner and engine alone.
+
 With `max_lag: 1` iteration t is sampled while t-1 trains, so from the weights of t-2. Only these edges differ:
 
 (1) sample t waits for the same phase of t-2, and for sample t-1, which says where its prompts begin.
@@ -62,7 +68,9 @@ class Phase:
     """Dotted path, `package.module:function`, of a phase that is not in onlinerl.controller.phases."""
 
 
-def phases(*, stream: bool, evaluate_beside: bool, max_lag: int = 0, dynamic: bool = False) -> tuple[Phase, ...]:
+def phases(
+    *, stream: bool, evaluate_beside: bool, max_lag: int = 0, dynamic: bool = False, reference_samples: bool = False
+) -> tuple[Phase, ...]:
     """The graph, in the order in which an iteration goes through it if nothing runs side by side.
 
     Args:
@@ -70,13 +78,17 @@ def phases(*, stream: bool, evaluate_beside: bool, max_lag: int = 0, dynamic: bo
         evaluate_beside: the next iteration samples while this one is evaluated.
         max_lag: how many iterations are trained while the next one is sampled: 0 or 1.
         dynamic: `sample` waits for what `label` says, so `label` follows it; which prompts are left is known when both are finished.
+        reference_samples: the base model is sampled too; never with lag, where the learner trains meanwhile.
     """
     sampled_from = ("sync" if evaluate_beside else "commit", 1 + max_lag)
     lagging = max_lag > 0
+    reference = Phase(name="sample_reference", waits_for=(sampled_from,), alone=frozenset({"learner", "engine"}), keeps=True)
+    first = [(reference.name, 0)] if reference_samples else []
     graph = (
+        *([reference] if reference_samples else []),
         Phase(
             name="sample",
-            waits_for=(sampled_from, *([("sample", 1)] if lagging else [])),
+            waits_for=(sampled_from, *([("sample", 1)] if lagging else []), *first),
             shares=frozenset({"engine"}),
             keeps=True,
         ),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
@@ -185,12 +186,15 @@ def probe_oracle(oracle: Oracle, prompt: Prompt) -> Verdict:
 def derived(config: RunConfig, algorithm: Algorithm) -> str:
     """The batch-like numbers that follow from the ones that were set."""
     prompts, k, per_step = config.prompts.per_iteration, config.sampling.samples_per_prompt, config.training.batch_size
-    greedy, judged = algorithm.needs.greedy, k + len(algorithm.needs.beside_samples)
+    beside = algorithm.needs.beside_samples
+    judged = k + len(beside)
     items = prompts * algorithm.most_items(judged, configuration.pair_builder(config).most(judged))
     what = "pairs" if algorithm.needs.pairs else "items"
+    drawn = f"{k} sample{'s' if k > 1 or not beside else ''}"
+    samples = " + ".join([drawn, *(f"{n} {source} response{'s' if n > 1 else ''}" for source, n in Counter(beside).items())])
     steps = ceil(items / per_step) * config.training.epochs
     return (
-        f"{prompts} prompts x {f'({k} samples + 1 greedy response)' if greedy else f'{k} samples'} -> at most {items} {what} -> at most {steps} optimizer steps an iteration "
+        f"{prompts} prompts x {f'({samples})' if beside else samples} -> at most {items} {what} -> at most {steps} optimizer steps an iteration "
         f"({per_step} {what} a step, {config.training.epochs} epoch{'s' if config.training.epochs > 1 else ''}); "
         f"{config.iterations} iterations"
     )

@@ -225,6 +225,7 @@ def _wire(
             evaluate_beside=beside,
             max_lag=schedule.max_lag,
             dynamic=samples_dynamically(checked.config, checked.algorithm),
+            reference_samples=checked.algorithm.needs.reference_samples > 0,
         ),
         config=checked.config,
         algorithm=checked.algorithm,

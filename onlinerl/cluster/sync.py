@@ -107,8 +107,12 @@ class WeightPush:
         """The processes of the replicas that the learner has a connection to."""
         self._first = True
 
-    def push(self, version: int) -> SyncReport:
+    def push(self, version: int, model: str = "policy") -> SyncReport:
         """Send, reset caches, prove. Where a replica has failed, everything is sent again to the others.
+
+        Args:
+            version: which the replicas take on.
+            model: whose weights: "policy", or the path of a saved model, which the ranks read.
 
         Raises:
             SyncError: naming phase and replica, with the replica's own error.
@@ -118,7 +122,7 @@ class WeightPush:
         while True:
             self._members, self._unproved = [], {}
             try:
-                return self._attempt(version, _Deadline(version, self._transport.timeout_s))
+                return self._attempt(version, model, _Deadline(version, self._transport.timeout_s))
             except LearnerLost:
                 raise
             except OnlineRLError as error:
@@ -142,13 +146,13 @@ class WeightPush:
         blamed = self._fleet.silent(there) or (self._unproved if some else {})
         return blamed if blamed or len(there) < len(self._members) else None
 
-    def _attempt(self, version: int, left: _Deadline) -> SyncReport:
+    def _attempt(self, version: int, model: str, left: _Deadline) -> SyncReport:
         def learner(method: Callable[..., T], *args: Any) -> T:
             return self._learner.call(method, *args, timeout_s=left("push"), turn="both")[0]
 
         # The learner's half of the proof comes first: later it may have given its memory away.
         self._turns.move("learner", left("canary"))
-        ours = self._learner.logprobs(self._canary_sequences(), timeout_s=left("canary"))
+        ours = self._learner.logprobs(self._canary_sequences(), model=model, timeout_s=left("canary"))
         self._turns.move("both", left("push"))
         with left.paused():
             self._members = members = self._fleet.begin_update()
@@ -160,8 +164,8 @@ class WeightPush:
         )
         self._all([r.call(EngineReplica.watch, sample) for r in members], left("push"), "watching")
         files = self._transport.receiver is None
-        learner(LearnerRank.send_weights, version, str(self._pool.starter.weights_of(version)) if files else None)
-        sent, sent_bytes = learner(LearnerRank.digests, sample), learner(LearnerRank.wire_bytes)
+        learner(LearnerRank.send_weights, version, str(self._pool.starter.weights_of(version)) if files else None, model)
+        sent, sent_bytes = learner(LearnerRank.digests, sample, model), learner(LearnerRank.wire_bytes)
         self._turns.move("engine", left("push"))
         self._all([r.call(EngineReplica.reset_caches) for r in members], left("cache_reset"), "resetting caches")
         delivered = Delivered(

@@ -29,14 +29,26 @@ def generate(
     table: Table[Group],
     phase: str,
     *,
+    version: int,
     feed: Feed[str] | None = None,
     more: Callable[[Mapping[str, Sampled]], Sequence[Request]] = lambda sampled: (),
+    joined: Callable[[Sequence[Group]], Sequence[Group]] = lambda groups: groups,
 ) -> list[Sampled]:
     """What was sampled for each request, in their order; only groups that are not in the table yet are generated.
 
     Until the table is complete, a group with rejected responses is asked for again, so a repaired engine gets its chance. The id of each
-    prompt goes to `feed` too, once its group is on disk for good. When all is there, `more` is told what was sampled by prompt, and says
-    what else to generate, until that is nothing.
+    prompt goes to `feed` too, once its group is on disk for good.
+
+    Args:
+        it: the iteration.
+        requests: one per prompt.
+        sampling: of the responses that are drawn.
+        table: where the groups are kept.
+        phase: that asks.
+        version: of the weights that the engine must have.
+        feed: who follows.
+        more: when all is there, it is told what was sampled by prompt, and says what else to generate, until that is nothing.
+        joined: adds to groups what other responses to their prompts there are, before they are kept.
     """
     tracker = it.parts.tracker
     complete = table.sealed
@@ -47,20 +59,22 @@ def generate(
     rejected = Counter(reason for s in sampled.values() for reason in s.rejected)
     requests = list(requests)
     while True:
-        asked = sum(len(r.seeds) for r in requests)
+        seeds = {r.prompt.id: len(r.seeds) for r in requests}
+        asked = sum(seeds.values())
         todo = [r for r in requests if r.prompt.id not in sampled]
         by_id = {r.prompt.id: r for r in todo}
         tracker.phase_started(it.number, phase, asked, "samples")
-        tracker.phase_advanced(it.number, phase, sum(s.responses for s in sampled.values()))
-        for groups in it.parts.engine.generate(todo, sampling) if todo else ():
-            health.check_groups(groups, it.number if phase == "answer" else it.sampling_version)
-            health.check_sources(groups, by_id, sampling)
+        tracker.phase_advanced(it.number, phase, sum(seeds[prompt_id] for prompt_id in sampled if prompt_id in seeds))
+        for made in it.parts.engine.generate(todo, sampling) if todo else ():
+            health.check_groups(made, version)
+            health.check_sources(made, by_id, sampling)
+            groups = joined(made)
             table.append(groups)
             new = {group.prompt.id: Sampled.of(group) for group in groups}
             sampled |= new
             if feed is not None:
                 feed.put(prompt_id for prompt_id, one in new.items() if not one.rejected)
-            tracker.phase_advanced(it.number, phase, sum(one.responses + len(one.rejected) for one in new.values()))
+            tracker.phase_advanced(it.number, phase, sum(seeds[prompt_id] for prompt_id in new))
             rejected.update(reason for one in new.values() for reason in one.rejected)
             health.check_rejected(rejected, asked, it.parts.config.engine.max_rejected)
             it.check_stop()

@@ -171,7 +171,7 @@ class _Made:
         for item in _annotated(made.prompt_id, made.items, known):
             for sequence in item.sequences:
                 self.earned.append(_score(self._it.parts.algorithm, sequence))
-                self.sampled_by[sequence.policy_version] += 1
+                self.sampled_by[sequence.policy_version] += sequence.source != "reference"
             yield item
 
 

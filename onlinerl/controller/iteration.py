@@ -15,7 +15,7 @@ from onlinerl.controller.parts import Built, Parts, reference_iteration, samples
 from onlinerl.controller.report import Reporter
 from onlinerl.errors import StoreError, SyncError
 from onlinerl.protocols.algorithm import Needs
-from onlinerl.protocols.store import ROLLOUTS, VERDICTS, Scratch, Table
+from onlinerl.protocols.store import REFERENCE_ROLLOUTS, ROLLOUTS, VERDICTS, Scratch, Table
 from onlinerl.types import Failure, Group, Label, Prompt, SampleRecord, SyncReport, TrainRecord, Verdict
 
 Answer = Verdict | Failure | None
@@ -117,6 +117,10 @@ class Iteration:
         """What is sampled for training."""
         return self.parts.store.groups(self.number, ROLLOUTS, self._by_id)
 
+    def reference_groups(self) -> Table[Group]:
+        """What the base model says to the same prompts, where the algorithm asks for that."""
+        return self.parts.store.groups(self.number, REFERENCE_ROLLOUTS, self._by_id)
+
     @cached_property
     def needs(self) -> Needs:
         """Of the algorithm, which makes them anew whenever it is asked."""
@@ -204,18 +208,22 @@ class Iteration:
         """Give the engine the learner's weights; that it failed is exported before it ends the run."""
         return push(self.parts, self.weights, self.report, self.number)
 
+    def push_base(self) -> SyncReport:
+        """Give the engine those of the base model, which is version 0, while the learner keeps its own."""
+        return push(self.parts, self.weights, self.report, self.number, base=True)
 
-def push(parts: Parts, weights: Weights, report: Reporter, iteration: int) -> SyncReport:
-    """Give the engine the learner's weights; that it failed is exported before it ends the run.
+
+def push(parts: Parts, weights: Weights, report: Reporter, iteration: int, *, base: bool = False) -> SyncReport:
+    """Give the engine the learner's weights, or those of the base model; that it failed is exported before it ends the run.
 
     Raises:
         SyncError: if it failed.
     """
-    weights.engine = None
+    weights.engine, version = None, 0 if base else weights.learner
     try:
-        pushed = parts.sync.push(weights.learner)
+        pushed = parts.sync.push(version, parts.base_model if base else "policy")
     except SyncError:
         report.push_failed(iteration)
         raise
-    weights.engine = weights.learner
+    weights.engine = version
     return pushed

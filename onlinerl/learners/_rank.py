@@ -30,7 +30,7 @@ from onlinerl.learners._optimizer import critic_rate
 from onlinerl.learners._plain import load_generators, save_generators
 from onlinerl.learners._policy import Policy
 from onlinerl.learners._self_test import Sums, compare
-from onlinerl.learners._weights import PolicySource
+from onlinerl.learners._weights import PolicySource, Switched
 from onlinerl.learners._whole_step import first_pass, initial_state, load_state, save_state, state_metrics
 from onlinerl.network import choose_interface
 from onlinerl.ops.batching import collate
@@ -130,9 +130,13 @@ class Rank:
         """The reverse of `_write`."""
         raise NotImplementedError
 
-    def weight_source(self, dtype: torch.dtype) -> PolicySource:
-        """The policy's weights for a transport, in the engine's dtype."""
-        return PolicySource(self._policy.model, dtype)
+    def weight_source(self, dtype: torch.dtype, model: str = "policy") -> PolicySource:
+        """The weights of the policy, or of a saved model, for a transport, in the engine's dtype."""
+        return PolicySource(self._language_model(model), dtype)
+
+    def _language_model(self, model: str) -> nn.Module:
+        found: nn.Module = (self._policy if model == "policy" else self._reader.frozen(model)).model
+        return found
 
     # --- log-probs and values ---
 
@@ -263,14 +267,16 @@ class Rank:
 
     def open_sync(self, transport: TransportConfig, meeting: Meeting, replicas: Replicas) -> None:
         """Open the sending half and meet the replicas. Called on every rank."""
-        self.source = self.weight_source(getattr(torch, meeting.dtypes[-1]))
+        self._wire_dtype: torch.dtype = getattr(torch, meeting.dtypes[-1])
+        self.source = Switched(self.weight_source(self._wire_dtype))
         self._sender = transport.sender(meeting, replicas, self.source)
 
-    def send_weights(self, version: int, path: str | None) -> None:
-        """Send everything to everyone. No training collective may be in flight, so the ranks meet before and after."""
+    def send_weights(self, version: int, path: str | None, model: str) -> None:
+        """Send everything of the policy, or of a saved model, to everyone. No training collective may be in flight, so the ranks meet before and after."""
         dist.barrier()
         assert self._sender is not None, "open_sync() comes first"
-        self._sender.send(version, path)
+        with self.source.to(self.weight_source(self._wire_dtype, model)):
+            self._sender.send(version, path)
         dist.barrier()
 
     def parameter_names(self) -> list[str]:
@@ -281,12 +287,13 @@ class Rank:
         """Size of one full transfer."""
         return sum(int(np.prod(m.shape)) * m.dtype.itemsize for m in self.source.metadata())
 
-    def digests(self, names: Sequence[str]) -> dict[str, str]:
+    def digests(self, names: Sequence[str], model: str) -> dict[str, str]:
         """Checksums of these tensors as this learner holds them, in the wire dtype. Collective where weights are cut up."""
         from onlinerl.transports._proof import digest
 
         wanted = set(names)
-        return {name: digest(tensor) for name, tensor in self.source if name in wanted}
+        source = self.weight_source(self._wire_dtype, model)
+        return {name: digest(tensor) for name, tensor in source if name in wanted}
 
     # --- memory that is shared with an engine ---
 

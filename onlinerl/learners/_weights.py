@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from onlinerl.errors import LearnerError
 from onlinerl.protocols.learner import TensorMeta
 
 
@@ -39,6 +41,43 @@ class PolicySource:
 
     def _shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
         return tuple(parameter.shape)
+
+
+class Switched:
+    """The policy's weights, and for the time of a block those of another model with the same tensors; a `protocols.learner.WeightSource`.
+
+    A transport takes one source for good.
+    """
+
+    def __init__(self, source: PolicySource) -> None:
+        self._source = source
+
+    @contextmanager
+    def to(self, other: PolicySource) -> Iterator[None]:
+        """Inside, everything comes from `other`.
+
+        Raises:
+            LearnerError: if it has other tensors.
+        """
+        mine = self._source
+        if other.metadata() != mine.metadata():
+            raise LearnerError(
+                "the saved model has other tensors than the policy, so the engine cannot take them in its place",
+                field="model",
+                fix="it must be the model that the run started from",
+            )
+        self._source = other
+        try:
+            yield
+        finally:
+            self._source = mine
+
+    def metadata(self) -> list[TensorMeta]:
+        """The same whichever it is."""
+        return self._source.metadata()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._source
 
 
 def layer_by_layer(names: Sequence[str]) -> list[str]:

@@ -61,7 +61,7 @@ class Toy(InProcessLearner):
                 field="engine.name",
                 fix="set engine.name=toy, or another learner",
             )
-        return ToySync(lambda: learner.logits.detach().numpy(), engine.load, lambda: engine.logits)
+        return ToySync(lambda: learner.logits_of("policy"), engine.load, lambda: engine.logits, learner.logits_of)
 
 
 class ToyLearner:
@@ -86,10 +86,11 @@ class ToyLearner:
         self, sequences: Sequence[TrainSequence], *, model: str = "policy", temperature: float = 1.0
     ) -> list[np.ndarray]:
         """Log-probs f32[T]; `model` is "policy", the base model, or a file written by `export`."""
-        logprobs = torch.log_softmax(torch.tensor(self._logits_of(model)) / temperature, dim=-1).numpy()
+        logprobs = torch.log_softmax(torch.tensor(self.logits_of(model)) / temperature, dim=-1).numpy()
         return [logprobs[list(s.response_ids)].astype(np.float32) for s in sequences]
 
-    def _logits_of(self, model: str) -> np.ndarray:
+    def logits_of(self, model: str) -> np.ndarray:
+        """The weights of "policy", the base model, or a file written by `export`."""
         if model == "policy":
             return self.logits.detach().numpy()
         return np.zeros(len(self.logits)) if model == self._base else np.load(Path(model) / "logits.npy")
@@ -142,7 +143,7 @@ class ToyLearner:
         """Compare what the items carry with what the policy says, and the policy with the base model."""
 
         def base(batch: Batch) -> Tensor:
-            return self._logprobs(batch, torch.tensor(self._logits_of(base_model)))
+            return self._logprobs(batch, torch.tensor(self.logits_of(base_model)))
 
         return combine([compare(self._outputs, base, self._algorithm, [items], torch.device("cpu"))], items, self._algorithm)
 
@@ -179,21 +180,26 @@ class ToySync:
         read: the learner's weights.
         write: gives weights and version to the engine.
         held: the engine's weights.
+        saved: those of a saved model, by its path; without it only the learner's own are pushed.
     """
 
     def __init__(
-        self, read: Callable[[], np.ndarray], write: Callable[[np.ndarray, int], None], held: Callable[[], np.ndarray]
+        self,
+        read: Callable[[], np.ndarray],
+        write: Callable[[np.ndarray, int], None],
+        held: Callable[[], np.ndarray],
+        saved: Callable[[str], np.ndarray] | None = None,
     ) -> None:
-        self._read, self._write, self._held = read, write, held
+        self._read, self._write, self._held, self._saved = read, write, held, saved
 
-    def push(self, version: int) -> SyncReport:
+    def push(self, version: int, model: str = "policy") -> SyncReport:
         """Copy and compare.
 
         Raises:
             SyncError: if the engine does not hold what the learner holds.
         """
         started = time.monotonic()
-        weights = self._read()
+        weights = self._read() if model == "policy" or self._saved is None else self._saved(model)
         self._write(weights, version)
         if not np.array_equal(self._held(), weights):
             raise SyncError("the engine does not hold the learner's weights", field="sync", fix="this is a bug of the toy")

@@ -30,6 +30,7 @@ def train_sequences(judged: Judged, only: Collection[int] | None = None) -> dict
             finish_reason=rollout.finish_reason,
             policy_version=rollout.policy_version,
             behavior_logprobs=np.asarray(rollout.logprobs, dtype=np.float32),
+            source=rollout.source,
         )
         for index, (rollout, score, win_rate, said) in enumerate(
             zip(judged.group.rollouts, scores, win_rates, judged.verdict.judged(), strict=True)

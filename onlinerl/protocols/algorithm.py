@@ -70,11 +70,13 @@ class Needs(BaseModel):
     """`anchor_logprobs`: what the base model says, whatever iterate the reference is."""
     greedy: bool = False
     """The greedy response (temperature 0) of the policy that samples. It joins the samples of its prompt, and is judged with them."""
+    reference_samples: int = 0
+    """So many responses of the base model to each prompt, which join the samples too."""
 
     @property
     def beside_samples(self) -> tuple[str, ...]:
         """Sources of the responses of a group beside those that `sampling.samples_per_prompt` counts."""
-        return ("greedy",) * self.greedy
+        return ("greedy",) * self.greedy + ("reference",) * self.reference_samples
 
     @property
     def values(self) -> bool:

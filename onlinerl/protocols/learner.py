@@ -164,8 +164,8 @@ class LearnerRank(Protocol):
         """Open the sending half and meet the replicas."""
         ...
 
-    def send_weights(self, version: int, path: str | None) -> None:
-        """Send everything to everyone, see `Sender.send`."""
+    def send_weights(self, version: int, path: str | None, model: str) -> None:
+        """Send everything of "policy", or of the saved model at this path, to everyone; see `Sender.send`."""
         ...
 
     def parameter_names(self) -> list[str]:
@@ -176,8 +176,8 @@ class LearnerRank(Protocol):
         """Size of one full transfer."""
         ...
 
-    def digests(self, names: Sequence[str]) -> dict[str, str]:
-        """Checksums of these tensors as this learner holds them, in the wire dtype."""
+    def digests(self, names: Sequence[str], model: str) -> dict[str, str]:
+        """Checksums of these tensors of "policy" or a saved model as this learner holds them, in the wire dtype."""
         ...
 
     def offload(self, what: str) -> None:

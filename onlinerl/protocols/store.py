@@ -17,6 +17,7 @@ T = TypeVar("T")
 V = TypeVar("V")
 
 ROLLOUTS = "rollouts"
+REFERENCE_ROLLOUTS = "reference_rollouts"
 VERDICTS = "verdicts"
 LOGPROBS = "logprobs"
 """What is known about the responses that are trained on, f32[T] each, by name (old_logprobs, reference_logprobs, anchor_logprobs, values)."""

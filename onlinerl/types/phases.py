@@ -43,6 +43,19 @@ class SampleRecord(PhaseRecord):
     rounds: NotRequired[int]
 
 
+class SampleReferenceRecord(PhaseRecord):
+    """Of `sample_reference`."""
+
+    samples: int
+    """Usable responses of the base model."""
+    tokens: int
+    rejected: Mapping[str, int]
+    """Responses that could not be used, by reason."""
+    policy_version: int
+    pushes: int
+    """How often weights were pushed: to the base model and back, or not at all where that is the policy."""
+
+
 class LabelRecord(PhaseRecord):
     """Of `label`."""
 
@@ -151,6 +164,7 @@ class CommitRecord(PhaseRecord):
 class PhaseRecords(TypedDict, total=False):
     """Of the finished phases of an iteration, by name; a phase that somebody adds to the graph has one too."""
 
+    sample_reference: SampleReferenceRecord
     sample: SampleRecord
     label: LabelRecord
     annotate: AnnotateRecord

@@ -16,6 +16,8 @@ class Plan:
     """How many versions the policy that samples may be behind the one that training starts from."""
     max_new_tokens: int | None = None
     """The longest response that is sampled."""
+    samples_per_prompt: int | None = None
+    """Those that are drawn from the policy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

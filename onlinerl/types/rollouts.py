@@ -10,8 +10,8 @@ from onlinerl.types.prompts import Prompt
 
 FinishReason = Literal["stop", "length", "abort"]
 RejectReason = Literal["logprob", "abort"]
-Source = Literal["policy", "greedy"]
-"""Where a response is from: drawn from the policy, or its most probable token taken at each position."""
+Source = Literal["policy", "greedy", "reference"]
+"""Where a response is from: drawn from the policy, its most probable token taken at each position, or drawn from the base model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,10 +38,12 @@ class Request:
     seeds: tuple[int, ...]
     greedy: bool = False
     """Whether the last of them is taken greedily instead of being drawn. It has a seed like the others, which names it."""
+    source: Source = "policy"
+    """Of those that are drawn."""
 
     def responses(self, sampling: Sampling) -> list[tuple[int, Sampling, Source]]:
         """Seed, sampling and source of each response, in their order; `sampling` is that of those that are drawn."""
-        drawn: list[tuple[int, Sampling, Source]] = [(seed, sampling, "policy") for seed in self.seeds]
+        drawn: list[tuple[int, Sampling, Source]] = [(seed, sampling, self.source) for seed in self.seeds]
         return [*drawn[:-1], (self.seeds[-1], sampling.greedy(), "greedy")] if self.greedy else drawn
 
 

@@ -43,6 +43,8 @@ class TrainSequence:
     """f32[T], targets of the critic."""
     anchor_logprobs: np.ndarray | None = None
     """f32[T], of the base model, by the learner, beside those of the reference."""
+    source: str = "policy"
+    """Who wrote it, see `Rollout.source`."""
 
     def with_(self, **changes: object) -> TrainSequence:
         """A copy with some fields replaced."""

@@ -130,6 +130,8 @@ def _needs(needs: Needs) -> Iterator[str]:
     for field in ("pairs", "reference", "old_logprobs", "entropy", "preferences", "greedy"):
         if on[field]:
             yield docs[field].partition(". ")[0].rstrip(".")
+    if needs.reference_samples:
+        yield f"{needs.reference_samples} response of the base model to each prompt, which joins the samples"
     if needs.critic is not None:
         yield f"a critic ({needs.critic})"
 

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onlinerl.graph import PHASES
+from onlinerl import graph
 from onlinerl.stores.summary import records
 
 PARTS = ("engine", "oracle", "learner")
-_PARTS_OF = {phase.name: tuple(part for part in PARTS if part in phase.alone | phase.shares) for phase in PHASES}
+_PARTS_OF = {
+    phase.name: tuple(part for part in PARTS if part in phase.alone | phase.shares)
+    for phase in graph.phases(stream=False, evaluate_beside=False, reference_samples=True)
+}
 _MICRO = 1e6
 WIDTH = 48
 

@@ -15,6 +15,7 @@ from onlinerl.stores.summary import summarise
 
 ITERATIONS, K = 3, 4
 KILLED = -signal.SIGKILL
+XPO = {**COUNTED, "algorithm.name": "xpo", "iterations": ITERATIONS, "sampling.samples_per_prompt": 1}
 SELM = {**COUNTED, "algorithm.name": "selm", "iterations": ITERATIONS}
 
 
@@ -112,3 +113,104 @@ def test_a_pair_whose_exploration_response_was_cut_is_no_trained_pair(toy_config
         assert run.read(1, "pairs") == []
     assert {*rollouts(tmp_path / "runs/toy", 1)[0]["finish_reasons"][K:]} == {"length"}
     assert (record["items"], record["dropped"]["truncated"] > 0) == (0, True)
+
+
+# --- responses of the base model ---
+
+
+@pytest.fixture(scope="module")
+def explored(toy_config, warm_cli_in, tmp_path_factory):
+    """A folder with a run of xpo that nothing happened to."""
+    folder = tmp_path_factory.mktemp("explored")
+    done = warm_cli_in(folder)("run", toy_config(folder, XPO), log=folder / "log")
+    assert done.returncode == 0, done.message
+    assert "8 prompts x (1 sample + 1 reference response) -> at most 8 pairs" in done.stdout
+    return folder
+
+
+def pushed(log: Path) -> list[int]:
+    return [e["version"] for e in events(log) if e["kind"] == "push"]
+
+
+def test_each_pair_is_one_response_of_the_policy_and_one_of_the_base_model(explored):
+    run = explored / "runs/toy"
+    base = np.log(np.full(len(weights(run, 1)), 1 / len(weights(run, 1))))
+    for t in range(1, ITERATIONS + 1):
+        for row in rollouts(run, t):
+            assert row["sources"] == ["policy", "reference"]
+            assert row["policy_versions"] == [t - 1, 0]
+            own, other = row["logprobs"]
+            logits = weights(run, t - 1) if t > 1 else base
+            policy = logits - np.log(np.exp(logits).sum())
+            assert own == pytest.approx(policy[row["token_ids"][0]].tolist(), abs=1e-5)
+            assert other == pytest.approx(base[row["token_ids"][1]].tolist(), abs=1e-5), "sampled from the base model"
+    with RunDirectory.open(run) as opened:
+        records = [opened.phases(t) for t in range(1, ITERATIONS + 1)]
+    assert [[*record][:2] for record in records] == [["sample_reference", "sample"]] * ITERATIONS
+    assert [record["sample_reference"]["pushes"] for record in records] == [0, 2, 2], "at first the policy is the base model"
+    assert [record["train"]["sampled_by"] for record in records] == [[0], [1], [2]], "that of the base model is not stale"
+    assert pushed(explored / "log") == [0, 1, 0, 1, 2, 0, 2, 3]
+    assert all(row["sync"]["proved"] for row in summarise(run)["iterations"])
+
+
+def test_the_base_model_is_asked_once_about_each_prompt(explored):
+    answered = generated(explored / "log")
+    assert {*answered.values()} == {1}
+    assert len(answered) == 2 * ITERATIONS * PROMPTS + (ITERATIONS + 1) * HELDOUT
+    asked = [one for e in events(explored / "log") if e["kind"] == "judge" for one in e["asked"]]
+    assert sum(len(one) == 3 for one in asked) == ITERATIONS * PROMPTS + 1, "both are judged together, and the trial question"
+
+
+FIRST = HELDOUT + 2 * PROMPTS + HELDOUT
+"""Groups that are sampled before iteration 2."""
+MOMENTS = {
+    "before the base model is pushed": ["after 1 commit", 1],
+    "when the base model has been pushed": ["push", 3],
+    "while the base model is sampled": ["generate", FIRST + 3],
+    "when the base model has been sampled": ["generate", FIRST + PROMPTS],
+    "when the policy has been pushed back": ["push", 4],
+    "before that is recorded": ["before 2 sample_reference", 1],
+    "when that is recorded": ["after 2 sample_reference", 1],
+    "while the policy is sampled": ["generate", FIRST + PROMPTS + 3],
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("schedule", [[], ["schedule.stream=true", "schedule.evaluate_beside=true"]], ids=["in turn", "beside"])
+def test_killed_while_the_engine_holds_the_base_model(explored, toy_config, warm_cli, tmp_path, moment, schedule):
+    """Whatever the engine held, no prompt is answered by the wrong weights, and none is asked twice but the one in the works."""
+    command = ("run", toy_config(tmp_path, XPO), *schedule)
+    assert warm_cli(*command, log=tmp_path / "log", kill=MOMENTS[moment]).returncode == KILLED
+    done = warm_cli("resume", "runs/toy", log=tmp_path / "log")
+    assert done.returncode == 0, done.message
+    answered = generated(tmp_path / "log")
+    assert answered.keys() == generated(explored / "log").keys()
+    assert sum(answered.values()) - len(answered) <= 2
+    ours, theirs = everything(tmp_path / "runs/toy"), everything(explored / "runs/toy")
+    assert [ours[key] for key in ("weights", "pairs", "metrics")] == [theirs[key] for key in ("weights", "pairs", "metrics")]
+    assert [rollouts(tmp_path / "runs/toy", t) for t in (1, 2, 3)] == [rollouts(explored / "runs/toy", t) for t in (1, 2, 3)]
+
+
+def test_of_several_samples_pairs_with_the_base_model_are_kept(toy_config, warm_cli, tmp_path):
+    config = toy_config(tmp_path, XPO, iterations=1)
+    several = ["sampling.samples_per_prompt=3", "pairing.name=all_pairs"]
+    done = warm_cli("run", config, *several, log=tmp_path / "log")
+    assert done.returncode == 0, done.message
+    assert "same_source" in done.stdout, "said beforehand"
+    with RunDirectory.open(tmp_path / "runs/toy") as run:
+        record = run.phases(1)["train"]
+    assert record["items"] > 0
+    assert record["dropped"]["same_source"] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["schedule.max_lag=1", "schedule.evaluate_beside=true"], "schedule.max_lag: is 1, and xpo samples the base model too"),
+        (["cluster.colocate=true"], "cluster.colocate"),
+    ],
+)
+def test_where_the_learner_cannot_lend_the_base_model_it_is_refused(toy_config, warm_cli, tmp_path, overrides, said):
+    done = warm_cli("check", toy_config(tmp_path, XPO), *overrides)
+    assert done.returncode != 0
+    assert said in done.message

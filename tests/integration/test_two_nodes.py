@@ -136,8 +136,8 @@ def test_without_learning_the_replica_never_changes(tiny_llama, tmp_path, monkey
     held: list[list[dict[str, str]]] = []
     push = sync.WeightPush.push
 
-    def push_and_look(self, version):
-        report = push(self, version)
+    def push_and_look(self, version, model="policy"):
+        report = push(self, version, model)
         [replica] = self._fleet.replicas
         held.append(replica.call(VLLMReplica.held).result(60))
         return report

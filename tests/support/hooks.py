@@ -138,10 +138,10 @@ def install():
         event("save")
         return written
 
-    def push(self, version, original=sync.push):
+    def push(self, version, model="policy", original=sync.push):
         if SPEC.get("broken") == "push" and version > 0:
             raise SyncError("planted", field="sync", fix="none")
-        report = original(self, version)
+        report = original(self, version, model)
         event("push", version=version)
         return report
 

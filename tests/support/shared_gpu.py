@@ -298,18 +298,18 @@ class Rank(Actor):
     def do_wire_bytes(self) -> int:
         return 8
 
-    def do_digests(self, names: list[str]) -> dict[str, str]:
+    def do_digests(self, names: list[str], model: str) -> dict[str, str]:
         self.gpu.need("policy")
-        return {name: str(self.weights) for name in names}
+        return {name: str(self._of(model)) for name in names}
 
-    def do_send_weights(self, version: int, path: str | None) -> None:
+    def do_send_weights(self, version: int, path: str | None, model: str) -> None:
         self.gpu.need("policy")
         if self.rank == 0 and path is not None:
             self.client.load_weights(path, version, ("float32", "float32"))
         elif self.rank == 0:
             self.client.version = version
             self.client.start_weight_update()
-            self.client.update_weights({"value": self.weights})
+            self.client.update_weights({"value": self._of(model)})
             self.client.finish_weight_update()
 
 

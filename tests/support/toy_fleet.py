@@ -159,10 +159,11 @@ class Replica(shared_gpu.Replica):
                 text=f" good {seed % 7}" * (seed % 3),
                 finish_reason="stop",
                 policy_version=int(self.version),
-                sampler=sampling,
+                sampler=how,
                 seed=seed,
+                source=source,
             )
-            for seed in request.seeds
+            for seed, how, source in request.responses(sampling)
         )
         return Group(prompt=request.prompt, rollouts=rollouts)
 

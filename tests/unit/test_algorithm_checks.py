@@ -236,3 +236,20 @@ def test_a_kl_needs_a_reference_and_any_one_will_do(name):
         notes(f"algorithm.name={name}", "reference.schedule=none")
     for schedule in ("fixed", "previous", "every_n"):
         assert [note for note in notes(f"algorithm.name={name}", f"reference.schedule={schedule}") if "reference" in note] == []
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "cause"),
+    [
+        ("schedule.max_lag=1", "schedule.max_lag", "the policy back, while it trains"),
+        ("cluster.colocate=true", "cluster.colocate", "on the shared GPU in one push"),
+        ("sampling.dynamic=true", "sampling.dynamic", "nothing on the prompts that come in later"),
+    ],
+)
+def test_a_learner_that_cannot_lend_the_base_model_is_refused(override, field, cause):
+    one = ["algorithm.name=xpo", "sampling.samples_per_prompt=1"]
+    assert notes(*one) == []
+    one = ["algorithm.name=xpo", "sampling.samples_per_prompt=2"]
+    with pytest.raises(ConfigError, match=cause) as caught:
+        notes(*one, override)
+    assert caught.value.field == field

@@ -15,6 +15,7 @@ from onlinerl.errors import ConfigError
 from onlinerl.graph import NAMES, Phase, Task
 
 SECONDS = {
+    "sample_reference": 3.0,
     "sample": 5.0,
     "label": 6.0,
     "annotate": 3.0,
@@ -207,3 +208,32 @@ def test_a_phase_starts_only_when_what_it_follows_has_begun():
     assert list(graph.ready(rows, [1], done, [(1, "sample"), (1, "label")], shared_hardware=True)) == [], (
         "the engine has the GPU"
     )
+
+
+# --- responses of the base model ---
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("stream", "beside"), [(False, False), (False, True), (True, False), (True, True)])
+def test_nothing_uses_engine_or_learner_while_the_engine_holds_the_base_model(stream, beside, shared):
+    rows = {row.name: row for row in graph.phases(stream=stream, evaluate_beside=beside, reference_samples=True)}
+    assert [*rows] == ["sample_reference", *NAMES]
+    for seed in range(20):
+        made = simulate(list(rows.values()), nothing_done(), shared=shared, jitter=random.Random(seed))
+        assert len(made) == ITERATIONS * len(rows) + 4
+        lent = [(start, end, t) for start, end, (t, name) in made if name == "sample_reference"]
+        for start, end, t in lent:
+            beside_it = [name for s, e, (_, name) in made if s < end and start < e and name != "sample_reference"]
+            assert all(not {"engine", "learner"} & (rows[name].alone | rows[name].shares) for name in beside_it), beside_it
+            finished = [task for _, _, task in made]
+            assert finished.index((t - 1, "sync")) < finished.index((t, "sample_reference")) < finished.index((t, "sample"))
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_killed_and_resumed_the_base_model_is_sampled_once_and_first(beside):
+    rows = graph.phases(stream=True, evaluate_beside=beside, reference_samples=True)
+    for seed in range(50):
+        made = killed_and_resumed(rows, seed)
+        assert len(made) == len(set(made)) == ITERATIONS * len(rows) + 4
+        check_weights(made, 0)
+        assert all(made.index((t, "sample_reference")) < made.index((t, "sample")) for t in range(1, ITERATIONS + 1))

@@ -15,5 +15,5 @@ def answer(it: Iteration) -> AnswerRecord:
     sampling = Sampling(max_new_tokens=config.sampling.max_new_tokens)
     requests = [Request(prompt=p, seeds=(derive_seed(config.seed, "evaluation", p.id),)) for p in it.parts.heldout]
     table = it.parts.store.groups(it.number, EVALUATION, {p.id: p for p in it.parts.heldout})
-    sampled = collect.generate(it, requests, sampling, table, "answer")
+    sampled = collect.generate(it, requests, sampling, table, "answer", version=it.number)
     return {"samples": sum(s.responses for s in sampled), "tokens": sum(s.tokens for s in sampled)}

@@ -1,15 +1,16 @@
-"""Fresh prompts, K responses each, and the greedy one where the algorithm asks for it."""
+"""Fresh prompts, K responses each, and what the algorithm asks for beside them: the greedy one, and those of the base model."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from onlinerl.controller import collect
 from onlinerl.controller.dynamic import Rounds
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.tally import Sampled
-from onlinerl.types import Prompt, Request, SampleRecord, derive_seed
+from onlinerl.types import Group, Prompt, Request, SampleRecord, derive_seed
 
 
 def sample(it: Iteration) -> SampleRecord:
@@ -29,8 +30,25 @@ def sample(it: Iteration) -> SampleRecord:
     def more(sampled: Mapping[str, Sampled]) -> list[Request]:
         return requests(rounds.more(sampled)) if it.dynamic else []
 
-    spec = config.sampling.spec()
-    sampled = collect.generate(it, requests(rounds.prompts), spec, it.groups(), "sample", feed=it.rollouts, more=more)
+    def with_reference(groups: Sequence[Group]) -> Sequence[Group]:
+        """What the base model said to these prompts comes last."""
+        others = it.reference_groups().select([group.prompt.id for group in groups])
+        return [
+            group if other is None else replace(group, rollouts=(*group.rollouts, *other.rollouts))
+            for group, other in zip(groups, others, strict=True)
+        ]
+
+    sampled = collect.generate(
+        it,
+        requests(rounds.prompts),
+        config.sampling.spec(),
+        it.groups(),
+        "sample",
+        version=it.sampling_version,
+        feed=it.rollouts,
+        more=more,
+        joined=with_reference if it.needs.reference_samples else lambda groups: groups,
+    )
     it.report.sampled(it.number, sampled, kept=len(rounds.kept) if it.dynamic else None)
     record: SampleRecord = {
         "samples": sum(s.responses for s in sampled),

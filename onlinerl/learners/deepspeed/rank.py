@@ -141,9 +141,9 @@ class DeepSpeedRank(Rank):
                 if isinstance(value, Tensor):
                     value.zero_()
 
-    def weight_source(self, dtype: torch.dtype) -> ShardedSource:
-        """The policy's weights for a transport, in the engine's dtype."""
-        return ShardedSource(self._policy.model, dtype)
+    def weight_source(self, dtype: torch.dtype, model: str = "policy") -> ShardedSource:
+        """The weights of the policy, or of a saved model, for a transport, in the engine's dtype."""
+        return ShardedSource(self._language_model(model), dtype)
 
     def _weights(self) -> Iterator[Tensor]:
         yield from super()._weights()

@@ -143,6 +143,7 @@ WITHOUT = {
     "aot_unpaired": "it compares distributions over a step",
     "apo_zero": "it falls without end in r_a - r_b while a is likelier to win; see the test of its slope",
     "apo_down": "it falls without end in both rewards; see the test of its slope",
+    "xpo": "its exploration bonus has no closed form; without it, it is dpo",
     "selm": "its exploration bonus has no closed form; without it, it is dpo",
     "tdpo1": "its KL is of whole distributions, not of the margin",
     "tdpo2": "its KL is of whole distributions, not of the margin; without it, it is dpo",

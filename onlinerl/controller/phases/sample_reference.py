@@ -1,0 +1,40 @@
+"""What the base model says to the prompts that the policy is going to be asked about."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from onlinerl.controller import collect
+from onlinerl.controller.iteration import Iteration
+from onlinerl.types import Request, SampleReferenceRecord, derive_seed
+
+
+def sample_reference(it: Iteration) -> SampleReferenceRecord:
+    """Push the base model into the engine, sample from it, and push the policy back; both pushes are proved.
+
+    Nothing is pushed where the policy is still the base model, or where everything was sampled before a kill: a resume begins with the
+    policy in the engine.
+    """
+    config, table = it.parts.config, it.reference_groups()
+    places = range(it.needs.reference_samples)
+    requests = [
+        Request(
+            prompt=p,
+            seeds=tuple(derive_seed(config.seed, it.number, p.id, "reference", i) for i in places),
+            source="reference",
+        )
+        for p in it.prompts()[0]
+    ]
+    pushes = it.sampling_version > 0 and not table.sealed
+    if pushes:
+        it.push_base()
+    sampled = collect.generate(it, requests, config.sampling.spec(), table, "sample_reference", version=0)
+    if pushes:
+        it.push()
+    return {
+        "samples": sum(s.responses for s in sampled),
+        "tokens": sum(s.tokens for s in sampled),
+        "rejected": dict(Counter(reason for s in sampled for reason in s.rejected)),
+        "policy_version": 0,
+        "pushes": 2 * pushes,
+    }
