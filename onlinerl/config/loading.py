@@ -117,7 +117,9 @@ def pair_builder(config: RunConfig) -> PairBuilder:
 
 def spec_of(config: RunConfig, section: str) -> dict[str, Any]:
     """What a section says, or what it means where it is left out."""
-    return getattr(config, section) or {}
+    spec: dict[str, Any] = getattr(config, section) or {}
+    wanted = algorithm(config).needs.pairing if section == "pairing" and "name" not in spec else None
+    return spec if wanted is None else {"name": wanted, **spec}
 
 
 SPECS = ("algorithm", "oracle", "pairing")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from onlinerl.types import derive_seed
 
@@ -22,4 +23,17 @@ def schedule(count: int, batch_size: int, epochs: int, seed: int) -> list[list[i
         order = list(range(count))
         random.Random(derive_seed("schedule", seed, epoch)).shuffle(order)
         steps += [order[start : start + batch_size] for start in range(0, count, batch_size)]
+    return steps
+
+
+def staged(stages: Sequence[Sequence[int]], batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """The same for items that are trained in stages, given by their indices. No step spans two stages; a single one is `schedule`.
+
+    Raises:
+        ValueError: if `batch_size` is below 1.
+    """
+    steps = []
+    for number, stage in enumerate(stages):
+        own = schedule(len(stage), batch_size, epochs, derive_seed("stage", seed, number) if number else seed)
+        steps += [[stage[place] for place in step] for step in own]
     return steps

@@ -68,6 +68,8 @@ class Needs(BaseModel):
     """Only prompts whose responses the oracle tells apart, unless `sampling.dynamic` says otherwise."""
     anchor: bool = False
     """`anchor_logprobs`: what the base model says, whatever iterate the reference is."""
+    pairing: str | None = None
+    """The pair builder where `pairing.name` is left out; None leaves it at the usual one."""
     greedy: bool = False
     """The greedy response (temperature 0) of the policy that samples. It joins the samples of its prompt, and is judged with them."""
     reference_samples: int = 0
@@ -142,6 +144,11 @@ class Algorithm(Component):
         when they are asked for: go through them as often as needed rather than keep them, and yield one by one what becomes of them.
         """
         return items
+
+    def order(self, items: Sequence[TrainItem]) -> Sequence[Sequence[int]]:
+        """Places of the items of each stage, every item in one: a stage is shuffled, cut into optimizer steps and trained
+        `training.epochs` times before the next one. `items` are those that `prepare` made."""
+        return [range(len(items))]
 
     def figures(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Mapping[str, float]:
         """Finite figures of the whole iteration, from its items as `prepare` got them: reported, and kept for later iterations. What an

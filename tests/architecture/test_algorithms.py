@@ -28,7 +28,7 @@ CRITIC = 320
 """As many more where there is a critic: what it begins as, rewards per token, advantages from values, a loss of its own."""
 OFF_POLICY = 80
 """As many more where responses of other policies are weighed by how probable they are."""
-VARIANT = 100
+VARIANT = 120
 """As many more where an algorithm is another one with something added, whose file it then runs through too."""
 
 OTHERS = 80

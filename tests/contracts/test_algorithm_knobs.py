@@ -32,14 +32,16 @@ def test_every_knob_is_here(name):
     assert set(golden(name).KNOBS) == set(type(build(name, {})).model_fields), f"say in KNOBS how each knob of {name} is set"
 
 
-def outcome(name: str, values: dict[str, Any]) -> tuple[Needs, float, list[float], list[int], list[str]]:
-    """What the learner is told, loss per unit, its gradient, items per group, and what was left out."""
+def outcome(name: str, values: dict[str, Any]) -> tuple[Needs, float, list[float], list[int], list[str], list[list[int]]]:
+    """What the learner is told, loss per unit, its gradient, items per group, what was left out, and the order of training."""
     algorithm = build(name, values)
     groups = [group(np.random.default_rng(number), number, "scores", source=source(algorithm)) for number in range(5)]
     built = [algorithm.items(one, pairs_of(one) if algorithm.needs.pairs else []) for one in groups]
     items = list(algorithm.prepare(annotated_items(algorithm), PAST))
     loss, gradient, _ = Policy(items).gradient(algorithm, [items])
-    return algorithm.needs, loss, gradient.tolist(), [len(kept) for kept, _ in built], [str(dropped) for _, dropped in built]
+    order = [list(stage) for stage in algorithm.order(items)]
+    left_out = [str(dropped) for _, dropped in built]
+    return algorithm.needs, loss, gradient.tolist(), [len(kept) for kept, _ in built], left_out, order
 
 
 @pytest.mark.parametrize(("name", "field", "base", "value"), CASES)

@@ -10,9 +10,11 @@ import pytest
 
 from onlinerl.errors import OracleError
 from onlinerl.pairing.all_pairs import AllPairs
+from onlinerl.pairing.best_rest import BestRest
 from onlinerl.pairing.best_worst import BestWorst
 from onlinerl.pairing.floor_margin import FloorMargin
 from onlinerl.pairing.ranked import Ranked
+from onlinerl.pairing.rso import Rso
 from onlinerl.types import Group, Judged, Prompt, Rollout, Sampling, Verdict
 
 NAN = math.nan
@@ -194,3 +196,68 @@ def test_probabilities_that_scores_imply_cannot_be_written_to():
     with pytest.raises(ValueError, match="read-only"):
         verdict.matrix()[0, 1] = 0.0
     assert verdict.matrix()[0, 1] == pytest.approx(0.7310585786300049)
+
+
+class TestBestRest:
+    def test_the_best_against_each_other_one(self):
+        pairs, dropped = BestRest().build(judged(scores=(1.0, 4.0, 2.0, 4.0, 3.5)))
+        best = pairs[0].chosen
+        assert [(pair.rejected, pair.gap) for pair in pairs] == [(0, 3.0), (2, 2.0), (4, 0.5)]
+        assert (best, dropped) in ((1, {"tie": 1}), (3, {"tie": 1}))
+        assert {pair.chosen for pair in pairs} == {best}
+        assert indices(BestRest(min_gap=1.5).build(judged(scores=(1.0, 4.0, 2.0)))[0]) == [(1, 0), (1, 2)]
+        assert indices(BestRest(min_gap=2.5).build(judged(scores=(1.0, 4.0, 2.0)))[0]) == [(1, 0)]
+
+    def test_by_win_rate(self):
+        # Symmetrised, r2 wins, then r1 and r3 in the middle, r0 loses: the largest gap comes first.
+        pairs, _ = BestRest().build(judged(preferences=MATRIX))
+        assert {pair.chosen for pair in pairs} == {2}
+        assert pairs[0].rejected == 0
+        assert [pair.gap for pair in pairs] == sorted((pair.gap for pair in pairs), reverse=True)
+
+
+class TestRso:
+    SCORES = (0.3, 2.0, 1.1, 0.9, 1.7, 0.1)
+
+    def accepted(self, scores=SCORES, **knobs):
+        group = judged(scores=scores)
+        return Rso(**knobs).accepted(group, range(len(scores)), scores)
+
+    def test_a_large_beta_accepts_the_first(self):
+        assert self.accepted(accept=4, beta=1e9) == [0, 1, 2, 3]
+
+    def test_a_small_beta_accepts_the_best(self):
+        assert self.accepted(accept=4, beta=1e-9) == [1, 4, 2, 3]
+
+    @pytest.mark.parametrize("beta", [1e-9, 0.1, 0.5, 5.0])
+    def test_the_best_is_always_accepted_and_nothing_twice(self, beta):
+        for seed in range(50):
+            scores = tuple(np.random.default_rng(seed).standard_normal(6))
+            got = self.accepted(scores, accept=6, beta=beta)
+            assert sorted(got) == list(range(6))
+            # Whoever is accepted in the first walk: the best is among them, so it never comes after one that took a second walk.
+            few = self.accepted(scores, accept=5, beta=beta)
+            assert int(np.argmax(scores)) in few
+
+    def test_acceptance_in_a_walk_is_in_proportion_to_the_exponential(self):
+        """With one to accept beside the best: r = r_max - beta is accepted before it in 1 / e of the groups."""
+        hits = 0
+        for n in range(2000):
+            group = judged(scores=(0.0, 0.5), texts=[f"a{n}", f"b{n}"])
+            hits += Rso(accept=2, beta=0.5).accepted(group, (0, 1), (0.0, 0.5))[0] == 0
+        assert hits / 2000 == pytest.approx(math.exp(-1), abs=0.04)
+
+    def test_the_accepted_are_paired_as_they_come_the_better_one_first(self):
+        builder = Rso(accept=4, beta=1e9)
+        assert indices(builder.build(judged(scores=self.SCORES))[0]) == [(1, 0), (2, 3)]
+        assert (builder.most(64), builder.most(3)) == (2, 1)
+
+    def test_win_rates_stand_in_for_scores(self):
+        pairs, _ = Rso(accept=2, beta=1e-9).build(judged(preferences=MATRIX))
+        assert pairs[0].chosen == 2, "the one with the highest win rate is accepted first"
+        assert len(pairs) == 1
+
+    def test_knobs_change_what_is_accepted(self):
+        few, many = (self.accepted(accept=n, beta=0.5) for n in (2, 4))
+        assert (len(few), len(many)) == (2, 4)
+        assert self.accepted(accept=4, beta=1e-9) != self.accepted(accept=4, beta=1e9)

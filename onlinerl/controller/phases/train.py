@@ -11,7 +11,7 @@ from onlinerl.controller import health, items, self_test
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import learning_rates
 from onlinerl.errors import LearnerError
-from onlinerl.ops.schedule import schedule
+from onlinerl.ops.schedule import staged
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.store import Scratch
 from onlinerl.types import TrainItem, TrainRecord, UpdateReport, derive_seed
@@ -142,7 +142,7 @@ def _update(it: Iteration, prepared: Sequence[TrainItem]) -> UpdateReport:
     if training.optimizer_state == "reset" and it.trained_before():
         learner.reset_optimizer()
     seed = derive_seed(it.parts.config.seed, "steps", it.number)
-    indices = schedule(len(prepared), training.batch_size, training.epochs, seed)
+    indices = staged(_stages(it.parts.algorithm, prepared), training.batch_size, training.epochs, seed)
     rates = learning_rates(it.parts.config, it.number, len(indices))
     it.parts.tracker.phase_started(it.number, "train", sum(len(s) for s in indices), "items")
     metrics: list[Mapping[str, float]] = []
@@ -161,6 +161,21 @@ def _update(it: Iteration, prepared: Sequence[TrainItem]) -> UpdateReport:
                 fix="start a new run from the last export (model=...) with a lower learning rate; a resume would repeat this",
             )
     return UpdateReport(steps=len(metrics), tokens=tokens, metrics=metrics, skipped=skipped)
+
+
+def _stages(algorithm: Algorithm, prepared: Sequence[TrainItem]) -> Sequence[Sequence[int]]:
+    """In which order the algorithm wants the items trained.
+
+    Raises:
+        LearnerError: if it fails, or leaves an item out or takes it twice.
+    """
+    with users_code.calling(algorithm, "order"):
+        made: Any = algorithm.order(prepared)
+        stages = [list(stage) for stage in made]
+    if sorted(place for stage in stages for place in stage) != list(range(len(prepared))):
+        wanted = f"every place from 0 to {len(prepared) - 1} once, in lists"
+        raise users_code.wrong_result(algorithm, "order", f"{made!r:.80}", wanted)
+    return stages
 
 
 class _Steps(Sequence[Sequence[TrainItem]]):

@@ -1,0 +1,39 @@
+"""The weights of OPTune: "OPTune: Efficient Online Preference Tuning"."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from onlinerl.algorithms.dpo import Dpo
+from onlinerl.types.training import TrainItem
+
+
+class Optune(Dpo):
+    """DPO in which a pair counts the more, the further its scores are apart: w = sigmoid(gap_scale (r_w - r_l)), divided by its mean over
+    the iteration.
+
+    Of the paper this is the weighting only, whose form there could not be verified: every iteration samples fresh responses to all of its
+    prompts, where OPTune asks again only for those whose answers earned least and reuses the rest.
+    """
+
+    gap_scale: float = Field(1.0, ge=0)
+    """0 weighs all pairs alike; it is in units of the oracle's score, from which a weight must not saturate."""
+    pair_weights: Literal["sigmoid_gap", "equal", "score_gap", "certainty"] = "sigmoid_gap"  # type: ignore[assignment]
+    """What a pair counts: as above, or as for other losses on pairs."""
+
+    @field_validator("gap_scale")
+    @classmethod
+    def _is_read(cls, value: float, info: ValidationInfo) -> float:
+        if value != cls.model_fields["gap_scale"].default and info.data.get("pair_weights") != "sigmoid_gap":
+            raise ValueError("only pair_weights=sigmoid_gap reads it")
+        return value
+
+    def _weight(self, item: TrainItem) -> float:
+        if self.pair_weights != "sigmoid_gap":
+            return super()._weight(item)
+        chosen, rejected = item.sequences
+        bounded = max(-500.0, min(500.0, self.gap_scale * (chosen.score - rejected.score)))
+        return 1.0 / (1.0 + math.exp(-bounded))
