@@ -129,7 +129,11 @@ def run(
     }
     store = RunDirectory.create(config.directory, config_yaml=configuration.dump(config), manifest=manifest)
     if base_of is not None:
-        base_answers.take_over(store, base_of, checked.oracle_version)
+        try:
+            base_answers.take_over(store, base_of, checked.oracle_version)
+        except BaseException:
+            store.close()
+            raise
     return _execute(checked, store, console, standing)
 
 

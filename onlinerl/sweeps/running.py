@@ -123,7 +123,7 @@ def check(sweep: Sweep, console: Console) -> dict[str, str]:
     left = [c for c in sweep.combinations if c.name not in refused]
     console.print(f"{sweep.name}: {len(left)} runs in {sweep.folder}", highlight=False, soft_wrap=True)
     for amount in dict.fromkeys(map(_amount, left)):
-        console.print(f"  {amount}", highlight=False)
+        console.print(f"  {amount}", highlight=False, soft_wrap=True)
     return refused
 
 

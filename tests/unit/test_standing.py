@@ -20,6 +20,7 @@ from onlinerl.stores.directory import RunDirectory
 pytest.importorskip("ray")
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
+import shared_gpu
 import toy_fleet
 from toy_fleet import Replica, World
 
@@ -141,3 +142,22 @@ def test_a_slot_closes_what_is_not_asked_for_again():
     slot.close()
     slot.close()
     assert closed == ["first", "third"]
+
+
+def test_on_shared_gpus_the_engine_ends_with_the_run(monkeypatch, toy_config, tmp_path):
+    """Whose turn it is there belongs to engine and learner together."""
+    world = shared_gpu.World(shared=True)
+    shared_gpu.install(monkeypatch, world, device="cuda")
+    keys = {
+        "iterations": 1,
+        "engine.name": "vllm",
+        "learner.name": "deepspeed",
+        "cluster.colocate": True,
+        "cluster.device": "cuda",
+        "metrics.prometheus": False,
+    }
+    with Standing() as standing:
+        for name in ("first", "second"):
+            config = configuration.load(toy_config(tmp_path, keys, name=name))
+            app.run(config, Console(file=io.StringIO()), standing=standing)
+    assert world.events["gpu 0"].count("engine loads") == 2

@@ -1,0 +1,82 @@
+"""What the base model answered in one run, taken over by another one."""
+
+from __future__ import annotations
+
+import pytest
+from values import group, groups, label
+
+from onlinerl.errors import StoreError
+from onlinerl.protocols.store import EVALUATION, EVALUATION_VERDICTS
+from onlinerl.stores import base_answers, summary
+from onlinerl.stores.directory import RunDirectory
+
+
+@pytest.fixture
+def create(tmp_path):
+    opened = []
+
+    def make(name: str) -> RunDirectory:
+        manifest = {"name": name, "config_digest": name, "fingerprint": {"algorithm.name": "dpo"}}
+        opened.append(RunDirectory.create(tmp_path / name, config_yaml="", manifest=manifest))
+        return opened[-1]
+
+    yield make
+    for run in opened:
+        run.close()
+
+
+def measure(run: RunDirectory, answers: list, labels: list) -> None:
+    for table, values in ((run.groups(0, EVALUATION), answers), (run.labels(0, EVALUATION_VERDICTS), labels)):
+        table.append(values)
+        table.seal()
+    run.finish_phase(0, "measure", {})
+
+
+def test_they_are_the_same_answers_and_verdicts(create):
+    first, second = create("first"), create("second")
+    measure(first, groups(3, samples=1), [label(i, float(i)) for i in range(3)])
+    assert base_answers.measured(first.path)
+    base_answers.take_over(second, first.path, "1")
+    for table in (EVALUATION, EVALUATION_VERDICTS):
+        assert second.read(0, table) == first.read(0, table)
+    assert second.groups(0, EVALUATION).sealed
+    assert second.labels(0, EVALUATION_VERDICTS).sealed
+    assert summary.taken_over(second.path)
+    assert not summary.taken_over(first.path)
+
+
+@pytest.mark.parametrize("now", ["2", None])
+def test_what_another_version_of_the_oracle_has_judged_is_judged_again(create, now):
+    first, second = create("first"), create("second")
+    measure(first, groups(3, samples=1), [label(i, float(i)) for i in range(3)])
+    base_answers.take_over(second, first.path, now)
+    assert len(second.read(0, EVALUATION)) == 3
+    assert second.read(0, EVALUATION_VERDICTS) == []
+    assert not summary.taken_over(second.path)
+
+
+def test_an_oracle_that_only_compares_has_judged_nothing(create):
+    first, second = create("first"), create("second")
+    measure(first, groups(3, samples=1), [])
+    assert base_answers.measured(first.path)
+    base_answers.take_over(second, first.path, "1")
+    assert not summary.taken_over(second.path)
+
+
+def test_what_is_not_whole_is_asked_again(create):
+    failed, rejected, unfinished = create("failed"), create("rejected"), create("unfinished")
+    measure(failed, groups(2, samples=1), [label(0, 1.0), label(1)])
+    measure(rejected, [group(0, samples=1), group(1, samples=0, rejected=["logprob"])], [label(0, 1.0)])
+    unfinished.groups(0, EVALUATION).append(groups(2, samples=1))
+    assert [base_answers.measured(run.path) for run in (failed, rejected, unfinished)] == [False] * 3
+
+
+def test_damaged_answers_are_not_taken_over(create):
+    first, second = create("first"), create("second")
+    measure(first, groups(3, samples=1), [label(i, float(i)) for i in range(3)])
+    [part] = (first.path / "iterations/0000/evaluation.parquet").glob("*.parquet")
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(bytes(data))
+    with pytest.raises(StoreError):
+        base_answers.take_over(second, first.path, "1")
