@@ -123,7 +123,7 @@ class ToyLearner:
         logits = self.logits / self._temperature
         logprobs = torch.log_softmax(logits, dim=-1)
         entropy: Tensor = -(logprobs.exp() * logprobs).sum()
-        reference = torch.tensor(self._logits_of(self._reference)) / self._temperature
+        reference = torch.tensor(self.logits_of(self._reference)) / self._temperature
         return Outputs(
             logprobs_BT=self._logprobs(batch, self.logits),
             values_BT=self.value.float().expand(batch.mask_BT.shape),
