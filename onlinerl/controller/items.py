@@ -141,8 +141,10 @@ class _Made:
         self.useful += bool(made.items)
         pairs.extend(_trained(judged, pair) for pair in made.pairs)
         for item in _annotated(judged.group.prompt.id, made.items, known):
-            self.earned.extend(_score(self._it.parts.algorithm, s) for s in item.sequences)
-            self.sampled_by.update(s.policy_version for s in item.sequences)
+            for s in item.sequences:
+                if s.policy_version is not None:
+                    self.earned.append(_score(self._it.parts.algorithm, s))
+                    self.sampled_by[s.policy_version] += 1
             yield item
 
 

@@ -61,7 +61,11 @@ class Needs(BaseModel):
     preferences: bool = False
     """How probable it is that one response beats another (win rates, soft labels); scores alone only imply it."""
     anchor: bool = False
-    """`anchor_logprobs`: what the base model says, whatever iterate the reference is."""
+    """The base model as a second reference, and `anchor_logprobs`, what it says, whatever iterate the reference is."""
+    answers: bool = False
+    """The stored answer of each training prompt, as tokens (`Prompt.answer_ids`)."""
+    labels: bool = True
+    """Differences in what the oracle says: without any there is nothing to learn."""
 
     @property
     def values(self) -> bool:

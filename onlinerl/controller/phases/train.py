@@ -22,7 +22,9 @@ def train(it: Iteration) -> TrainRecord:
     with it.parts.store.scratch() as scratch:
         built = items.build(it, scratch)
         within_groups = it.needs.min_samples > 1
-        idle = health.nothing_to_learn(built.spreads, built.earned, built.dropped, within_groups=within_groups)
+        idle = health.nothing_to_learn(
+            built.spreads, built.earned, built.dropped, within_groups=within_groups, labels=it.needs.labels
+        )
         if idle is not None and built.spreads:
             idle += _cut(it)
         in_a_row = it.idle_before() + 1 if idle else 0
