@@ -123,14 +123,22 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
         notes += kept.changes(config)
     elif local is not None:
         reads = tokenizer(config.model)
-        train, heldout = load_prompts(config.prompts, reads, config.seed, needs_answers=oracle.needs_reference_answer)
-        check_vocabulary(local, reads, (p.token_ids for p in (*train, *heldout)))
+        train, heldout = load_prompts(
+            config.prompts,
+            reads,
+            config.seed,
+            needs_answers=oracle.needs_reference_answer,
+            longest_answer=config.sampling.max_new_tokens if algorithm.needs.answers else None,
+        )
+        check_vocabulary(local, reads, (p.token_ids + p.answer_ids for p in (*train, *heldout)))
         total = len(train)
     else:
         raw = config.prompts.raw("train"), config.prompts.raw("heldout")
         check_overlap(*raw)
         if oracle.needs_reference_answer:
             check_answers(raw[0])
+        if algorithm.needs.answers:
+            check_answers(raw[0], needed_by="algorithm")
         total = len(raw[0])
         notes.append(f"{config.model} is not on this machine: prompt lengths, templates and the oracle were not tried")
     rounds = config.sampling.max_rounds if samples_dynamically(config, algorithm) else 1

@@ -81,13 +81,14 @@ def tiny_model(tmp_path_factory) -> Path:
     return path
 
 
-def write_prompts(path: Path, count: int, *, start: int = 0) -> Path:
-    """`count` different prompts of words without sentiment, numbered from `start`."""
+def write_prompts(path: Path, count: int, *, start: int = 0, answer: str | None = None) -> Path:
+    """`count` different prompts of words without sentiment, numbered from `start`; all with the same answer, if there is one."""
+    answered = {} if answer is None else {"reference_answer": answer}
     with path.open("w") as file:
         for i in range(start, start + count):
             tens, ones = divmod(i, len(NUMBERS))
             words = f"the {NEUTRAL[2 + tens % 6]} {NUMBERS[ones]} was"
-            file.write(json.dumps({"id": f"p{i:03d}", "text": words if tens < 6 else f"in {words}"}) + "\n")
+            file.write(json.dumps({"id": f"p{i:03d}", "text": words if tens < 6 else f"in {words}", **answered}) + "\n")
     return path
 
 
@@ -107,13 +108,21 @@ def nested(flat: Mapping[str, object]) -> dict:
 def toy_config(tiny_model):
     """Makes a configuration of the toy engine and learner, and its prompts, in a folder; returns the path of the YAML file.
 
-    Keyword arguments and `overrides` (dotted keys) replace the defaults below; a value of None leaves the key out.
+    Keyword arguments and `overrides` (dotted keys) replace the defaults below; a value of None leaves the key out. `answer` is stored with
+    every training prompt.
     """
 
-    def make(folder: Path, overrides: Mapping[str, object] | None = None, *, file: str = "toy.yaml", **more: object) -> Path:
+    def make(
+        folder: Path,
+        overrides: Mapping[str, object] | None = None,
+        *,
+        file: str = "toy.yaml",
+        answer: str | None = None,
+        **more: object,
+    ) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "train.jsonl").exists():
-            write_prompts(folder / "train.jsonl", 40)
+            write_prompts(folder / "train.jsonl", 40, answer=answer)
             write_prompts(folder / "heldout.jsonl", 10, start=60)
         flat: dict[str, object] = {
             "name": "toy",

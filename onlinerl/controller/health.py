@@ -107,7 +107,7 @@ def check_failures(failures: Sequence[Failure], groups: int, limit: float) -> No
 
 
 def nothing_to_learn(
-    spreads: Sequence[float], earned: Sequence[float], dropped: Mapping[str, int], *, within_groups: bool
+    spreads: Sequence[float], earned: Sequence[float], dropped: Mapping[str, int], *, within_groups: bool, labels: bool = True
 ) -> str | None:
     """Why an iteration gives nothing to learn, or None if it does.
 
@@ -116,10 +116,11 @@ def nothing_to_learn(
         earned: what each response of its training items earns.
         dropped: what was left out, by reason.
         within_groups: the algorithm compares responses to one prompt with each other; otherwise any difference will do.
+        labels: it learns from what the oracle says; otherwise no difference is needed.
     """
-    if within_groups and spreads and max(spreads) < TIE:
+    if labels and within_groups and spreads and max(spreads) < TIE:
         return f"all {len(spreads)} groups are ties: the oracle gives every response to a prompt the same judgement"
-    if not within_groups and earned and max(earned) - min(earned) < TIE:
+    if labels and not within_groups and earned and max(earned) - min(earned) < TIE:
         return f"all responses of {len(spreads)} groups got the same judgement"
     if not earned:
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "no reason recorded"

@@ -170,8 +170,9 @@ class _Made:
         self.useful += bool(made.items)
         for item in _annotated(made.prompt_id, made.items, known):
             for sequence in item.sequences:
-                self.earned.append(_score(self._it.parts.algorithm, sequence))
-                self.sampled_by[sequence.policy_version] += sequence.source != "reference"
+                if sequence.policy_version is not None:
+                    self.earned.append(_score(self._it.parts.algorithm, sequence))
+                    self.sampled_by[sequence.policy_version] += sequence.source != "reference"
             yield item
 
 

@@ -58,7 +58,7 @@ class Built:
     spreads: Sequence[float]
     """Of every judged group, in the same order (see `health.spread`)."""
     earned: Sequence[float]
-    """What each response of the items earns."""
+    """What each sampled response of the items earns."""
     sampled_by: Mapping[int, int]
     """How many sequences of the items each version of the policy sampled."""
     dropped: Mapping[str, int]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from onlinerl.errors import PromptError
@@ -11,7 +12,7 @@ from onlinerl.types import Prompt, RawPrompt, derive_seed
 
 
 def load_prompts(
-    config: PromptsConfig, tokenizer: Any, seed: int, *, needs_answers: bool = False
+    config: PromptsConfig, tokenizer: Any, seed: int, *, needs_answers: bool = False, longest_answer: int | None = None
 ) -> tuple[ShuffledPrompts, list[Prompt]]:
     """All that a run needs: the source of training prompts, and the held-out prompts in the order of their file.
 
@@ -20,6 +21,7 @@ def load_prompts(
         tokenizer: the policy's Hugging Face tokenizer.
         seed: the run's seed; it decides the order of the training prompts.
         needs_answers: whether the oracle needs reference answers.
+        longest_answer: in tokens, where the algorithm trains on the reference answers of the training prompts; None: it does not.
 
     Raises:
         PromptError: for everything that is wrong with either file, before anything expensive starts.
@@ -29,7 +31,11 @@ def load_prompts(
     if needs_answers:
         check_answers(train, "prompts.train")
         check_answers(heldout, "prompts.heldout")
+    if longest_answer is not None:
+        check_answers(train, needed_by="algorithm")
     rendered = render(train, tokenizer, config.max_tokens, "prompts.train")
+    if longest_answer is not None:
+        rendered = with_answers(rendered, train, tokenizer, longest_answer)
     source = ShuffledPrompts(rendered, seed=seed, reuse=config.reuse)
     return source, render(heldout, tokenizer, config.max_tokens, "prompts.heldout")
 
@@ -78,19 +84,55 @@ def check_overlap(train: Sequence[RawPrompt], heldout: Sequence[RawPrompt]) -> N
         )
 
 
-def check_answers(prompts: Sequence[RawPrompt], field: str = "prompts.train") -> None:
-    """Every prompt must carry a reference answer; call it if the oracle needs them.
+def check_answers(prompts: Sequence[RawPrompt], field: str = "prompts.train", needed_by: str = "oracle") -> None:
+    """Every prompt must carry a reference answer; call it if oracle or algorithm need them.
 
     Raises:
         PromptError: counting the prompts without, and naming one.
     """
-    missing = [prompt.id for prompt in prompts if prompt.reference_answer is None]
+    missing = [prompt for prompt in prompts if prompt.reference_answer is None]
     if missing:
         raise PromptError(
-            f"{len(missing)} of {len(prompts)} prompts have no reference answer, which the oracle needs; the first is {missing[0]!r}",
+            f"{len(missing)} of {len(prompts)} prompts have no reference answer, which the {needed_by} needs; the first is "
+            f"{_named(missing[0])}",
             field=field,
-            fix='add "reference_answer": "..." to each line, or choose another oracle',
+            fix=f'add "reference_answer": "..." to each line, or choose another {needed_by}',
         )
+
+
+def with_answers(prompts: Sequence[Prompt], raw: Sequence[RawPrompt], tokenizer: Any, most: int) -> list[Prompt]:
+    """Prompts with their reference answers as the policy would have to say them: plain tokens, then the end-of-sequence token.
+
+    An answer follows its prompt as it is written. Where a text is continued, it begins with the space that stands between the two.
+
+    Args:
+        prompts: rendered, in the order of `raw`.
+        raw: what they were made of; all have a reference answer.
+        tokenizer: the policy's.
+        most: tokens of the longest answer accepted, its end included.
+
+    Raises:
+        PromptError: if there is no end-of-sequence token, or answers are too long (none is cut or left out silently).
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise PromptError(
+            "the model's tokenizer has no end-of-sequence token, with which a stored answer must end",
+            field="model",
+            fix="set eos_token in its tokenizer_config.json, or choose another algorithm",
+        )
+    answers = [tuple(tokenizer(str(each.reference_answer), add_special_tokens=False)["input_ids"]) for each in raw]
+    answers = [ids if ids[-1:] == (end,) else (*ids, end) for ids in answers]
+    long = [(len(ids), each) for ids, each in zip(answers, raw, strict=True) if len(ids) > most]
+    if long:
+        length, longest = max(long, key=lambda found: found[0])
+        raise PromptError(
+            f"{len(long)} of {len(raw)} reference answers are longer than a response may be, {most} tokens; that of {_named(longest)} "
+            f"has {length}, its end included",
+            field="prompts.train",
+            fix=f"set sampling.max_new_tokens to {length} or more, or shorten or remove them; none is cut",
+        )
+    return [replace(prompt, answer_ids=ids) for prompt, ids in zip(prompts, answers, strict=True)]
 
 
 class ShuffledPrompts:
@@ -149,6 +191,10 @@ class ShuffledPrompts:
             key = {prompt.id: (derive_seed(self._seed, epoch, prompt.id), prompt.id) for prompt in self._prompts}
             self._ordered[epoch] = sorted(self._prompts, key=lambda prompt: key[prompt.id])
         return self._ordered[epoch]
+
+
+def _named(prompt: RawPrompt) -> str:
+    return f"{prompt.id!r} ({prompt.place})" if prompt.place else repr(prompt.id)
 
 
 def _normal(prompt: RawPrompt) -> str:

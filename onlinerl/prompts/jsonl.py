@@ -176,6 +176,7 @@ def _parse(raw: bytes, where: _Line, source: str) -> RawPrompt:
         messages=messages,
         reference_answer=_answer(row, where),
         source=_string(row, "source", where) if "source" in row else source,
+        place=where.place,
     )
 
 

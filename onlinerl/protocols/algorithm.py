@@ -67,7 +67,11 @@ class Needs(BaseModel):
     dynamic_sampling: bool = False
     """Only prompts whose responses the oracle tells apart, unless `sampling.dynamic` says otherwise."""
     anchor: bool = False
-    """`anchor_logprobs`: what the base model says, whatever iterate the reference is."""
+    """The base model as a second reference, and `anchor_logprobs`, what it says, whatever iterate the reference is."""
+    answers: bool = False
+    """The stored answer of each training prompt, as tokens (`Prompt.answer_ids`)."""
+    labels: bool = True
+    """Differences in what the oracle says: without any there is nothing to learn."""
     pairing: str | None = None
     """The pair builder where `pairing.name` is left out; None leaves it at the usual one."""
     greedy: bool = False

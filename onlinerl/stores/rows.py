@@ -113,13 +113,15 @@ def prompt_row(prompt: Prompt) -> dict[str, Any]:
         "messages": [{"role": m.role, "content": m.content} for m in prompt.messages],
         "reference_answer": prompt.reference_answer,
         "source": prompt.source,
+        **({"answer_ids": [int(t) for t in prompt.answer_ids]} if prompt.answer_ids else {}),
     }
 
 
 def prompt_from_row(row: Mapping[str, Any]) -> Prompt:
     """The reverse of `prompt_row`."""
     messages = tuple(Message(**message) for message in row["messages"])
-    return Prompt(**{**row, "token_ids": tuple(row["token_ids"]), "messages": messages})
+    answer = tuple(row.get("answer_ids") or ())
+    return Prompt(**{**row, "token_ids": tuple(row["token_ids"]), "messages": messages, "answer_ids": answer})
 
 
 def result_row(prompt_id: str, result: Verdict | Failure) -> dict[str, Any]:
@@ -321,6 +323,7 @@ PROMPTS = Codec(
             "messages": pa.list_(pa.struct({"role": _TEXT, "content": _TEXT})),
             "reference_answer": _TEXT,
             "source": _TEXT,
+            "answer_ids": pa.list_(pa.uint32()),
         }
     ),
     prompt_row,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +24,8 @@ class RawPrompt:
     """A conversation to answer; empty if there is text."""
     reference_answer: str | None = None
     source: str = ""
+    place: str = field(default="", compare=False)
+    """Where it is written, for messages, e.g. `train.jsonl, line 7`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,3 +44,5 @@ class Prompt:
     """The known right answer, for verifiers."""
     source: str = ""
     """Where it came from, for slices."""
+    answer_ids: tuple[int, ...] = ()
+    """The reference answer as tokens that end with the end-of-sequence token, where it is trained on; else empty."""

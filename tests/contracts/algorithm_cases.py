@@ -83,7 +83,8 @@ def group(rng: np.random.Generator, number: int, kind: str, K: int = 4, source: 
         np.fill_diagonal(matrix, np.nan)
         matrix[0, 1] = np.nan  # asked in one order only
         verdict = Verdict(annotator="t", oracle_version="1", preferences=tuple(map(tuple, matrix.tolist())))
-    prompt = Prompt(id=f"p{number}", text="", token_ids=tuple(rng.integers(1, 9, rng.integers(1, 5)).tolist()))
+    token_ids = tuple(rng.integers(1, 9, rng.integers(1, 5)).tolist())
+    prompt = Prompt(id=f"p{number}", text="", token_ids=token_ids, answer_ids=(100, 101 + number, 2))
     return Judged(group=Group(prompt=prompt, rollouts=rollouts), verdict=verdict)
 
 
@@ -102,7 +103,7 @@ def refereed(texts: list[str], source: str = "policy") -> Judged:
         )
         for k, text in enumerate(texts)
     )
-    prompt = Prompt(id="p", text="", token_ids=(1, 2))
+    prompt = Prompt(id="p", text="", token_ids=(1, 2), answer_ids=(100, 2))
     (verdict,) = Referee().ask([Query(prompt=prompt, responses=tuple(texts))])
     return Judged(group=Group(prompt=prompt, rollouts=rollouts), verdict=verdict)
 
@@ -129,6 +130,11 @@ def pairs_of(judged: Judged) -> list[Pair]:
     return [Pair(chosen=i, rejected=j, prob=float(probs[i, j])) for i, j in cells]
 
 
+def sampled(s: TrainSequence) -> np.ndarray:
+    """What the engine says of a response; of a stored answer, which it did not sample, -1 per token."""
+    return np.full(len(s.response_ids), -1.0) if s.behavior_logprobs is None else s.behavior_logprobs
+
+
 def annotated_items(algorithm: Algorithm, kind: str = "scores", *, at_reference: bool = False) -> list[TrainItem]:
     """Items with what `needs` asks for filled in and nothing else: what `prepare` and `figures` get."""
     rng = np.random.default_rng(5)
@@ -136,7 +142,7 @@ def annotated_items(algorithm: Algorithm, kind: str = "scores", *, at_reference:
 
     def fill(s: TrainSequence) -> TrainSequence:
         def draw() -> np.ndarray:
-            near = s.behavior_logprobs if at_reference else s.behavior_logprobs + 0.3 * rng.standard_normal(len(s.response_ids))
+            near = sampled(s) if at_reference else sampled(s) + 0.3 * rng.standard_normal(len(s.response_ids))
             return near.astype(np.float32)
 
         return s.with_(
@@ -169,7 +175,7 @@ class Policy:
         self.leaves = []
         for s in self.sequences:
             T = len(s.response_ids)
-            logprobs = s.behavior_logprobs if at_reference else s.behavior_logprobs + 0.3 * rng.standard_normal(T)
+            logprobs = sampled(s) if at_reference else sampled(s) + 0.3 * rng.standard_normal(T)
             values = np.zeros(T) if s.values is None else s.values + (0.0 if at_reference else 0.3 * rng.standard_normal(T))
             collisions, kls = -0.5 - more.random(T), (0.0 if at_reference else 1.0) * more.random(T)
             columns = (logprobs, values, rng.random(T), collisions, kls)

@@ -163,6 +163,10 @@ def test_a_missing_key(toy_config, refused, tmp_path):
             {"algorithm.name": "grpo", "pairing.name": "ranked"},
             ("pairing: grpo trains no pairs, so nothing would read it", "leave it out (pairing=null on the command line)"),
         ),
+        (
+            {"algorithm.name": "spin"},
+            ("prompts.train: 40 of 40 prompts have no reference answer, which the algorithm needs", "train.jsonl, line 1)"),
+        ),
         ({"algorithm.name": "sppo", "reference.schedule": "fixed"}, ("reference.schedule: sppo", "allow_nonstandard=true")),
         ({"algorithm.name": "grpo", "sampling.top_p": 0.9}, ("sampling.top_p: grpo weighs samples", "set top_p to 1.0")),
         (

@@ -122,6 +122,48 @@ def test_ppo_learns_from_cut_responses_whatever_the_oracle_says(toy_config, onli
     assert train["steps"] > 0
 
 
+@pytest.fixture
+def answers(monkeypatch) -> list[tuple[int, ...]]:
+    """The first response of every item that a toy learner is trained on."""
+    trained: list[tuple[int, ...]] = []
+
+    def update(self, steps, rates, original=ToyLearner.update):
+        trained.extend(tuple(item.sequences[0].response_ids) for step in steps for item in step)
+        return original(self, steps, rates)
+
+    monkeypatch.setattr(ToyLearner, "update", update)
+    return trained
+
+
+def test_an_algorithm_that_reads_no_labels_learns_whatever_the_oracle_says(toy_config, onlinerl, oracle, answers, tmp_path):
+    """And the stored answers, which nobody sampled or judged, are in none of the figures about responses."""
+    overrides = {**oracle(CONSTANT), "iterations": 2, "algorithm.name": "spin"}
+    code, message = onlinerl("run", toy_config(tmp_path, overrides, answer="good great"))
+    assert code == 0, message
+    run = tmp_path / "runs/toy"
+    trained = records(run, "train")
+    assert [r["idle"] for r in trained] == [None, None]
+    assert [r["sampled_by"] for r in trained] == [[0], [1]]
+    assert [r["items"] for r in trained] == [32 - r["dropped"].get("identical", 0) for r in trained]
+    assert values(run, "staleness", stat="max") == [0, 0]
+    ((good, great, end),) = set(answers)
+    logits = np.load(run / "exports/0002/logits.npy")
+    assert end == len(logits) - 1
+    assert min(logits[[good, great, end]]) > np.delete(logits, [good, great, end]).max()
+
+
+def test_stored_answers_are_kept_as_tokens_whatever_becomes_of_their_file(toy_config, onlinerl, answers, tmp_path):
+    config = toy_config(tmp_path, {"iterations": 1, "algorithm.name": "spin"}, answer="good great")
+    assert onlinerl("run", config)[0] == 0
+    before = set(answers)
+    answers.clear()
+    (tmp_path / "train.jsonl").write_text('{"text": "the plot was"}\n')
+    code, message = onlinerl("resume", "runs/toy", "iterations=2")
+    assert code == 0, message
+    assert len(answers) >= 28
+    assert set(answers) == before
+
+
 # --- responses that were thrown away ---
 
 

@@ -11,7 +11,7 @@ import pytest
 from onlinerl import registry
 from onlinerl.errors import PromptError
 from onlinerl.prompts._kept import changes
-from onlinerl.prompts._source import ShuffledPrompts, check_answers, check_overlap, load_prompts, render
+from onlinerl.prompts._source import ShuffledPrompts, check_answers, check_overlap, load_prompts, render, with_answers
 from onlinerl.prompts.jsonl import Jsonl, read_prompts
 from onlinerl.protocols.prompts import PromptsConfig
 from onlinerl.types import Prompt
@@ -212,8 +212,58 @@ class TestOverlap:
 
     def test_missing_answers_are_counted(self, tmp_path):
         prompts = read_prompts(write(tmp_path, {"text": "x", "answer": "1"}, {"id": "y", "text": "y"}))
-        with pytest.raises(PromptError, match=r"1 of 2 prompts have no reference answer.*'y'"):
+        with pytest.raises(PromptError, match=r"1 of 2 prompts have no reference answer.*oracle needs.*'y' \(.*, line 2\)"):
             check_answers(prompts)
+        with pytest.raises(PromptError, match="which the algorithm needs") as error:
+            check_answers(prompts, needed_by="algorithm")
+        assert "choose another algorithm" in error.value.fix
+
+
+class TestAnswers:
+    """Those that are trained on."""
+
+    @pytest.fixture
+    def raw(self, tmp_path):
+        return read_prompts(write(tmp_path, {"text": "one", "answer": "of the two"}, {**CHAT, "id": "chat"}))
+
+    def test_they_are_tokens_that_end_with_the_end_of_the_sequence(self, raw):
+        plain, chat = with_answers(render(raw, WordTokenizer(), 64), raw, WordTokenizer(), 4)
+        assert (plain.answer_ids, chat.answer_ids) == ((12, 13, 13, 2), (12, 2))  # no beginning of sequence
+        assert (plain.token_ids, chat.token_ids[0]) == ((1, 13), 1)
+        assert [p.answer_ids for p in render(raw, WordTokenizer(), 64)] == [(), ()]
+
+    def test_a_tokenizer_that_ends_them_itself_ends_them_once(self, raw):
+        class Ending(WordTokenizer):
+            def __call__(self, text, add_special_tokens):
+                return {"input_ids": [*super().__call__(text, add_special_tokens)["input_ids"], 2]}
+
+        _, chat = with_answers(render(raw, WordTokenizer(), 64), raw, Ending(), 4)
+        assert chat.answer_ids == (12, 2)
+
+    def test_one_that_is_longer_than_a_response_may_be_is_refused_not_cut(self, raw):
+        said = r"1 of 2 reference answers are longer than .* 3 tokens; that of '\w+' \(.*, line 1\) has 4, its end included"
+        with pytest.raises(PromptError, match=said) as error:
+            with_answers(render(raw, WordTokenizer(), 64), raw, WordTokenizer(), 3)
+        assert "sampling.max_new_tokens to 4" in error.value.fix
+
+    def test_without_an_end_of_sequence_there_is_none(self, raw):
+        class Endless(WordTokenizer):
+            eos_token_id = None
+
+        with pytest.raises(PromptError, match="no end-of-sequence token") as error:
+            with_answers(render(raw, WordTokenizer(), 64), raw, Endless(), 9)
+        assert error.value.field == "model"
+
+    def test_only_training_prompts_have_them(self, tmp_path):
+        train = write(tmp_path, {"text": "one", "answer": "1"}, name="train.jsonl")
+        heldout = write(tmp_path, {"text": "three"}, name="heldout.jsonl")
+        config = Jsonl(train=train, heldout=heldout)
+        source, held = load_prompts(config, WordTokenizer(), seed=0, longest_answer=4)
+        assert ([p.answer_ids for p in source], [p.answer_ids for p in held]) == ([(11, 2)], [()])
+        assert [p.answer_ids for p in load_prompts(config, WordTokenizer(), seed=0)[0]] == [()]
+        missing = write(tmp_path, {"text": "one", "answer": "1"}, {"text": "two"}, name="train.jsonl")
+        with pytest.raises(PromptError, match="1 of 2 prompts have no reference answer, which the algorithm needs"):
+            load_prompts(Jsonl(train=missing, heldout=heldout), WordTokenizer(), seed=0, longest_answer=4)
 
 
 def prompts(*names: str) -> list[Prompt]:

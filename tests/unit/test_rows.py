@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import operator
@@ -18,7 +19,17 @@ from hypothesis import strategies as st
 from onlinerl.errors import StoreError
 from onlinerl.stores._arrow import to_batch
 from onlinerl.stores._tables import TableFiles
-from onlinerl.stores.rows import LABELS, LOGPROBS, PROMPTS, group_from_row, group_row, groups_of, result_from_row, result_row
+from onlinerl.stores.rows import (
+    LABELS,
+    LOGPROBS,
+    PROMPTS,
+    group_from_row,
+    group_row,
+    groups_of,
+    prompt_row,
+    result_from_row,
+    result_row,
+)
 from onlinerl.stores.tables import StoredTable
 from onlinerl.types import (
     Cost,
@@ -72,7 +83,14 @@ groups = st.builds(
 )
 conversations = st.lists(st.builds(Message, role=texts, content=texts), max_size=2).map(tuple)
 whole_prompts = st.builds(
-    Prompt, id=texts, text=texts, token_ids=ids, messages=conversations, reference_answer=st.none() | texts, source=texts
+    Prompt,
+    id=texts,
+    text=texts,
+    token_ids=ids,
+    messages=conversations,
+    reference_answer=st.none() | texts,
+    source=texts,
+    answer_ids=ids,
 )
 
 
@@ -119,6 +137,13 @@ quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 def test_groups_survive(stored):
     for found in through_disk(stored, groups_of(None)):
         assert found == stored
+
+
+def test_a_prompt_without_answer_tokens_has_the_row_that_it_always_had():
+    """The hashes of the prompts that a run keeps are hashes of rows."""
+    prompt = Prompt(id="p", text="x", token_ids=(1,), reference_answer="7")
+    assert set(prompt_row(prompt)) == {"id", "text", "token_ids", "messages", "reference_answer", "source"}
+    assert prompt_row(dataclasses.replace(prompt, answer_ids=(5, 2)))["answer_ids"] == [5, 2]
 
 
 @quick

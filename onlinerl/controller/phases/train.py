@@ -22,7 +22,9 @@ def train(it: Iteration) -> TrainRecord:
     with it.files:
         built = it.built or items.build(it, items.stored(it))  # built on the way here, unless that was in another process
         within_groups = it.needs.min_samples > 1
-        idle = health.nothing_to_learn(built.spreads, built.earned, built.dropped, within_groups=within_groups)
+        idle = health.nothing_to_learn(
+            built.spreads, built.earned, built.dropped, within_groups=within_groups, labels=it.needs.labels
+        )
         if not it.prompt_ids:
             idle = f"all {len(it.sampled_ids)} prompts that were sampled are ties: the oracle gives every response to one the same judgement"
         if idle is not None and (built.spreads or not it.prompt_ids):

@@ -100,7 +100,7 @@ def judged(lengths: Sequence[int], sources: Mapping[int, str] | None = None, **v
         )
         for k, length in enumerate(lengths)
     )
-    prompt = Prompt(id="p", text="x", token_ids=(1, 2))
+    prompt = Prompt(id="p", text="x", token_ids=(1, 2), answer_ids=(90, 91, 0))
     return Judged(
         group=Group(prompt=prompt, rollouts=rollouts), verdict=Verdict(annotator="test", oracle_version="1", **verdict)
     )
