@@ -85,6 +85,8 @@ class Batch:
     """For a loss of a whole step (ops/whole_step.py): its slope by the value of each row."""
     step_loss: Tensor | None = None
     """And its value, in one of the step's micro-batches; else 0."""
+    annotators_G: Tensor | None = None
+    """int64, a number that stands for who judged each item (`annotator_number` in ops/batching.py)."""
 
     @property
     def sequence_mask_BS(self) -> Tensor:

@@ -75,12 +75,17 @@ class Pairwise(Algorithm):
         metrics = (
             pair_metrics(outputs, batch, z_P, reference=self.needs.reference) | {"preference_loss": Mean.of(loss_P)} | metrics
         )
-        if self.nll_coef > 0:
-            nll_B = -sequence_logprobs(outputs, batch)
-            mean_P, _ = by_pair(nll_B / lengths(batch), batch)
-            loss_P = loss_P + self.nll_coef * (mean_P if self.nll_norm == "per_token" else by_pair(nll_B, batch)[0])
-            metrics["chosen_nll"] = Mean.of(mean_P)
-        return LossOutput(total=(loss_P * batch.weight_P).sum(), metrics=metrics)
+        return self.with_likelihood(LossOutput(total=(loss_P * batch.weight_P).sum(), metrics=metrics), outputs, batch)
+
+    def with_likelihood(self, loss: LossOutput, outputs: Outputs, batch: Batch) -> LossOutput:
+        """With weight * nll_coef * NLL(chosen) of each pair."""
+        if not self.nll_coef:
+            return loss
+        nll_B = -sequence_logprobs(outputs, batch)
+        mean_P, _ = by_pair(nll_B / lengths(batch), batch)
+        nll_P = self.nll_coef * (mean_P if self.nll_norm == "per_token" else by_pair(nll_B, batch)[0])
+        metrics = loss.metrics | {"chosen_nll": Mean.of(mean_P)}
+        return LossOutput(total=loss.total + (nll_P * batch.weight_P).sum(), metrics=metrics)
 
     def unless_modified(self, loss: float) -> float | None:
         """What the loss is where policy and reference agree; None if weights or the likelihood of the chosen response change it."""

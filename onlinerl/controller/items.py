@@ -140,7 +140,7 @@ class _Made:
         self.truncated += made.truncated
         self.useful += bool(made.items)
         pairs.extend(_trained(judged, pair) for pair in made.pairs)
-        for item in _annotated(judged.group.prompt.id, made.items, known):
+        for item in _annotated(judged, made.items, known):
             self.earned.extend(_score(self._it.parts.algorithm, s) for s in item.sequences)
             self.sampled_by.update(s.policy_version for s in item.sequences)
             yield item
@@ -165,8 +165,8 @@ def _trained(judged: Judged, pair: Pair) -> TrainedPair:
     )
 
 
-def _annotated(prompt_id: str, made: Sequence[TrainItem], kept: LogProbs | None) -> list[TrainItem]:
-    """The items of a group with what was kept about their sequences.
+def _annotated(judged: Judged, made: Sequence[TrainItem], kept: LogProbs | None) -> list[TrainItem]:
+    """The items of a group with who judged them and what was kept about their sequences.
 
     Raises:
         StoreError: if nothing was kept, or it was kept about others.
@@ -175,7 +175,7 @@ def _annotated(prompt_id: str, made: Sequence[TrainItem], kept: LogProbs | None)
     lengths = [len(s.response_ids) for item in made for s in item.sequences]
     if kept is None or any([len(array) for array in own] != lengths for own in arrays.values()):
         raise StoreError(
-            f"the log-probs that are stored for prompt {prompt_id!r} are not those of its items",
+            f"the log-probs that are stored for prompt {judged.group.prompt.id!r} are not those of its items",
             field="logprobs",
             fix="remove logprobs.parquet of this iteration and resume with the version of onlinerl that began it",
         )
@@ -185,4 +185,5 @@ def _annotated(prompt_id: str, made: Sequence[TrainItem], kept: LogProbs | None)
             for i, s in enumerate(s for item in made for s in item.sequences)
         ]
     )
-    return [replace(item, sequences=tuple(next(filled) for _ in item.sequences)) for item in made]
+    by = judged.verdict.annotator
+    return [replace(item, sequences=tuple(next(filled) for _ in item.sequences), annotator=by) for item in made]

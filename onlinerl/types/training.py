@@ -56,6 +56,8 @@ class TrainItem:
     prob: float = 1.0
     """For a pair: P(chosen beats rejected)."""
     weight: float = 1.0
+    annotator: str = ""
+    """Who judged it, see `Verdict`."""
 
     @property
     def tokens(self) -> int:
