@@ -105,6 +105,8 @@ class Batch:
     anchor_logprobs_BT: Tensor | None = None
     exploration_P: Tensor | None = None
     """int64, row index of the exploration response of each pair; filled only if all pairs have one."""
+    annotators_G: Tensor | None = None
+    """int64, a number that stands for who judged each item (`annotator_number` in ops/batching.py)."""
 
     @property
     def sequence_mask_BS(self) -> Tensor:

@@ -90,12 +90,19 @@ class Margin(Pairwise):
 
     def pair_loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Mean]]:
         """The modified loss."""
-        z_P = self._margin(outputs, batch)
-        prob_P = smoothed(batch.prob_P if self.soft_labels else torch.ones_like(batch.prob_P), self.label_smoothing)
-        prob_P = (prob_P - self.flip_rate) / (1.0 - 2.0 * self.flip_rate)
-        return prob_P * self.phi(z_P) + (1.0 - prob_P) * self.phi(-z_P), z_P, {}
+        z_P = self.margins(outputs, batch)
+        return self.labelled_loss(z_P, self.label_probs(batch)), z_P, {}
 
-    def _margin(self, outputs: Outputs, batch: Batch) -> Tensor:
+    def label_probs(self, batch: Batch) -> Tensor:
+        """p[P]: how far each label is trusted."""
+        prob_P = smoothed(batch.prob_P if self.soft_labels else torch.ones_like(batch.prob_P), self.label_smoothing)
+        return (prob_P - self.flip_rate) / (1.0 - 2.0 * self.flip_rate)
+
+    def labelled_loss(self, z_P: Tensor, prob_P: Tensor) -> Tensor:
+        """p phi(z) + (1 - p) phi(-z)."""
+        return prob_P * self.phi(z_P) + (1.0 - prob_P) * self.phi(-z_P)
+
+    def margins(self, outputs: Outputs, batch: Batch) -> Tensor:
         """z[P]."""
         mask_BT = batch.mask_BT
         values_BT = masked(outputs.logprobs_BT, mask_BT) if self.reference_free else token_log_ratios(outputs, batch)

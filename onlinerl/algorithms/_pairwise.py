@@ -78,16 +78,26 @@ class Pairwise(Algorithm):
         metrics = (
             pair_metrics(outputs, batch, z_P, reference=self.needs.reference) | {"preference_loss": Mean.of(loss_P)} | metrics
         )
-        if self.nll_coef > 0:
-            nll_B = -sequence_logprobs(outputs, batch)
-            mean_P, _ = by_pair(nll_B / lengths(batch), batch)
-            loss_P = loss_P + self.nll_coef * (mean_P if self.nll_norm == "per_token" else by_pair(nll_B, batch)[0])
-            metrics["chosen_nll"] = Mean.of(mean_P)
-        weight_P = batch.weight_P
-        if self.pair_weights == "wpo":
-            close_P = closeness(outputs, batch)
-            weight_P, metrics["pair_weight"] = weight_P * close_P, Mean.of(close_P)
-        return LossOutput(total=(loss_P * weight_P).sum(), metrics=metrics)
+        weight_P, weighed = self._weights(outputs, batch)
+        loss = LossOutput(total=(loss_P * weight_P).sum(), metrics=metrics | weighed)
+        return self.with_likelihood(loss, outputs, batch)
+
+    def with_likelihood(self, loss: LossOutput, outputs: Outputs, batch: Batch) -> LossOutput:
+        """With weight * nll_coef * NLL(chosen) of each pair."""
+        if not self.nll_coef:
+            return loss
+        nll_B = -sequence_logprobs(outputs, batch)
+        mean_P, _ = by_pair(nll_B / lengths(batch), batch)
+        nll_P = self.nll_coef * (mean_P if self.nll_norm == "per_token" else by_pair(nll_B, batch)[0])
+        metrics = loss.metrics | {"chosen_nll": Mean.of(mean_P)}
+        return LossOutput(total=loss.total + (nll_P * self._weights(outputs, batch)[0]).sum(), metrics=metrics)
+
+    def _weights(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Mean]]:
+        """Of each pair, [P], and what is reported about them."""
+        if self.pair_weights != "wpo":
+            return batch.weight_P, {}
+        close_P = closeness(outputs, batch)
+        return batch.weight_P * close_P, {"pair_weight": Mean.of(close_P)}
 
     def unless_modified(self, loss: float) -> float | None:
         """What the loss is where policy and reference agree; None if weights or the likelihood of the chosen response change it."""

@@ -168,7 +168,7 @@ class _Made:
         self.contradicted += made.contradicted
         self.truncated += made.truncated
         self.useful += bool(made.items)
-        for item in _annotated(made.prompt_id, made.items, known):
+        for item in _annotated(made.judged, made.items, known):
             for sequence in item.sequences:
                 if sequence.policy_version is not None:
                     self.earned.append(_score(self._it.parts.algorithm, sequence))
@@ -195,8 +195,8 @@ def _trained(judged: Judged, pair: Pair) -> TrainedPair:
     )
 
 
-def _annotated(prompt_id: str, made: Sequence[TrainItem], kept: LogProbs | None) -> list[TrainItem]:
-    """The items of a group with what was kept about their sequences.
+def _annotated(judged: Judged, made: Sequence[TrainItem], kept: LogProbs | None) -> list[TrainItem]:
+    """The items of a group with who judged them and what was kept about their sequences.
 
     Raises:
         StoreError: if nothing was kept, or it was kept about others.
@@ -205,7 +205,7 @@ def _annotated(prompt_id: str, made: Sequence[TrainItem], kept: LogProbs | None)
     lengths = [len(s.response_ids) for item in made for s in item.sequences]
     if kept is None or any([len(array) for array in own] != lengths for own in arrays.values()):
         raise StoreError(
-            f"the log-probs that are stored for prompt {prompt_id!r} are not those of its items",
+            f"the log-probs that are stored for prompt {judged.group.prompt.id!r} are not those of its items",
             field="logprobs",
             fix="remove logprobs.parquet of this iteration and resume with the version of onlinerl that began it",
         )
@@ -215,4 +215,5 @@ def _annotated(prompt_id: str, made: Sequence[TrainItem], kept: LogProbs | None)
             for i, s in enumerate(s for item in made for s in item.sequences)
         ]
     )
-    return [replace(item, sequences=tuple(next(filled) for _ in item.sequences)) for item in made]
+    by = judged.verdict.annotator
+    return [replace(item, sequences=tuple(next(filled) for _ in item.sequences), annotator=by) for item in made]

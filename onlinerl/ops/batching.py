@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +15,7 @@ from onlinerl.batch import Batch
 from onlinerl.ops.schedule import schedule
 from onlinerl.types import TrainItem, TrainSequence
 
-__all__ = ["collate", "padded_tokens", "plan_step", "schedule"]
+__all__ = ["annotator_number", "collate", "padded_tokens", "plan_step", "schedule"]
 
 _PER_TOKEN = (
     "reference_logprobs",
@@ -72,8 +74,15 @@ def collate(items: Sequence[TrainItem]) -> Batch:
         weight_B=_floats(weights),
         policy_weight_B=_floats(s.policy_weight for s in sequences),
         exploration_P=torch.tensor(explored, dtype=torch.int64) if len(explored) == len(pairs) else None,
+        annotators_G=torch.tensor([annotator_number(item.annotator) for item in items], dtype=torch.int64),
         **{f"{name}_BT": _per_token(sequences, name, T) for name in _PER_TOKEN},
     )
+
+
+@cache
+def annotator_number(annotator: str) -> int:
+    """A number that stands for an annotator, on every rank and in every run the same; small enough (48 bits) to be exact as a float."""
+    return int.from_bytes(hashlib.blake2b(annotator.encode(), digest_size=6).digest(), "big")
 
 
 def padded_tokens(items: Sequence[TrainItem]) -> int:

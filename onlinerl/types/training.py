@@ -62,6 +62,8 @@ class TrainItem:
     prob: float = 1.0
     """For a pair: P(chosen beats rejected)."""
     weight: float = 1.0
+    annotator: str = ""
+    """Who judged it, see `Verdict`."""
     exploration: int | None = None
     """For a pair with an exploration response: which of the sequences that is; a third one where it is not one of the two."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from onlinerl import registry
+from onlinerl.algorithms._pairwise import Pairwise
 from onlinerl.ops.whole_step import WholeStep
 from onlinerl.protocols.algorithm import Algorithm
 
@@ -26,6 +27,8 @@ FAMILY = 190
 """As many more where a loss is on pairs, lists, whole steps or how responses fare against each other: what such losses share."""
 CRITIC = 320
 """As many more where there is a critic: what it begins as, rewards per token, advantages from values, a loss of its own."""
+WRAPPER = 310
+"""As many more where a loss wraps those of another family: one of the whole step around losses on pairs, with all that may modify them."""
 OFF_POLICY = 80
 """As many more where responses of other policies are weighed by how probable they are."""
 VARIANT = 120
@@ -71,6 +74,7 @@ def test_importing_a_loss_pulls_in_little(counted, name):
     allowances = (
         (FAMILY, needs.pairs or needs.preferences or family),
         (CRITIC, needs.critic),
+        (WRAPPER, isinstance(algorithm, WholeStep) and isinstance(algorithm, Pairwise)),
         (OFF_POLICY, needs.off_policy == "corrected"),
         (OTHERS, needs.beside_samples),
         (VARIANT, bases & set(NAMES)),

@@ -303,6 +303,43 @@ def critic_model(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dic
     return found
 
 
+def kept_state(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
+    """What a loss keeps, by rank: after each step, after what must not advance it, and in a learner that has loaded it."""
+    kept = job["kept"]
+    steps, budget = kept["steps"], kept["budget"]
+
+    def made() -> Rank:
+        return ranks.learner(job["model"], kept["algorithm"], stage=case["stage"], dtype=case["dtype"])
+
+    def everywhere(learner: Rank) -> list[dict[str, float]]:
+        states: list[Any] = [None] * ranks.world_size
+        dist.all_gather_object(states, learner._state)
+        return states
+
+    learner = made()
+    found: dict[str, Any] = {"steps": []}
+    for items in steps:
+        metrics = ranks.step(learner, items, budget)
+        found["steps"].append((everywhere(learner), metrics["baseline"]))
+    learner.gradients(ranks.mine(steps[0], budget), len(steps[0]))
+    found["after a gradient"] = everywhere(learner)
+    learner.self_test(ranks.mine(steps[0], budget), job["model"])
+    found["after a self-test"] = everywhere(learner)
+    found["skipped"] = ranks.step(learner, kept["bad"], budget)["skipped"]
+    found["after a step that was skipped"] = everywhere(learner)
+    here = Path(job["directory"]) / "kept-{}-{}".format(ranks.world_size, case["stage"])
+    here.mkdir(exist_ok=True)
+    found["written"] = learner.save(str(here))
+    fresh = made()
+    fresh.load(str(here))
+    found["loaded"] = everywhere(fresh)
+    found["continued"] = []
+    for one in (learner, fresh):
+        ranks.step(one, steps[0], budget)
+        found["continued"].append(everywhere(one))
+    return found
+
+
 def parameters(learner: Rank) -> WEIGHTS:
     """All of them, the critic's too, whole. Collective."""
     import deepspeed
@@ -546,7 +583,8 @@ def optimizer_tensors(learner: Rank) -> WEIGHTS:
 
 
 KINDS = {
-    f.__name__: f for f in (gradients, critic_gradients, steps, export, offload, other_optimizer, critic_model, absent_rank)
+    f.__name__: f
+    for f in (gradients, critic_gradients, steps, export, offload, other_optimizer, critic_model, kept_state, absent_rank)
 }
 
 

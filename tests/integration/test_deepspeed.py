@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from onlinerl.algorithms.bco import Bco
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.grpo import Grpo
 from onlinerl.algorithms.inpo import Inpo
@@ -119,6 +120,8 @@ CRITIC: tuple[Algorithm, list[TrainItem]] = (
     Ppo(critic="separate", critic_learning_rate=1e-3, entropy_coef=0.01, kl_in="loss"),
     sample_items(12, seed=5),
 )
+KEPT = Bco(beta=1.0, threshold=0.0, baseline_decay=0.75)
+KEPT_STEPS = [judged_items(12, seed=20 + i, size=1) for i in range(2)]
 LONG = pair_items(6, seed=6, response=120)
 """1,440 response tokens."""
 LONG_TEMPERATURE = 0.7
@@ -159,6 +162,7 @@ CASES: dict[tuple[Any, ...], dict[str, Any]] = {
         for s, m in product(EXPORTED, ("model", "untied"))
     },
     **{("critic model", s): {"kind": "critic_model", "stage": s, "dtype": "float32"} for s in EXPORTED},
+    **{("kept state", s): {"kind": "kept_state", "stage": s, "dtype": "float32"} for s in EXPORTED},
     **{("rmsprop", s): {"kind": "other_optimizer", "stage": s, "dtype": "float32"} for s in OTHER},
     **{("offload", s, d): {"kind": "offload", "stage": s, "dtype": d} for s, d in product(STAGES, DTYPES)},
     ("absent",): {"kind": "absent_rank", "stage": 2, "dtype": "float32", "timeout_s": 3.0},  # the last one: it breaks the group
@@ -201,6 +205,12 @@ def run_ranks(ranks: int, models: dict[str, Path], directory: Path) -> dict[tupl
         "critic_loss": loss(*CRITIC),
         "long": {"algorithm": Dpo(), "items": LONG, "temperature": LONG_TEMPERATURE},
         "beside": {"algorithm": FULL, "items": BESIDE, "temperature": LONG_TEMPERATURE},
+        "kept": {
+            "algorithm": KEPT,
+            "steps": KEPT_STEPS,
+            "budget": budgets(KEPT_STEPS[0], ranks)[4],
+            "bad": spoiled(KEPT_STEPS[0], sequences=with_reference(KEPT_STEPS[0][-1], [float("nan")])),
+        },
         "self_test_items": self_test_items(),
         "max_grad_norm": MAX_GRAD_NORM,
         "steps": STEPS,
@@ -312,6 +322,37 @@ def test_gradient_equals_that_of_one_process(
         error = relative_error(result["gradients"], expected)
         print(f"{ranks} ranks ZeRO {stage} {dtype} {loss} {result['micro_batches']} micro-batches: {error:.2e}")
         assert error < BOUND[dtype]
+
+
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, EXPORTED)))
+def test_what_a_loss_keeps_is_the_same_on_every_rank_and_goes_through_a_checkpoint(
+    answers: Answers, tiny_llama: Path, ranks: int, stage: int | str
+) -> None:
+    answer = answers(ranks, "kept state", stage)
+    batch = collate(KEPT_STEPS[0])
+    with torch.no_grad():
+        logprobs = plain_policy(tiny_llama, "float32")(batch, temperature=1.0).logprobs_BT
+    rewards = ((logprobs - batch.reference_logprobs_BT) * batch.mask_BT).sum(dim=1).double()
+    good = batch.scores_B >= 0
+    assert 0 < good.sum() < len(good)
+    expected = (rewards[good].mean() + rewards[~good].mean()).item() / 2
+
+    (first, reported), (second, _) = answer["steps"]
+    assert first == [first[0]] * ranks  # to the last bit
+    assert first[0] == {"baseline": pytest.approx(expected, rel=1e-5), "steps": 1.0}
+    assert reported == first[0]["baseline"]
+    assert second == [second[0]] * ranks
+    assert second[0]["steps"] == 2.0
+    assert second[0]["baseline"] == pytest.approx(answers(1, "kept state", "torch")["steps"][1][0][0]["baseline"], rel=1e-4)
+    assert second[0]["baseline"] != pytest.approx(expected, rel=1e-2)
+
+    assert answer["skipped"] == 1.0
+    for when in ("after a gradient", "after a self-test", "after a step that was skipped", "loaded"):
+        assert answer[when] == second, when
+    assert "algorithm.json" in answer["written"]
+    straight, resumed = answer["continued"]
+    assert straight == resumed
+    assert straight[0]["steps"] == 3.0
 
 
 @configurations

@@ -180,7 +180,7 @@ def _forget_state():
     from onlinerl.learners import toy
 
     def save_state(folder, state, original=toy.save_state):
-        return original(folder, None if state is None else dict.fromkeys(state, 0.0))
+        return original(folder, None if state is None else dict.fromkeys(state, 0.5))
 
     toy.save_state = save_state
 
