@@ -57,7 +57,7 @@ class Rso(PairBuilder):
         while remaining and len(accepted) < self.accept:
             best = max(rewards[i] for i in remaining)
             for i in tuple(remaining):
-                u = derive_seed("rso", prompt, rollouts[i].seed, rollouts[i].text, walk) / 2**31
+                u = derive_seed("rejection", prompt, rollouts[i].seed, rollouts[i].text, walk) / 2**31
                 if len(accepted) < self.accept and u < math.exp((rewards[i] - best) / self.beta):
                     accepted.append(i)
                     remaining.remove(i)

@@ -27,6 +27,7 @@ KNOBS = MARGIN_KNOBS | {
     "eta0": [({}, 0.6)],
     "eta_rate": [],  # acts from the second step on: see below
     "flip_rate": [],  # refused
+    "pair_weights": [({}, "score_gap"), ({}, "certainty")],  # `wpo` is refused
 }
 
 
@@ -198,6 +199,12 @@ def test_a_flip_rate_is_refused():
     assert found.cause == "is 0.2, and the share of wrong labels is what this algorithm estimates"
     assert found.fix
     assert RePo().objection(PLAN) is None
+
+
+def test_weights_of_the_moment_are_refused():
+    found = RePo(pair_weights="wpo").objection(PLAN)
+    assert found is not None
+    assert found.field == "algorithm.pair_weights"
 
 
 @pytest.mark.parametrize(

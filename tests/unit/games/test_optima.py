@@ -88,6 +88,8 @@ OPTIMA: dict[str, list[Optimum]] = {
     "dpo": [LOGIT, Optimum(lambda p: logit(p) / 0.5, {"beta": 0.5, "soft_labels": True}, once=True)],
     "osp": [LOGIT._replace(once=True)],
     "dno_prct": [LOGIT],
+    "curry_dpo": [LOGIT],
+    "rso": [LOGIT],
     "cdpo": [Optimum(lambda p: logit(0.9 * p + 0.1 * (1 - p)) / 0.5, {"beta": 0.5, "label_smoothing": 0.1})],
     # Labels of which a share e was flipped come up with (1 - e) q + e (1 - q), where q is the truth.
     "robust_dpo": [Optimum(lambda p: logit((p - 0.1) / 0.8) / 0.5, {"beta": 0.5, "flip_rate": 0.1})],
@@ -143,6 +145,8 @@ WITHOUT = {
     "aot_unpaired": "it compares distributions over a step",
     "apo_zero": "it falls without end in r_a - r_b while a is likelier to win; see the test of its slope",
     "apo_down": "it falls without end in both rewards; see the test of its slope",
+    "re_po": "how far it trusts a label follows the policy, so it has an optimum for every estimate of the share of right labels",
+    "optune": "it weighs the two labels by gaps of scores, which a share of labels does not fix; of equal gaps it is dpo",
     "xpo": "its exploration bonus has no closed form; without it, it is dpo",
     "selm": "its exploration bonus has no closed form; without it, it is dpo",
     "tdpo1": "its KL is of whole distributions, not of the margin",
@@ -263,7 +267,7 @@ def test_where_nothing_holds_a_reward_back_there_is_no_optimum(name):
     ("name", "algorithm", "method", "faulty"),
     [
         ("dpo", Dpo, "phi", lambda self, z: -logsigmoid(-z)),  # the sign
-        ("osp", Margin, "pair_loss", lambda self, o, b: (self.phi(self._margin(o, b)), b.prob_P, {})),  # labels not read
+        ("osp", Margin, "labelled_loss", lambda self, z, p: self.phi(z)),  # labels not read
         ("ipo", Ipo, "phi", lambda self, z: (z - 1.0 / self.tau).square()),  # a factor
         ("slic", Slic, "phi", lambda self, z: torch.relu(2.0 - z)),
         ("nbpo", Nbpo, "phi", lambda self, z: -logsigmoid(z)),  # labels taken for the truth
