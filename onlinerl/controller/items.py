@@ -170,9 +170,11 @@ class _Made:
         self.useful += bool(made.items)
         for item in _annotated(made.judged, made.items, known):
             for sequence in item.sequences:
-                if sequence.policy_version is not None:
-                    self.earned.append(_score(self._it.parts.algorithm, sequence))
-                    self.sampled_by[sequence.policy_version] += sequence.source != "reference"
+                if sequence.policy_version is None:  # nobody sampled it
+                    continue
+                self.earned.append(_score(self._it.parts.algorithm, sequence))
+                if sequence.source != "reference":
+                    self.sampled_by[sequence.policy_version] += 1
             yield item
 
 

@@ -65,7 +65,10 @@ def says(message: str, *parts: str) -> None:
             "oracle.lexicon=x",
             ("oracle.lexicon: is not a known key", "known keys: call_timeout_s, groups_per_call, include_prompt"),
         ),
-        ("sampling.zzz=1", ("sampling.zzz: is not a known key", "known keys: max_new_tokens, samples_per_prompt")),
+        (
+            "sampling.zzz=1",
+            ("sampling.zzz: is not a known key", "known keys: dynamic, max_new_tokens, max_rounds, samples_per_prompt"),
+        ),
         ("algorithm.name=dpoo", ("algorithm.name: there is no 'dpoo'", "did you mean 'dpo'? choose one of")),
         ("oracle.name=sentimental", ("oracle.name: there is no 'sentimental'", "did you mean 'sentiment'?")),
         ("iterations=four", ("iterations: input should be a valid integer, got 'four'", "give a whole number from 1")),
@@ -163,10 +166,6 @@ def test_a_missing_key(toy_config, refused, tmp_path):
             {"algorithm.name": "grpo", "pairing.name": "ranked"},
             ("pairing: grpo trains no pairs, so nothing would read it", "leave it out (pairing=null on the command line)"),
         ),
-        (
-            {"algorithm.name": "spin"},
-            ("prompts.train: 40 of 40 prompts have no reference answer, which the algorithm needs", "train.jsonl, line 1)"),
-        ),
         ({"algorithm.name": "sppo", "reference.schedule": "fixed"}, ("reference.schedule: sppo", "allow_nonstandard=true")),
         ({"algorithm.name": "grpo", "sampling.top_p": 0.9}, ("sampling.top_p: grpo weighs samples", "set top_p to 1.0")),
         (
@@ -259,6 +258,11 @@ def test_what_does_not_fit_together(toy_config, refused, tmp_path, overrides, pa
 
 
 # --- prompts ---
+
+
+def test_prompts_without_the_answers_that_an_algorithm_trains_on(toy_config, refused, tmp_path):
+    message = refused(toy_config(tmp_path, {"algorithm.name": "spin"}))
+    says(message, "prompts.train: 40 of 40 prompts have no reference answer, which the algorithm needs", "train.jsonl, line 1)")
 
 
 def lines(*rows: object) -> str:

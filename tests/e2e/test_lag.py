@@ -329,9 +329,12 @@ def test_lag_needs_no_other_parts(toy_config, onlinerl, tmp_path, monkeypatch):
     pushed = {0: [], 1: []}
     for lag in (0, 1):
         with monkeypatch.context() as counted:
-            counted.setattr(
-                ToySync, "push", lambda self, v, original=ToySync.push, lag=lag: pushed[lag].append(v) or original(self, v)
-            )
+
+            def push(self, version, model="policy", original=ToySync.push, lag=lag):
+                pushed[lag].append(version)
+                return original(self, version, model)
+
+            counted.setattr(ToySync, "push", push)
             code, message = onlinerl("run", toy_config(tmp_path, LAGGED | {"schedule.max_lag": lag, "name": f"lag{lag}"}))
         assert code == 0, message
     assert pushed[0] == pushed[1] == [0, 1, 2, 3, 4]

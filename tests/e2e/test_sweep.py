@@ -182,9 +182,9 @@ def test_the_engine_stays_up_and_nothing_of_it_leaks(sweep_file, onlinerl, tmp_p
     monkeypatch.setattr(Toy, "open", open_)
     pushed = []
 
-    def push(self, version, original=ToySync.push):
+    def push(self, version, model="policy", original=ToySync.push):
         pushed.append(version)
-        return original(self, version)
+        return original(self, version, model)
 
     monkeypatch.setattr(ToySync, "push", push)
     code, message = onlinerl("sweep", sweep_file(SENTIMENT))
@@ -197,13 +197,13 @@ def test_weights_of_the_run_before_are_noticed(sweep_file, onlinerl, tmp_path, m
     """Planted: the first push of the second run does not reach the engine, which still holds what the first run has trained."""
     pushes = []
 
-    def push(self, version, original=ToySync.push):
+    def push(self, version, model="policy", original=ToySync.push):
         pushes.append(version)
         if len(pushes) != 4:
-            return original(self, version)
+            return original(self, version, model)
         self._write, kept = lambda weights, version: None, self._write
         try:
-            return original(self, version)
+            return original(self, version, model)
         finally:
             self._write = kept
 

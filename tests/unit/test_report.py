@@ -108,7 +108,7 @@ def measured() -> evaluation.Measured:
 def everything(report: Reporter, learner: dict[str, float], figures: dict[str, float]) -> None:
     """All that can happen in an iteration."""
     report.phase(1, "sample", 1.0)
-    report.sampled(1, [Sampled.of(group) for group in GROUPS])
+    report.sampled(1, [Sampled.of(group) for group in GROUPS], kept=2)
     report.labelled(1, ok=2, failed=1, spreads=[0.5, 0.5])
     report.asked(1, "label", 1, 3)
     report.skipped(1, 1)
