@@ -6,15 +6,15 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from onlinerl.algorithms._pairwise import Pairwise
+from onlinerl.algorithms._labels import UncertainLabels
 from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.ops.logprobs import lengths, masked, token_log_ratios
-from onlinerl.ops.preference import beyond_the_shorter, by_pair, smoothed
+from onlinerl.ops.preference import beyond_the_shorter, by_pair
 from onlinerl.protocols.algorithm import Needs, Reference, by_knobs
 
 
-class Margin(Pairwise):
-    """Mean over pairs of p phi(z) + (1 - p) phi(-z), z = beta (D_w - D_l), with the modifiers below in their order.
+class Margin(UncertainLabels):
+    """Mean over pairs of p phi(z) + (1 - p) phi(-z), z = beta (D_w - D_l), with the modifiers below in their order, then those of labels.
 
     D is the log-ratio of policy to reference of a whole response, in nats. A subclass is `phi` and its defaults.
     """
@@ -42,15 +42,6 @@ class Margin(Pairwise):
     length_penalty: float = 0.0
     """Times the difference in tokens, chosen minus rejected, is added to z: "Disentangling Length from Quality in Direct Preference
     Optimization"."""
-    soft_labels: bool = False
-    """Train on the oracle's probability instead of taking every pair's label for certain."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Share of labels assumed to be wrong: "A Note on DPO with Noisy Preferences & Relationship to IPO"."""
-    flip_rate: float = Field(0.0, ge=0, lt=0.5)
-    """Share of labels that are wrong, corrected for without bias: "Provably Robust DPO: Aligning Language Models with Noisy Feedback". The
-    loss is then unbounded below, so it needs `margin_cap`."""
-    margin_cap: float | None = Field(None, gt=0, validate_default=True)
-    """Largest z; a pair beyond it teaches nothing more."""
 
     @field_validator("dpop_lambda")
     @classmethod
@@ -59,19 +50,10 @@ class Margin(Pairwise):
             raise ValueError("it holds the chosen response at its reference log-prob, and reference_free is set")
         return value
 
-    @field_validator("margin_cap")
-    @classmethod
-    def _bounds(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if value is None and info.data.get("flip_rate"):
-            raise ValueError("with a flip_rate the loss is unbounded below; set it, e.g. to 10")
-        return value
-
     @by_knobs
     def needs(self) -> Needs:
-        """Of a pair loss; the reference unless it is free of it, probabilities if labels are soft."""
-        pairs = super().needs
-        soft = self.soft_labels or pairs.preferences
-        return pairs.model_copy(update={"reference": not self.reference_free, "preferences": soft})
+        """Of a pair loss; the reference unless it is free of it."""
+        return super().needs.model_copy(update={"reference": not self.reference_free})
 
     @by_knobs
     def reference(self) -> Reference:
@@ -92,11 +74,6 @@ class Margin(Pairwise):
         """The modified loss."""
         z_P = self.margins(outputs, batch)
         return self.labelled_loss(z_P, self.label_probs(batch)), z_P, {}
-
-    def label_probs(self, batch: Batch) -> Tensor:
-        """p[P]: how far each label is trusted."""
-        prob_P = smoothed(batch.prob_P if self.soft_labels else torch.ones_like(batch.prob_P), self.label_smoothing)
-        return (prob_P - self.flip_rate) / (1.0 - 2.0 * self.flip_rate)
 
     def labelled_loss(self, z_P: Tensor, prob_P: Tensor) -> Tensor:
         """p phi(z) + (1 - p) phi(-z)."""

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from onlinerl.algorithms._pairwise import Pairwise
+from onlinerl.algorithms._labels import UncertainLabels
 from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.ops.logprobs import masked
-from onlinerl.ops.preference import by_pair, margin, smoothed
+from onlinerl.ops.preference import by_pair, margin
 from onlinerl.protocols.algorithm import Needs, Reported, by_knobs
 
 
-class Tdpo1(Pairwise):
+class Tdpo1(UncertainLabels):
     """f(z) = -log sigmoid(z), z = beta (h + K_w - K_l), K = sum over a response of KL(reference || policy) of the next token.
 
     The KL is over the whole vocabulary, so the reference runs beside the policy. A response is worth beta (D + K) here, not beta D. A label
@@ -29,27 +29,11 @@ class Tdpo1(Pairwise):
 
     beta: float = Field(0.1, gt=0)
     """Small lets the policy go far from the reference."""
-    soft_labels: bool = False
-    """Train on the oracle's probability instead of taking every pair's label for certain."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Share of labels assumed to be wrong."""
-    flip_rate: float = Field(0.0, ge=0, lt=0.5)
-    """Share of labels that are wrong, corrected for without bias. The loss is then unbounded below, so it needs `margin_cap`."""
-    margin_cap: float | None = Field(None, gt=0, validate_default=True)
-    """Largest z; a pair beyond it teaches nothing more."""
-
-    @field_validator("margin_cap")
-    @classmethod
-    def _bounds(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if value is None and info.data.get("flip_rate"):
-            raise ValueError("with a flip_rate the loss is unbounded below; set it, e.g. to 10")
-        return value
 
     @by_knobs
     def needs(self) -> Needs:
-        """Of a pair loss, with the KL; probabilities if labels are soft."""
-        pairs = super().needs
-        return pairs.model_copy(update={"reference_kl": True, "preferences": self.soft_labels or pairs.preferences})
+        """Of a pair loss, with the KL."""
+        return super().needs.model_copy(update={"reference_kl": True})
 
     @by_knobs
     def loss_at_reference(self) -> float | None:
@@ -66,7 +50,6 @@ class Tdpo1(Pairwise):
         h_P, cap = margin(outputs, batch), self.margin_cap or math.inf
         z_P = (self.beta * (h_P + self.correction(kl_w, kl_l))).clamp(max=cap)
         swapped_P = (self.beta * (self.correction(kl_l, kl_w) - h_P)).clamp(min=-cap)
-        prob_P = smoothed(batch.prob_P if self.soft_labels else batch.prob_P.new_ones(len(z_P)), self.label_smoothing)
-        prob_P = (prob_P - self.flip_rate) / (1.0 - 2.0 * self.flip_rate)
+        prob_P = self.label_probs(batch)
         metrics = {"chosen_reference_kl": Mean.of(kl_w), "rejected_reference_kl": Mean.of(kl_l)}
         return -prob_P * logsigmoid(z_P) - (1.0 - prob_P) * logsigmoid(swapped_P), z_P, metrics
