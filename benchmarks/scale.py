@@ -34,7 +34,7 @@ from onlinerl.engines.toy import ToyEngine
 from onlinerl.errors import EngineError, LearnerError
 from onlinerl.learners.toy import ToyLearner
 from onlinerl.ops.batching import plan_step
-from onlinerl.types import Group, Request, Rollout, Sampling, SelfTest, TrainItem, TrainSequence, UpdateReport
+from onlinerl.types import Group, Numbers, Request, Rollout, Sampling, SelfTest, TrainItem, TrainSequence, UpdateReport
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results.md"
@@ -72,8 +72,8 @@ def install(stop_after: int | None, stop_training: bool) -> None:
     rng = np.random.default_rng(0)
     made = [
         (
-            tuple(map(int, rng.integers(0, 49_000, TOKENS))),
-            tuple(map(float, rng.normal(-2, 1, TOKENS).astype(np.float32))),
+            Numbers(rng.integers(0, 49_000, TOKENS).astype(np.uint32)),
+            Numbers(rng.normal(-2, 1, TOKENS).astype(np.float32).astype(np.float64)),
             " ".join(map(str, rng.integers(0, 10_000, TOKENS - n))),
         )
         for n in range(64)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from onlinerl.types import FinishReason, Group, RejectReason, Request, Rollout, Sampling, Source
+import numpy as np
+
+from onlinerl.types import FinishReason, Group, Numbers, RejectReason, Request, Rollout, Sampling, Source
 
 FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 """How a response may end, by the word that vLLM and OpenAI's completions have for it."""
@@ -54,8 +56,8 @@ async def _one(request: Request, seed: int, sampling: Sampling, source: Source, 
         if len(answer.logprobs) != len(answer.token_ids) or not all(map(_usable, answer.logprobs)):
             return "logprob"
         return Rollout(
-            token_ids=tuple(answer.token_ids),
-            logprobs=tuple(answer.logprobs),
+            token_ids=Numbers(np.asarray(answer.token_ids, np.uint32)),
+            logprobs=Numbers(np.asarray(answer.logprobs, np.float64)),
             text=answer.text,
             finish_reason=answer.finish_reason,
             policy_version=answer.policy_version,

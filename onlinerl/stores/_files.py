@@ -21,7 +21,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,15 @@ def explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_all(descriptor: int, data: bytes) -> None:
-    """Write every byte and wait until the disk has them."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+def write_all(descriptor: int, pieces: Sequence[bytes]) -> None:
+    """Write every byte of all pieces, with one call if the system takes them all, and wait until the disk has them."""
+    left = [memoryview(piece) for piece in pieces if piece]
+    while left:
+        written = os.writev(descriptor, left)
+        while left and written >= len(left[0]):
+            written -= len(left.pop(0))
+        if written:
+            left[0] = left[0][written:]
     os.fsync(descriptor)
 
 
@@ -116,7 +120,7 @@ def replace(path: Path, data: bytes) -> None:
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             try:
-                write_all(descriptor, data)
+                write_all(descriptor, [data])
             finally:
                 os.close(descriptor)
             temporary.rename(path)
@@ -163,7 +167,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def append(path: Path, data: bytes, *, at: int) -> None:
+def append(path: Path, pieces: Sequence[bytes], *, at: int) -> None:
     """Add bytes to a file that holds `at` bytes by now; they are on the disk when this returns, and not in the file if it raises.
 
     What a crash left behind those bytes is cut off first.
@@ -175,7 +179,7 @@ def append(path: Path, data: bytes, *, at: int) -> None:
                 os.ftruncate(descriptor, at)
             os.lseek(descriptor, at, os.SEEK_SET)
             try:
-                write_all(descriptor, data)
+                write_all(descriptor, pieces)
             except OSError:
                 # Otherwise a caller that tries again would find its rows twice.
                 with contextlib.suppress(OSError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,16 +66,15 @@ class Journal:
 
     def append(self, batch: pa.RecordBatch) -> None:
         """Add a batch; it is on the disk when this returns, and not in the file if it raises."""
-        data = b"" if self._size else _framed(_packed(self.schema.serialize()))
         message = batch.serialize()
-        data += _framed(_packed(message))
-        _files.append(self.path, data, at=self._size)
-        self._size += len(data)
+        pieces = [*([] if self._size else _framed(self.schema.serialize())), *_framed(message)]
+        _files.append(self.path, pieces, at=self._size)
+        self._size += sum(map(len, pieces))
         self._add(batch, message.size)
 
-    def batch(self, number: int) -> pa.RecordBatch:
+    def batch(self, number: int, columns: Sequence[str] | None = None) -> pa.RecordBatch:
         """One batch."""
-        return self.batches[number]
+        return self.batches[number] if columns is None else self.batches[number].select(columns)
 
 
 def read(path: Path) -> Iterator[pa.RecordBatch]:
@@ -103,27 +102,25 @@ def _read(path: Path) -> Iterator[tuple[_Frame, pa.RecordBatch]]:
         raise _files.damaged(path, str(error)) from error
 
 
-def _packed(message: pa.Buffer) -> bytes:
-    compressed: bytes = _CODEC.compress(message, asbytes=True)
-    return _LENGTH.pack(message.size) + compressed
+def _framed(message: pa.Buffer) -> list[bytes]:
+    """What is written of a message, in pieces: to join them would take longer than to compress it."""
+    length, compressed = _LENGTH.pack(message.size), _CODEC.compress(message, asbytes=True)
+    checksum = zlib.crc32(compressed, zlib.crc32(length))
+    head = struct.pack("<4sII", _MAGIC, len(length) + len(compressed), checksum)
+    return [head + struct.pack("<I", zlib.crc32(head)) + length, compressed, _END]
 
 
-def _unpacked(payload: bytes) -> pa.Buffer:
+def _unpacked(payload: memoryview) -> pa.Buffer:
     (size,) = _LENGTH.unpack_from(payload)
     return _CODEC.decompress(payload[_LENGTH.size :], decompressed_size=size)
 
 
-def _decoded(payload: bytes, schema: pa.Schema) -> pa.RecordBatch:
+def _decoded(payload: memoryview, schema: pa.Schema) -> pa.RecordBatch:
     return pa.ipc.read_record_batch(_unpacked(payload), schema)
 
 
-def _framed(payload: bytes) -> bytes:
-    head = struct.pack("<4sII", _MAGIC, len(payload), zlib.crc32(payload))
-    return head + struct.pack("<I", zlib.crc32(head)) + payload + _END
-
-
-def _payload(data: bytes, frame: _Frame) -> bytes:
-    return data[frame.offset : frame.offset + frame.length]
+def _payload(data: bytes, frame: _Frame) -> memoryview:
+    return memoryview(data)[frame.offset : frame.offset + frame.length]
 
 
 def _frames(data: bytes, path: Path) -> list[_Frame]:

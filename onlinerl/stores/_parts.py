@@ -39,6 +39,7 @@ def write(path: Path, batches: Sequence[pa.RecordBatch]) -> dict[str, Any]:
             path for field in numbers for path in _leaves(field.name, field.type) if _is_float(field.type.value_type)
         ],
         write_page_checksum=True,
+        write_statistics=False,  # nobody looks for rows by their tokens
     )
     data = sink.getvalue().to_pybytes()
     _files.replace(path, data)

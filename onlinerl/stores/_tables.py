@@ -65,7 +65,7 @@ class TableFiles:
         """Whether what a crash may have left is removed."""
         self._batches: OrderedDict[tuple[int, int, bool], tuple[list[Row], int]] = OrderedDict()
         self._kept_bytes = 0
-        self._opened: OrderedDict[int, Part] = OrderedDict()
+        self._opened: OrderedDict[int, Part | Journal] = OrderedDict()
         self._older: list[Row] = []
 
     # --- what there is ---
@@ -150,7 +150,9 @@ class TableFiles:
             parts = []
         self._count = len(parts)
         for number in range(1, len(parts) + 1):
-            ids = (one for batch in self._part(number).batches(["prompt_id"]) for one in batch.column(0).to_pylist())
+            part = self._part(number)
+            batches = (part.batch(i, ["prompt_id"]) for i in range(len(part.starts)))
+            ids = (one for batch in batches for one in batch.column(0).to_pylist())
             yield from ((one, (number, row)) for row, one in enumerate(ids))
         newest = (one for batch in _journal.read(self._journal_path(len(parts) + 1)) for one in batch["prompt_id"].to_pylist())
         yield from ((one, (len(parts) + 1, row)) for row, one in enumerate(newest))
@@ -193,13 +195,16 @@ class TableFiles:
             self._kept_bytes -= self._batches.popitem(last=False)[1][1]
         return self._batches[key][0]
 
-    def _part(self, number: int) -> Part:
+    def _part(self, number: int) -> Part | Journal:
         if number not in self._opened:
-            self._opened[number] = Part(self._part_path(number), (self._parts() or [])[number - 1])
+            self._keep(number, Part(self._part_path(number), (self._parts() or [])[number - 1]))
         self._opened.move_to_end(number)
+        return self._opened[number]
+
+    def _keep(self, number: int, opened: Part | Journal) -> None:
+        self._opened[number] = opened
         while len(self._opened) > _KEPT_PARTS:
             self._opened.popitem(last=False)
-        return self._opened[number]
 
     # --- writing ---
 
@@ -315,6 +320,8 @@ class TableFiles:
             parts.append(self._write(len(parts) + 1, journal.batches))
         _manifest.update_table(self.folder, self.name, {"parts": parts, "sealed": sealed})
         _journal.discard(journal.path)
+        if self._index is not None and journal.rows:  # somebody reads rows by their ids, and is seldom far behind
+            self._keep(len(parts), journal)
         self._journal, self._count = None, len(parts)
 
     def _write(self, number: int, batches: Sequence[pa.RecordBatch]) -> dict[str, Any]:

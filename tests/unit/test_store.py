@@ -242,7 +242,7 @@ def test_phases_are_kept_in_the_order_in_which_they_finished(run):
     assert run.iterations() == [0, 2]
 
 
-@pytest.mark.parametrize("call", ["write", "fsync"])
+@pytest.mark.parametrize("call", ["writev", "fsync"])
 def test_a_full_disk_keeps_the_finished_phases(run, monkeypatch, call):
     run.finish_phase(1, "sample", {"seconds": 1.0})
     monkeypatch.setattr(os, call, full_disk)

@@ -246,19 +246,20 @@ def test_a_kill_in_the_middle_of_making_a_part_loses_and_repeats_nothing(run, mo
     assert not list(folder(run).glob("*.journal"))
 
 
-@pytest.mark.parametrize("call", ["write", "fsync"])
+@pytest.mark.parametrize("call", ["writev", "fsync"])
 def test_a_full_disk_during_append_adds_nothing_and_says_how_to_continue(run, monkeypatch, call):
-    table, real = run.labels(1, "verdicts"), os.write
+    table = run.labels(1, "verdicts")
     table.append(labels(range(1)))
 
     def full(*_args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def half_then_full(descriptor, data):
-        real(descriptor, bytes(data)[: len(data) // 2])
+    def half_then_full(descriptor, pieces):
+        data = b"".join(pieces)
+        os.write(descriptor, data[: len(data) // 2])
         full()
 
-    monkeypatch.setattr(os, call, half_then_full if call == "write" else full)
+    monkeypatch.setattr(os, call, half_then_full if call == "writev" else full)
     with pytest.raises(StoreError, match=r"disk is full.*safe") as caught:
         table.append(labels(range(1, 3)))
     assert "resume" in caught.value.fix
@@ -267,6 +268,20 @@ def test_a_full_disk_during_append_adds_nothing_and_says_how_to_continue(run, mo
     table.append(labels(range(1, 3)))
     assert list(table) == labels(range(3))
     assert list(table.select(["p2"])) == labels([2])
+
+
+def test_a_disk_that_takes_a_few_bytes_at_a_time_gets_all_of_them(run, monkeypatch):
+    table, calls = run.labels(1, "verdicts"), []
+
+    def few(descriptor, pieces):
+        calls.append(descriptor)
+        return os.write(descriptor, b"".join(pieces)[:7])
+
+    monkeypatch.setattr(os, "writev", few)
+    table.append(labels(range(2)))
+    monkeypatch.undo()
+    assert len(calls) > 10
+    assert list(table) == list(run.labels(1, "verdicts")) == labels(range(2))
 
 
 # --- size ---
