@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-dev fetch-model demo test test-long test-families realdata bench-memory gpu-check check clean
+.PHONY: help install install-dev fetch-model demo test test-long test-families test-algorithms realdata bench-memory gpu-check check clean
 
 BIN := .venv/bin
 CONFIG ?= configs/quickstart.yaml
@@ -25,14 +25,17 @@ demo: install fetch-model  ## one small real run on the CPU, from nothing (older
 	$(BIN)/onlinerl run $(CONFIG) --fresh
 
 test: install-dev fetch-model  ## all tests, two files at a time: first the quick ones, then those that start engines and ranks
-	$(BIN)/python -m pytest tests -m "not long and not families and not engine" -n 2 --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest tests -m "not long and not families and engine" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests -m "not long and not families and not algorithms and not engine" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests/e2e tests/gpu tests/integration -m "not long and not families and not algorithms and engine" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: install-dev  ## whole runs on real parts that `make test` has no time for: kills in further phases, replicas that fail (times in docs/results.md)
 	$(BIN)/python -m pytest tests -m long
 
 test-families: install-dev  ## every model family through engine and push (about 6 minutes)
 	$(BIN)/python -m pytest tests/integration/test_families.py
+
+test-algorithms: install-dev  ## every algorithm: a run on toys that learns, and one on real parts, stopped and resumed (about 40 minutes)
+	$(BIN)/python -m pytest tests -m algorithms
 
 realdata: install fetch-model  ## GSM8K and HH dialogues, tensor parallel 2, ZeRO-3 (about 30 minutes; needs the data, DATA=...)
 	$(BIN)/python benchmarks/realdata.py --data $(DATA)

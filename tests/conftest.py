@@ -24,6 +24,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Several files run at once. Threads that wait for each other on cores that are taken would slow all of them down.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+HEAVY = {"e2e", "gpu", "integration"}
+"""Folders in which `make test` looks for tests with engines and ranks."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("engine") and item.path.parent.name not in HEAVY:
+            raise pytest.UsageError(
+                f"{item.nodeid} is marked `engine`, and `make test` would not find it: move it to one of {HEAVY}"
+            )
+
+
 SUPPORT = Path(__file__).parent / "support"
 PACKAGE = Path(__file__).parents[1] / "onlinerl"
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
+from importlib import metadata
 from typing import Any
 
 from onlinerl.types import Cost, Failure, Verdict
@@ -87,3 +89,9 @@ def _listed(value: Any) -> Any:
 def _shown(value: object) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+@cache
+def version_of(package: str) -> str:
+    """Of an installed package; looked up once, because every verdict says it."""
+    return metadata.version(package)

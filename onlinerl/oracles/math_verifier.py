@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -94,7 +93,7 @@ class MathVerifier(Oracle):
     @property
     def version(self) -> str:
         """Version of math-verify, and how what it cannot compare is scored."""
-        return f"math-verify-{metadata.version('math-verify')}-uncomparable={self.uncomparable_score}"
+        return f"math-verify-{_verdicts.version_of('math-verify')}-uncomparable={self.uncomparable_score}"
 
     @property
     def needs_reference_answer(self) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
 from pydantic import Field, PrivateAttr
@@ -36,7 +35,7 @@ class Sentiment(Oracle):
     @property
     def version(self) -> str:
         """Version of the lexicon and what is judged."""
-        return f"vader-{metadata.version('vaderSentiment')}-{'prompt+response' if self.include_prompt else 'response'}"
+        return f"vader-{_verdicts.version_of('vaderSentiment')}-{'prompt+response' if self.include_prompt else 'response'}"
 
     def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
         """One Verdict with K scores per query, in order."""

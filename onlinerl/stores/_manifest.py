@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,31 @@ def read(folder: Path) -> dict[str, Any]:
     path = folder / _NAME
     with way_back(folder):
         try:
-            found = _files.read_json(path)
+            state = path.stat()
+            found = _parsed(path, state.st_ino, state.st_mtime_ns, state.st_size)
         except FileNotFoundError:
             return {}
-        if not all(isinstance(found.get(key, {}), dict) for key in ("phases", "tables")):
-            raise _files.damaged(path, "it is not the manifest of an iteration")
+        except OSError as error:
+            raise _files.damaged(path, str(error)) from error
     return {**found, "phases": _as_now(found.get("phases", {}))}
+
+
+@lru_cache(maxsize=64)
+def _parsed(path: Path, *_state: int) -> Mapping[str, Any]:
+    """A phase asks for the manifest dozens of times, and it changes a few times only. One that was replaced is another file, of another
+    time."""
+    found = _files.read_json(path)
+    if not all(isinstance(found.get(key, {}), dict) for key in ("phases", "tables")):
+        raise _files.damaged(path, "it is not the manifest of an iteration")
+    return found
 
 
 def update(folder: Path, **changes: Any) -> None:
     """Replace some entries, durably."""
-    _files.replace_json(folder / _NAME, {**read(folder), **changes, "format": _files.FORMAT})
+    try:
+        _files.replace_json(folder / _NAME, {**read(folder), **changes, "format": _files.FORMAT})
+    finally:  # clocks of files are coarse, and numbers of files are used again
+        _parsed.cache_clear()
 
 
 def table(folder: Path, name: str) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from each_algorithm import each_algorithm
 from recorded import disagreements
 from toy_runs import BATCH, COUNTED, HELDOUT, PROBE, PROMPTS, events, everything, weights
 
@@ -101,7 +102,7 @@ def test_the_optimizer_s_state_is_kept_or_reset_between_iterations(toy_config, w
     assert not np.array_equal(iterates["keep"][1], iterates["reset"][1])
 
 
-@pytest.mark.parametrize("algorithm", registry.names("algorithms"))
+@pytest.mark.parametrize("algorithm", each_algorithm())
 def test_every_algorithm_learns(toy_config, warm_cli, tmp_path, algorithm):
     # Policy gradients clip their steps, and what imitates the best pushes nothing down: they take theirs more often.
     needs = registry.load("algorithms", algorithm, Algorithm)().needs

@@ -12,6 +12,7 @@ import importlib
 import pickle
 import shutil
 import sys
+import time
 import traceback
 from dataclasses import replace
 from datetime import timedelta
@@ -602,13 +603,14 @@ def main(job_file: str, rank: str, world_size: str, port: str) -> None:
     gc.freeze()  # what the imports have left: every case collects garbage many times, and `memory` looks through all objects
     ranks = Ranks(int(rank), int(world_size), int(port))
     for i, case in enumerate(job["cases"]):
+        began = time.monotonic()
         try:
             result = KINDS[case["kind"]](ranks, job, case)
         except Exception:  # noqa: BLE001  the test that needs it reports it
             result = {"error": traceback.format_exc()}
         if ranks.rank == 0 or "error" in result:
             Path(f"{job_file}.{i}.{ranks.rank}").write_bytes(pickle.dumps(result))
-        print(f"{case} done", flush=True)
+        print(f"{case} done in {time.monotonic() - began:.1f} s", flush=True)
         if "error" in result:
             print(result["error"], flush=True)
             break  # the other ranks may wait for this one: no further case can be trusted

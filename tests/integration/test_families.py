@@ -49,7 +49,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2", WIDE),
     "granite": ("Granite", WIDE | {"logits_scaling": 4.0}),
 }
-QUICK = {"qwen3-moe", "gemma2"}
+QUICK = {"qwen3-moe"}
 """Those that `make test` runs; `make test-families` runs all."""
 
 

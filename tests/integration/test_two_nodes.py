@@ -121,6 +121,7 @@ def test_learner_on_one_node_and_replica_on_the_other(tiny_llama, tmp_path):
 
 
 @pytest.mark.engine
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_without_learning_the_replica_never_changes(tiny_llama, tmp_path, monkeypatch):
     """Three iterations at learning rate 0 leave every parameter of the engine bit-identical, in both of its workers."""
