@@ -200,10 +200,12 @@ def derived(config: RunConfig, algorithm: Algorithm) -> str:
     what = "pairs" if algorithm.needs.pairs else "items"
     drawn = f"{k} sample{'s' if k > 1 or not beside else ''}"
     samples = " + ".join([drawn, *(f"{n} {source} response{'s' if n > 1 else ''}" for source, n in Counter(beside).items())])
-    steps = ceil(items / per_step) * config.training.epochs
+    passes = 2 if algorithm.needs.auxiliary else 1
+    steps = ceil(items / per_step) * config.training.epochs * passes
     return (
         f"{prompts} prompts x {f'({samples})' if beside else samples} -> at most {items} {what} -> at most {steps} optimizer steps an iteration "
-        f"({per_step} {what} a step, {config.training.epochs} epoch{'s' if config.training.epochs > 1 else ''}); "
+        f"({per_step} {what} a step, {config.training.epochs} epoch{'s' if config.training.epochs > 1 else ''}"
+        f"{f', {passes} passes' if passes > 1 else ''}); "
         f"{config.iterations} iterations"
     )
 

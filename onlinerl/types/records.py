@@ -49,7 +49,7 @@ class SyncReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateReport:
-    """What one pass of the learner over the items did."""
+    """What the learner did in some optimizer steps."""
 
     steps: int
     tokens: int
@@ -58,6 +58,15 @@ class UpdateReport:
     """Per optimizer step: loss, grad_norm, learning_rate and the algorithm's own metrics, already averaged over the global batch."""
     skipped: int = 0
     """Steps dropped because the gradient was not finite."""
+
+    def followed_by(self, other: UpdateReport) -> UpdateReport:
+        """Of both together."""
+        return UpdateReport(
+            steps=self.steps + other.steps,
+            tokens=self.tokens + other.tokens,
+            metrics=[*self.metrics, *other.metrics],
+            skipped=self.skipped + other.skipped,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
