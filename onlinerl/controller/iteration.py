@@ -126,6 +126,11 @@ class Iteration:
         """Of the algorithm, which makes them anew whenever it is asked."""
         return self.parts.algorithm.needs
 
+    @property
+    def old_logprobs(self) -> bool:
+        """Whether log-probs of the weights that training starts from are asked for: by the loss, or to see how far it has moved them."""
+        return self.needs.old_logprobs or self.parts.config.training.target_kl is not None
+
     @cached_property
     def _by_id(self) -> dict[str, Prompt]:
         return {p.id: p for p in self.prompts(self.most_rounds)[0]}

@@ -50,6 +50,7 @@ def train(it: Iteration) -> TrainRecord:
         "steps": steps.steps,
         "tokens": steps.tokens,
         "skipped": steps.skipped,
+        "stopped": steps.stopped,
         "items": len(built.items),
         "truncated": built.truncated,
         "dropped": dict(built.dropped),
@@ -97,7 +98,7 @@ def _steps(it: Iteration, annotated: Sequence[TrainItem]) -> tuple[UpdateReport,
 def _against_itself(it: Iteration, annotated: Sequence[TrainItem]) -> Sequence[TrainItem]:
     """The items, on the disk, with what the weights say of them from which the next pass starts."""
     temperature = it.needs.temperature(it.parts.config.sampling.temperature)
-    names = ["reference_logprobs", *(["old_logprobs"] if it.needs.old_logprobs else [])]
+    names = ["reference_logprobs", *(["old_logprobs"] if it.old_logprobs else [])]
 
     def scored() -> Iterator[TrainItem]:
         for chunk in batched(annotated, AT_ONCE):
@@ -182,8 +183,15 @@ def _update(it: Iteration, prepared: Sequence[TrainItem]) -> UpdateReport:
     rates = learning_rates(it.parts.config, it.number, len(indices))
     it.parts.tracker.phase_started(it.number, "train", sum(len(s) for s in indices), "items")
     metrics: list[Mapping[str, float]] = []
-    tokens = skipped = 0
-    for chosen, report in zip(indices, learner.update(_Steps(prepared, indices), rates), strict=True):
+    tokens = skipped = stopped = 0
+    target = training.target_kl
+    # A learner that knows nothing of a target goes on as before where there is none.
+    asked = {} if target is None else {"target_kl": target}
+    for chosen, report in zip(indices, learner.update(_Steps(prepared, indices), rates, **asked), strict=True):
+        if report.stopped:
+            stopped = len(indices) - len(metrics)
+            it.report.stopped(it.number, stopped, len(indices), report.metrics[0]["kl_old"])
+            break
         it.parts.tracker.phase_advanced(it.number, "train", len(chosen))
         tokens += report.tokens
         skipped += report.skipped
@@ -196,7 +204,7 @@ def _update(it: Iteration, prepared: Sequence[TrainItem]) -> UpdateReport:
                 field="training.learning_rate",
                 fix="start a new run from the last export (model=...) with a lower learning rate; a resume would repeat this",
             )
-    return UpdateReport(steps=len(metrics), tokens=tokens, metrics=metrics, skipped=skipped)
+    return UpdateReport(steps=len(metrics), tokens=tokens, metrics=metrics, skipped=skipped, stopped=stopped)
 
 
 def _stages(algorithm: Algorithm, prepared: Sequence[TrainItem]) -> Sequence[Sequence[int]]:
