@@ -38,6 +38,13 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
             field="algorithm.name",
             fix="declare both in its `needs`",
         )
+    if needs.auxiliary and (needs.reference or needs.values):
+        raise ConfigError(
+            f"{name} declares `auxiliary`, whose log-probs are in the place of a reference's, and "
+            f"{'a `reference`' if needs.reference else 'a `critic`, of which each pass would need its own values'}",
+            field="algorithm.name",
+            fix="declare one of the two in its `needs`",
+        )
     if _is_nonstandard(config, algorithm) and not config.reference.allow_nonstandard:
         raise ConfigError(
             f"{name} is defined against the previous iterate, not {config.reference.schedule!r}",

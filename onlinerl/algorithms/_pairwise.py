@@ -76,7 +76,9 @@ class Pairwise(Algorithm):
         """
         loss_P, z_P, metrics = self.pair_loss(outputs, batch)
         metrics = (
-            pair_metrics(outputs, batch, z_P, reference=self.needs.reference) | {"preference_loss": Mean.of(loss_P)} | metrics
+            pair_metrics(outputs, batch, z_P, reference=self.needs.reference_logprobs)
+            | {"preference_loss": Mean.of(loss_P)}
+            | metrics
         )
         weight_P, weighed = self._weights(outputs, batch)
         loss = LossOutput(total=(loss_P * weight_P).sum(), metrics=metrics | weighed)

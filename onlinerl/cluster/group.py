@@ -184,12 +184,17 @@ class LearnerGroup:
                     results[int(item.prompt_id)] = array
         return [r for r in results if r is not None]
 
-    def update(self, steps: Sequence[Sequence[TrainItem]], learning_rates: Sequence[float]) -> Iterator[UpdateReport]:
-        """One optimizer step per element of `steps`, a report after each."""
+    def update(
+        self, steps: Sequence[Sequence[TrainItem]], learning_rates: Sequence[float], *, target_kl: float | None = None
+    ) -> Iterator[UpdateReport]:
+        """One optimizer step per element of `steps`, a report after each, until `target_kl` is exceeded."""
         for items, learning_rate in zip(steps, learning_rates, strict=True):
             work = plan_step(list(items), len(self.actors), self._config.tokens_per_microbatch)
             count = sum(item.count(self._algorithm.unit) for item in items)
-            metrics = self.scatter(LearnerRank.step, [(rank, count, learning_rate) for rank in work])[0]
+            metrics = self.scatter(LearnerRank.step, [(rank, count, learning_rate, target_kl) for rank in work])[0]
+            if metrics.pop("stopped", 0):
+                yield UpdateReport(steps=0, tokens=0, metrics=(metrics,), stopped=1)
+                return
             yield UpdateReport(
                 steps=1, tokens=sum(i.tokens for i in items), metrics=(metrics,), skipped=int(metrics["skipped"])
             )

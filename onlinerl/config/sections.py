@@ -74,6 +74,11 @@ class TrainingConfig(Section):
     """Pairs (or samples) per optimizer step, over all ranks."""
     epochs: int = Field(1, ge=1)
     """Passes over the iteration's items."""
+    target_kl: float | None = Field(None, gt=0)
+    """Early stopping: once the KL of the weights that the iteration began with to the policy exceeds this, in nats per token, no further
+    optimizer step of the iteration is taken. It is estimated (k3) on the response tokens of each step, before that step. None never stops.
+    Where there are two passes with auxiliary weights, each is stopped by itself.
+    `algorithm.target_kl` of ppo is another one: it changes the price of the KL in the reward."""
     learning_rate: float = Field(5e-7, ge=0)
     """At its peak. The default suits a model of 7B; one of 135M needs 5e-5 to move at all."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"

@@ -15,7 +15,7 @@ from onlinerl.controller.parts import Built, Parts, reference_iteration, samples
 from onlinerl.controller.report import Reporter
 from onlinerl.errors import StoreError, SyncError
 from onlinerl.protocols.algorithm import Needs
-from onlinerl.protocols.store import REFERENCE_ROLLOUTS, ROLLOUTS, VERDICTS, Scratch, Table
+from onlinerl.protocols.store import REFERENCE_ROLLOUTS, ROLLOUTS, VERDICTS, Kind, Scratch, Table
 from onlinerl.types import Failure, Group, Label, Prompt, SampleRecord, SyncReport, TrainRecord, Verdict
 
 Answer = Verdict | Failure | None
@@ -126,6 +126,11 @@ class Iteration:
         """Of the algorithm, which makes them anew whenever it is asked."""
         return self.parts.algorithm.needs
 
+    @property
+    def old_logprobs(self) -> bool:
+        """Whether log-probs of the weights that training starts from are asked for: by the loss, or to see how far it has moved them."""
+        return self.needs.old_logprobs or self.parts.config.training.target_kl is not None
+
     @cached_property
     def _by_id(self) -> dict[str, Prompt]:
         return {p.id: p for p in self.prompts(self.most_rounds)[0]}
@@ -176,10 +181,10 @@ class Iteration:
         if record is not None and 0 < self.number < self.parts.config.iterations:
             health.check_idle(record, self.parts.config.training.max_idle_iterations)
 
-    def trained_before(self) -> bool:
-        """Whether any earlier iteration has taken an optimizer step."""
-        records = map(self._train_record, range(1, self.number))
-        return any(record is not None and record.get("steps", 0) for record in records)
+    def last_trained(self, until: int) -> int:
+        """The newest iteration up to `until` that has taken an optimizer step; 0 if none has."""
+        records = ((t, self._train_record(t)) for t in range(until, 0, -1))
+        return next((t for t, record in records if record is not None and record.get("steps", 0)), 0)
 
     def _train_record(self, number: int) -> TrainRecord | None:
         return self.parts.store.phases(number).get("train")
@@ -203,6 +208,16 @@ class Iteration:
     def saved(self, iterate: int) -> str:
         """Where the weights of an iterate are on disk."""
         return str(self.parts.store.require("exports", iterate)) if iterate else self.parts.base_model
+
+    def require_free(self) -> None:
+        """Refuse to write a checkpoint and an export if that would leave too little room."""
+        config, store = self.parts.config, self.parts.store
+        store.require_free(self.parts.state_bytes, int(config.checkpoints.min_free_gib * 2**30))
+
+    def save(self, kind: Kind) -> None:
+        """Write what the learner holds, for exact continuation."""
+        with self.parts.store.staged(kind, self.number) as path:
+            self.parts.store.require_files(path, self.parts.learner.save(path))
 
     def push(self) -> SyncReport:
         """Give the engine the learner's weights; that it failed is exported before it ends the run."""

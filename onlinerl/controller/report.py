@@ -91,6 +91,7 @@ class Reporter:
             self._one("pairs_per_prompt", len(built.items) / max(1, built.groups), n=built.groups),
             self._one("pair_yield", built.useful / max(1, built.groups), n=built.groups),
             self._one("skipped_steps", float(steps.skipped)),
+            self._one("stopped_steps", float(steps.stopped)),
             self._one("idle_iterations", float(idle_in_a_row)),
             *(self._one("pairs_dropped", float(n), labels={"reason": r}) for r, n in built.dropped.items()),
             # Trained on all the same: chosen by win rate, although the oracle prefers the rejected one of the two.
@@ -134,6 +135,13 @@ class Reporter:
     def skipped(self, iteration: int, steps: int) -> None:
         """How many optimizer steps of the iteration were skipped so far."""
         self._log(iteration, self._one("skipped_steps", float(steps)))
+
+    def stopped(self, iteration: int, steps: int, planned: int, kl: float) -> None:
+        """How many optimizer steps of a pass over the items are left out, and the KL for which they are."""
+        self.tracker.note(
+            f"iteration {iteration} stops {steps} steps early, of {planned}: the policy is {kl:.3g} nats per token from where it began, more than "
+            "training.target_kl"
+        )
 
     def mismatch(self, iteration: int, gap: evaluation.Mismatch) -> None:
         """Engine against learner."""

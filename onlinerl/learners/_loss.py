@@ -11,6 +11,8 @@ from torch import Tensor
 from onlinerl import users_code
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.errors import LearnerError
+from onlinerl.ops.logprobs import masked
+from onlinerl.ops.ratios import k3
 from onlinerl.protocols.algorithm import Algorithm
 
 WANTED = "a LossOutput whose `total` is a tensor without axes, the sum over units"
@@ -56,6 +58,16 @@ def loss_of(algorithm: Algorithm, outputs: Outputs, batch: Batch, *, trained: bo
         if not (isinstance(mean, Mean) and isinstance(mean.total, Tensor) and isinstance(mean.count, Tensor)):
             raise users_code.wrong_result(algorithm, "loss", f"{shown(mean)} as the metric {name!r}", "Mean.of(TENSOR)")
     return loss
+
+
+def kl_old(outputs: Outputs, batch: Batch) -> dict[str, Mean]:
+    """The metric of how far the policy is from `old_logprobs`, by k3: KL(old || policy) of tokens that the old one would sample.
+
+    Raises:
+        ValueError: if the batch carries none.
+    """
+    mask_BT = batch.mask_BT
+    return {"kl_old": Mean.of(k3(masked(outputs.logprobs_BT - batch.need("old_logprobs_BT"), mask_BT)), mask_BT)}
 
 
 def shown(value: object) -> str:

@@ -24,7 +24,7 @@ from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.errors import LearnerError
 from onlinerl.learners._export import export_weights
 from onlinerl.learners._loading import ModelReader, give_back
-from onlinerl.learners._loss import loss_of
+from onlinerl.learners._loss import kl_old, loss_of
 from onlinerl.learners._offload import HostMemory, tensors_of
 from onlinerl.learners._optimizer import critic_rate
 from onlinerl.learners._plain import load_generators, save_generators
@@ -163,22 +163,26 @@ class Rank:
 
     # --- training ---
 
-    def step(self, micro: Sequence[Sequence[TrainItem]], count: int, learning_rate: float) -> dict[str, float]:
+    def step(
+        self, micro: Sequence[Sequence[TrainItem]], count: int, learning_rate: float, target_kl: float | None = None
+    ) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches.
 
         Args:
             micro: micro-batches of this rank; an empty one only takes part in collectives.
             count: units of the loss in the whole step, all ranks.
             learning_rate: for this step.
+            target_kl: in nats per token; where the policy is further from `old_logprobs` the step is not taken.
 
         Returns:
-            Loss, gradient norm and the algorithm's metrics, averaged over all ranks; "skipped" is 1 if nothing was updated.
+            Loss, gradient norm and the algorithm's metrics, averaged over all ranks; "skipped" is 1 if nothing was updated because the
+            gradient is not finite, "stopped", with `target_kl`, 1 if because of that.
         """
         of_critic = critic_rate(learning_rate, self.training, self.needs.critic_learning_rate)
         rates = {"policy": learning_rate, "critic": of_critic}
         for group in self._groups:
             group["lr"] = rates[group["part"]]
-        totals = self._backward(micro, count)
+        totals, stopped = self._backward(micro, count, target_kl)
         give_back()
         norm, applied = self._apply()
         if applied:
@@ -186,26 +190,38 @@ class Rank:
         metrics = state_metrics(self.algorithm, self._state) | self._reduce(totals, count)
         metrics["grad_norm"] = norm
         metrics["learning_rate"] = learning_rate
-        metrics["skipped"] = float(not applied)
-        return metrics
+        metrics["skipped"] = float(not applied and not stopped)
+        return metrics if target_kl is None else metrics | {"stopped": float(stopped)}
 
-    def _backward(self, micro: Sequence[Sequence[TrainItem]], count: int) -> dict[str, Tensor]:
-        """Accumulate the gradient of this rank's share; returns sum and count of each metric.
+    def _backward(
+        self, micro: Sequence[Sequence[TrainItem]], count: int, target_kl: float | None = None
+    ) -> tuple[dict[str, Tensor], bool]:
+        """Accumulate the gradient of this rank's share; returns sum and count of each metric, and whether `target_kl` is exceeded.
 
         A loss that is not finite gets a gradient that is not finite either, whatever its formula says: the optimizer then drops the
-        whole step, on all ranks.
+        whole step, on all ranks. So it is made to where the policy has moved too far, which is known with the last micro-batch.
         """
         totals: dict[str, Tensor] = {}
-        for items, batch in zip(micro, self._batches(micro), strict=True):
+        stopped = False
+        for number, (items, batch) in enumerate(zip(micro, self._batches(micro), strict=True), start=1):
             outputs = self._forward(batch)
             loss = loss_of(self.algorithm, outputs, batch, trained=True) if items else None
             nothing = outputs.logprobs_BT.sum() * 0.0 + _zero(outputs.values_BT) + _zero(outputs.reference_kl_BT)
             total = nothing if loss is None else loss.total
-            self._accumulate(total, count if total.isfinite() else float("nan"))
             _add(totals, "loss", Mean(total=total.detach().float(), count=torch.tensor(float(0))))
-            for name, mean in (loss.metrics if loss else {}).items():
+            metrics = loss.metrics if loss else {}
+            for name, mean in (metrics if target_kl is None else metrics | kl_old(outputs, batch)).items():
                 _add(totals, name, mean)
-        return totals
+            if target_kl is not None and number == len(micro):
+                stopped = self._mean(totals["kl_old"]) > target_kl
+            self._accumulate(total, count if total.isfinite() and not stopped else float("nan"))
+        return totals, stopped
+
+    def _mean(self, own: Tensor) -> float:
+        """Of all ranks, from this one's sum and count; the same on all of them to the last bit, so that they decide alike."""
+        parts: list[list[float]] = [[]] * self.world_size
+        dist.all_gather_object(parts, own.tolist())
+        return sum(total for total, _ in parts) / max(1.0, sum(count for _, count in parts))
 
     def _batches(self, micro: Sequence[Sequence[TrainItem]]) -> Iterator[Batch]:
         """One after the other, unless the loss looks at all of them first."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onlinerl.batch import Batch, Outputs
 from onlinerl.errors import ConfigError, SyncError
-from onlinerl.learners._loss import loss_of
+from onlinerl.learners._loss import kl_old, loss_of
 from onlinerl.learners._plain import load_plain
 from onlinerl.learners._self_test import combine, compare
 from onlinerl.learners._vocabulary import collision, kl_from
@@ -99,20 +99,27 @@ class ToyLearner:
         """The same value everywhere, f32[T]."""
         return [np.full(len(s.response_ids), self.value.item(), dtype=np.float32) for s in sequences]
 
-    def update(self, steps: Sequence[Sequence[TrainItem]], learning_rates: Sequence[float]) -> Iterator[UpdateReport]:
-        """One Adam step per element of `steps`."""
+    def update(
+        self, steps: Sequence[Sequence[TrainItem]], learning_rates: Sequence[float], *, target_kl: float | None = None
+    ) -> Iterator[UpdateReport]:
+        """One Adam step per element of `steps`, until `target_kl` is exceeded."""
         for items, learning_rate in zip(steps, learning_rates, strict=True):
             batch, state = collate(items), self._state
             if isinstance(self._algorithm, WholeStep):
                 (batch,), state = first_pass(self._algorithm, [batch], self._outputs, lambda own: ([own], 0), state)
-            loss = loss_of(self._algorithm, self._outputs(batch), batch, trained=True)
+            outputs = self._outputs(batch)
+            kl = {} if target_kl is None else {name: (m.total / m.count).item() for name, m in kl_old(outputs, batch).items()}
+            if target_kl is not None and kl["kl_old"] > target_kl:
+                yield UpdateReport(steps=0, tokens=0, metrics=(kl,), stopped=1)
+                return
+            loss = loss_of(self._algorithm, outputs, batch, trained=True)
             mean = loss.total / sum(i.count(self._algorithm.unit) for i in items)
             self._optimizer.param_groups[0]["lr"] = learning_rate
             self._optimizer.zero_grad()
             mean.backward()
             self._optimizer.step()
             self._state = state
-            metrics = state_metrics(self._algorithm, state) | {"loss": mean.item()}
+            metrics = state_metrics(self._algorithm, state) | {"loss": mean.item()} | kl
             yield UpdateReport(steps=1, tokens=sum(i.tokens for i in items), metrics=(metrics,))
 
     def set_reference(self, model: str) -> None:

@@ -21,6 +21,13 @@ TRAINING = (
         series=(Series(name="onlinerl_skipped_steps"),),
     ),
     Definition(
+        name="stopped_steps",
+        help="Optimizer steps of the latest iteration that were not taken because the KL exceeded training.target_kl",
+        unit="steps",
+        section=_TRAINING,
+        series=(Series(name="onlinerl_stopped_steps"),),
+    ),
+    Definition(
         name="idle_iterations",
         help="Iterations in a row that gave nothing to learn",
         unit="iterations",
@@ -64,7 +71,10 @@ POLICY_GRADIENT = (
     per_step("clip_low", "Share of tokens clipped at the lower bound of the ratio", "ratio", section=_GRADIENT),
     per_step("clip_high", "Share of tokens clipped at the upper bound of the ratio", "ratio", section=_GRADIENT),
     per_step(
-        "kl_old", "How far the policy moved since training on these responses began (k3)", "nats/token", section=_GRADIENT
+        "kl_old",
+        "How far the policy moved since training on these responses began (k3); with training.target_kl of any loss",
+        "nats/token",
+        section=_GRADIENT,
     ),
     per_step("kl_reference", "KL to the reference, as the loss takes it (k3)", "nats/token", section=_GRADIENT),
     per_step("clamped", "Share of tokens whose log-ratio to the old policy was clamped", "ratio", section=_GRADIENT),

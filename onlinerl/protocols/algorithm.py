@@ -68,6 +68,9 @@ class Needs(BaseModel):
     """Only prompts whose responses the oracle tells apart, unless `sampling.dynamic` says otherwise."""
     anchor: bool = False
     """The base model as a second reference, and `anchor_logprobs`, what it says, whatever iterate the reference is."""
+    auxiliary: bool = False
+    """Auxiliary weights beside the policy's: an iteration trains them first, from where the one before left them, and then the policy from
+    them, on the same items. `reference_logprobs` are those of the weights that a pass starts from, so there is no `reference`."""
     answers: bool = False
     """The stored answer of each training prompt, as tokens (`Prompt.answer_ids`)."""
     labels: bool = True
@@ -83,6 +86,11 @@ class Needs(BaseModel):
     def beside_samples(self) -> tuple[str, ...]:
         """Sources of the responses of a group beside those that `sampling.samples_per_prompt` counts."""
         return ("greedy",) * self.greedy + ("reference",) * self.reference_samples
+
+    @property
+    def reference_logprobs(self) -> bool:
+        """Whether there are any: of a reference model, or of the weights that a pass starts from."""
+        return self.reference or self.auxiliary
 
     @property
     def values(self) -> bool:

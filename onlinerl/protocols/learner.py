@@ -60,8 +60,14 @@ class Learner(Protocol):
         """Critic values f32[T] of each response."""
         ...
 
-    def update(self, steps: Sequence[Sequence[TrainItem]], learning_rates: Sequence[float]) -> Iterator[UpdateReport]:
-        """Take one optimizer step per element of `steps`, yielding a report after each."""
+    def update(
+        self, steps: Sequence[Sequence[TrainItem]], learning_rates: Sequence[float], *, target_kl: float | None = None
+    ) -> Iterator[UpdateReport]:
+        """Take one optimizer step per element of `steps`, yielding a report after each.
+
+        With `target_kl` the items carry `old_logprobs`, of the weights before the first step. A step before which the KL to them, in nats per
+        token and estimated on the step's own tokens, exceeds it is not taken, nor any after it: its report, the last one, says `stopped` and, as the metric `kl_old`, that KL.
+        """
         ...
 
     def self_test(self, items: Sequence[TrainItem], base_model: str) -> SelfTest:
@@ -123,16 +129,20 @@ class LearnerRank(Protocol):
         """Critic values f32[T] per sequence per micro-batch."""
         ...
 
-    def step(self, micro: Sequence[Sequence[TrainItem]], count: int, learning_rate: float) -> dict[str, float]:
+    def step(
+        self, micro: Sequence[Sequence[TrainItem]], count: int, learning_rate: float, target_kl: float | None = None
+    ) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches.
 
         Args:
             micro: micro-batches of this rank; an empty one only takes part in collectives.
             count: units of the loss in the whole step, all ranks.
             learning_rate: for this step.
+            target_kl: see `Learner.update`.
 
         Returns:
-            Loss, gradient norm and the algorithm's metrics, averaged over all ranks; "skipped" is 1 if nothing was updated.
+            Loss, gradient norm and the algorithm's metrics, averaged over all ranks; "skipped" is 1 if nothing was updated because the
+            gradient is not finite, "stopped", with `target_kl`, 1 if because the KL, `kl_old`, exceeds it.
         """
         ...
 

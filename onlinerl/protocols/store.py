@@ -9,8 +9,8 @@ from typing import Literal, Protocol, TypeVar
 
 from onlinerl.types import Group, Label, LogProbs, PhaseRecord, PhaseRecords, Prompt, TrainedPair
 
-Kind = Literal["checkpoints", "exports"]
-"""What an iteration keeps beside its tables."""
+Kind = Literal["checkpoints", "auxiliary", "exports"]
+"""What an iteration keeps beside its tables: the state of the learner that holds the policy, of one that holds auxiliary weights, the policy."""
 
 
 T = TypeVar("T")

@@ -7,6 +7,7 @@
     lock                     held by the one process that may write
     iterations/0001/         manifest.json with the finished phases and checksums, and the tables of that iteration
     checkpoints/0001/        resumable state after iteration 1
+    auxiliary/0001/          the same of the auxiliary weights, for algorithms that have some
     exports/0001/            the policy after iteration 1 in Hugging Face format
 
 Each method leaves the directory in a state from which a run can be resumed, wherever it is killed. Any thread may call them.
@@ -39,7 +40,7 @@ from onlinerl.types import Group, Label, LogProbs, PhaseRecords, Prompt, Trained
 
 __all__ = ["RunDirectory"]
 
-KINDS: tuple[Kind, ...] = ("checkpoints", "exports")
+KINDS: tuple[Kind, ...] = ("checkpoints", "auxiliary", "exports")
 _PROMPTS = "prompts"
 _GIB = 1 << 30
 _AT_ONCE = 1000

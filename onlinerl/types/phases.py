@@ -80,6 +80,8 @@ class TrainRecord(PhaseRecord):
     tokens: int
     skipped: int
     """Steps whose gradient was not finite."""
+    stopped: int
+    """Steps that were not taken because of `training.target_kl`."""
     items: int
     truncated: int
     dropped: Mapping[str, int]

@@ -49,7 +49,7 @@ class SyncReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateReport:
-    """What one pass of the learner over the items did."""
+    """What the learner did in some optimizer steps."""
 
     steps: int
     tokens: int
@@ -58,6 +58,19 @@ class UpdateReport:
     """Per optimizer step: loss, grad_norm, learning_rate and the algorithm's own metrics, already averaged over the global batch."""
     skipped: int = 0
     """Steps dropped because the gradient was not finite."""
+    stopped: int = 0
+    """Steps not taken because the KL to where they began exceeded `training.target_kl`. A learner reports the first of them, which ends it: no
+    step, no tokens, and what was measured."""
+
+    def followed_by(self, other: UpdateReport) -> UpdateReport:
+        """Of both together."""
+        return UpdateReport(
+            steps=self.steps + other.steps,
+            tokens=self.tokens + other.tokens,
+            metrics=[*self.metrics, *other.metrics],
+            skipped=self.skipped + other.skipped,
+            stopped=self.stopped + other.stopped,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -127,7 +127,7 @@ def _needs(needs: Needs) -> Iterator[str]:
     """What is switched on, in the words of its declaration."""
     docs, on = _docs(Needs), needs.model_dump()
     yield f"{needs.min_samples} responses per prompt or more"
-    for field in ("pairs", "reference", "old_logprobs", "entropy", "preferences", "anchor", "answers", "greedy"):
+    for field in ("pairs", "reference", "old_logprobs", "entropy", "preferences", "anchor", "auxiliary", "answers", "greedy"):
         if on[field]:
             yield docs[field].partition(". ")[0].rstrip(".")
     if needs.reference_samples:

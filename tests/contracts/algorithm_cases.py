@@ -147,7 +147,7 @@ def annotated_items(algorithm: Algorithm, kind: str = "scores", *, at_reference:
 
         return s.with_(
             old_logprobs=draw() if needs.old_logprobs else None,
-            reference_logprobs=draw() if needs.reference else None,
+            reference_logprobs=draw() if needs.reference_logprobs else None,
             anchor_logprobs=draw() if needs.anchor else None,
             values=rng.standard_normal(len(s.response_ids)).astype(np.float32) if needs.values else None,
         )

@@ -197,7 +197,7 @@ def test_declares_what_it_reads(name, knobs):
     assert algorithm.unit in ("token", "sequence", "pair", "list")
     assert algorithm.reference == "none" if not needs.reference else algorithm.reference in ("fixed", "previous")
     read = {
-        "reference_logprobs": needs.reference,
+        "reference_logprobs": needs.reference_logprobs,
         "anchor_logprobs": needs.anchor,
         "old_logprobs": needs.old_logprobs,
         "values": needs.values,

@@ -341,6 +341,44 @@ def kept_state(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[
     return found
 
 
+def target_kl(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
+    """Three steps, before the last of which the policy has moved: with a target that it has exceeded, then with one that it has not, each
+    of which one rank alone would have decided otherwise; and the same three steps without any."""
+    items, budget = job["steps"][0][:-1], 60  # an odd number: one rank has a micro-batch more, or an empty one
+
+    def made() -> Rank:
+        return ranks.learner(job["model"], job["losses"]["dpo"]["algorithm"], stage=case["stage"], dtype=case["dtype"])
+
+    def step(learner: Rank, target: float | None) -> dict[str, float]:
+        return learner.step(ranks.mine(items, budget), len(items), 1e-3, target)
+
+    def everywhere(value: Any) -> list[Any]:
+        values: list[Any] = [None] * ranks.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    learner = made()
+    items = with_arrays(items, old_logprobs=scored(learner, items, "policy", 1.0))
+    found: dict[str, Any] = {"kl_old": [step(learner, 1e9)["kl_old"] for _ in range(2)], "weights": weights(learner)}
+    now = with_arrays(items, reference_logprobs=scored(learner, items, "policy", 1.0))
+    own = {id(item) for micro in plan_step(now, ranks.world_size, budget)[ranks.rank] for item in micro}
+    moved = [np.concatenate([s.reference_logprobs - s.old_logprobs for s in item.sequences]) for item in now if id(item) in own]
+    found["shares"] = everywhere(np.concatenate(moved))
+    every = np.concatenate(found["shares"])
+    means = [float(np.mean(np.exp(-d) - 1 + d)) for d in (every, *found["shares"])]
+    low, high = (min(means) + means[0]) / 2, (max(means) + means[0]) / 2
+    targets = {"exceeded": low, "not exceeded": high} if low < high else {"exceeded": 0.9 * low, "not exceeded": 1.1 * low}
+    found["means"], found["targets"] = means, targets
+    for name, target in targets.items():
+        metrics = step(learner, target)
+        found[name] = {"metrics": everywhere(metrics), "weights": weights(learner)}
+    plain = made()
+    for _ in range(3):
+        step(plain, None)
+    found["without"] = weights(plain)
+    return found
+
+
 def parameters(learner: Rank) -> WEIGHTS:
     """All of them, the critic's too, whole. Collective."""
     import deepspeed
@@ -585,7 +623,18 @@ def optimizer_tensors(learner: Rank) -> WEIGHTS:
 
 KINDS = {
     f.__name__: f
-    for f in (gradients, critic_gradients, steps, export, offload, other_optimizer, critic_model, kept_state, absent_rank)
+    for f in (
+        gradients,
+        critic_gradients,
+        steps,
+        export,
+        offload,
+        other_optimizer,
+        critic_model,
+        kept_state,
+        target_kl,
+        absent_rank,
+    )
 }
 
 

@@ -166,6 +166,7 @@ CASES: dict[tuple[Any, ...], dict[str, Any]] = {
     },
     **{("critic model", s): {"kind": "critic_model", "stage": s, "dtype": "float32"} for s in EXPORTED},
     **{("kept state", s): {"kind": "kept_state", "stage": s, "dtype": "float32"} for s in EXPORTED},
+    **{("target kl", s, d): {"kind": "target_kl", "stage": s, "dtype": d} for s, d in product(STAGES, DTYPES)},
     **{("rmsprop", s): {"kind": "other_optimizer", "stage": s, "dtype": "float32"} for s in OTHER},
     **{("offload", s, d): {"kind": "offload", "stage": s, "dtype": d} for s, d in product(STAGES, DTYPES)},
     ("absent",): {"kind": "absent_rank", "stage": 2, "dtype": "float32", "timeout_s": 3.0},  # the last one: it breaks the group
@@ -731,6 +732,27 @@ def test_a_skipped_step_leaves_nothing_behind(answers: Answers, ranks: int, stag
     assert np.isfinite(metrics["grad_norm"])
     assert all(np.isfinite(w).all() for w in weights.values())
     assert any(not np.array_equal(w, answer["after"][-1][n]) for n, w in weights.items())
+
+
+@configurations
+def test_all_ranks_stop_at_the_same_step_which_leaves_nothing_behind(
+    answers: Answers, ranks: int, stage: int | str, dtype: str
+) -> None:
+    """With `training.target_kl`: by the mean over the tokens of all ranks, though each has its own. The step after it is the one that
+    would have been taken without it."""
+    answer = answers(ranks, "target kl", stage, dtype)
+
+    mean, *own = answer["means"]
+    assert answer["kl_old"][0] == pytest.approx(0.0, abs=1e-6 if dtype == "float32" else 1e-3)
+    assert len(own) == ranks
+    if ranks > 1:
+        assert min(own) < answer["targets"]["exceeded"] < mean < answer["targets"]["not exceeded"] < max(own)
+    for name, stopped in (("exceeded", 1), ("not exceeded", 0)):
+        for metrics in answer[name]["metrics"]:
+            assert (metrics["stopped"], metrics["skipped"]) == (stopped, 0)
+            assert metrics["kl_old"] == pytest.approx(mean, rel=1e-3 if dtype == "float32" else 0.1)
+    assert_equal(answer["exceeded"]["weights"], answer["weights"])
+    assert_equal(answer["not exceeded"]["weights"], answer["without"])
 
 
 @configurations

@@ -123,9 +123,9 @@ def install():
             event("generate", prompt=group.prompt.id, seeds=seeds, version=version)
             yield [group]
 
-    def update(self, steps, rates, original=learner.update):
+    def update(self, steps, rates, original=learner.update, **more):
         event("update")
-        for report in original(self, steps, rates):
+        for report in original(self, steps, rates, **more):
             event("step")
             yield replace(report, skipped=1) if SPEC.get("broken") == "step" else report
 

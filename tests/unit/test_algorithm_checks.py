@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from onlinerl import config as configuration
 from onlinerl.algorithm_checks import check_algorithm, check_sections, implied_preferences
+from onlinerl.algorithms.onpo import Onpo
 from onlinerl.algorithms.tdpo1 import Tdpo1
 from onlinerl.errors import ConfigError
+from onlinerl.preflight import derived
 from onlinerl.protocols.algorithm import Reported, by_knobs
 from onlinerl.types import Verdict
 
@@ -253,3 +256,22 @@ def test_a_learner_that_cannot_lend_the_base_model_is_refused(override, field, c
     with pytest.raises(ConfigError, match=cause) as caught:
         notes(*one, override)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(("more", "said"), [({"reference": True}, "a `reference`"), ({"critic": "shared"}, "a `critic`")])
+def test_auxiliary_weights_beside_what_they_are_in_the_place_of_are_refused(monkeypatch, more, said):
+    needs = Onpo().needs.model_copy(update=more)
+    monkeypatch.setattr(Onpo, "needs", property(lambda self: needs))
+    with pytest.raises(ConfigError, match=said) as caught:
+        notes("algorithm.name=onpo")
+    assert caught.value.field == "algorithm.name"
+
+
+def test_with_two_passes_twice_as_many_steps_are_announced():
+    said = []
+    for optimistic in ("true", "false"):
+        config = configuration.load(QUICKSTART, ["algorithm.name=onpo", f"algorithm.optimistic={optimistic}"])
+        said.append(derived(config, configuration.algorithm(config)))
+    two, one = (int(re.search(r"at most (\d+) optimizer steps", text)[1]) for text in said)
+    assert two == 2 * one
+    assert [", 2 passes)" in text for text in said] == [True, False]

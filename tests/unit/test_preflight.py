@@ -190,6 +190,29 @@ def test_memory_of_an_unknown_model():
 # --- what check returns ---
 
 
+@pytest.mark.parametrize(
+    ("overrides", "refused"),
+    [
+        ({}, False),  # two steps an iteration
+        ({"training.batch_size": 8}, True),
+        ({"training.batch_size": 8, "training.epochs": 2}, False),
+        ({"training.batch_size": 8, "algorithm.name": "onpo"}, True),  # two passes of one step, each from where it begins
+    ],
+)
+def test_a_target_kl_that_nothing_can_exceed_is_refused(toy_config, tmp_path, overrides, refused):
+    def checked(**target: float) -> None:
+        path = toy_config(tmp_path, overrides | {f"training.{key}": value for key, value in target.items()})
+        preflight.check(configuration.settled(configuration.load(path)))
+
+    checked()
+    if not refused:
+        checked(target_kl=0.1)
+        return
+    with pytest.raises(ConfigError, match="nothing would read it") as caught:
+        checked(target_kl=0.1)
+    assert caught.value.field == "training.target_kl"
+
+
 @pytest.fixture
 def check(toy_config, tmp_path):
     def check(**overrides: object) -> preflight.Checked:

@@ -81,7 +81,8 @@ def _arrays(it: Iteration, sequences: Sequence[TrainSequence]) -> dict[str, list
     reference = it.reference()
     model = None if reference is None else it.model_of(reference)
     models = {
-        "old_logprobs": "policy" if needs.old_logprobs or model == "policy" else None,
+        # With auxiliary weights it is they that training starts from, and `train` asks them.
+        "old_logprobs": "policy" if (it.old_logprobs and not needs.auxiliary) or model == "policy" else None,
         "reference_logprobs": model,
         "anchor_logprobs": it.model_of(0) if needs.anchor else None,
     }

@@ -8,10 +8,8 @@ from onlinerl.types import PhaseRecord
 
 def checkpoint(it: Iteration) -> PhaseRecord:
     """Write export and checkpoint of this iterate."""
-    config, store, learner = it.parts.config, it.parts.store, it.parts.learner
-    store.require_free(it.parts.state_bytes, int(config.checkpoints.min_free_gib * 2**30))
-    with store.staged("exports", it.number) as path:
-        learner.export(path)
-    with store.staged("checkpoints", it.number) as path:
-        store.require_files(path, learner.save(path))
+    it.require_free()
+    with it.parts.store.staged("exports", it.number) as path:
+        it.parts.learner.export(path)
+    it.save("checkpoints")
     return {}

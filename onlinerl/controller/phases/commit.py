@@ -14,7 +14,10 @@ def commit(it: Iteration) -> CommitRecord:
         # Where the engine samples from older weights than the learner has, a resume needs both.
         kept = max(config.checkpoints.keep, 1 + config.schedule.max_lag)
         newer = range(it.number + 1, it.number + graph.IN_FLIGHT)
-        store.retain("checkpoints", {*(it.number - i for i in range(kept)), *newer})
+        checkpoints = [it.number - i for i in range(kept)]
+        store.retain("checkpoints", {*checkpoints, *newer})
+        if it.needs.auxiliary:  # each checkpoint goes on from the newest ones that were there with it
+            store.retain("auxiliary", {*map(it.last_trained, checkpoints), *newer})
         if config.checkpoints.exports == "last":
             reference = it.reference()
             store.retain("exports", {it.number, it.number - 1, *newer, *([] if reference is None else [reference])})

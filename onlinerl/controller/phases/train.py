@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any, overload
 
 from onlinerl import users_code
 from onlinerl.controller import health, items, self_test
 from onlinerl.controller.iteration import Iteration
-from onlinerl.controller.parts import learning_rates
+from onlinerl.controller.parts import batched, learning_rates
 from onlinerl.errors import LearnerError
 from onlinerl.ops.schedule import staged
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.store import Scratch
 from onlinerl.types import TrainItem, TrainRecord, UpdateReport, derive_seed
+
+AT_ONCE = 1024
+"""Items whose responses get their log-probs in one go."""
 
 
 def train(it: Iteration) -> TrainRecord:
@@ -39,14 +43,14 @@ def train(it: Iteration) -> TrainRecord:
             # Pairs are made of which score is higher; a loss on them that reads how much higher shows an overflow itself.
             if not it.needs.pairs:
                 self_test.require_scores_fit(built.earned)
-            prepared, figures = _prepare(it, built.items)
-            steps = _update(it, prepared)
+            steps, figures = _steps(it, built.items)
     it.weights.learner = it.number
     it.report.trained(it.number, steps, built, idle, in_a_row, figures)
     return {
         "steps": steps.steps,
         "tokens": steps.tokens,
         "skipped": steps.skipped,
+        "stopped": steps.stopped,
         "items": len(built.items),
         "truncated": built.truncated,
         "dropped": dict(built.dropped),
@@ -72,17 +76,50 @@ def _cut(it: Iteration) -> str:
     return f"; {cut} of {responses} responses were cut at sampling.max_new_tokens={limit}: raise it if they need more room"
 
 
-def _prepare(it: Iteration, annotated: Sequence[TrainItem]) -> tuple[Sequence[TrainItem], Mapping[str, float]]:
-    """The items as the loss needs them, on the disk, and what the algorithm says about them.
+def _steps(it: Iteration, annotated: Sequence[TrainItem]) -> tuple[UpdateReport, Mapping[str, float]]:
+    """All optimizer steps of the iteration, and what the algorithm says about its items.
 
-    Before the very first step of a run they must pass the self-test.
+    With auxiliary weights these are two passes over the same items. The learner takes on the newest auxiliary weights, with their
+    optimizer; what the first pass makes of them is kept on the disk, and the second pass goes on from there to the policy. So the auxiliary
+    weights are one training run of its own, and each iterate is a branch of it.
     """
+    learner, trained = it.parts.learner, it.last_trained(it.number - 1)
+    if not it.needs.auxiliary:
+        return _pass(it, annotated, begun=trained > 0)
+    if trained:  # before that, the learner has the base model, and so have both
+        learner.load(it.parts.store.require("auxiliary", trained))
+    first, figures = _pass(it, _against_itself(it, annotated), begun=trained > 0)
+    it.require_free()
+    it.save("auxiliary")
+    second, _ = _pass(it, _against_itself(it, annotated), begun=True)
+    return first.followed_by(second), figures
+
+
+def _against_itself(it: Iteration, annotated: Sequence[TrainItem]) -> Sequence[TrainItem]:
+    """The items, on the disk, with what the weights say of them from which the next pass starts."""
+    temperature = it.needs.temperature(it.parts.config.sampling.temperature)
+    names = ["reference_logprobs", *(["old_logprobs"] if it.old_logprobs else [])]
+
+    def scored() -> Iterator[TrainItem]:
+        for chunk in batched(annotated, AT_ONCE):
+            sequences = [s for item in chunk for s in item.sequences]
+            said = iter(it.parts.learner.logprobs(sequences, model="policy", temperature=temperature))
+            for item in chunk:
+                yield replace(item, sequences=tuple(s.with_(**dict.fromkeys(names, next(said))) for s in item.sequences))
+
+    return it.scratch.keep(scored())
+
+
+def _pass(it: Iteration, annotated: Sequence[TrainItem], *, begun: bool) -> tuple[UpdateReport, Mapping[str, float]]:
+    """The steps of one pass over the items, and what the algorithm says about them. `begun`: whether the run has taken a step before."""
     past = _past_figures(it)
     prepared = _prepared(it.parts.algorithm, annotated, past, it.scratch)
     figures = _figures(it.parts.algorithm, annotated, past)
-    if not it.trained_before():
+    if not begun:
         _self_test(it, prepared)
-    return prepared, figures
+    elif it.parts.config.training.optimizer_state == "reset":
+        it.parts.learner.reset_optimizer()
+    return _update(it, prepared), figures
 
 
 def _prepared(
@@ -141,15 +178,20 @@ def _update(it: Iteration, prepared: Sequence[TrainItem]) -> UpdateReport:
         LearnerError: after too many steps whose gradient was not finite.
     """
     training, learner = it.parts.config.training, it.parts.learner
-    if training.optimizer_state == "reset" and it.trained_before():
-        learner.reset_optimizer()
     seed = derive_seed(it.parts.config.seed, "steps", it.number)
     indices = staged(_stages(it.parts.algorithm, prepared), training.batch_size, training.epochs, seed)
     rates = learning_rates(it.parts.config, it.number, len(indices))
     it.parts.tracker.phase_started(it.number, "train", sum(len(s) for s in indices), "items")
     metrics: list[Mapping[str, float]] = []
-    tokens = skipped = 0
-    for chosen, report in zip(indices, learner.update(_Steps(prepared, indices), rates), strict=True):
+    tokens = skipped = stopped = 0
+    target = training.target_kl
+    # A learner that knows nothing of a target goes on as before where there is none.
+    asked = {} if target is None else {"target_kl": target}
+    for chosen, report in zip(indices, learner.update(_Steps(prepared, indices), rates, **asked), strict=True):
+        if report.stopped:
+            stopped = len(indices) - len(metrics)
+            it.report.stopped(it.number, stopped, len(indices), report.metrics[0]["kl_old"])
+            break
         it.parts.tracker.phase_advanced(it.number, "train", len(chosen))
         tokens += report.tokens
         skipped += report.skipped
@@ -162,7 +204,7 @@ def _update(it: Iteration, prepared: Sequence[TrainItem]) -> UpdateReport:
                 field="training.learning_rate",
                 fix="start a new run from the last export (model=...) with a lower learning rate; a resume would repeat this",
             )
-    return UpdateReport(steps=len(metrics), tokens=tokens, metrics=metrics, skipped=skipped)
+    return UpdateReport(steps=len(metrics), tokens=tokens, metrics=metrics, skipped=skipped, stopped=stopped)
 
 
 def _stages(algorithm: Algorithm, prepared: Sequence[TrainItem]) -> Sequence[Sequence[int]]:

@@ -131,6 +131,11 @@ OPTIMA: dict[str, list[Optimum]] = {
         Optimum(logit, {"nll_coef": 0.0, "lam": 1.0}, of=lambda best: odds(best.S[0] / 2) - odds(best.S[1] / 3)),
         Optimum(logit, {"nll_norm": "sum", "lam": 0.0}, of=lambda best: float(best.S[0] - best.S[1])),
     ],
+    # Of one pass: labels of +- eta / 2, whose mean is eta (p - 1/2), or that itself.
+    "onpo": [
+        Optimum(lambda p: 2.0 * (p - 0.5), {"eta": 2.0}),
+        Optimum(lambda p: 2.0 * (p - 0.5), {"eta": 2.0, "soft_labels": True}, once=True),
+    ],
     # The margin against the initial policy (anchor_weight, tau / eta, of it) and the previous one is the mean of +- 1 / (2 eta).
     "inpo": [
         Optimum(
