@@ -208,7 +208,8 @@ def check_sections(config: RunConfig, algorithm: Algorithm) -> None:
         )
     unread = {
         "schedule": not algorithm.needs.reference and reference.schedule != "none",
-        "every": reference.schedule != "every_n" or not algorithm.needs.reference,
+        "every": reference.schedule not in ("every_n", "ema") or not algorithm.needs.reference,
+        "mixup_alpha": reference.schedule != "ema" or not algorithm.needs.reference,
         "allow_nonstandard": not _is_nonstandard(config, algorithm),
     }
     for key, nothing_reads_it in unread.items():
@@ -236,9 +237,10 @@ def planned(config: RunConfig, algorithm: Algorithm) -> Plan:
     chosen = config.reference
     schedule = algorithm.reference if chosen.schedule == "default" else chosen.schedule
     references = (reference_iteration(schedule, chosen.every, t) for t in range(1, config.iterations + 1))
+    averaged = schedule == "ema" and chosen.mixup_alpha < 1
     return Plan(
         iterations=config.iterations,
-        references=tuple(references),
+        references=tuple("ema" if averaged and iterate else iterate for iterate in references),
         max_lag=config.schedule.max_lag,
         max_new_tokens=config.sampling.max_new_tokens,
         samples_per_prompt=config.sampling.samples_per_prompt,

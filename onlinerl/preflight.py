@@ -74,8 +74,10 @@ class Checked:
 
     @property
     def state_bytes(self) -> int:
-        """Size of one checkpoint (fp32 weights, two moments, weights as trained) and one export."""
-        return int((self.parameters or 0) * (12 + 2 * self.bytes_per_weight))
+        """Size of one checkpoint (fp32 weights, two moments, weights as trained), one export, and the reference where that is an average
+        in fp32."""
+        averaged = self.algorithm.needs.reference and self.config.reference.schedule == "ema"
+        return int((self.parameters or 0) * (12 + 2 * self.bytes_per_weight + 4 * averaged))
 
     @property
     def bytes_per_weight(self) -> int:

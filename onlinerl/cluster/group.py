@@ -228,6 +228,10 @@ class LearnerGroup:
         """The policy in Hugging Face format."""
         self.call(LearnerRank.export, str(path), self._model)
 
+    def average(self, reference: str, weight: float, path: Path) -> None:
+        """Write (1 - weight) * reference + weight * policy in float32."""
+        self.call(LearnerRank.average, reference, weight, str(path))
+
     def shutdown(self) -> None:
         """End all ranks."""
         refs = [a.call.remote(LearnerRank.shutdown.__name__) for a in self.actors]

@@ -59,10 +59,15 @@ class SamplingConfig(Section):
 class ReferenceConfig(Section):
     """Which weights the reference log-probs come from."""
 
-    schedule: Literal["default", "fixed", "previous", "every_n", "none"] = "default"
-    """`default` is what the algorithm's paper uses; `fixed` the base model; `previous` the weights at the start of the iteration."""
+    schedule: Literal["default", "fixed", "previous", "every_n", "ema", "none"] = "default"
+    """`default` is what the algorithm's paper uses; `fixed` the base model; `previous` the weights at the start of the iteration; `every_n` the
+    same, but of every n-th iteration only; `ema` an average of the base model and the iterates, the soft update of TR-DPO, "Learn Your
+    Reference Model for Real Good Alignment". Whatever it is, KL to the base model and to the iterate before are reported."""
     every: int = Field(1, ge=1)
-    """For `every_n`: iterations between snapshots."""
+    """For `every_n` and `ema`: iterations between snapshots, or between updates of the average."""
+    mixup_alpha: float = Field(0.6, gt=0, le=1)
+    """For `ema`: weight of the policy in an update, reference <- (1 - mixup_alpha) * reference + mixup_alpha * policy. 1 is a copy. The average is
+    kept in float32, on disk: 4 more bytes per parameter for each that is kept."""
     allow_nonstandard: bool = False
     """Permit a schedule other than the one the algorithm's theory asks for."""
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.errors import LearnerError
 from onlinerl.learners._export import export_weights
+from onlinerl.learners._interpolation import Interpolated, SavedSource
 from onlinerl.learners._loading import ModelReader, give_back
 from onlinerl.learners._loss import loss_of
 from onlinerl.learners._offload import HostMemory, tensors_of
@@ -36,7 +37,7 @@ from onlinerl.network import choose_interface
 from onlinerl.ops.batching import collate
 from onlinerl.ops.whole_step import Rows, State, WholeStep
 from onlinerl.protocols.keys import decided
-from onlinerl.protocols.learner import LearnerConfig, RankSettings
+from onlinerl.protocols.learner import LearnerConfig, RankSettings, WeightSource
 from onlinerl.protocols.transport import Meeting, Replicas, Sender, TransportConfig
 from onlinerl.types import TrainItem, TrainSequence
 
@@ -70,7 +71,7 @@ class Rank:
         self.rank, self.world_size, self.temperature = rank, settings.world_size, settings.temperature
         self.device = torch.device("cuda", 0) if settings.device == "cuda" else torch.device("cpu")
         self.needs = self.algorithm.needs
-        self._reference = settings.model
+        self._base = self._reference = settings.model
         self._state = self._next_state = initial_state(self.algorithm)
         seed_everything(settings.seed)
         choose_interface(address)
@@ -362,6 +363,22 @@ class Rank:
             if model.can_generate():
                 model.generation_config.save_pretrained(path)
             AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path)
+        dist.barrier()
+
+    def average(self, reference: str, weight: float, path: str) -> None:
+        """Write (1 - weight) * reference + weight * policy in float32; see `Learner.average`. Collective; rank 0 writes.
+
+        The base model is taken as this learner reads it, whatever its files call its tensors.
+        """
+        policy = self.weight_source(self.dtype)
+        start: WeightSource = (
+            self.weight_source(self.dtype, reference)
+            if reference == self._base
+            else SavedSource(Path(reference), [m.name for m in policy.metadata()])
+        )
+        export_weights(Interpolated(start, policy, weight), Path(path), torch.float32, writer=self.rank == 0)
+        if self.rank == 0:
+            self._policy.model.config.save_pretrained(path)
         dist.barrier()
 
     def shutdown(self) -> None:

@@ -89,6 +89,16 @@ class Learner(Protocol):
         """The policy in Hugging Face format."""
         ...
 
+    def average(self, reference: str, weight: float, path: Path) -> None:
+        """Write the model (1 - weight) * reference + weight * policy in float32, as a saved model.
+
+        Args:
+            reference: the base model, or the path of what `average` has written.
+            weight: of the policy, above 0 and up to 1, where it is the policy as it was exported, bit for bit.
+            path: an existing directory.
+        """
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankSettings:
@@ -158,6 +168,10 @@ class LearnerRank(Protocol):
 
     def export(self, path: str, tokenizer: str) -> None:
         """The policy in Hugging Face format, with the tokenizer of that model."""
+        ...
+
+    def average(self, reference: str, weight: float, path: str) -> None:
+        """Write (1 - weight) * reference + weight * policy in float32; see `Learner.average`."""
         ...
 
     def open_sync(self, transport: TransportConfig, meeting: Meeting, replicas: Replicas) -> None:

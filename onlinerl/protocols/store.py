@@ -9,8 +9,8 @@ from typing import Literal, Protocol, TypeVar
 
 from onlinerl.types import Group, Label, LogProbs, PhaseRecord, PhaseRecords, Prompt, TrainedPair
 
-Kind = Literal["checkpoints", "exports"]
-"""What an iteration keeps beside its tables."""
+Kind = Literal["checkpoints", "exports", "references"]
+"""What an iteration keeps beside its tables; `references` are averages of iterates, with `reference.schedule: ema`."""
 
 
 T = TypeVar("T")

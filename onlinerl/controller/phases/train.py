@@ -33,9 +33,8 @@ def train(it: Iteration) -> TrainRecord:
         steps = UpdateReport(steps=0, tokens=0, metrics=())
         figures: Mapping[str, float] = {}
         if idle is None:
-            reference = it.reference()
-            if it.needs.reference_kl and reference is not None:
-                it.parts.learner.set_reference(it.saved(reference))
+            if it.needs.reference_kl and it.reference_path is not None:
+                it.parts.learner.set_reference(it.reference_path)
             # Pairs are made of which score is higher; a loss on them that reads how much higher shows an overflow itself.
             if not it.needs.pairs:
                 self_test.require_scores_fit(built.earned)
