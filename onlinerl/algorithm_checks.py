@@ -64,6 +64,7 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
             fix=f"lower it below {config.iterations}, or raise iterations",
         )
     _check_reference_samples(config, algorithm)
+    _check_merging(config, algorithm)
     plan = planned(config, algorithm)
     objection = algorithm.objection(plan)
     if objection is not None:
@@ -126,6 +127,35 @@ def _check_reference_samples(config: RunConfig, algorithm: Algorithm) -> None:
             f"is true, and {name} samples the base model first: it would have nothing on the prompts that come in later",
             field="sampling.dynamic",
             fix="leave it out",
+        )
+
+
+def _check_merging(config: RunConfig, algorithm: Algorithm) -> None:
+    """Refuse runs in which what is trained cannot be merged.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    section, training = "training.online_merging", config.training
+    if training.online_merging is None:
+        return
+    if not config.learner.merges:
+        raise ConfigError(
+            f"is on, and the learner {config.learner.name!r} does not let the weights that its optimizer steps be replaced",
+            field=section,
+            fix="set learner.name=torch, or leave it out",
+        )
+    if training.weight_decay > 0:
+        raise ConfigError(
+            f"is {training.weight_decay}, and what decays at each step would be merged with the rest; in the paper it decays after merging",
+            field="training.weight_decay",
+            fix="set it to 0",
+        )
+    if algorithm.needs.critic_warmup:
+        raise ConfigError(
+            "is on, and while only the critic learns (algorithm.critic_warmup) there is nothing to merge",
+            field=section,
+            fix="set algorithm.critic_warmup=0, or leave it out",
         )
 
 

@@ -73,6 +73,7 @@ class Rank:
         self.needs = self.algorithm.needs
         self._base = self._reference = settings.model
         self._state = self._next_state = initial_state(self.algorithm)
+        self._seed = settings.seed
         seed_everything(settings.seed)
         choose_interface(address)
         os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(self.world_size))
@@ -121,6 +122,14 @@ class Rank:
 
     def reset_optimizer(self) -> None:
         """Forget the optimizer's moments and how many steps it took."""
+        raise NotImplementedError
+
+    def keep_weights(self) -> None:
+        """Remember the weights as they are now, for `merge`. Only of learners that say so (`LearnerConfig.merges`)."""
+        raise NotImplementedError
+
+    def merge(self, seed: int) -> None:
+        """What has changed since then, merged as `training.online_merging` says."""
         raise NotImplementedError
 
     def _write(self, path: Path) -> Sequence[Path]:

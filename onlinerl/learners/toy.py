@@ -177,6 +177,14 @@ class ToyLearner:
         start, end = self.logits_of(reference), self.logits_of("policy")
         np.save(path / "logits.npy", end if weight == 1 else start + weight * (end - start))
 
+    def keep_weights(self) -> None:
+        """Not here: `Toy.merges` is false."""
+        raise NotImplementedError
+
+    def merge(self, seed: int) -> None:
+        """Not here: `Toy.merges` is false."""
+        raise NotImplementedError
+
 
 class ToySync:
     """A push within one process, proved like the real ones: copies an array from `read` to `write`, and compares what `held` then says.

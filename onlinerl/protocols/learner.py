@@ -99,6 +99,14 @@ class Learner(Protocol):
         """
         ...
 
+    def keep_weights(self) -> None:
+        """Remember the policy's weights as they are now, for `merge`."""
+        ...
+
+    def merge(self, seed: int) -> None:
+        """What has changed since `keep_weights`, merged with another change as `training.online_merging` says. `seed`: of what is dropped."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankSettings:
@@ -174,6 +182,14 @@ class LearnerRank(Protocol):
         """Write (1 - weight) * reference + weight * policy in float32; see `Learner.average`."""
         ...
 
+    def keep_weights(self) -> None:
+        """Remember the weights as they are now, for `merge`."""
+        ...
+
+    def merge(self, seed: int) -> None:
+        """What `training.online_merging` says; see `Learner.merge`."""
+        ...
+
     def open_sync(self, transport: TransportConfig, meeting: Meeting, replicas: Replicas) -> None:
         """Open the sending half and meet the replicas."""
         ...
@@ -233,6 +249,8 @@ class LearnerConfig(Component):
     step_timeout_s: Resumable[Seconds] = 3600
     """Longest single call to the learner, and longest wait of one rank for the others. One that says nothing for longer counts as lost."""
 
+    merges: ClassVar[bool] = False
+    """Whether it has `keep_weights` and `merge`, for `training.online_merging`."""
     in_process: ClassVar[bool] = False
     """Whether it runs in the controller's own process; the engine then must, too."""
 

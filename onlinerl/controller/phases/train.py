@@ -148,6 +148,8 @@ def _update(it: Iteration, prepared: Sequence[TrainItem]) -> UpdateReport:
     it.parts.tracker.phase_started(it.number, "train", sum(len(s) for s in indices), "items")
     metrics: list[Mapping[str, float]] = []
     tokens = skipped = 0
+    if training.online_merging is not None:
+        learner.keep_weights()
     for chosen, report in zip(indices, learner.update(_Steps(prepared, indices), rates), strict=True):
         it.parts.tracker.phase_advanced(it.number, "train", len(chosen))
         tokens += report.tokens
@@ -161,6 +163,8 @@ def _update(it: Iteration, prepared: Sequence[TrainItem]) -> UpdateReport:
                 field="training.learning_rate",
                 fix="start a new run from the last export (model=...) with a lower learning rate; a resume would repeat this",
             )
+    if training.online_merging is not None:
+        learner.merge(derive_seed(it.parts.config.seed, "online_merging", it.number))
     return UpdateReport(steps=len(metrics), tokens=tokens, metrics=metrics, skipped=skipped)
 
 
