@@ -71,6 +71,7 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
             fix=f"lower it below {config.iterations}, or raise iterations",
         )
     _check_reference_samples(config, algorithm)
+    _check_merging(config, algorithm)
     plan = planned(config, algorithm)
     objection = algorithm.objection(plan)
     if objection is not None:
@@ -133,6 +134,41 @@ def _check_reference_samples(config: RunConfig, algorithm: Algorithm) -> None:
             f"is true, and {name} samples the base model first: it would have nothing on the prompts that come in later",
             field="sampling.dynamic",
             fix="leave it out",
+        )
+
+
+def _check_merging(config: RunConfig, algorithm: Algorithm) -> None:
+    """Refuse runs in which what is trained cannot be merged.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    section, training = "training.online_merging", config.training
+    if training.online_merging is None:
+        return
+    if not config.learner.merges:
+        raise ConfigError(
+            f"is on, and the learner {config.learner.name!r} does not let the weights that its optimizer steps be replaced",
+            field=section,
+            fix="set learner.name=torch, or leave it out",
+        )
+    if training.weight_decay > 0:
+        raise ConfigError(
+            f"is {training.weight_decay}, and what decays at each step would be merged with the rest; in the paper it decays after merging",
+            field="training.weight_decay",
+            fix="set it to 0",
+        )
+    if algorithm.needs.auxiliary:
+        raise ConfigError(
+            "is on, and an iteration trains twice, auxiliary weights and then the policy from them: which of both to merge is defined nowhere",
+            field=section,
+            fix="leave it out, or choose another algorithm.name",
+        )
+    if algorithm.needs.critic_warmup:
+        raise ConfigError(
+            "is on, and while only the critic learns (algorithm.critic_warmup) there is nothing to merge",
+            field=section,
+            fix="set algorithm.critic_warmup=0, or leave it out",
         )
 
 
@@ -215,7 +251,8 @@ def check_sections(config: RunConfig, algorithm: Algorithm) -> None:
         )
     unread = {
         "schedule": not algorithm.needs.reference and reference.schedule != "none",
-        "every": reference.schedule != "every_n" or not algorithm.needs.reference,
+        "every": reference.schedule not in ("every_n", "ema") or not algorithm.needs.reference,
+        "mixup_alpha": reference.schedule != "ema" or not algorithm.needs.reference,
         "allow_nonstandard": not _is_nonstandard(config, algorithm),
     }
     for key, nothing_reads_it in unread.items():
@@ -243,9 +280,10 @@ def planned(config: RunConfig, algorithm: Algorithm) -> Plan:
     chosen = config.reference
     schedule = algorithm.reference if chosen.schedule == "default" else chosen.schedule
     references = (reference_iteration(schedule, chosen.every, t) for t in range(1, config.iterations + 1))
+    averaged = schedule == "ema" and chosen.mixup_alpha < 1
     return Plan(
         iterations=config.iterations,
-        references=tuple(references),
+        references=tuple("ema" if averaged and iterate else iterate for iterate in references),
         max_lag=config.schedule.max_lag,
         max_new_tokens=config.sampling.max_new_tokens,
         samples_per_prompt=config.sampling.samples_per_prompt,

@@ -1,4 +1,4 @@
-"""The command line: run, resume, sweep, scale, check, show, algorithms, fetch-model, doctor."""
+"""The command line: run, resume, sweep, scale, check, show, algorithms, extrapolate, fetch-model, doctor."""
 
 from __future__ import annotations
 
@@ -238,6 +238,26 @@ def algorithms(
         return
     for line in cards.table(found) if name is None else cards.page(found[0]):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def extrapolate(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the models go: FOLDER/alpha-0.3, ...")],
+    alpha: Annotated[
+        list[float] | None, typer.Option(help="How far beyond END, once for each model, e.g. 0.1, 0.3, 0.5.")
+    ] = None,
+    start: Annotated[int, typer.Option(help="An iterate; 0 is the base model.")] = 0,
+    end: Annotated[int | None, typer.Option(help="A later iterate; the newest by default.")] = None,
+) -> None:
+    """Write models beyond the iterates of a run, END + alpha * (END - START) (ExPO). Nothing is trained from them."""
+    from onlinerl import extrapolation
+
+    def tell(line: str) -> None:
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    extrapolation.extrapolate(run, folder, alpha or (), start=start, end=end, tell=tell)
+    tell("nothing is trained from these, and the run is as it was; length and KL grow with alpha: choose it on a dev set")
 
 
 @app.command("fetch-model")

@@ -58,6 +58,29 @@ def check_weights(model: Path) -> None:
             raise _other_weights(f"{key} is {wanted}, and the embedding in the weight files is {table[0]} x {table[1]}")
 
 
+def check_tensors(model: Path, other: Path, field: str) -> None:
+    """Refuse another model that has a tensor of another shape than the model, or none of its tensors, as the headers of their files say.
+
+    Args:
+        model, other: their directories.
+        field: that names the other one.
+
+    Raises:
+        ConfigError: naming a tensor.
+    """
+    ours, theirs = weight_files.shapes(model), weight_files.shapes(other)
+    common = [name for name in ours if name in theirs]  # one of them may hold a copy of what is tied
+    other_shape = next((name for name in common if ours[name] != theirs[name]), None)
+    if not common or other_shape is not None:
+        raise ConfigError(
+            f"{other_shape} has the shape {ours[other_shape]} in {model} and {theirs[other_shape]} in {other}"
+            if other_shape
+            else f"{other} has no tensor of {model}",
+            field=field,
+            fix="give the model that `model` was fine-tuned from, with its weights in safetensors files",
+        )
+
+
 def check_vocabulary(model: Path, tokenizer: Any, prompts: Iterable[Sequence[int]]) -> None:
     """Refuse a tokenizer whose tokens the model does not have.
 

@@ -20,7 +20,7 @@ from onlinerl.config import RunConfig, at_home
 from onlinerl.controller.asking import answers
 from onlinerl.controller.parts import samples_dynamically
 from onlinerl.errors import ConfigError, OracleError
-from onlinerl.model_checks import check_critic, check_description, check_vocabulary, check_weights
+from onlinerl.model_checks import check_critic, check_description, check_tensors, check_vocabulary, check_weights
 from onlinerl.prompts._kept import Kept
 from onlinerl.prompts._source import ShuffledPrompts, check_answers, check_overlap, load_prompts
 from onlinerl.protocols.algorithm import Algorithm
@@ -74,8 +74,10 @@ class Checked:
 
     @property
     def state_bytes(self) -> int:
-        """Size of one checkpoint (fp32 weights, two moments, weights as trained) and one export."""
-        return int((self.parameters or 0) * (12 + 2 * self.bytes_per_weight))
+        """Size of one checkpoint (fp32 weights, two moments, weights as trained), one export, and the reference where that is an average
+        in fp32."""
+        averaged = self.algorithm.needs.reference and self.config.reference.schedule == "ema"
+        return int((self.parameters or 0) * (12 + 2 * self.bytes_per_weight + 4 * averaged))
 
     @property
     def bytes_per_weight(self) -> int:
@@ -116,6 +118,7 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     parameters = weight_files.parameters(config.model, local)
     if local is not None:
         check_weights(local)
+    _check_merging(config, local)
     train: ShuffledPrompts | None = None
     heldout: Sequence[Prompt] = ()
     if kept is not None and local is not None:
@@ -327,6 +330,19 @@ def _check_schedule(config: RunConfig) -> None:
             field="training.learning_rate",
             fix="leave the three out, or set a learning rate",
         )
+
+
+def _check_merging(config: RunConfig, local: Path | None) -> None:
+    """Whether there is what `training.online_merging` merges with."""
+    merging, field = config.training.online_merging, "training.online_merging.base_model"
+    if merging is None:
+        return
+    folder = _check_model(merging.base_model, field)
+    if folder is None:
+        fix = f"download it first: hf download {merging.base_model}"
+        raise ConfigError(f"{merging.base_model} is not on this machine", field=field, fix=fix)
+    if local is not None:
+        check_tensors(local, folder, field)
 
 
 def _check_layout(config: RunConfig) -> None:

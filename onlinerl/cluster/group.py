@@ -233,6 +233,18 @@ class LearnerGroup:
         """The policy in Hugging Face format."""
         self.call(LearnerRank.export, str(path), self._model)
 
+    def average(self, reference: str, weight: float, path: Path) -> None:
+        """Write (1 - weight) * reference + weight * policy in float32."""
+        self.call(LearnerRank.average, reference, weight, str(path))
+
+    def keep_weights(self) -> None:
+        """Remember the policy's weights as they are now, for `merge`."""
+        self.call(LearnerRank.keep_weights)
+
+    def merge(self, seed: int) -> None:
+        """What has changed since then, merged with another change."""
+        self.call(LearnerRank.merge, seed)
+
     def shutdown(self) -> None:
         """End all ranks."""
         refs = [a.call.remote(LearnerRank.shutdown.__name__) for a in self.actors]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, field_validator
 
 from onlinerl.config.paths import at_home
 from onlinerl.config.roles import build, chosen, default
@@ -59,12 +59,37 @@ class SamplingConfig(Section):
 class ReferenceConfig(Section):
     """Which weights the reference log-probs come from."""
 
-    schedule: Literal["default", "fixed", "previous", "every_n", "none"] = "default"
-    """`default` is what the algorithm's paper uses; `fixed` the base model; `previous` the weights at the start of the iteration."""
+    schedule: Literal["default", "fixed", "previous", "every_n", "ema", "none"] = "default"
+    """`default` is what the algorithm's paper uses; `fixed` the base model; `previous` the weights at the start of the iteration; `every_n` the
+    same, but of every n-th iteration only; `ema` an average of the base model and the iterates, the soft update of TR-DPO, "Learn Your
+    Reference Model for Real Good Alignment". Whatever it is, KL to the base model and to the iterate before are reported."""
     every: int = Field(1, ge=1)
-    """For `every_n`: iterations between snapshots."""
+    """For `every_n` and `ema`: iterations between snapshots, or between updates of the average."""
+    mixup_alpha: float = Field(0.6, gt=0, le=1)
+    """For `ema`: weight of the policy in an update, reference <- (1 - mixup_alpha) * reference + mixup_alpha * policy. 1 is a copy. The average is
+    kept in float32, on disk: 4 more bytes per parameter for each that is kept."""
     allow_nonstandard: bool = False
     """Permit a schedule other than the one the algorithm's theory asks for."""
+
+
+class OnlineMergingConfig(Section):
+    """What an iteration has trained is merged with what supervised fine-tuning had, once, after its last optimizer step: "Online Merging
+    Optimizers for Boosting Rewards and Mitigating Tax in Alignment", whose optimizers merge at every step."""
+
+    base_model: str
+    """Directory or hub id of the pretrained model that `model` was fine-tuned from. It must be on the learner's disk, in safetensors files."""
+    method: Literal["ondare", "onties"] = "ondare"
+    """`ondare` drops entries of both changes at random and rescales the others; `onties` keeps the largest ones whose signs agree."""
+    density: float = Field(0.01, gt=0, le=1)
+    """Share of the entries of each tensor that is kept."""
+    alpha: float = Field(1e-7, ge=0, le=1)
+    """Weight of the change of supervised fine-tuning, which is added in every iteration anew."""
+
+    @field_validator("base_model")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        folder = at_home(path, "training.online_merging.base_model")
+        return str(folder.absolute()) if folder.is_dir() else path  # a resume may start in another working directory
 
 
 class TrainingConfig(Section):
@@ -91,6 +116,8 @@ class TrainingConfig(Section):
     """`rmsprop` keeps one moment less, and is what SPPO's authors train with."""
     optimizer_state: Literal["keep", "reset"] = "keep"
     """What happens to the moments between iterations."""
+    online_merging: OnlineMergingConfig | None = None
+    """Off by default; needs a learner that lets its weights be replaced (`learner.name: torch`)."""
     weight_decay: float = Field(0.0, ge=0)
     """Of matrices; biases and the weights of norms do not decay."""
     max_grad_norm: float = Field(1.0, gt=0)

@@ -193,13 +193,33 @@ class Iteration:
         """Whether a group has as many usable responses as the algorithm needs."""
         return len(group.rollouts) >= self.needs.min_samples
 
-    def reference(self) -> int | None:
-        """Which iterate the reference is; None if the algorithm needs none."""
+    def reference(self, iteration: int | None = None) -> int | None:
+        """Which iterate the reference of this iteration, or of another one, is, or is the newest in its average; None if the algorithm
+        needs none."""
         if not self.needs.reference:
             return None
         chosen = self.parts.config.reference
         schedule = self.parts.algorithm.reference if chosen.schedule == "default" else chosen.schedule
-        return reference_iteration(schedule, chosen.every, self.number)
+        return reference_iteration(schedule, chosen.every, self.number if iteration is None else iteration)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the reference is an average of iterates, which is kept beside them."""
+        return self.needs.reference and self.parts.config.reference.schedule == "ema"
+
+    @cached_property
+    def reference_path(self) -> str | None:
+        """Where the weights of the reference are on disk, compared with their checksums; None if the algorithm needs none."""
+        reference = self.reference()
+        if reference and self.averaged:
+            return str(self.parts.store.require("references", reference))
+        return None if reference is None else self.saved(reference)
+
+    def reference_model(self) -> str | None:
+        """Where the weights of the reference are: "policy" if the learner holds them, else a path; None if the algorithm needs none."""
+        reference = self.reference()
+        begun = self.averaged and reference != 0  # until it has taken in an iterate, an average is the base model
+        return "policy" if reference == self.weights.learner and not begun else self.reference_path
 
     def model_of(self, iterate: int) -> str:
         """Where the weights of an iterate are: "policy" if the learner holds them, else a path."""

@@ -81,7 +81,7 @@ def samples_dynamically(config: RunConfig, algorithm: Algorithm) -> bool:
 
 
 def reference_iteration(schedule: str, every: int, iteration: int) -> int | None:
-    """Which iterate the reference of `iteration` is: 0 for the base model, None for no reference.
+    """Which iterate the reference of `iteration` is, or the newest in it if it is an average: 0 for the base model, None for no reference.
 
     >>> [reference_iteration("every_n", 2, t) for t in (1, 2, 3, 4, 5)]
     [0, 0, 2, 2, 4]

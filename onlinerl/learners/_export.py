@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from onlinerl.learners._weights import PolicySource
+from onlinerl.protocols.learner import TensorMeta
 
 MAX_SHARD_BYTES = 5 * 10**9
 """A larger model is cut into several files with an index, as transformers does."""
 
 # The names of dtypes in safetensors files.
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+class Exportable(Protocol):
+    """Where the weights of an export come from."""
+
+    def metadata(self) -> Sequence[TensorMeta]:
+        """Names and full shapes, in the order in which the tensors come."""
+        ...
+
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor once, whole until the next one is asked for."""
+        ...
 
 
 class _Shard:
@@ -57,7 +70,7 @@ class _Shard:
 
 
 def export_weights(
-    source: PolicySource, path: Path, dtype: torch.dtype, *, writer: bool, max_shard_bytes: int = MAX_SHARD_BYTES
+    source: Exportable, path: Path, dtype: torch.dtype, *, writer: bool, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Write all weights as safetensors. Collective: every rank takes part in gathering, and only the writer copies.
 

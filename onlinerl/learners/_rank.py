@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.errors import LearnerError
 from onlinerl.learners._export import export_weights
+from onlinerl.learners._interpolation import Interpolated, SavedSource
 from onlinerl.learners._loading import ModelReader, give_back
 from onlinerl.learners._loss import kl_old, loss_of
 from onlinerl.learners._offload import HostMemory, tensors_of
@@ -36,7 +37,7 @@ from onlinerl.network import choose_interface
 from onlinerl.ops.batching import collate
 from onlinerl.ops.whole_step import Rows, State, WholeStep
 from onlinerl.protocols.keys import decided
-from onlinerl.protocols.learner import LearnerConfig, RankSettings
+from onlinerl.protocols.learner import LearnerConfig, RankSettings, WeightSource
 from onlinerl.protocols.transport import Meeting, Replicas, Sender, TransportConfig
 from onlinerl.types import TrainItem, TrainSequence
 
@@ -70,8 +71,9 @@ class Rank:
         self.rank, self.world_size, self.temperature = rank, settings.world_size, settings.temperature
         self.device = torch.device("cuda", 0) if settings.device == "cuda" else torch.device("cpu")
         self.needs = self.algorithm.needs
-        self._reference = settings.model
+        self._base = self._reference = settings.model
         self._state = self._next_state = initial_state(self.algorithm)
+        self._seed = settings.seed
         seed_everything(settings.seed)
         choose_interface(address)
         os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(self.world_size))
@@ -120,6 +122,14 @@ class Rank:
 
     def reset_optimizer(self) -> None:
         """Forget the optimizer's moments and how many steps it took."""
+        raise NotImplementedError
+
+    def keep_weights(self) -> None:
+        """Remember the weights as they are now, for `merge`. Only of learners that say so (`LearnerConfig.merges`)."""
+        raise NotImplementedError
+
+    def merge(self, seed: int) -> None:
+        """What has changed since then, merged as `training.online_merging` says."""
         raise NotImplementedError
 
     def _write(self, path: Path) -> Sequence[Path]:
@@ -378,6 +388,22 @@ class Rank:
             if model.can_generate():
                 model.generation_config.save_pretrained(path)
             AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path)
+        dist.barrier()
+
+    def average(self, reference: str, weight: float, path: str) -> None:
+        """Write (1 - weight) * reference + weight * policy in float32; see `Learner.average`. Collective; rank 0 writes.
+
+        The base model is taken as this learner reads it, whatever its files call its tensors.
+        """
+        policy = self.weight_source(self.dtype)
+        start: WeightSource = (
+            self.weight_source(self.dtype, reference)
+            if reference == self._base
+            else SavedSource(Path(reference), [m.name for m in policy.metadata()])
+        )
+        export_weights(Interpolated(start, policy, weight), Path(path), torch.float32, writer=self.rank == 0)
+        if self.rank == 0:
+            self._policy.model.config.save_pretrained(path)
         dist.barrier()
 
     def shutdown(self) -> None:

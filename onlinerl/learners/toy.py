@@ -179,6 +179,19 @@ class ToyLearner:
         """The logits."""
         np.save(path / "logits.npy", self.logits.detach().numpy())
 
+    def average(self, reference: str, weight: float, path: Path) -> None:
+        """Write (1 - weight) * reference + weight * policy, logits in their own dtype."""
+        start, end = self.logits_of(reference), self.logits_of("policy")
+        np.save(path / "logits.npy", end if weight == 1 else start + weight * (end - start))
+
+    def keep_weights(self) -> None:
+        """Not here: `Toy.merges` is false."""
+        raise NotImplementedError
+
+    def merge(self, seed: int) -> None:
+        """Not here: `Toy.merges` is false."""
+        raise NotImplementedError
+
 
 class ToySync:
     """A push within one process, proved like the real ones: copies an array from `read` to `write`, and compares what `held` then says.

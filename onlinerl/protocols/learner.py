@@ -95,6 +95,24 @@ class Learner(Protocol):
         """The policy in Hugging Face format."""
         ...
 
+    def average(self, reference: str, weight: float, path: Path) -> None:
+        """Write the model (1 - weight) * reference + weight * policy in float32, as a saved model.
+
+        Args:
+            reference: the base model, or the path of what `average` has written.
+            weight: of the policy, above 0 and up to 1, where it is the policy as it was exported, bit for bit.
+            path: an existing directory.
+        """
+        ...
+
+    def keep_weights(self) -> None:
+        """Remember the policy's weights as they are now, for `merge`."""
+        ...
+
+    def merge(self, seed: int) -> None:
+        """What has changed since `keep_weights`, merged with another change as `training.online_merging` says. `seed`: of what is dropped."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankSettings:
@@ -170,6 +188,18 @@ class LearnerRank(Protocol):
         """The policy in Hugging Face format, with the tokenizer of that model."""
         ...
 
+    def average(self, reference: str, weight: float, path: str) -> None:
+        """Write (1 - weight) * reference + weight * policy in float32; see `Learner.average`."""
+        ...
+
+    def keep_weights(self) -> None:
+        """Remember the weights as they are now, for `merge`."""
+        ...
+
+    def merge(self, seed: int) -> None:
+        """What `training.online_merging` says; see `Learner.merge`."""
+        ...
+
     def open_sync(self, transport: TransportConfig, meeting: Meeting, replicas: Replicas) -> None:
         """Open the sending half and meet the replicas."""
         ...
@@ -229,6 +259,8 @@ class LearnerConfig(Component):
     step_timeout_s: Resumable[Seconds] = 3600
     """Longest single call to the learner, and longest wait of one rank for the others. One that says nothing for longer counts as lost."""
 
+    merges: ClassVar[bool] = False
+    """Whether it has `keep_weights` and `merge`, for `training.online_merging`."""
     in_process: ClassVar[bool] = False
     """Whether it runs in the controller's own process; the engine then must, too."""
 

@@ -9,8 +9,9 @@ from typing import Literal, Protocol, TypeVar
 
 from onlinerl.types import Group, Label, LogProbs, PhaseRecord, PhaseRecords, Prompt, TrainedPair
 
-Kind = Literal["checkpoints", "auxiliary", "exports"]
-"""What an iteration keeps beside its tables: the state of the learner that holds the policy, of one that holds auxiliary weights, the policy."""
+Kind = Literal["checkpoints", "auxiliary", "exports", "references"]
+"""What an iteration keeps beside its tables: the state of the learner that holds the policy, of one that holds auxiliary weights, the policy,
+and with `reference.schedule: ema` the average of iterates that is the reference."""
 
 
 T = TypeVar("T")

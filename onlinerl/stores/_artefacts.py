@@ -18,7 +18,8 @@ from typing import Any
 from onlinerl.errors import StoreError
 from onlinerl.stores import _files
 
-_MANIFEST = "complete.json"
+MANIFEST = "complete.json"
+"""Of each directory: size and SHA-256 of every other file in it."""
 _REPLACED = ".old"
 _THREADS = 4
 """Hash this many files at a time."""
@@ -126,9 +127,9 @@ def verified(folder: Path, number: int) -> Path:
 
 def _entries(path: Path) -> dict[str, dict[str, Any]]:
     """Size and checksum of each file, by relative path."""
-    files = _files.read_json(path / _MANIFEST).get("files")
+    files = _files.read_json(path / MANIFEST).get("files")
     if not isinstance(files, dict) or not all(isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() for e in files.values()):
-        raise _files.damaged(path / _MANIFEST, "it does not list the files")
+        raise _files.damaged(path / MANIFEST, "it does not list the files")
     return files
 
 
@@ -176,7 +177,7 @@ def _finish(path: Path) -> None:
         str(file.relative_to(path)): {"bytes": file.stat().st_size, "sha256": checksum}
         for file, checksum in zip(files, checksums, strict=True)
     }
-    _files.replace_json(path / _MANIFEST, {"files": entries})
+    _files.replace_json(path / MANIFEST, {"files": entries})
     for directory in (d for d in path.rglob("*") if d.is_dir()):
         _files.sync_directory(directory)
     _files.sync_directory(path)

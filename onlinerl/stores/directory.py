@@ -1,4 +1,4 @@
-"""A run is a directory: its manifest, its configuration, what every iteration sampled and judged, checkpoints and exports.
+"""A run is a directory: its manifest, its configuration, what every iteration sampled and judged, checkpoints, exports, references.
 
     manifest.json            identity of the run and how it stands
     config.yaml              the whole configuration, defaults included
@@ -9,6 +9,7 @@
     checkpoints/0001/        resumable state after iteration 1
     auxiliary/0001/          the same of the auxiliary weights, for algorithms that have some
     exports/0001/            the policy after iteration 1 in Hugging Face format
+    references/0001/         the reference after iteration 1, where it is an average of iterates
 
 Each method leaves the directory in a state from which a run can be resumed, wherever it is killed. Any thread may call them.
 """
@@ -25,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import pyarrow as pa
 
@@ -40,7 +41,7 @@ from onlinerl.types import Group, Label, LogProbs, PhaseRecords, Prompt, Trained
 
 __all__ = ["RunDirectory"]
 
-KINDS: tuple[Kind, ...] = ("checkpoints", "auxiliary", "exports")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 _PROMPTS = "prompts"
 _GIB = 1 << 30
 _AT_ONCE = 1000

@@ -70,7 +70,7 @@ class AnnotateRecord(PhaseRecord):
 
     sequences: int
     reference: int | None
-    """The iterate that the reference log-probs are from."""
+    """The iterate that the reference log-probs are from; the newest one in it where the reference is an average."""
 
 
 class TrainRecord(PhaseRecord):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -10,8 +11,8 @@ class Plan:
     """What an algorithm is told of a run before it starts."""
 
     iterations: int
-    references: tuple[int | None, ...]
-    """Which iterate is the reference in each iteration: 0 is the base model, None no reference."""
+    references: tuple[int | Literal["ema"] | None, ...]
+    """Which iterate is the reference in each iteration: 0 is the base model, `ema` an average of several, None no reference."""
     max_lag: int = 0
     """How many versions the policy that samples may be behind the one that training starts from."""
     max_new_tokens: int | None = None

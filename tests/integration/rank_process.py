@@ -529,7 +529,7 @@ def export(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str,
     scores = learner.logprobs(micro, "policy", 1.0)
     # Base and previous take turns as reference.
     references = {where: learner.logprobs(micro, where, 1.0)[0] for where in (model, str(path), model)}
-    return {
+    result = {
         "path": str(path),
         "references": references,
         "resident": resident(learner._reader.frozen(model)),
@@ -541,6 +541,22 @@ def export(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str,
             "yielded": [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in source],
         },
     }
+    return result | averages(ranks, learner, job, model, path)
+
+
+def averages(ranks: Ranks, learner: Rank, job: dict[str, Any], model: str, path: Path) -> dict[str, Any]:
+    """The base model and two iterates in one, then a copy of the last one, each with the weights that it took in."""
+    made, reference = [], model
+    for number, weight in enumerate((0.25, 0.25, 1.0)):
+        if number == 1:
+            ranks.step(learner, job["steps"][1])
+        average = path.with_name(f"{path.name}-average-{number}")
+        average.mkdir(exist_ok=True)
+        learner.average(reference, weight, str(average))
+        reference = str(average)
+        made.append({"path": reference, "weight": weight, "policy": weights(learner)})
+    micro = [[s for i in job["steps"][0] for s in i.sequences], []]
+    return {"averages": made, "average_scores": learner.logprobs(micro, made[1]["path"], 1.0)[0]}
 
 
 def resident(policy: torch.nn.Module) -> tuple[int, int]:

@@ -308,6 +308,40 @@ def test_the_torch_learner_in_place_of_deepspeed(start: Callable[..., Controller
 
 
 @pytest.mark.long
+def test_a_reference_that_is_an_average_and_a_model_beyond_the_last_iterate(
+    start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Of real weights: killed in between, the average goes on; what is extrapolated is a model."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    config = write_config(tmp_path, tiny_llama, engine={"replicas": 1})
+    keys = ("learner.name=torch", "learner.ranks=1", "iterations=2", "reference.schedule=ema", "reference.mixup_alpha=0.25")
+    killed = start("run", config, *keys, log=str(tmp_path / "events"), parts="real", kill=["before 2 train", 1])
+    assert killed.wait() == -signal.SIGKILL, killed.text
+    killed.assert_nothing_survives()
+    run = tmp_path / "runs" / "run"
+    resumed = start("resume", run)
+    assert resumed.wait() == 0, resumed.text
+    resumed.assert_nothing_survives()
+
+    files = ("references/0001", "references/0002", "exports/0001", "exports/0002")
+    first, second, one, two = (load_file(run / file / "model.safetensors") for file in files)
+    base = load_file(tiny_llama / "model.safetensors")
+    for name in two:
+        assert torch.equal(first[name], torch.lerp(base[name], one[name], 0.25))
+        assert torch.equal(second[name], torch.lerp(first[name], two[name], 0.25))
+    assert any(not torch.equal(base[name], two[name]) for name in two)
+
+    command = [sys.executable, "-m", "onlinerl.cli", "extrapolate", str(run), str(tmp_path / "beyond"), "--alpha", "0.5"]
+    subprocess.run(command, check=True, timeout=120)
+    beyond = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "beyond/alpha-0.5", dtype=torch.float32).named_parameters())
+    for name in two:
+        torch.testing.assert_close(beyond[name].detach(), two[name] + 0.5 * (two[name] - base[name]), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.long
 def test_weights_that_travel_through_files(start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path) -> None:
     """The same run with `sync.backend=disk`: replicas load what the checkpoint wrote, and prove it like every push."""
     config = write_config(tmp_path, tiny_llama, engine={"replicas": 1}, learner={"ranks": 1})

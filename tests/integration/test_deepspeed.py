@@ -875,6 +875,33 @@ def test_a_reference_scores_as_the_whole_model_does(
     assert all_of_it / share <= held <= 1.01 * all_of_it / share
 
 
+@pytest.mark.parametrize(("ranks", "stage", "model"), list(product(WORLDS, EXPORTED, ("model", "untied"))))
+def test_an_average_takes_the_policy_in_tensor_by_tensor(
+    answers: Answers, tiny_llama: Path, tiny_llama_untied: Path, ranks: int, stage: int | str, model: str
+) -> None:
+    """From the base model on, in float32 and exactly; with a weight of 1 it is the policy; and it serves as a reference."""
+    answer = answers(ranks, "export", stage, model)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama if model == "model" else tiny_llama_untied, dtype=torch.float32)
+    reference = {name: p.detach() for name, p in base.named_parameters()}
+
+    for made in answer["averages"]:
+        policy = {name: torch.from_numpy(array) for name, array in made["policy"].items()}
+        assert any(not torch.equal(reference[name], policy[name]) for name in policy)
+        expected = {name: torch.lerp(reference[name], policy[name], made["weight"]) for name in policy}
+        read, report = AutoModelForCausalLM.from_pretrained(made["path"], dtype=torch.float32, output_loading_info=True)
+        assert not any(report.values())
+        reference = {name: p.detach() for name, p in read.named_parameters()}
+        assert_equal({n: p.numpy() for n, p in reference.items()}, {n: p.numpy() for n, p in expected.items()})
+    assert_equal({n: p.numpy() for n, p in reference.items()}, answer["averages"][-1]["policy"])
+
+    sequences = [s for i in STEPS[0] for s in i.sequences]
+    whole = AutoModelForCausalLM.from_pretrained(answer["averages"][1]["path"], dtype=torch.float32)
+    with torch.no_grad():
+        scores = Policy(whole).eval()(collate([TrainItem(prompt_id="", sequences=(s,)) for s in sequences])).logprobs_BT
+    for ours, row, s in zip(answer["average_scores"], scores.numpy(), sequences, strict=True):
+        np.testing.assert_allclose(ours, row[: len(s.response_ids)], atol=1e-6)
+
+
 # --- memory that is shared with an engine ---
 
 

@@ -29,6 +29,7 @@ def notes(*overrides: str) -> list[str]:
     [
         (["reference.schedule=previous"], "reference.schedule"),
         (["reference.schedule=every_n"], "reference.schedule"),  # every 1
+        (["reference.schedule=ema", "reference.mixup_alpha=1.0"], "reference.schedule"),  # a copy of the policy
         (["iterations=1"], "algorithm.kl_in"),
         (["iterations=2", "algorithm.critic_warmup=1"], "algorithm.kl_in"),
     ],
@@ -45,7 +46,12 @@ def test_a_kl_in_the_reward_that_would_never_act_is_refused(overrides, field):
 
 @pytest.mark.parametrize(
     ("overrides", "first"),
-    [([], 2), (["algorithm.critic_warmup=1"], 3), (["reference.schedule=every_n", "reference.every=3"], 2)],
+    [
+        ([], 2),
+        (["algorithm.critic_warmup=1"], 3),
+        (["reference.schedule=every_n", "reference.every=3"], 2),
+        (["reference.schedule=ema"], 2),
+    ],
 )
 def test_a_kl_in_the_reward_that_acts_later_is_explained(overrides, first):
     (note,) = notes("algorithm.kl_in=reward", *overrides)
@@ -142,6 +148,14 @@ def sections(*overrides: str) -> None:
         ),
         (["algorithm.name=grpo", "reference.every=2"], "reference.every", "needs no reference"),
         (["reference.every=2"], "reference.every", "dpo with this schedule does not"),
+        (["algorithm.name=grpo", "reference.schedule=ema"], "reference.schedule", "grpo as configured needs no reference"),
+        (["algorithm.name=grpo", "reference.mixup_alpha=0.5"], "reference.mixup_alpha", "needs no reference"),
+        (["reference.mixup_alpha=0.5"], "reference.mixup_alpha", "dpo with this schedule does not"),
+        (
+            ["reference.schedule=every_n", "reference.mixup_alpha=0.5"],
+            "reference.mixup_alpha",
+            "dpo with this schedule does not",
+        ),
         (["reference.allow_nonstandard=true"], "reference.allow_nonstandard", "dpo with this schedule does not"),
         (
             ["algorithm.name=dno", "reference.schedule=previous", "reference.allow_nonstandard=true"],
@@ -167,6 +181,7 @@ def test_what_nothing_would_read_is_refused(overrides, field, said):
         ["algorithm.name=grpo", "reference.schedule=none"],  # says what is so
         ["algorithm.name=grpo", "algorithm.kl_coef=0.1", "reference.schedule=previous"],
         ["reference.schedule=every_n", "reference.every=2"],
+        ["reference.schedule=ema", "reference.every=2", "reference.mixup_alpha=0.5"],
         ["algorithm.name=dno", "reference.schedule=fixed", "reference.allow_nonstandard=true"],
     ],
 )

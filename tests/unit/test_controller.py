@@ -27,11 +27,12 @@ def test_which_iterate_the_reference_is():
     assert [reference_iteration("none", 1, t) for t in iterations] == [None] * 7
     assert [reference_iteration("previous", 1, t) for t in iterations] == [0, 1, 2, 3, 4, 5, 6]
     assert [reference_iteration("every_n", 1, t) for t in iterations] == [0, 1, 2, 3, 4, 5, 6]
-    assert [reference_iteration("every_n", 3, t) for t in iterations] == [0, 0, 0, 3, 3, 3, 6]
+    for schedule in ("every_n", "ema"):
+        assert [reference_iteration(schedule, 3, t) for t in iterations] == [0, 0, 0, 3, 3, 3, 6]
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.sampled_from(["fixed", "previous", "every_n"]), st.integers(1, 9), st.integers(1, 50))
+@given(st.sampled_from(["fixed", "previous", "every_n", "ema"]), st.integers(1, 9), st.integers(1, 50))
 def test_the_reference_is_never_the_future(schedule, every, iteration):
     assert 0 <= reference_iteration(schedule, every, iteration) < iteration
 

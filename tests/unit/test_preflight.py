@@ -230,6 +230,8 @@ def test_check_counts_the_parameters(check, tiny_model):
     assert checked.parameters == sum(p.numel() for p in model.parameters())
     # fp32 moments and master weights, and the weights twice: in the checkpoint and in the export.
     assert checked.state_bytes == checked.parameters * (12 + 2 * 2)
+    averaged = check(learner__dtype="bfloat16", reference__schedule="ema")
+    assert averaged.state_bytes == checked.parameters * (12 + 2 * 2 + 4), "the average is in fp32"
     assert len(checked.heldout) == 10
     assert len(checked.train or ()) == 40
 

@@ -78,8 +78,7 @@ def _arrays(it: Iteration, sequences: Sequence[TrainSequence]) -> dict[str, list
         return {}
     needs, learner = it.needs, it.parts.learner
     temperature = needs.temperature(it.parts.config.sampling.temperature)
-    reference = it.reference()
-    model = None if reference is None else it.model_of(reference)
+    model = it.reference_model()
     models = {
         # With auxiliary weights it is they that training starts from, and `train` asks them.
         "old_logprobs": "policy" if (it.old_logprobs and not needs.auxiliary) or model == "policy" else None,

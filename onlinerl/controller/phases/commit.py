@@ -8,18 +8,22 @@ from onlinerl.types import CommitRecord
 
 
 def commit(it: Iteration) -> CommitRecord:
-    """Remove old checkpoints and exports; the record says what became of the iterate."""
+    """Remove old checkpoints, exports and references; the record says what became of the iterate."""
     config, store = it.parts.config, it.parts.store
     if it.number > 0:
         # Where the engine samples from older weights than the learner has, a resume needs both.
         kept = max(config.checkpoints.keep, 1 + config.schedule.max_lag)
         newer = range(it.number + 1, it.number + graph.IN_FLIGHT)
         checkpoints = [it.number - i for i in range(kept)]
-        store.retain("checkpoints", {*checkpoints, *newer})
+        resumable = {*checkpoints, *newer}
+        store.retain("checkpoints", resumable)
         if it.needs.auxiliary:  # each checkpoint goes on from the newest ones that were there with it
             store.retain("auxiliary", {*map(it.last_trained, checkpoints), *newer})
+        if it.averaged:  # whoever goes on from a checkpoint needs the reference of the iteration after it
+            store.retain("references", {it.reference(t + 1) or 0 for t in resumable if t >= 0})
         if config.checkpoints.exports == "last":
             reference = it.reference()
-            store.retain("exports", {it.number, it.number - 1, *newer, *([] if reference is None else [reference])})
+            saved = [] if reference is None or it.averaged else [reference]
+            store.retain("exports", {it.number, it.number - 1, *newer, *saved})
     idle = it.number > 0 and store.phases(it.number)["train"].get("idle") is not None
     return {"status": "keep" if idle else "promoted"}

@@ -37,9 +37,8 @@ def train(it: Iteration) -> TrainRecord:
         steps = UpdateReport(steps=0, tokens=0, metrics=())
         figures: Mapping[str, float] = {}
         if idle is None:
-            reference = it.reference()
-            if it.needs.reference_kl and reference is not None:
-                it.parts.learner.set_reference(it.saved(reference))
+            if it.needs.reference_kl and it.reference_path is not None:
+                it.parts.learner.set_reference(it.reference_path)
             # Pairs are made of which score is higher; a loss on them that reads how much higher shows an overflow itself.
             if not it.needs.pairs:
                 self_test.require_scores_fit(built.earned)
@@ -187,6 +186,8 @@ def _update(it: Iteration, prepared: Sequence[TrainItem]) -> UpdateReport:
     target = training.target_kl
     # A learner that knows nothing of a target goes on as before where there is none.
     asked = {} if target is None else {"target_kl": target}
+    if training.online_merging is not None:
+        learner.keep_weights()
     for chosen, report in zip(indices, learner.update(_Steps(prepared, indices), rates, **asked), strict=True):
         if report.stopped:
             stopped = len(indices) - len(metrics)
@@ -204,6 +205,8 @@ def _update(it: Iteration, prepared: Sequence[TrainItem]) -> UpdateReport:
                 field="training.learning_rate",
                 fix="start a new run from the last export (model=...) with a lower learning rate; a resume would repeat this",
             )
+    if training.online_merging is not None:
+        learner.merge(derive_seed(it.parts.config.seed, "online_merging", it.number))
     return UpdateReport(steps=len(metrics), tokens=tokens, metrics=metrics, skipped=skipped, stopped=stopped)
 
 

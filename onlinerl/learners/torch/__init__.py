@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from onlinerl.protocols.learner import LearnerConfig, RankSettings
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 class Torch(LearnerConfig):
     """One rank, or several that each hold the whole model: the learner with the fewest parts, for models that fit."""
+
+    merges: ClassVar[bool] = True
 
     name: str = "torch"
 

@@ -6,7 +6,7 @@ that all ranks take the same step. Weights that compute in bfloat16 have fp32 ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from onlinerl.learners._loading import ModelReader
+from onlinerl.learners._online_merging import OnlineMerging
 from onlinerl.learners._optimizer import build_optimizer, parameter_groups
 from onlinerl.learners._plain import load_plain
 from onlinerl.learners._rank import Rank
@@ -43,6 +44,10 @@ class TorchRank(Rank):
         for group in groups:
             group["params"] = [self._stepped[p] for p in group["params"]]
         self._optimizer: Any = build_optimizer(groups, self.training, checked=True)
+        self._merging: OnlineMerging | None = None
+        if self.training.online_merging is not None:
+            names = [name for name, _ in self._masters()]
+            self._merging = OnlineMerging(self.training.online_merging, model, names, self._seed)
 
     @property
     def _network(self) -> nn.Module:
@@ -96,6 +101,21 @@ class TorchRank(Rank):
     def reset_optimizer(self) -> None:
         """Forget the optimizer's moments and how many steps it took."""
         self._optimizer.state.clear()
+
+    def _masters(self) -> Iterator[tuple[str, Tensor]]:
+        """What the optimizer steps of the policy itself, by parameter name."""
+        return ((name, self._stepped[p]) for name, p in self._policy.model.named_parameters())
+
+    def keep_weights(self) -> None:
+        """Remember the weights as they are now, for `merge`."""
+        assert self._merging is not None, "training.online_merging is off"
+        self._merging.keep(self._masters())
+
+    def merge(self, seed: int) -> None:
+        """What has changed since then, merged as `training.online_merging` says: the same on every rank."""
+        assert self._merging is not None, "training.online_merging is off"
+        self._merging.merge(self._masters(), seed)
+        self._copy_masters()
 
     def _owners(self) -> Sequence[object]:
         return self._optimizer, list(self._stepped.values())
