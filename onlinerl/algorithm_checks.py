@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from onlinerl.config import ReferenceConfig, RunConfig, SamplingConfig
+from math import ceil
+
+from onlinerl.config import ReferenceConfig, RunConfig, SamplingConfig, pair_builder
 from onlinerl.controller.parts import reference_iteration, samples_dynamically
 from onlinerl.errors import ConfigError
 from onlinerl.metrics.catalogue import CATALOGUE
@@ -230,12 +232,39 @@ def _stale(config: RunConfig, algorithm: Algorithm) -> list[str]:
     ]
 
 
+def most_items(config: RunConfig, algorithm: Algorithm) -> int:
+    """That an iteration trains at most."""
+    judged = config.sampling.samples_per_prompt + len(algorithm.needs.beside_samples)
+    return config.prompts.per_iteration * algorithm.most_items(judged, pair_builder(config).most(judged))
+
+
+def most_steps(config: RunConfig, algorithm: Algorithm) -> int:
+    """Optimizer steps that a pass over them takes at most, all epochs."""
+    return ceil(most_items(config, algorithm) / config.training.batch_size) * config.training.epochs
+
+
+def _check_target_kl(config: RunConfig, algorithm: Algorithm) -> None:
+    """Refuse a KL that nothing can exceed.
+
+    Raises:
+        ConfigError: if there is no step after the first one.
+    """
+    target = config.training.target_kl
+    if target is not None and most_steps(config, algorithm) < 2:
+        raise ConfigError(
+            f"is {target:g}, and nothing would read it: there is at most one optimizer step at a time, before which the KL is 0",
+            field="training.target_kl",
+            fix="leave it out, lower training.batch_size, or raise training.epochs",
+        )
+
+
 def check_sections(config: RunConfig, algorithm: Algorithm) -> None:
     """Refuse what is set and nothing reads.
 
     Raises:
         ConfigError: naming the field, the cause and the fix.
     """
+    _check_target_kl(config, algorithm)
     name, reference, defaults = config.algorithm["name"], config.reference, ReferenceConfig()
     if config.pairing is not None and not algorithm.needs.pairs:
         raise ConfigError(

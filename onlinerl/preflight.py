@@ -15,7 +15,7 @@ from typing import Any
 
 from onlinerl import config as configuration
 from onlinerl import hardware, hub, placement, weight_files
-from onlinerl.algorithm_checks import check_algorithm, check_sections
+from onlinerl.algorithm_checks import check_algorithm, check_sections, most_items, most_steps
 from onlinerl.config import RunConfig, at_home
 from onlinerl.controller.asking import answers
 from onlinerl.controller.parts import samples_dynamically
@@ -104,7 +104,6 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     )
     if kept is None:  # what a run was started with by an older version, it may go on with
         check_sections(config, algorithm)
-        _check_target_kl(config, algorithm)
     notes = [derived(config, algorithm), *_precision(config), *check_algorithm(config, algorithm)]
     _check_schedule(config)
     _check_layout(config)
@@ -195,42 +194,16 @@ def probe_oracle(oracle: Oracle, prompt: Prompt) -> Verdict:
     return result
 
 
-def _most_items(config: RunConfig, algorithm: Algorithm) -> int:
-    """That an iteration trains at most."""
-    judged = config.sampling.samples_per_prompt + len(algorithm.needs.beside_samples)
-    return config.prompts.per_iteration * algorithm.most_items(judged, configuration.pair_builder(config).most(judged))
-
-
-def _most_steps(config: RunConfig, algorithm: Algorithm) -> int:
-    """Optimizer steps that a pass over them takes at most, all epochs."""
-    return ceil(_most_items(config, algorithm) / config.training.batch_size) * config.training.epochs
-
-
-def _check_target_kl(config: RunConfig, algorithm: Algorithm) -> None:
-    """Refuse a KL that nothing can exceed.
-
-    Raises:
-        ConfigError: if there is no step after the first one.
-    """
-    target = config.training.target_kl
-    if target is not None and _most_steps(config, algorithm) < 2:
-        raise ConfigError(
-            f"is {target:g}, and nothing would read it: there is at most one optimizer step at a time, before which the KL is 0",
-            field="training.target_kl",
-            fix="leave it out, lower training.batch_size, or raise training.epochs",
-        )
-
-
 def derived(config: RunConfig, algorithm: Algorithm) -> str:
     """The batch-like numbers that follow from the ones that were set."""
     prompts, k, per_step = config.prompts.per_iteration, config.sampling.samples_per_prompt, config.training.batch_size
     beside = algorithm.needs.beside_samples
-    items = _most_items(config, algorithm)
+    items = most_items(config, algorithm)
     what = "pairs" if algorithm.needs.pairs else "items"
     drawn = f"{k} sample{'s' if k > 1 or not beside else ''}"
     samples = " + ".join([drawn, *(f"{n} {source} response{'s' if n > 1 else ''}" for source, n in Counter(beside).items())])
     passes = 2 if algorithm.needs.auxiliary else 1
-    steps = _most_steps(config, algorithm) * passes
+    steps = most_steps(config, algorithm) * passes
     return (
         f"{prompts} prompts x {f'({samples})' if beside else samples} -> at most {items} {what} -> at most {steps} optimizer steps an iteration "
         f"({per_step} {what} a step, {config.training.epochs} epoch{'s' if config.training.epochs > 1 else ''}"

@@ -188,10 +188,11 @@ class LearnerGroup:
         self, steps: Sequence[Sequence[TrainItem]], learning_rates: Sequence[float], *, target_kl: float | None = None
     ) -> Iterator[UpdateReport]:
         """One optimizer step per element of `steps`, a report after each, until `target_kl` is exceeded."""
+        target = () if target_kl is None else (target_kl,)  # ranks that know nothing of one go on as before
         for items, learning_rate in zip(steps, learning_rates, strict=True):
             work = plan_step(list(items), len(self.actors), self._config.tokens_per_microbatch)
             count = sum(item.count(self._algorithm.unit) for item in items)
-            metrics = self.scatter(LearnerRank.step, [(rank, count, learning_rate, target_kl) for rank in work])[0]
+            metrics = self.scatter(LearnerRank.step, [(rank, count, learning_rate, *target) for rank in work])[0]
             if metrics.pop("stopped", 0):
                 yield UpdateReport(steps=0, tokens=0, metrics=(metrics,), stopped=1)
                 return

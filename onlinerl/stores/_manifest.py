@@ -79,8 +79,8 @@ def way_back(folder: Path) -> Iterator[None]:
         raise StoreError(
             error.cause,
             field=error.field,
-            fix=f"restore the file from a backup; or remove {folder.name} and all later numbers from iterations/, checkpoints/ and "
-            f"exports/ in {folder.parent.parent}, then resume, and they are computed again",
+            fix=f"restore the file from a backup; or remove {folder.name} and all later numbers from iterations/, checkpoints/, "
+            f"exports/, auxiliary/ and references/ in {folder.parent.parent}, then resume, and they are computed again",
         ) from error
 
 

@@ -45,7 +45,7 @@ def kept(run: Path, kind: str = "auxiliary") -> list[int]:
 def straight(toy_config, warm_cli_in, tmp_path_factory):
     """The directory of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("straight")
-    done = warm_cli_in(folder)("run", toy_config(folder, ONPO))
+    done = warm_cli_in(folder)("run", toy_config(folder, ONPO), log=folder / "log")
     assert done.returncode == 0, done.message
     return folder / "runs/toy"
 
@@ -164,7 +164,7 @@ def test_auxiliary_weights_that_are_damaged_are_refused_with_the_way_back(straig
     assert done.returncode == FAILED, done.message
     assert "auxiliary/0002/toy.pt" in done.stderr
     assert "go back to iteration 1," in " ".join(done.stderr.split())
-    for path in ("iterations/0002", "iterations/0003", "checkpoints/0002", "auxiliary/0002", "exports/0002"):
+    for path in ("iterations/0002", "iterations/0003", "checkpoints/0002", "auxiliary/0002", "auxiliary/0003", "exports/0002"):
         assert path in done.stderr
         shutil.rmtree(run / path)
     done = warm_cli("resume", run, log=log)
@@ -173,7 +173,7 @@ def test_auxiliary_weights_that_are_damaged_are_refused_with_the_way_back(straig
 
 
 def test_one_pass_has_no_auxiliary_weights(toy_config, warm_cli, tmp_path):
-    done = warm_cli("run", toy_config(tmp_path, ONPO | {"algorithm.optimistic": False}))
+    done = warm_cli("run", toy_config(tmp_path, ONPO | {"algorithm.optimistic": False}), log=tmp_path / "log")
     assert done.returncode == 0, done.message
     run = tmp_path / "runs/toy"
     assert not (run / "auxiliary").exists()

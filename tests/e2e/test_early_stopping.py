@@ -100,7 +100,7 @@ def stopping(request):
 def straight(stopping, toy_config, warm_cli_in, tmp_path_factory):
     """What a run reports that nothing happened to."""
     folder = tmp_path_factory.mktemp("straight")
-    done = warm_cli_in(folder)("run", toy_config(folder, stopping))
+    done = warm_cli_in(folder)("run", toy_config(folder, stopping), log=folder / "log")
     assert done.returncode == 0, done.message
     assert "from where it began, more than training.target_kl" in " ".join(done.message.split())
     with RunDirectory.open(folder / "runs/toy") as opened:

@@ -409,7 +409,10 @@ def test_damage_is_found_by_a_resume_and_its_advice_works(counted, uninterrupted
     assert stopped.returncode == 1, stopped.message
     assert f"{run / damaged} is damaged or cannot be read: its content does not agree with its checksum" in stopped.stderr
     if damaged.startswith("iterations"):
-        assert "remove 0003 and all later numbers from iterations/, checkpoints/ and exports/" in stopped.stderr
+        assert (
+            "remove 0003 and all later numbers from iterations/, checkpoints/, exports/, auxiliary/ and references/"
+            in stopped.stderr
+        )
         shutil.rmtree(run / "iterations/0003")
     else:
         _, _, removal = stopped.stderr.partition(f"go back to iteration 1, which is whole: in {run}, rm -r ")

@@ -48,7 +48,7 @@ def write_sweep(folder: Path, model: Path) -> Path:
             "per_iteration": 4,
             "reuse": True,  # dynamic sampling could need more than there are
         },
-        "sampling": {"samples_per_prompt": 4, "max_new_tokens": 8},
+        "sampling": {"samples_per_prompt": 4, "max_new_tokens": 10},
         "training": {"batch_size": 2, "learning_rate": 1e-3},
         "engine": {"kv_cache_gib": 0.1, "dtype": "float32", "max_num_seqs": 8},
         "learner": {"dtype": "float32"},

@@ -119,7 +119,7 @@ def test_a_loss_of_a_whole_step_that_returns_something_else(method, returned, ca
 
 def test_a_loss_of_a_whole_step_that_is_right_is_trained():
     rank = whole_step_rank(step_loss=lambda self, rows: rows.values_N.sum() + 2)
-    assert rank._backward([[ITEM]], 1)["loss"][0] == 2
+    assert rank._backward([[ITEM]], 1)[0]["loss"][0] == 2
     assert (rank._state, rank._next_state) == ({"seen": 0.0}, {"seen": 1.0})
 
 
