@@ -70,7 +70,7 @@ def test_a_device_that_is_full_is_not_the_fault_of_the_loss():
 
 
 def test_a_loss_that_is_right_is_trained():
-    totals = rank_with(lambda outputs: LossOutput(total=outputs.logprobs_BT.sum() + 2))._backward([[ITEM]], 1)
+    totals, _ = rank_with(lambda outputs: LossOutput(total=outputs.logprobs_BT.sum() + 2))._backward([[ITEM]], 1)
     assert totals["loss"][0] == 2
 
 
