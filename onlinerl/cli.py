@@ -1,4 +1,4 @@
-"""The command line: run, resume, sweep, scale, check, show, algorithms, extrapolate, fetch-model, doctor."""
+"""The command line: run, resume, sweep, scale, check, data, show, algorithms, extrapolate, fetch-model, doctor."""
 
 from __future__ import annotations
 
@@ -152,6 +152,26 @@ def check(config: Config, overrides: Overrides = None) -> None:
             out.print(f"not ok yet: {error}", style="yellow", highlight=False, soft_wrap=True)
         raise typer.Exit(REFUSED)
     out.print("ok", style="green")
+
+
+@app.command(context_settings=KEYS_FOLLOW)
+def data(
+    config: Config,
+    overrides: Overrides = None,
+    limit: Annotated[int, typer.Option(min=0, help="How many prompts of each kind to show whole.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable, one object.")] = False,
+) -> None:
+    """Show what the model will really see: prompts with the bounds of their tokens, how long they are, what is left out or in both files."""
+    from onlinerl import hub, preflight
+    from onlinerl.views import data as view
+
+    loaded = configuration.settled(configuration.load(config, overrides or ()))
+    found = view.inspect(loaded, preflight.tokenizer(loaded.model) if hub.local(loaded.model) else None, limit)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=1, allow_nan=False) + "\n")
+        return
+    for line in view.page(loaded, found):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

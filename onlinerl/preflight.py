@@ -123,16 +123,17 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     if kept is not None and local is not None:
         train, heldout = ShuffledPrompts(kept.train, seed=config.seed, reuse=config.prompts.reuse), kept.heldout
         total = len(train)
-        notes += kept.changes(config)
+        notes += kept.changes(config, tokenizer(config.model) if config.prompts.filter_overlong_prompts else None)
     elif local is not None:
         reads = tokenizer(config.model)
-        train, heldout = load_prompts(
+        train, heldout, remarks = load_prompts(
             config.prompts,
             reads,
             config.seed,
             needs_answers=oracle.needs_reference_answer,
             longest_answer=config.sampling.max_new_tokens if algorithm.needs.answers else None,
         )
+        notes += remarks
         check_vocabulary(local, reads, (p.token_ids + p.answer_ids for p in (*train, *heldout)))
         total = len(train)
     else:
@@ -143,6 +144,7 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
         if algorithm.needs.answers:
             check_answers(raw[0], needed_by="algorithm")
         total = len(raw[0])
+        notes += config.prompts.remarks()
         notes.append(f"{config.model} is not on this machine: prompt lengths, templates and the oracle were not tried")
     rounds = config.sampling.max_rounds if samples_dynamically(config, algorithm) else 1
     _check_enough(config, total, resumed=kept is not None, rounds=rounds)

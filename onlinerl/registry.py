@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -16,6 +17,7 @@ import sys
 from difflib import get_close_matches
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -125,13 +127,13 @@ def _dotted(path: str, field: str) -> Any:
 
 
 def imported(module_name: str, field: str, error: type[OnlineRLError] = ConfigError) -> ModuleType:
-    """A module of the user's own.
+    """A module of the user's own: a dotted name, or the path of a Python file.
 
     Raises:
         OnlineRLError: of type `error`, if it is not there or cannot be imported, with the line that is to blame.
     """
     try:
-        return importlib.import_module(module_name)
+        return _from_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
     # An import runs the user's code, which may raise anything, or read our command line and exit.
     except (Exception, SystemExit) as problem:
         said = users_code.said(problem)
@@ -144,6 +146,28 @@ def imported(module_name: str, field: str, error: type[OnlineRLError] = ConfigEr
             said = f"`{knob} = {value}` has no type"
             fix = f"write `{knob}: {_type_of(value)} = {value}` for a knob, `_{knob}: Any = PrivateAttr(None)` for other state"
         raise error(f"cannot import {module_name!r}: {said}{where}", field=field, fix=fix) from problem
+
+
+def _from_file(path: str) -> ModuleType:
+    """The module in a file. Its own folder is searched for what it imports, as if it had been started as a program."""
+    file = Path(path).absolute()
+    name = file.stem
+    if (known := sys.modules.get(name)) is not None:
+        if getattr(known, "__file__", None) == str(file):
+            return known
+        name = f"{name} in {file.parent}"  # another module has the plain name
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look for their module there
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _type_of(value: str) -> str:

@@ -213,6 +213,7 @@ PRELOADED = [
     "onlinerl.oracles.sentiment",
     "onlinerl.pairing.best_worst",
     *(f"onlinerl.algorithms.{file.stem}" for file in (PACKAGE / "algorithms").glob("[a-z]*.py")),
+    "datasets",
     "pandas",  # which pyarrow imports where it is there
     "pyarrow.parquet",
     "transformers.models.auto.tokenization_auto",

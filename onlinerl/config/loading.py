@@ -38,7 +38,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = Fals
     for override in sorted(overrides, key=lambda each: each.partition("=")[0] not in CHOICES):
         yaml_files.override(tree, override, CHOICES)
     try:
-        return parse(tree)
+        return located(parse(tree), [Path(), Path(path).parent])
     except ConfigError as error:
         if error.field not in synonyms.RENAMED or (file := yaml_files.holder(Path(path), error.field)) is None:
             raise
@@ -61,6 +61,18 @@ def parse(tree: Mapping[str, Any]) -> RunConfig:
         build(spec_of(config, section), section)
     refuse_values(tree)  # every key is known now, and one that is called a key holds one
     return config
+
+
+def located(config: RunConfig, folders: Sequence[Path]) -> RunConfig:
+    """The same with absolute paths of files that the oracle names, if they are in one of these folders."""
+    written = oracle(config)
+    found = written.located(folders)
+    keys = [key for key in type(found).model_fields if getattr(found, key) != getattr(written, key)]
+    return (
+        config.model_copy(update={"oracle": {**config.oracle, **{key: getattr(found, key) for key in keys}}})
+        if keys
+        else config
+    )
 
 
 def _as_now(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TypeVar
 
 from onlinerl import hardware
+from onlinerl.config.loading import located
 from onlinerl.config.paths import at_home
 from onlinerl.config.sections import RunConfig
 from onlinerl.protocols.engine import EngineConfig
@@ -24,6 +26,7 @@ def settled(config: RunConfig) -> RunConfig:
         update={
             "model": str(model.absolute()) if model.is_dir() else config.model,  # otherwise perhaps a hub id
             "runs": str(at_home(config.runs, "runs").absolute()),
+            "oracle": located(config, [Path()]).oracle,
             "prompts": config.prompts.located(),
             "engine": _decided(config.engine, dtype),
             "learner": _decided(config.learner, dtype),

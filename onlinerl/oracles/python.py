@@ -22,6 +22,7 @@ from typing import Any
 from pydantic import Field, PrivateAttr
 
 from onlinerl import registry
+from onlinerl.config.paths import at_home
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
 from onlinerl.protocols.oracle import Oracle
@@ -29,15 +30,25 @@ from onlinerl.types import Cost, Failure, Query, Verdict
 
 
 class PythonFunction(Oracle):
-    """Calls a function given by its dotted path."""
+    """Calls a function given by its file or its dotted path."""
 
-    function: str = Field(pattern=r"^\w+(\.\w+)+$", description="module.function", examples=["brevity.judge"])
-    """Dotted path of the function, e.g. `my_package.my_module.my_function`."""
+    function: str = Field(
+        pattern=r"^(\w+(\.\w+)+|.+\.py:\w+)$", description="FILE.py:FUNCTION or MODULE.FUNCTION", examples=["brevity.py:judge"]
+    )
+    """File and function, e.g. `brevity.py:judge`: beside the configuration or in the working directory. Or a dotted path, e.g.
+    `my_package.my_module.my_function`."""
     revision: str = ""
     """Part of the oracle's version. Change it when something that the function depends on changes; its own file is noticed."""
 
     _loaded: Callable[[list[dict[str, Any]]], Any] | None = PrivateAttr(None)
     _source_hash: str = PrivateAttr("")
+
+    def located(self, folders: Sequence[Path]) -> PythonFunction:
+        """With the absolute path of its file."""
+        file, _, name = self.function.rpartition(":")
+        places = [folder.absolute() / at_home(file, "oracle.function") for folder in folders if file]
+        found = next((place for place in places if place.is_file()), None)
+        return self.model_copy(update={"function": f"{found}:{name}"}) if found else self
 
     def open(self) -> None:
         """Import the function. Idempotent; `judge` calls it too.
@@ -47,21 +58,29 @@ class PythonFunction(Oracle):
         """
         if self._loaded is not None:
             return
-        module_name, _, name = self.function.rpartition(".")
+        in_file = ":" in self.function
+        module_name, _, name = self.function.rpartition(":" if in_file else ".")
+        if in_file and not Path(module_name).is_file():
+            raise OracleError(
+                f"there is no file {Path(module_name).absolute()}",
+                field="oracle.function",
+                fix="correct the path: it is looked for beside the configuration and in the working directory",
+            )
         module = registry.imported(module_name, "oracle.function", OracleError)
         function = getattr(module, name, None)
         if not callable(function):
             problem = f"has no {name!r}" if function is None else f"has {name!r}, which is not a function"
-            raise OracleError(f"{module_name} {problem}", field="oracle.function", fix="check the spelling of the dotted path")
+            raise OracleError(f"{module_name} {problem}", field="oracle.function", fix="check the spelling of its name")
         file = getattr(module, "__file__", None)  # None for what is built into Python
         self._source_hash = hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()[:12]
         self._loaded = function
 
     @property
     def version(self) -> str:
-        """Dotted path, hash of the file that defines the function, and revision."""
+        """Name of the function, hash of the file that defines it, and revision. Where the file lies does not matter."""
         self.open()
-        return "-".join(part for part in (self.function, self._source_hash, self.revision) if part)
+        name = Path(self.function).name if ":" in self.function else self.function
+        return "-".join(part for part in (name, self._source_hash, self.revision) if part)
 
     def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
         """One result per query, in order. What the function raises goes through."""

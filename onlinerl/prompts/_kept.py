@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from onlinerl.config import RunConfig
 from onlinerl.errors import PromptError
+from onlinerl.prompts._source import tokenized
 from onlinerl.protocols.prompts import Which
 from onlinerl.types import Prompt, RawPrompt
 
@@ -21,8 +23,13 @@ class Kept:
     heldout: Sequence[Prompt]
     """As many as are evaluated on."""
 
-    def changes(self, config: RunConfig) -> list[str]:
-        """One sentence for each file that is not what it was."""
+    def changes(self, config: RunConfig, tokenizer: Any = None) -> list[str]:
+        """One sentence for each file that is not what it was.
+
+        Args:
+            config: of the run.
+            tokenizer: of its model, where prompts that are too long are left out: they are no addition.
+        """
         sentences = []
         kept: tuple[tuple[Which, Sequence[Prompt], int | None], ...] = (
             ("train", self.train, None),
@@ -30,7 +37,11 @@ class Kept:
         )
         for which, prompts, limit in kept:
             try:
-                said = changes(prompts, config.prompts.raw(which)[:limit])
+                found = list(config.prompts.raw(which))
+                if tokenizer is not None:
+                    ids, most = {prompt.id for prompt in prompts}, config.prompts.max_tokens
+                    found = [p for p in found if p.id in ids or len(tokenized(p, tokenizer, "").token_ids) <= most]
+                said = changes(prompts, found[:limit])
             except PromptError as error:
                 said = f"it cannot be read any more: {error.cause}"
             if said is not None:

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from onlinerl.errors import PromptError
+from onlinerl.prompts._rows import question
 from onlinerl.protocols.prompts import PromptsConfig
 from onlinerl.types import Prompt, RawPrompt, derive_seed
 
 
+class Loaded(NamedTuple):
+    """What a run takes."""
+
+    train: ShuffledPrompts
+    heldout: list[Prompt]
+    """In the order of their file."""
+    remarks: list[str]
+    """How the files were read, and what was left out."""
+
+
 def load_prompts(
     config: PromptsConfig, tokenizer: Any, seed: int, *, needs_answers: bool = False, longest_answer: int | None = None
-) -> tuple[ShuffledPrompts, list[Prompt]]:
-    """All that a run needs: the source of training prompts, and the held-out prompts in the order of their file.
+) -> Loaded:
+    """All that a run needs.
 
     Args:
         config: the `prompts` section.
@@ -33,14 +44,23 @@ def load_prompts(
         check_answers(heldout, "prompts.heldout")
     if longest_answer is not None:
         check_answers(train, needed_by="algorithm")
-    rendered = render(train, tokenizer, config.max_tokens, "prompts.train")
+    leave_out, remarks = config.filter_overlong_prompts, config.remarks()
+    rendered = render(train, tokenizer, config.max_tokens, "prompts.train", leave_out_long=leave_out)
+    asked = render(heldout, tokenizer, config.max_tokens, "prompts.heldout", leave_out_long=leave_out)
+    for field, before, after in (("prompts.train", train, rendered), ("prompts.heldout", heldout, asked)):
+        if len(after) < len(before):
+            remarks.append(
+                f"{field}: {len(before) - len(after):,} of {len(before):,} left out, longer than {config.max_tokens} tokens"
+            )
     if longest_answer is not None:
-        rendered = with_answers(rendered, train, tokenizer, longest_answer)
-    source = ShuffledPrompts(rendered, seed=seed, reuse=config.reuse)
-    return source, render(heldout, tokenizer, config.max_tokens, "prompts.heldout")
+        kept = {prompt.id for prompt in rendered}
+        rendered = with_answers(rendered, [each for each in train if each.id in kept], tokenizer, longest_answer)
+    return Loaded(ShuffledPrompts(rendered, seed=seed, reuse=config.reuse), asked, remarks)
 
 
-def render(raw: Sequence[RawPrompt], tokenizer: Any, max_tokens: int, field: str = "prompts.train") -> list[Prompt]:
+def render(
+    raw: Sequence[RawPrompt], tokenizer: Any, max_tokens: int, field: str = "prompts.train", *, leave_out_long: bool = False
+) -> list[Prompt]:
     """Apply the chat template where there are messages and tokenise, once and for all.
 
     Args:
@@ -48,20 +68,23 @@ def render(raw: Sequence[RawPrompt], tokenizer: Any, max_tokens: int, field: str
         tokenizer: the policy's tokenizer, with the interface of Hugging Face tokenizers.
         max_tokens: longest prompt accepted, in tokens.
         field: the configuration key that named the file, for messages.
+        leave_out_long: leave longer ones out, unless all are.
 
     Raises:
         PromptError: if there is no chat template for messages, special tokens are doubled or misplaced, or prompts are too
-            long (none is cut or left out silently).
+            long (none is cut, and none left out unless asked for).
     """
-    prompts = [_render(prompt, tokenizer, field) for prompt in raw]
+    prompts = [tokenized(prompt, tokenizer, field) for prompt in raw]
     long = [prompt for prompt in prompts if len(prompt.token_ids) > max_tokens]
+    if leave_out_long and 0 < len(long) < len(prompts):
+        return [prompt for prompt in prompts if len(prompt.token_ids) <= max_tokens]
     if long:
         longest = max(long, key=lambda prompt: len(prompt.token_ids))
         raise PromptError(
             f"{len(long)} of {len(prompts)} prompts are longer than {max_tokens} tokens; the longest, {longest.id!r}, has "
             f"{len(longest.token_ids)}",
             field=field,
-            fix=f"set prompts.max_tokens to {len(longest.token_ids)} or more, or shorten or remove these prompts",
+            fix=f"set prompts.max_tokens to {len(longest.token_ids)} or more, or leave these prompts out: prompts.filter_overlong_prompts=true",
         )
     return prompts
 
@@ -72,8 +95,8 @@ def check_overlap(train: Sequence[RawPrompt], heldout: Sequence[RawPrompt]) -> N
     Raises:
         PromptError: counting the prompts in both, and showing one.
     """
-    trained = {_normal(prompt): prompt for prompt in train}
-    shared = [(trained[_normal(prompt)], prompt) for prompt in heldout if _normal(prompt) in trained]
+    trained = {question(prompt): prompt for prompt in train}
+    shared = [(trained[question(prompt)], prompt) for prompt in heldout if question(prompt) in trained]
     if shared:
         first, second = shared[0]
         raise PromptError(
@@ -197,12 +220,12 @@ def _named(prompt: RawPrompt) -> str:
     return f"{prompt.id!r} ({prompt.place})" if prompt.place else repr(prompt.id)
 
 
-def _normal(prompt: RawPrompt) -> str:
-    words = [prompt.text, *(f"{message.role} {message.content}" for message in prompt.messages)]
-    return " ".join("\n".join(words).lower().split())
+def tokenized(prompt: RawPrompt, tokenizer: Any, field: str) -> Prompt:
+    """One prompt, of any length, as the model gets it.
 
-
-def _render(prompt: RawPrompt, tokenizer: Any, field: str) -> Prompt:
+    Raises:
+        PromptError: see `render`.
+    """
     if prompt.messages:
         text = _apply_template(prompt, tokenizer, field)
         # The template has written all special tokens that belong there.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field
 
@@ -44,6 +45,10 @@ class Oracle(Component):
                     f"set in `open` as `self._{name}`",
                 )
             super().__setattr__(name, value)
+
+    def located(self, folders: Sequence[Path]) -> Self:
+        """The same, so that it means the same in every working directory: relative paths are looked for in these folders, in order."""
+        return self
 
     def open(self) -> None:
         """Load models, open connections. Called once in the process that will judge, but not in the thread that `judge` runs in."""

@@ -36,6 +36,8 @@ class PromptsConfig(Component):
     """Fresh prompts taken in each iteration."""
     max_tokens: int = Field(512, ge=1)
     """Longest prompt accepted; longer ones are an error that counts them."""
+    filter_overlong_prompts: bool = False
+    """Leave longer ones out instead, and say how many they are."""
     reuse: Resumable[bool] = False
     """Start over when the prompts run out; otherwise asking for more than there are is an error."""
 
@@ -46,6 +48,10 @@ class PromptsConfig(Component):
             PromptError: naming the place of what is wrong.
         """
         raise NotImplementedError
+
+    def remarks(self) -> list[str]:
+        """What is worth saying of how `raw` has read them, once it has."""
+        return []
 
     def located(self) -> Self:
         """The same, so that it means the same in every working directory."""

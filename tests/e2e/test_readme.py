@@ -197,9 +197,10 @@ def oracle(**spec):
 
 
 def test_oracle_function(files):
-    [verdict] = oracle(name="python", function="brevity.judge").judge([QUERY])
-    assert isinstance(verdict, Verdict)
-    assert verdict.scores == (-10.0, -13.0, -3.0)
+    [by_file] = oracle(name="python", function=f"{files}/brevity.py:judge").judge([QUERY])
+    [by_module] = oracle(name="python", function="brevity.judge").judge([QUERY])
+    assert isinstance(by_file, Verdict)
+    assert by_file.scores == by_module.scores == (-10.0, -13.0, -3.0)
 
 
 def test_oracle_class(files):

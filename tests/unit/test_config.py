@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -469,6 +470,26 @@ RESUMABLE = [
 
 
 # --- paths ---
+
+
+def test_a_function_in_a_file_is_found_in_the_working_directory_then_beside_the_configuration(tmp_path, monkeypatch):
+    here, beside = tmp_path / "here", tmp_path / "beside"
+    for folder in (here, beside):
+        folder.mkdir()
+        (folder / "both.py").touch()
+    (beside / "own.py").touch()
+    tree = {"name": "x", "model": "m", "iterations": 1, "algorithm": {"name": "dpo"}, "prompts": {"train": "a", "heldout": "b"}}
+    (beside / "run.yaml").write_text(json.dumps(tree | {"oracle": {"name": "python", "function": "own.py:judge"}}))
+    monkeypatch.chdir(here)
+
+    def found(*overrides: str) -> str:
+        return configuration.settled(configuration.load(beside / "run.yaml", overrides)).oracle["function"]
+
+    assert found() == f"{beside}/own.py:judge"
+    assert found("oracle.function=both.py:judge") == f"{here}/both.py:judge"
+    assert found(f"oracle.function={beside}/both.py:judge") == f"{beside}/both.py:judge"
+    assert found("oracle.function=nowhere.py:judge") == "nowhere.py:judge", "what is not there is said when it is opened"
+    assert found("oracle.function=package.judge") == "package.judge"
 
 
 def test_located_paths_mean_the_same_everywhere(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -13,6 +13,7 @@ from onlinerl import registry, synonyms, yaml_files
 from onlinerl.config import RunConfig
 from onlinerl.config.loading import CHOICES
 from onlinerl.errors import ConfigError, OracleError
+from onlinerl.prompts.dataset import Column, Dataset
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.oracle import Oracle
 
@@ -74,8 +75,8 @@ def parse(overrides: Sequence[str]) -> RunConfig:
         ("algorithm={name: ppo, cliprange: 0.1}", "'clip_range'"),
         ("algorithm={name: grpo, clip_range: 0.1}", "'clip_range_low'"),
         ("algorithm={name: grpo, clip: 0.1}", "'clip_range_low'"),
-        ("prompts.input_key=question", "known keys: heldout, max_tokens"),
-        ("prompts.prompt_key=prompt", "known keys: heldout, max_tokens"),
+        ("prompts.input_key=question", "did you mean prompts.columns.prompt, with prompts.name=dataset?"),
+        ("prompts.prompt_key=prompt", "did you mean prompts.columns.prompt, with prompts.name=dataset?"),
     ],
 )
 def test_a_key_of_another_trainer(override, fix):
@@ -87,7 +88,8 @@ def test_a_key_of_another_trainer(override, fix):
 def test_every_suggested_key_exists():
     flat = configuration.flatten(configuration.parse(BASE).model_dump()) | dict.fromkeys(RunConfig.model_fields)
     knobs = {k for name in ("ppo", "grpo", "dpo") for k in registry.load("algorithms", name, Algorithm).model_fields}
-    known = {*flat, *(f"algorithm.{k}" for k in knobs), "oracle.path"}
+    published = {*(f"prompts.{k}" for k in Dataset.model_fields), *(f"prompts.columns.{k}" for k in get_args(Column))}
+    known = {*flat, *(f"algorithm.{k}" for k in knobs), "oracle.path", *published}
     for key in synonyms.KEYS.values():
         assert set(key.partition(",")[0].split(" or ")) <= known, key
     names = {name for role in ("algorithms", "oracles", "pairing") for name in registry.names(role)}
@@ -117,9 +119,21 @@ def test_every_suggested_key_exists():
         ("sync.timeout_s=0", "sync.timeout_s", "give a number above 0 and up to 1000000.0"),
         ("algorithm.beta=0", "algorithm.beta", "give a number above 0"),
         ("name=a/b", "name", "e.g. my-run"),
-        ("oracle.name=python", "oracle.function", "write oracle.function=module.function, e.g. brevity.judge"),
-        ("oracle={name: python, function: judge}", "oracle.function", "write module.function, e.g. brevity.judge"),
-        ("oracle={name: python, function: ../my/brevity.py}", "oracle.function", "write module.function, e.g. brevity.judge"),
+        (
+            "oracle.name=python",
+            "oracle.function",
+            "write oracle.function=FILE.py:FUNCTION or MODULE.FUNCTION, e.g. brevity.py:judge",
+        ),
+        (
+            "oracle={name: python, function: judge}",
+            "oracle.function",
+            "write FILE.py:FUNCTION or MODULE.FUNCTION, e.g. brevity.py:judge",
+        ),
+        (
+            "oracle={name: python, function: ../my/brevity.py}",
+            "oracle.function",
+            "write FILE.py:FUNCTION or MODULE.FUNCTION, e.g. brevity.py:judge",
+        ),
         ("pairing.name=floor_margin", "pairing.floor", "add `floor: ...` with a number"),
         ("--iterations=2", "override", "write keys without dashes, iterations=2"),
         ("--learning-rate", "override", "write keys without dashes, learning_rate=VALUE"),

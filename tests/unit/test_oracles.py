@@ -267,6 +267,47 @@ class TestPythonFunction:
         assert caught.value.field == "oracle.function"
         assert caught.value.fix
 
+    def test_a_function_in_a_file(self, tmp_path):
+        (tmp_path / "taste.py").write_text(
+            "from __future__ import annotations\nfrom dataclasses import dataclass\nimport beside_it\n@dataclass\nclass Taste:\n"
+            "    likes: str\ndef judge(groups):\n    return [[r.count(Taste(beside_it.WORD).likes) for r in g['responses']] for g in groups]\n"
+        )
+        (tmp_path / "beside_it.py").write_text("WORD = 'a'\n")
+        oracle = PythonFunction(function=f"{tmp_path}/taste.py:judge")
+        assert oracle.judge([query("a", "aa")])[0].scores == (1.0, 2.0)
+        assert oracle.version.startswith("taste.py:judge-")
+        assert str(tmp_path) not in oracle.version, "the same file elsewhere is the same oracle"
+
+    def test_files_of_one_name_are_not_mixed_up(self, tmp_path):
+        found = []
+        for word in ("one", "two"):
+            (tmp_path / word).mkdir()
+            (tmp_path / word / "json.py").write_text(f"def judge(groups):\n    return [[{len(found)}, 7] for g in groups]\n")
+            found += PythonFunction(function=f"{tmp_path}/{word}/json.py:judge").judge([query("a", "b")])
+        assert [verdict.scores for verdict in found] == [(0.0, 7.0), (1.0, 7.0)]
+        assert sys.modules["json"].__name__ == "json", "and the library's own stays"
+
+    @pytest.mark.parametrize(
+        ("body", "cause"),
+        [
+            (None, "there is no file"),
+            ("def judge(groups):\n    return 1 +\n", "SyntaxError"),
+            ("import no_such_package_x\n", "ModuleNotFoundError"),
+            ("x = 1\nraise ValueError('broken')\n", "line 2: raise ValueError('broken')"),
+            ("judge = 3\n", "'judge', which is not a function"),
+        ],
+    )
+    def test_a_file_that_cannot_be_used_says_why(self, tmp_path, body, cause):
+        file = tmp_path / f"mine_{abs(hash(body))}.py"
+        if body is not None:
+            file.write_text(body)
+        with pytest.raises(OracleError) as caught:
+            PythonFunction(function=f"{file}:judge").open()
+        assert caught.value.field == "oracle.function"
+        assert cause in caught.value.cause
+        assert caught.value.fix
+        assert caught.value.cause.count("\n") <= 4
+
     def test_what_is_built_into_python_has_no_source(self):
         oracle = PythonFunction(function="builtins.sum")
         oracle.open()

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from word_tokenizer import WordTokenizer
 
 from onlinerl import registry
 from onlinerl.errors import PromptError
@@ -22,27 +23,6 @@ def write(folder: Path, *rows: object, name: str = "prompts.jsonl") -> str:
     file = folder / name
     file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return str(file)
-
-
-class WordTokenizer:
-    """One token per word; beginning of sequence is 1, end of sequence 2."""
-
-    bos_token_id, eos_token_id = 1, 2
-
-    def __init__(self, template: str | None = "<bos> user: {} assistant:", end: bool = False) -> None:
-        self.chat_template, self.end, self.calls = template, end, 0
-
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        self.calls += 1
-        ids = [1 if word == "<bos>" else 10 + len(word) for word in text.split()]
-        return {"input_ids": ([1] if add_special_tokens else []) + ids + ([2] if add_special_tokens and self.end else [])}
-
-    def apply_chat_template(self, messages: list[dict], *, tokenize: bool, add_generation_prompt: bool) -> str:
-        assert not tokenize
-        assert add_generation_prompt
-        if messages[0]["role"] == "system":
-            raise RuntimeError("system role not supported")
-        return self.chat_template.format(messages[-1]["content"])
 
 
 CHAT = {"messages": [{"role": "user", "content": "What is 6 times 7?"}], "reference_answer": "42"}
@@ -258,7 +238,7 @@ class TestAnswers:
         train = write(tmp_path, {"text": "one", "answer": "1"}, name="train.jsonl")
         heldout = write(tmp_path, {"text": "three"}, name="heldout.jsonl")
         config = Jsonl(train=train, heldout=heldout)
-        source, held = load_prompts(config, WordTokenizer(), seed=0, longest_answer=4)
+        source, held, _ = load_prompts(config, WordTokenizer(), seed=0, longest_answer=4)
         assert ([p.answer_ids for p in source], [p.answer_ids for p in held]) == ([(11, 2)], [()])
         assert [p.answer_ids for p in load_prompts(config, WordTokenizer(), seed=0)[0]] == [()]
         missing = write(tmp_path, {"text": "one", "answer": "1"}, {"text": "two"}, name="train.jsonl")
@@ -340,7 +320,7 @@ class TestFilmReviews:
 
     def test_the_files_are_fit_for_use(self):
         config = Jsonl(train="package:film_reviews_train", heldout="package:film_reviews_heldout")
-        source, heldout = load_prompts(config, WordTokenizer(), seed=0)
+        source, heldout, _ = load_prompts(config, WordTokenizer(), seed=0)
         assert len(source) >= 480
         assert len(heldout) >= 120
         everything = source.take(len(source), 0)[0] + heldout
@@ -371,7 +351,7 @@ def test_load_prompts_checks_everything(tmp_path):
     heldout = write(tmp_path, {"text": "three"}, name="heldout.jsonl")
     with pytest.raises(PromptError, match="2 of 2 prompts have no reference answer"):
         load_prompts(Jsonl(train=train, heldout=heldout), WordTokenizer(), seed=0, needs_answers=True)
-    source, rendered = load_prompts(Jsonl(train=train, heldout=heldout), WordTokenizer(), seed=0)
+    source, rendered, _ = load_prompts(Jsonl(train=train, heldout=heldout), WordTokenizer(), seed=0)
     assert (len(source), len(rendered)) == (2, 1)
 
 
