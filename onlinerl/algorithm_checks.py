@@ -319,6 +319,27 @@ def planned(config: RunConfig, algorithm: Algorithm) -> Plan:
     )
 
 
+def check_uncertainty(config: RunConfig, algorithm: Algorithm, given: bool | None) -> None:
+    """Refuse an oracle that judges each pair once where an algorithm asks how far several judgements disagree.
+
+    Args:
+        config: the run's.
+        algorithm: that it trains with.
+        given: whether verdicts say it; None if that is not known yet.
+
+    Raises:
+        ConfigError: if they do not.
+    """
+    if algorithm.needs.uncertainty and given is False:
+        raise ConfigError(
+            f"{config.oracle['name']} as configured judges each pair once, and {config.algorithm['name']} weighs pairs by how far several "
+            "judgements of them disagree",
+            field="oracle.name",
+            fix="set oracle.dropout_passes=10 of a reward model, or let a function (oracle.name=python) return one matrix for each member of "
+            "an ensemble",
+        )
+
+
 def implied_preferences(config: RunConfig, algorithm: Algorithm, oracle: Oracle, verdict: Verdict | None) -> list[str]:
     """What an algorithm that reads preferences makes of an oracle that only scores.
 

@@ -60,6 +60,8 @@ class Needs(BaseModel):
     them (`valid`), right by weighing them (`corrected`), near enough (`approximate`), or takes them for the newer one's (`refused`)."""
     preferences: bool = False
     """How probable it is that one response beats another (win rates, soft labels); scores alone only imply it."""
+    uncertainty: bool = False
+    """How far several judgements of one pair disagree (`Verdict.uncertainty`)."""
     collision: bool = False
     """log sum_v pi_v^2 of the next-token distribution at each response token, without gradient."""
     reference_kl: bool = False

@@ -128,7 +128,7 @@ def result_row(prompt_id: str, result: Verdict | Failure) -> dict[str, Any]:
     """What the oracle said about a group as one row of the verdicts table; `status` is "ok" or the kind of failure."""
     if isinstance(result, Failure):
         failed = dict.fromkeys(
-            ("annotator", "oracle_version", "scores", "preferences", "strength", "temperature", "raw", "cost")
+            ("annotator", "oracle_version", "scores", "preferences", "strength", "uncertainty", "temperature", "raw", "cost")
         )
         return {"prompt_id": prompt_id, "status": result.kind, "message": result.message, **failed}
     return {
@@ -140,6 +140,7 @@ def result_row(prompt_id: str, result: Verdict | Failure) -> dict[str, Any]:
         "scores": None if result.scores is None else _cells(result.scores),
         "preferences": None if result.preferences is None else [_cells(line) for line in result.preferences],
         "strength": None if result.strength is None else [_cells(line) for line in result.strength],
+        "uncertainty": None if result.uncertainty is None else [_cells(line) for line in result.uncertainty],
         "temperature": float(result.temperature),
         "raw": result.raw,
         "cost": {
@@ -161,6 +162,7 @@ def result_from_row(row: Mapping[str, Any]) -> tuple[str, Verdict | Failure]:
         scores=None if row["scores"] is None else _floats(row["scores"]),
         preferences=None if row["preferences"] is None else tuple(_floats(line) for line in row["preferences"]),
         strength=None if row["strength"] is None else tuple(_floats(line) for line in row["strength"]),
+        uncertainty=None if row.get("uncertainty") is None else tuple(_floats(line) for line in row["uncertainty"]),
         temperature=1.0 if row.get("temperature") is None else row["temperature"],  # older runs did not store it
         raw=row["raw"],
         cost=Cost(**row["cost"]),
@@ -280,6 +282,7 @@ LABELS = Codec(
             "scores": _FLOATS,
             "preferences": pa.list_(_FLOATS),
             "strength": pa.list_(_FLOATS),
+            "uncertainty": pa.list_(_FLOATS),
             "temperature": pa.float64(),
             "raw": _TEXT,
             "cost": _COST,

@@ -83,6 +83,8 @@ def group(rng: np.random.Generator, number: int, kind: str, K: int = 4, source: 
         np.fill_diagonal(matrix, np.nan)
         matrix[0, 1] = np.nan  # asked in one order only
         verdict = Verdict(annotator="t", oracle_version="1", preferences=tuple(map(tuple, matrix.tolist())))
+    nats = math.log(2) * np.random.default_rng(number).random((K, K))
+    verdict = dataclasses.replace(verdict, uncertainty=tuple(map(tuple, ((nats + nats.T) / 2).tolist())))
     token_ids = tuple(rng.integers(1, 9, rng.integers(1, 5)).tolist())
     prompt = Prompt(id=f"p{number}", text="", token_ids=token_ids, answer_ids=(100, 101 + number, 2))
     return Judged(group=Group(prompt=prompt, rollouts=rollouts), verdict=verdict)

@@ -109,9 +109,10 @@ def test_every_algorithm_learns(toy_config, warm_cli, tmp_path, algorithm):
     epochs = 2 if needs.sampling_temperature or not (needs.reference or needs.pairs) else 1
     budget = {"algorithm.name": algorithm, "iterations": 4, "oracle.include_prompt": False, "training.epochs": epochs}
     budget |= {"schedule.stream": True, "prompts.reuse": True} if needs.dynamic_sampling else {}
+    doubts = {"oracle": {"name": "python", "function": "hooks.doubt"}} if needs.uncertainty else {}
     # As long as a response may be: the toy's policy knows no positions, and so ends the more of its responses at once the shorter it is.
     answer = "good great wonderful excellent lovely superb happy best good great lovely" if needs.answers else None
-    done = warm_cli("run", toy_config(tmp_path, budget, answer=answer))
+    done = warm_cli("run", toy_config(tmp_path, budget | doubts, answer=answer), log=tmp_path / "log")
     assert done.returncode == 0, done.message
     rows = summarise(tmp_path / "runs/toy")["iterations"]
     assert rows[-1]["reward"] > rows[0]["reward"] + 0.4, done.message

@@ -105,6 +105,7 @@ def verdicts(draw):
         scores=draw(st.none() | vector),
         preferences=draw(st.none() | matrix),
         strength=draw(st.none() | matrix),
+        uncertainty=draw(st.none() | matrix),
         temperature=draw(st.floats(0.01, 10)),
         raw=draw(st.none() | texts),
         cost=draw(
