@@ -26,7 +26,7 @@ class DnoPrct(Dpo):
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
         """The pairs that pass both filters, without those of identical or unjudged responses."""
         built, dropped = super().items(judged, pairs)
-        reasons = [self.rejects(*item.sequences) for item in built]
+        reasons = [self.rejects(*item.sequences[:2]) for item in built]
         dropped.update(reason for reason in reasons if reason is not None)
         return [item for item, reason in zip(built, reasons, strict=True) if reason is None], dropped
 

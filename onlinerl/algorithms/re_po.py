@@ -56,7 +56,7 @@ class RePo(WholeStep, Margin):
             cause = "is wpo, whose weights are those of the moment, and this loss is made of a whole step before it"
             return Objection(field="algorithm.pair_weights", cause=cause, fix="choose equal, score_gap or certainty")
         if not self.flip_rate:
-            return None
+            return super().objection(plan)
         cause = f"is {self.flip_rate:g}, and the share of wrong labels is what this algorithm estimates"
         return Objection(
             field="algorithm.flip_rate", cause=cause, fix="leave it out; algorithm.eta0 is what the estimate begins with"
@@ -116,7 +116,7 @@ class RePo(WholeStep, Margin):
         Raises:
             ValueError: if reference log-probs are needed and missing.
         """
-        return self.with_likelihood(super().loss(outputs, batch), outputs, batch)
+        return self.with_terms(super().loss(outputs, batch), outputs, batch)
 
     def _both(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """l of each label, l of the flipped one, and w, [P] each; the last without gradient."""

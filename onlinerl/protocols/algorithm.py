@@ -73,6 +73,8 @@ class Needs(BaseModel):
     auxiliary: bool = False
     """Auxiliary weights beside the policy's: an iteration trains them first, from where the one before left them, and then the policy from
     them, on the same items. `reference_logprobs` are those of the weights that a pass starts from, so there is no `reference`."""
+    ches: bool = False
+    """How alike the hidden states of the two responses of a pair are (`TrainSequence.ches`), of the policy that training starts from."""
     answers: bool = False
     """The stored answer of each training prompt, as tokens (`Prompt.answer_ids`)."""
     labels: bool = True
@@ -150,6 +152,11 @@ class Algorithm(Component):
     def score(self, sequence: TrainSequence) -> float:
         """What a response earns: the oracle's score, unless the algorithm puts another one in its place."""
         return sequence.score
+
+    def select(self, items: Sequence[TrainItem]) -> tuple[Sequence[int], Mapping[str, int]]:
+        """Places of the items of the iteration that are trained, in their order, and how many were left out for which reason: what can be said
+        only once log-probs are filled in, or all items are known. `prepare` gets those that are left."""
+        return range(len(items)), {}
 
     def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Iterable[TrainItem]:
         """See all items of the iteration, with log-probs and values filled in: advantages, whitening, weights.

@@ -311,7 +311,7 @@ LOGPROBS = Codec(
     pa.schema(
         {"prompt_id": _TEXT}
         | dict.fromkeys(
-            ("logprobs", "old_logprobs", "reference_logprobs", "anchor_logprobs", "values"), per_token(pa.float32())
+            ("logprobs", "old_logprobs", "reference_logprobs", "anchor_logprobs", "values", "ches"), per_token(pa.float32())
         )
     ),
     logprob_row,

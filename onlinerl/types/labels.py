@@ -63,13 +63,15 @@ def disagreement(members: np.ndarray) -> np.ndarray:
     "Bayesian Active Learning for Classification and Preference Learning" (arXiv 1112.5745), equation 2; as the estimator of
     "Self-Evolutionary Large Language Models through Uncertainty-Enhanced Preference Optimization".
     """
-    return np.clip(_entropy(members.mean(axis=0)) - _entropy(members).mean(axis=0), 0.0, math.log(2))
+    nats: np.ndarray = np.clip(_entropy(members.mean(axis=0)) - _entropy(members).mean(axis=0), 0.0, math.log(2))
+    return nats
 
 
 def _entropy(probs: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
-        terms = [np.where(p == 0, 0.0, p * np.log(p)) for p in (probs, 1.0 - probs)]
-    return -(terms[0] + terms[1])
+        heads, tails = (np.where(p == 0, 0.0, p * np.log(p)) for p in (probs, 1.0 - probs))
+    total: np.ndarray = -(heads + tails)
+    return total
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -156,12 +156,22 @@ def annotated_items(algorithm: Algorithm, kind: str = "scores", *, at_reference:
 
     judged = [group(rng, number, kind, source=source(algorithm)) for number in range(5)]
     items = [item for j in judged for item in algorithm.items(j, pairs_of(j) if needs.pairs else [])[0]]
-    return [dataclasses.replace(item, sequences=tuple(fill(s) for s in item.sequences)) for item in items]
+    filled = [dataclasses.replace(item, sequences=tuple(fill(s) for s in item.sequences)) for item in items]
+    if not needs.ches:
+        return filled
+    drawn = np.random.default_rng(6).standard_normal((len(filled), 2)).astype(np.float32)
+    firsts = [item.sequences[0].with_(ches=ches) for item, ches in zip(filled, drawn, strict=True)]
+    return [dataclasses.replace(i, sequences=(first, *i.sequences[1:])) for i, first in zip(filled, firsts, strict=True)]
+
+
+def selected(algorithm: Algorithm, items: list[TrainItem]) -> list[TrainItem]:
+    """Those that are left when everything is known about them."""
+    return [items[place] for place in algorithm.select(items)[0]]
 
 
 def training_items(algorithm: Algorithm, kind: str = "scores", *, at_reference: bool = False) -> list[TrainItem]:
     """What reaches the learner in the first iteration."""
-    return list(algorithm.prepare(annotated_items(algorithm, kind, at_reference=at_reference)))
+    return list(algorithm.prepare(selected(algorithm, annotated_items(algorithm, kind, at_reference=at_reference))))
 
 
 class Policy:
