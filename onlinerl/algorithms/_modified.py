@@ -107,10 +107,15 @@ class Modified(Pairwise):
         made, dropped = super().items(judged, pairs)
         reasons = [self.pair_filter.rejects(*item.sequences[:2]) for item in made]
         kept = [item for item, reason in zip(made, reasons, strict=True) if reason is None]
+        kept, others = self.augmented(judged, kept)
         if self.online_kl and kept:
             samples = [s for s in train_sequences(judged).values() if s.source == "policy"][: self.online_kl_samples]
             kept = [_with_samples(item, samples) for item in kept]
-        return kept, dropped + Counter(reason for reason in reasons if reason is not None)
+        return kept, dropped + others + Counter(reason for reason in reasons if reason is not None)
+
+    def augmented(self, judged: Judged, items: Sequence[TrainItem]) -> tuple[list[TrainItem], Counter[str]]:
+        """What becomes of the pairs of a group that have passed, and how many more are left out for which reason."""
+        return list(items), Counter()
 
     def select(self, items: Sequence[TrainItem]) -> tuple[Sequence[int], Mapping[str, int]]:
         """The pairs that pass by what the learner says of them."""
@@ -144,9 +149,14 @@ def _with_samples(item: TrainItem, samples: Sequence[TrainSequence]) -> TrainIte
     sequences = list(item.sequences)
     places = []
     for sample in samples:
-        same = (place for place, s in enumerate(sequences) if tuple(s.response_ids) == tuple(sample.response_ids))
+        same = (place for place, s in enumerate(sequences) if _alike(s, sample))
         place = next(same, len(sequences))
         if place == len(sequences):
             sequences.append(sample)
         places.append(place)
     return replace(item, sequences=tuple(sequences), online=tuple(places))
+
+
+def _alike(one: TrainSequence, other: TrainSequence) -> bool:
+    """Whether their tokens are the same, those of the prompt too."""
+    return one.prompt_ids == other.prompt_ids and tuple(one.response_ids) == tuple(other.response_ids)

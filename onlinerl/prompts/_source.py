@@ -7,12 +7,21 @@ from dataclasses import replace
 from typing import Any
 
 from onlinerl.errors import PromptError
+from onlinerl.prompts._goals import with_goals
+from onlinerl.prompts._rendering import render
 from onlinerl.protocols.prompts import PromptsConfig
 from onlinerl.types import Prompt, RawPrompt, derive_seed
+from onlinerl.types.prompts import Goals
 
 
 def load_prompts(
-    config: PromptsConfig, tokenizer: Any, seed: int, *, needs_answers: bool = False, longest_answer: int | None = None
+    config: PromptsConfig,
+    tokenizer: Any,
+    seed: int,
+    *,
+    needs_answers: bool = False,
+    longest_answer: int | None = None,
+    goals: Goals | None = None,
 ) -> tuple[ShuffledPrompts, list[Prompt]]:
     """All that a run needs: the source of training prompts, and the held-out prompts in the order of their file.
 
@@ -22,6 +31,7 @@ def load_prompts(
         seed: the run's seed; it decides the order of the training prompts.
         needs_answers: whether the oracle needs reference answers.
         longest_answer: in tokens, where the algorithm trains on the reference answers of the training prompts; None: it does not.
+        goals: how prompts tell the model which score its response shall have; None: they do not.
 
     Raises:
         PromptError: for everything that is wrong with either file, before anything expensive starts.
@@ -36,34 +46,11 @@ def load_prompts(
     rendered = render(train, tokenizer, config.max_tokens, "prompts.train")
     if longest_answer is not None:
         rendered = with_answers(rendered, train, tokenizer, longest_answer)
-    source = ShuffledPrompts(rendered, seed=seed, reuse=config.reuse)
-    return source, render(heldout, tokenizer, config.max_tokens, "prompts.heldout")
-
-
-def render(raw: Sequence[RawPrompt], tokenizer: Any, max_tokens: int, field: str = "prompts.train") -> list[Prompt]:
-    """Apply the chat template where there are messages and tokenise, once and for all.
-
-    Args:
-        raw: what the source returned.
-        tokenizer: the policy's tokenizer, with the interface of Hugging Face tokenizers.
-        max_tokens: longest prompt accepted, in tokens.
-        field: the configuration key that named the file, for messages.
-
-    Raises:
-        PromptError: if there is no chat template for messages, special tokens are doubled or misplaced, or prompts are too
-            long (none is cut or left out silently).
-    """
-    prompts = [_render(prompt, tokenizer, field) for prompt in raw]
-    long = [prompt for prompt in prompts if len(prompt.token_ids) > max_tokens]
-    if long:
-        longest = max(long, key=lambda prompt: len(prompt.token_ids))
-        raise PromptError(
-            f"{len(long)} of {len(prompts)} prompts are longer than {max_tokens} tokens; the longest, {longest.id!r}, has "
-            f"{len(longest.token_ids)}",
-            field=field,
-            fix=f"set prompts.max_tokens to {len(longest.token_ids)} or more, or shorten or remove these prompts",
-        )
-    return prompts
+    asked = render(heldout, tokenizer, config.max_tokens, "prompts.heldout")
+    if goals is not None:
+        rendered = with_goals(rendered, train, tokenizer, goals, config.max_tokens, "prompts.train", trained=True)
+        asked = with_goals(asked, heldout, tokenizer, goals, config.max_tokens, "prompts.heldout", trained=False)
+    return ShuffledPrompts(rendered, seed=seed, reuse=config.reuse), asked
 
 
 def check_overlap(train: Sequence[RawPrompt], heldout: Sequence[RawPrompt]) -> None:
@@ -200,63 +187,3 @@ def _named(prompt: RawPrompt) -> str:
 def _normal(prompt: RawPrompt) -> str:
     words = [prompt.text, *(f"{message.role} {message.content}" for message in prompt.messages)]
     return " ".join("\n".join(words).lower().split())
-
-
-def _render(prompt: RawPrompt, tokenizer: Any, field: str) -> Prompt:
-    if prompt.messages:
-        text = _apply_template(prompt, tokenizer, field)
-        # The template has written all special tokens that belong there.
-        token_ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    else:
-        text = prompt.text
-        token_ids = tuple(tokenizer(text, add_special_tokens=True)["input_ids"])
-    if not token_ids:
-        raise PromptError(
-            f"the tokenizer makes nothing of prompt {prompt.id!r}: {text!r} has no tokens",
-            field=field,
-            fix="remove it, or give text that the model can read",
-        )
-    _check_special_tokens(prompt, token_ids, tokenizer, field)
-    return Prompt(
-        id=prompt.id,
-        text=text,
-        token_ids=token_ids,
-        messages=prompt.messages,
-        reference_answer=prompt.reference_answer,
-        source=prompt.source,
-    )
-
-
-def _apply_template(prompt: RawPrompt, tokenizer: Any, field: str) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise PromptError(
-            f"prompt {prompt.id!r} is a conversation, but the model's tokenizer has no chat template",
-            field=field,
-            fix="use an instruction-tuned model, or give prompts as text for plain continuation",
-        )
-    messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
-    try:
-        rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates are programs that raise what they like, e.g. on a role they do not know
-        raise PromptError(
-            f"the model's chat template rejects prompt {prompt.id!r}: {error}",
-            field=field,
-            fix="use roles and turns that the model knows (some know no system message), or another model",
-        ) from error
-    return rendered
-
-
-def _check_special_tokens(prompt: RawPrompt, token_ids: tuple[int, ...], tokenizer: Any, field: str) -> None:
-    bos, eos = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
-    if bos is not None and token_ids[:2] == (bos, bos):
-        raise PromptError(
-            f"prompt {prompt.id!r} starts with two beginning-of-sequence tokens",
-            field=field,
-            fix="remove one from the tokenizer's chat template or post-processor",
-        )
-    if not prompt.messages and eos is not None and len(token_ids) > 1 and token_ids[-1] == eos:
-        raise PromptError(
-            f"the tokenizer ends prompt {prompt.id!r} with its end-of-sequence token, so there is nothing to continue",
-            field=field,
-            fix="switch that off in the tokenizer (add_eos_token: false)",
-        )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from onlinerl.protocols.component import Component
+from onlinerl.types.prompts import Goals
 from onlinerl.types.training import TrainItem, TrainSequence, Unit
 
 if TYPE_CHECKING:  # torch stays out of everything that only passes batches along, and labels out of losses
@@ -77,6 +78,9 @@ class Needs(BaseModel):
     """How alike the hidden states of the two responses of a pair are (`TrainSequence.ches`), of the policy that training starts from."""
     answers: bool = False
     """The stored answer of each training prompt, as tokens (`Prompt.answer_ids`)."""
+    goals: Goals | None = None
+    """How prompts tell the model which score its response shall have. Training prompts have the tokens of each goal (`Prompt.goal_ids`); what
+    is sampled and evaluated is asked for the highest."""
     labels: bool = True
     """Differences in what the oracle says: without any there is nothing to learn."""
     pairing: str | None = None

@@ -113,6 +113,7 @@ def prompt_row(prompt: Prompt) -> dict[str, Any]:
         "messages": [{"role": m.role, "content": m.content} for m in prompt.messages],
         "reference_answer": prompt.reference_answer,
         "source": prompt.source,
+        **({"goal_ids": [list(map(int, ids)) for ids in prompt.goal_ids]} if prompt.goal_ids else {}),
         **({"answer_ids": [int(t) for t in prompt.answer_ids]} if prompt.answer_ids else {}),
     }
 
@@ -120,8 +121,9 @@ def prompt_row(prompt: Prompt) -> dict[str, Any]:
 def prompt_from_row(row: Mapping[str, Any]) -> Prompt:
     """The reverse of `prompt_row`."""
     messages = tuple(Message(**message) for message in row["messages"])
-    answer = tuple(row.get("answer_ids") or ())
-    return Prompt(**{**row, "token_ids": tuple(row["token_ids"]), "messages": messages, "answer_ids": answer})
+    goals, answer = tuple(map(tuple, row.get("goal_ids") or ())), tuple(row.get("answer_ids") or ())
+    more = {"messages": messages, "goal_ids": goals, "answer_ids": answer}
+    return Prompt(**{**row, "token_ids": tuple(row["token_ids"]), **more})
 
 
 def result_row(prompt_id: str, result: Verdict | Failure) -> dict[str, Any]:
@@ -326,6 +328,7 @@ PROMPTS = Codec(
             "messages": pa.list_(pa.struct({"role": _TEXT, "content": _TEXT})),
             "reference_answer": _TEXT,
             "source": _TEXT,
+            "goal_ids": pa.list_(pa.list_(pa.uint32())),
             "answer_ids": pa.list_(pa.uint32()),
         }
     ),

@@ -86,7 +86,8 @@ def group(rng: np.random.Generator, number: int, kind: str, K: int = 4, source: 
     nats = math.log(2) * np.random.default_rng(number).random((K, K))
     verdict = dataclasses.replace(verdict, uncertainty=tuple(map(tuple, ((nats + nats.T) / 2).tolist())))
     token_ids = tuple(rng.integers(1, 9, rng.integers(1, 5)).tolist())
-    prompt = Prompt(id=f"p{number}", text="", token_ids=token_ids, answer_ids=(100, 101 + number, 2))
+    goal_ids = tuple((goal, *token_ids) for goal in range(1, 11))
+    prompt = Prompt(id=f"p{number}", text="", token_ids=token_ids, goal_ids=goal_ids, answer_ids=(100, 101 + number, 2))
     return Judged(group=Group(prompt=prompt, rollouts=rollouts), verdict=verdict)
 
 
@@ -105,7 +106,7 @@ def refereed(texts: list[str], source: str = "policy") -> Judged:
         )
         for k, text in enumerate(texts)
     )
-    prompt = Prompt(id="p", text="", token_ids=(1, 2), answer_ids=(100, 2))
+    prompt = Prompt(id="p", text="", token_ids=(1, 2), goal_ids=tuple((7, goal) for goal in range(1, 11)), answer_ids=(100, 2))
     (verdict,) = Referee().ask([Query(prompt=prompt, responses=tuple(texts))])
     return Judged(group=Group(prompt=prompt, rollouts=rollouts), verdict=verdict)
 

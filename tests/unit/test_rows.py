@@ -90,6 +90,7 @@ whole_prompts = st.builds(
     messages=conversations,
     reference_answer=st.none() | texts,
     source=texts,
+    goal_ids=st.lists(ids, max_size=3).map(tuple),
     answer_ids=ids,
 )
 

@@ -118,7 +118,9 @@ def judged(lengths: Sequence[int], sources: Mapping[int, str] | None = None, **v
         )
         for k, length in enumerate(lengths)
     )
-    prompt = Prompt(id="p", text="x", token_ids=(1, 2), answer_ids=(90, 91, 0))
+    prompt = Prompt(
+        id="p", text="x", token_ids=(1, 2), goal_ids=tuple((7, goal) for goal in range(1, 11)), answer_ids=(90, 91, 0)
+    )
     return Judged(
         group=Group(prompt=prompt, rollouts=rollouts), verdict=Verdict(annotator="test", oracle_version="1", **verdict)
     )

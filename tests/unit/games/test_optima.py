@@ -154,6 +154,7 @@ WITHOUT = {
     "apo_zero": "it falls without end in r_a - r_b while a is likelier to win; see the test of its slope",
     "apo_down": "it falls without end in both rewards; see the test of its slope",
     "re_po": "how far it trusts a label follows the policy, so it has an optimum for every estimate of the share of right labels",
+    "reward_augmented": "it trains both labels of a pair, each where the prompt asks for it; of each prompt by itself it is its base",
     "optune": "it weighs the two labels by gaps of scores, which a share of labels does not fix; of equal gaps it is dpo",
     "xpo": "its exploration bonus has no closed form; without it, it is dpo",
     "selm": "its exploration bonus has no closed form; without it, it is dpo",
