@@ -40,6 +40,12 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
             field="algorithm.name",
             fix="declare both in its `needs`",
         )
+    if needs.teacher and not needs.answers:
+        raise ConfigError(
+            f"{name} declares `teacher` and no `answers`, so there is nothing that could join the samples",
+            field="algorithm.name",
+            fix="declare both in its `needs`",
+        )
     if needs.auxiliary and (needs.reference or needs.values):
         raise ConfigError(
             f"{name} declares `auxiliary`, whose log-probs are in the place of a reference's, and "
@@ -235,7 +241,8 @@ def _stale(config: RunConfig, algorithm: Algorithm) -> list[str]:
 def most_items(config: RunConfig, algorithm: Algorithm) -> int:
     """That an iteration trains at most."""
     judged = config.sampling.samples_per_prompt + len(algorithm.needs.beside_samples)
-    return config.prompts.per_iteration * algorithm.most_items(judged, pair_builder(config).most(judged))
+    new = config.prompts.per_iteration * algorithm.most_items(judged, pair_builder(config).most(judged))
+    return new + sum(int(share * new) for share in algorithm.needs.replay[: config.iterations - 1])
 
 
 def most_steps(config: RunConfig, algorithm: Algorithm) -> int:

@@ -188,7 +188,7 @@ class _Made:
         self.contradicted += made.contradicted
         self.truncated += made.truncated
         self.useful += bool(made.items)
-        for item in _annotated(made.judged, made.items, known):
+        for item in annotated(made.judged, made.items, known):
             for sequence in item.sequences:
                 if sequence.policy_version is None:  # nobody sampled it
                     continue
@@ -217,7 +217,7 @@ def _trained(judged: Judged, pair: Pair) -> TrainedPair:
     )
 
 
-def _annotated(judged: Judged, made: Sequence[TrainItem], kept: LogProbs | None) -> list[TrainItem]:
+def annotated(judged: Judged, made: Sequence[TrainItem], kept: LogProbs | None) -> list[TrainItem]:
     """The items of a group with who judged them and what was kept about their sequences.
 
     Raises:

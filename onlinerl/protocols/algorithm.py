@@ -87,13 +87,18 @@ class Needs(BaseModel):
     """The pair builder where `pairing.name` is left out; None leaves it at the usual one."""
     greedy: bool = False
     """The greedy response (temperature 0) of the policy that samples. It joins the samples of its prompt, and is judged with them."""
+    teacher: bool = False
+    """The stored answer of each prompt joins the samples, and is judged with them. Such an algorithm needs `answers` too."""
+    replay: tuple[float, ...] = ()
+    """By how many iterations old they are, 1 first: at most how many items of earlier iterations are trained once more, as a share of the new
+    ones. They are not sampled or judged again; log-probs are those of the present reference."""
     reference_samples: int = 0
     """So many responses of the base model to each prompt, which join the samples too."""
 
     @property
     def beside_samples(self) -> tuple[str, ...]:
         """Sources of the responses of a group beside those that `sampling.samples_per_prompt` counts."""
-        return ("greedy",) * self.greedy + ("reference",) * self.reference_samples
+        return ("greedy",) * self.greedy + ("reference",) * self.reference_samples + ("teacher",) * self.teacher
 
     @property
     def reference_logprobs(self) -> bool:

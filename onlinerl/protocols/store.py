@@ -23,6 +23,8 @@ VERDICTS = "verdicts"
 LOGPROBS = "logprobs"
 """What is known about the responses that are trained on, f32[T] each, by name (old_logprobs, reference_logprobs, anchor_logprobs, values), and
 of the chosen responses of pairs f32[2] (ches)."""
+REPLAY_LOGPROBS = "replay_logprobs"
+"""The same about the items of earlier iterations that are trained once more: one row for each."""
 PAIRS = "pairs"
 EVALUATION = "evaluation"
 EVALUATION_VERDICTS = "evaluation_verdicts"

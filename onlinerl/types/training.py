@@ -29,7 +29,7 @@ class TrainSequence:
     """Weight of what the loss asks of the policy; with 0 only the critic learns from this response."""
     finish_reason: FinishReason = "stop"
     policy_version: int | None = 0
-    """Which version of the policy sampled it; None if none did: it is a stored answer, which nobody judges."""
+    """Which version of the policy sampled it; None if none did: it is a stored answer."""
     behavior_logprobs: np.ndarray | None = None
     """f32[T], reported by the engine: of the policy that sampled."""
     old_logprobs: np.ndarray | None = None

@@ -261,7 +261,7 @@ class TestGoals:
         with pytest.raises(PromptError, match="the same tokens with different goals") as error:
             self.rendered(tmp_path, Deaf())
         assert error.value.fix.endswith("set algorithm.goal_place=user")
-        assert len(self.rendered(tmp_path, Deaf(), Goals(scale=3, text="{goal}", place="user"))[0]) == 2
+        assert len(self.rendered(tmp_path, Deaf(), Goals(scale=3, text="go {goal}", place="user"))[0]) == 2
 
     def test_goals_count_as_a_part_of_the_prompt(self, tmp_path):
         long = Goals(scale=3, text="a very long way of saying that {goal} is what is wanted")

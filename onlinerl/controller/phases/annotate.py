@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from onlinerl.controller import items
+from onlinerl.controller import items, replay
 from onlinerl.controller.feed import Feed
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import batched
@@ -28,8 +28,9 @@ def annotate(it: Iteration) -> AnnotateRecord:
     it.parts.tracker.phase_started(it.number, "annotate", len(it.prompt_ids), "groups")
     annotated = Counter[str]()
     labelled = it.labelled()
-    it.built = items.build(it, _annotated(it, table, labelled, annotated))
+    built = items.build(it, _annotated(it, table, labelled, annotated))
     table.seal()
+    it.built = replay.joined(it, built, lambda groups: _of_groups(it, groups))
     return {"sequences": annotated["sequences"], "reference": it.reference(), "waited": labelled.waited}
 
 

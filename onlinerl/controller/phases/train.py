@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any, overload
 
 from onlinerl import users_code
-from onlinerl.controller import health, items, self_test
+from onlinerl.controller import health, items, replay, self_test
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import batched, learning_rates
 from onlinerl.errors import LearnerError
@@ -25,7 +25,7 @@ def train(it: Iteration) -> TrainRecord:
     """One pass of the learner over what was judged; no step at all where that gives nothing to learn."""
     with it.files:
         # Built on the way here, unless that was in another process.
-        built = items.selected(it, it.built or items.build(it, items.stored(it)))
+        built = items.selected(it, it.built or replay.joined(it, items.build(it, items.stored(it))))
         within_groups = it.needs.min_samples > 1
         idle = health.nothing_to_learn(
             built.spreads,
@@ -67,6 +67,7 @@ def train(it: Iteration) -> TrainRecord:
         "reference": it.reference(),
         "policy_version": it.number - 1,
         "sampled_by": sorted(built.sampled_by),
+        "replayed": {str(age): count for age, count in built.replayed.items()},
     }
 
 
