@@ -40,6 +40,12 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
             field="algorithm.name",
             fix="declare both in its `needs`",
         )
+    if needs.teacher and not needs.answers:
+        raise ConfigError(
+            f"{name} declares `teacher` and no `answers`, so there is nothing that could join the samples",
+            field="algorithm.name",
+            fix="declare both in its `needs`",
+        )
     if needs.auxiliary and (needs.reference or needs.values):
         raise ConfigError(
             f"{name} declares `auxiliary`, whose log-probs are in the place of a reference's, and "
@@ -235,7 +241,8 @@ def _stale(config: RunConfig, algorithm: Algorithm) -> list[str]:
 def most_items(config: RunConfig, algorithm: Algorithm) -> int:
     """That an iteration trains at most."""
     judged = config.sampling.samples_per_prompt + len(algorithm.needs.beside_samples)
-    return config.prompts.per_iteration * algorithm.most_items(judged, pair_builder(config).most(judged))
+    new = config.prompts.per_iteration * algorithm.most_items(judged, pair_builder(config).most(judged))
+    return new + sum(int(share * new) for share in algorithm.needs.replay[: config.iterations - 1])
 
 
 def most_steps(config: RunConfig, algorithm: Algorithm) -> int:
@@ -317,6 +324,27 @@ def planned(config: RunConfig, algorithm: Algorithm) -> Plan:
         max_new_tokens=config.sampling.max_new_tokens,
         samples_per_prompt=config.sampling.samples_per_prompt,
     )
+
+
+def check_uncertainty(config: RunConfig, algorithm: Algorithm, given: bool | None) -> None:
+    """Refuse an oracle that judges each pair once where an algorithm asks how far several judgements disagree.
+
+    Args:
+        config: the run's.
+        algorithm: that it trains with.
+        given: whether verdicts say it; None if that is not known yet.
+
+    Raises:
+        ConfigError: if they do not.
+    """
+    if algorithm.needs.uncertainty and given is False:
+        raise ConfigError(
+            f"{config.oracle['name']} as configured judges each pair once, and {config.algorithm['name']} weighs pairs by how far several "
+            "judgements of them disagree",
+            field="oracle.name",
+            fix="set oracle.dropout_passes=10 of a reward model, or let a function (oracle.name=python) return one matrix for each member of "
+            "an ensemble",
+        )
 
 
 def implied_preferences(config: RunConfig, algorithm: Algorithm, oracle: Oracle, verdict: Verdict | None) -> list[str]:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from onlinerl import config as configuration
 from onlinerl import preflight, resuming, wiring
-from onlinerl.algorithm_checks import implied_preferences
+from onlinerl.algorithm_checks import check_uncertainty, implied_preferences
 from onlinerl.config import RunConfig
 from onlinerl.controller import loop, time_limit
 from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
@@ -48,6 +48,7 @@ def check(config: RunConfig, console: Console, kept: Kept | None = None) -> Chec
             checked.oracle.inspect()
         else:
             console.print(f"{absent} is not on this machine: the oracle was not tried", highlight=False, soft_wrap=True)
+        check_uncertainty(config, checked.algorithm, checked.oracle.gives_uncertainty)
     elif checked.train is not None:
         verdict = wiring.probed(checked, checked.oracle)
         checked = checked.tried(verdict)

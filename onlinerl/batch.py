@@ -53,6 +53,8 @@ class Outputs:
     """log sum_v pi_v^2 over the vocabulary: log of the probability that two samples agree. Without gradient."""
     reference_kl_BT: Tensor | None = None
     """KL(reference || policy) of the next-token distributions, in nats, with gradient."""
+    hidden_BH: Tensor | None = None
+    """Sum of the last layer's states from the last prompt token to the last but one of the response. No loss reads it."""
 
     def need(self, name: str) -> Tensor:
         """A field that the loss cannot do without.
@@ -105,6 +107,8 @@ class Batch:
     anchor_logprobs_BT: Tensor | None = None
     exploration_P: Tensor | None = None
     """int64, row index of the exploration response of each pair; filled only if all pairs have one."""
+    online_PN: Tensor | None = None
+    """int64, row indices of the samples of the policy that go with each pair, -1 where it has fewer; None if no pair has any."""
     annotators_G: Tensor | None = None
     """int64, a number that stands for who judged each item (`annotator_number` in ops/batching.py)."""
 

@@ -44,6 +44,9 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str, compone
         now = synonyms.RENAMED.get(field)
         if now is not None and now.rpartition(".")[2] in known:
             return ConfigError(f"was renamed{more}", field=field, fix=f"write {now}")
+        if field in synonyms.MODIFIERS:
+            cause = f"{synonyms.MODIFIERS[field]}; {model.__name__} is none of them{more}"
+            return ConfigError(cause, field=field, fix="leave it out, or choose another algorithm.name")
         return ConfigError(f"is not a known key{more}", field=field, fix=_meant(path[-1], field, known, model))
     info = _field(model, path)
     if first["type"] == "missing" and info is not None and info.examples:

@@ -69,7 +69,7 @@ class Checked:
     def longest(self) -> int:
         """Tokens of the longest prompt and a response that uses its whole budget."""
         prompts = [*(self.train or []), *self.heldout]
-        longest = max((len(p.token_ids) for p in prompts), default=self.config.prompts.max_tokens)
+        longest = max((len(ids) for p in prompts for ids in (p.token_ids, *p.goal_ids)), default=self.config.prompts.max_tokens)
         return longest + self.config.sampling.max_new_tokens
 
     @property
@@ -132,9 +132,10 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
             config.seed,
             needs_answers=oracle.needs_reference_answer,
             longest_answer=config.sampling.max_new_tokens if algorithm.needs.answers else None,
+            goals=algorithm.needs.goals,
         )
         notes += remarks
-        check_vocabulary(local, reads, (p.token_ids + p.answer_ids for p in (*train, *heldout)))
+        check_vocabulary(local, reads, (p.token_ids + p.answer_ids + sum(p.goal_ids, ()) for p in (*train, *heldout)))
         total = len(train)
     else:
         raw = config.prompts.raw("train"), config.prompts.raw("heldout")

@@ -124,6 +124,13 @@ KEYS: dict[str, str] = {
 }
 """A key, or its last part -> what to write. Of several the first that the chosen implementation has."""
 
+MODIFIERS: dict[str, str] = {
+    "algorithm.pair_filter": "filters the pairs of losses that are a function of the margin of a pair alone",
+    "algorithm.online_kl": "is a term of losses of the margin of a pair and of policy gradients",
+    "algorithm.online_kl_samples": "belongs to `online_kl` of losses of the margin of a pair",
+}
+"""Keys that many algorithms have and others cannot -> what they are."""
+
 NAMES: dict[str, str] = {
     "math": "math_verifier",
     "gsm8k": "math_verifier",

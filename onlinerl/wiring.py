@@ -12,6 +12,7 @@ from rich.console import Console
 
 from onlinerl import config as configuration
 from onlinerl import graph, placement, preflight
+from onlinerl.algorithm_checks import check_uncertainty
 from onlinerl.config import RunConfig
 from onlinerl.controller.asking import Asker
 from onlinerl.controller.fleet import FleetReporter
@@ -266,6 +267,7 @@ def probed(checked: Checked, oracle: Oracle) -> Verdict:
         ConfigError: if it only compares, and there is nothing to compare.
     """
     verdict = preflight.probe_oracle(oracle, checked.heldout[0])
+    check_uncertainty(checked.config, checked.algorithm, verdict.uncertainty is not None)
     responses = checked.config.sampling.samples_per_prompt + len(checked.algorithm.needs.beside_samples)
     if verdict.scores is None and responses < 2:
         raise ConfigError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -91,6 +92,24 @@ def tiny_model(tmp_path_factory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def counting_model(tiny_model, tmp_path_factory) -> Path:
+    """The same, but it knows the numbers from 1 to 10 as digits instead of words, as prompts with goals have them."""
+    path = tmp_path_factory.mktemp("models") / "counting"
+    shutil.copytree(tiny_model, path)
+    count_in_digits(path)
+    return path
+
+
+def count_in_digits(model: Path) -> None:
+    """Give the words from one to ten of a model's tokenizer other names."""
+    file = model / "tokenizer.json"
+    core = json.loads(file.read_text())
+    digits = {word: str(n) for n, word in enumerate(NUMBERS[:10], start=1)}
+    core["model"]["vocab"] = {digits.get(word, word): i for word, i in core["model"]["vocab"].items()}
+    file.write_text(json.dumps(core))
 
 
 def write_prompts(path: Path, count: int, *, start: int = 0, answer: str | None = None) -> Path:

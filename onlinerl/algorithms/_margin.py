@@ -7,13 +7,14 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from onlinerl.algorithms._labels import UncertainLabels
+from onlinerl.algorithms._modified import Modified
 from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.ops.logprobs import lengths, masked, token_log_ratios
 from onlinerl.ops.preference import beyond_the_shorter, by_pair
 from onlinerl.protocols.algorithm import Needs, Reference, by_knobs
 
 
-class Margin(UncertainLabels):
+class Margin(UncertainLabels, Modified):
     """Mean over pairs of p phi(z) + (1 - p) phi(-z), z = beta (D_w - D_l), with the modifiers below in their order, then those of labels.
 
     D is the log-ratio of policy to reference of a whole response, in nats. A subclass is `phi` and its defaults.

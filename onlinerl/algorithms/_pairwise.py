@@ -82,9 +82,9 @@ class Pairwise(Algorithm):
         )
         weight_P, weighed = self._weights(outputs, batch)
         loss = LossOutput(total=(loss_P * weight_P).sum(), metrics=metrics | weighed)
-        return self.with_likelihood(loss, outputs, batch)
+        return self.with_terms(loss, outputs, batch)
 
-    def with_likelihood(self, loss: LossOutput, outputs: Outputs, batch: Batch) -> LossOutput:
+    def with_terms(self, loss: LossOutput, outputs: Outputs, batch: Batch) -> LossOutput:
         """With weight * nll_coef * NLL(chosen) of each pair."""
         if not self.nll_coef:
             return loss

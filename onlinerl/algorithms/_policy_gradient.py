@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from onlinerl.batch import Batch, Mean, Outputs
+from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.logprobs import lengths, masked, token_log_ratios
 from onlinerl.ops.ratios import MAX_LOG_RATIO, Mode, bounded_exp, clipped_surrogate, importance_weights, k3
 from onlinerl.protocols.algorithm import Algorithm, Needs, OffPolicy, Reference, by_knobs
@@ -28,6 +28,11 @@ class PolicyGradient(Algorithm):
 
     kl_coef: float = Field(0.0, ge=0)
     """Price of one nat of KL to the reference; 0 needs no reference."""
+    online_kl: float = Field(0.0, ge=0)
+    """Price of one nat of a KL to the reference that is differentiated through the probability of whole responses, sg[D] S, D being the log-ratio
+    of a response and S its log-prob: that is the gradient of the KL itself, which those of single tokens are not ("The Importance of Online
+    Data: Understanding Preference Fine-tuning via Coverage"). Each response counts by how much likelier it has become since training began.
+    A loss that is a mean over tokens divides it by their number, too."""
     importance_sampling_cap: float | None = Field(2.0, gt=0)
     """Largest weight that corrects for a response being sampled with other probabilities than those that the learner gives it before
     training: those of the engine's arithmetic, and with `schedule.max_lag: 1` of older weights. None applies no weight."""
@@ -47,12 +52,31 @@ class PolicyGradient(Algorithm):
         """Old log-probs; the reference if the KL has a price."""
         stale: OffPolicy = "refused" if self.importance_sampling_cap is None else "corrected"
         ours = {"kl_in_reward": self.kl_in_reward and self.kl_coef > 0, "min_samples": self.least}
-        return Needs(reference=self.kl_coef > 0, old_logprobs=True, sampling_temperature=True, off_policy=stale, **ours)
+        return Needs(
+            reference=self.kl_coef > 0 or self.online_kl > 0,
+            old_logprobs=True,
+            sampling_temperature=True,
+            off_policy=stale,
+            **ours,
+        )
 
     @by_knobs
     def reference(self) -> Reference:
         """The initial policy, if there is a KL term."""
-        return "fixed" if self.kl_coef > 0 else "none"
+        return "fixed" if self.kl_coef > 0 or self.online_kl > 0 else "none"
+
+    def with_online_kl(self, loss: LossOutput, outputs: Outputs, batch: Batch, share: float = 1.0) -> LossOutput:
+        """The loss with the price of the KL of whole responses, each of which counts `share`."""
+        if not self.online_kl:
+            return loss
+        ratios_B, mask_BT = token_log_ratios(outputs, batch).sum(dim=1), batch.mask_BT
+        moved_BT = masked(outputs.logprobs_BT, mask_BT) - masked(batch.need("old_logprobs_BT"), mask_BT)
+        counts_B = bounded_exp(moved_BT.sum(dim=1)).detach()
+        if self.importance_sampling_cap is not None:
+            counts_B = counts_B.clamp(max=self.importance_sampling_cap)
+        kl_B = share * self.online_kl * counts_B * ratios_B.detach() * ratios_B
+        total = loss.total + (kl_B * batch.weight_B * batch.policy_weight_B).sum()
+        return LossOutput(total=total, metrics=loss.metrics | {"online_kl": Mean.of(ratios_B, mask_BT.any(dim=1))})
 
     def surrogate(
         self, outputs: Outputs, batch: Batch, bounds: tuple[float, float, float | None], of: Ratio = "token", kl: Estimator = k3

@@ -69,4 +69,5 @@ class Grpo(Clipped):
         loss_B = loss_BT.sum(dim=1)
         if self.agg == "seq_mean_token_mean":
             loss_B = loss_B / lengths(batch)
-        return LossOutput(total=(loss_B * batch.weight_B).sum(), metrics=metrics)
+        loss = LossOutput(total=(loss_B * batch.weight_B).sum(), metrics=metrics)
+        return self.with_online_kl(loss, outputs, batch)

@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 
 from onlinerl.algorithms._listwise import Lists, Listwise
 from onlinerl.batch import Batch, Outputs
-from onlinerl.ops.preference import log_ratios
+from onlinerl.ops.preference import log_ratios, online_kl
 from onlinerl.protocols.algorithm import Needs
 
 
@@ -35,7 +35,5 @@ class HypoOnlineKl(Listwise):
         sizes_G = lists.valid_GK.sum(dim=1)
         ratios_GK = lists.values_GK.masked_fill(~lists.valid_GK, 0.0)
         worst_G = ratios_GK.gather(1, (sizes_G - 1).clamp(min=0)[:, None])[:, 0]
-        others_GK = (ratios_GK.sum(dim=1, keepdim=True) - ratios_GK) / (sizes_G - 1).clamp(min=1)[:, None]
-        weights_GK = (ratios_GK - others_GK).masked_fill(~lists.valid_GK, 0.0).detach()
-        kl_G = (weights_GK * ratios_GK).sum(dim=1) / sizes_G.clamp(min=1)
+        kl_G = online_kl(lists.values_GK, lists.valid_GK)
         return -logsigmoid(self.beta * (ratios_GK[:, 0] - worst_G)) + self.lam * kl_G

@@ -34,6 +34,6 @@ class Optune(Dpo):
     def _weight(self, item: TrainItem) -> float:
         if self.pair_weights != "sigmoid_gap":
             return super()._weight(item)
-        chosen, rejected = item.sequences
+        chosen, rejected = item.sequences[:2]
         bounded = max(-500.0, min(500.0, self.gap_scale * (chosen.score - rejected.score)))
         return 1.0 / (1.0 + math.exp(-bounded))

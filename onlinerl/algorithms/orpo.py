@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from onlinerl.algorithms._pairwise import Pairwise
+from onlinerl.algorithms._modified import Modified
 from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.ops.logprobs import lengths
 from onlinerl.ops.preference import by_pair, sequence_logprobs
@@ -17,7 +17,7 @@ CERTAIN = -1e-6
 """Log-prob per token above which odds are infinite in single precision."""
 
 
-class Orpo(Pairwise):
+class Orpo(Modified):
     """nll_coef * NLL(y_w) + lam f(o_w - o_l), o = log odds of the mean log-prob per token, without a reference.
 
     The likelihood is that of the response; two public codes include the prompt.

@@ -96,4 +96,5 @@ class P3o(PolicyGradient):
         if self.clip_mode == "joint":
             apart_P, slope_P = moved_B[first] - moved_B[second], (gain_B * counts_B * counts_B[other_B])[first]
             loss_P = -torch.minimum(slope_P * apart_P, slope_P * apart_P.clamp(-self.clip_range, self.clip_range))
-        return LossOutput(total=(0.5 * loss_P * batch.weight_P).sum(), metrics=metrics)
+        loss = LossOutput(total=(0.5 * loss_P * batch.weight_P).sum(), metrics=metrics)
+        return self.with_online_kl(loss, outputs, batch, share=0.5)

@@ -205,7 +205,8 @@ class Ppo(PolicyGradient):
         value_BT = masked(clipped_value_loss(values, batch.need("values_BT"), returns, self.clip_range_value), mask)
         loss_BT = loss_BT * batch.policy_weight_B[:, None] + self.vf_coef * value_BT
         metrics |= {"value_loss": Mean.of(value_BT, mask), "value": Mean.of(values, mask), "return": Mean.of(returns, mask)}
-        return LossOutput(total=(loss_BT.sum(dim=1) * batch.weight_B).sum(), metrics=metrics)
+        loss = LossOutput(total=(loss_BT.sum(dim=1) * batch.weight_B).sum(), metrics=metrics)
+        return self.with_online_kl(loss, outputs, batch)
 
     def _targets(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]]) -> Callable[[], Iterator[_Targets]]:
         """What each response teaches, one after the other, as often as it is asked for: only scores are kept."""

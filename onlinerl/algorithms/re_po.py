@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cache
 from statistics import fmean
 from typing import Literal
 
@@ -12,11 +11,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from onlinerl.algorithms._base import base_loss
 from onlinerl.algorithms._margin import Margin
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.preference import by_pair, logistic, pair_metrics
 from onlinerl.ops.whole_step import Rows, State, WholeStep
-from onlinerl.protocols.algorithm import Algorithm, Reported, by_knobs
+from onlinerl.protocols.algorithm import Reported, by_knobs
 from onlinerl.types.plan import Objection, Plan
 
 
@@ -47,7 +47,7 @@ class RePo(WholeStep, Margin):
     @field_validator("base")
     @classmethod
     def _is_a_loss(cls, value: str) -> str:
-        _base(value)
+        base_loss(value)
         return value
 
     def objection(self, plan: Plan) -> Objection | None:
@@ -56,7 +56,7 @@ class RePo(WholeStep, Margin):
             cause = "is wpo, whose weights are those of the moment, and this loss is made of a whole step before it"
             return Objection(field="algorithm.pair_weights", cause=cause, fix="choose equal, score_gap or certainty")
         if not self.flip_rate:
-            return None
+            return super().objection(plan)
         cause = f"is {self.flip_rate:g}, and the share of wrong labels is what this algorithm estimates"
         return Objection(
             field="algorithm.flip_rate", cause=cause, fix="leave it out; algorithm.eta0 is what the estimate begins with"
@@ -70,7 +70,7 @@ class RePo(WholeStep, Margin):
 
     def phi(self, z_P: Tensor) -> Tensor:
         """That of the base."""
-        return _base(self.base).phi(z_P)
+        return base_loss(self.base).phi(z_P)
 
     def values(self, outputs: Outputs, batch: Batch) -> Tensor:
         """z of each pair, at its chosen response."""
@@ -116,7 +116,7 @@ class RePo(WholeStep, Margin):
         Raises:
             ValueError: if reference log-probs are needed and missing.
         """
-        return self.with_likelihood(super().loss(outputs, batch), outputs, batch)
+        return self.with_terms(super().loss(outputs, batch), outputs, batch)
 
     def _both(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """l of each label, l of the flipped one, and w, [P] each; the last without gradient."""
@@ -135,24 +135,3 @@ def _annotators(rows: Rows) -> list[str]:
 def _at_chosen(values_P: Tensor, batch: Batch) -> Tensor:
     """A value per pair -> the same at its chosen response, [B]; 0 at the others."""
     return values_P.new_zeros(len(batch.weight_B)).index_copy(0, batch.pairs_P2[:, 0], values_P)
-
-
-@cache
-def _base(name: str) -> Margin:
-    """The loss of that name, with its defaults.
-
-    Raises:
-        ConfigError: if it is none of a margin, or has no `phi` of its own.
-    """
-    from onlinerl import registry
-    from onlinerl.errors import ConfigError
-
-    found = registry.load("algorithms", name, Algorithm, field="algorithm.base")
-    if issubclass(found, WholeStep) or not issubclass(found, Margin):
-        cause, fix = "is no loss of the margin of one pair", "choose one that is, e.g. dpo, ipo or slic"
-    elif "phi" not in vars(found):
-        cause = f"is {found.__bases__[0].__name__} with other knobs, and of a base they are not read"
-        fix = "choose the loss that it is a preset of, and set its knobs as this algorithm's own"
-    else:
-        return found()
-    raise ConfigError(f"{name} {cause}", field="algorithm.base", fix=fix)

@@ -53,4 +53,5 @@ class ReinforcePp(Clipped):
     def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
         """Sum over tokens; see `surrogate` for what it raises."""
         loss_BT, metrics = self.surrogate(outputs, batch, (self.clip_range_low, self.clip_range_high, self.dual_clip))
-        return LossOutput(total=(loss_BT.sum(dim=1) * batch.weight_B).sum(), metrics=metrics)
+        loss = LossOutput(total=(loss_BT.sum(dim=1) * batch.weight_B).sum(), metrics=metrics)
+        return self.with_online_kl(loss, outputs, batch)

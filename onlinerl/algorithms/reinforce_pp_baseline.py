@@ -46,4 +46,5 @@ class ReinforcePpBaseline(Clipped):
         """Sum over tokens; see `surrogate` for what it raises."""
         bounds = (self.clip_range_low, self.clip_range_high, self.dual_clip)
         loss_BT, metrics = self.surrogate(outputs, batch, bounds, kl=k2)
-        return LossOutput(total=(loss_BT.sum(dim=1) * batch.weight_B).sum(), metrics=metrics)
+        loss = LossOutput(total=(loss_BT.sum(dim=1) * batch.weight_B).sum(), metrics=metrics)
+        return self.with_online_kl(loss, outputs, batch)

@@ -61,4 +61,5 @@ class Rloo(Clipped):
         """Sum over responses; see `surrogate` for what it raises."""
         bounds = (self.clip_range_low, self.clip_range_high, self.dual_clip)
         loss_BT, metrics = self.surrogate(outputs, batch, bounds, of="response")  # the same at every token of a response
-        return LossOutput(total=(loss_BT.sum(dim=1) / lengths(batch) * batch.weight_B).sum(), metrics=metrics)
+        loss = LossOutput(total=(loss_BT.sum(dim=1) / lengths(batch) * batch.weight_B).sum(), metrics=metrics)
+        return self.with_online_kl(loss, outputs, batch)

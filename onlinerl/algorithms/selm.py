@@ -60,4 +60,4 @@ def _exploring(item: TrainItem, greedy: TrainSequence) -> TrainItem:
     for place, sequence in enumerate(item.sequences):
         if sequence.response_ids == greedy.response_ids:
             return replace(item, exploration=place)
-    return replace(item, sequences=(*item.sequences, greedy), exploration=2)
+    return replace(item, sequences=(*item.sequences, greedy), exploration=len(item.sequences))

@@ -48,7 +48,7 @@ class Xpo(Optimistic):
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
         """The pairs of a response of the policy and one of the base model; others are left out (`same_source`)."""
         items, dropped = super().items(judged, pairs)
-        sources = [[sequence.source for sequence in item.sequences] for item in items]
+        sources = [[sequence.source for sequence in item.sequences[:2]] for item in items]
         mixed = [
             replace(item, exploration=own.index("reference"))
             for item, own in zip(items, sources, strict=True)

@@ -163,6 +163,10 @@ class LearnerGroup:
         """Critic values f32[T] of each response."""
         return self._spread(LearnerRank.values, sequences)
 
+    def hidden_sums(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
+        """f32[H] of each response."""
+        return self._spread(LearnerRank.hidden_sums, sequences)
+
     def _spread(
         self,
         method: Callable[..., list[list[np.ndarray]]],

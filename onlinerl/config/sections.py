@@ -201,8 +201,9 @@ class CheckpointConfig(Section):
 
     keep: int = Field(2, ge=1)
     """Resumable checkpoints kept; older ones are removed after a newer one is committed."""
-    exports: Literal["all", "last"] = "all"
-    """Hugging Face exports kept: every iterate, or the last one (the reference is always kept)."""
+    exports: Literal["all", "last", "best"] = "all"
+    """Hugging Face exports kept: every iterate, the last one, or the last and the best one, by reward on the held-out prompts, or by win rate
+    where the oracle gives no scores (the reference is always kept)."""
     min_free_gib: float = Field(1.0, ge=0)
     """Refuse to write a checkpoint that would leave less than this free."""
 

@@ -61,7 +61,7 @@ def of_group(it: Iteration, group: Group, answer: Answer) -> GroupItems:
     contradicted = sum(pair.prob < 0.5 for pair in pairs)
     items, left_out = _items(it, judged, pairs)
     dropped.update(left_out)
-    whole = [i for i in items if all(s.finish_reason != "length" for s in i.sequences)]
+    whole = [i for i in items if all(s.finish_reason != "length" for s in i.compared)]
     truncated = len(items) - len(whole)
     if it.parts.config.training.on_truncated == "drop":
         dropped["truncated"] += truncated
@@ -129,6 +129,26 @@ def build(it: Iteration, groups: Iterable[Annotated]) -> Built:
     )
 
 
+def selected(it: Iteration, built: Built) -> Built:
+    """Without what the algorithm leaves out now that everything is known about all items.
+
+    Raises:
+        LearnerError: if it fails, or returns something else.
+    """
+    algorithm = it.parts.algorithm
+    with users_code.calling(algorithm, "select"):
+        made: Any = algorithm.select(built.items)
+        places, left_out = made
+        kept = list(places)
+    if kept == list(range(len(built.items))) and not left_out:
+        return built
+    if kept != sorted({*kept} & {*range(len(built.items))}):
+        wanted = f"some of the places from 0 to {len(built.items) - 1}, each once, ascending"
+        raise users_code.wrong_result(algorithm, "select", f"{kept!r:.80}", wanted)
+    dropped = +(Counter(built.dropped) + Counter(left_out))
+    return replace(built, items=it.scratch.keep(built.items[place] for place in kept), dropped=dropped)
+
+
 class _Made:
     """Gathers the items of an iteration, one group after the other, and counts."""
 
@@ -168,7 +188,7 @@ class _Made:
         self.contradicted += made.contradicted
         self.truncated += made.truncated
         self.useful += bool(made.items)
-        for item in _annotated(made.judged, made.items, known):
+        for item in annotated(made.judged, made.items, known):
             for sequence in item.sequences:
                 if sequence.policy_version is None:  # nobody sampled it
                     continue
@@ -197,7 +217,7 @@ def _trained(judged: Judged, pair: Pair) -> TrainedPair:
     )
 
 
-def _annotated(judged: Judged, made: Sequence[TrainItem], kept: LogProbs | None) -> list[TrainItem]:
+def annotated(judged: Judged, made: Sequence[TrainItem], kept: LogProbs | None) -> list[TrainItem]:
     """The items of a group with who judged them and what was kept about their sequences.
 
     Raises:
@@ -205,7 +225,8 @@ def _annotated(judged: Judged, made: Sequence[TrainItem], kept: LogProbs | None)
     """
     arrays: Mapping[str, Sequence[Any]] = {} if kept is None else kept.arrays
     lengths = [len(s.response_ids) for item in made for s in item.sequences]
-    if kept is None or any([len(array) for array in own] != lengths for own in arrays.values()):
+    own_lengths = {"ches": [2 * first for item in made for first in [1, *[0] * (len(item.sequences) - 1)]]}
+    if kept is None or any([len(a) for a in own] != own_lengths.get(name, lengths) for name, own in arrays.items()):
         raise StoreError(
             f"the log-probs that are stored for prompt {judged.group.prompt.id!r} are not those of its items",
             field="logprobs",

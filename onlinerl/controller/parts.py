@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from onlinerl.config import RunConfig
@@ -72,6 +72,8 @@ class Built:
     """Groups that gave at least one item."""
     groups: int
     """Groups that were sampled."""
+    replayed: Mapping[int, int] = field(default_factory=dict)
+    """How many items are of earlier iterations, by how many iterations old they are."""
 
 
 def samples_dynamically(config: RunConfig, algorithm: Algorithm) -> bool:

@@ -27,7 +27,7 @@ class Sampled:
     @classmethod
     def of(cls, group: Group) -> Sampled:
         """About one group."""
-        rollouts = group.rollouts
+        rollouts = [r for r in group.rollouts if r.source != "teacher"]  # nobody sampled it
         return cls(
             responses=len(rollouts),
             tokens=sum(len(r.token_ids) for r in rollouts),

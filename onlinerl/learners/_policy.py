@@ -157,13 +157,14 @@ class Policy(nn.Module):
         entropy: bool = False,
         collision: bool = False,
         reference: FrozenStates | None = None,
+        hidden: bool = False,
     ) -> Outputs:
         """One pass over all rows; see `Outputs`. Positions where mask_BT is false hold zeros.
 
         Args:
             batch: of B rows.
             temperature: that logits are divided by.
-            values, entropy, collision: whether they are asked for.
+            values, entropy, collision, hidden: whether they are asked for.
             reference: `states` of the same batch in the model that `Outputs.reference_kl_BT` is from; None asks for none.
         """
         rows, steps, positions = _places(batch)
@@ -195,6 +196,7 @@ class Policy(nn.Module):
             entropy_BT=spread_if_any(terms.entropy),
             collision_BT=spread_if_any(terms.collision),
             reference_kl_BT=spread_if_any(terms.reference_kl),
+            hidden_BH=_row_sums(hidden_BSH[rows, positions], rows, len(batch.tokens_BS)) if hidden else None,
         )
 
     def states(self, batch: Batch) -> Tensor:
@@ -209,6 +211,12 @@ class Policy(nn.Module):
         attention = None if bool(mask_BS.all()) else mask_BS.long()
         state_BSH: Tensor = backbone(input_ids=batch.tokens_BS, attention_mask=attention, use_cache=False).last_hidden_state
         return state_BSH
+
+
+def _row_sums(states_NH: Tensor, rows_N: Tensor, rows: int) -> Tensor:
+    """The states of each row added up, fp32[B, H]."""
+    sums_BH = torch.zeros(rows, states_NH.shape[1], dtype=torch.float32, device=states_NH.device)
+    return sums_BH.index_add(0, rows_N, states_NH.float())
 
 
 def _places(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

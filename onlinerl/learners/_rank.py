@@ -159,6 +159,13 @@ class Rank:
         return [values for _, values in self._infer(micro, "policy", self.temperature, values=True)]
 
     @torch.no_grad()
+    def hidden_sums(self, micro: Sequence[Sequence[TrainSequence]]) -> list[list[np.ndarray]]:
+        """See `Learner.hidden_sums`."""
+        batches = (collate([TrainItem(prompt_id="", sequences=(s,)) for s in own]).to(self.device) for own in micro)
+        sums = [self._network(batch, hidden=True).hidden_BH.float().cpu().numpy() for batch in batches]
+        return [list(rows[: len(own)]) for rows, own in zip(sums, micro, strict=True)]
+
+    @torch.no_grad()
     def _infer(
         self, micro: Any, model: str, temperature: float, values: bool
     ) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:

@@ -99,6 +99,11 @@ class ToyLearner:
         """The same value everywhere, f32[T]."""
         return [np.full(len(s.response_ids), self.value.item(), dtype=np.float32) for s in sequences]
 
+    def hidden_sums(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
+        """The state after a token is that token, one of `vocabulary`; f32[vocabulary]."""
+        tokens = [[s.prompt_ids[-1], *s.response_ids[:-1]] for s in sequences]
+        return [np.bincount(own, minlength=len(self.logits)).astype(np.float32) for own in tokens]
+
     def update(
         self, steps: Sequence[Sequence[TrainItem]], learning_rates: Sequence[float], *, target_kl: float | None = None
     ) -> Iterator[UpdateReport]:

@@ -61,6 +61,12 @@ PAIRS = (
     per_step("chosen_length", "Tokens of the chosen response", "tokens", section=_PAIRS),
     per_step("rejected_length", "Tokens of the rejected response", "tokens", section=_PAIRS),
     per_step("chosen_nll", "Negative log-prob of the chosen tokens", "nats/token", section=_PAIRS),
+    per_step(
+        "online_kl",
+        "KL(policy / reference) on samples of the policy, as `online_kl` puts a price on it (k1)",
+        "nats/sequence",
+        section=_PAIRS,
+    ),
     per_step("length_ratio", "Length of the chosen response over that of the rejected one", "ratio", section=_PAIRS),
     per_step("pair_weight", "Weight of a pair with `pair_weights: wpo`", "ratio", section=_PAIRS),
 )

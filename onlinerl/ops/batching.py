@@ -44,6 +44,7 @@ def collate(items: Sequence[TrainItem]) -> Batch:
     starts = np.cumsum([0, *(len(item.sequences) for item in items)]).tolist()
     pairs = [(item, start) for item, start in zip(items, starts, strict=False) if item.is_pair]
     explored = [start + item.exploration for item, start in pairs if item.exploration is not None]
+    online = [[start + place for place in item.online] for item, start in pairs]
     if not sequences:
         sequences, weights = [_DUMMY], [0.0]
 
@@ -74,6 +75,7 @@ def collate(items: Sequence[TrainItem]) -> Batch:
         weight_B=_floats(weights),
         policy_weight_B=_floats(s.policy_weight for s in sequences),
         exploration_P=torch.tensor(explored, dtype=torch.int64) if len(explored) == len(pairs) else None,
+        online_PN=_ragged(online) if any(online) else None,
         annotators_G=torch.tensor([annotator_number(item.annotator) for item in items], dtype=torch.int64),
         **{f"{name}_BT": _per_token(sequences, name, T) for name in _PER_TOKEN},
     )
@@ -132,6 +134,11 @@ def _pack(items: Sequence[TrainItem], budget: int) -> list[list[TrainItem]]:
 
 def _longest(item: TrainItem) -> int:
     return max(len(s.prompt_ids) + len(s.response_ids) for s in item.sequences)
+
+
+def _ragged(rows: Sequence[Sequence[int]]) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows], dtype=torch.int64)
 
 
 def _floats(values: Iterable[float]) -> Tensor:

@@ -28,8 +28,8 @@ def train_sequences(judged: Judged, only: Collection[int] | None = None) -> dict
             score=float(score),
             win_rate=float(win_rate),
             finish_reason=rollout.finish_reason,
-            policy_version=rollout.policy_version,
-            behavior_logprobs=np.asarray(rollout.logprobs, dtype=np.float32),
+            policy_version=None if rollout.source == "teacher" else rollout.policy_version,
+            behavior_logprobs=None if rollout.source == "teacher" else np.asarray(rollout.logprobs, dtype=np.float32),
             source=rollout.source,
         )
         for index, (rollout, score, win_rate, said) in enumerate(

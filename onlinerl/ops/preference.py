@@ -78,6 +78,23 @@ def closeness(outputs: Outputs, batch: Batch) -> Tensor:
     return torch.exp(chosen + rejected).clamp(max=1.0)
 
 
+def online_kl(ratios_GK: Tensor, valid_GK: Tensor) -> Tensor:
+    """sg[D - b] D, averaged over the samples of each group, [G]; b is the mean D of the others, 0 of a single one.
+
+    The gradient is that of KL(policy || reference) where the samples are the policy's own: "The Importance of Online Data: Understanding
+    Preference Fine-tuning via Coverage" (arXiv 2406.01462), equation 5, with the baseline of REINFORCE leave-one-out.
+
+    Args:
+        ratios_GK: D, log-ratios of policy to reference of whole responses, in nats.
+        valid_GK: bool, false where there is no sample; whatever is there reaches neither value nor gradient.
+    """
+    sizes_G = valid_GK.sum(dim=1)
+    ratios_GK = ratios_GK.masked_fill(~valid_GK, 0.0)
+    others_GK = (ratios_GK.sum(dim=1, keepdim=True) - ratios_GK) / (sizes_G - 1).clamp(min=1)[:, None]
+    weights_GK = (ratios_GK - others_GK).masked_fill(~valid_GK, 0.0).detach()
+    return (weights_GK * ratios_GK).sum(dim=1) / sizes_G.clamp(min=1)
+
+
 def pair_metrics(outputs: Outputs, batch: Batch, z: Tensor, *, reference: bool = True) -> dict[str, Mean]:
     """What every pair loss reports: the two sides apart (the loss sees only their difference), accuracies, lengths. Log-ratios only with a
     `reference`."""

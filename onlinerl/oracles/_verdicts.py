@@ -8,7 +8,10 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
+import numpy as np
+
 from onlinerl.types import Cost, Failure, Verdict
+from onlinerl.types.labels import disagreement
 
 
 def from_scores(
@@ -59,6 +62,49 @@ def from_matrix(
             if math.isnan(cells[i][j]) and math.isnan(cells[j][i]):
                 return Failure(kind="error", message=f"responses {j} and {i} were compared in neither order")
     return Verdict(annotator=annotator, oracle_version=oracle_version, preferences=tuple(cells), cost=cost or Cost(), raw=raw)
+
+
+def from_members(
+    members: object, count: int, *, annotator: str, oracle_version: str, cost: Cost | None = None, scores: object = None
+) -> Verdict | Failure:
+    """A Verdict of what several judges, or one judge several times, say of `count` responses: the mean of their probabilities, and by how
+    much they disagree.
+
+    Args:
+        members: each as for `from_matrix`; all must have compared the same pairs in the same order.
+        count: K, how many responses were asked about.
+        annotator, oracle_version, cost: copied into the Verdict.
+        scores: K numbers beside them; None if there are none.
+    """
+    listed, values = _listed(members), None if scores is None else _numbers(scores, count, "scores")
+    if isinstance(values, Failure):
+        return values
+    if not isinstance(listed, Sequence) or isinstance(listed, str):
+        return Failure(kind="parse_fail", message=f"members must be a list of {count} x {count} lists, got {_shown(members)}")
+    verdicts: list[Verdict] = []
+    for number, member in enumerate(listed):
+        verdict = from_matrix(member, count, annotator=annotator, oracle_version=oracle_version)
+        if isinstance(verdict, Failure):
+            return Failure(kind=verdict.kind, message=f"member {number}: {verdict.message}")
+        verdicts.append(verdict)
+    if len(verdicts) < 2:
+        return Failure(kind="wrong_length", message=f"{len(verdicts)} judgement, and one cannot disagree with itself")
+    raw = np.asarray([verdict.preferences for verdict in verdicts], dtype=np.float64)
+    if (np.isnan(raw) != np.isnan(raw[0])).any():
+        return Failure(kind="error", message="members did not compare the same responses in the same order")
+    return Verdict(
+        annotator=annotator,
+        oracle_version=oracle_version,
+        scores=values,
+        preferences=tuple(map(tuple, raw.mean(axis=0).tolist())),
+        uncertainty=nats_of([verdict.matrix() for verdict in verdicts]),
+        cost=cost or Cost(),
+    )
+
+
+def nats_of(members: Sequence[np.ndarray]) -> tuple[tuple[float, ...], ...]:
+    """`disagreement` of matrices [K, K], as a Verdict has it."""
+    return tuple(map(tuple, disagreement(np.stack(members)).tolist()))
 
 
 def _numbers(values: object, count: int, what: str) -> tuple[float, ...] | Failure:

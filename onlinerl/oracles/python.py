@@ -6,6 +6,9 @@ The function gets a list of dicts with the keys `prompt` (str), `messages` (list
 - a list of K numbers, higher is better: scores;
 - a K x K list: cell [i][j] is the probability that response i beats response j, None where not asked, the diagonal is ignored; a
   function that answers like this is never asked about a single response;
+- a list of such K x K lists: what the members of an ensemble say, or one judge in several passes. Their mean is the preference, and how
+  far they disagree its uncertainty;
+- {"scores": K numbers, "members": such a list}: both;
 - None: refused to judge.
 
 An entry that is none of these, or that holds NaN or infinity, is a Failure and never reaches training.
@@ -15,7 +18,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +106,7 @@ class PythonFunction(Oracle):
     def _check(self, query: Query, entry: object, seconds: float) -> Verdict | Failure:
         if entry is None:
             return Failure(kind="refused", message=f"{self.function} returned None for prompt {query.prompt.id!r}")
-        build = _verdicts.from_matrix if _is_nested(entry) else _verdicts.from_scores
+        entry, build = _way(entry)
         result = build(
             entry,
             len(query.responses),
@@ -122,6 +126,16 @@ def _as_dict(query: Query) -> dict[str, Any]:
         "responses": list(query.responses),
         "reference_answer": query.prompt.reference_answer,
     }
+
+
+def _way(entry: object) -> tuple[object, Callable[..., Verdict | Failure]]:
+    """What is read of an entry, and how."""
+    if isinstance(entry, Mapping) and entry.keys() == {"scores", "members"}:
+        return entry["members"], partial(_verdicts.from_members, scores=entry["scores"])
+    listed = _plain(entry)
+    if not _is_nested(listed):
+        return entry, _verdicts.from_scores
+    return listed, _verdicts.from_members if _is_nested(_plain(listed[0])) else _verdicts.from_matrix
 
 
 def _is_nested(entry: object) -> bool:

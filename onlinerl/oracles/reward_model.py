@@ -13,10 +13,11 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
 
 from onlinerl import hub
 from onlinerl.config import at_home
@@ -24,7 +25,8 @@ from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
 from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.oracle import ModelOracle
-from onlinerl.types import Cost, Failure, Query, Verdict
+from onlinerl.types import Cost, Failure, Query, Verdict, derive_seed
+from onlinerl.types.labels import induced
 
 _HASH_BLOCKS, _HASH_BLOCK_BYTES = 64, 64 * 1024
 _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -46,6 +48,13 @@ class RewardModel(ModelOracle):
     on_truncate: Literal["drop", "error"] = "drop"
     """What a longer one does: `drop` fails its group (counted), `error` stops the run."""
 
+    dropout_passes: int = Field(0, ge=0)
+    """So many further passes with dropout (T; 10 in "Self-Evolutionary Large Language Models through Uncertainty-Enhanced Preference
+    Optimization") say how uncertain each comparison is; 0 asks none. They cost as much as the scores each, and of one model they are a weak
+    substitute for several."""
+    dropout: float | None = Field(None, gt=0, lt=1)
+    """Rate of those passes; None is what the model was trained with."""
+
     _model: Any = PrivateAttr(None)
     _tokenizer: Any = PrivateAttr(None)
     _limit: int = PrivateAttr(0)
@@ -56,6 +65,25 @@ class RewardModel(ModelOracle):
     def _absolute(cls, path: str) -> str:
         folder = at_home(path, "oracle.path")
         return str(folder.absolute()) if folder.is_dir() else path  # a resume may start in another working directory
+
+    @field_validator("dropout_passes")
+    @classmethod
+    def _several(cls, passes: int) -> int:
+        if passes == 1:
+            raise ValueError("one pass cannot disagree with itself; set 2 or more, or 0")
+        return passes
+
+    @field_validator("dropout")
+    @classmethod
+    def _is_read(cls, rate: float | None, info: ValidationInfo) -> float | None:
+        if rate is not None and not info.data.get("dropout_passes"):
+            raise ValueError("only dropout_passes reads it")
+        return rate
+
+    @property
+    def gives_uncertainty(self) -> bool:
+        """Of passes with dropout."""
+        return self.dropout_passes > 0
 
     def open(self) -> None:
         """Load model and tokenizer. Idempotent; `judge` calls it too.
@@ -75,7 +103,7 @@ class RewardModel(ModelOracle):
         folder, tokenizer = self._folder(), self._read_tokenizer()
         with self._readable():
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+                folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **self._rates(folder)
             )
         if report["missing_keys"]:  # transformers would make them up at random
             raise OracleError(
@@ -99,11 +127,35 @@ class RewardModel(ModelOracle):
         """
         self._read_tokenizer()
 
+    def _rates(self, folder: Path) -> dict[str, float]:
+        """What the model's configuration says of dropout, with the rate that is asked for; nothing where no pass has any.
+
+        Raises:
+            OracleError: if passes with dropout would all be the same.
+        """
+        if not self.dropout_passes:
+            return {}
+        from transformers import AutoConfig
+
+        with self._readable():
+            said = AutoConfig.from_pretrained(folder).to_dict()
+        drops = {key: v for key, v in said.items() if "drop" in key and isinstance(v, int | float)}
+        rates = {key: self.dropout for key in drops if self.dropout is not None}
+        if not any((rates or drops).values()):
+            raise OracleError(
+                f"asks for passes with dropout, and {self.path} has none: "
+                + (", ".join(f"{key} is {value}" for key, value in drops.items()) or "its configuration names no rate"),
+                field="oracle.dropout_passes",
+                fix="set oracle.dropout, e.g. to 0.1" if drops else "set it to 0, or choose another model",
+            )
+        return rates
+
     def _read_tokenizer(self) -> Any:
         """The tokenizer of a model that its configuration says is a reward model."""
         from transformers import AutoConfig, AutoTokenizer
 
         folder = self._folder()
+        self._rates(folder)
         with self._readable():
             labels = AutoConfig.from_pretrained(folder).num_labels
             tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -134,7 +186,8 @@ class RewardModel(ModelOracle):
     def version(self) -> str:
         """Hash of the model's and tokenizer's files, and of dtype and length limit. Of a large file, evenly spread samples."""
         if not self._version:
-            digest = hashlib.sha256(f"{self.dtype}\0{self.max_length}".encode())
+            passes = f"\0{self.dropout_passes}\0{self.dropout}" if self.dropout_passes else ""
+            digest = hashlib.sha256(f"{self.dtype}\0{self.max_length}{passes}".encode())
             folder = self._folder()
             for file in sorted({file for pattern in _MODEL_FILES for file in folder.glob(pattern)}):
                 size = file.stat().st_size
@@ -156,23 +209,40 @@ class RewardModel(ModelOracle):
         too_long = [self._too_long(query, rows) for query, rows in zip(queries, encoded, strict=True)]
         rows = [row for group, failure in zip(encoded, too_long, strict=True) if failure is None for row in group]
         scores = iter(self._score(rows))
+        passes = [iter(self._dropped_out(rows, number)) for number in range(self.dropout_passes)]
         seconds = (time.perf_counter() - started) / max(len(rows), 1)
         results: list[Verdict | Failure] = []
         for group, failure in zip(encoded, too_long, strict=True):
             if failure is not None:
                 results.append(failure)
                 continue
-            cost = Cost(calls=len(group), seconds=seconds * len(group), tokens=sum(len(row) for row in group))
-            results.append(
-                _verdicts.from_scores(
-                    [next(scores) for _ in group],
-                    len(group),
-                    annotator=f"reward_model:{Path(self.path).name}",
-                    oracle_version=self.version,
-                    cost=cost,
-                )
+            calls = len(group) * (1 + self.dropout_passes)
+            tokens = sum(len(row) for row in group) * (1 + self.dropout_passes)
+            verdict = _verdicts.from_scores(
+                [next(scores) for _ in group],
+                len(group),
+                annotator=f"reward_model:{Path(self.path).name}",
+                oracle_version=self.version,
+                cost=Cost(calls=calls, seconds=seconds * len(group), tokens=tokens),
             )
+            members = [induced(tuple(next(one) for _ in group), self.preference_temperature) for one in passes]
+            if isinstance(verdict, Verdict) and members:
+                verdict = replace(verdict, uncertainty=_verdicts.nats_of(members))
+            results.append(verdict)
         return results
+
+    def _dropped_out(self, rows: Sequence[list[int]], number: int) -> list[float]:
+        """The scores of one pass with dropout; which units drop out follows from the number of the pass and what is judged."""
+        import torch
+
+        device = self._model.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(derive_seed("dropout", number, rows))
+            self._model.train()
+            try:
+                return self._score(rows)
+            finally:
+                self._model.eval()
 
     def _folder(self) -> Path:
         if Path(self.path).is_dir():

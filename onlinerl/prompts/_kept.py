@@ -8,7 +8,7 @@ from typing import Any
 
 from onlinerl.config import RunConfig
 from onlinerl.errors import PromptError
-from onlinerl.prompts._source import tokenized
+from onlinerl.prompts._rendering import tokenized
 from onlinerl.protocols.prompts import Which
 from onlinerl.types import Prompt, RawPrompt
 

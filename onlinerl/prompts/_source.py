@@ -7,9 +7,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from onlinerl.errors import PromptError
+from onlinerl.prompts._goals import with_goals
+from onlinerl.prompts._rendering import render
 from onlinerl.prompts._rows import question
 from onlinerl.protocols.prompts import PromptsConfig
 from onlinerl.types import Prompt, RawPrompt, derive_seed
+from onlinerl.types.prompts import Goals
 
 
 class Loaded(NamedTuple):
@@ -23,7 +26,13 @@ class Loaded(NamedTuple):
 
 
 def load_prompts(
-    config: PromptsConfig, tokenizer: Any, seed: int, *, needs_answers: bool = False, longest_answer: int | None = None
+    config: PromptsConfig,
+    tokenizer: Any,
+    seed: int,
+    *,
+    needs_answers: bool = False,
+    longest_answer: int | None = None,
+    goals: Goals | None = None,
 ) -> Loaded:
     """All that a run needs.
 
@@ -33,6 +42,7 @@ def load_prompts(
         seed: the run's seed; it decides the order of the training prompts.
         needs_answers: whether the oracle needs reference answers.
         longest_answer: in tokens, where the algorithm trains on the reference answers of the training prompts; None: it does not.
+        goals: how prompts tell the model which score its response shall have; None: they do not.
 
     Raises:
         PromptError: for everything that is wrong with either file, before anything expensive starts.
@@ -53,40 +63,18 @@ def load_prompts(
                 f"{field}: {len(before) - len(after):,} of {len(before):,} left out, longer than {config.max_tokens} tokens"
             )
     if longest_answer is not None:
-        kept = {prompt.id for prompt in rendered}
-        rendered = with_answers(rendered, [each for each in train if each.id in kept], tokenizer, longest_answer)
+        rendered = with_answers(rendered, _those(train, rendered), tokenizer, longest_answer)
+    if goals is not None:
+        told = _those(train, rendered), _those(heldout, asked)
+        rendered = with_goals(rendered, told[0], tokenizer, goals, config.max_tokens, "prompts.train", trained=True)
+        asked = with_goals(asked, told[1], tokenizer, goals, config.max_tokens, "prompts.heldout", trained=False)
     return Loaded(ShuffledPrompts(rendered, seed=seed, reuse=config.reuse), asked, remarks)
 
 
-def render(
-    raw: Sequence[RawPrompt], tokenizer: Any, max_tokens: int, field: str = "prompts.train", *, leave_out_long: bool = False
-) -> list[Prompt]:
-    """Apply the chat template where there are messages and tokenise, once and for all.
-
-    Args:
-        raw: what the source returned.
-        tokenizer: the policy's tokenizer, with the interface of Hugging Face tokenizers.
-        max_tokens: longest prompt accepted, in tokens.
-        field: the configuration key that named the file, for messages.
-        leave_out_long: leave longer ones out, unless all are.
-
-    Raises:
-        PromptError: if there is no chat template for messages, special tokens are doubled or misplaced, or prompts are too
-            long (none is cut, and none left out unless asked for).
-    """
-    prompts = [tokenized(prompt, tokenizer, field) for prompt in raw]
-    long = [prompt for prompt in prompts if len(prompt.token_ids) > max_tokens]
-    if leave_out_long and 0 < len(long) < len(prompts):
-        return [prompt for prompt in prompts if len(prompt.token_ids) <= max_tokens]
-    if long:
-        longest = max(long, key=lambda prompt: len(prompt.token_ids))
-        raise PromptError(
-            f"{len(long)} of {len(prompts)} prompts are longer than {max_tokens} tokens; the longest, {longest.id!r}, has "
-            f"{len(longest.token_ids)}",
-            field=field,
-            fix=f"set prompts.max_tokens to {len(longest.token_ids)} or more, or leave these prompts out: prompts.filter_overlong_prompts=true",
-        )
-    return prompts
+def _those(raw: Sequence[RawPrompt], rendered: Sequence[Prompt]) -> list[RawPrompt]:
+    """The raw prompts of those that were not left out."""
+    ids = {prompt.id for prompt in rendered}
+    return [each for each in raw if each.id in ids]
 
 
 def check_overlap(train: Sequence[RawPrompt], heldout: Sequence[RawPrompt]) -> None:
@@ -218,68 +206,3 @@ class ShuffledPrompts:
 
 def _named(prompt: RawPrompt) -> str:
     return f"{prompt.id!r} ({prompt.place})" if prompt.place else repr(prompt.id)
-
-
-def tokenized(prompt: RawPrompt, tokenizer: Any, field: str) -> Prompt:
-    """One prompt, of any length, as the model gets it.
-
-    Raises:
-        PromptError: see `render`.
-    """
-    if prompt.messages:
-        text = _apply_template(prompt, tokenizer, field)
-        # The template has written all special tokens that belong there.
-        token_ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    else:
-        text = prompt.text
-        token_ids = tuple(tokenizer(text, add_special_tokens=True)["input_ids"])
-    if not token_ids:
-        raise PromptError(
-            f"the tokenizer makes nothing of prompt {prompt.id!r}: {text!r} has no tokens",
-            field=field,
-            fix="remove it, or give text that the model can read",
-        )
-    _check_special_tokens(prompt, token_ids, tokenizer, field)
-    return Prompt(
-        id=prompt.id,
-        text=text,
-        token_ids=token_ids,
-        messages=prompt.messages,
-        reference_answer=prompt.reference_answer,
-        source=prompt.source,
-    )
-
-
-def _apply_template(prompt: RawPrompt, tokenizer: Any, field: str) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise PromptError(
-            f"prompt {prompt.id!r} is a conversation, but the model's tokenizer has no chat template",
-            field=field,
-            fix="use an instruction-tuned model, or give prompts as text for plain continuation",
-        )
-    messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
-    try:
-        rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates are programs that raise what they like, e.g. on a role they do not know
-        raise PromptError(
-            f"the model's chat template rejects prompt {prompt.id!r}: {error}",
-            field=field,
-            fix="use roles and turns that the model knows (some know no system message), or another model",
-        ) from error
-    return rendered
-
-
-def _check_special_tokens(prompt: RawPrompt, token_ids: tuple[int, ...], tokenizer: Any, field: str) -> None:
-    bos, eos = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
-    if bos is not None and token_ids[:2] == (bos, bos):
-        raise PromptError(
-            f"prompt {prompt.id!r} starts with two beginning-of-sequence tokens",
-            field=field,
-            fix="remove one from the tokenizer's chat template or post-processor",
-        )
-    if not prompt.messages and eos is not None and len(token_ids) > 1 and token_ids[-1] == eos:
-        raise PromptError(
-            f"the tokenizer ends prompt {prompt.id!r} with its end-of-sequence token, so there is nothing to continue",
-            field=field,
-            fix="switch that off in the tokenizer (add_eos_token: false)",
-        )

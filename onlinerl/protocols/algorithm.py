@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from onlinerl.protocols.component import Component
+from onlinerl.types.prompts import Goals
 from onlinerl.types.training import TrainItem, TrainSequence, Unit
 
 if TYPE_CHECKING:  # torch stays out of everything that only passes batches along, and labels out of losses
@@ -60,6 +61,8 @@ class Needs(BaseModel):
     them (`valid`), right by weighing them (`corrected`), near enough (`approximate`), or takes them for the newer one's (`refused`)."""
     preferences: bool = False
     """How probable it is that one response beats another (win rates, soft labels); scores alone only imply it."""
+    uncertainty: bool = False
+    """How far several judgements of one pair disagree (`Verdict.uncertainty`)."""
     collision: bool = False
     """log sum_v pi_v^2 of the next-token distribution at each response token, without gradient."""
     reference_kl: bool = False
@@ -71,21 +74,31 @@ class Needs(BaseModel):
     auxiliary: bool = False
     """Auxiliary weights beside the policy's: an iteration trains them first, from where the one before left them, and then the policy from
     them, on the same items. `reference_logprobs` are those of the weights that a pass starts from, so there is no `reference`."""
+    ches: bool = False
+    """How alike the hidden states of the two responses of a pair are (`TrainSequence.ches`), of the policy that training starts from."""
     answers: bool = False
     """The stored answer of each training prompt, as tokens (`Prompt.answer_ids`)."""
+    goals: Goals | None = None
+    """How prompts tell the model which score its response shall have. Training prompts have the tokens of each goal (`Prompt.goal_ids`); what
+    is sampled and evaluated is asked for the highest."""
     labels: bool = True
     """Differences in what the oracle says: without any there is nothing to learn."""
     pairing: str | None = None
     """The pair builder where `pairing.name` is left out; None leaves it at the usual one."""
     greedy: bool = False
     """The greedy response (temperature 0) of the policy that samples. It joins the samples of its prompt, and is judged with them."""
+    teacher: bool = False
+    """The stored answer of each prompt joins the samples, and is judged with them. Such an algorithm needs `answers` too."""
+    replay: tuple[float, ...] = ()
+    """By how many iterations old they are, 1 first: at most how many items of earlier iterations are trained once more, as a share of the new
+    ones. They are not sampled or judged again; log-probs are those of the present reference."""
     reference_samples: int = 0
     """So many responses of the base model to each prompt, which join the samples too."""
 
     @property
     def beside_samples(self) -> tuple[str, ...]:
         """Sources of the responses of a group beside those that `sampling.samples_per_prompt` counts."""
-        return ("greedy",) * self.greedy + ("reference",) * self.reference_samples
+        return ("greedy",) * self.greedy + ("reference",) * self.reference_samples + ("teacher",) * self.teacher
 
     @property
     def reference_logprobs(self) -> bool:
@@ -148,6 +161,11 @@ class Algorithm(Component):
     def score(self, sequence: TrainSequence) -> float:
         """What a response earns: the oracle's score, unless the algorithm puts another one in its place."""
         return sequence.score
+
+    def select(self, items: Sequence[TrainItem]) -> tuple[Sequence[int], Mapping[str, int]]:
+        """Places of the items of the iteration that are trained, in their order, and how many were left out for which reason: what can be said
+        only once log-probs are filled in, or all items are known. `prepare` gets those that are left."""
+        return range(len(items)), {}
 
     def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Iterable[TrainItem]:
         """See all items of the iteration, with log-probs and values filled in: advantages, whitening, weights.

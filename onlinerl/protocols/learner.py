@@ -60,6 +60,11 @@ class Learner(Protocol):
         """Critic values f32[T] of each response."""
         ...
 
+    def hidden_sums(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
+        """f32[H] of each response: the sum of the policy's last hidden states from the last prompt token to the last but one of the response,
+        which leaves its end-of-sequence token out. For algorithms with `Needs.ches`."""
+        ...
+
     def update(
         self, steps: Sequence[Sequence[TrainItem]], learning_rates: Sequence[float], *, target_kl: float | None = None
     ) -> Iterator[UpdateReport]:
@@ -145,6 +150,10 @@ class LearnerRank(Protocol):
 
     def values(self, micro: Sequence[Sequence[TrainSequence]]) -> list[list[np.ndarray]]:
         """Critic values f32[T] per sequence per micro-batch."""
+        ...
+
+    def hidden_sums(self, micro: Sequence[Sequence[TrainSequence]]) -> list[list[np.ndarray]]:
+        """f32[H] per sequence per micro-batch; see `Learner.hidden_sums`."""
         ...
 
     def step(

@@ -66,6 +66,11 @@ class Oracle(Component):
         """True if prompts must carry a reference answer."""
         return False
 
+    @property
+    def gives_uncertainty(self) -> bool | None:
+        """Whether its verdicts say how far several judgements disagree (`Verdict.uncertainty`); None where only a verdict shows it."""
+        return None
+
     def judge(self, queries: Sequence[Query]) -> Iterable[Verdict | Failure]:
         """One result per query, in order: a list, or an iterator that yields each as soon as it is known.
 

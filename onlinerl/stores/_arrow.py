@@ -12,7 +12,7 @@ import pyarrow as pa
 
 Row = dict[str, Any]
 
-PER_TOKEN = frozenset({"token_ids", "logprobs", "old_logprobs", "reference_logprobs", "anchor_logprobs", "values"})
+PER_TOKEN = frozenset({"token_ids", "logprobs", "old_logprobs", "reference_logprobs", "anchor_logprobs", "values", "ches"})
 """Columns with one array of numbers per response."""
 _RENAMED = {"old": "old_logprobs", "reference": "reference_logprobs"}
 """Columns of formats 1 to 5, in any table -> what they are called now. Files keep the names that they were written with, and are read as if

@@ -113,6 +113,7 @@ def prompt_row(prompt: Prompt) -> dict[str, Any]:
         "messages": [{"role": m.role, "content": m.content} for m in prompt.messages],
         "reference_answer": prompt.reference_answer,
         "source": prompt.source,
+        **({"goal_ids": [list(map(int, ids)) for ids in prompt.goal_ids]} if prompt.goal_ids else {}),
         **({"answer_ids": [int(t) for t in prompt.answer_ids]} if prompt.answer_ids else {}),
     }
 
@@ -120,15 +121,16 @@ def prompt_row(prompt: Prompt) -> dict[str, Any]:
 def prompt_from_row(row: Mapping[str, Any]) -> Prompt:
     """The reverse of `prompt_row`."""
     messages = tuple(Message(**message) for message in row["messages"])
-    answer = tuple(row.get("answer_ids") or ())
-    return Prompt(**{**row, "token_ids": tuple(row["token_ids"]), "messages": messages, "answer_ids": answer})
+    goals, answer = tuple(map(tuple, row.get("goal_ids") or ())), tuple(row.get("answer_ids") or ())
+    more = {"messages": messages, "goal_ids": goals, "answer_ids": answer}
+    return Prompt(**{**row, "token_ids": tuple(row["token_ids"]), **more})
 
 
 def result_row(prompt_id: str, result: Verdict | Failure) -> dict[str, Any]:
     """What the oracle said about a group as one row of the verdicts table; `status` is "ok" or the kind of failure."""
     if isinstance(result, Failure):
         failed = dict.fromkeys(
-            ("annotator", "oracle_version", "scores", "preferences", "strength", "temperature", "raw", "cost")
+            ("annotator", "oracle_version", "scores", "preferences", "strength", "uncertainty", "temperature", "raw", "cost")
         )
         return {"prompt_id": prompt_id, "status": result.kind, "message": result.message, **failed}
     return {
@@ -140,6 +142,7 @@ def result_row(prompt_id: str, result: Verdict | Failure) -> dict[str, Any]:
         "scores": None if result.scores is None else _cells(result.scores),
         "preferences": None if result.preferences is None else [_cells(line) for line in result.preferences],
         "strength": None if result.strength is None else [_cells(line) for line in result.strength],
+        "uncertainty": None if result.uncertainty is None else [_cells(line) for line in result.uncertainty],
         "temperature": float(result.temperature),
         "raw": result.raw,
         "cost": {
@@ -161,6 +164,7 @@ def result_from_row(row: Mapping[str, Any]) -> tuple[str, Verdict | Failure]:
         scores=None if row["scores"] is None else _floats(row["scores"]),
         preferences=None if row["preferences"] is None else tuple(_floats(line) for line in row["preferences"]),
         strength=None if row["strength"] is None else tuple(_floats(line) for line in row["strength"]),
+        uncertainty=None if row.get("uncertainty") is None else tuple(_floats(line) for line in row["uncertainty"]),
         temperature=1.0 if row.get("temperature") is None else row["temperature"],  # older runs did not store it
         raw=row["raw"],
         cost=Cost(**row["cost"]),
@@ -280,6 +284,7 @@ LABELS = Codec(
             "scores": _FLOATS,
             "preferences": pa.list_(_FLOATS),
             "strength": pa.list_(_FLOATS),
+            "uncertainty": pa.list_(_FLOATS),
             "temperature": pa.float64(),
             "raw": _TEXT,
             "cost": _COST,
@@ -308,7 +313,7 @@ LOGPROBS = Codec(
     pa.schema(
         {"prompt_id": _TEXT}
         | dict.fromkeys(
-            ("logprobs", "old_logprobs", "reference_logprobs", "anchor_logprobs", "values"), per_token(pa.float32())
+            ("logprobs", "old_logprobs", "reference_logprobs", "anchor_logprobs", "values", "ches"), per_token(pa.float32())
         )
     ),
     logprob_row,
@@ -323,6 +328,7 @@ PROMPTS = Codec(
             "messages": pa.list_(pa.struct({"role": _TEXT, "content": _TEXT})),
             "reference_answer": _TEXT,
             "source": _TEXT,
+            "goal_ids": pa.list_(pa.list_(pa.uint32())),
             "answer_ids": pa.list_(pa.uint32()),
         }
     ),

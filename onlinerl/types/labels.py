@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
@@ -55,6 +56,24 @@ def induced(scores: tuple[float, ...], temperature: float) -> np.ndarray:
     return probs
 
 
+def disagreement(members: np.ndarray) -> np.ndarray:
+    """H(mean of p) - mean of H(p) over the first axis of probabilities [M, K, K], H the entropy of a coin: within [0, log 2] nats, 0 where all
+    say the same; NaN where one says nothing.
+
+    "Bayesian Active Learning for Classification and Preference Learning" (arXiv 1112.5745), equation 2; as the estimator of
+    "Self-Evolutionary Large Language Models through Uncertainty-Enhanced Preference Optimization".
+    """
+    nats: np.ndarray = np.clip(_entropy(members.mean(axis=0)) - _entropy(members).mean(axis=0), 0.0, math.log(2))
+    return nats
+
+
+def _entropy(probs: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        heads, tails = (np.where(p == 0, 0.0, p * np.log(p)) for p in (probs, 1.0 - probs))
+    total: np.ndarray = -(heads + tails)
+    return total
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
     """What an oracle said about one group: scores, a matrix of pairwise probabilities, or both."""
@@ -69,6 +88,9 @@ class Verdict:
     """[K][K], exactly as returned: [i][j] = P(i beats j) with i shown first. Diagonal and unasked cells are NaN."""
     strength: tuple[tuple[float, ...], ...] | None = None
     """[K][K] strength of each preference on the oracle's own scale."""
+    uncertainty: tuple[tuple[float, ...], ...] | None = None
+    """[K][K], of an oracle that has judged several times: by how much its judgements disagree about each pair, in nats (see
+    `disagreement`). NaN where unknown."""
     temperature: float = 1.0
     """In units of the score: how large a gap between two scores must be to mean odds of e to 1 (see `matrix`)."""
     raw: str | None = None
@@ -92,6 +114,12 @@ class Verdict:
                 return Failure(kind="non_finite", message="a preference is no probability")
         if self.strength is not None and np.asarray(self.strength, dtype=np.float64).shape != (count, count):
             return Failure(kind="wrong_length", message=f"the strengths of {count} responses must be {count} x {count}")
+        if self.uncertainty is not None:
+            nats = np.asarray(self.uncertainty, dtype=np.float64)
+            if nats.shape != (count, count):
+                return Failure(kind="wrong_length", message=f"the uncertainties of {count} responses must be {count} x {count}")
+            if ((nats < -1e-9) | (nats > math.log(2) + 1e-9)).any():
+                return Failure(kind="non_finite", message="an uncertainty is not between 0 and log 2")
         texts = (self.annotator, self.oracle_version, self.raw or "")
         if not all(isinstance(text, str) for text in texts) or not isinstance(self.cost, Cost):
             return Failure(kind="parse_fail", message="annotator, oracle_version and raw must be texts, and cost a Cost")

@@ -97,6 +97,8 @@ class TrainRecord(PhaseRecord):
     reference: int | None
     policy_version: int
     """Of the policy that training started from."""
+    replayed: Mapping[str, int]
+    """Items of earlier iterations, before `select`, by how many iterations old they were."""
     sampled_by: Sequence[int]
     """Versions of the policy that sampled what was trained on."""
 
@@ -161,6 +163,8 @@ class CommitRecord(PhaseRecord):
 
     status: str
     """What became of the iterate: `promoted`, or `keep` where there was nothing to learn."""
+    best: int
+    """The best iterate so far by the held-out prompts, see `best_iterate`."""
 
 
 class PhaseRecords(TypedDict, total=False):

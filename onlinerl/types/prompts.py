@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +36,7 @@ class Prompt:
     id: str
     """Unique within its source."""
     text: str
-    """What the model sees, as text (after the chat template, if one applies)."""
+    """What the model sees, as text (after the chat template, if one applies); without the goal, if it is told one."""
     token_ids: tuple[int, ...]
     """What the model sees, as tokens."""
     messages: tuple[Message, ...] = ()
@@ -44,5 +45,22 @@ class Prompt:
     """The known right answer, for verifiers."""
     source: str = ""
     """Where it came from, for slices."""
+    goal_ids: tuple[tuple[int, ...], ...] = ()
+    """What the model sees with each goal, the lowest first, where it is trained on several; else empty. `token_ids` then has the highest."""
     answer_ids: tuple[int, ...] = ()
     """The reference answer as tokens that end with the end-of-sequence token, where it is trained on; else empty."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Goals:
+    """How a prompt tells the model which score its response shall have: a whole number from 1 to `scale`."""
+
+    scale: int
+    text: str
+    """With {goal} and {scale} where they go."""
+    place: Literal["system", "user"] = "system"
+    """In a system turn of a conversation, or before its last user turn. A text that is continued always begins with it."""
+
+    def said(self, goal: int) -> str:
+        """The words for one goal."""
+        return self.text.replace("{goal}", str(goal)).replace("{scale}", str(self.scale))

@@ -10,8 +10,9 @@ from onlinerl.types.prompts import Prompt
 
 FinishReason = Literal["stop", "length", "abort"]
 RejectReason = Literal["logprob", "abort"]
-Source = Literal["policy", "greedy", "reference"]
-"""Where a response is from: drawn from the policy, its most probable token taken at each position, or drawn from the base model."""
+Source = Literal["policy", "greedy", "reference", "teacher"]
+"""Where a response is from: drawn from the policy, its most probable token taken at each position, drawn from the base model,
+or the stored answer to the prompt, which nobody sampled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +60,7 @@ class Rollout:
     text: str
     finish_reason: FinishReason
     policy_version: int
-    """Which weights produced it: 0 is the base model, t the iterate of iteration t."""
+    """Which weights produced it: 0 is the base model, t the iterate of iteration t, -1 none: it is a stored answer, whose `logprobs` are NaN."""
     sampler: Sampling
     seed: int
     source: str = "policy"

@@ -29,7 +29,7 @@ class TrainSequence:
     """Weight of what the loss asks of the policy; with 0 only the critic learns from this response."""
     finish_reason: FinishReason = "stop"
     policy_version: int | None = 0
-    """Which version of the policy sampled it; None if none did: it is a stored answer, which nobody judges."""
+    """Which version of the policy sampled it; None if none did: it is a stored answer."""
     behavior_logprobs: np.ndarray | None = None
     """f32[T], reported by the engine: of the policy that sampled."""
     old_logprobs: np.ndarray | None = None
@@ -44,6 +44,8 @@ class TrainSequence:
     """f32[T], targets of the critic."""
     anchor_logprobs: np.ndarray | None = None
     """f32[T], of the base model, by the learner, beside those of the reference."""
+    ches: np.ndarray | None = None
+    """f32[2], of a pair, at its chosen response: centered hidden embedding similarity score, and the same normalized by length."""
     source: str = "policy"
     """Who wrote it, see `Rollout.source`."""
 
@@ -67,10 +69,20 @@ class TrainItem:
     exploration: int | None = None
     """For a pair with an exploration response: which of the sequences that is; a third one where it is not one of the two."""
 
+    online: tuple[int, ...] = ()
+    """For a pair with samples of the policy for a KL: which of the sequences those are; one that was sampled twice is there twice."""
+
     @property
     def is_pair(self) -> bool:
         """Whether the first two sequences are a pair."""
-        return len(self.sequences) == 2 or self.exploration is not None
+        return len(self.sequences) == 2 or self.exploration is not None or bool(self.online)
+
+    @property
+    def compared(self) -> tuple[TrainSequence, ...]:
+        """The sequences without those that are there for a KL only: what must not have been cut."""
+        if not self.online:
+            return self.sequences
+        return tuple(s for n, s in enumerate(self.sequences) if n < 2 or n == self.exploration)
 
     @property
     def tokens(self) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from onlinerl.config import RunConfig
+from onlinerl.prompts._rendering import tokenized
 from onlinerl.prompts._rows import question
-from onlinerl.prompts._source import tokenized
 from onlinerl.protocols.prompts import Which
 from onlinerl.types import RawPrompt
 

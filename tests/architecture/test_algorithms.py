@@ -21,11 +21,13 @@ from onlinerl.protocols.algorithm import Algorithm
 ROOT = Path(__file__).parents[2]
 NAMES = registry.names("algorithms")
 
-LIMIT = 790
+LIMIT = 830
 """Lines of our own that importing an algorithm may run through, blank ones and comments included, its own file among them. Half of them are
 the three files that say what can be declared and read: protocols/algorithm.py, batch.py, types/training.py."""
 FAMILY = 190
 """As many more where a loss is on pairs, lists, whole steps or how responses fare against each other: what such losses share."""
+MODIFIERS = 220
+"""As many more where pairs may be filtered and a KL be measured beside them: what is known of a plan that one of both does not go with."""
 CRITIC = 320
 """As many more where there is a critic: what it begins as, rewards per token, advantages from values, a loss of its own."""
 WRAPPER = 310
@@ -74,6 +76,7 @@ def test_importing_a_loss_pulls_in_little(counted, name):
     bases = {base.__module__.rpartition(".")[2] for base in type(algorithm).__mro__[1:]}
     allowances = (
         (FAMILY, needs.pairs or needs.preferences or family),
+        (MODIFIERS, "_modified" in bases),
         (CRITIC, needs.critic),
         (WRAPPER, isinstance(algorithm, WholeStep) and isinstance(algorithm, Pairwise)),
         (OFF_POLICY, needs.off_policy == "corrected"),

@@ -83,8 +83,11 @@ def group(rng: np.random.Generator, number: int, kind: str, K: int = 4, source: 
         np.fill_diagonal(matrix, np.nan)
         matrix[0, 1] = np.nan  # asked in one order only
         verdict = Verdict(annotator="t", oracle_version="1", preferences=tuple(map(tuple, matrix.tolist())))
+    nats = math.log(2) * np.random.default_rng(number).random((K, K))
+    verdict = dataclasses.replace(verdict, uncertainty=tuple(map(tuple, ((nats + nats.T) / 2).tolist())))
     token_ids = tuple(rng.integers(1, 9, rng.integers(1, 5)).tolist())
-    prompt = Prompt(id=f"p{number}", text="", token_ids=token_ids, answer_ids=(100, 101 + number, 2))
+    goal_ids = tuple((goal, *token_ids) for goal in range(1, 11))
+    prompt = Prompt(id=f"p{number}", text="", token_ids=token_ids, goal_ids=goal_ids, answer_ids=(100, 101 + number, 2))
     return Judged(group=Group(prompt=prompt, rollouts=rollouts), verdict=verdict)
 
 
@@ -103,7 +106,7 @@ def refereed(texts: list[str], source: str = "policy") -> Judged:
         )
         for k, text in enumerate(texts)
     )
-    prompt = Prompt(id="p", text="", token_ids=(1, 2), answer_ids=(100, 2))
+    prompt = Prompt(id="p", text="", token_ids=(1, 2), goal_ids=tuple((7, goal) for goal in range(1, 11)), answer_ids=(100, 2))
     (verdict,) = Referee().ask([Query(prompt=prompt, responses=tuple(texts))])
     return Judged(group=Group(prompt=prompt, rollouts=rollouts), verdict=verdict)
 
@@ -154,12 +157,22 @@ def annotated_items(algorithm: Algorithm, kind: str = "scores", *, at_reference:
 
     judged = [group(rng, number, kind, source=source(algorithm)) for number in range(5)]
     items = [item for j in judged for item in algorithm.items(j, pairs_of(j) if needs.pairs else [])[0]]
-    return [dataclasses.replace(item, sequences=tuple(fill(s) for s in item.sequences)) for item in items]
+    filled = [dataclasses.replace(item, sequences=tuple(fill(s) for s in item.sequences)) for item in items]
+    if not needs.ches:
+        return filled
+    drawn = np.random.default_rng(6).standard_normal((len(filled), 2)).astype(np.float32)
+    firsts = [item.sequences[0].with_(ches=ches) for item, ches in zip(filled, drawn, strict=True)]
+    return [dataclasses.replace(i, sequences=(first, *i.sequences[1:])) for i, first in zip(filled, firsts, strict=True)]
+
+
+def selected(algorithm: Algorithm, items: list[TrainItem]) -> list[TrainItem]:
+    """Those that are left when everything is known about them."""
+    return [items[place] for place in algorithm.select(items)[0]]
 
 
 def training_items(algorithm: Algorithm, kind: str = "scores", *, at_reference: bool = False) -> list[TrainItem]:
     """What reaches the learner in the first iteration."""
-    return list(algorithm.prepare(annotated_items(algorithm, kind, at_reference=at_reference)))
+    return list(algorithm.prepare(selected(algorithm, annotated_items(algorithm, kind, at_reference=at_reference))))
 
 
 class Policy:

@@ -31,6 +31,7 @@ class Referee(Oracle):
                 preferences=tuple(
                     tuple(cell(i, j, query.responses) for j in range(len(query.responses))) for i in range(len(query.responses))
                 ),
+                uncertainty=((0.0,) * len(query.responses),) * len(query.responses),
                 cost=Cost(calls=len(query.responses) ** 2),
             )
             for query in queries

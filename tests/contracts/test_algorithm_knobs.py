@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from algorithm_cases import GOLDEN, Policy, annotated_items, build, golden, group, pairs_of, source
+from algorithm_cases import GOLDEN, Policy, annotated_items, build, golden, group, pairs_of, selected, source
 
 from onlinerl import registry
 from onlinerl.protocols.algorithm import Needs
@@ -37,7 +37,7 @@ def outcome(name: str, values: dict[str, Any]) -> tuple[Needs, float, list[float
     algorithm = build(name, values)
     groups = [group(np.random.default_rng(number), number, "scores", source=source(algorithm)) for number in range(5)]
     built = [algorithm.items(one, pairs_of(one) if algorithm.needs.pairs else []) for one in groups]
-    items = list(algorithm.prepare(annotated_items(algorithm), PAST))
+    items = list(algorithm.prepare(selected(algorithm, annotated_items(algorithm)), PAST))
     loss, gradient, _ = Policy(items).gradient(algorithm, [items])
     order = [list(stage) for stage in algorithm.order(items)]
     left_out = [str(dropped) for _, dropped in built]

@@ -16,6 +16,7 @@ from algorithm_cases import (
     golden,
     pairs_of,
     refereed,
+    selected,
     source,
     trained,
     training_items,
@@ -185,7 +186,7 @@ def test_weight_zero_gives_no_gradient(name, knobs):
 
 
 def prepare_and_train(algorithm: Algorithm, items: list[TrainItem]) -> None:
-    prepared = list(algorithm.prepare(items))
+    prepared = list(algorithm.prepare(selected(algorithm, items)))
     Policy(prepared).gradient(algorithm, [prepared])
 
 
@@ -201,9 +202,10 @@ def test_declares_what_it_reads(name, knobs):
         "anchor_logprobs": needs.anchor,
         "old_logprobs": needs.old_logprobs,
         "values": needs.values,
+        "ches": needs.ches,
     }
     for field in [f for f, needed in read.items() if needed]:
-        items = training_items(algorithm)
+        items = annotated_items(algorithm)
         stripped = [
             dataclasses.replace(item, sequences=tuple(s.with_(**{field: None}) for s in item.sequences)) for item in items
         ]

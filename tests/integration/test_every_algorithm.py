@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import count_in_digits
 
 from onlinerl import registry
 from onlinerl.stores.summary import summarise
@@ -35,10 +37,13 @@ def write_sweep(folder: Path, model: Path) -> Path:
     openings = [{"text": f"the film was {word} and the story", "reference_answer": answer} for word in words]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, openings)))
     (folder / "heldout.jsonl").write_text("\n".join(json.dumps({"text": f"the music {w} the camera"}) for w in ("of", "and")))
+    counting = folder / "model"  # prompts with goals say them in digits
+    shutil.copytree(model, counting)
+    count_in_digits(counting)
     base = {
         "name": "base",
         "runs": str(folder / "runs"),
-        "model": str(model),
+        "model": str(counting),
         "iterations": ITERATIONS,
         "algorithm": {"name": "dpo"},
         "oracle": {"name": "python", "function": "separates.judge"},

@@ -79,6 +79,15 @@ def judge(queries):
     return [[0.5 if q["prompt"] in tied else score(r)["compound"] for r in q["responses"]] for q in queries]
 
 
+def doubt(queries):
+    """The same oracle, and three judges who make more or less of a difference."""
+    from math import exp
+
+    scored = judge(queries)
+    members = [[[[1 / (1 + exp(-c * (a - b))) for b in scores] for a in scores] for c in (1, 4, 16)] for scores in scored]
+    return [{"scores": scores, "members": three} for scores, three in zip(scored, members, strict=True)]
+
+
 def compare(queries):
     """The same oracle, but it only says which of two responses is better, and cannot say anything about one."""
     if any(len(q["responses"]) < 2 for q in queries):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from onlinerl import config as configuration
-from onlinerl.algorithm_checks import check_algorithm, check_sections, implied_preferences
+from onlinerl.algorithm_checks import check_algorithm, check_sections, check_uncertainty, implied_preferences
 from onlinerl.algorithms.onpo import Onpo
 from onlinerl.algorithms.tdpo1 import Tdpo1
 from onlinerl.errors import ConfigError
@@ -209,6 +210,15 @@ def test_what_reads_preferences_of_an_oracle_that_scores_is_told_what_they_are(a
     said = implied_preferences(config, built, oracle, SCORED)
     assert ["Bradley-Terry at temperature 0.5" in note for note in said] == [True] * reads
     assert implied_preferences(config, built, oracle, COMPARED) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "refused"), [("upo", False, True), ("upo", True, False), ("upo", None, False), ("dpo", False, False)]
+)
+def test_an_oracle_that_judges_once_cannot_say_how_uncertain_it_is(name, given, refused):
+    config = configuration.load(QUICKSTART, [f"algorithm.name={name}"])
+    with pytest.raises(ConfigError, match="sentiment as configured judges each pair once") if refused else nullcontext():
+        check_uncertainty(config, configuration.algorithm(config), given)
 
 
 def test_an_algorithm_that_declares_a_metric_of_others_is_refused():

@@ -76,6 +76,33 @@ class TestVerdicts:
         assert (verdict.preferences[0][1], verdict.preferences[1][0]) == (0.9, 0.3)
         assert verdict.matrix()[0, 1] == pytest.approx(0.8)  # (0.9 + 1 - 0.3) / 2
 
+    def test_members_are_averaged_and_what_they_disagree_by_is_kept(self):
+        members = [[[None, 0.9], [0.3, None]], [[None, 0.5], [0.5, None]]]
+        verdict = self.checked(members, build=_verdicts.from_members)
+        assert verdict.preferences[0][1] == pytest.approx(0.7)
+        # P(0 beats 1) is 0.8 and 0.5: H(0.65) - (H(0.8) + H(0.5)) / 2
+        assert (
+            verdict.uncertainty[0][1]
+            == verdict.uncertainty[1][0]
+            == pytest.approx(0.647447 - (0.500402 + 0.693147) / 2, abs=1e-6)
+        )
+        alike = self.checked([members[0]] * 3, build=_verdicts.from_members)
+        assert np.abs(alike.uncertainty).max() < 1e-12
+
+    @pytest.mark.parametrize(
+        ("members", "kind"),
+        [
+            ([[[0.5, 0.7], [0.3, 0.5]]], "wrong_length"),  # one
+            ([[[0.5, 0.7], [None, 0.5]], [[0.5, 0.7], [0.3, 0.5]]], "error"),  # in other orders
+            ([[[0.5, 0.7], [0.3, 0.5]], [[0.5, 1.7], [0.3, 0.5]]], "parse_fail"),
+            ("many", "parse_fail"),
+        ],
+    )
+    def test_bad_members_become_failures(self, members, kind):
+        result = self.checked(members, build=_verdicts.from_members)
+        assert isinstance(result, Failure)
+        assert result.kind == kind
+
     def test_one_order_alone_is_enough(self):
         verdict = self.checked([[None, 0.9], [None, None]], build=_verdicts.from_matrix)
         assert verdict.matrix()[1, 0] == pytest.approx(0.1)
@@ -214,6 +241,15 @@ class TestPythonFunction:
         (verdict,) = oracle("return [[len(r) for r in q['responses']] for q in queries]").judge([query("a", "bbb")])
         assert verdict.scores == (1.0, 3.0)
         assert verdict.annotator == "judges.mine.judge"
+
+    def test_members(self, oracle):
+        (verdict,) = oracle("return [{'scores': [2, 1], 'members': [[[.5, .9], [.1, .5]], [[.5, .5], [.5, .5]]]}]").judge(
+            [query("a", "b")]
+        )
+        assert (verdict.scores, verdict.preferences[0][1]) == ((2.0, 1.0), pytest.approx(0.7))
+        assert verdict.uncertainty[0][1] == pytest.approx(0.101749, abs=1e-6)
+        (alone,) = oracle("return [[[[.5, .9], [.1, .5]], [[.5, .5], [.5, .5]]]]").judge([query("a", "b")])
+        assert (alone.scores, alone.uncertainty) == (None, verdict.uncertainty)
 
     def test_preferences(self, oracle):
         (verdict,) = oracle("return [[[None, 0.8], [0.4, None]] for q in queries]").judge([query("a", "b")])
@@ -375,6 +411,30 @@ class TestRewardModel:
         for one, other in zip(batched, single, strict=True):
             assert one.scores == pytest.approx(other.scores, abs=1e-4)
         assert len(set(batched[0].scores)) == 4
+
+    def test_passes_with_dropout_say_how_uncertain_a_comparison_is(self, tmp_path):
+        path = save_reward_model(tmp_path)
+        asked = [query(" good", " not good it is dull", "", text="the film was")]
+        (plain,) = RewardModel(path=path, device="cpu").judge(asked)
+        oracle = RewardModel(path=path, device="cpu", dropout_passes=4, dropout=0.5)
+        (verdict,) = oracle.judge(asked)
+        assert (verdict.scores, plain.uncertainty, verdict.cost.calls) == (plain.scores, None, 15)
+        nats = np.array(verdict.uncertainty)
+        assert ((nats > 0) == ~np.eye(3, dtype=bool)).all()
+        assert np.allclose(nats, nats.T)
+        assert oracle.judge(asked)[0].uncertainty == verdict.uncertainty, "the same at every call"
+        assert oracle.judge(asked)[0].scores == plain.scores, "dropout is off again"
+        milder = RewardModel(path=path, device="cpu", dropout_passes=4, dropout=1e-6)
+        assert np.max(milder.judge(asked)[0].uncertainty) < 1e-9
+        assert len({one.version for one in (oracle, milder, RewardModel(path=path))}) == 3
+
+    def test_a_model_without_dropout_cannot_say_it(self, tmp_path):
+        with pytest.raises(OracleError, match="attention_dropout is 0") as refused:
+            RewardModel(path=save_reward_model(tmp_path), device="cpu", dropout_passes=4).inspect()
+        assert refused.value.fix == "set oracle.dropout, e.g. to 0.1"
+        for knobs, said in (({"dropout_passes": 1}, "cannot disagree"), ({"dropout": 0.1}, "only dropout_passes reads it")):
+            with pytest.raises(ValueError, match=said):
+                RewardModel(path="x", **knobs)
 
     def test_score_is_the_head_at_the_true_last_token(self, tmp_path):
         """Against the model's own layers, end-of-sequence included although it is also the pad token."""

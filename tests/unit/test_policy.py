@@ -315,3 +315,16 @@ def test_recomputation_happens_and_changes_nothing(critic):
     assert plain.keys() == grads.keys()
     for name, grad in plain.items():
         torch.testing.assert_close(grads[name], grad)
+
+
+def test_hidden_states_are_summed_from_the_last_prompt_token_to_the_last_but_one_of_the_response() -> None:
+    """Row by row and unpadded: the state of the last token, which ends a response, is not in the sum."""
+    model = llama(True)
+    outputs = Policy(model)(batch_of(ROWS), hidden=True)
+    assert outputs.hidden_BH is not None
+    for row, found in zip(ROWS, outputs.hidden_BH, strict=True):
+        ids = torch.tensor([[*row.prompt_ids, *row.response_ids]])
+        states = model.base_model(input_ids=ids).last_hidden_state[0]
+        expected = states[len(row.prompt_ids) - 1 : len(row.prompt_ids) + len(row.response_ids) - 1].sum(dim=0)
+        assert torch.allclose(found, expected, atol=1e-4)
+    assert Policy(model)(batch_of(ROWS)).hidden_BH is None

@@ -16,6 +16,7 @@ from onlinerl.prompts._source import ShuffledPrompts, check_answers, check_overl
 from onlinerl.prompts.jsonl import Jsonl, read_prompts
 from onlinerl.protocols.prompts import PromptsConfig
 from onlinerl.types import Prompt
+from onlinerl.types.prompts import Goals
 
 
 def write(folder: Path, *rows: object, name: str = "prompts.jsonl") -> str:
@@ -197,6 +198,66 @@ class TestOverlap:
         with pytest.raises(PromptError, match="which the algorithm needs") as error:
             check_answers(prompts, needed_by="algorithm")
         assert "choose another algorithm" in error.value.fix
+
+
+class TestGoals:
+    """Prompts that say which score is wanted."""
+
+    GOALS = Goals(scale=3, text="aim for {goal} of {scale}")
+
+    def rendered(self, folder, tokenizer, goals=GOALS, **files):
+        rows = files or {"train": [{"text": "one"}, {**CHAT, "id": "chat"}], "heldout": [{"text": "three"}]}
+        paths = {name: write(folder, *own, name=f"{name}.jsonl") for name, own in rows.items()}
+        return load_prompts(Jsonl(**paths, max_tokens=12), tokenizer, seed=0, goals=goals)
+
+    def test_what_is_sampled_and_evaluated_has_the_highest_goal_and_training_prompts_have_all(self, tmp_path):
+        source, (held,) = self.rendered(tmp_path, Telling())
+        plain, chat = sorted(source, key=lambda p: p.id == "chat")
+        for prompt in (plain, chat):
+            assert len({*prompt.goal_ids}) == 3
+            assert prompt.token_ids == prompt.goal_ids[-1]
+        assert (plain.text, held.text, chat.messages[0].content) == ("one", "three", CHAT["messages"][0]["content"]), (
+            "for oracles"
+        )
+        assert plain.token_ids == (1, 13, 13, 3, 12, 3, 13)  # aim for 3 of 3, one
+        assert (held.token_ids, held.goal_ids) == ((1, 13, 13, 3, 12, 3, 15), ())
+        assert chat.goal_ids[0][:6] == (1, 13, 13, 1, 12, 3)
+
+    def test_before_the_last_user_turn_or_in_the_system_turn_that_there_is(self, tmp_path):
+        turns = [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]
+        files = {"train": [{"messages": turns}], "heldout": [{"text": "three"}]}
+        told = {}
+        for place in ("system", "user"):
+            goals = Goals(scale=2, text="goal {goal}", place=place)
+            (told[place],) = self.rendered(tmp_path, Telling(), goals, **files)[0]
+        assert told["system"].token_ids == (1, 14, 2, 12, 12)
+        assert told["user"].token_ids == (1, 12, 14, 2, 12)
+
+    def test_a_template_that_leaves_the_goal_out_is_refused(self, tmp_path):
+        class Deaf(Telling):
+            def apply_chat_template(self, messages, **how):
+                return super().apply_chat_template(messages[-1:], **how)
+
+        with pytest.raises(PromptError, match="the same tokens with different goals") as error:
+            self.rendered(tmp_path, Deaf())
+        assert error.value.fix.endswith("set algorithm.goal_place=user")
+        assert len(self.rendered(tmp_path, Deaf(), Goals(scale=3, text="go {goal}", place="user"))[0]) == 2
+
+    def test_goals_count_as_a_part_of_the_prompt(self, tmp_path):
+        long = Goals(scale=3, text="a very long way of saying that {goal} is what is wanted")
+        with pytest.raises(PromptError, match="2 of 2 prompts are longer than 12 tokens"):
+            self.rendered(tmp_path, Telling(), long)
+
+
+class Telling(WordTokenizer):
+    """Numbers are tokens of their own; the chat template says all turns."""
+
+    def __call__(self, text, add_special_tokens):
+        ids = [1 if w == "<bos>" else int(w) if w.isdigit() else 10 + len(w) for w in text.split()]
+        return {"input_ids": ([1] if add_special_tokens else []) + ids}
+
+    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
+        return " ".join(["<bos>", *(m["content"] for m in messages)])
 
 
 class TestAnswers:

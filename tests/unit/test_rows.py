@@ -90,6 +90,7 @@ whole_prompts = st.builds(
     messages=conversations,
     reference_answer=st.none() | texts,
     source=texts,
+    goal_ids=st.lists(ids, max_size=3).map(tuple),
     answer_ids=ids,
 )
 
@@ -105,6 +106,7 @@ def verdicts(draw):
         scores=draw(st.none() | vector),
         preferences=draw(st.none() | matrix),
         strength=draw(st.none() | matrix),
+        uncertainty=draw(st.none() | matrix),
         temperature=draw(st.floats(0.01, 10)),
         raw=draw(st.none() | texts),
         cost=draw(

@@ -10,6 +10,7 @@ import pytest
 from onlinerl import config as configuration
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Verdict
+from onlinerl.types.labels import disagreement
 
 NAN = math.nan
 
@@ -73,6 +74,8 @@ def test_what_is_judged():
         ({"raw": {"words": "good"}}, "parse_fail"),
         ({"cost": None}, "parse_fail"),
         ({"strength": ((1.0,),)}, "wrong_length"),
+        ({"uncertainty": ((0.1,),)}, "wrong_length"),
+        ({"uncertainty": ((0.0, 0.7), (0.7, 0.0))}, "non_finite"),  # more than log 2
     ],
 )
 def test_what_could_not_be_stored_is_no_verdict(more, kind):
@@ -80,5 +83,17 @@ def test_what_could_not_be_stored_is_no_verdict(more, kind):
     problem = scored(1.0, 0.0, **more).problem(2)
     assert problem is not None
     assert problem.kind == kind
-    fine = scored(1.0, 0.0, raw="good", strength=((NAN, 1.0), (NAN, NAN)))
+    fine = scored(1.0, 0.0, raw="good", strength=((NAN, 1.0), (NAN, NAN)), uncertainty=((0.0, NAN), (NAN, 0.0)))
     assert fine.problem(2) is None
+
+
+def test_disagreement_by_hand():
+    """Of 1 and 0 it is log 2, of equals 0; of 0.9 and 0.5 H(0.7) - (H(0.9) + H(0.5)) / 2 = 0.610864 - (0.325083 + 0.693147) / 2."""
+    members = np.array(
+        [[[0.5, 1.0, 0.9], [0.0, 0.5, NAN], [0.1, 0.8, 0.5]], [[0.5, 0.0, 0.5], [1.0, 0.5, 0.4], [0.5, 0.8, 0.5]]]
+    )
+    nats = disagreement(members)
+    assert nats[0] == pytest.approx([0.0, np.log(2), 0.101749], abs=1e-6)
+    assert np.allclose(nats[:, 0], nats[0], atol=1e-12), "whoever is shown first"
+    assert np.isnan(nats[1, 2])
+    assert nats[2, 1] == 0

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from onlinerl.controller import items
+import numpy as np
+
+from onlinerl.controller import items, replay
 from onlinerl.controller.feed import Feed
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import batched
 from onlinerl.protocols.store import LOGPROBS, Table
-from onlinerl.types import AnnotateRecord, LogProbs, TrainSequence
+from onlinerl.types import AnnotateRecord, LogProbs, TrainItem, TrainSequence
 
 AT_ONCE = 1024
 """Prompts whose responses get their log-probs in one go. More at once would only take memory. With another number the learner makes other
@@ -26,8 +28,9 @@ def annotate(it: Iteration) -> AnnotateRecord:
     it.parts.tracker.phase_started(it.number, "annotate", len(it.prompt_ids), "groups")
     annotated = Counter[str]()
     labelled = it.labelled()
-    it.built = items.build(it, _annotated(it, table, labelled, annotated))
+    built = items.build(it, _annotated(it, table, labelled, annotated))
     table.seal()
+    it.built = replay.joined(it, built, lambda groups: _of_groups(it, groups))
     return {"sequences": annotated["sequences"], "reference": it.reference(), "waited": labelled.waited}
 
 
@@ -53,6 +56,8 @@ def _annotated(
 def _of_groups(it: Iteration, groups: Sequence[items.GroupItems]) -> list[LogProbs]:
     """What is kept about the sequences of each group."""
     arrays = _arrays(it, [s for made in groups for s in made.sequences])
+    if it.needs.ches:
+        arrays["ches"] = _ches(it, [item for made in groups for item in made.items])
     known, start = [], 0
     for made in groups:
         end = start + len(made.sequences)
@@ -70,6 +75,21 @@ def _chunks(it: Iteration, feed: Feed[str]) -> Iterator[Sequence[str]]:
             arrived.update(feed.take(len(it.prompt_ids)))
         yield chunk
     feed.take(1)  # the end: nobody is done before the one that is followed
+
+
+def _ches(it: Iteration, pairs: Sequence[TrainItem]) -> list[np.ndarray]:
+    """Of each pair, one array for each of its sequences: <a, b> - |a|^2 of the hidden states of the chosen response (a) and the rejected one
+    (b), of their sums and of their means; empty for the others. "Unintentional Unalignment: Likelihood Displacement in Direct Preference
+    Optimization" (arXiv 2410.08847), definition 2."""
+    two = [s for pair in pairs for s in pair.sequences[:2]]
+    sums = [np.asarray(own, np.float64) for own in it.parts.learner.hidden_sums(two)] if two else []
+    lengths = [len(s.response_ids) for s in two]
+    found: list[np.ndarray] = []
+    for n, pair in enumerate(pairs):
+        (a, b), (T, U) = sums[2 * n : 2 * n + 2], lengths[2 * n : 2 * n + 2]
+        scores = np.array([a @ b - a @ a, a @ b / (T * U) - a @ a / T**2], np.float32)
+        found += [scores, *[np.zeros(0, np.float32)] * (len(pair.sequences) - 1)]
+    return found
 
 
 def _arrays(it: Iteration, sequences: Sequence[TrainSequence]) -> dict[str, list[Any]]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 from onlinerl import graph
 from onlinerl.controller.iteration import Iteration
 from onlinerl.types import CommitRecord
@@ -21,9 +25,32 @@ def commit(it: Iteration) -> CommitRecord:
             store.retain("auxiliary", {*map(it.last_trained, checkpoints), *newer})
         if it.averaged:  # whoever goes on from a checkpoint needs the reference of the iteration after it
             store.retain("references", {it.reference(t + 1) or 0 for t in resumable if t >= 0})
-        if config.checkpoints.exports == "last":
+        if config.checkpoints.exports != "all":
             reference = it.reference()
             saved = [] if reference is None or it.averaged else [reference]
-            store.retain("exports", {it.number, it.number - 1, *newer, *saved})
+            best = [_best(it)] if config.checkpoints.exports == "best" else []
+            store.retain("exports", {it.number, it.number - 1, *newer, *saved, *best})
     idle = it.number > 0 and store.phases(it.number)["train"].get("idle") is not None
-    return {"status": "keep" if idle else "promoted"}
+    return {"status": "keep" if idle else "promoted", "best": _best(it)}
+
+
+def _best(it: Iteration) -> int:
+    """The best iterate up to this one."""
+    return best_iterate({t: it.parts.store.phases(t).get("measure", {}) for t in range(it.number + 1)})
+
+
+def best_iterate(measured: Mapping[int, Mapping[str, Any]]) -> int:
+    """The iterate with the highest reward on the held-out prompts; where the oracle only compares, with the highest win rate against the base
+    model, of which the base model itself has a half. Of equals the earliest.
+
+    Args:
+        measured: what `measure` recorded, by iterate.
+    """
+
+    def worth(t: int) -> float:
+        record = measured[t]
+        rate = record.get("win_rate") or {"value": 0.5}
+        scored = all(one.get("reward") is not None and math.isfinite(one["reward"]) for one in measured.values())
+        return float(record["reward"] if scored else rate["value"])
+
+    return max(sorted(measured), key=worth)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +11,8 @@ from onlinerl.controller import collect
 from onlinerl.controller.dynamic import Rounds
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.tally import Sampled
-from onlinerl.types import Group, Prompt, Request, SampleRecord, derive_seed
+from onlinerl.errors import StoreError
+from onlinerl.types import Group, Prompt, Request, Rollout, SampleRecord, derive_seed
 
 
 def sample(it: Iteration) -> SampleRecord:
@@ -38,6 +40,14 @@ def sample(it: Iteration) -> SampleRecord:
             for group, other in zip(groups, others, strict=True)
         ]
 
+    def with_teacher(groups: Sequence[Group]) -> Sequence[Group]:
+        """The stored answer is the last of all."""
+        return [replace(group, rollouts=(*group.rollouts, _answer(it, group.prompt))) for group in groups]
+
+    def with_others(groups: Sequence[Group]) -> Sequence[Group]:
+        groups = with_reference(groups) if it.needs.reference_samples else groups
+        return with_teacher(groups) if it.needs.teacher else groups
+
     sampled = collect.generate(
         it,
         requests(rounds.prompts),
@@ -47,7 +57,7 @@ def sample(it: Iteration) -> SampleRecord:
         version=it.sampling_version,
         feed=it.rollouts,
         more=more,
-        joined=with_reference if it.needs.reference_samples else lambda groups: groups,
+        joined=with_others,
     )
     it.report.sampled(it.number, sampled, kept=len(rounds.kept) if it.dynamic else None)
     record: SampleRecord = {
@@ -64,3 +74,27 @@ def sample(it: Iteration) -> SampleRecord:
             it.parts.tracker.note(shortage)
         record |= {"kept": rounds.kept, "useful": rounds.useful, "rounds": rounds.number, "waited": it.answers.waited}
     return record
+
+
+def _answer(it: Iteration, prompt: Prompt) -> Rollout:
+    """The stored answer as a response that no policy sampled.
+
+    Raises:
+        StoreError: if the prompt carries none.
+    """
+    if not prompt.answer_ids:
+        raise StoreError(
+            f"prompt {prompt.id!r} carries no stored answer, which the algorithm compares with the samples",
+            field="prompts.train",
+            fix="declare `answers` in the algorithm's `needs`, and start a new run",
+        )
+    return Rollout(
+        token_ids=prompt.answer_ids,
+        logprobs=(math.nan,) * len(prompt.answer_ids),
+        text=str(prompt.reference_answer),
+        finish_reason="stop",
+        policy_version=-1,
+        sampler=it.parts.config.sampling.spec(),
+        seed=derive_seed(it.parts.config.seed, it.number, prompt.id, "teacher"),
+        source="teacher",
+    )

@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any, overload
 
 from onlinerl import users_code
-from onlinerl.controller import health, items, self_test
+from onlinerl.controller import health, items, replay, self_test
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import batched, learning_rates
 from onlinerl.errors import LearnerError
@@ -24,10 +24,15 @@ AT_ONCE = 1024
 def train(it: Iteration) -> TrainRecord:
     """One pass of the learner over what was judged; no step at all where that gives nothing to learn."""
     with it.files:
-        built = it.built or items.build(it, items.stored(it))  # built on the way here, unless that was in another process
+        # Built on the way here, unless that was in another process.
+        built = items.selected(it, it.built or replay.joined(it, items.build(it, items.stored(it))))
         within_groups = it.needs.min_samples > 1
         idle = health.nothing_to_learn(
-            built.spreads, built.earned, built.dropped, within_groups=within_groups, labels=it.needs.labels
+            built.spreads,
+            built.earned if built.items else (),
+            built.dropped,
+            within_groups=within_groups,
+            labels=it.needs.labels,
         )
         if not it.prompt_ids:
             idle = f"all {len(it.sampled_ids)} prompts that were sampled are ties: the oracle gives every response to one the same judgement"
@@ -62,6 +67,7 @@ def train(it: Iteration) -> TrainRecord:
         "reference": it.reference(),
         "policy_version": it.number - 1,
         "sampled_by": sorted(built.sampled_by),
+        "replayed": {str(age): count for age, count in built.replayed.items()},
     }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onlinerl.algorithms._modified import PairFilter
 from onlinerl.batch import Batch, LossOutput, Outputs
 from onlinerl.ops.batching import collate
 from onlinerl.protocols.algorithm import Algorithm
@@ -16,6 +17,7 @@ from onlinerl.types import Group, Judged, Pair, Prompt, Rollout, Sampling, Train
 
 CAPPED = {"importance_sampling_cap": 0.9}
 IMPORTANCE_KNOBS = {
+    "online_kl": [({}, 0.5)],
     "importance_sampling_cap": [({}, 0.9), ({}, None), (CAPPED, None)],
     "importance_sampling_mode": [(CAPPED, mode) for mode in ("token_mask", "sequence_truncate", "sequence_mask")],
 }
@@ -28,7 +30,23 @@ PAIR_KNOBS = {
     "nll_norm": [({"nll_coef": 0.5}, "sum")],
 }
 """How the knobs that all losses on pairs have are set, for `KNOBS` of a golden test."""
-MARGIN_KNOBS = PAIR_KNOBS | {
+FILTERS = ({"margin": 0.8}, {"floor": 0.5}, {"max_reference_margin": 0.1}, {"ches_share": 0.3})
+MODIFIER_KNOBS = PAIR_KNOBS | {
+    "pair_filter": [
+        *(({}, PairFilter(**changes)) for changes in FILTERS),
+        ({"pair_filter": PairFilter(ches_share=0.3)}, PairFilter(ches_share=0.3, ches_normalized=False)),
+    ],
+    "online_kl": [({}, 0.5)],
+    "online_kl_samples": [({"online_kl": 0.5}, 3)],
+}
+"""Those of most losses on pairs."""
+WITH_REFERENCE = {
+    "pair_filter": [({"reference_free": False, **base}, value) for base, value in MODIFIER_KNOBS["pair_filter"]],
+    "online_kl": [({"reference_free": False}, 0.5)],
+    "online_kl_samples": [({"reference_free": False, "online_kl": 0.5}, 3)],
+}
+"""Of losses that have no reference unless they are told to."""
+MARGIN_KNOBS = MODIFIER_KNOBS | {
     "beta": [({}, 0.3)],
     "reference_free": [({}, True)],
     "ld_alpha": [({}, 0.5)],
@@ -100,7 +118,9 @@ def judged(lengths: Sequence[int], sources: Mapping[int, str] | None = None, **v
         )
         for k, length in enumerate(lengths)
     )
-    prompt = Prompt(id="p", text="x", token_ids=(1, 2), answer_ids=(90, 91, 0))
+    prompt = Prompt(
+        id="p", text="x", token_ids=(1, 2), goal_ids=tuple((7, goal) for goal in range(1, 11)), answer_ids=(90, 91, 0)
+    )
     return Judged(
         group=Group(prompt=prompt, rollouts=rollouts), verdict=Verdict(annotator="test", oracle_version="1", **verdict)
     )

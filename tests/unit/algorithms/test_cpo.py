@@ -2,18 +2,22 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from algorithm_batches import F_PLUS, ITEM, MARGIN_KNOBS, ROWS, evaluate, pair
+from algorithm_batches import F_PLUS, ITEM, MARGIN_KNOBS, ROWS, WITH_REFERENCE, evaluate, pair
 from trl_losses import assert_agrees, cpo_loss
 
 from onlinerl.algorithms.cpo import Cpo
 from onlinerl.algorithms.dpo import Dpo
 
 VARIANTS = [{}, {"nll_coef": 0.0, "beta": 0.3}]
-KNOBS = MARGIN_KNOBS | {
-    "reference_free": [({}, False)],
-    "nll_norm": [({}, "sum")],
-    "dpop_lambda": [({"reference_free": False}, 2.0)],
-}
+KNOBS = (
+    MARGIN_KNOBS
+    | WITH_REFERENCE
+    | {
+        "reference_free": [({}, False)],
+        "nll_norm": [({}, "sum")],
+        "dpop_lambda": [({"reference_free": False}, 2.0)],
+    }
+)
 
 
 def at_reference(items):

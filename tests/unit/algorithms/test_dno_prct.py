@@ -10,8 +10,19 @@ from onlinerl.algorithms.dno_prct import DnoPrct
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.types import Pair
 
-VARIANTS = [{}, {"margin": -1.0, "floor": -10.0, "nll_coef": 0.1}]
-KNOBS = MARGIN_KNOBS | {"floor": [({}, 0.5)], "margin": [({}, 0.5)]}
+VARIANTS = [{}, {"margin": -1.0, "floor": -10.0, "nll_coef": 0.1}, {"teacher": True, "margin": 0.3, "margin_student": 0.1}]
+KNOBS = MARGIN_KNOBS | {
+    "floor": [({}, 0.5)],
+    "margin": [({}, 0.5)],
+    "margin_student": [({}, 0.5)],
+    "teacher": [({}, True)],
+    "replay": [({}, 0.1), ({}, 0.0)],
+    "replay_decay": [({}, 1.0)],
+    "replay_max_age": [({}, 1)],
+    # Responses of the contracts repeat nothing: see the tests of degenerate ones.
+    "ngram_repeats": [],
+    "ngram_size": [],
+}
 PAIRS = [Pair(chosen=2, rejected=0, prob=0.9), Pair(chosen=2, rejected=1, prob=0.8), Pair(chosen=1, rejected=0, prob=0.7)]
 
 
@@ -64,3 +75,94 @@ def test_filters_by_win_rates_where_the_oracle_gives_no_scores():
     even = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.1), (0.5, 0.9, 0.5))
     items, _ = DnoPrct(margin=0.2).items(judged([1, 2, 3], preferences=even), PAIRS)
     assert [i.prob for i in items] == [0.8]  # win rates 0.5, 0.3667 and 0.6333
+
+
+def of_teacher(scores, teacher=0):
+    return judged([2] * len(scores), {teacher: "teacher"}, scores=tuple(scores))
+
+
+def ranked(scores):
+    """All pairs, the better one first."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    return [Pair(chosen=i, rejected=j, prob=0.5 + 0.01 * (10 * i + j)) for n, i in enumerate(order) for j in order[n + 1 :]]
+
+
+def places(items):
+    return [tuple(s.response_ids[0] // 10 - 1 for s in item.sequences) for item in items]
+
+
+def test_a_student_wins_by_less_than_the_teacher_must():
+    """Scores 6, 5, 4 and 2 of a teacher and three students: the paper's numbers."""
+    algorithm = DnoPrct(floor=5.0, margin=2.0, margin_student=1.0)
+    items, dropped = algorithm.items(of_teacher([6.0, 5.0, 4.0, 2.0]), ranked([6.0, 5.0, 4.0, 2.0]))
+    assert places(items) == [(0, 2), (0, 3), (1, 2), (1, 3)]
+    assert dropped == {"gap": 1, "floor": 1}
+    behind, _ = algorithm.items(of_teacher([4.0, 5.0]), ranked([4.0, 5.0]))
+    assert places(behind) == [(1, 0)], "a student may win against the teacher"
+    assert algorithm.figures([*items, *behind]) == {"teacher_won": 2.0, "teacher_lost": 1.0, "among_students": 2.0}
+
+
+def test_an_answer_of_the_teacher_was_sampled_by_nobody():
+    (item, *_), _ = DnoPrct().items(of_teacher([6.0, 5.0]), ranked([6.0, 5.0]))
+    teacher, student = item.sequences
+    assert (teacher.policy_version, teacher.behavior_logprobs, student.policy_version) == (None, None, 3)
+
+
+def repeating(*, teacher: bool = False):
+    """Three responses: (1, 2, 1, 2, 1), (3, 4, 5) and (6, 6, 6), with scores 9, 5 and 1."""
+    from dataclasses import replace
+
+    group = judged([1, 1, 1], {0: "teacher"} if teacher else {}, scores=(9.0, 5.0, 1.0))
+    tokens = ((1, 2, 1, 2, 1), (3, 4, 5), (6, 6, 6))
+    rollouts = tuple(
+        replace(r, token_ids=ids, logprobs=(-1.0,) * len(ids)) for r, ids in zip(group.group.rollouts, tokens, strict=True)
+    )
+    return replace(group, group=replace(group.group, rollouts=rollouts))
+
+
+def test_a_degenerate_sample_loses_whatever_the_oracle_says():
+    algorithm = DnoPrct(ngram_size=1, ngram_repeats=3, floor=4.0, margin=100.0)
+    items, dropped = algorithm.items(repeating(), ranked([9.0, 5.0, 1.0]))
+    assert [[tuple(s.response_ids) for s in item.sequences] for item in items] == [
+        [(3, 4, 5), (1, 2, 1, 2, 1)],  # turned round
+        [(3, 4, 5), (6, 6, 6)],  # as it was, and by less than the margin
+    ]
+    assert [item.prob for item in items] == pytest.approx([1 - 0.51, 0.62])
+    assert dropped == {"degenerate": 1}
+    assert DnoPrct(ngram_size=1, ngram_repeats=3, floor=6.0).items(repeating(), ranked([9.0, 5.0, 1.0]))[0] == [], (
+        "too bad to win"
+    )
+
+
+@pytest.mark.parametrize(
+    ("knobs", "degenerate"),
+    [
+        ({"ngram_size": 1, "ngram_repeats": 3}, [True, False, True]),
+        ({"ngram_size": 2, "ngram_repeats": 2}, [True, False, True]),
+        ({"ngram_size": 2, "ngram_repeats": 3}, [False, False, False]),
+        ({"ngram_repeats": None}, [False, False, False]),
+        ({}, [False, False, False]),
+    ],
+)
+def test_what_is_degenerate(knobs, degenerate):
+    from onlinerl.ops.items import train_sequences
+
+    found = train_sequences(repeating())
+    assert [DnoPrct(**knobs).degenerate(found[k]) for k in range(3)] == degenerate
+    teacher = train_sequences(repeating(teacher=True))[0]
+    assert not DnoPrct(**knobs).degenerate(teacher), "a teacher's answer is taken as it is"
+
+
+def test_shares_of_earlier_pairs_fall_with_their_age():
+    assert DnoPrct().needs.replay == (0.3, 0.15, 0.075)
+    assert DnoPrct(replay=0.0).needs.replay == ()
+    assert (DnoPrct().needs.answers, DnoPrct(teacher=True).needs.beside_samples) == (False, ("teacher",))
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [{"ngram_repeats": None, "ngram_size": 3}, {"replay": 0.0, "replay_decay": 0.9}, {"replay": 0.0, "replay_max_age": 1}],
+)
+def test_what_nothing_would_read_is_refused(knobs):
+    with pytest.raises(ValueError, match="nothing reads it"):
+        DnoPrct(**knobs)

@@ -10,16 +10,22 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from trl_losses import assert_agrees_with_dpo
 
+from onlinerl.algorithms._modified import PairFilter
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.types import Pair
 
-VARIANTS = [{}, {"soft_labels": True, "label_smoothing": 0.1, "nll_coef": 0.5, "length_norm": True}, {"pair_weights": "wpo"}]
+VARIANTS = [
+    {},
+    {"soft_labels": True, "label_smoothing": 0.1, "nll_coef": 0.5, "length_norm": True},
+    {"pair_weights": "wpo"},
+    {"online_kl": 0.1, "online_kl_samples": 3, "pair_filter": PairFilter(margin=0.1, max_reference_margin=3.0, ches_share=0.1)},
+]
 KNOBS = MARGIN_KNOBS
 
 
 def stops_gradients(algorithm):
-    """Weights of `wpo` follow the policy."""
-    return algorithm.pair_weights == "wpo"
+    """Weights of `wpo` follow the policy, and so do those of the samples of a KL."""
+    return algorithm.pair_weights == "wpo" or algorithm.online_kl > 0
 
 
 def at_reference(items):

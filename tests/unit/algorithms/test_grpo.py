@@ -20,6 +20,7 @@ VARIANTS = [
 ]
 CAPPED = {"importance_sampling_cap": 0.9}
 KNOBS = {
+    "online_kl": [({}, 0.5)],
     "std_norm": [({}, "batch"), ({}, "none"), ({"std_norm": "batch"}, "none")],
     "agg": [({}, "token_mean")],
     "clip_range_low": [({}, 0.05)],

@@ -5,13 +5,21 @@ import math
 import numpy as np
 import pytest
 import torch
-from algorithm_batches import ITEM, PAIR_KNOBS, ROWS, evaluate, pair, sequence
+from algorithm_batches import ITEM, MODIFIER_KNOBS, ROWS, evaluate, pair, sequence
 from trl_losses import assert_agrees, odds_ratio_loss
 
+from onlinerl.algorithms._modified import PairFilter
 from onlinerl.algorithms.orpo import Orpo
 
 VARIANTS = [{}, {"lam": 1.0, "nll_coef": 0.0}]
-KNOBS = PAIR_KNOBS | {"lam": [({}, 0.5)], "nll_norm": [({}, "sum")]}
+KNOBS = MODIFIER_KNOBS | {
+    "lam": [({}, 0.5)],
+    "nll_norm": [({}, "sum")],
+    "pair_filter": [({}, PairFilter(margin=0.8)), ({}, PairFilter(ches_share=0.3))],
+    # Without a reference they are refused (test_modified.py).
+    "online_kl": [],
+    "online_kl_samples": [],
+}
 
 
 def at_reference(items):

@@ -14,6 +14,7 @@ from onlinerl.algorithms.rloo import Rloo
 VARIANTS = [{}, {"pairs": "all", "clip_mode": "joint"}, {"kl_coef": 0.0, "importance_sampling_cap": None}]
 CAPPED = {"importance_sampling_cap": 0.9}
 KNOBS = {
+    "online_kl": [({}, 0.5)],
     "kl_coef": [({}, 0.5), ({}, 0.0)],
     "pairs": [({}, "all")],
     "clip_mode": [({}, "joint")],

@@ -21,6 +21,7 @@ VARIANTS = [
 ]
 CAPPED = {"importance_sampling_cap": 0.9}
 KNOBS = {
+    "online_kl": [({}, 0.5)],
     "kl_coef": [({}, 0.5), (REWARD, 0.5), ({}, 0.0)],
     "kl_in": [({}, "reward")],
     "target_kl": [(REWARD, 1.0)],

@@ -26,6 +26,7 @@ from onlinerl.algorithms.rloo import Rloo
 VARIANTS = [{}, {"kl_coef": 0.0, "importance_sampling_cap": None, "dual_clip": 3.0}]
 CAPPED = {"importance_sampling_cap": 0.9}
 KNOBS = CLIP_KNOBS | {
+    "online_kl": [({}, 0.5)],
     "kl_coef": [({}, 0.5), ({}, 0.0)],
     "importance_sampling_cap": [({}, 0.9), ({}, None), (CAPPED, None)],
     "importance_sampling_mode": [(CAPPED, "sequence_mask")],

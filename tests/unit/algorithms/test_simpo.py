@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from algorithm_batches import ITEM, MARGIN_KNOBS, ROWS, evaluate, pair, sequence
+from algorithm_batches import ITEM, MARGIN_KNOBS, ROWS, WITH_REFERENCE, evaluate, pair, sequence
 from pydantic import ValidationError
 from trl_losses import assert_agrees, cpo_loss
 
@@ -10,13 +10,17 @@ from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.simpo import Simpo
 
 VARIANTS = [{}, {"beta": 2.5, "gamma_beta_ratio": 0.1, "label_smoothing": 0.1}]
-KNOBS = MARGIN_KNOBS | {
-    "reference_free": [({}, False)],
-    "length_norm": [({}, False)],
-    "dpop_lambda": [({"reference_free": False}, 2.0)],
-    "margin_cap": [({"gamma_beta_ratio": 0.0}, 0.01)],
-    "flip_rate": [({"margin_cap": 10.0}, 0.2)],
-}
+KNOBS = (
+    MARGIN_KNOBS
+    | WITH_REFERENCE
+    | {
+        "reference_free": [({}, False)],
+        "length_norm": [({}, False)],
+        "dpop_lambda": [({"reference_free": False}, 2.0)],
+        "margin_cap": [({"gamma_beta_ratio": 0.0}, 0.01)],
+        "flip_rate": [({"margin_cap": 10.0}, 0.2)],
+    }
+)
 
 
 def at_reference(items):

@@ -157,6 +157,15 @@ def test_a_kl_in_the_reward_has_the_gradient_of_that_of_whole_responses(name, kn
     assert got.numpy() == pytest.approx(share * NARROW.policy.slope(NARROW.kl()).numpy(), abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [("reinforce_scalar", {}), ("grpo", {}), ("dr_grpo", {}), ("gspo", {}), ("rloo", {"kl_coef": 0.0})],
+)
+def test_an_online_kl_has_it_too(name, knobs):
+    got = NARROW.policy.slope(NARROW.loss(name, knobs | {"online_kl": 1.0}, 2, rewarded=False)) / 2
+    assert got.numpy() == pytest.approx(NARROW.policy.slope(NARROW.kl()).numpy(), abs=1e-6)
+
+
 IN_THE_LOSS = [
     ("ppo", PPO | {"kl_coef": 1.0, "kl_in": "loss", "lam": 1.0}, False),
     ("reinforce_pp_baseline", {"kl_coef": 1.0}, False),

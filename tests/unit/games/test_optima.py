@@ -34,6 +34,7 @@ from onlinerl.types import TrainSequence
 A, B = (1, 9), (2, 8, 9)
 LENGTHS = np.array([2.0, 3.0])
 SCORES = (1.3, 0.2)
+DOUBT = ((0.0, math.log(2) / 4), (math.log(2) / 4, 0.0))
 ANCHORED = "anchor_logprobs" in {field.name for field in dataclasses.fields(TrainSequence)}
 NAMES = [name for name in registry.names("algorithms") if build(name, {}).needs.pairs]
 
@@ -90,6 +91,8 @@ OPTIMA: dict[str, list[Optimum]] = {
     "dno_prct": [LOGIT],
     "curry_dpo": [LOGIT],
     "rso": [LOGIT],
+    # Labels of uncertainty B are turned round with probability B / (2 log 2): here an eighth of them.
+    "upo": [Optimum(lambda p: logit(0.875 * p + 0.125 * (1 - p)) / 0.5, {"beta": 0.5, "nll_coef": 0.0, "mu": 0.0})],
     "cdpo": [Optimum(lambda p: logit(0.9 * p + 0.1 * (1 - p)) / 0.5, {"beta": 0.5, "label_smoothing": 0.1})],
     # Labels of which a share e was flipped come up with (1 - e) q + e (1 - q), where q is the truth.
     "robust_dpo": [Optimum(lambda p: logit((p - 0.1) / 0.8) / 0.5, {"beta": 0.5, "flip_rate": 0.1})],
@@ -151,6 +154,7 @@ WITHOUT = {
     "apo_zero": "it falls without end in r_a - r_b while a is likelier to win; see the test of its slope",
     "apo_down": "it falls without end in both rewards; see the test of its slope",
     "re_po": "how far it trusts a label follows the policy, so it has an optimum for every estimate of the share of right labels",
+    "reward_augmented": "it trains both labels of a pair, each where the prompt asks for it; of each prompt by itself it is its base",
     "optune": "it weighs the two labels by gaps of scores, which a share of labels does not fix; of equal gaps it is dpo",
     "xpo": "its exploration bonus has no closed form; without it, it is dpo",
     "selm": "its exploration bonus has no closed form; without it, it is dpo",
@@ -177,7 +181,7 @@ def losses(name: str, optimum: Optimum, p: float) -> tuple[Callable[[Tensor], Te
         """The first token of an answer is what was decided, the others follow from it."""
         return {r: torch.cat([S[n : n + 1], torch.zeros(len(r) - 1, dtype=S.dtype)]) for n, r in enumerate((A, B))}
 
-    verdict = judged([A, B], scores=SCORES, preferences=((math.nan, p), (1 - p, math.nan)))
+    verdict = judged([A, B], scores=SCORES, preferences=((math.nan, p), (1 - p, math.nan)), uncertainty=DOUBT)
     made = items_of(algorithm, [(verdict, 1.0)])
     if optimum.once:
         made = Weighted(made.items[:1], [1.0])

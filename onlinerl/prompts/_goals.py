@@ -1,0 +1,71 @@
+"""Prompts that tell the model which score its response shall have.
+
+Source: "Reward-Augmented Data Enhances Direct Preference Alignment of LLMs" (arXiv 2410.08067).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from onlinerl.errors import PromptError
+from onlinerl.prompts._rendering import render
+from onlinerl.types import Message, Prompt, RawPrompt
+from onlinerl.types.prompts import Goals
+
+
+def with_goals(
+    prompts: Sequence[Prompt],
+    raw: Sequence[RawPrompt],
+    tokenizer: Any,
+    goals: Goals,
+    max_tokens: int,
+    field: str,
+    *,
+    trained: bool,
+) -> list[Prompt]:
+    """Prompts whose tokens hold the highest goal, which is the one that is asked for. Texts and messages, which oracles read, stay as they are.
+
+    Args:
+        prompts: rendered, in the order of `raw`.
+        raw: what they were made of.
+        tokenizer: the policy's.
+        goals: how a goal is said.
+        max_tokens: longest prompt accepted, its goal included.
+        field: the configuration key that named the file, for messages.
+        trained: whether each goal is trained on, so that all of them are kept.
+
+    Raises:
+        PromptError: if a prompt is too long with its goal, or the chat template leaves the goal out.
+    """
+    asked = range(1, goals.scale + 1) if trained else (1, goals.scale)
+    columns = [
+        render([_conditioned(one, goals.said(goal), goals.place) for one in raw], tokenizer, max_tokens, field)
+        for goal in asked
+    ]
+    conditioned = []
+    for prompt, *told in zip(prompts, *columns, strict=True):
+        ids = tuple(one.token_ids for one in told)
+        if len({*ids}) < len(ids):
+            raise PromptError(
+                f"prompt {prompt.id!r} has the same tokens with different goals",
+                field=field,
+                fix="the chat template leaves the system turn out: set algorithm.goal_place=user",
+            )
+        conditioned.append(replace(prompt, token_ids=ids[-1], goal_ids=ids if trained else ()))
+    return conditioned
+
+
+def _conditioned(raw: RawPrompt, said: str, place: str) -> RawPrompt:
+    """The prompt as somebody would have written it who knows the goal."""
+    if not raw.messages:
+        return replace(raw, text=f"{said}\n\n{raw.text}")
+    turns = list(raw.messages)
+    roles = [turn.role for turn in turns]
+    role = "user" if place == "user" and "user" in roles else "system"
+    if role not in roles:
+        return replace(raw, messages=(Message(role="system", content=said), *turns))
+    last = len(roles) - 1 - roles[::-1].index(role)
+    turns[last] = Message(role=role, content=f"{said}\n\n{turns[last].content}")
+    return replace(raw, messages=tuple(turns))
