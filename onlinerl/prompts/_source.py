@@ -11,7 +11,7 @@ from onlinerl.prompts._goals import with_goals
 from onlinerl.prompts._rendering import render
 from onlinerl.protocols.prompts import PromptsConfig
 from onlinerl.types import Prompt, RawPrompt, derive_seed
-from onlinerl.types.prompts import Goals
+from onlinerl.types.goals import Goals
 
 
 def load_prompts(
