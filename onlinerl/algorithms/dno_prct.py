@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 class DnoPrct(Dpo):
     """DPO against the policy of the iteration's start, on all pairs (`pairing.name: all_pairs` by default) whose winner is good and clearly
-    better than the loser; the stored answers of a teacher may be among the responses, and pairs of earlier iterations come back.
+    better than the loser. The stored answers of a teacher may be among the responses, and pairs of earlier iterations come back, if it is told so.
 
     `checkpoints.exports: best` keeps the best iterate, which the paper returns.
     """
@@ -38,14 +38,14 @@ class DnoPrct(Dpo):
     """The same where the winner is the policy's own response; None is `margin`. The paper: 1."""
     teacher: bool = False
     """The stored answer of each prompt (`reference_answer`) is judged with the samples, and may win or lose."""
-    ngram_repeats: int | None = Field(5, ge=2)
+    ngram_repeats: int | None = Field(None, ge=2)
     """A sample in which some `ngram_size` tokens come so often is degenerate: it never wins, and loses to any response above the floor, whatever
     the oracle says; None looks for none. The paper has such a rule and does not say its numbers."""
     ngram_size: int = Field(8, ge=1)
-    replay: float = Field(0.3, ge=0, lt=1)
-    """At most so many pairs of the iteration before are trained once more, as a share of the new ones."""
+    replay: float = Field(0.0, ge=0, lt=1)
+    """At most so many pairs of the iteration before are trained once more, as a share of the new ones. The paper: 0.3."""
     replay_decay: float = Field(0.5, gt=0, le=1)
-    """Times the share of one iteration is that of the one before it: 0.3, 0.15, ..."""
+    """Times the share of one iteration is that of the one before it: 0.3, 0.15, ... in the paper."""
     replay_max_age: int = Field(3, ge=1)
     """From how many iterations pairs come back."""
 

@@ -15,8 +15,8 @@ from onlinerl.algorithms._base import base_loss
 from onlinerl.algorithms._margin import Margin
 from onlinerl.ops.items import train_sequences
 from onlinerl.protocols.algorithm import Needs, by_knobs
+from onlinerl.types.goals import Goals
 from onlinerl.types.plan import Plan
-from onlinerl.types.prompts import Goals
 from onlinerl.types.training import TrainItem, TrainSequence
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 from onlinerl.errors import PromptError
 from onlinerl.prompts._rendering import render
 from onlinerl.types import Message, Prompt, RawPrompt
-from onlinerl.types.prompts import Goals
+from onlinerl.types.goals import Goals
 
 
 def with_goals(

@@ -12,7 +12,7 @@ from onlinerl.prompts._rendering import render
 from onlinerl.prompts._rows import question
 from onlinerl.protocols.prompts import PromptsConfig
 from onlinerl.types import Prompt, RawPrompt, derive_seed
-from onlinerl.types.prompts import Goals
+from onlinerl.types.goals import Goals
 
 
 class Loaded(NamedTuple):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from onlinerl.protocols.component import Component
-from onlinerl.types.prompts import Goals
+from onlinerl.types.goals import Goals
 from onlinerl.types.training import TrainItem, TrainSequence, Unit
 
 if TYPE_CHECKING:  # torch stays out of everything that only passes batches along, and labels out of losses

@@ -170,7 +170,8 @@ def _same_base(sweep: Sweep, combination: Combination) -> Path | None:
 
 def _base(config: RunConfig) -> dict[str, Any]:
     fingerprint = configuration.fingerprint(configuration.settled(config))
-    return {key: value for key, value in fingerprint.items() if not key.startswith(UNREAD_BY_THE_BASE)}
+    read = {key: value for key, value in fingerprint.items() if not key.startswith(UNREAD_BY_THE_BASE)}
+    return {**read, "goals": configuration.algorithm(config).needs.goals}  # the algorithm's, and the base model is told one too
 
 
 # --- what is there already ---

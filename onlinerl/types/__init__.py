@@ -6,7 +6,7 @@
 from importlib import import_module
 from typing import Any
 
-_FILES = ("training", "prompts", "rollouts", "labels", "numbers", "plan", "records", "seeds", "tables", "phases")
+_FILES = ("training", "prompts", "goals", "rollouts", "labels", "numbers", "plan", "records", "seeds", "tables", "phases")
 
 
 def __getattr__(name: str) -> Any:

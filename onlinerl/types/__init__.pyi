@@ -1,3 +1,4 @@
+from onlinerl.types.goals import *
 from onlinerl.types.labels import *
 from onlinerl.types.numbers import *
 from onlinerl.types.phases import *

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from onlinerl import registry
-from onlinerl.algorithms._pairwise import Pairwise
 from onlinerl.ops.whole_step import WholeStep
 from onlinerl.protocols.algorithm import Algorithm
 
@@ -31,9 +30,9 @@ MODIFIERS = 220
 CRITIC = 320
 """As many more where there is a critic: what it begins as, rewards per token, advantages from values, a loss of its own."""
 WRAPPER = 310
-"""As many more where a loss wraps those of another family: one of the whole step around losses on pairs, with all that may modify them."""
-OFF_POLICY = 80
-"""As many more where responses of other policies are weighed by how probable they are."""
+"""As many more where a loss wraps others, which are chosen by name: one of the whole step, or with goals in prompts, around losses on pairs."""
+OFF_POLICY = 105
+"""As many more where responses of other policies are weighed by how probable they are, and a KL of whole responses may have a price."""
 VARIANT = 120
 """As many more where an algorithm is another one with something added, whose file it then runs through too."""
 
@@ -78,7 +77,7 @@ def test_importing_a_loss_pulls_in_little(counted, name):
         (FAMILY, needs.pairs or needs.preferences or family),
         (MODIFIERS, "_modified" in bases),
         (CRITIC, needs.critic),
-        (WRAPPER, isinstance(algorithm, WholeStep) and isinstance(algorithm, Pairwise)),
+        (WRAPPER, "base" in type(algorithm).model_fields),
         (OFF_POLICY, needs.off_policy == "corrected"),
         (OTHERS, needs.beside_samples),
         (VARIANT, bases & set(NAMES)),

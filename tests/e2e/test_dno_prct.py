@@ -22,6 +22,7 @@ DNO = {
     "algorithm.teacher": True,
     "algorithm.margin": 0.2,
     "algorithm.margin_student": 0.1,
+    "algorithm.replay": 0.3,
     "algorithm.replay_max_age": 2,
     "iterations": ITERATIONS,
     "checkpoints.exports": "best",

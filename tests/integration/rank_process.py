@@ -536,6 +536,7 @@ def export(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str,
         "buffers": {n: b.numpy().copy() for n, b in learner._reader.frozen(model).named_buffers()},
         "weights": weights(learner),
         "scores": scores,
+        "hidden": learner.hidden_sums(micro),
         "source": {
             "declared": [(m.name, m.dtype, m.shape) for m in source.metadata()],
             "yielded": [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in source],

@@ -846,9 +846,12 @@ def test_an_export_is_the_policy(answers: Answers, ranks: int, stage: int | str,
     sequences = [s for i in STEPS[0] for s in i.sequences]
     with torch.no_grad():
         batch = collate([TrainItem(prompt_id="", sequences=(s,)) for s in sequences])
-        scores = Policy(exported)(batch).logprobs_BT
-    for ours, row, s in zip(answer["scores"][0], scores.numpy(), sequences, strict=True):
+        outputs = Policy(exported)(batch, hidden=True)
+    for ours, row, s in zip(answer["scores"][0], outputs.logprobs_BT.numpy(), sequences, strict=True):
         np.testing.assert_allclose(ours, row[: len(s.response_ids)], atol=1e-4)
+    assert [len(rows) for rows in answer["hidden"]] == [len(sequences), 0]
+    assert outputs.hidden_BH is not None
+    np.testing.assert_allclose(np.stack(answer["hidden"][0]), outputs.hidden_BH.numpy(), rtol=1e-4, atol=1e-3)
     assert AutoTokenizer.from_pretrained(answer["path"]).eos_token == "<eos>"
 
 

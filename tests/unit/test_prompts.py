@@ -16,7 +16,7 @@ from onlinerl.prompts._source import ShuffledPrompts, check_answers, check_overl
 from onlinerl.prompts.jsonl import Jsonl, read_prompts
 from onlinerl.protocols.prompts import PromptsConfig
 from onlinerl.types import Prompt
-from onlinerl.types.prompts import Goals
+from onlinerl.types.goals import Goals
 
 
 def write(folder: Path, *rows: object, name: str = "prompts.jsonl") -> str:

@@ -16,9 +16,9 @@ KNOBS = MARGIN_KNOBS | {
     "margin": [({}, 0.5)],
     "margin_student": [({}, 0.5)],
     "teacher": [({}, True)],
-    "replay": [({}, 0.1), ({}, 0.0)],
-    "replay_decay": [({}, 1.0)],
-    "replay_max_age": [({}, 1)],
+    "replay": [({}, 0.3)],
+    "replay_decay": [({"replay": 0.3}, 1.0)],
+    "replay_max_age": [({"replay": 0.3}, 1)],
     # Responses of the contracts repeat nothing: see the tests of degenerate ones.
     "ngram_repeats": [],
     "ngram_size": [],
@@ -154,8 +154,8 @@ def test_what_is_degenerate(knobs, degenerate):
 
 
 def test_shares_of_earlier_pairs_fall_with_their_age():
-    assert DnoPrct().needs.replay == (0.3, 0.15, 0.075)
-    assert DnoPrct(replay=0.0).needs.replay == ()
+    assert DnoPrct(replay=0.3).needs.replay == (0.3, 0.15, 0.075)
+    assert DnoPrct().needs.replay == ()
     assert (DnoPrct().needs.answers, DnoPrct(teacher=True).needs.beside_samples) == (False, ("teacher",))
 
 

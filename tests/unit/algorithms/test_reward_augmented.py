@@ -14,7 +14,7 @@ from onlinerl.types import Pair, Prompt
 from onlinerl.types.plan import Plan
 
 RANGED = {"goals": "score", "score_range": (-3.0, 3.0)}
-VARIANTS = [{}, RANGED, {"base": "ipo", "ties": "keep"}, {"online_kl": 0.1}]
+VARIANTS = [{}, RANGED | {"ties": "keep"}, {"base": "ipo", "ties": "keep"}, {"online_kl": 0.1}]
 KNOBS = MARGIN_KNOBS | {
     "base": [({}, "ipo"), ({}, "slic")],
     "goal_scale": [({}, 5)],
