@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -31,8 +30,6 @@ from onlinerl.protocols.transport import Layout
 from onlinerl.types import Failure, Prompt, Query, Verdict
 
 GIB = 2**30
-BLOCKS, BLOCK_BYTES = 256, 2**16
-"""Of each large file of a model, by which it is recognised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,26 +233,9 @@ def memory(config: RunConfig, parameters: float | None, *, critic: float = 0) ->
 
 
 def identity(model: str) -> dict[str, str]:
-    """What a model is, cheaply: names and sizes of its files, their first and last MiB (`checksum`), and blocks in between (`blocks`),
-    because a fine-tuned model may differ from its base in its layers only."""
+    """What a model is, cheaply; see `weight_files.checksums`."""
     path = hub.local(model)
-    if path is None:
-        return {"model": model}
-    ends, blocks = hashlib.sha256(), hashlib.sha256()
-    for file in sorted(p for p in path.iterdir() if p.suffix in {".json", ".safetensors", ".bin", ".jinja", ".model"}):
-        if file.name == "onlinerl_source.json":
-            continue
-        size = file.stat().st_size
-        ends.update(f"{file.name}:{size}:".encode())
-        with file.open("rb") as data:
-            ends.update(data.read(2**20))
-            if size > 2**21:
-                data.seek(-(2**20), 2)
-                ends.update(data.read())
-                for i in range(BLOCKS):
-                    data.seek(i * (size - BLOCK_BYTES) // (BLOCKS - 1))
-                    blocks.update(data.read(BLOCK_BYTES))
-    return {"model": model, "checksum": ends.hexdigest(), "blocks": blocks.hexdigest()}
+    return {"model": model} if path is None else {"model": model, **weight_files.checksums(path)}
 
 
 def _check_enough(config: RunConfig, total: int, *, resumed: bool, rounds: int = 1) -> None:
