@@ -79,6 +79,18 @@ def layers(shapes: Mapping[str, Sequence[int]]) -> int | None:
     return max(numbers) + 1 if numbers else None
 
 
+def matrices(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the matrices in the layers of a language model, by the names of their modules, and of its experts' weights, which may
+    be one tensor for all of them. Empty if layers have names that are not known here."""
+    found = {}
+    for name, shape in shapes.items():
+        if re.match(rf"{_TRUNK}(?:layers|h)\.\d+\.", name) and len(shape) >= 2:
+            module = name.removesuffix(".weight")
+            if (len(shape) == 2 and module != name) or ".experts." in name:
+                found[module] = (shape[-2], shape[-1])
+    return found
+
+
 def embedding(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int] | None:
     """Rows and columns of a language model's input embedding; None if it has a name that is not known here."""
     tables = (s for name, s in shapes.items() if re.fullmatch(rf"{_TRUNK}(?:embed_tokens|embed_in|wte)\.weight", name))

@@ -30,7 +30,9 @@ class LoraConfig(BaseModel):
     """scaling = alpha / rank (peft: lora_alpha)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of what A reads that is dropped, in training only (peft: lora_dropout)."""
-    target_modules: Annotated[list[str] | str, BeforeValidator(_named)] = ALL_LINEAR
+    target_modules: Annotated[list[str] | str, BeforeValidator(_named)] = Field(
+        ALL_LINEAR, description="a list of linear layers, or all-linear", examples=["[q_proj, v_proj]"]
+    )
     """Names of linear layers, whole or their last part, as in peft; `all-linear` is every one but the output matrix."""
     use_rslora: bool = False
     """scaling = alpha / sqrt(rank): "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv:2312.03732."""

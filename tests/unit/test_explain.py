@@ -13,6 +13,7 @@ from onlinerl import registry, synonyms, yaml_files
 from onlinerl.config import RunConfig
 from onlinerl.config.loading import CHOICES
 from onlinerl.errors import ConfigError, OracleError
+from onlinerl.protocols.adapters import LoraConfig
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.oracle import Oracle
 
@@ -87,7 +88,7 @@ def test_a_key_of_another_trainer(override, fix):
 def test_every_suggested_key_exists():
     flat = configuration.flatten(configuration.parse(BASE).model_dump()) | dict.fromkeys(RunConfig.model_fields)
     knobs = {k for name in ("ppo", "grpo", "dpo") for k in registry.load("algorithms", name, Algorithm).model_fields}
-    known = {*flat, *(f"algorithm.{k}" for k in knobs), "oracle.path"}
+    known = {*flat, *(f"algorithm.{k}" for k in knobs), *(f"learner.lora.{k}" for k in LoraConfig.model_fields), "oracle.path"}
     for key in synonyms.KEYS.values():
         assert set(key.partition(",")[0].split(" or ")) <= known, key
     names = {name for role in ("algorithms", "oracles", "pairing") for name in registry.names(role)}
