@@ -78,11 +78,11 @@ def adapter_parameters(lora: LoraConfig, model: Path) -> float | None:
                 fix=f"name other layers, e.g. [{', '.join(attention)}]",
             )
         found |= chosen
-    small = next((name for name, shape in found.items() if lora.rank > min(shape)), None)
-    if small is not None:
+    small = min(found, key=lambda name: min(found[name]))
+    if lora.rank > min(found[small]):
         raise ConfigError(
-            f"is {lora.rank}, and {small} has the rank {min(found[small])} at most: adapters would be larger than what they stand for",
+            f"is {lora.rank}, and {small} has the rank {min(found[small])} at most: a larger adapter says nothing more",
             field="learner.lora.rank",
-            fix=f"lower it to {min(map(min, found.values()))} or less, or leave the layer out of learner.lora.target_modules",
+            fix=f"lower it to {min(found[small])} or less, or leave the layer out of learner.lora.target_modules",
         )
     return float(lora.rank * sum(rows + columns for rows, columns in found.values()))
