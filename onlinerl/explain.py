@@ -144,6 +144,8 @@ def _field(model: type[BaseModel], path: Sequence[str]) -> FieldInfo | None:
 
 def _section(info: FieldInfo | None) -> type[BaseModel] | None:
     kind = info.annotation if info is not None else None
+    if get_origin(kind) in (Union, UnionType):  # one that may be left out
+        kind = next((each for each in get_args(kind) if each is not NoneType), None)
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 

@@ -150,7 +150,7 @@ def _check_quantization(written: Mapping[str, Any]) -> None:
             method = how.get("quant_method") if isinstance(how, Mapping) else None
             raise ConfigError(
                 f"its weights are quantized ({f'{method}, ' if method else ''}{key} in its config.json): they can neither be trained "
-                "nor be replaced by trained ones",
+                "nor be replaced by trained ones, and adapters beside them (QLoRA) are not there yet",
                 field="model",
                 fix="give the model that it was made from, with weights in bfloat16, float16 or float32",
             )

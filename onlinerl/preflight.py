@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -20,6 +19,7 @@ from onlinerl.config import RunConfig, at_home
 from onlinerl.controller.asking import answers
 from onlinerl.controller.parts import samples_dynamically
 from onlinerl.errors import ConfigError, OracleError
+from onlinerl.lora_checks import adapter_parameters, check_lora
 from onlinerl.model_checks import check_critic, check_description, check_tensors, check_vocabulary, check_weights
 from onlinerl.prompts._kept import Kept
 from onlinerl.prompts._source import ShuffledPrompts, check_answers, check_overlap, load_prompts
@@ -31,8 +31,6 @@ from onlinerl.protocols.transport import Layout
 from onlinerl.types import Failure, Prompt, Query, Verdict
 
 GIB = 2**30
-BLOCKS, BLOCK_BYTES = 256, 2**16
-"""Of each large file of a model, by which it is recognised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +47,8 @@ class Checked:
     heldout: Sequence[Prompt]
     parameters: float | None
     """Number of parameters of the model, if it could be found out."""
+    adapters: float | None = None
+    """Of those that are trained in its adapters; None if all are trained."""
     notes: Sequence[str]
     """The derived numbers, and what could not be checked."""
     oracle_scores: bool = True
@@ -75,9 +75,12 @@ class Checked:
     @property
     def state_bytes(self) -> int:
         """Size of one checkpoint (fp32 weights, two moments, weights as trained), one export, and the reference where that is an average
-        in fp32."""
+        in fp32. Of adapters, the checkpoint holds nothing else, and the export has them beside it."""
         averaged = self.algorithm.needs.reference and self.config.reference.schedule == "ema"
-        return int((self.parameters or 0) * (12 + 2 * self.bytes_per_weight + 4 * averaged))
+        trained = self.parameters if self.adapters is None else self.adapters
+        beside = 0 if self.adapters is None else self.adapters * self.bytes_per_weight
+        of_all = self.bytes_per_weight + 4 * averaged
+        return int((self.parameters or 0) * of_all + (trained or 0) * (12 + self.bytes_per_weight) + beside)
 
     @property
     def bytes_per_weight(self) -> int:
@@ -104,7 +107,12 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     )
     if kept is None:  # what a run was started with by an older version, it may go on with
         check_sections(config, algorithm)
-    notes = [derived(config, algorithm), *_precision(config), *check_algorithm(config, algorithm)]
+    notes = [
+        derived(config, algorithm),
+        *_precision(config),
+        *check_algorithm(config, algorithm),
+        *check_lora(config, algorithm),
+    ]
     _check_schedule(config)
     _check_layout(config)
     for tracker in config.metrics.all():
@@ -157,13 +165,14 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
                 fix=f"lower it to {len(heldout)}",
             )
         heldout = heldout[: config.evaluation.prompts]
-    critic = parameters if algorithm.needs.critic == "separate" else 0
+    critic, folder = (parameters if algorithm.needs.critic == "separate" else 0), None
     if algorithm.needs.critic_model is not None:
         folder = _check_model(algorithm.needs.critic_model, "algorithm.critic_model")
         if folder is not None and local is not None:
             check_critic(folder, local, tokenizer(config.model))
         critic = weight_files.parameters(algorithm.needs.critic_model, folder)
-    notes.append(memory(config, parameters, critic=critic or 0))
+    adapters = _adapters(config, [local, folder or local] if critic else [local])
+    notes.append(memory(config, parameters, critic=critic or 0, adapters=adapters))
     checked = Checked(
         config=config,
         algorithm=algorithm,
@@ -172,6 +181,7 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
         train=train,
         heldout=heldout,
         parameters=parameters,
+        adapters=adapters,
         notes=notes,
     )
     if local is not None:
@@ -215,23 +225,26 @@ def derived(config: RunConfig, algorithm: Algorithm) -> str:
     )
 
 
-def memory(config: RunConfig, parameters: float | None, *, critic: float = 0) -> str:
+def memory(config: RunConfig, parameters: float | None, *, critic: float = 0, adapters: float | None = None) -> str:
     """What each role keeps in memory, from the number of parameters: an estimate without activations.
 
     Args:
         config: the run's.
         parameters: of the model; None if that is not known.
         critic: parameters of a second network that is trained; a value head on the policy's own trunk is nothing beside it.
+        adapters: parameters of the adapters of both, which alone are trained; None trains all.
     """
     if parameters is None:
         return "memory: the size of the model is not known, so nothing was estimated"
     learner, ranks = config.learner, config.learner.ranks
-    parts = learner.memory(parameters, critic=critic)
+    # A learner that knows no adapters is not told of any.
+    parts = learner.memory(parameters, critic=critic, **({} if adapters is None else {"adapters": adapters}))
+    trained = "" if adapters is None else f", {adapters / 1e6:.2f} M of adapters trained"
     of_what = " + ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
     engine_weight = 4 if config.engine.dtype == "float32" else 2
     replica = parameters * engine_weight / config.engine.tensor_parallel_size / GIB
     return (
-        f"memory (estimate, {parameters / 1e9:.2f} B parameters): learner {ranks} rank{'s' if ranks > 1 else ''} x "
+        f"memory (estimate, {parameters / 1e9:.2f} B parameters{trained}): learner {ranks} rank{'s' if ranks > 1 else ''} x "
         f"{sum(parts.values()) / GIB:.1f} GiB ({learner.layout}: {of_what}; activations come on top); "
         f"engine {config.engine.replicas} replica{'s' if config.engine.replicas > 1 else ''} x "
         f"{config.engine.tensor_parallel_size} x {replica:.1f} GiB of weights plus KV cache"
@@ -239,26 +252,9 @@ def memory(config: RunConfig, parameters: float | None, *, critic: float = 0) ->
 
 
 def identity(model: str) -> dict[str, str]:
-    """What a model is, cheaply: names and sizes of its files, their first and last MiB (`checksum`), and blocks in between (`blocks`),
-    because a fine-tuned model may differ from its base in its layers only."""
+    """What a model is, cheaply; see `weight_files.checksums`."""
     path = hub.local(model)
-    if path is None:
-        return {"model": model}
-    ends, blocks = hashlib.sha256(), hashlib.sha256()
-    for file in sorted(p for p in path.iterdir() if p.suffix in {".json", ".safetensors", ".bin", ".jinja", ".model"}):
-        if file.name == "onlinerl_source.json":
-            continue
-        size = file.stat().st_size
-        ends.update(f"{file.name}:{size}:".encode())
-        with file.open("rb") as data:
-            ends.update(data.read(2**20))
-            if size > 2**21:
-                data.seek(-(2**20), 2)
-                ends.update(data.read())
-                for i in range(BLOCKS):
-                    data.seek(i * (size - BLOCK_BYTES) // (BLOCKS - 1))
-                    blocks.update(data.read(BLOCK_BYTES))
-    return {"model": model, "checksum": ends.hexdigest(), "blocks": blocks.hexdigest()}
+    return {"model": model} if path is None else {"model": model, **weight_files.checksums(path)}
 
 
 def _check_enough(config: RunConfig, total: int, *, resumed: bool, rounds: int = 1) -> None:
@@ -319,6 +315,12 @@ def _check_merging(config: RunConfig, local: Path | None) -> None:
         raise ConfigError(f"{merging.base_model} is not on this machine", field=field, fix=fix)
     if local is not None:
         check_tensors(local, folder, field)
+
+
+def _adapters(config: RunConfig, networks: Sequence[Path | None]) -> float | None:
+    """Parameters of the adapters of these networks, as far as they are on this machine; None if all weights are trained."""
+    lora = config.learner.lora
+    return None if lora is None else sum(adapter_parameters(lora, each) or 0 for each in networks if each is not None)
 
 
 def _check_layout(config: RunConfig) -> None:

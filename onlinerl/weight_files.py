@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,28 @@ from onlinerl.errors import ConfigError
 
 _TRUNK = r"(?:(?:model|gpt_neox|transformer|backbone|language_model)\.)*"
 """What the names in a language model begin with; those of its encoder or of a part for pictures begin otherwise."""
+BLOCKS, BLOCK_BYTES = 256, 2**16
+"""Of each large file of a model, by which it is recognised."""
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """What a model is, cheaply: names and sizes of its files, their first and last MiB (`checksum`), and blocks in between (`blocks`),
+    because a fine-tuned model may differ from its base in its layers only."""
+    ends, blocks = hashlib.sha256(), hashlib.sha256()
+    for file in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".bin", ".jinja", ".model"}):
+        if file.name == "onlinerl_source.json":
+            continue
+        size = file.stat().st_size
+        ends.update(f"{file.name}:{size}:".encode())
+        with file.open("rb") as data:
+            ends.update(data.read(2**20))
+            if size > 2**21:
+                data.seek(-(2**20), 2)
+                ends.update(data.read())
+                for i in range(BLOCKS):
+                    data.seek(i * (size - BLOCK_BYTES) // (BLOCKS - 1))
+                    blocks.update(data.read(BLOCK_BYTES))
+    return {"checksum": ends.hexdigest(), "blocks": blocks.hexdigest()}
 
 
 def parameters(model: str, local: Path | None) -> float | None:
@@ -54,6 +77,18 @@ def layers(shapes: Mapping[str, Sequence[int]]) -> int | None:
     """How many layers of a language model there are; None if they have names that are not known here."""
     numbers = [int(found[1]) for name in shapes if (found := re.match(rf"{_TRUNK}(?:layers|h)\.(\d+)\.", name))]
     return max(numbers) + 1 if numbers else None
+
+
+def matrices(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the matrices in the layers of a language model, by the names of their modules, and of its experts' weights, which may
+    be one tensor for all of them. Empty if layers have names that are not known here."""
+    found = {}
+    for name, shape in shapes.items():
+        if re.match(rf"{_TRUNK}(?:layers|h)\.\d+\.", name) and len(shape) >= 2:
+            module = name.removesuffix(".weight")
+            if (len(shape) == 2 and module != name) or ".experts." in name:
+                found[module] = (shape[-2], shape[-1])
+    return found
 
 
 def embedding(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int] | None:

@@ -68,13 +68,25 @@ def changes(stored: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
         unread = {f"{section}.{key}" for key in foreign(section, spec)}
         stored = {k: v for k, v in stored.items() if k not in unread}
     before = {**{k: _as_json(defaults[k]) for k in now.keys() - stored.keys() if k in defaults}, **stored}
-    gone = {k: f"was {before[k]!r} when the run started, and this version has no such key" for k in before.keys() - now.keys()}
+    gone = {
+        k: f"was {before[k]!r} when the run started, "
+        + (f"and {absent} is now left out" if (absent := _left_out(k, now)) else "and this version has no such key")
+        for k in before.keys() - now.keys()
+        if before[k] is not None
+        or not any(each.startswith(f"{k}.") for each in now)  # a section that is there now says so itself
+    }
     differ = {
         k: f"was {before.get(k)!r} when the run started and is now {now[k]!r}"
         for k in now
         if k not in before or before[k] != _as_json(now[k])
     }
     return dict(sorted({**gone, **differ}.items()))
+
+
+def _left_out(key: str, now: Mapping[str, Any]) -> str | None:
+    """The section of a key, if it may be left out and is."""
+    parents = (key.rsplit(".", n)[0] for n in range(1, key.count(".") + 1))
+    return next((section for section in parents if section in now and now[section] is None), None)
 
 
 def _defaults(config: RunConfig) -> dict[str, Any]:

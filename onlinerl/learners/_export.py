@@ -70,7 +70,13 @@ class _Shard:
 
 
 def export_weights(
-    source: Exportable, path: Path, dtype: torch.dtype, *, writer: bool, max_shard_bytes: int = MAX_SHARD_BYTES
+    source: Exportable,
+    path: Path,
+    dtype: torch.dtype,
+    *,
+    writer: bool,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    stem: str = "model",
 ) -> None:
     """Write all weights as safetensors. Collective: every rank takes part in gathering, and only the writer copies.
 
@@ -80,9 +86,10 @@ def export_weights(
         dtype: of the files.
         writer: whether this rank writes; exactly one does.
         max_shard_bytes: a larger model becomes several files with an index.
+        stem: what the names of the files begin with.
     """
     shapes = {m.name: m.shape for m in source.metadata()}
-    files = _plan(shapes, dtype.itemsize, max_shard_bytes)
+    files = _plan(shapes, dtype.itemsize, max_shard_bytes, stem)
     shards = (
         {file: _Shard(path / file, {n: shapes[n] for n in names}, dtype) for file, names in files.items()} if writer else {}
     )
@@ -97,10 +104,10 @@ def export_weights(
     if writer and len(files) > 1:
         total = sum(prod(s) for s in shapes.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(home.items()))}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (path / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _plan(shapes: dict[str, tuple[int, ...]], itemsize: int, max_shard_bytes: int) -> dict[str, list[str]]:
+def _plan(shapes: dict[str, tuple[int, ...]], itemsize: int, max_shard_bytes: int, stem: str) -> dict[str, list[str]]:
     """Which tensors go into which file, in the order in which they come."""
     runs: list[list[str]] = [[]]
     size = 0
@@ -112,5 +119,5 @@ def _plan(shapes: dict[str, tuple[int, ...]], itemsize: int, max_shard_bytes: in
         runs[-1].append(name)
         size += nbytes
     if len(runs) == 1:
-        return {"model.safetensors": runs[0]}
-    return {f"model-{i:05d}-of-{len(runs):05d}.safetensors": run for i, run in enumerate(runs, 1)}
+        return {f"{stem}.safetensors": runs[0]}
+    return {f"{stem}-{i:05d}-of-{len(runs):05d}.safetensors": run for i, run in enumerate(runs, 1)}

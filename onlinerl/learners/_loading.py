@@ -58,8 +58,11 @@ class ModelReader:
     def states(self, model: str, batch: Batch) -> FrozenStates:
         """What a saved model says about the tokens of a batch, short of its logits. Collective under ZeRO-3."""
         policy = self.frozen(model)
-        weight_VH, bias_V = self._output(policy)
-        return FrozenStates(policy.states(batch), weight_VH, bias_V, policy.head.rule)
+        return self.frozen_states(policy, policy(batch, states_only=True))
+
+    def frozen_states(self, policy: Policy, hidden_NH: Tensor) -> FrozenStates:
+        """Of these states, and of what makes logits of them."""
+        return FrozenStates(hidden_NH, *self._output(policy), policy.head.rule)
 
     @property
     def kept(self) -> Policy | None:

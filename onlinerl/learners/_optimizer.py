@@ -38,10 +38,12 @@ class _CheckedRMSprop(_Checked, torch.optim.RMSprop): ...
 def parameter_groups(policy: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
     """Parameter groups as torch takes them: policy and critic ("part"), each with and without weight decay.
 
-    Biases and the weights of norms do not decay, as everywhere in the field: matrices do.
+    Biases and the weights of norms do not decay, as everywhere in the field: matrices do. What is frozen is in no group.
     """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in policy.named_parameters():
+        if not parameter.requires_grad:
+            continue
         part = "critic" if name.startswith(("critic.", "value_head.")) else "policy"
         matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # the shape before ZeRO-3 cut it up
         groups.setdefault((part, matrix), []).append(parameter)

@@ -158,17 +158,21 @@ class Policy(nn.Module):
         collision: bool = False,
         reference: FrozenStates | None = None,
         hidden: bool = False,
-    ) -> Outputs:
+        states_only: bool = False,
+    ) -> Outputs | Tensor:
         """One pass over all rows; see `Outputs`. Positions where mask_BT is false hold zeros.
 
         Args:
             batch: of B rows.
             temperature: that logits are divided by.
             values, entropy, collision, hidden: whether they are asked for.
-            reference: `states` of the same batch in the model that `Outputs.reference_kl_BT` is from; None asks for none.
+            reference: states of the same batch in the model that `Outputs.reference_kl_BT` is from; None asks for none.
+            states_only: return nothing but the state before each response token, [N, hidden].
         """
         rows, steps, positions = _places(batch)
         hidden_BSH = self._run(self.model.base_model, batch)
+        if states_only:
+            return hidden_BSH[rows, positions]
         terms = self.head(
             hidden_BSH[rows, positions],
             batch.tokens_BS[rows, positions + 1],
@@ -198,11 +202,6 @@ class Policy(nn.Module):
             reference_kl_BT=spread_if_any(terms.reference_kl),
             hidden_BH=_row_sums(hidden_BSH[rows, positions], rows, len(batch.tokens_BS)) if hidden else None,
         )
-
-    def states(self, batch: Batch) -> Tensor:
-        """The state before each response token, [N, hidden], in the order in which `forward` takes them."""
-        rows, _, positions = _places(batch)
-        return self._run(self.model.base_model, batch)[rows, positions]
 
     @staticmethod
     def _run(backbone: PreTrainedModel, batch: Batch) -> Tensor:

@@ -8,6 +8,7 @@ how the items were cut up.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -18,34 +19,35 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.errors import LearnerError
-from onlinerl.learners._export import export_weights
-from onlinerl.learners._interpolation import Interpolated, SavedSource
-from onlinerl.learners._loading import ModelReader, give_back
+from onlinerl.learners._collectives import bound_collectives, every, mean_of_ranks, means
+from onlinerl.learners._loading import give_back
 from onlinerl.learners._loss import kl_old, loss_of
+from onlinerl.learners._models import Models
 from onlinerl.learners._offload import HostMemory, tensors_of
 from onlinerl.learners._optimizer import critic_rate
 from onlinerl.learners._plain import load_generators, save_generators
-from onlinerl.learners._policy import Policy
 from onlinerl.learners._self_test import Sums, compare
-from onlinerl.learners._weights import PolicySource, Switched
+from onlinerl.learners._weights import Switched
 from onlinerl.learners._whole_step import first_pass, initial_state, load_state, save_state, state_metrics
 from onlinerl.network import choose_interface
 from onlinerl.ops.batching import collate
 from onlinerl.ops.whole_step import Rows, State, WholeStep
 from onlinerl.protocols.keys import decided
-from onlinerl.protocols.learner import LearnerConfig, RankSettings, WeightSource
+from onlinerl.protocols.learner import LearnerConfig, RankSettings
 from onlinerl.protocols.transport import Meeting, Replicas, Sender, TransportConfig
 from onlinerl.types import TrainItem, TrainSequence
 
 AFTER_CONTROLLER_S = 10.0
 """Ranks that wait for one that hangs give up so much later than the controller: it then knows that none of them has failed by itself."""
+_ADAPTERS = "adapters.json"
+"""Of a checkpoint: which adapters it is of."""
 
 
-class Rank:
+class Rank(Models):
     """Holds this rank's share of the policy and its optimizer. A subclass says how it steps and what it writes to disk.
 
     Args:
@@ -58,8 +60,6 @@ class Rank:
         ConfigError: if it is not decided which dtype it computes in.
     """
 
-    _policy: Policy
-    _reader: ModelReader
     _state: State | None = None
     """What the algorithm keeps from one step to the next."""
     _next_state: State | None = None
@@ -86,7 +86,7 @@ class Rank:
             timeout=timedelta(seconds=config.start_timeout_s),
         )
         self._build(settings.model)
-        _bound_collectives(timedelta(seconds=config.step_timeout_s + AFTER_CONTROLLER_S))
+        bound_collectives(timedelta(seconds=config.step_timeout_s + AFTER_CONTROLLER_S))
         self._sender: Sender | None = None
         self._host_memory = HostMemory(self.device)
         give_back()
@@ -96,11 +96,6 @@ class Rank:
     def _build(self, model: str) -> None:
         """Read the model and make the optimizer. Dropout stays off: log-probs of one and the same policy must not differ from pass
         to pass."""
-        raise NotImplementedError
-
-    @property
-    def _network(self) -> nn.Module:
-        """What a forward pass of the policy goes through."""
         raise NotImplementedError
 
     @property
@@ -140,14 +135,6 @@ class Rank:
         """The reverse of `_write`."""
         raise NotImplementedError
 
-    def weight_source(self, dtype: torch.dtype, model: str = "policy") -> PolicySource:
-        """The weights of the policy, or of a saved model, for a transport, in the engine's dtype."""
-        return PolicySource(self._language_model(model), dtype)
-
-    def _language_model(self, model: str) -> nn.Module:
-        found: nn.Module = (self._policy if model == "policy" else self._reader.frozen(model)).model
-        return found
-
     # --- log-probs and values ---
 
     def logprobs(self, micro: Sequence[Sequence[TrainSequence]], model: str, temperature: float) -> list[list[np.ndarray]]:
@@ -169,13 +156,13 @@ class Rank:
     def _infer(
         self, micro: Any, model: str, temperature: float, values: bool
     ) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
-        network = self._network if model == "policy" else self._reader.frozen(model)
         results = []
-        for sequences in micro:
-            items = [TrainItem(prompt_id="", sequences=(s,)) for s in sequences]
-            batch = collate(items).to(self.device)
-            outputs = network(batch, temperature=temperature, values=values)
-            results.append((_rows(outputs.logprobs_BT, sequences), _rows(outputs.values_BT, sequences) if values else []))
+        with self._as(model) as network:
+            for sequences in micro:
+                items = [TrainItem(prompt_id="", sequences=(s,)) for s in sequences]
+                batch = collate(items).to(self.device)
+                outputs = network(batch, temperature=temperature, values=values)
+                results.append((_rows(outputs.logprobs_BT, sequences), _rows(outputs.values_BT, sequences) if values else []))
         return results
 
     # --- training ---
@@ -199,12 +186,13 @@ class Rank:
         rates = {"policy": learning_rate, "critic": of_critic}
         for group in self._groups:
             group["lr"] = rates[group["part"]]
-        totals, stopped = self._backward(micro, count, target_kl)
+        with self._dropout.on():
+            totals, stopped = self._backward(micro, count, target_kl)
         give_back()
         norm, applied = self._apply()
         if applied:
             self._state = self._next_state
-        metrics = state_metrics(self.algorithm, self._state) | self._reduce(totals, count)
+        metrics = state_metrics(self.algorithm, self._state) | means(totals, count, self.world_size, self.device)
         metrics["grad_norm"] = norm
         metrics["learning_rate"] = learning_rate
         metrics["skipped"] = float(not applied and not stopped)
@@ -220,8 +208,9 @@ class Rank:
         """
         totals: dict[str, Tensor] = {}
         stopped = False
+        forward = self._dropout.numbered(self._forward)
         for number, (items, batch) in enumerate(zip(micro, self._batches(micro), strict=True), start=1):
-            outputs = self._forward(batch)
+            outputs = forward(batch)
             loss = loss_of(self.algorithm, outputs, batch, trained=True) if items else None
             nothing = outputs.logprobs_BT.sum() * 0.0 + _zero(outputs.values_BT) + _zero(outputs.reference_kl_BT)
             total = nothing if loss is None else loss.total
@@ -230,15 +219,9 @@ class Rank:
             for name, mean in (metrics if target_kl is None else metrics | kl_old(outputs, batch)).items():
                 _add(totals, name, mean)
             if target_kl is not None and number == len(micro):
-                stopped = self._mean(totals["kl_old"]) > target_kl
+                stopped = mean_of_ranks(totals["kl_old"], self.world_size) > target_kl
             self._accumulate(total, count if total.isfinite() and not stopped else float("nan"))
         return totals, stopped
-
-    def _mean(self, own: Tensor) -> float:
-        """Of all ranks, from this one's sum and count; the same on all of them to the last bit, so that they decide alike."""
-        parts: list[list[float]] = [[]] * self.world_size
-        dist.all_gather_object(parts, own.tolist())
-        return sum(total for total, _ in parts) / max(1.0, sum(count for _, count in parts))
 
     def _batches(self, micro: Sequence[Sequence[TrainItem]]) -> Iterator[Batch]:
         """One after the other, unless the loss looks at all of them first."""
@@ -246,14 +229,13 @@ class Rank:
         if not isinstance(self.algorithm, WholeStep):
             yield from batches
             return
-        filled, self._next_state = first_pass(self.algorithm, list(batches), self._forward, self._gather, self._state)
+        forward = self._dropout.numbered(self._forward)
+        filled, self._next_state = first_pass(self.algorithm, list(batches), forward, self._gather, self._state)
         yield from filled
 
     def _gather(self, own: list[Rows]) -> tuple[list[list[Rows]], int]:
         """The rows of every rank, and which one this is."""
-        ranks: list[list[Rows]] = [[] for _ in range(self.world_size)]
-        dist.all_gather_object(ranks, own)
-        return ranks, self.rank
+        return every(own, self.world_size), self.rank
 
     def set_reference(self, model: str) -> None:
         """Which saved model `Needs.reference_kl` is about; until this is called the one that training began with."""
@@ -267,34 +249,21 @@ class Rank:
             values=self.needs.values,
             entropy=self.needs.entropy,
             collision=self.needs.collision,
-            reference=self._reader.states(self._reference, batch) if self.needs.reference_kl else None,
+            reference=self._reference_states(batch) if self.needs.reference_kl else None,
         )
         return outputs
-
-    def _reduce(self, totals: dict[str, Tensor], count: int) -> dict[str, float]:
-        """Sums and counts of all ranks -> means. Ranks without items know no metric names, so the names travel first."""
-        names: list[list[str]] = [[] for _ in range(self.world_size)]
-        dist.all_gather_object(names, sorted(totals))
-        union = sorted({n for part in names for n in part})
-        table = torch.stack([totals.get(n, torch.zeros(2)) for n in union]).double()
-        table = table.to(self.device) if self.device.type == "cuda" else table
-        dist.all_reduce(table)
-        means = {n: (row[0] / row[1]).item() if row[1] > 0 else float("nan") for n, row in zip(union, table.cpu(), strict=True)}
-        means["loss"] = table[union.index("loss"), 0].item() / count
-        return means
 
     def self_test(self, micro: Sequence[Sequence[TrainItem]], base_model: str) -> list[Sums]:
         """See `SelfTest`; what each rank found about its micro-batches, by rank. Collective."""
 
         def base(batch: Batch) -> Tensor:
-            outputs: Outputs = self._reader.frozen(base_model)(batch, temperature=self.temperature)
+            with self._as(base_model) as network:
+                outputs: Outputs = network(batch, temperature=self.temperature)
             return outputs.logprobs_BT
 
         longest = getattr(self._policy.model.config.get_text_config(), "max_position_embeddings", None)
         found = compare(self._forward, base, self.algorithm, micro, self.device, longest)
-        parts = [found] * self.world_size
-        dist.all_gather_object(parts, found)
-        return parts
+        return every(found, self.world_size)
 
     # --- weights out ---
 
@@ -361,11 +330,20 @@ class Rank:
         Returns:
             What this rank wrote: bytes by path relative to `path`.
         """
-        written = [*self._write(Path(path)), *(save_state(Path(path), self._state) if self.rank == 0 else ())]
+        written = [*self._write(Path(path)), *(self._save_kept(Path(path)) if self.rank == 0 else ())]
         mine = Path(path) / f"rng_{self.rank}.json"
         save_generators(mine)
         dist.barrier()
         return {str(file.relative_to(path)): file.stat().st_size for file in (*written, mine)}
+
+    def _save_kept(self, path: Path) -> list[Path]:
+        """What is the same on all ranks: the algorithm's state, and what adapters stand beside."""
+        written = save_state(path, self._state)
+        if self._adapters is not None:
+            self._adapters.require_frozen()
+            (path / _ADAPTERS).write_text(json.dumps(self._adapters.identity | {"dropout_steps": self._dropout.steps}))
+            written.append(path / _ADAPTERS)
+        return written
 
     def load(self, path: str) -> None:
         """The reverse of `save`.
@@ -381,51 +359,17 @@ class Rank:
                 fix=f"resume with learner.ranks={count}",
             )
         self._state = load_state(Path(path), self.algorithm)
+        if self._adapters is not None:
+            stored = json.loads((Path(path) / _ADAPTERS).read_text())
+            self._adapters.require_same(stored)
+            self._dropout.steps = int(stored["dropout_steps"])
         self._read(Path(path))
         load_generators(Path(path) / f"rng_{self.rank}.json")
-
-    def export(self, path: str, tokenizer: str) -> None:
-        """The policy as a Hugging Face model with its tokenizer. Collective; rank 0 writes."""
-        model = self._policy.model
-        export_weights(self.weight_source(self.dtype), Path(path), self.dtype, writer=self.rank == 0)
-        if self.rank == 0:
-            from transformers import AutoTokenizer
-
-            model.config.save_pretrained(path)
-            if model.can_generate():
-                model.generation_config.save_pretrained(path)
-            AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path)
-        dist.barrier()
-
-    def average(self, reference: str, weight: float, path: str) -> None:
-        """Write (1 - weight) * reference + weight * policy in float32; see `Learner.average`. Collective; rank 0 writes.
-
-        The base model is taken as this learner reads it, whatever its files call its tensors.
-        """
-        policy = self.weight_source(self.dtype)
-        start: WeightSource = (
-            self.weight_source(self.dtype, reference)
-            if reference == self._base
-            else SavedSource(Path(reference), [m.name for m in policy.metadata()])
-        )
-        export_weights(Interpolated(start, policy, weight), Path(path), torch.float32, writer=self.rank == 0)
-        if self.rank == 0:
-            self._policy.model.config.save_pretrained(path)
-        dist.barrier()
 
     def shutdown(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _bound_collectives(timeout: timedelta) -> None:
-    """From now on a rank that waits longer than this for the others fails. Everything before belongs to the start, and its time.
-
-    For all groups, because libraries make some of their own, with torch's default. torch has no public name for this.
-    """
-    for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def seed_everything(seed: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,35 +14,73 @@ from onlinerl.errors import LearnerError
 from onlinerl.protocols.learner import TensorMeta
 
 
+@dataclass(frozen=True)
+class Merged:
+    """A weight with an adapter in it: weight + scaling * b @ a (of its transpose, where the layer keeps its weight transposed), in float32,
+    rounded once to the dtype of the weight."""
+
+    weight: nn.Parameter
+    a: nn.Parameter
+    """[rank, in]"""
+    b: nn.Parameter
+    """[out, rank]"""
+    scaling: float
+    transposed: bool
+
+    @torch.no_grad()
+    def value(self) -> Tensor:
+        """In full; all three must be whole."""
+        delta = self.b.float() @ self.a.float()
+        delta = delta.t() if self.transposed else delta
+        return (self.weight.float() + self.scaling * delta).to(self.weight.dtype)
+
+
+Weight = nn.Parameter | Merged
+
+
 class PolicySource:
-    """Yields every parameter once, whole, in the wire dtype, layer by layer; a `protocols.learner.WeightSource`.
+    """Yields every weight once, whole, in the wire dtype, layer by layer; a `protocols.learner.WeightSource`.
 
     Tied weights appear once, under the name the model's own loader expects.
 
     Args:
         model: the language model, without critic.
         dtype: what goes over the wire.
+        weights: what to yield, by name; the parameters of the model by default.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, weights: Mapping[str, Weight] | None = None) -> None:
         self._dtype = dtype
-        by_name = dict(model.named_parameters())  # removes tied duplicates
-        self._parameters = {name: by_name[name] for name in layer_by_layer(list(by_name))}
+        by_name: Mapping[str, Weight] = (
+            dict(model.named_parameters()) if weights is None else weights
+        )  # without tied duplicates
+        self._weights = {name: by_name[name] for name in layer_by_layer(list(by_name))}
 
     def metadata(self) -> list[TensorMeta]:
-        """Name, wire dtype and full shape of every parameter, without gathering."""
-        return [TensorMeta(name, self._dtype, self._shape(p)) for name, p in self._parameters.items()]
+        """Name, wire dtype and full shape of every weight, without gathering."""
+        return [TensorMeta(name, self._dtype, self._shape(_parts(w)[0])) for name, w in self._weights.items()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.whole():
-            yield name, parameter.detach().to(self._dtype)
+        for name, weight in self.whole():
+            yield name, weight.detach().to(self._dtype)
 
-    def whole(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters themselves, each whole until the next one is asked for."""
-        yield from self._parameters.items()
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters themselves, each whole until the next one is asked for; with an adapter in it, a tensor of its own."""
+        for name, weight in self._weights.items():
+            with self._gathered(_parts(weight)):
+                yield name, weight.value() if isinstance(weight, Merged) else weight
+
+    def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Inside, these are whole."""
+        return nullcontext()
 
     def _shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
         return tuple(parameter.shape)
+
+
+def _parts(weight: Weight) -> list[nn.Parameter]:
+    """What a weight is made of, the base model's first."""
+    return [weight.weight, weight.a, weight.b] if isinstance(weight, Merged) else [weight]
 
 
 class Switched:

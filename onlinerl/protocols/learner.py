@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, runti
 import numpy as np
 from pydantic import Field
 
+from onlinerl.protocols.adapters import LoraConfig
 from onlinerl.protocols.component import Component
 from onlinerl.protocols.keys import CustomResources, Resumable, Seconds
 from onlinerl.types import SelfTest, TrainItem, TrainSequence, UpdateReport
@@ -257,6 +258,8 @@ class LearnerConfig(Component):
     """Prompt and response tokens of one forward pass of one rank; a single longer item goes alone."""
     gradient_checkpointing: Resumable[bool] = False
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the weights; off by default, and only of learners that have it (`adapts`)."""
     cpus: Resumable[int] = Field(1, ge=0)
     """CPUs reserved per rank."""
     threads: Resumable[int | None] = Field(None, ge=1)
@@ -270,6 +273,8 @@ class LearnerConfig(Component):
 
     merges: ClassVar[bool] = False
     """Whether it has `keep_weights` and `merge`, for `training.online_merging`."""
+    adapts: ClassVar[bool] = False
+    """Whether it trains adapters, `lora`; its `memory` then takes how many parameters they have."""
     in_process: ClassVar[bool] = False
     """Whether it runs in the controller's own process; the engine then must, too."""
 
@@ -278,12 +283,13 @@ class LearnerConfig(Component):
         """In a word or two, how ranks share the work."""
         return self.dtype
 
-    def memory(self, parameters: float, *, critic: float = 0) -> Mapping[str, float]:
+    def memory(self, parameters: float, *, critic: float = 0, adapters: float | None = None) -> Mapping[str, float]:
         """Bytes that one rank holds when it holds most, without activations, by what they are for.
 
         Args:
             parameters: of the model.
             critic: parameters of a second network that is trained beside it.
+            adapters: parameters of the adapters of both, which alone are trained; None trains all. Given only to learners that adapt.
         """
         return {}
 

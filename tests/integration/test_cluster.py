@@ -308,6 +308,46 @@ def test_the_torch_learner_in_place_of_deepspeed(start: Callable[..., Controller
 
 
 @pytest.mark.long
+def test_adapters_killed_in_training_and_resumed(start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path) -> None:
+    """Of two ranks that divide everything: pushed with proof, killed in the second iteration, and resumed to the same weights, dropout
+    included. The base model is the policy without them, and no export is read as a second model."""
+    import torch
+    from safetensors.torch import load_file
+
+    config = write_config(tmp_path, tiny_llama, engine={"replicas": 1})
+    keys = [
+        "iterations=2",
+        "prompts.per_iteration=4",
+        "learner.zero_stage=3",
+        "learner.lora.rank=4",
+        "learner.lora.dropout=0.1",
+        "training.learning_rate=0.01",
+    ]
+    straight = start("run", config, *keys, "name=straight")
+    assert straight.wait() == 0, straight.text
+    killed = start("run", config, *keys, log=str(tmp_path / "events"), parts="real", kill=["push", 3])
+    assert killed.wait() == -signal.SIGKILL, killed.text
+    killed.assert_nothing_survives()
+    resumed = start("resume", tmp_path / "runs" / "run")
+    assert resumed.wait() == 0, resumed.text
+    resumed.assert_nothing_survives()
+
+    assert "M of adapters trained" in straight.text
+    base = load_file(tiny_llama / "model.safetensors")
+    for run in (tmp_path / "runs" / name for name in ("straight", "run")):
+        assert [i["sync"]["proved"] for i in show(run)["iterations"]] == [True] * 3
+        assert show(run)["iterations"][2]["kl_ref"] > 0
+        first, second = (load_file(run / f"exports/000{t}/model.safetensors") for t in (1, 2))
+        moved = {name for name, tensor in base.items() if not torch.equal(second[name], tensor)}
+        assert moved == {name for name in base if "_proj" in name}
+        assert all(not torch.equal(first[name], second[name]) for name in moved)
+    for file in ("exports/0002/model.safetensors", "exports/0002/adapter/adapter_model.safetensors"):
+        ours, theirs = (load_file(tmp_path / "runs" / name / file) for name in ("run", "straight"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.long
 def test_a_reference_that_is_an_average_and_a_model_beyond_the_last_iterate(
     start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path
 ) -> None:

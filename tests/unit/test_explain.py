@@ -14,6 +14,7 @@ from onlinerl.config import RunConfig
 from onlinerl.config.loading import CHOICES
 from onlinerl.errors import ConfigError, OracleError
 from onlinerl.prompts.dataset import Column, Dataset
+from onlinerl.protocols.adapters import LoraConfig
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.oracle import Oracle
 
@@ -89,7 +90,8 @@ def test_every_suggested_key_exists():
     flat = configuration.flatten(configuration.parse(BASE).model_dump()) | dict.fromkeys(RunConfig.model_fields)
     knobs = {k for name in ("ppo", "grpo", "dpo") for k in registry.load("algorithms", name, Algorithm).model_fields}
     published = {*(f"prompts.{k}" for k in Dataset.model_fields), *(f"prompts.columns.{k}" for k in get_args(Column))}
-    known = {*flat, *(f"algorithm.{k}" for k in knobs), "oracle.path", *published}
+    adapters = {f"learner.lora.{k}" for k in LoraConfig.model_fields}
+    known = {*flat, *(f"algorithm.{k}" for k in knobs), "oracle.path", *published, *adapters}
     for key in synonyms.KEYS.values():
         assert set(key.partition(",")[0].split(" or ")) <= known, key
     names = {name for role in ("algorithms", "oracles", "pairing") for name in registry.names(role)}

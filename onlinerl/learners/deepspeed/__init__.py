@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from onlinerl.learners.deepspeed.memory import learner_rank
 from onlinerl.protocols.learner import LearnerConfig, RankSettings
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class DeepSpeed(LearnerConfig):
     """Any number of ranks, which divide as much of the learner's state among them as `zero_stage` says."""
 
+    adapts: ClassVar[bool] = True
+
     name: str = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What the ranks divide among them: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also weights."""
@@ -26,9 +28,9 @@ class DeepSpeed(LearnerConfig):
         """Stage and dtype."""
         return f"ZeRO-{self.zero_stage}, {self.dtype}"
 
-    def memory(self, parameters: float, *, critic: float = 0) -> Mapping[str, float]:
+    def memory(self, parameters: float, *, critic: float = 0, adapters: float | None = None) -> Mapping[str, float]:
         """Bytes that one rank holds when it holds most, without activations, by what they are for."""
-        return learner_rank(self, parameters, critic=critic)
+        return learner_rank(self, parameters, critic=critic, adapters=adapters)
 
     def environment(self, device: str, threads: int) -> dict[str, str]:
         """Environment variables that a rank's process must start with."""

@@ -20,7 +20,7 @@ BUCKET = 20_000_000
 """Elements that DeepSpeed reduces, gathers or steps at a time."""
 
 
-def learner_rank(config: DeepSpeed, parameters: float, *, critic: float = 0) -> dict[str, float]:
+def learner_rank(config: DeepSpeed, parameters: float, *, critic: float = 0, adapters: float | None = None) -> dict[str, float]:
     """Bytes that one rank holds when it holds most, by what they are for. That is while it takes an optimizer step.
 
     Activations are not in it: they depend on the lengths of prompts and responses, and are bounded by
@@ -33,21 +33,24 @@ def learner_rank(config: DeepSpeed, parameters: float, *, critic: float = 0) -> 
         config: the learner's section.
         parameters: of the model.
         critic: parameters of a second network that is trained beside it.
+        adapters: parameters of the adapters of both, which alone are trained; then there is no reference beside the policy, and a second
+            adapter for older iterates. None trains all.
     """
     ranks, stage = config.ranks, config.zero_stage
     low = config.dtype == "bfloat16"
     weight = 2 if low else 4
-    trained = parameters + critic
+    networks = parameters + critic
+    trained = networks if adapters is None else adapters
     share = trained / ranks if stage >= 1 else trained
     cut_up = ranks if stage == 3 else 1
     # The wrapper of stages 1 and 2 keeps master weights in fp32 whatever the dtype of the weights.
     master = 4 if low or stage in (1, 2) else 0
     return {
         "process": PROCESS_BYTES,
-        "weights": weight * trained / cut_up,
+        "weights": weight * (networks + (0 if adapters is None else 2 * adapters)) / cut_up,
         "gradients": _gradients(weight, stage, trained, share),
         "optimizer": (8 + master) * share,
-        "reference": weight * parameters / cut_up,
+        "reference": weight * parameters / cut_up if adapters is None else 0,
         "buffers": _BUFFERS * BUCKET if stage == 3 else 0,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from onlinerl.learners.deepspeed import DeepSpeed
 from onlinerl.learners.deepspeed.extensions import use_own_folder, without_abandoned_locks
 from onlinerl.learners.deepspeed.loading import ShardedReader
 from onlinerl.learners.deepspeed.memory import BUCKET
-from onlinerl.learners.deepspeed.weights import ShardedSource
+from onlinerl.learners.deepspeed.weights import ShardedSource, gathered
 from onlinerl.types import TrainItem
 
 __all__ = ["DeepSpeedRank"]
@@ -31,6 +32,7 @@ class DeepSpeedRank(Rank):
     """Holds this rank's share of the policy and its optimizer; see `Rank`."""
 
     config: DeepSpeed
+    _source = ShardedSource
 
     def _build(self, model: str) -> None:
         import deepspeed
@@ -45,8 +47,7 @@ class DeepSpeedRank(Rank):
                 verbose=False,
             )
         self._reader = ShardedReader(self.dtype, self.config.attn_implementation, self.device, self._deepspeed_config())
-        self._policy = self._reader.trained(model, self.needs)
-        self._policy.eval()
+        self._read_policy(model)
         optimizer = build_optimizer(parameter_groups(self._policy, self.training), self.training, checked=self._bare)
         self._engine, *_ = deepspeed.initialize(
             model=self._policy, optimizer=optimizer, config=self._deepspeed_config(), dist_init_required=False
@@ -116,7 +117,7 @@ class DeepSpeedRank(Rank):
 
         def capture(*args: Any, **kwargs: Any) -> None:
             for name, parameter in self._policy.named_parameters():
-                grad = safe_get_full_grad(parameter)
+                grad = safe_get_full_grad(parameter) if parameter.requires_grad else None
                 if grad is not None:
                     grads[name] = grad.detach().float().cpu().numpy().copy()
 
@@ -141,9 +142,8 @@ class DeepSpeedRank(Rank):
                 if isinstance(value, Tensor):
                     value.zero_()
 
-    def weight_source(self, dtype: torch.dtype, model: str = "policy") -> ShardedSource:
-        """The weights of the policy, or of a saved model, for a transport, in the engine's dtype."""
-        return ShardedSource(self._language_model(model), dtype)
+    def _gathered(self, parameters: list[nn.Parameter], *, write: bool = False) -> AbstractContextManager[Any]:
+        return gathered(parameters, write=write)
 
     def _weights(self) -> Iterator[Tensor]:
         yield from super()._weights()
@@ -154,11 +154,12 @@ class DeepSpeedRank(Rank):
 
     def _write(self, path: Path) -> Sequence[Path]:
         self._files.written.clear()
-        self._engine.save_checkpoint(str(path), tag=_TAG, client_state={}, exclude_frozen_parameters=False)
+        self._engine.save_checkpoint(str(path), tag=_TAG, client_state={}, exclude_frozen_parameters=self._adapters is not None)
         return self._files.written
 
     def _read(self, path: Path) -> None:
-        loaded, _ = self._engine.load_checkpoint(str(path), tag=_TAG)
+        # What is frozen is not in it; `Adapters.require_same` has seen that it is of these adapters.
+        loaded, _ = self._engine.load_checkpoint(str(path), tag=_TAG, load_module_strict=self._adapters is None)
         if loaded is None:
             raise LearnerError(f"DeepSpeed found nothing to load in {path}", fix="resume from an older checkpoint")
         self._own_moments()

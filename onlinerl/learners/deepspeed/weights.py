@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,14 +19,20 @@ class ShardedSource(PolicySource):
         return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.whole():
+        for name, weight in self.whole():
             # A copy, because gathered storage is given back before the bytes may have been sent.
-            yield name, parameter.detach().to(self._dtype, copy=hasattr(parameter, "ds_id"))
+            yield name, weight.detach().to(self._dtype, copy=hasattr(weight, "ds_id"))
 
-    def whole(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters themselves, each whole until the next one is asked for. Collective under ZeRO-3."""
-        import deepspeed
+    def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        return gathered(parameters)
 
-        for name, parameter in super().whole():
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None, enabled=hasattr(parameter, "ds_id")):
-                yield name, parameter
+
+def gathered(parameters: list[nn.Parameter], *, write: bool = False) -> AbstractContextManager[Any]:
+    """Inside, these are whole, and with `write` what rank 0 makes of them stays. Collective under ZeRO-3."""
+    import deepspeed
+
+    cut = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+        cut, modifier_rank=0 if write else None, enabled=bool(cut)
+    )
+    return whole

@@ -17,18 +17,21 @@ class Torch(LearnerConfig):
     """One rank, or several that each hold the whole model: the learner with the fewest parts, for models that fit."""
 
     merges: ClassVar[bool] = True
+    adapts: ClassVar[bool] = True
 
     name: str = "torch"
 
-    def memory(self, parameters: float, *, critic: float = 0) -> Mapping[str, float]:
+    def memory(self, parameters: float, *, critic: float = 0, adapters: float | None = None) -> Mapping[str, float]:
         """Bytes that one rank holds when it holds most, without activations, by what they are for."""
         low = self.dtype == "bfloat16"
-        weight, trained = (2 if low else 4), parameters + critic
+        weight, networks = (2 if low else 4), parameters + critic
+        trained = networks if adapters is None else adapters
         return {
-            "weights": weight * trained,
+            "weights": weight * networks
+            + (0 if adapters is None else 2 * weight * adapters),  # the trained ones, and an older iterate's
             "gradients": (4 + weight * low) * trained,  # summed in fp32; a micro-batch's own are in the dtype of the weights
             "optimizer": (8 + 4 * low) * trained,
-            "reference": weight * parameters,
+            "reference": weight * parameters if adapters is None else 0,  # else it is the policy with its adapters off
         }
 
     def environment(self, device: str, threads: int) -> dict[str, str]:

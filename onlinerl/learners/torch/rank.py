@@ -32,13 +32,14 @@ class TorchRank(Rank):
 
     def _build(self, model: str) -> None:
         self._reader = ModelReader(self.dtype, self.config.attn_implementation, self.device)
-        self._policy = self._reader.trained(model, self.needs)
-        self._policy.eval()
+        self._read_policy(model)
         if self.config.gradient_checkpointing:
             self._policy.recompute_activations()
         # By the parameter that computes, what the optimizer steps: itself, or its fp32 master.
         self._stepped: dict[nn.Parameter, nn.Parameter] = {
-            p: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self._policy.parameters()
+            p: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+            for p in self._policy.parameters()
+            if p.requires_grad
         }
         groups = parameter_groups(self._policy, self.training)
         for group in groups:
@@ -93,7 +94,7 @@ class TorchRank(Rank):
         """The gradient that `step` would use, by parameter name, and no step: for parity tests."""
         self._backward(micro, count)
         self._sum_over_ranks()
-        named = [(name, self._stepped[p].grad) for name, p in self._policy.named_parameters()]
+        named = [(name, self._stepped[p].grad) for name, p in self._trained()]
         grads = {name: grad.detach().cpu().numpy().copy() for name, grad in named if grad is not None}
         self._optimizer.zero_grad(set_to_none=True)
         return grads
@@ -101,6 +102,10 @@ class TorchRank(Rank):
     def reset_optimizer(self) -> None:
         """Forget the optimizer's moments and how many steps it took."""
         self._optimizer.state.clear()
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What has a gradient, by name."""
+        return ((name, p) for name, p in self._policy.named_parameters() if p in self._stepped)
 
     def _masters(self) -> Iterator[tuple[str, Tensor]]:
         """What the optimizer steps of the policy itself, by parameter name."""
@@ -124,14 +129,14 @@ class TorchRank(Rank):
         """Rank 0 writes: the others hold the same."""
         if self.rank > 0:
             return []
-        masters = {name: self._stepped[p].detach() for name, p in self._policy.named_parameters()}
+        masters = {name: self._stepped[p].detach() for name, p in self._trained()}
         torch.save({"weights": masters, "optimizer": self._optimizer.state_dict()}, path / _FILE)
         return [path / _FILE]
 
     def _read(self, path: Path) -> None:
         state = load_plain(path / _FILE, map_location=self.device, mapped=self.device.type == "cpu")
         with torch.no_grad():
-            for name, parameter in self._policy.named_parameters():
+            for name, parameter in self._trained():
                 self._stepped[parameter].copy_(state["weights"][name])
         self._copy_masters()
         self._optimizer.load_state_dict(state["optimizer"])
