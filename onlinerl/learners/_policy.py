@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from onlinerl.batch import Batch, Outputs
 from onlinerl.families import LogitRule, logit_rule
-from onlinerl.learners import _vocabulary
-from onlinerl.learners._logits import logits as fp32_logits
-from onlinerl.learners._vocabulary import FrozenStates, TokenTerms, rescaled
+from onlinerl.learners._token_terms import Asked, token_terms
+from onlinerl.learners._vocabulary import FrozenStates, TokenTerms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,28 +59,10 @@ class LogProbHead(nn.Module):
     ) -> TokenTerms:
         """Of logits divided by `temperature`: log-probs of `targets_N` and, if asked for, entropies, log sum_v pi_v^2, and the KL of
         the reference to this model. Fp32."""
-        weight, bias = self.weight, self.bias
-
-        def piece(start: int, hidden: Tensor, targets: Tensor, weight: Tensor) -> TokenTerms:
-            logits = rescaled(fp32_logits(hidden, weight, bias), self.rule, temperature)
-            theirs = None if reference is None else reference.logits(start, start + len(hidden), temperature)
-            return TokenTerms(
-                logprobs=-nn.functional.cross_entropy(logits, targets, reduction="none"),
-                entropy=_vocabulary.entropy(logits) if entropy else None,
-                collision=_vocabulary.collision(logits) if collision else None,
-                reference_kl=None if theirs is None else _vocabulary.kl_from(theirs, logits),
-            )
-
         # The logits of both models together are no more than those of one without the other.
         size = CHUNK if reference is None else max(1, CHUNK // 2)
-        parts = []
-        for start in range(0, len(targets_N), size):
-            args = (start, hidden_NH[start : start + size], targets_N[start : start + size], weight)
-            if torch.is_grad_enabled() and len(targets_N) > size:
-                parts.append(checkpoint(piece, *args, use_reentrant=False))
-            else:
-                parts.append(piece(*args))
-        return TokenTerms._make(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+        asked = Asked(self.rule, temperature, entropy, collision, reference, size)
+        return token_terms(hidden_NH, targets_N, self.weight, self.bias, asked)
 
 
 def _zeros(backbone: PreTrainedModel) -> nn.Linear:
