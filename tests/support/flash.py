@@ -55,6 +55,8 @@ def flash_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         return torch.stack([one(*row, scale, window, softcap) for row in zip(q, k, v, strict=True)])
 
     monkeypatch.setattr(flash, "_loaded_implementation", None)
-    monkeypatch.setattr(flash_attention, "get_target_dtype", lambda *_: None)  # no kernel takes fp32, and this looks what else to take
+    monkeypatch.setattr(
+        flash_attention, "get_target_dtype", lambda *_: None
+    )  # no kernel takes fp32, and this looks what else to take
     monkeypatch.setattr(flash, "_lazy_imports", lambda *_, **__: (whole, varlen, None, None, None))
     return calls
