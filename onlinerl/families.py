@@ -90,3 +90,79 @@ def check_attention(config: Mapping[str, Any], attention: str) -> None:
             field="learner.attn_implementation",
             fix="set learner.attn_implementation=eager, or flash_attention_2 on GPUs",
         )
+
+
+PACKED = frozenset(
+    [
+        "apertus",
+        "arcee",
+        "cohere",
+        "cohere2",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "exaone4",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "glm4_moe",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neox",
+        "granite",
+        "granitemoe",
+        "granitemoeshared",
+        "helium",
+        "hunyuan_v1_dense",
+        "hyperclovax",
+        "llama",
+        "mistral",
+        "mixtral",
+        "nanochat",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "phi",
+        "phi3",
+        "phimoe",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "seed_oss",
+        "smollm3",
+        "starcoder2",
+        "vaultgemma",
+    ]
+)
+"""By `model_type`: families of which a test has shown that sequences in one row are computed as if each were alone, with every implementation
+of attention. In others something gets across, and most of them say nothing: a state (Mamba, linear attention, convolutions), biases by
+the distance in the row (ALiBi), or attention that is not told where a sequence begins."""
+_ATTENTION = {"full_attention", "sliding_attention"}
+
+
+def check_packing(config: Mapping[str, Any]) -> None:
+    """Refuse to lay the sequences of a model's batch one after the other in a row, where that is not known to be exact.
+
+    Args:
+        config: of the model, as `config.json` has it, defaults filled in.
+
+    Raises:
+        ConfigError: if the family is none of `PACKED`, or the model has layers of another kind.
+    """
+    family = str(config.get("model_type"))
+    fix = "leave learner.padding_free off: micro-batches are sorted by length, so that little of them is padding"
+    if strange := sorted(set(config.get("layer_types") or ()) - _ATTENTION):
+        raise ConfigError(
+            f"layers of the kind {strange[0]!r} carry something from one sequence of a row into the next",
+            field="learner.padding_free",
+            fix=fix,
+        )
+    if family not in PACKED:
+        raise ConfigError(
+            f"it is not known of the family {family!r} that sequences in one row do not see each other",
+            field="learner.padding_free",
+            fix=fix,
+        )

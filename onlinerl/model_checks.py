@@ -9,15 +9,16 @@ from typing import Any
 
 from onlinerl import weight_files
 from onlinerl.errors import ConfigError
-from onlinerl.families import check_attention, logit_rule
+from onlinerl.families import check_attention, check_packing, logit_rule
 
 
-def check_description(model: Path, attention: str) -> None:
+def check_description(model: Path, attention: str, *, padding_free: bool = False) -> None:
     """Refuse a model that the engine or the learner could not load, or whose log-probs the learner would get wrong.
 
     Args:
         model: its directory.
         attention: `learner.attn_implementation`.
+        padding_free: `learner.padding_free`.
 
     Raises:
         ConfigError: naming cause and fix.
@@ -35,6 +36,8 @@ def check_description(model: Path, attention: str) -> None:
     _check_architecture(written)
     logit_rule(described)
     check_attention(described, attention)
+    if padding_free:
+        check_packing(described)
     _check_generation(model)
 
 

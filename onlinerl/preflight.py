@@ -121,7 +121,7 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     local = _check_model(config.model)
     if local is not None:  # from here on by its place: other processes may have another working directory
         config = config.model_copy(update={"model": str(local)})
-        check_description(local, config.learner.attn_implementation)
+        check_description(local, config.learner.attn_implementation, padding_free=config.learner.padding_free)
     parameters = weight_files.parameters(config.model, local)
     if local is not None:
         check_weights(local)

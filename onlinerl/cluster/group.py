@@ -179,7 +179,7 @@ class LearnerGroup:
         # The position travels as the item's id, so that results find their way back whatever the order of work.
         items = [TrainItem(prompt_id=str(i), sequences=(_bare(s),)) for i, s in enumerate(sequences)]
         # Without a backward pass a micro-batch takes a fraction of the memory.
-        work = plan_step(items, len(self.actors), 2 * self._config.tokens_per_microbatch)
+        work = self._plan(items, 2)
         arguments = [([[item.sequences[0] for item in micro] for micro in rank], *more) for rank in work]
         results: list[np.ndarray | None] = [None] * len(items)
         for rank, outputs in zip(work, self.scatter(method, arguments, timeout_s), strict=True):
@@ -188,13 +188,18 @@ class LearnerGroup:
                     results[int(item.prompt_id)] = array
         return [r for r in results if r is not None]
 
+    def _plan(self, items: Sequence[TrainItem], times: int = 1) -> list[list[list[TrainItem]]]:
+        """Items by rank and micro-batch, which holds so many times what one of a training step may hold."""
+        budget = times * self._config.tokens_per_microbatch
+        return plan_step(items, len(self.actors), budget, padding_free=self._config.padding_free)
+
     def update(
         self, steps: Sequence[Sequence[TrainItem]], learning_rates: Sequence[float], *, target_kl: float | None = None
     ) -> Iterator[UpdateReport]:
         """One optimizer step per element of `steps`, a report after each, until `target_kl` is exceeded."""
         target = () if target_kl is None else (target_kl,)  # ranks that know nothing of one go on as before
         for items, learning_rate in zip(steps, learning_rates, strict=True):
-            work = plan_step(list(items), len(self.actors), self._config.tokens_per_microbatch)
+            work = self._plan(list(items))
             count = sum(item.count(self._algorithm.unit) for item in items)
             metrics = self.scatter(LearnerRank.step, [(rank, count, learning_rate, *target) for rank in work])[0]
             if metrics.pop("stopped", 0):
@@ -206,7 +211,7 @@ class LearnerGroup:
 
     def self_test(self, items: Sequence[TrainItem], base_model: str) -> SelfTest:
         """Cut up as a training step would be."""
-        work = plan_step(items, len(self.actors), self._config.tokens_per_microbatch)
+        work = self._plan(items)
         parts = self.scatter(LearnerRank.self_test, [(rank, base_model) for rank in work])[0]
         return combine(parts, items, self._algorithm)
 

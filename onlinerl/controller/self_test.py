@@ -64,7 +64,9 @@ def require_scores_fit(earned: Sequence[float]) -> None:
         raise _overflow("training cannot begin", largest)
 
 
-def check(result: SelfTest, expected_loss: float | None, dtype: str, largest_score: float = 0.0) -> None:
+def check(
+    result: SelfTest, expected_loss: float | None, dtype: str, largest_score: float = 0.0, *, padding_free: bool = False
+) -> None:
     """Refuse to train on what does not belong to the policy.
 
     Args:
@@ -72,10 +74,17 @@ def check(result: SelfTest, expected_loss: float | None, dtype: str, largest_sco
         expected_loss: what the formula says with policy = reference; None if it says nothing.
         dtype: of the learner.
         largest_score: of the items, by absolute value.
+        padding_free: whether the learner's sequences share a row.
 
     Raises:
         LearnerError: saying what does not hold.
     """
+    if padding_free and not result.noise <= MOST_NOISE:
+        raise LearnerError(
+            f"what the policy says about a response changes by {result.noise:.4f} nats per token with the order of the responses in a row",
+            field="learner.padding_free",
+            fix="this model's attention sees other sequences of the row: set learner.padding_free=false",
+        )
     if not result.noise <= MOST_NOISE:
         raise LearnerError(
             f"what the policy says about a response changes by {result.noise:.4f} nats per token if its batch is padded further",

@@ -28,15 +28,17 @@ class ModelReader:
     Args:
         dtype, attention: of the model, as transformers takes them.
         device: of this rank.
+        padding_free: of the policies, see `Policy`.
     """
 
-    def __init__(self, dtype: torch.dtype, attention: str, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, attention: str, device: torch.device, *, padding_free: bool = False) -> None:
         self._dtype, self._attention, self._device = dtype, attention, device
+        self._padding_free = padding_free
         self._frozen: tuple[str, Policy] | None = None
 
     def trained(self, model: str, needs: Needs) -> Policy:
         """The policy that is going to be trained, with the critic that its algorithm needs."""
-        return Policy(self._read(model), needs.critic, *self._critic(needs))
+        return Policy(self._read(model), needs.critic, *self._critic(needs), padding_free=self._padding_free)
 
     def _critic(self, needs: Needs) -> tuple[PreTrainedModel | None, nn.Linear | None]:
         """Backbone and head of a critic that begins as a reward model; of any other, nothing."""
@@ -50,7 +52,8 @@ class ModelReader:
         """A saved model that only gives log-probs. One at a time is kept: base and previous take turns."""
         if self._frozen is None or self._frozen[0] != model:
             self.forget()  # free the old one before reading the new one
-            self._frozen = (model, self._prepared(Policy(self._read(model)).eval().requires_grad_(False)))
+            policy = Policy(self._read(model), padding_free=self._padding_free)
+            self._frozen = (model, self._prepared(policy.eval().requires_grad_(False)))
             give_back()
         return self._frozen[1]
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 ROWS = 8192
 
 
+@torch.no_grad()
 def logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-    """`hidden @ weight.T + bias`, fp32[N, V], accumulated in fp32 and not rounded afterwards; fp64 of fp64."""
+    """`hidden @ weight.T + bias`, fp32[N, V], accumulated in fp32 and not rounded afterwards; fp64 of fp64. Without gradient."""
     if weight_VH.dtype in (torch.float32, torch.float64):
         return nn.functional.linear(hidden_NH, weight_VH, bias_V)
-    out: Tensor = _Fp32Logits.apply(hidden_NH, weight_VH)  # type: ignore[no-untyped-call]
-    return out if bias_V is None else out + bias_V.float()
+    out = _products(hidden_NH, weight_VH)
+    return out if bias_V is None else out.add_(bias_V)
 
 
 @contextmanager
@@ -33,24 +34,12 @@ def _bfloat16_operands() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-class _Fp32Logits(torch.autograd.Function):
-    """Keeps nothing in fp32 for the backward pass. Gradients are those of a linear layer in the model's own dtype."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden_NH, weight_VH)
-        if hidden_NH.device.type == "cuda":
-            return torch.mm(hidden_NH, weight_VH.t(), out_dtype=torch.float32)
-        out = hidden_NH.new_empty(len(hidden_NH), len(weight_VH), dtype=torch.float32)
-        hidden = hidden_NH.float()
-        with _bfloat16_operands():
-            for start in range(0, len(weight_VH), ROWS):
-                torch.mm(hidden, weight_VH[start : start + ROWS].float().t(), out=out[:, start : start + ROWS])
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        hidden_NH, weight_VH = ctx.saved_tensors
-        gradient = gradients[0].to(weight_VH.dtype)
-        needs_hidden, needs_weight = ctx.needs_input_grad
-        return (gradient @ weight_VH if needs_hidden else None), (gradient.t() @ hidden_NH if needs_weight else None)
+def _products(hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
+    if hidden_NH.device.type == "cuda":
+        return torch.mm(hidden_NH, weight_VH.t(), out_dtype=torch.float32)
+    out = hidden_NH.new_empty(len(hidden_NH), len(weight_VH), dtype=torch.float32)
+    hidden = hidden_NH.float()
+    with _bfloat16_operands():
+        for start in range(0, len(weight_VH), ROWS):
+            torch.mm(hidden, weight_VH[start : start + ROWS].float().t(), out=out[:, start : start + ROWS])
+    return out

@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from onlinerl.batch import Batch, Outputs
-from onlinerl.families import LogitRule, logit_rule
-from onlinerl.learners import _vocabulary
-from onlinerl.learners._logits import logits as fp32_logits
-from onlinerl.learners._vocabulary import FrozenStates, TokenTerms, rescaled
+from onlinerl.families import LogitRule, check_packing, logit_rule
+from onlinerl.learners._packing import PackedRow, prepare
+from onlinerl.learners._token_terms import Asked, token_terms
+from onlinerl.learners._vocabulary import FrozenStates, TokenTerms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Logits of so many response tokens exist at a time: 1024 x 150k x 4 bytes is 0.6 GB, whatever the length of the batch.
 CHUNK = 1024
+
+Places = tuple[Tensor, Tensor, Tensor]
+"""See `_places`."""
 
 
 class LogProbHead(nn.Module):
@@ -61,28 +63,10 @@ class LogProbHead(nn.Module):
     ) -> TokenTerms:
         """Of logits divided by `temperature`: log-probs of `targets_N` and, if asked for, entropies, log sum_v pi_v^2, and the KL of
         the reference to this model. Fp32."""
-        weight, bias = self.weight, self.bias
-
-        def piece(start: int, hidden: Tensor, targets: Tensor, weight: Tensor) -> TokenTerms:
-            logits = rescaled(fp32_logits(hidden, weight, bias), self.rule, temperature)
-            theirs = None if reference is None else reference.logits(start, start + len(hidden), temperature)
-            return TokenTerms(
-                logprobs=-nn.functional.cross_entropy(logits, targets, reduction="none"),
-                entropy=_vocabulary.entropy(logits) if entropy else None,
-                collision=_vocabulary.collision(logits) if collision else None,
-                reference_kl=None if theirs is None else _vocabulary.kl_from(theirs, logits),
-            )
-
         # The logits of both models together are no more than those of one without the other.
         size = CHUNK if reference is None else max(1, CHUNK // 2)
-        parts = []
-        for start in range(0, len(targets_N), size):
-            args = (start, hidden_NH[start : start + size], targets_N[start : start + size], weight)
-            if torch.is_grad_enabled() and len(targets_N) > size:
-                parts.append(checkpoint(piece, *args, use_reentrant=False))
-            else:
-                parts.append(piece(*args))
-        return TokenTerms._make(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+        asked = Asked(self.rule, temperature, entropy, collision, reference, size)
+        return token_terms(hidden_NH, targets_N, self.weight, self.bias, asked)
 
 
 def _zeros(backbone: PreTrainedModel) -> nn.Linear:
@@ -102,9 +86,10 @@ class Policy(nn.Module):
         critic: "separate" adds a second backbone with a value head, "shared" a head on the policy's own trunk, None nothing.
         critic_backbone: of a separate critic; a copy of the model's own by default.
         value_head: what makes values [..., 1] of the critic's states; one of zeros by default.
+        padding_free: whether sequences are laid one after the other in one row, instead of padded to one length.
 
     Raises:
-        ConfigError: for a model family that rescales its logits in a way that is not known.
+        ConfigError: for a model family that rescales its logits in a way that is not known, or that cannot be `padding_free`.
     """
 
     def __init__(
@@ -113,9 +98,12 @@ class Policy(nn.Module):
         critic: Literal["separate", "shared"] | None = None,
         critic_backbone: PreTrainedModel | None = None,
         value_head: nn.Linear | None = None,
+        *,
+        padding_free: bool = False,
     ) -> None:
         super().__init__()
         self._recompute = False
+        self._padding_free = padding_free
         self.model: PreTrainedModel = model
         self.head = LogProbHead(model.get_output_embeddings(), logit_rule(model.config.to_dict()))
         self.critic: PreTrainedModel | None = None
@@ -123,6 +111,10 @@ class Policy(nn.Module):
         if critic is not None:
             self.critic = (critic_backbone or copy.deepcopy(model.base_model)) if critic == "separate" else None
             self.value_head = value_head or _zeros(self.critic or model)
+        if padding_free:
+            for network in filter(None, (self.model, self.critic)):
+                check_packing(network.config.to_dict())
+                prepare(network)
 
     def recompute_activations(self) -> None:
         """Keep only the inputs of each layer for the backward pass, of policy and critic, from now on."""
@@ -169,18 +161,12 @@ class Policy(nn.Module):
             reference: states of the same batch in the model that `Outputs.reference_kl_BT` is from; None asks for none.
             states_only: return nothing but the state before each response token, [N, hidden].
         """
-        rows, steps, positions = _places(batch)
-        hidden_BSH = self._run(self.model.base_model, batch)
+        places = rows, steps, positions = _places(batch)
+        hidden_NH = self._run(self.model.base_model, batch, places)
         if states_only:
-            return hidden_BSH[rows, positions]
-        terms = self.head(
-            hidden_BSH[rows, positions],
-            batch.tokens_BS[rows, positions + 1],
-            temperature,
-            entropy=entropy,
-            collision=collision,
-            reference=reference,
-        )
+            return hidden_NH
+        targets_N = batch.tokens_BS[rows, positions + 1]
+        terms = self.head(hidden_NH, targets_N, temperature, entropy=entropy, collision=collision, reference=reference)
 
         def spread(flat: Tensor) -> Tensor:
             table_BT = torch.zeros(batch.mask_BT.shape, dtype=torch.float32, device=flat.device)
@@ -192,24 +178,32 @@ class Policy(nn.Module):
         values_BT = None
         if values:
             assert self.value_head is not None, "this policy was built without a critic"
-            state_BSH = hidden_BSH if self.critic is None else self._run(self.critic, batch)
-            values_BT = spread(self.value_head(state_BSH[rows, positions]).squeeze(-1).float())
+            state_NH = hidden_NH if self.critic is None else self._run(self.critic, batch, places)
+            values_BT = spread(self.value_head(state_NH).squeeze(-1).float())
         return Outputs(
             logprobs_BT=spread(terms.logprobs),
             values_BT=values_BT,
             entropy_BT=spread_if_any(terms.entropy),
             collision_BT=spread_if_any(terms.collision),
             reference_kl_BT=spread_if_any(terms.reference_kl),
-            hidden_BH=_row_sums(hidden_BSH[rows, positions], rows, len(batch.tokens_BS)) if hidden else None,
+            hidden_BH=_row_sums(hidden_NH, rows, len(batch.tokens_BS)) if hidden else None,
         )
 
-    @staticmethod
-    def _run(backbone: PreTrainedModel, batch: Batch) -> Tensor:
+    def _run(self, backbone: PreTrainedModel, batch: Batch, places: Places) -> Tensor:
+        """The states [N, hidden] before the response tokens at `places`."""
+        rows, _, positions = places
+        if self._padding_free:
+            row = PackedRow.of(batch)
+            attention = backbone.config._attn_implementation
+            state_1LH: Tensor = backbone(**row.arguments(attention), use_cache=False).last_hidden_state
+            return state_1LH[0, row.starts_B[rows] + positions]
         mask_BS = batch.sequence_mask_BS
         # Without padding no mask is needed, and attention kernels are faster without one.
-        attention = None if bool(mask_BS.all()) else mask_BS.long()
-        state_BSH: Tensor = backbone(input_ids=batch.tokens_BS, attention_mask=attention, use_cache=False).last_hidden_state
-        return state_BSH
+        attention_mask = None if bool(mask_BS.all()) else mask_BS.long()
+        state_BSH: Tensor = backbone(
+            input_ids=batch.tokens_BS, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        return state_BSH[rows, positions]
 
 
 def _row_sums(states_NH: Tensor, rows_N: Tensor, rows: int) -> Tensor:
@@ -218,7 +212,7 @@ def _row_sums(states_NH: Tensor, rows_N: Tensor, rows: int) -> Tensor:
     return sums_BH.index_add(0, rows_N, states_NH.float())
 
 
-def _places(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def _places(batch: Batch) -> Places:
     """Of all N response tokens of a batch: their rows, which token of the response they are, and the position of the state before."""
     rows, steps = batch.mask_BT.nonzero(as_tuple=True)
     if len(rows) == 0:  # a rank that ran short still has to take part in every collective

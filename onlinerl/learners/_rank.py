@@ -262,7 +262,8 @@ class Rank(Models):
             return outputs.logprobs_BT
 
         longest = getattr(self._policy.model.config.get_text_config(), "max_position_embeddings", None)
-        found = compare(self._forward, base, self.algorithm, micro, self.device, longest)
+        packed = self.config.padding_free
+        found = compare(self._forward, base, self.algorithm, micro, self.device, longest, padding_free=packed)
         return every(found, self.world_size)
 
     # --- weights out ---

@@ -72,6 +72,8 @@ def compare(
     micro: Sequence[Sequence[TrainItem]],
     device: torch.device,
     longest: int | None = None,
+    *,
+    padding_free: bool = False,
 ) -> Sums:
     """Run the policy as a training step would, and compare.
 
@@ -82,16 +84,19 @@ def compare(
         micro: micro-batches; an empty one only takes part in collectives.
         device: for batches.
         longest: positions that the model has; None: any number.
+        padding_free: whether the sequences of a micro-batch share a row. Then it is their order that must not matter, not padding.
     """
     sums = Sums()
     for items in micro:
         batch = collate(items).to(device)
         with torch.no_grad():
             outputs, again, other_BT = forward(batch), forward(batch), base(batch)
-            padded = forward(_padded(batch, longest))
+            elsewhere_BT = (
+                forward(_reversed(batch)).logprobs_BT.flip(0) if padding_free else forward(_padded(batch, longest)).logprobs_BT
+            )
         if items:
             _add(sums, batch, outputs, again, other_BT, algorithm)
-            sums.noise = _worst([sums.noise, *_gaps(padded.logprobs_BT, outputs.logprobs_BT, batch)])
+            sums.noise = _worst([sums.noise, *_gaps(elsewhere_BT, outputs.logprobs_BT, batch)])
     return sums
 
 
@@ -151,6 +156,12 @@ def _padded(batch: Batch, longest: int | None) -> Batch:
     """The same sequences in a longer batch."""
     room = PADDING if longest is None else min(PADDING, longest - batch.tokens_BS.shape[1])
     return replace(batch, tokens_BS=torch.nn.functional.pad(batch.tokens_BS, (0, max(0, room))))
+
+
+def _reversed(batch: Batch) -> Batch:
+    """The same sequences in the reverse order, as far as a forward pass looks at them."""
+    names = ("tokens_BS", "prompt_lengths_B", "lengths_B", "mask_BT")
+    return replace(batch, **{name: getattr(batch, name).flip(0) for name in names})
 
 
 def _together(parts: Sequence[Sums], name: str) -> Moments:

@@ -31,22 +31,16 @@ class FrozenStates(NamedTuple):
 
     def logits(self, start: int, end: int, temperature: float) -> Tensor:
         """Of the tokens from `start` to `end`, as the model's family rescales them, divided by `temperature`."""
-        with torch.no_grad():
-            return rescaled(fp32_logits(self.hidden_NH[start:end], self.weight_VH, self.bias_V), self.rule, temperature)
+        return rescale(fp32_logits(self.hidden_NH[start:end], self.weight_VH, self.bias_V), self.rule, temperature)
 
 
-def rescaled(logits_NV: Tensor, rule: LogitRule, temperature: float) -> Tensor:
-    """Logits as the model's family rescales them, divided by `temperature`."""
+def rescale(logits_NV: Tensor, rule: LogitRule, temperature: float) -> Tensor:
+    """Logits as the model's family rescales them, divided by `temperature`, in the memory that they are in."""
     if rule.scale != 1.0:
-        logits_NV = logits_NV * rule.scale
+        logits_NV.mul_(rule.scale)
     if rule.cap is not None:
-        logits_NV = rule.cap * torch.tanh(logits_NV / rule.cap)
-    return logits_NV if temperature == 1.0 else logits_NV / temperature
-
-
-def entropy(logits_NV: Tensor) -> Tensor:
-    """[N], in nats."""
-    return torch.logsumexp(logits_NV, dim=-1) - (torch.softmax(logits_NV, dim=-1) * logits_NV).sum(-1)
+        logits_NV.div_(rule.cap).tanh_().mul_(rule.cap)
+    return logits_NV if temperature == 1.0 else logits_NV.div_(temperature)
 
 
 def collision(logits_NV: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from onlinerl.batch import Batch
 from onlinerl.ops.schedule import schedule
 from onlinerl.types import TrainItem, TrainSequence
 
-__all__ = ["annotator_number", "collate", "padded_tokens", "plan_step", "schedule"]
+__all__ = ["annotator_number", "collate", "packed_tokens", "padded_tokens", "plan_step", "schedule"]
 
 _PER_TOKEN = (
     "reference_logprobs",
@@ -93,13 +93,20 @@ def padded_tokens(items: Sequence[TrainItem]) -> int:
     return len(rows) * max(rows, default=0)
 
 
-def plan_step(items: Sequence[TrainItem], ranks: int, tokens_per_microbatch: int) -> list[list[list[TrainItem]]]:
+def packed_tokens(items: Sequence[TrainItem]) -> int:
+    """Positions of the row that their sequences fill one after the other."""
+    return sum(item.tokens for item in items)
+
+
+def plan_step(
+    items: Sequence[TrainItem], ranks: int, tokens_per_microbatch: int, *, padding_free: bool = False
+) -> list[list[list[TrainItem]]]:
     """Deal the items of one optimizer step out to ranks and micro-batches: `plan[rank][micro]` is a list of items.
 
     Every item appears exactly once and stays whole. Ranks get about equal numbers of tokens. A micro-batch fills at most
-    `tokens_per_microbatch` positions, padding included, except that a bigger item goes alone. All ranks have the same number of
-    micro-batches, as collective operations demand: short ranks are filled up with empty ones, and with fewer items than ranks some
-    have nothing else. Without items the plan is empty for every rank.
+    `tokens_per_microbatch` positions, of a rectangle with its padding or, where `padding_free`, of a row without any, except that a
+    bigger item goes alone. All ranks have the same number of micro-batches, as collective operations demand: short ranks are filled up
+    with empty ones, and with fewer items than ranks some have nothing else. Without items the plan is empty for every rank.
 
     Raises:
         ValueError: if `ranks` or `tokens_per_microbatch` is below 1.
@@ -113,7 +120,8 @@ def plan_step(items: Sequence[TrainItem], ranks: int, tokens_per_microbatch: int
         rank = loads.index(min(loads))
         shares[rank].append(item)
         loads[rank] += tokens
-    plan = [_pack(share, tokens_per_microbatch) for share in shares]
+    cut_up = _rows if padding_free else _pack
+    plan = [cut_up(share, tokens_per_microbatch) for share in shares]
     depth = max(len(micros) for micros in plan)
     return [micros + [[] for _ in range(depth - len(micros))] for micros in plan]
 
@@ -130,6 +138,21 @@ def _pack(items: Sequence[TrainItem], budget: int) -> list[list[TrainItem]]:
             micros.append([item])
             rows, width = len(item.sequences), longest
     return micros
+
+
+def _rows(items: Sequence[TrainItem], budget: int) -> list[list[TrainItem]]:
+    """First fit: the biggest item first, each into the first row with room for it."""
+    rows: list[list[TrainItem]] = []
+    room: list[int] = []
+    for tokens, item in sorted(((item.tokens, item) for item in items), key=lambda one: -one[0]):
+        found = next((number for number, free in enumerate(room) if tokens <= free), None)
+        if found is None:
+            rows.append([item])
+            room.append(budget - tokens)
+        else:
+            rows[found].append(item)
+            room[found] -= tokens
+    return rows
 
 
 def _longest(item: TrainItem) -> int:

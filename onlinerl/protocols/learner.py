@@ -256,6 +256,10 @@ class LearnerConfig(Component):
     """Of the weights as they compute; the optimizer keeps them and its moments in fp32. `auto`: see engine.dtype."""
     tokens_per_microbatch: Resumable[int] = Field(4096, ge=1)
     """Prompt and response tokens of one forward pass of one rank; a single longer item goes alone."""
+    padding_free: Resumable[bool] = False
+    """Lay the sequences of a micro-batch one after the other in one row, instead of padding them to one length: nothing is computed for
+    padding, and `tokens_per_microbatch` counts tokens alone. The same numbers up to rounding. Of model families where that is known to be
+    exact; with `flash_attention_2` and `sdpa` it saves most."""
     gradient_checkpointing: Resumable[bool] = False
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     lora: LoraConfig | None = None

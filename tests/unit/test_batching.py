@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onlinerl.ops.batching import collate, padded_tokens, plan_step, schedule
+from onlinerl.ops.batching import collate, packed_tokens, padded_tokens, plan_step, schedule
 from onlinerl.types import TrainItem, TrainSequence
 
 
@@ -100,23 +100,24 @@ LENGTHS = st.tuples(st.integers(1, 6), st.integers(0, 30))
 ITEMS = st.lists(st.lists(LENGTHS, min_size=1, max_size=2).map(lambda lengths: item(*lengths)), max_size=20)
 
 
-@given(items=ITEMS, ranks=st.integers(1, 5), budget=st.integers(1, 120))
-@settings(max_examples=100, deadline=None)
-def test_plan_covers_every_item_once_within_the_budget_with_equal_depth(items, ranks, budget):
-    plan = plan_step(items, ranks, budget)
+@given(items=ITEMS, ranks=st.integers(1, 5), budget=st.integers(1, 120), padding_free=st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_plan_covers_every_item_once_within_the_budget_with_equal_depth(items, ranks, budget, padding_free):
+    positions = packed_tokens if padding_free else padded_tokens
+    plan = plan_step(items, ranks, budget, padding_free=padding_free)
     assert len(plan) == ranks
     assert len({len(micros) for micros in plan}) == 1
     planned = [i for micros in plan for micro in micros for i in micro]
     assert sorted(map(id, planned)) == sorted(map(id, items))
     for micros in plan:
         for micro in micros:
-            assert len(micro) <= 1 or padded_tokens(micro) <= budget
+            assert len(micro) <= 1 or positions(micro) <= budget
         filled = [bool(micro) for micro in micros]
         assert filled == sorted(filled, reverse=True)  # dummies come last
     loads = [sum(i.tokens for micro in micros for i in micro) for micros in plan]
     assert max(loads) - min(loads) <= max((i.tokens for i in items), default=0)
     assert [[[id(i) for i in micro] for micro in micros] for micros in plan] == [
-        [[id(i) for i in micro] for micro in micros] for micros in plan_step(items, ranks, budget)
+        [[id(i) for i in micro] for micro in micros] for micros in plan_step(items, ranks, budget, padding_free=padding_free)
     ]
     if items:  # no micro-batch in which every rank runs a dummy
         assert all(any(micros[m] for micros in plan) for m in range(len(plan[0])))
@@ -132,6 +133,14 @@ def test_plan_keeps_similar_lengths_together():
 def test_plan_pairs_up_by_their_longest_response_not_by_their_sum():
     even, long, small, lanky = item((1, 9), (1, 9)), item((1, 15), (1, 0)), item((1, 8), (1, 7)), item((1, 14), (1, 0))
     assert plan_step([even, long, small, lanky], 1, 64) == [[[long, lanky], [even, small]]]
+
+
+def test_without_padding_a_row_takes_whatever_fits():
+    long, middle, short = item((2, 58)), item((2, 28)), item((2, 8))
+    items = [short, long, middle, short, short, middle]
+    assert plan_step(items, 1, 100, padding_free=True) == [[[long, middle, short], [middle, short, short]]]
+    assert plan_step(items, 1, 100) == [[[long], [middle, middle, short], [short, short]]]
+    assert plan_step([short, long], 1, 10, padding_free=True) == [[[long], [short]]]
 
 
 def test_plan_with_fewer_items_than_ranks():

@@ -463,6 +463,7 @@ RESUMABLE = [
     "learner.threads",
     "learner.resources",
     "learner.tokens_per_microbatch",
+    "learner.padding_free",
     "learner.gradient_checkpointing",
     "learner.start_timeout_s",
     "learner.step_timeout_s",

@@ -191,6 +191,8 @@ def test_a_cap_on_attention_scores_needs_an_implementation_that_has_it() -> None
         ({"logits_scaling": 4.0}, "model"),
         ({"attn_logit_softcapping": 50.0}, "learner.attn_implementation"),
         ({"model_type": "novel"}, "model"),
+        ({"layer_types": ["linear_attention"] * 2}, "learner.padding_free"),
+        ({"model_type": "opt"}, "learner.padding_free"),
     ],
 )
 def test_check_knows_before_anything_is_loaded(
@@ -198,7 +200,8 @@ def test_check_knows_before_anything_is_loaded(
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
-    config = configuration.settled(configuration.load(toy_config(tmp_path, model=str(model))))
+    packed = {"learner.padding_free": True}
+    config = configuration.settled(configuration.load(toy_config(tmp_path, packed, model=str(model))))
     preflight.check(config)
 
     written = json.loads((model / "config.json").read_text())

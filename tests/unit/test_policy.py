@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from small_llama import ROWS, VOCABULARY, LargestTensor, assert_same, batch_of, gradients, llama, logits_of, rows_of, sequences
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from onlinerl.batch import Outputs
-from onlinerl.learners import _logits, _policy, _vocabulary
+from onlinerl.learners import _policy, _vocabulary
 from onlinerl.learners._policy import Policy
 from onlinerl.ops.batching import collate
 from onlinerl.types import TrainSequence
@@ -264,29 +264,6 @@ def test_logprobs_of_a_bfloat16_model_are_not_rounded_to_its_dtype(tied: bool) -
     rounded = at(lambda hidden: (hidden @ weight.t()).float())
     assert (ours - exact).abs().max() < 5e-6
     assert (rounded - exact).abs().mean() > 1e-3
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_gradients_through_fp32_logits_are_those_of_a_linear_layer(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16 up to its own rounding, whichever way the output matrix was cut up."""
-    monkeypatch.setattr(_logits, "ROWS", 40)
-    torch.manual_seed(0)
-    shapes = [(9, 16), (VOCABULARY, 16), (VOCABULARY,)][: 3 if bias else 2]
-    exact = [torch.randn(shape).bfloat16().double().requires_grad_() for shape in shapes]
-    ours = [t.detach().bfloat16().requires_grad_() for t in exact]
-    direction = torch.randn(9, VOCABULARY)
-
-    result = _logits.logits(*ours, *([] if bias else [None]))
-    expected = nn.functional.linear(*exact)
-    assert result.dtype == torch.float32
-    torch.testing.assert_close(result.double(), expected, atol=1e-5, rtol=1e-5)
-    (result * direction).sum().backward()
-    (expected * direction).sum().backward()
-
-    for a, b in zip(ours, exact, strict=True):
-        assert a.grad is not None
-        assert b.grad is not None
-        assert ((a.grad.double() - b.grad).norm() / b.grad.norm()) < 5e-3
 
 
 @pytest.mark.parametrize("critic", [None, "separate"])

@@ -255,5 +255,7 @@ def _self_test(it: Iteration, prepared: Sequence[TrainItem]) -> None:
     chosen = self_test.choose(prepared)
     result = it.parts.learner.self_test(chosen, it.parts.base_model)
     largest = max(abs(s.score) for item in chosen for s in item.sequences)
-    self_test.check(result, it.parts.algorithm.loss_at_reference, it.parts.config.learner.dtype, largest)
+    learner = it.parts.config.learner
+    expected = it.parts.algorithm.loss_at_reference
+    self_test.check(result, expected, learner.dtype, largest, padding_free=learner.padding_free)
     it.report.self_test(result)

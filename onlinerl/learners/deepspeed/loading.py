@@ -24,10 +24,19 @@ class ShardedReader(ModelReader):
         dtype, attention: of the model, as transformers takes them.
         device: of this rank.
         deepspeed_config: as DeepSpeed takes it.
+        padding_free: of the policies, see `Policy`.
     """
 
-    def __init__(self, dtype: torch.dtype, attention: str, device: torch.device, deepspeed_config: dict[str, Any]) -> None:
-        super().__init__(dtype, attention, device)
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        attention: str,
+        device: torch.device,
+        deepspeed_config: dict[str, Any],
+        *,
+        padding_free: bool = False,
+    ) -> None:
+        super().__init__(dtype, attention, device, padding_free=padding_free)
         self._config = deepspeed_config
         self._sharded = deepspeed_config["zero_optimization"]["stage"] == 3
 
@@ -40,7 +49,7 @@ class ShardedReader(ModelReader):
         backbone, head = self._critic(needs)
         if backbone is None and needs.critic == "separate":
             backbone = self._read(model).base_model  # a network that is cut up cannot be copied
-        policy = Policy(self._read(model), needs.critic, backbone, head)
+        policy = Policy(self._read(model), needs.critic, backbone, head, padding_free=self._padding_free)
         deepspeed.zero.register_external_parameter(policy.head, policy.head.weight)
         return policy
 

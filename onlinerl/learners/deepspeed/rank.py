@@ -46,7 +46,8 @@ class DeepSpeedRank(Rank):
                 timeout=timedelta(seconds=self.config.start_timeout_s),
                 verbose=False,
             )
-        self._reader = ShardedReader(self.dtype, self.config.attn_implementation, self.device, self._deepspeed_config())
+        attention, packed = self.config.attn_implementation, self.config.padding_free
+        self._reader = ShardedReader(self.dtype, attention, self.device, self._deepspeed_config(), padding_free=packed)
         self._read_policy(model)
         optimizer = build_optimizer(parameter_groups(self._policy, self.training), self.training, checked=self._bare)
         self._engine, *_ = deepspeed.initialize(

@@ -31,7 +31,8 @@ class TorchRank(Rank):
     """Holds the policy and its optimizer; see `Rank`."""
 
     def _build(self, model: str) -> None:
-        self._reader = ModelReader(self.dtype, self.config.attn_implementation, self.device)
+        attention, packed = self.config.attn_implementation, self.config.padding_free
+        self._reader = ModelReader(self.dtype, attention, self.device, padding_free=packed)
         self._read_policy(model)
         if self.config.gradient_checkpointing:
             self._policy.recompute_activations()
