@@ -83,9 +83,10 @@ class Adapters:
             ) from error
 
         for adapter in adapters:
-            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
             config = self._peft(network, names, dropout=self._config.dropout if adapter == TRAINED else 0.0)
-            peft.inject_adapter_in_model(config, network, adapter)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # the second one is meant
+                peft.inject_adapter_in_model(config, network, adapter)
         return {name: network.get_submodule(name) for name in names}
 
     def _peft(self, network: nn.Module, names: list[str], dropout: float) -> Any:

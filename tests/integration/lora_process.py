@@ -103,18 +103,15 @@ def lora(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, A
 def critic(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
     """A separate critic has adapters too, and a head that is trained whole."""
     loss = job["critic"]
-    learner = ranks.learner(
-        job["model"], loss["algorithm"], stage=case["stage"], dtype=case["dtype"], learner={"lora": job["lora"]}
-    )
+    keys = {"lora": job["lora"], "gradient_checkpointing": case["stage"] == 3}
+    learner = ranks.learner(job["model"], loss["algorithm"], stage=case["stage"], dtype=case["dtype"], learner=keys)
     moved(ranks, learner, loss["items"], 60)
     found: dict[str, Any] = {"trained": everything_trained(learner)}
     found["gradients"] = learner.gradients(ranks.mine(loss["items"], 60), len(loss["items"]))
     here = Path(job["directory"]) / f"critic-{ranks.world_size}-{case['stage']}"
     here.mkdir(exist_ok=True)
     learner.save(str(here))
-    fresh = ranks.learner(
-        job["model"], loss["algorithm"], stage=case["stage"], dtype=case["dtype"], learner={"lora": job["lora"]}
-    )
+    fresh = ranks.learner(job["model"], loss["algorithm"], stage=case["stage"], dtype=case["dtype"], learner=keys)
     fresh.load(str(here))
     sequences = [[s for item in loss["items"] for s in item.sequences]]
     found["resumed"] = all(map(np.array_equal, learner.values(sequences)[0], fresh.values(sequences)[0]))

@@ -201,7 +201,7 @@ def gradients(
 
         (batch,), _ = first_pass(algorithm, [batch], lambda _: forward(), lambda own: ([own], 0), None)
     total = algorithm.loss(forward(), batch).total / len(items)
-    found = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+    found = torch.autograd.grad(total, list(trained.values()), allow_unused=True, retain_graph=True)
     return {n: np.zeros(t.shape) if g is None else g.double().numpy() for (n, t), g in zip(trained.items(), found, strict=True)}
 
 

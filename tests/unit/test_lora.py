@@ -67,6 +67,15 @@ def test_everything_else_is_frozen_and_in_no_group_of_the_optimizer(policy, toy_
     adapters.require_frozen()
 
 
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_a_critic_s_head_is_trained_whole(tiny_model, critic):
+    policy = Policy(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), critic).eval()
+    adapted(policy).require_frozen()
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert {name for name in trained if "lora" not in name} == {"value_head.weight", "value_head.bias"}
+    assert any(name.startswith("critic.") for name in trained) == (critic == "separate")
+
+
 @pytest.mark.parametrize("fault", ["a base weight that is trained", "an adapter that is not"])
 def test_a_parameter_that_is_trained_by_mistake_is_noticed(policy, fault):
     adapters = adapted(policy)

@@ -23,9 +23,14 @@ class PlainCheckpointEngine(TorchCheckpointEngine):
         super().__init__()
         self.zipfile_serialization = True  # the format that can be mapped; DeepSpeed's default where it gets a configuration
         self.written: list[Path] = []
+        self.only: frozenset[str] | None = None
+        """Weights that are written, by name; None writes all. DeepSpeed takes one that is frozen for trained under its second name, if it is tied."""
 
     def save(self, state_dict: Any, path: str) -> None:
         """Write one file."""
+        if self.only is not None and "module" in state_dict:
+            kept = {name: weight for name, weight in state_dict["module"].items() if name in self.only}
+            state_dict = state_dict | {"module": kept}
         super().save(state_dict, path)
         self.written.append(Path(path))
 

@@ -54,6 +54,8 @@ class DeepSpeedRank(Rank):
             model=self._policy, optimizer=optimizer, config=self._deepspeed_config(), dist_init_required=False
         )
         self._engine.checkpoint_engine = self._files = PlainCheckpointEngine()
+        if self._adapters is not None:
+            self._files.only = frozenset(name for name, p in self._policy.named_parameters() if p.requires_grad)
         self._engine.eval()
         if self.config.gradient_checkpointing:
             self._policy.recompute_activations()
