@@ -214,7 +214,7 @@ def reference_of(policy: Policy, batch: Batch, matrix: Tensor) -> FrozenStates:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @given(lengths=LENGTHS, seed=st.integers(0, 99), data=st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_any_batch_says_the_same_packed_as_padded_in_any_order_and_cut_up_anyhow(
     family: str, lengths: list[tuple[int, int]], seed: int, data: st.DataObject
 ) -> None:
