@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-dev fetch-model demo test test-long test-families test-algorithms realdata bench-memory gpu-check check clean
+.PHONY: help install install-dev fetch-model demo test test-long test-families test-algorithms realdata bench-memory bench-vocabulary bench-packing gpu-check check clean
 
 BIN := .venv/bin
 CONFIG ?= configs/quickstart.yaml
@@ -31,8 +31,8 @@ test: install-dev fetch-model  ## all tests, two files at a time: first the quic
 test-long: install-dev  ## whole runs on real parts that `make test` has no time for: kills in further phases, replicas that fail (times in docs/results.md)
 	$(BIN)/python -m pytest tests -m long
 
-test-families: install-dev  ## every model family through engine and push (about 6 minutes)
-	$(BIN)/python -m pytest tests/integration/test_families.py
+test-families: install-dev  ## every model family through engine and push, and in rows without padding (about 7 minutes)
+	$(BIN)/python -m pytest tests/integration/test_families.py tests/unit/test_packing.py
 
 test-algorithms: install-dev  ## every algorithm: a run on toys that learns, and one on real parts, stopped and resumed (about 40 minutes)
 	$(BIN)/python -m pytest tests -m algorithms
@@ -42,6 +42,12 @@ realdata: install fetch-model  ## GSM8K and HH dialogues, tensor parallel 2, ZeR
 
 bench-memory: install  ## peak memory of learner ranks with half a billion parameters, beside what `check` says (16 GiB, 10 minutes)
 	$(BIN)/python benchmarks/zero3_memory.py --out runs/learner-memory.json
+
+bench-vocabulary: install  ## peak memory of log-probs over a vocabulary of 150,000, all logits at once beside pieces (3 GiB, 5 minutes)
+	$(BIN)/python benchmarks/vocabulary_memory.py --out runs/vocabulary-memory.json
+
+bench-packing: install  ## time and memory of a training step without padding beside with it (5 minutes; lengths of real data with DATA=...)
+	$(BIN)/python benchmarks/padding_free.py --data $(DATA) --out runs/padding-free.json
 
 gpu-check: $(if $(PYTHON),,install-dev)  ## what works on this machine's GPUs, in at most 10 minutes (PYTHON=... of an environment with the gpu extra)
 	@$(or $(PYTHON),$(BIN)/python) tools/gpu_check.py

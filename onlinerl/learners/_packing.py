@@ -81,7 +81,8 @@ _BY_SEQUENCE = {"sdpa": "sdpa_by_sequence", "eager": "eager_by_sequence"}
 def _sdpa(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    return sdpa_attention_forward(module, *args, **kwargs)
+    answer: tuple[Tensor, None] = sdpa_attention_forward(module, *args, **kwargs)
+    return answer
 
 
 def _eager(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def work(ranks: Ranks, job: dict[str, Any]) -> dict[str, Any]:
     found["critic"] = {n: p for n, p in whole(critic).items() if n.startswith(("critic.", "value_head."))}
 
     policy.algorithm, policy.needs = job["losses"]["dpo"]["algorithm"], job["losses"]["dpo"]["algorithm"].needs
-    annotated = with_arrays(items, reference_logprobs=scored(policy, items, "policy", policy.temperature))
+    own = scored(policy, items, "policy", policy.temperature)
+    annotated = with_arrays(items, reference_logprobs=own, anchor_logprobs=own, old_logprobs=own)
     micro = plan_step(annotated, ranks.world_size, 10_000, padding_free=True)[ranks.rank]
     found["self-test"] = combine(policy.self_test(micro, job["model"]), annotated, policy.algorithm)
     return found
@@ -55,13 +57,17 @@ def work(ranks: Ranks, job: dict[str, Any]) -> dict[str, Any]:
 
 def whole(one: Rank) -> dict[str, Any]:
     """Parameters as they are when they are in one piece. Collective."""
-    import deepspeed
-
     found = {}
     for name, parameter in one._policy.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None, enabled=hasattr(parameter, "ds_id")):
+        with gathered(parameter) if hasattr(parameter, "ds_id") else nullcontext():
             found[name] = parameter.detach().float().numpy().copy()
     return found
+
+
+def gathered(parameter: torch.nn.Parameter) -> Any:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=None)
 
 
 def main(job_file: str, rank: str, world_size: str, port: str) -> None:

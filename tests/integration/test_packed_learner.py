@@ -221,10 +221,10 @@ def test_scores_and_values_are_those_of_the_padded_form(
 def test_the_self_test_passes(answers: Answers, ranks: int, stage: int | str) -> None:
     found = answers(ranks, stage)["self-test"]
     self_test.check(found, Dpo().loss_at_reference, "float32", padding_free=True)
-    assert 0 < found.noise < 1e-4, "rows in another order round in another way"
+    assert found.noise < 1e-4, "with the sequences of a row in another order"
 
 
 def test_a_row_without_padding_is_a_smaller_batch() -> None:
     """What the tests above would not show if lengths were all alike."""
-    for _, it in LOSSES.values():
+    for it in (it for _, it in LOSSES.values() if len(it) > 1):
         assert packed_tokens(it) < 0.8 * collate(it).tokens_BS.numel()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from onlinerl.learners._packing import PackedRow
 from onlinerl.learners._policy import Policy
 from onlinerl.learners._self_test import compare
 from onlinerl.learners._vocabulary import FrozenStates
+from onlinerl.learners.deepspeed import DeepSpeed
 from onlinerl.ops.batching import collate
 from onlinerl.types import SelfTest, TrainItem, TrainSequence
 
@@ -213,7 +214,7 @@ def reference_of(policy: Policy, batch: Batch, matrix: Tensor) -> FrozenStates:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @given(lengths=LENGTHS, seed=st.integers(0, 99), data=st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_any_batch_says_the_same_packed_as_padded_in_any_order_and_cut_up_anyhow(
     family: str, lengths: list[tuple[int, int]], seed: int, data: st.DataObject
 ) -> None:
@@ -284,6 +285,41 @@ def test_what_is_exported_does_not_name_how_it_was_trained(tmp_path: Any) -> Non
     assert policy.model.config._attn_implementation == "sdpa_by_sequence"
     policy.model.config.save_pretrained(tmp_path)
     assert "by_sequence" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_the_group_of_ranks_plans_rows_by_what_the_learner_does(monkeypatch: pytest.MonkeyPatch, padding_free: bool) -> None:
+    """Steps, self-tests and scores, which may hold twice as much."""
+    kind = pytest.importorskip("onlinerl.cluster.group").LearnerGroup
+    group = kind.__new__(kind)
+    group._config, group.actors = DeepSpeed(padding_free=padding_free, tokens_per_microbatch=30), [None]
+    group._algorithm = Dpo()
+    plans: list[list[list[Any]]] = []
+
+    def scatter(_: Any, arguments: Any, *__: Any) -> Any:
+        plans.append(arguments[0][0])
+        raise StopAsyncIteration  # what becomes of the plan is tested elsewhere
+
+    monkeypatch.setattr(group, "scatter", scatter)
+    rows = sequences([(2, 22), (2, 4), (2, 4), (2, 22)])
+    items = [TrainItem(prompt_id=str(i), sequences=(row,)) for i, row in enumerate(rows)]
+    asks: list[Callable[[], object]] = [
+        lambda: next(group.update([items], [0.1])),
+        lambda: group.self_test(items, "base"),
+        lambda: group.logprobs(rows),
+    ]
+    for ask in asks:
+        with pytest.raises(StopAsyncIteration):
+            ask()
+
+    expected = [[24, 6], [24, 6]] if padding_free else [[24], [24], [6, 6]]
+    held = [
+        [sum(len(s.prompt_ids) + len(s.response_ids) for s in getattr(i, "sequences", (i,))) for i in m]
+        for p in plans
+        for m in p
+    ]
+    assert held[: 2 * len(expected)] == expected * 2
+    assert held[2 * len(expected) :] == ([[24, 24, 6, 6]] if padding_free else [[24, 24], [6, 6]])
 
 
 # --- faults ---
