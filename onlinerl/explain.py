@@ -113,6 +113,8 @@ def _described(annotation: Any) -> tuple[list[str], list[str]]:
         return [kind for kinds, _ in described for kind in kinds], [bound for _, bounds in described for bound in bounds]
     if origin is Literal:
         return [f"one of {', '.join(map(str, arguments))}"], []
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [f"a section of {', '.join(annotation.model_fields)}"], []
     if origin is dict:
         return ["a mapping, e.g. {name: 1}"], []
     return [_KINDS[annotation]] if annotation in _KINDS else [], []

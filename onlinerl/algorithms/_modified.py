@@ -66,6 +66,7 @@ class Modified(Pairwise):
     """
 
     pair_filter: PairFilter = PairFilter()
+    """Which pairs are left out before the loss: by their scores, by what the reference prefers, by how alike their hidden states are."""
     online_kl: float = Field(0.0, ge=0)
     """Price of one nat of KL; the paper's lie between 1e-4 and 1e-2."""
     online_kl_samples: int = Field(2, ge=1)

@@ -37,9 +37,11 @@ class RewardAugmented(Margin):
     """The highest goal."""
     goals: Literal["rank", "score"] = "rank"
     """How scores become goals: by how many of the other responses to the prompt are worse, which asks nothing of the scores (quantiles within
-    the group), or by where they are in `score_range`."""
-    score_range: tuple[float, float] | None = Field(None, validate_default=True)
-    """The scores that goals 1 and `goal_scale` stand for, for `goals: score`; those outside count as the nearer one."""
+    the group), or by where they are between `score_min` and `score_max`."""
+    score_min: float | None = None
+    """The score that goal 1 stands for, for `goals: score`; a lower one counts as it."""
+    score_max: float | None = Field(None, validate_default=True)
+    """The score that the goal `goal_scale` stands for; a higher one counts as it."""
     ties: Literal["drop", "keep"] = "drop"
     """What becomes of a pair whose two scores are the same goal: with `keep`, as in the authors' script, it has both labels."""
     goal_text: str = (
@@ -56,13 +58,14 @@ class RewardAugmented(Margin):
         base_loss(value)
         return value
 
-    @field_validator("score_range")
+    @field_validator("score_max")
     @classmethod
-    def _has_a_range(cls, value: tuple[float, float] | None, info: ValidationInfo) -> tuple[float, float] | None:
-        if (value is None) != (info.data.get("goals") != "score"):
-            raise ValueError("it and goals=score belong together: set both, or neither")
-        if value is not None and not value[0] < value[1]:
-            raise ValueError("the first must be below the second")
+    def _has_a_range(cls, value: float | None, info: ValidationInfo) -> float | None:
+        lowest, ranged = info.data.get("score_min"), info.data.get("goals") == "score"
+        if {value is not None, lowest is not None} != {ranged}:
+            raise ValueError("it, score_min and goals=score belong together: set all three, or none")
+        if value is not None and lowest is not None and not lowest < value:
+            raise ValueError(f"it must be above score_min, {lowest:g}")
         return value
 
     @field_validator("goal_text")
@@ -118,9 +121,8 @@ class RewardAugmented(Margin):
 
     def goal(self, score: float, known: Sequence[float]) -> int:
         """From 1 to `goal_scale`. `known`: the scores of all responses to the prompt, ascending."""
-        if self.score_range is not None:
-            low, high = self.score_range
-            place = min(1.0, max(0.0, (score - low) / (high - low)))
+        if self.score_min is not None and self.score_max is not None:
+            place = min(1.0, max(0.0, (score - self.score_min) / (self.score_max - self.score_min)))
         else:  # of several that are equal, the middle
             place = (bisect_left(known, score) + bisect_right(known, score) - 1) / 2 / max(1, len(known) - 1)
         return 1 + int(place * (self.goal_scale - 1) + 0.5)

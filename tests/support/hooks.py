@@ -84,7 +84,7 @@ def doubt(queries):
     from math import exp
 
     scored = judge(queries)
-    members = [[[[1 / (1 + exp(-c * (a - b))) for b in scores] for a in scores] for c in (1, 4, 16)] for scores in scored]
+    members = [[[[1 / (1 + exp(-c * (a - b))) for b in scores] for a in scores] for c in (3, 4, 5)] for scores in scored]
     return [{"scores": scores, "members": three} for scores, three in zip(scored, members, strict=True)]
 
 

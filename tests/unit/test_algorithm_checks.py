@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from onlinerl import config as configuration
-from onlinerl.algorithm_checks import check_algorithm, check_sections, check_uncertainty, implied_preferences
+from onlinerl.algorithm_checks import check_algorithm, check_sections, check_uncertainty, implied_preferences, most_items
 from onlinerl.algorithms.onpo import Onpo
 from onlinerl.algorithms.tdpo1 import Tdpo1
 from onlinerl.errors import ConfigError
@@ -300,3 +300,35 @@ def test_with_two_passes_twice_as_many_steps_are_announced():
     two, one = (int(re.search(r"at most (\d+) optimizer steps", text)[1]) for text in said)
     assert two == 2 * one
     assert [", 2 passes)" in text for text in said] == [True, False]
+
+
+def test_a_teacher_without_answers_is_refused(monkeypatch):
+    config = configuration.load(QUICKSTART, ["algorithm.name=dpo"])
+    dpo = configuration.algorithm(config)
+    monkeypatch.setattr(type(dpo), "needs", dpo.needs.model_copy(update={"teacher": True}))
+    with pytest.raises(ConfigError, match="declares `teacher` and no `answers`") as caught:
+        check_algorithm(config, dpo)
+    assert caught.value.field == "algorithm.name"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (["algorithm.name=simpo", "algorithm.online_kl=0.1"], "algorithm.online_kl"),
+        (["algorithm.name=dpo", "algorithm.online_kl_samples=3"], "algorithm.online_kl_samples"),
+        (["algorithm.name=dpo", "algorithm.pair_filter.ches_normalized=false"], "algorithm.pair_filter.ches_normalized"),
+    ],
+)
+def test_a_modifier_that_has_nothing_to_go_by_is_refused(overrides, field):
+    config = configuration.load(QUICKSTART, overrides)
+    with pytest.raises(ConfigError) as caught:
+        check_algorithm(config, configuration.algorithm(config))
+    assert caught.value.field == field
+
+
+def test_pairs_that_come_back_count_for_the_number_of_steps():
+    config = configuration.load(QUICKSTART, ["algorithm.name=dno_prct", "iterations=2"])
+    dno = configuration.algorithm(config)
+    again = configuration.algorithm(configuration.load(QUICKSTART, ["algorithm.name=dno_prct", "algorithm.replay=0.3"]))
+    new = most_items(config, dno)
+    assert most_items(config, again) == new + int(0.3 * new), "in a run of two iterations they are one iteration old"

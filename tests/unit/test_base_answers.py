@@ -80,3 +80,21 @@ def test_damaged_answers_are_not_taken_over(create):
     part.write_bytes(bytes(data))
     with pytest.raises(StoreError):
         base_answers.take_over(second, first.path, "1")
+
+
+def test_runs_whose_prompts_say_another_goal_ask_the_base_model_anew():
+    from pathlib import Path
+
+    from onlinerl import config as configuration
+    from onlinerl.sweeps.running import _base
+
+    quickstart = Path(__file__).parents[2] / "configs/quickstart.yaml"
+
+    def base(*overrides: str) -> dict:
+        return _base(configuration.load(quickstart, list(overrides)))
+
+    told = ["algorithm.name=reward_augmented"]
+    assert base("algorithm.name=dpo") == base("algorithm.name=ipo")
+    assert base("algorithm.name=dpo") != base(*told)
+    assert base(*told) == base(*told, "algorithm.beta=0.3")
+    assert base(*told) != base(*told, "algorithm.goal_scale=5")

@@ -13,13 +13,14 @@ from onlinerl.algorithms.reward_augmented import RewardAugmented
 from onlinerl.types import Pair, Prompt
 from onlinerl.types.plan import Plan
 
-RANGED = {"goals": "score", "score_range": (-3.0, 3.0)}
+RANGED = {"goals": "score", "score_min": -3.0, "score_max": 3.0}
 VARIANTS = [{}, RANGED | {"ties": "keep"}, {"base": "ipo", "ties": "keep"}, {"online_kl": 0.1}]
 KNOBS = MARGIN_KNOBS | {
     "base": [({}, "ipo"), ({}, "slic")],
     "goal_scale": [({}, 5)],
     "goals": [],  # `score` is refused without a range, and a range without it: see test_goals_by_hand
-    "score_range": [(RANGED, (-1.0, 1.0))],
+    "score_min": [(RANGED, -1.0)],
+    "score_max": [(RANGED, 1.0)],
     "ties": [({"goal_scale": 2}, "keep")],
     "goal_text": [({}, "Aim for {goal} of {scale}.")],
     "goal_place": [({}, "user")],
@@ -88,7 +89,7 @@ def test_a_pair_of_one_goal_is_left_out_or_has_both_labels(ties, items, dropped)
         (RANGED, 0.0, 6),  # half-way, rounded up
         (RANGED, 3.0, 10),
         (RANGED, 99.0, 10),
-        ({"goals": "score", "score_range": (1.0, 10.0)}, 7.0, 7),
+        ({"goals": "score", "score_min": 1.0, "score_max": 10.0}, 7.0, 7),
     ],
 )
 def test_goals_by_hand(knobs, score, goal):
@@ -113,8 +114,10 @@ def test_the_samples_of_a_kl_have_the_prompt_that_they_were_sampled_with():
     ("knobs", "said"),
     [
         ({"goals": "score"}, "belong together"),
-        ({"score_range": (0.0, 1.0)}, "belong together"),
-        ({"goals": "score", "score_range": (1.0, 1.0)}, "must be below"),
+        ({"score_min": 0.0, "score_max": 1.0}, "belong together"),
+        ({"goals": "score", "score_max": 1.0}, "belong together"),
+        ({"goals": "rank", "score_min": 1.0}, "belong together"),
+        ({"goals": "score", "score_min": 1.0, "score_max": 1.0}, "must be above score_min"),
         ({"goal_text": "do well"}, "does not say the goal"),
         ({"base": "cdpo"}, "is Dpo with other knobs"),
     ],
