@@ -13,6 +13,7 @@ from onlinerl.batch import Batch, Outputs
 from onlinerl.families import LogitRule, logit_rule
 from onlinerl.learners import _vocabulary
 from onlinerl.learners._logits import logits as fp32_logits
+from onlinerl.learners._mixture import Step
 from onlinerl.learners._vocabulary import FrozenStates, TokenTerms, rescaled
 
 if TYPE_CHECKING:
@@ -52,16 +53,18 @@ class LogProbHead(nn.Module):
     def forward(
         self,
         hidden_NH: Tensor,
-        targets_N: Tensor,
+        targets_N: Tensor | None,
         temperature: float,
         *,
         entropy: bool = False,
         collision: bool = False,
         reference: FrozenStates | None = None,
-    ) -> TokenTerms:
+    ) -> TokenTerms | Tensor:
         """Of logits divided by `temperature`: log-probs of `targets_N` and, if asked for, entropies, log sum_v pi_v^2, and the KL of
-        the reference to this model. Fp32."""
+        the reference to this model. Without targets the logits themselves, [N, V]. Fp32."""
         weight, bias = self.weight, self.bias
+        if targets_N is None:
+            return rescaled(fp32_logits(hidden_NH, weight, bias), self.rule, temperature)
 
         def piece(start: int, hidden: Tensor, targets: Tensor, weight: Tensor) -> TokenTerms:
             logits = rescaled(fp32_logits(hidden, weight, bias), self.rule, temperature)
@@ -151,13 +154,14 @@ class Policy(nn.Module):
 
     def forward(
         self,
-        batch: Batch,
+        batch: Batch | None,
         temperature: float = 1.0,
         values: bool = False,
         entropy: bool = False,
         collision: bool = False,
         reference: FrozenStates | None = None,
-    ) -> Outputs:
+        step: Step | None = None,
+    ) -> Outputs | Tensor:
         """One pass over all rows; see `Outputs`. Positions where mask_BT is false hold zeros.
 
         Args:
@@ -165,7 +169,12 @@ class Policy(nn.Module):
             temperature: that logits are divided by.
             values, entropy, collision: whether they are asked for.
             reference: `states` of the same batch in the model that `Outputs.reference_kl_BT` is from; None asks for none.
+            step: what is decoded, instead of a batch: then the next logits [B, V] after it, fp32. Here, because ways to cut a model up put its
+                weights together around this method.
         """
+        if batch is None:
+            assert step is not None, "there is neither a batch nor a step"
+            return self._decoded(step, temperature)
         rows, steps, positions = _places(batch)
         hidden_BSH = self._run(self.model.base_model, batch)
         terms = self.head(
@@ -196,6 +205,17 @@ class Policy(nn.Module):
             collision_BT=spread_if_any(terms.collision),
             reference_kl_BT=spread_if_any(terms.reference_kl),
         )
+
+    def _decoded(self, step: Step, temperature: float) -> Tensor:
+        hidden_BLH = self.model.base_model(
+            input_ids=step.tokens_BL,
+            attention_mask=step.mask_BL,
+            position_ids=step.positions_BL,
+            past_key_values=step.cache,
+            use_cache=True,
+        ).last_hidden_state
+        logits_BV: Tensor = self.head(hidden_BLH[:, -1], None, temperature)
+        return logits_BV
 
     def states(self, batch: Batch) -> Tensor:
         """The state before each response token, [N, hidden], in the order in which `forward` takes them."""

@@ -4,6 +4,7 @@ The function gets a list of dicts with the keys `prompt` (str), `messages` (list
 `responses` (list of K str) and `reference_answer` (str or None). It returns a list with one entry per dict:
 
 - a list of K numbers, higher is better: scores;
+- a dict of such lists by name, `score` among them, which is what the run reports; the others are for algorithms that read several;
 - a K x K list: cell [i][j] is the probability that response i beats response j, None where not asked, the diagonal is ignored; a
   function that answers like this is never asked about a single response;
 - None: refused to judge.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,7 @@ class PythonFunction(Oracle):
     def _check(self, query: Query, entry: object, seconds: float) -> Verdict | Failure:
         if entry is None:
             return Failure(kind="refused", message=f"{self.function} returned None for prompt {query.prompt.id!r}")
-        build = _verdicts.from_matrix if _is_nested(entry) else _verdicts.from_scores
-        result = build(
+        result = _builder(entry)(
             entry,
             len(query.responses),
             annotator=self.function,
@@ -103,6 +103,12 @@ def _as_dict(query: Query) -> dict[str, Any]:
         "responses": list(query.responses),
         "reference_answer": query.prompt.reference_answer,
     }
+
+
+def _builder(entry: object) -> Callable[..., Verdict | Failure]:
+    if isinstance(entry, Mapping):
+        return _verdicts.from_components
+    return _verdicts.from_matrix if _is_nested(entry) else _verdicts.from_scores
 
 
 def _is_nested(entry: object) -> bool:

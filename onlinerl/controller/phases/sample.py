@@ -1,4 +1,4 @@
-"""Fresh prompts, K responses each, and what the algorithm asks for beside them: the greedy one, and those of the base model."""
+"""Fresh prompts, K responses each, and what the algorithm asks for beside them: the greedy one, those of the base model, of a mixture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onlinerl.controller import collect
 from onlinerl.controller.dynamic import Rounds
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.tally import Sampled
-from onlinerl.types import Group, Prompt, Request, SampleRecord, derive_seed
+from onlinerl.types import Group, Prompt, Request, SampleRecord
 
 
 def sample(it: Iteration) -> SampleRecord:
@@ -22,21 +22,20 @@ def sample(it: Iteration) -> SampleRecord:
     rounds = Rounds(it)
 
     def requests(prompts: Sequence[Prompt]) -> list[Request]:
-        return [
-            Request(prompt=p, seeds=tuple(derive_seed(config.seed, it.number, p.id, i) for i in places), greedy=greedy)
-            for p in prompts
-        ]
+        return [it.request(prompt, places, greedy=greedy) for prompt in prompts]
 
     def more(sampled: Mapping[str, Sampled]) -> list[Request]:
         return requests(rounds.more(sampled)) if it.dynamic else []
 
-    def with_reference(groups: Sequence[Group]) -> Sequence[Group]:
-        """What the base model said to these prompts comes last."""
-        others = it.reference_groups().select([group.prompt.id for group in groups])
-        return [
-            group if other is None else replace(group, rollouts=(*group.rollouts, *other.rollouts))
-            for group, other in zip(groups, others, strict=True)
-        ]
+    def with_others(groups: Sequence[Group]) -> Sequence[Group]:
+        """What the base model said to these prompts, and a mixture of both, comes last."""
+        asked = ((it.needs.reference_samples, it.reference_groups), (it.needs.mixture_samples, it.mixture_groups))
+        for others in (table().select([group.prompt.id for group in groups]) for count, table in asked if count):
+            groups = [
+                group if other is None else replace(group, rollouts=(*group.rollouts, *other.rollouts))
+                for group, other in zip(groups, others, strict=True)
+            ]
+        return groups
 
     sampled = collect.generate(
         it,
@@ -47,7 +46,7 @@ def sample(it: Iteration) -> SampleRecord:
         version=it.sampling_version,
         feed=it.rollouts,
         more=more,
-        joined=with_reference if it.needs.reference_samples else lambda groups: groups,
+        joined=with_others,
     )
     it.report.sampled(it.number, sampled, kept=len(rounds.kept) if it.dynamic else None)
     record: SampleRecord = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from onlinerl.learners.deepspeed.memory import learner_rank
 from onlinerl.protocols.learner import LearnerConfig, RankSettings
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 class DeepSpeed(LearnerConfig):
     """Any number of ranks, which divide as much of the learner's state among them as `zero_stage` says."""
+
+    samples_mixtures: ClassVar[bool] = True
 
     name: str = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 0

@@ -17,6 +17,7 @@ from onlinerl.types import Group, Judged, Pair, Prompt, Rollout, Sampling, Train
 CAPPED = {"importance_sampling_cap": 0.9}
 IMPORTANCE_KNOBS = {
     "importance_sampling_cap": [({}, 0.9), ({}, None), (CAPPED, None)],
+    "p_reset": [({}, 0.5)],
     "importance_sampling_mode": [(CAPPED, mode) for mode in ("token_mask", "sequence_truncate", "sequence_mask")],
 }
 CLIP_KNOBS = {"clip_range_low": [({}, 0.05)], "clip_range_high": [({}, 0.05)], "dual_clip": [({}, 1.01)]}
