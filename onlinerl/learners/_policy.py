@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from onlinerl.batch import Batch, Outputs
+from onlinerl.errors import LearnerError
 from onlinerl.families import LogitRule, logit_rule
 from onlinerl.learners import _vocabulary
 from onlinerl.learners._logits import logits as fp32_logits
@@ -207,6 +210,21 @@ class Policy(nn.Module):
         )
 
     def _decoded(self, step: Step, temperature: float) -> Tensor:
+        with self._keeping():
+            return self._next_logits(step, temperature)
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """Inside, layers keep what a cache is for: transformers takes it away from those that recompute."""
+        recompute, self._recompute = self._recompute, False
+        self.train(self.training)
+        try:
+            yield
+        finally:
+            self._recompute = recompute
+            self.train(self.training)
+
+    def _next_logits(self, step: Step, temperature: float) -> Tensor:
         hidden_BLH = self.model.base_model(
             input_ids=step.tokens_BL,
             attention_mask=step.mask_BL,
@@ -214,6 +232,12 @@ class Policy(nn.Module):
             past_key_values=step.cache,
             use_cache=True,
         ).last_hidden_state
+        if step.cache.get_seq_length() != step.mask_BL.shape[1]:  # or the next token would be one after nothing
+            raise LearnerError(
+                f"this model kept {step.cache.get_seq_length()} of {step.mask_BL.shape[1]} tokens while it decoded",
+                field="model",
+                fix="its family cannot be sampled by the learner: choose an algorithm that asks the engine only",
+            )
         logits_BV: Tensor = self.head(hidden_BLH[:, -1], None, temperature)
         return logits_BV
 

@@ -103,7 +103,9 @@ def test_killed_and_resumed(mixed, toy_config, warm_cli, tmp_path, moment, sched
     ours, theirs = everything(tmp_path / "runs/toy"), everything(mixed / "runs/toy")
     assert [ours[key] for key in ("weights", "metrics")] == [theirs[key] for key in ("weights", "metrics")]
     for table in ("rollouts", "mixture_rollouts"):
-        assert [rows(tmp_path / "runs/toy", t, table) for t in (1, 2, 3)] == [rows(mixed / "runs/toy", t, table) for t in (1, 2, 3)]
+        assert [rows(tmp_path / "runs/toy", t, table) for t in (1, 2, 3)] == [
+            rows(mixed / "runs/toy", t, table) for t in (1, 2, 3)
+        ]
 
 
 def test_a_chunk_that_a_kill_has_cut_is_drawn_again_whole(mixed, toy_config, warm_cli, tmp_path):
@@ -128,7 +130,10 @@ def test_a_mixture_of_nothing_but_the_policy_is_self_play(toy_config, warm_cli, 
     ("overrides", "said"),
     [
         (["schedule.max_lag=1", "schedule.evaluate_beside=true"], "schedule.max_lag: is 1, and nash_md asks the learner for"),
-        (["sampling.dynamic=true", "schedule.stream=true"], "sampling.dynamic: is true, and nash_md has responses of a mixture"),
+        (
+            ["sampling.dynamic=true", "schedule.stream=true"],
+            "sampling.dynamic: is true, and nash_md has responses of a mixture",
+        ),
         (["sampling.top_p=0.9"], "sampling.top_p"),
         (["reference.schedule=none"], "reference.schedule"),
         (["algorithm.mixture_coef=1.5"], "algorithm.mixture_coef"),
