@@ -115,7 +115,9 @@ def test_tokens_come_up_as_often_as_they_should(models):
 
 
 def test_a_reference_that_is_the_policy_is_not_asked(models):
-    assert draw((models[0], None), DRAWS, 0.375) == draw((models[0], models[0]), DRAWS, 0.375)
+    alone, twice = draw((models[0], None), DRAWS, 0.375), draw((models[0], models[0]), DRAWS, 0.375)
+    assert [one.token_ids for one in alone] == [one.token_ids for one in twice]
+    assert [one.logprobs for one in alone] == [pytest.approx(one.logprobs, rel=1e-9) for one in twice]
 
 
 def test_all_ranks_take_as_many_steps(models):

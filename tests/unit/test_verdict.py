@@ -73,6 +73,11 @@ def test_what_is_judged():
         ({"raw": {"words": "good"}}, "parse_fail"),
         ({"cost": None}, "parse_fail"),
         ({"strength": ((1.0,),)}, "wrong_length"),
+        ({"components": {"harm": (1.0,)}}, "wrong_length"),
+        ({"components": {"harm": (1.0, NAN)}}, "non_finite"),
+        ({"components": {"Harm": (1.0, 0.0)}}, "parse_fail"),
+        ({"components": {"score": (1.0, 0.0)}}, "parse_fail"),
+        ({"components": {"kl": (1.0, 0.0)}}, "parse_fail"),
     ],
 )
 def test_what_could_not_be_stored_is_no_verdict(more, kind):
@@ -80,5 +85,5 @@ def test_what_could_not_be_stored_is_no_verdict(more, kind):
     problem = scored(1.0, 0.0, **more).problem(2)
     assert problem is not None
     assert problem.kind == kind
-    fine = scored(1.0, 0.0, raw="good", strength=((NAN, 1.0), (NAN, NAN)))
+    fine = scored(1.0, 0.0, raw="good", components={"harm": (0.0, 2.0)}, strength=((NAN, 1.0), (NAN, NAN)))
     assert fine.problem(2) is None
