@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from onlinerl.types import Draw, Drawn, Sampling
+
+if TYPE_CHECKING:  # policies are told of steps
+    from onlinerl.learners._loading import ModelReader
+    from onlinerl.learners._policy import Policy
 
 
 class Step(NamedTuple):
@@ -92,3 +98,38 @@ def sample(
         Drawn(token_ids=tuple(ids), logprobs=tuple(said), ended=ids[-1] in ends)
         for ids, said in zip(made[: len(draws)], logprobs, strict=False)
     ]
+
+
+class MixtureSampling:
+    """What a rank of a learner needs in order to draw from its policy and a saved model at once."""
+
+    _policy: Policy
+    _reader: ModelReader
+    device: torch.device
+    world_size: int
+
+    @property
+    def _network(self) -> nn.Module:
+        """What a forward pass of the policy goes through."""
+        raise NotImplementedError
+
+    def sample_mixture(
+        self, micro: Sequence[Sequence[Draw]], sampling: Sampling, reference: str, weight: float, ends: Sequence[int]
+    ) -> list[list[Drawn]]:
+        """See `Learner.sample_mixture`. Collective; every rank takes as many steps as the one that takes most."""
+
+        def of(network: nn.Module) -> NextLogits:
+            return lambda step: network(None, temperature=sampling.temperature, step=step)
+
+        other = None if reference == "policy" else of(self._reader.frozen(reference))
+        named: Any = self._policy.model.generation_config.eos_token_id
+        stops = {*ends, *(named if isinstance(named, list) else [] if named is None else [named])}
+        drawn = partial(sample, of(self._network), other, weight=weight, ends=stops, device=self.device)
+        return [drawn(draws, sampling, any_rank=self._anywhere) for draws in micro]
+
+    def _anywhere(self, own: bool) -> bool:
+        if self.world_size == 1:
+            return own
+        said = [own] * self.world_size
+        dist.all_gather_object(said, own)
+        return any(said)

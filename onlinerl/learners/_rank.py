@@ -12,7 +12,6 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from onlinerl.learners._export import export_weights
 from onlinerl.learners._interpolation import Interpolated, SavedSource
 from onlinerl.learners._loading import ModelReader, give_back
 from onlinerl.learners._loss import kl_old, loss_of
-from onlinerl.learners._mixture import NextLogits, sample
+from onlinerl.learners._mixture import MixtureSampling
 from onlinerl.learners._offload import HostMemory, tensors_of
 from onlinerl.learners._optimizer import critic_rate
 from onlinerl.learners._plain import load_generators, save_generators
@@ -41,13 +40,13 @@ from onlinerl.ops.whole_step import Rows, State, WholeStep
 from onlinerl.protocols.keys import decided
 from onlinerl.protocols.learner import LearnerConfig, RankSettings, WeightSource
 from onlinerl.protocols.transport import Meeting, Replicas, Sender, TransportConfig
-from onlinerl.types import Draw, Drawn, Sampling, TrainItem, TrainSequence
+from onlinerl.types import TrainItem, TrainSequence
 
 AFTER_CONTROLLER_S = 10.0
 """Ranks that wait for one that hangs give up so much later than the controller: it then knows that none of them has failed by itself."""
 
 
-class Rank:
+class Rank(MixtureSampling):
     """Holds this rank's share of the policy and its optimizer. A subclass says how it steps and what it writes to disk.
 
     Args:
@@ -172,30 +171,6 @@ class Rank:
             outputs = network(batch, temperature=temperature, values=values)
             results.append((_rows(outputs.logprobs_BT, sequences), _rows(outputs.values_BT, sequences) if values else []))
         return results
-
-    def sample_mixture(
-        self, micro: Sequence[Sequence[Draw]], sampling: Sampling, reference: str, weight: float, ends: Sequence[int]
-    ) -> list[list[Drawn]]:
-        """See `Learner.sample_mixture`. Collective; every rank takes as many steps as the one that takes most."""
-        own, other = (
-            self._next_logits("policy", sampling),
-            None if reference == "policy" else self._next_logits(reference, sampling),
-        )
-        named = self._policy.model.generation_config.eos_token_id
-        stops = {*ends, *(named if isinstance(named, list) else [] if named is None else [named])}
-        told = partial(sample, own, other, weight=weight, ends=stops, device=self.device, any_rank=self._anywhere)
-        return [told(draws, sampling) for draws in micro]
-
-    def _next_logits(self, model: str, sampling: Sampling) -> NextLogits:
-        network = self._network if model == "policy" else self._reader.frozen(model)
-        return lambda step: network(None, temperature=sampling.temperature, step=step)
-
-    def _anywhere(self, own: bool) -> bool:
-        if self.world_size == 1:
-            return own
-        said = [own] * self.world_size
-        dist.all_gather_object(said, own)
-        return any(said)
 
     # --- training ---
 
