@@ -21,7 +21,7 @@ from onlinerl.protocols.algorithm import Algorithm
 ROOT = Path(__file__).parents[2]
 NAMES = registry.names("algorithms")
 
-LIMIT = 790
+LIMIT = 830
 """Lines of our own that importing an algorithm may run through, blank ones and comments included, its own file among them. Half of them are
 the three files that say what can be declared and read: protocols/algorithm.py, batch.py, types/training.py."""
 FAMILY = 190
@@ -30,6 +30,8 @@ CRITIC = 320
 """As many more where there is a critic: what it begins as, rewards per token, advantages from values, a loss of its own."""
 WRAPPER = 310
 """As many more where a loss wraps those of another family: one of the whole step around losses on pairs, with all that may modify them."""
+MULTIPLIERS = 270
+"""As many more where a loss wraps those of another family and weighs several scores: how they are combined, and steps of multipliers."""
 OFF_POLICY = 80
 """As many more where responses of other policies are weighed by how probable they are."""
 VARIANT = 120
@@ -76,6 +78,7 @@ def test_importing_a_loss_pulls_in_little(counted, name):
         (FAMILY, needs.pairs or needs.preferences or family),
         (CRITIC, needs.critic),
         (WRAPPER, isinstance(algorithm, WholeStep) and isinstance(algorithm, Pairwise)),
+        (MULTIPLIERS, "multiplier_lr" in type(algorithm).model_fields),
         (OFF_POLICY, needs.off_policy == "corrected"),
         (OTHERS, needs.beside_samples),
         (VARIANT, bases & set(NAMES)),

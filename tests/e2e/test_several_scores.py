@@ -90,10 +90,10 @@ def test_an_oracle_that_gives_one_score_only_is_refused(toy_config, warm_cli, tm
 
 def test_a_group_without_one_of_the_scores_is_left_out_and_counted(toy_config, warm_cli, tmp_path):
     (tmp_path / "forgets.py").write_text(
-        "import hooks\n\n\ndef judge(groups):\n"
+        "import zlib\n\nimport hooks\n\n\ndef judge(groups):\n"
         "    made = hooks.named(groups)\n"
         "    for group, entry in zip(groups, made):\n"
-        "        if group['prompt'].strip()[-1] in 'aeiou' and len(group['responses']) > 2:\n"
+        "        if zlib.crc32(group['prompt'].encode()) % 2 and len(group['responses']) > 2:\n"
         "            del entry['vowels']\n"
         "    return made\n"
     )
