@@ -9,7 +9,7 @@ from onlinerl.controller.parts import reference_iteration, samples_dynamically
 from onlinerl.errors import ConfigError
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.protocols.algorithm import Algorithm
-from onlinerl.protocols.oracle import Oracle
+from onlinerl.protocols.oracle import ModelOracle, Oracle
 from onlinerl.types import Plan, Verdict
 
 
@@ -66,7 +66,7 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
             field="sampling.top_p" if sampling.top_p < 1 else "sampling.top_k",
             fix="set top_p to 1.0 and top_k to -1",
         )
-    if needs.sampling_temperature and needs.beside_samples:
+    if needs.sampling_temperature and (needs.greedy or needs.reference_samples):
         raise ConfigError(
             f"{name} weighs samples by their probability, and asks for responses that were not drawn from the policy",
             field="algorithm.name",
@@ -79,13 +79,15 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
             fix=f"lower it below {config.iterations}, or raise iterations",
         )
     _check_reference_samples(config, algorithm)
+    _check_prefixes(config, algorithm)
+    mixed = _mixtures(config, algorithm)
     _check_merging(config, algorithm)
     plan = planned(config, algorithm)
     objection = algorithm.objection(plan)
     if objection is not None:
         raise ConfigError(objection.cause, field=objection.field, fix=objection.fix)
     paid = _kl_in_reward(algorithm, plan)
-    return [*_stale(config, algorithm), *paid, *_dynamic(config, algorithm), *algorithm.remarks(plan)]
+    return [*_stale(config, algorithm), *mixed, *paid, *_dynamic(config, algorithm), *algorithm.remarks(plan)]
 
 
 def _dynamic(config: RunConfig, algorithm: Algorithm) -> list[str]:
@@ -142,6 +144,82 @@ def _check_reference_samples(config: RunConfig, algorithm: Algorithm) -> None:
             f"is true, and {name} samples the base model first: it would have nothing on the prompts that come in later",
             field="sampling.dynamic",
             fix="leave it out",
+        )
+
+
+def _mixtures(config: RunConfig, algorithm: Algorithm) -> list[str]:
+    """What responses of a mixture of policy and reference cost.
+
+    Raises:
+        ConfigError: if the learner cannot draw them.
+    """
+    name, needs, sampling = config.algorithm["name"], algorithm.needs, config.sampling
+    if not needs.mixture_samples:
+        return []
+    if not needs.reference:
+        raise ConfigError(
+            f"{name} declares `mixture_samples` and no `reference`, of which the mixture would be",
+            field="algorithm.name",
+            fix="declare both in its `needs`",
+        )
+    if not config.learner.samples_mixtures:
+        raise ConfigError(
+            f"is {config.learner.name}, and {name} asks for responses of a mixture of policy and reference, which this learner does not draw",
+            field="learner.name",
+            fix="set it to deepspeed or torch",
+        )
+    if config.schedule.max_lag:
+        raise ConfigError(
+            f"is 1, and {name} asks the learner for responses of the policy that is sampled, while it would train the next one",
+            field="schedule.max_lag",
+            fix="set it to 0",
+        )
+    if samples_dynamically(config, algorithm):
+        raise ConfigError(
+            f"is true, and {name} has responses of a mixture drawn first: there would be none to the prompts that come in later",
+            field="sampling.dynamic",
+            fix="leave it out",
+        )
+    if sampling.top_p < 1 or sampling.top_k > 0:
+        raise ConfigError(
+            f"{name} asks for responses of a mixture of two models, which is of all their tokens",
+            field="sampling.top_p" if sampling.top_p < 1 else "sampling.top_k",
+            fix="set top_p to 1.0 and top_k to -1",
+        )
+    asked = config.prompts.per_iteration * needs.mixture_samples
+    return [
+        f"the learner draws {asked} responses of the mixture an iteration itself, before the engine samples: up to {sampling.max_new_tokens} "
+        "forward passes of policy and reference over each micro-batch of them, without the engine's kernels"
+    ]
+
+
+def _check_prefixes(config: RunConfig, algorithm: Algorithm) -> None:
+    """Refuse engines that cannot let responses begin with given tokens.
+
+    Raises:
+        ConfigError: naming the engine.
+    """
+    name, needs = config.algorithm["name"], algorithm.needs
+    if not needs.prefix:
+        return
+    if not needs.answers:
+        raise ConfigError(
+            f"{name} declares `prefix` and no `answers`, so there is nothing that responses could begin with",
+            field="algorithm.name",
+            fix="declare both in its `needs`",
+        )
+    if not config.engine.forces_prefixes:
+        raise ConfigError(
+            f"is {config.engine.name}, and {name} as configured lets responses begin with tokens of a stored answer, of which this engine "
+            "does not give the whole text",
+            field="engine.name",
+            fix="set it to vllm, or algorithm.p_reset=0" if "p_reset" in type(algorithm).model_fields else "set it to vllm",
+        )
+    if config.sampling.max_new_tokens < 2:
+        raise ConfigError(
+            f"is {config.sampling.max_new_tokens}, and a response that begins with a token needs room for another",
+            field="sampling.max_new_tokens",
+            fix="set it to 2 or more",
         )
 
 
@@ -345,6 +423,35 @@ def check_uncertainty(config: RunConfig, algorithm: Algorithm, given: bool | Non
             fix="set oracle.dropout_passes=10 of a reward model, or let a function (oracle.name=python) return one matrix for each member of "
             "an ensemble",
         )
+
+
+def check_components(config: RunConfig, algorithm: Algorithm, oracle: Oracle, verdict: Verdict | None) -> None:
+    """Refuse an oracle that does not give all the scores that an algorithm reads.
+
+    Args:
+        config: the run's.
+        algorithm, oracle: as configured.
+        verdict: what the oracle answered to a trial question; None if it was not asked.
+
+    Raises:
+        ConfigError: naming the scores.
+    """
+    if verdict is not None:
+        given = set(verdict.components or ())
+    elif isinstance(oracle, ModelOracle):
+        given = set(oracle.components)
+    else:  # there was nothing to ask about
+        return
+    missing = [name for name in algorithm.needs.components if name not in given]
+    if not missing:
+        return
+    has = f"gives {', '.join(sorted(given))} beside the score" if given else "gives one score only"
+    raise ConfigError(
+        f"{config.oracle['name']} {has}, and {config.algorithm['name']} as configured reads {', '.join(missing)}",
+        field="oracle.name",
+        fix="set oracle.name=python and a function that returns, for each group, a dict of lists by name: {'score': [...], "
+        f"'{missing[0]}': [...]}}",
+    )
 
 
 def implied_preferences(config: RunConfig, algorithm: Algorithm, oracle: Oracle, verdict: Verdict | None) -> list[str]:

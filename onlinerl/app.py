@@ -18,7 +18,7 @@ from rich.console import Console
 
 from onlinerl import config as configuration
 from onlinerl import preflight, resuming, wiring
-from onlinerl.algorithm_checks import check_uncertainty, implied_preferences
+from onlinerl.algorithm_checks import check_components, check_uncertainty, implied_preferences
 from onlinerl.config import RunConfig
 from onlinerl.controller import loop, time_limit
 from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
@@ -52,6 +52,7 @@ def check(config: RunConfig, console: Console, kept: Kept | None = None) -> Chec
     elif checked.train is not None:
         verdict = wiring.probed(checked, checked.oracle)
         checked = checked.tried(verdict)
+    check_components(config, checked.algorithm, checked.oracle, verdict)
     for note in implied_preferences(config, checked.algorithm, checked.oracle, verdict):
         console.print(note, highlight=False, soft_wrap=True)
     return checked

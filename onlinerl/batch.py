@@ -109,6 +109,8 @@ class Batch:
     """int64, row index of the exploration response of each pair; filled only if all pairs have one."""
     online_PN: Tensor | None = None
     """int64, row indices of the samples of the policy that go with each pair, -1 where it has fewer; None if no pair has any."""
+    forced_B: Tensor | None = None
+    """How many of the first response tokens nobody sampled; None: of no row any."""
     annotators_G: Tensor | None = None
     """int64, a number that stands for who judged each item (`annotator_number` in ops/batching.py)."""
 
@@ -117,6 +119,19 @@ class Batch:
         """bool[B, S], true on prompt and response tokens."""
         positions = torch.arange(self.tokens_BS.shape[1], device=self.tokens_BS.device)
         return positions[None, :] < (self.prompt_lengths_B + self.lengths_B)[:, None]
+
+    @property
+    def sampled_BT(self) -> Tensor:
+        """bool[B, T], true on the response tokens that were sampled: all but forced ones."""
+        if self.forced_B is None:
+            return self.mask_BT
+        positions = torch.arange(self.mask_BT.shape[1], device=self.mask_BT.device)
+        return self.mask_BT & (positions[None, :] >= self.forced_B[:, None])
+
+    @property
+    def sampled_lengths_B(self) -> Tensor:
+        """How many those are."""
+        return self.lengths_B if self.forced_B is None else self.lengths_B - self.forced_B
 
     def need(self, name: str) -> Tensor:
         """A field that the loss cannot do without.

@@ -22,8 +22,9 @@ With dynamic sampling annotate t waits for label t: until then nobody knows whic
 Where the algorithm asks for responses of the base model, another phase comes first, and sample t waits for it:
 
     sample_reference t   as sample t                   -            learner, engine               reference_rollouts t
+    sample_mixture t     as sample t                   -            learner                       mixture_rollouts t
 
-It pushes the base model into every replica, samples, and pushes the policy back, so it takes learner and engine alone.
+The second one is where the algorithm asks for responses of a mixture of policy and reference, which the learner draws. The first one pushes the base model into every replica, samples, and pushes the policy back, so it takes learner and engine alone.
 
 With `max_lag: 1` iteration t is sampled while t-1 trains, so from the weights of t-2. Only these edges differ:
 
@@ -69,7 +70,13 @@ class Phase:
 
 
 def phases(
-    *, stream: bool, evaluate_beside: bool, max_lag: int = 0, dynamic: bool = False, reference_samples: bool = False
+    *,
+    stream: bool,
+    evaluate_beside: bool,
+    max_lag: int = 0,
+    dynamic: bool = False,
+    reference_samples: bool = False,
+    mixture_samples: bool = False,
 ) -> tuple[Phase, ...]:
     """The graph, in the order in which an iteration goes through it if nothing runs side by side.
 
@@ -79,13 +86,16 @@ def phases(
         max_lag: how many iterations are trained while the next one is sampled: 0 or 1.
         dynamic: `sample` waits for what `label` says, so `label` follows it; which prompts are left is known when both are finished.
         reference_samples: the base model is sampled too; never with lag, where the learner trains meanwhile.
+        mixture_samples: the learner samples too; the same holds.
     """
     sampled_from = ("sync" if evaluate_beside else "commit", 1 + max_lag)
     lagging = max_lag > 0
     reference = Phase(name="sample_reference", waits_for=(sampled_from,), alone=frozenset({"learner", "engine"}), keeps=True)
-    first = [(reference.name, 0)] if reference_samples else []
+    mixture = Phase(name="sample_mixture", waits_for=(sampled_from,), alone=frozenset({"learner"}), keeps=True)
+    before = [*([reference] if reference_samples else []), *([mixture] if mixture_samples else [])]
+    first = [(each.name, 0) for each in before]
     graph = (
-        *([reference] if reference_samples else []),
+        *before,
         Phase(
             name="sample",
             waits_for=(sampled_from, *([("sample", 1)] if lagging else []), *first),

@@ -45,7 +45,7 @@ def document(catalogue: Catalogue, declared: Mapping[str, Sequence[Definition]])
 def text() -> str:
     """The content of docs/metrics.md."""
     names = registry.names("algorithms")
-    reported = {name: registry.load("algorithms", name, Algorithm).metrics for name in names}
+    reported = {name: registry.load("algorithms", name, Algorithm)().metrics for name in names}
     return document(CATALOGUE, {name: [defined(*metric) for metric in metrics] for name, metrics in reported.items()})
 
 

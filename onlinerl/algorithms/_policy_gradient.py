@@ -39,6 +39,9 @@ class PolicyGradient(Algorithm):
     importance_sampling_mode: Mode = "token_truncate"
     """Whether the ratio of probabilities is that of each token or of the whole response, and whether one above the cap counts as the cap
     (`truncate`) or not at all (`mask`)."""
+    p_reset: float = Field(0.0, ge=0, le=1)
+    """Share of prompts whose responses begin with a part of the stored answer, cut at random, which is no response token of theirs: "Dataset
+    Reset Policy Optimization for RLHF". All responses to a prompt begin with the same tokens, and are judged whole."""
 
     @field_validator("importance_sampling_mode")
     @classmethod
@@ -51,14 +54,9 @@ class PolicyGradient(Algorithm):
     def needs(self) -> Needs:
         """Old log-probs; the reference if the KL has a price."""
         stale: OffPolicy = "refused" if self.importance_sampling_cap is None else "corrected"
-        ours = {"kl_in_reward": self.kl_in_reward and self.kl_coef > 0, "min_samples": self.least}
-        return Needs(
-            reference=self.kl_coef > 0 or self.online_kl > 0,
-            old_logprobs=True,
-            sampling_temperature=True,
-            off_policy=stale,
-            **ours,
-        )
+        ours = {"kl_in_reward": self.kl_in_reward and self.kl_coef > 0, "min_samples": self.least, "answers": self.p_reset > 0}
+        common = Needs(old_logprobs=True, sampling_temperature=True, off_policy=stale, prefix=self.p_reset)
+        return common.model_copy(update={"reference": self.kl_coef > 0 or self.online_kl > 0, **ours})
 
     @by_knobs
     def reference(self) -> Reference:
@@ -91,7 +89,7 @@ class PolicyGradient(Algorithm):
         Raises:
             ValueError: if the batch lacks the old or the engine's log-probs, or advantages.
         """
-        mask, (low, high, dual) = batch.mask_BT, bounds
+        mask, (low, high, dual) = batch.sampled_BT, bounds
         logprobs, old = masked(outputs.logprobs_BT, mask), masked(batch.need("old_logprobs_BT"), mask)
         advantages = masked(batch.need("advantages_BT"), mask)
         log_ratio = logprobs - old
@@ -112,7 +110,7 @@ class PolicyGradient(Algorithm):
             "entropy_sampled": Mean.of(-old, mask),
             "sampler_gap": Mean.of(gap.abs(), mask),  # how much learner and engine disagree, in nats
             "zero_advantage": Mean.of((advantages == 0).all(dim=1), mask.any(dim=1)),  # rows that teach nothing
-            "response_length": Mean.of(batch.lengths_B, mask.any(dim=1)),
+            "response_length": Mean.of(batch.sampled_lengths_B, mask.any(dim=1)),
         }
         if self.importance_sampling_cap is not None:
             weights, above = importance_weights(gap, self.importance_sampling_mode, self.importance_sampling_cap)
@@ -123,7 +121,7 @@ class PolicyGradient(Algorithm):
             metrics["entropy"] = Mean.of(masked(outputs.entropy_BT, mask), mask)
         loss = masked(loss, mask)
         if self.kl_coef > 0:
-            kl_BT = kl(token_log_ratios(outputs, batch))
+            kl_BT = kl(masked(token_log_ratios(outputs, batch), mask))
             metrics["kl_reference"] = Mean.of(kl_BT, mask)
             loss = loss if self.needs.kl_in_reward else loss + self.kl_coef * kl_BT
         return loss, metrics

@@ -159,7 +159,8 @@ class Ppo(PolicyGradient):
         """
         targets = self._targets(items, past)
         # The critic's targets are not whitened.
-        scaled = whitening(lambda: (t.advantages for t in targets())) if self.whiten_advantages else _as_it_is
+        sampled = whitening(lambda: (t.advantages[t.item.sequences[0].forced :] for t in targets()))
+        scaled = sampled if self.whiten_advantages else _as_it_is
         weight = 0.0 if sum(bool(figures) for figures in past) < self.critic_warmup else 1.0
         for t in targets():
             arrays = {"advantages": scaled(t.advantages).astype(np.float32), "returns": t.returns.astype(np.float32)}
@@ -178,7 +179,7 @@ class Ppo(PolicyGradient):
         if self.kl_coef > 0:
             figures["kl_coef"] = self._price(past)
             sequences = (item.sequences[0] for item in items)
-            gaps = [(need(s, "old_logprobs") - need(s, "reference_logprobs")).sum() for s in sequences]
+            gaps = [(need(s, "old_logprobs") - need(s, "reference_logprobs"))[s.forced :].sum() for s in sequences]
             figures["kl_rollouts"] = float(np.mean(gaps))
         targets = self._targets(items, past)
         _, variance = moments(lambda: (t.returns for t in targets()))
@@ -200,7 +201,7 @@ class Ppo(PolicyGradient):
         if self.entropy_coef > 0:
             if outputs.entropy_BT is None:
                 raise ValueError("an entropy bonus reads outputs.entropy_BT, which the learner did not compute")
-            loss_BT = loss_BT - self.entropy_coef * masked(outputs.entropy_BT, mask)
+            loss_BT = loss_BT - self.entropy_coef * masked(outputs.entropy_BT, batch.sampled_BT)
         values, returns = masked(outputs.values_BT, mask), batch.need("returns_BT")
         value_BT = masked(clipped_value_loss(values, batch.need("values_BT"), returns, self.clip_range_value), mask)
         loss_BT = loss_BT * batch.policy_weight_B[:, None] + self.vf_coef * value_BT
@@ -218,7 +219,12 @@ class Ppo(PolicyGradient):
         def rewards() -> Iterator[tuple[TrainItem, np.ndarray]]:
             return ((item, self.rewards(item.sequences[0], score, price)) for item, score in zip(items, scores, strict=True))
 
-        scaled = whitening(lambda: (r for _, r in rewards()), keep_mean=True) if self.whiten_rewards else _as_it_is
+        of_sampled = (
+            whitening(lambda: (r[i.sequences[0].forced :] for i, r in rewards()), keep_mean=True)
+            if self.whiten_rewards
+            else None
+        )
+        scaled = of_sampled or _as_it_is
 
         def targets() -> Iterator[_Targets]:
             for item, reward in rewards():

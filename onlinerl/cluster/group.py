@@ -19,7 +19,7 @@ from onlinerl.learners._self_test import combine
 from onlinerl.ops.batching import plan_step
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.learner import LearnerConfig, LearnerRank, RankSettings
-from onlinerl.types import SelfTest, TrainItem, TrainSequence, UpdateReport
+from onlinerl.types import Draw, Drawn, Sampling, SelfTest, TrainItem, TrainSequence, UpdateReport
 
 T = TypeVar("T")
 LOST_S = 10.0
@@ -166,6 +166,23 @@ class LearnerGroup:
     def hidden_sums(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
         """f32[H] of each response."""
         return self._spread(LearnerRank.hidden_sums, sequences)
+
+    def sample_mixture(
+        self, draws: Sequence[Draw], sampling: Sampling, *, reference: str, weight: float, ends: Sequence[int]
+    ) -> list[Drawn]:
+        """A response of the mixture to each prompt."""
+        longest = range(sampling.max_new_tokens)
+        room = [TrainSequence(prompt_ids=draw.prompt_ids, response_ids=longest) for draw in draws]
+        items = [TrainItem(prompt_id=str(i), sequences=(sequence,)) for i, sequence in enumerate(room)]
+        work = plan_step(items, len(self.actors), 2 * self._config.tokens_per_microbatch)
+        arguments = [
+            ([[draws[int(i.prompt_id)] for i in micro] for micro in rank], sampling, reference, weight, ends) for rank in work
+        ]
+        found: dict[int, Drawn] = {}
+        for rank, outputs in zip(work, self.scatter(LearnerRank.sample_mixture, arguments), strict=True):
+            for micro, said in zip(rank, outputs, strict=True):
+                found |= {int(item.prompt_id): one for item, one in zip(micro, said, strict=True)}
+        return [found[i] for i in range(len(draws))]
 
     def _spread(
         self,

@@ -192,8 +192,11 @@ def _wrong(group: Group, request: Request, sampling: Sampling, version: int | No
         if version is not None and rollout.policy_version != version:
             return f"a response of version {rollout.policy_version}, and the engine serves {version}"
         tokens, logprobs = rollout.token_ids, rollout.logprobs
-        if not 0 < len(tokens) == len(logprobs) <= sampling.max_new_tokens:
-            return f"{len(tokens)} tokens with {len(logprobs)} log-probs, of at most {sampling.max_new_tokens}"
+        most = sampling.max_new_tokens - len(request.prefix_ids)
+        if not 0 < len(tokens) == len(logprobs) <= most:
+            return f"{len(tokens)} tokens with {len(logprobs)} log-probs, of at most {most}"
+        if tuple(rollout.prefix_ids) != request.prefix_ids:
+            return f"a response that begins with {len(rollout.prefix_ids)} other tokens than the {len(request.prefix_ids)} that it should"
         if min(tokens) < 0:
             return f"the token {min(tokens)}"
         if not all(map(math.isfinite, logprobs)):

@@ -55,7 +55,7 @@ class Rounds:
         self._useful = [
             prompt_id
             for prompt_id, result in zip(whole, results, strict=True)
-            if isinstance(result, Verdict) and health.spread(result) >= health.TIE
+            if isinstance(result, Verdict) and health.spread(result, it.needs.components) >= health.TIE
         ]
         before = len(self.prompts)
         if self.useful >= self._wanted or self.number == it.most_rounds:

@@ -29,7 +29,7 @@ def check_groups(groups: Sequence[Group], policy_version: int) -> None:
 
 
 def check_sources(groups: Sequence[Group], asked: Mapping[str, Request], sampling: Sampling) -> None:
-    """Refuse responses that were drawn where the greedy one was asked for, or the other way round.
+    """Refuse responses that were drawn where the greedy one was asked for, or the other way round, or that begin otherwise than asked for.
 
     Args:
         groups: what the engine answered.
@@ -42,6 +42,13 @@ def check_sources(groups: Sequence[Group], asked: Mapping[str, Request], samplin
     for group in groups:
         expected = {seed: (how.temperature == 0, source) for seed, how, source in asked[group.prompt.id].responses(sampling)}
         for rollout in group.rollouts:
+            if tuple(rollout.prefix_ids) != (wanted := asked[group.prompt.id].prefix_ids):
+                raise EngineError(
+                    f"prompt {group.prompt.id}: a response says that it begins with {len(rollout.prefix_ids)} given tokens, and it should "
+                    f"with {len(wanted)} others",
+                    field="engine.name",
+                    fix="an engine lets responses begin with `Request.prefix_ids` and says so in `Rollout.prefix_ids`; choose another one",
+                )
             found = (rollout.sampler.temperature == 0, rollout.source)
             if expected.get(rollout.seed, found) != found:
                 raise EngineError(
@@ -158,8 +165,10 @@ def check_mismatch(k3: float, limit: float) -> None:
         )
 
 
-def spread(verdict: Verdict) -> float:
-    """Between the best and the worst response of a group, in scores or win rates; 0 if nothing was said."""
+def spread(verdict: Verdict, components: Collection[str] = ()) -> float:
+    """Between the best and the worst response of a group, in scores or win rates, or in one of these `components`, where that is more; 0 if
+    nothing was said."""
     said = (() if verdict.scores is None else verdict.scores) if verdict.preferences is None else verdict.win_rates().tolist()
-    values = [value for value in said if math.isfinite(value)]
-    return float(max(values) - min(values)) if values else 0.0
+    more = ((verdict.components or {}).get(name, ()) for name in components)
+    finite = ([value for value in values if math.isfinite(value)] for values in (said, *more))
+    return max((float(max(values) - min(values)) for values in finite if values), default=0.0)

@@ -32,7 +32,7 @@ class GroupItems:
     pairs: Sequence[Pair] = ()
     """Those that are trained on."""
     dropped: Mapping[str, int] = field(default_factory=dict)
-    """What was left out, by reason: the group (`few_samples`, `not_judged`), candidate pairs (the pair builder's reasons), items (the
+    """What was left out, by reason: the group (`few_samples`, `not_judged`, `no_component`), candidate pairs (the pair builder's reasons), items (the
     algorithm's, and `truncated`)."""
     contradicted: int = 0
     """Pairs whose winner lost the direct comparison with its own loser; they are trained all the same."""
@@ -51,6 +51,8 @@ def of_group(it: Iteration, group: Group, answer: Answer) -> GroupItems:
         return GroupItems(prompt_id=group.prompt.id, dropped={"few_samples": 1})
     if not isinstance(answer, Verdict):  # a failure is left out, never turned into a score
         return GroupItems(prompt_id=group.prompt.id, dropped={"not_judged": 1})
+    if not set(it.needs.components) <= set(answer.components or ()):  # nor is a score that was not given
+        return GroupItems(prompt_id=group.prompt.id, dropped={"no_component": 1})
     judged = Judged(group=group, verdict=answer)
     health.require_asked_for(group, {"policy", *it.needs.beside_samples})
     dropped: Counter[str] = Counter()
@@ -184,7 +186,7 @@ class _Made:
             self.dropped[reason] += count
         if made.judged is None:
             return
-        self.spreads.append(health.spread(made.judged.verdict))
+        self.spreads.append(health.spread(made.judged.verdict, self._it.needs.components))
         self.contradicted += made.contradicted
         self.truncated += made.truncated
         self.useful += bool(made.items)
@@ -193,7 +195,7 @@ class _Made:
                 if sequence.policy_version is None:  # nobody sampled it
                     continue
                 self.earned.append(_score(self._it.parts.algorithm, sequence))
-                if sequence.source != "reference":
+                if sequence.source not in ("reference", "mixture"):
                     self.sampled_by[sequence.policy_version] += 1
             yield item
 

@@ -15,8 +15,20 @@ from onlinerl.controller.parts import Built, Parts, reference_iteration, samples
 from onlinerl.controller.report import Reporter
 from onlinerl.errors import StoreError, SyncError
 from onlinerl.protocols.algorithm import Needs
-from onlinerl.protocols.store import REFERENCE_ROLLOUTS, ROLLOUTS, VERDICTS, Kind, Scratch, Table
-from onlinerl.types import Failure, Group, Label, Prompt, SampleRecord, SyncReport, TrainRecord, Verdict
+from onlinerl.protocols.store import MIXTURE_ROLLOUTS, REFERENCE_ROLLOUTS, ROLLOUTS, VERDICTS, Kind, Scratch, Table
+from onlinerl.types import (
+    Failure,
+    Group,
+    Label,
+    Prompt,
+    Request,
+    SampleRecord,
+    SyncReport,
+    TrainRecord,
+    Verdict,
+    derive_seed,
+)
+from onlinerl.types.rollouts import Source
 
 Answer = Verdict | Failure | None
 """What is known about a group once it has been dealt with; None: it was too small to be judged."""
@@ -113,6 +125,27 @@ class Iteration:
     def _sample_record(self) -> SampleRecord:
         return self.parts.store.phases(self.number)["sample"]
 
+    def request(self, prompt: Prompt, places: Sequence[object], *, greedy: bool = False, source: Source = "policy") -> Request:
+        """For responses to a prompt, one for each place: seeds depend on nothing but run, iteration, prompt and place."""
+        config = self.parts.config
+        return Request(
+            prompt=prompt,
+            seeds=tuple(derive_seed(config.seed, self.number, prompt.id, *_listed(place)) for place in places),
+            greedy=greedy,
+            source=source,
+            prefix_ids=self._prefix(prompt),
+        )
+
+    def _prefix(self, prompt: Prompt) -> tuple[int, ...]:
+        """What the responses to a prompt begin with: its stored answer up to a token before its end, where the algorithm asks for that."""
+        config = self.parts.config
+        share = self.needs.prefix
+        if not share or derive_seed(config.seed, self.number, prompt.id, "reset") >= share * 2**31:
+            return ()
+        # Never the end of the answer, after which there is nothing to sample, and room for a token behind it.
+        most = min(prompt.answer_ids.index(prompt.answer_ids[-1]), config.sampling.max_new_tokens - 1)
+        return prompt.answer_ids[: 1 + derive_seed(config.seed, self.number, prompt.id, "cut") % most] if most > 0 else ()
+
     def groups(self) -> Table[Group]:
         """What is sampled for training."""
         return self.parts.store.groups(self.number, ROLLOUTS, self._by_id)
@@ -120,6 +153,10 @@ class Iteration:
     def reference_groups(self) -> Table[Group]:
         """What the base model says to the same prompts, where the algorithm asks for that."""
         return self.parts.store.groups(self.number, REFERENCE_ROLLOUTS, self._by_id)
+
+    def mixture_groups(self) -> Table[Group]:
+        """What a mixture of policy and reference says to them, where the algorithm asks for that."""
+        return self.parts.store.groups(self.number, MIXTURE_ROLLOUTS, self._by_id)
 
     @cached_property
     def needs(self) -> Needs:
@@ -246,6 +283,10 @@ class Iteration:
     def push_base(self) -> SyncReport:
         """Give the engine those of the base model, which is version 0, while the learner keeps its own."""
         return push(self.parts, self.weights, self.report, self.number, base=True)
+
+
+def _listed(place: object) -> tuple[object, ...]:
+    return place if isinstance(place, tuple) else (place,)
 
 
 def push(parts: Parts, weights: Weights, report: Reporter, iteration: int, *, base: bool = False) -> SyncReport:

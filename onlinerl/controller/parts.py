@@ -43,6 +43,8 @@ class Parts:
     """Whether engine and learner compute on the same GPUs or cores: then only one of them works at a time."""
     base_model: str
     """Directory or id of the initial policy: iteration 0 and the anchor of `kl_ref`."""
+    tokenizer: Any = None
+    """Of the policy, where the learner samples."""
     oracle_scores: bool = True
     """Whether the oracle scores single responses; one that only compares is never asked about a single one."""
     state_bytes: int = 0

@@ -34,7 +34,8 @@ class Answer:
 
 
 Ask = Callable[[Request, Sampling, int], Awaitable[Answer]]
-"""Asks the engine once for a response to the prompt of the request, with the seed that is given last."""
+"""Asks the engine once for a response to the prompt of the request that goes on after its prefix, with the seed that is given last. The
+text of the answer is that of both."""
 
 
 async def generate(request: Request, sampling: Sampling, ask: Ask) -> Group:
@@ -64,6 +65,7 @@ async def _one(request: Request, seed: int, sampling: Sampling, source: Source, 
             sampler=sampling,
             seed=seed,
             source=source,
+            prefix_ids=request.prefix_ids,
         )
     return "abort"  # half a response is no response
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,6 +17,7 @@ class Toy(InProcessEngine):
     """For tests; reads no key but its name."""
 
     name: str = "toy"
+    forces_prefixes: ClassVar[bool] = True
 
     def open(self, vocabulary: int, decode: Callable[[Sequence[int]], str]) -> ToyEngine:
         """An engine with uniform weights."""
@@ -42,9 +44,10 @@ class ToyEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Group]]:
         """One group per request, in order, each by itself."""
         for request in requests:
-            yield [Group(prompt=request.prompt, rollouts=tuple(self._one(*each) for each in request.responses(sampling)))]
+            one_by_one = (self._one(*each, request.prefix_ids) for each in request.responses(sampling))
+            yield [Group(prompt=request.prompt, rollouts=tuple(one_by_one))]
 
-    def _one(self, seed: int, sampling: Sampling, source: Source) -> Rollout:
+    def _one(self, seed: int, sampling: Sampling, source: Source, prefix: Sequence[int]) -> Rollout:
         rng, greedy = np.random.default_rng(seed), sampling.temperature == 0
         logprobs = _log_softmax(self.logits if greedy else self.logits / sampling.temperature)
         end = len(self.logits) - 1
@@ -54,12 +57,13 @@ class ToyEngine:
         return Rollout(
             token_ids=tuple(tokens),
             logprobs=tuple(float(logprobs[t]) for t in tokens),
-            text=" " + self._decode([t for t in tokens if t != end]),
+            text=" " + self._decode([t for t in (*prefix, *tokens) if t != end]),
             finish_reason="stop" if tokens[-1] == end else "length",
             policy_version=self.version,
             sampler=sampling,
             seed=seed,
             source=source,
+            prefix_ids=tuple(prefix),
         )
 
     def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:

@@ -6,10 +6,11 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import wraps
 from itertools import count
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import numpy as np
 
+from onlinerl.decoding import continuation
 from onlinerl.engines import _fit, _responses, _vllm
 from onlinerl.engines._responses import FINISH, Answer
 from onlinerl.engines._vllm import VllmConfig
@@ -46,6 +47,7 @@ class VLLM(VllmConfig):
     """vLLM, on CPUs or GPUs."""
 
     name: str = "vllm"
+    forces_prefixes: ClassVar[bool] = True
 
     def check_shared(self) -> None:
         """A replica that shares a GPU lives on one, and leaves room on it."""
@@ -118,7 +120,7 @@ class VLLMReplica:
         version = self._version
         final = None
         async for output in self._engine.generate(
-            {"prompt_token_ids": list(request.prompt.token_ids)}, params, f"generate-{next(self._ids)}"
+            {"prompt_token_ids": [*request.prompt.token_ids, *request.prefix_ids]}, params, f"generate-{next(self._ids)}"
         ):
             final = output
         if final is None or not final.outputs:
@@ -133,10 +135,14 @@ class VLLMReplica:
         return Answer(
             token_ids=tokens,
             logprobs=logprobs,
-            text=out.text,
+            # Of the whole response: the text of a part need not be a part of the text, since the cut may be within a character.
+            text=self._whole_text(request, tokens) if request.prefix_ids else out.text,
             finish_reason=FINISH[out.finish_reason],
             policy_version=version,
         )
+
+    def _whole_text(self, request: Request, tokens: Sequence[int]) -> str:
+        return continuation(self._engine.get_tokenizer(), request.prompt.token_ids, (*request.prefix_ids, *tokens))
 
     @_alive
     async def logprobs(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> np.ndarray:

@@ -66,7 +66,7 @@ def kl_old(outputs: Outputs, batch: Batch) -> dict[str, Mean]:
     Raises:
         ValueError: if the batch carries none.
     """
-    mask_BT = batch.mask_BT
+    mask_BT = batch.sampled_BT
     return {"kl_old": Mean.of(k3(masked(outputs.logprobs_BT - batch.need("old_logprobs_BT"), mask_BT)), mask_BT)}
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from onlinerl.batch import Batch, Outputs
+from onlinerl.errors import LearnerError
 from onlinerl.families import LogitRule, check_packing, logit_rule
+from onlinerl.learners._logits import logits as fp32_logits
+from onlinerl.learners._mixture import Step
 from onlinerl.learners._packing import PackedRow, prepare
 from onlinerl.learners._token_terms import Asked, token_terms
-from onlinerl.learners._vocabulary import FrozenStates, TokenTerms
+from onlinerl.learners._vocabulary import FrozenStates, TokenTerms, rescale
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,15 +59,17 @@ class LogProbHead(nn.Module):
     def forward(
         self,
         hidden_NH: Tensor,
-        targets_N: Tensor,
+        targets_N: Tensor | None,
         temperature: float,
         *,
         entropy: bool = False,
         collision: bool = False,
         reference: FrozenStates | None = None,
-    ) -> TokenTerms:
+    ) -> TokenTerms | Tensor:
         """Of logits divided by `temperature`: log-probs of `targets_N` and, if asked for, entropies, log sum_v pi_v^2, and the KL of
-        the reference to this model. Fp32."""
+        the reference to this model. Without targets the logits themselves, [N, V]. Fp32."""
+        if targets_N is None:
+            return rescale(fp32_logits(hidden_NH, self.weight, self.bias), self.rule, temperature)
         # The logits of both models together are no more than those of one without the other.
         size = CHUNK if reference is None else max(1, CHUNK // 2)
         asked = Asked(self.rule, temperature, entropy, collision, reference, size)
@@ -143,7 +150,7 @@ class Policy(nn.Module):
 
     def forward(
         self,
-        batch: Batch,
+        batch: Batch | None,
         temperature: float = 1.0,
         values: bool = False,
         entropy: bool = False,
@@ -151,6 +158,7 @@ class Policy(nn.Module):
         reference: FrozenStates | None = None,
         hidden: bool = False,
         states_only: bool = False,
+        step: Step | None = None,
     ) -> Outputs | Tensor:
         """One pass over all rows; see `Outputs`. Positions where mask_BT is false hold zeros.
 
@@ -160,7 +168,12 @@ class Policy(nn.Module):
             values, entropy, collision, hidden: whether they are asked for.
             reference: states of the same batch in the model that `Outputs.reference_kl_BT` is from; None asks for none.
             states_only: return nothing but the state before each response token, [N, hidden].
+            step: what is decoded, instead of a batch: then the next logits [B, V] after it, fp32. Here, because ways to cut a model up put its
+                weights together around this method.
         """
+        if batch is None:
+            assert step is not None, "there is neither a batch nor a step"
+            return self._decoded(step, temperature)
         places = rows, steps, positions = _places(batch)
         hidden_NH = self._run(self.model.base_model, batch, places)
         if states_only:
@@ -188,6 +201,38 @@ class Policy(nn.Module):
             reference_kl_BT=spread_if_any(terms.reference_kl),
             hidden_BH=_row_sums(hidden_NH, rows, len(batch.tokens_BS)) if hidden else None,
         )
+
+    def _decoded(self, step: Step, temperature: float) -> Tensor:
+        with self._keeping():
+            return self._next_logits(step, temperature)
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """Inside, layers keep what a cache is for: transformers takes it away from those that recompute."""
+        recompute, self._recompute = self._recompute, False
+        self.train(self.training)
+        try:
+            yield
+        finally:
+            self._recompute = recompute
+            self.train(self.training)
+
+    def _next_logits(self, step: Step, temperature: float) -> Tensor:
+        hidden_BLH = self.model.base_model(
+            input_ids=step.tokens_BL,
+            attention_mask=step.mask_BL,
+            position_ids=step.positions_BL,
+            past_key_values=step.cache,
+            use_cache=True,
+        ).last_hidden_state
+        if step.cache.get_seq_length() != step.mask_BL.shape[1]:  # or the next token would be one after nothing
+            raise LearnerError(
+                f"this model kept {step.cache.get_seq_length()} of {step.mask_BL.shape[1]} tokens while it decoded",
+                field="model",
+                fix="its family cannot be sampled by the learner: choose an algorithm that asks the engine only",
+            )
+        logits_BV: Tensor = self.head(hidden_BLH[:, -1], None, temperature)
+        return logits_BV
 
     def _run(self, backbone: PreTrainedModel, batch: Batch, places: Places) -> Tensor:
         """The states [N, hidden] before the response tokens at `places`."""

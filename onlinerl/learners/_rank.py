@@ -26,6 +26,7 @@ from onlinerl.errors import LearnerError
 from onlinerl.learners._collectives import bound_collectives, every, mean_of_ranks, means
 from onlinerl.learners._loading import give_back
 from onlinerl.learners._loss import kl_old, loss_of
+from onlinerl.learners._mixture import MixtureSampling
 from onlinerl.learners._models import Models
 from onlinerl.learners._offload import HostMemory, tensors_of
 from onlinerl.learners._optimizer import critic_rate
@@ -47,7 +48,7 @@ _ADAPTERS = "adapters.json"
 """Of a checkpoint: which adapters it is of."""
 
 
-class Rank(Models):
+class Rank(Models, MixtureSampling):
     """Holds this rank's share of the policy and its optimizer. A subclass says how it steps and what it writes to disk.
 
     Args:

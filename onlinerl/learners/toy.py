@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from onlinerl.ops.whole_step import WholeStep
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.engine import RolloutEngine
 from onlinerl.protocols.learner import InProcessLearner, Learner
-from onlinerl.types import SelfTest, SyncReport, TrainItem, TrainSequence, UpdateReport
+from onlinerl.types import Draw, Drawn, Sampling, SelfTest, SyncReport, TrainItem, TrainSequence, UpdateReport
 
 __all__ = ["Toy", "ToyLearner", "ToySync"]
 
@@ -43,6 +43,7 @@ class Toy(InProcessLearner):
     """For tests; reads no key but its name."""
 
     name: str = "toy"
+    samples_mixtures: ClassVar[bool] = True
 
     def open(self, vocabulary: int, algorithm: Algorithm, base: str, temperature: float) -> ToyLearner:
         """A learner with uniform weights."""
@@ -103,6 +104,22 @@ class ToyLearner:
         """The state after a token is that token, one of `vocabulary`; f32[vocabulary]."""
         tokens = [[s.prompt_ids[-1], *s.response_ids[:-1]] for s in sequences]
         return [np.bincount(own, minlength=len(self.logits)).astype(np.float32) for own in tokens]
+
+    def sample_mixture(
+        self, draws: Sequence[Draw], sampling: Sampling, *, reference: str, weight: float, ends: Sequence[int]
+    ) -> list[Drawn]:
+        """From the mixture of the two vectors; the last token of the vocabulary ends a response, whatever `ends` says."""
+        mixed = (1.0 - weight) * self.logits_of("policy") + weight * self.logits_of(reference)
+        logprobs = torch.log_softmax(torch.tensor(mixed) / sampling.temperature, dim=-1).numpy()
+        return [self._drawn(draw, logprobs, sampling.max_new_tokens) for draw in draws]
+
+    @staticmethod
+    def _drawn(draw: Draw, logprobs: np.ndarray, most: int) -> Drawn:
+        rng, end = np.random.default_rng(draw.seed), len(logprobs) - 1
+        tokens: list[int] = []
+        while len(tokens) < most and end not in tokens:
+            tokens.append(int(rng.choice(len(logprobs), p=np.exp(logprobs))))
+        return Drawn(tuple(tokens), tuple(float(logprobs[t]) for t in tokens), tokens[-1] == end)
 
     def update(
         self, steps: Sequence[Sequence[TrainItem]], learning_rates: Sequence[float], *, target_kl: float | None = None

@@ -74,6 +74,7 @@ def collate(items: Sequence[TrainItem]) -> Batch:
         weight_G=_floats(item.weight for item in items),
         weight_B=_floats(weights),
         policy_weight_B=_floats(s.policy_weight for s in sequences),
+        forced_B=torch.tensor([s.forced for s in sequences]) if any(s.forced for s in sequences) else None,
         exploration_P=torch.tensor(explored, dtype=torch.int64) if len(explored) == len(pairs) else None,
         online_PN=_ragged(online) if any(online) else None,
         annotators_G=torch.tensor([annotator_number(item.annotator) for item in items], dtype=torch.int64),

@@ -21,11 +21,15 @@ def train_sequences(judged: Judged, only: Collection[int] | None = None) -> dict
     neither, and is left out."""
     win_rates = judged.verdict.win_rates()
     scores = win_rates if judged.verdict.scores is None else judged.verdict.scores
+    components = judged.verdict.components or {}
     return {
         index: TrainSequence(
-            prompt_ids=judged.group.prompt.token_ids,
+            # What a response was made to begin with is context like the prompt: it has no part in ratios, lengths and advantages.
+            prompt_ids=(*judged.group.prompt.token_ids, *map(int, rollout.prefix_ids)),
+            prefix=len(rollout.prefix_ids),
             response_ids=rollout.token_ids,
             score=float(score),
+            components={name: float(values[index]) for name, values in components.items()},
             win_rate=float(win_rate),
             finish_reason=rollout.finish_reason,
             policy_version=None if rollout.source == "teacher" else rollout.policy_version,

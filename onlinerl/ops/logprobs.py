@@ -28,5 +28,5 @@ def token_log_ratios(outputs: Outputs, batch: Batch) -> Tensor:
 
 
 def lengths(batch: Batch) -> Tensor:
-    """Response lengths as floats, [B], at least 1 so that an empty response can be divided by its length."""
-    return batch.lengths_B.clamp(min=1).to(batch.scores_B.dtype)
+    """Response lengths as floats, [B], without forced tokens, at least 1 so that an empty response can be divided by its length."""
+    return batch.sampled_lengths_B.clamp(min=1).to(batch.scores_B.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -28,6 +28,28 @@ def from_scores(
     if isinstance(values, Failure):
         return values
     return Verdict(annotator=annotator, oracle_version=oracle_version, scores=values, cost=cost or Cost(), raw=raw)
+
+
+def from_components(
+    scores: object, count: int, *, annotator: str, oracle_version: str, cost: Cost | None = None, raw: str | None = None
+) -> Verdict | Failure:
+    """A Verdict of several named scores: a dict that holds, by name, `count` finite numbers, those of `score` among them."""
+    if not isinstance(scores, Mapping) or "score" not in scores:
+        return Failure(kind="parse_fail", message=f"named scores are a dict with `score` among its names, got {_shown(scores)}")
+    values: dict[str, tuple[float, ...]] = {}
+    for name, listed in scores.items():
+        numbers = _numbers(listed, count, f"scores {name!r}")
+        if isinstance(numbers, Failure):
+            return numbers
+        values[name] = numbers
+    return Verdict(
+        annotator=annotator,
+        oracle_version=oracle_version,
+        scores=values.pop("score"),
+        components=values or None,
+        cost=cost or Cost(),
+        raw=raw,
+    )
 
 
 def from_matrix(

@@ -4,6 +4,7 @@ The function gets a list of dicts with the keys `prompt` (str), `messages` (list
 `responses` (list of K str) and `reference_answer` (str or None). It returns a list with one entry per dict:
 
 - a list of K numbers, higher is better: scores;
+- a dict of such lists by name, `score` among them, which is what the run reports; the others are for algorithms that read several;
 - a K x K list: cell [i][j] is the probability that response i beats response j, None where not asked, the diagonal is ignored; a
   function that answers like this is never asked about a single response;
 - a list of such K x K lists: what the members of an ensemble say, or one judge in several passes. Their mean is the preference, and how
@@ -132,6 +133,8 @@ def _way(entry: object) -> tuple[object, Callable[..., Verdict | Failure]]:
     """What is read of an entry, and how."""
     if isinstance(entry, Mapping) and entry.keys() == {"scores", "members"}:
         return entry["members"], partial(_verdicts.from_members, scores=entry["scores"])
+    if isinstance(entry, Mapping):
+        return entry, _verdicts.from_components
     listed = _plain(entry)
     if not _is_nested(listed):
         return entry, _verdicts.from_scores

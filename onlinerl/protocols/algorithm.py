@@ -63,6 +63,8 @@ class Needs(BaseModel):
     """How probable it is that one response beats another (win rates, soft labels); scores alone only imply it."""
     uncertainty: bool = False
     """How far several judgements of one pair disagree (`Verdict.uncertainty`)."""
+    components: tuple[str, ...] = ()
+    """Other scores that the oracle must give each response beside the score, by name (`Verdict.components`)."""
     collision: bool = False
     """log sum_v pi_v^2 of the next-token distribution at each response token, without gradient."""
     reference_kl: bool = False
@@ -81,6 +83,8 @@ class Needs(BaseModel):
     goals: Goals | None = None
     """How prompts tell the model which score its response shall have. Training prompts have the tokens of each goal (`Prompt.goal_ids`); what
     is sampled and evaluated is asked for the highest."""
+    prefix: float = 0.0
+    """Share of prompts whose responses begin with a part of the stored answer (`Prompt.answer_ids`), so there are `answers`."""
     labels: bool = True
     """Differences in what the oracle says: without any there is nothing to learn."""
     pairing: str | None = None
@@ -95,10 +99,17 @@ class Needs(BaseModel):
     reference_samples: int = 0
     """So many responses of the base model to each prompt, which join the samples too."""
 
+    mixture_samples: int = 0
+    """So many responses to each prompt that are drawn, token by token, from the geometric mixture of policy and reference: softmax of
+    (1 - `mixture_weight`) policy logits + `mixture_weight` reference logits. The learner, which holds both, draws them; they join the samples."""
+    mixture_weight: float = 0.0
+    """That of the reference."""
+
     @property
     def beside_samples(self) -> tuple[str, ...]:
         """Sources of the responses of a group beside those that `sampling.samples_per_prompt` counts."""
-        return ("greedy",) * self.greedy + ("reference",) * self.reference_samples + ("teacher",) * self.teacher
+        beside = ("greedy",) * self.greedy + ("reference",) * self.reference_samples
+        return beside + ("mixture",) * self.mixture_samples + ("teacher",) * self.teacher
 
     @property
     def reference_logprobs(self) -> bool:

@@ -159,6 +159,8 @@ class EngineConfig(Component):
 
     in_process: ClassVar[bool] = False
     """Whether it runs in the controller's own process; the learner then must, too."""
+    forces_prefixes: ClassVar[bool] = False
+    """Whether responses may begin with given tokens (`Request.prefix_ids`)."""
     joins_transfers: ClassVar[bool] = True
     """Whether its replicas can join a transfer of vLLM's weight-transfer API; otherwise they load files (`sync.backend: disk`)."""
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from onlinerl.protocols.adapters import LoraConfig
 from onlinerl.protocols.component import Component
 from onlinerl.protocols.keys import CustomResources, Resumable, Seconds
-from onlinerl.types import SelfTest, TrainItem, TrainSequence, UpdateReport
+from onlinerl.types import Draw, Drawn, Sampling, SelfTest, TrainItem, TrainSequence, UpdateReport
 
 if TYPE_CHECKING:  # torch stays out of everything that only names the role
     import torch
@@ -64,6 +64,20 @@ class Learner(Protocol):
     def hidden_sums(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
         """f32[H] of each response: the sum of the policy's last hidden states from the last prompt token to the last but one of the response,
         which leaves its end-of-sequence token out. For algorithms with `Needs.ches`."""
+
+    def sample_mixture(
+        self, draws: Sequence[Draw], sampling: Sampling, *, reference: str, weight: float, ends: Sequence[int]
+    ) -> list[Drawn]:
+        """A response to each prompt, each with a generator of its own seed, drawn at every position from softmax((1 - weight) policy logits +
+        weight reference logits) at the sampling's temperature. Only of learners that say so (`LearnerConfig.samples_mixtures`).
+
+        Args:
+            draws: prompts and seeds.
+            sampling: temperature and longest response.
+            reference: "policy", or the path of a saved model.
+            weight: of the reference.
+            ends: tokens after which a response ends, beside those that the model itself names.
+        """
         ...
 
     def update(
@@ -174,6 +188,12 @@ class LearnerRank(Protocol):
         """
         ...
 
+    def sample_mixture(
+        self, micro: Sequence[Sequence[Draw]], sampling: Sampling, reference: str, weight: float, ends: Sequence[int]
+    ) -> list[list[Drawn]]:
+        """See `Learner.sample_mixture`; per draw per micro-batch."""
+        ...
+
     def self_test(self, micro: Sequence[Sequence[TrainItem]], base_model: str) -> list[Sums]:
         """See `SelfTest`; what each rank found about its micro-batches, by rank."""
         ...
@@ -279,6 +299,8 @@ class LearnerConfig(Component):
     """Whether it has `keep_weights` and `merge`, for `training.online_merging`."""
     adapts: ClassVar[bool] = False
     """Whether it trains adapters, `lora`; its `memory` then takes how many parameters they have."""
+    samples_mixtures: ClassVar[bool] = False
+    """Whether it has `sample_mixture`, for algorithms that ask for such responses."""
     in_process: ClassVar[bool] = False
     """Whether it runs in the controller's own process; the engine then must, too."""
 

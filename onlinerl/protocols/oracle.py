@@ -143,6 +143,11 @@ class ModelOracle(Oracle):
         """The hub id of its weights if they are not on this machine: a run fetches them, a check goes on without them."""
         return None
 
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the scores that it gives beside the score (`Verdict.components`); of other oracles a trial question tells."""
+        return ()
+
     def inspect(self) -> None:
         """Find out what is wrong without loading the weights.
 

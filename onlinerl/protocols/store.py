@@ -19,6 +19,7 @@ V = TypeVar("V")
 
 ROLLOUTS = "rollouts"
 REFERENCE_ROLLOUTS = "reference_rollouts"
+MIXTURE_ROLLOUTS = "mixture_rollouts"
 VERDICTS = "verdicts"
 LOGPROBS = "logprobs"
 """What is known about the responses that are trained on, f32[T] each, by name (old_logprobs, reference_logprobs, anchor_logprobs, values), and

@@ -51,6 +51,7 @@ def group_row(group: Group) -> Row:
         "policy_versions": [int(r.policy_version) for r in rollouts],
         "seeds": [int(r.seed) for r in rollouts],
         "sources": [r.source for r in rollouts],
+        "prefix_ids": [r.prefix_ids for r in rollouts],
         "samplers": [_sampler(r.sampler) for r in rollouts],
         "rejected": list(group.rejected),
     }
@@ -76,8 +77,9 @@ def group_from_row(row: Mapping[str, Any], prompts_by_id: Mapping[str, Prompt] |
             sampler=_sampling(**sampler),
             seed=seed,
             source=source,
+            prefix_ids=_numbers(prefix_ids),
         )
-        for token_ids, logprobs, text, finish_reason, version, sampler, seed, source in zip(
+        for token_ids, logprobs, text, finish_reason, version, sampler, seed, source, prefix_ids in zip(
             row["token_ids"],
             row["logprobs"],
             row["texts"],
@@ -86,6 +88,7 @@ def group_from_row(row: Mapping[str, Any], prompts_by_id: Mapping[str, Prompt] |
             row["samplers"],
             row["seeds"],
             row["sources"],
+            row.get("prefix_ids") or [()] * len(row["seeds"]),  # older runs have none
             strict=True,
         )
     )
@@ -130,7 +133,18 @@ def result_row(prompt_id: str, result: Verdict | Failure) -> dict[str, Any]:
     """What the oracle said about a group as one row of the verdicts table; `status` is "ok" or the kind of failure."""
     if isinstance(result, Failure):
         failed = dict.fromkeys(
-            ("annotator", "oracle_version", "scores", "preferences", "strength", "uncertainty", "temperature", "raw", "cost")
+            (
+                "annotator",
+                "oracle_version",
+                "scores",
+                "components",
+                "preferences",
+                "strength",
+                "uncertainty",
+                "temperature",
+                "raw",
+                "cost",
+            )
         )
         return {"prompt_id": prompt_id, "status": result.kind, "message": result.message, **failed}
     return {
@@ -140,6 +154,7 @@ def result_row(prompt_id: str, result: Verdict | Failure) -> dict[str, Any]:
         "annotator": result.annotator,
         "oracle_version": result.oracle_version,
         "scores": None if result.scores is None else _cells(result.scores),
+        "components": None if result.components is None else [_component(*each) for each in result.components.items()],
         "preferences": None if result.preferences is None else [_cells(line) for line in result.preferences],
         "strength": None if result.strength is None else [_cells(line) for line in result.strength],
         "uncertainty": None if result.uncertainty is None else [_cells(line) for line in result.uncertainty],
@@ -162,6 +177,7 @@ def result_from_row(row: Mapping[str, Any]) -> tuple[str, Verdict | Failure]:
         annotator=row["annotator"],
         oracle_version=row["oracle_version"],
         scores=None if row["scores"] is None else _floats(row["scores"]),
+        components=_components(row.get("components")),  # older runs have none
         preferences=None if row["preferences"] is None else tuple(_floats(line) for line in row["preferences"]),
         strength=None if row["strength"] is None else tuple(_floats(line) for line in row["strength"]),
         uncertainty=None if row.get("uncertainty") is None else tuple(_floats(line) for line in row["uncertainty"]),
@@ -229,6 +245,14 @@ def _sampling(**sampler: Any) -> Sampling:
     return Sampling(**sampler)
 
 
+def _component(name: str, scores: Sequence[float]) -> Row:
+    return {"name": name, "scores": _cells(scores)}
+
+
+def _components(cells: Sequence[Mapping[str, Any]] | None) -> dict[str, tuple[float, ...]] | None:
+    return None if cells is None else {cell["name"]: _floats(cell["scores"]) for cell in cells}
+
+
 def _numbers(cells: Any) -> Sequence[Any]:
     return Numbers(cells) if isinstance(cells, np.ndarray) else tuple(cells)
 
@@ -269,6 +293,7 @@ _GROUPS = pa.schema(
         "policy_versions": pa.list_(_INT),
         "seeds": pa.list_(_INT),
         "sources": _TEXTS,
+        "prefix_ids": per_token(pa.uint32()),
         "samplers": pa.list_(_SAMPLER),
         "rejected": _TEXTS,
     }
@@ -282,6 +307,7 @@ LABELS = Codec(
             "annotator": _TEXT,
             "oracle_version": _TEXT,
             "scores": _FLOATS,
+            "components": pa.list_(pa.struct({"name": _TEXT, "scores": _FLOATS})),
             "preferences": pa.list_(_FLOATS),
             "strength": pa.list_(_FLOATS),
             "uncertainty": pa.list_(_FLOATS),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
@@ -43,6 +45,11 @@ class Cost:
     seconds: float = 0.0
     usd: float = 0.0
     tokens: int = 0
+
+
+COMPONENT = re.compile(r"[a-z][a-z0-9_]*")
+RESERVED = ("score", "kl")
+"""Not names of components: what `Verdict.scores` holds, and the divergence from the reference."""
 
 
 @lru_cache(maxsize=256)  # several ask about one and the same group
@@ -91,6 +98,8 @@ class Verdict:
     uncertainty: tuple[tuple[float, ...], ...] | None = None
     """[K][K], of an oracle that has judged several times: by how much its judgements disagree about each pair, in nats (see
     `disagreement`). NaN where unknown."""
+    components: Mapping[str, tuple[float, ...]] | None = None
+    """Other scores of the responses beside `scores`, by name (lower case), each of length K: helpfulness, harm, ..."""
     temperature: float = 1.0
     """In units of the score: how large a gap between two scores must be to mean odds of e to 1 (see `matrix`)."""
     raw: str | None = None
@@ -112,6 +121,8 @@ class Verdict:
             cells = np.asarray(self.preferences, dtype=np.float64)
             if ((cells < 0) | (cells > 1)).any():
                 return Failure(kind="non_finite", message="a preference is no probability")
+        if self.components is not None and (wrong := self._wrong_component(count)) is not None:
+            return wrong
         if self.strength is not None and np.asarray(self.strength, dtype=np.float64).shape != (count, count):
             return Failure(kind="wrong_length", message=f"the strengths of {count} responses must be {count} x {count}")
         if self.uncertainty is not None:
@@ -123,6 +134,17 @@ class Verdict:
         texts = (self.annotator, self.oracle_version, self.raw or "")
         if not all(isinstance(text, str) for text in texts) or not isinstance(self.cost, Cost):
             return Failure(kind="parse_fail", message="annotator, oracle_version and raw must be texts, and cost a Cost")
+        return None
+
+    def _wrong_component(self, count: int) -> Failure | None:
+        for name, values in (self.components or {}).items():
+            if not (isinstance(name, str) and COMPONENT.fullmatch(name)) or name in RESERVED:
+                message = f"{name!r} as the name of a score: it takes lower-case letters, digits and _, and is not {' or '.join(RESERVED)}"
+                return Failure(kind="parse_fail", message=message)
+            if len(values) != count:
+                return Failure(kind="wrong_length", message=f"{len(values)} numbers as {name} for {count} responses")
+            if not np.isfinite(np.asarray(values, dtype=np.float64)).all():
+                return Failure(kind="non_finite", message=f"{name} {values}")
         return None
 
     def judged(self) -> np.ndarray:

@@ -43,6 +43,20 @@ class SampleRecord(PhaseRecord):
     rounds: NotRequired[int]
 
 
+class SampleMixtureRecord(PhaseRecord):
+    """Of `sample_mixture`."""
+
+    samples: int
+    """Responses of the mixture."""
+    tokens: int
+    policy_version: int
+    """Of the policy in the mixture."""
+    reference: int | None
+    """Which iterate the reference in it is."""
+    weight: float
+    """Of the reference."""
+
+
 class SampleReferenceRecord(PhaseRecord):
     """Of `sample_reference`."""
 
@@ -171,6 +185,7 @@ class PhaseRecords(TypedDict, total=False):
     """Of the finished phases of an iteration, by name; a phase that somebody adds to the graph has one too."""
 
     sample_reference: SampleReferenceRecord
+    sample_mixture: SampleMixtureRecord
     sample: SampleRecord
     label: LabelRecord
     annotate: AnnotateRecord

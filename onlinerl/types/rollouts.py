@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from onlinerl.types.prompts import Prompt
 
 FinishReason = Literal["stop", "length", "abort"]
 RejectReason = Literal["logprob", "abort"]
-Source = Literal["policy", "greedy", "reference", "teacher"]
-"""Where a response is from: drawn from the policy, its most probable token taken at each position, drawn from the base model,
-or the stored answer to the prompt, which nobody sampled."""
+Source = Literal["policy", "greedy", "reference", "mixture", "teacher"]
+"""Where a response is from: drawn from the policy, its most probable token taken at each position, drawn from the base model or from a
+mixture of policy and reference, or the stored answer to the prompt, which nobody sampled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,11 +41,32 @@ class Request:
     """Whether the last of them is taken greedily instead of being drawn. It has a seed like the others, which names it."""
     source: Source = "policy"
     """Of those that are drawn."""
+    prefix_ids: tuple[int, ...] = ()
+    """Tokens that all of them begin with, which are not sampled. They count towards the longest response."""
 
     def responses(self, sampling: Sampling) -> list[tuple[int, Sampling, Source]]:
         """Seed, sampling and source of each response, in their order; `sampling` is that of those that are drawn."""
+        if self.prefix_ids:
+            sampling = replace(sampling, max_new_tokens=sampling.max_new_tokens - len(self.prefix_ids))
         drawn: list[tuple[int, Sampling, Source]] = [(seed, sampling, self.source) for seed in self.seeds]
         return [*drawn[:-1], (self.seeds[-1], sampling.greedy(), "greedy")] if self.greedy else drawn
+
+
+class Draw(NamedTuple):
+    """What a learner is asked to respond to."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+class Drawn(NamedTuple):
+    """How it responds."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Of each token under the distribution that it was drawn from, in nats."""
+    ended: bool
+    """Whether it came to its end, instead of the longest response."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,10 +75,13 @@ class Rollout:
 
     token_ids: Sequence[int]
     """Exactly the generated tokens, end-of-sequence token included when the model emitted one. Length T; a tuple, or `Numbers`."""
+    prefix_ids: Sequence[int] = ()
+    """Tokens that it was made to begin with (`Request.prefix_ids`), before `token_ids`. Nobody sampled them, so they have no log-probs."""
     logprobs: Sequence[float]
     """Natural-log probability of each token under the sampling distribution (temperature 1 for a greedy response), as reported by the
     engine. Length T."""
     text: str
+    """Of the whole response, of what it was made to begin with too."""
     finish_reason: FinishReason
     policy_version: int
     """Which weights produced it: 0 is the base model, t the iterate of iteration t, -1 none: it is a stored answer, whose `logprobs` are NaN."""

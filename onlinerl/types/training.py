@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -21,8 +21,14 @@ class TrainSequence:
     prompt_ids: tuple[int, ...]
     response_ids: Sequence[int]
     """Length T."""
+    prefix: int = 0
+    """How many tokens at the end of `prompt_ids` are those that the response was made to begin with."""
+    forced: int = 0
+    """How many tokens at the start of `response_ids` nobody sampled. They have log-probs and values, and the policy is not asked for them."""
     score: float = 0.0
     """The oracle's score, or the win rate where the oracle returns none."""
+    components: Mapping[str, float] = field(default_factory=dict)
+    """The oracle's other scores, by name."""
     win_rate: float = 0.5
     """Mean win rate within its group, self included."""
     policy_weight: float = 1.0
@@ -92,5 +98,5 @@ class TrainItem:
     def count(self, unit: Unit) -> int:
         """How many units of the loss this item holds."""
         if unit == "token":
-            return sum(len(s.response_ids) for s in self.sequences)
+            return sum(len(s.response_ids) - s.forced for s in self.sequences)
         return len(self.sequences) if unit == "sequence" else 1

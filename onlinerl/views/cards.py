@@ -130,8 +130,12 @@ def _needs(needs: Needs) -> Iterator[str]:
     for field in ("pairs", "reference", "old_logprobs", "entropy", "preferences", "anchor", "auxiliary", "answers", "greedy"):
         if on[field]:
             yield docs[field].partition(". ")[0].rstrip(".")
+    if needs.prefix:
+        yield f"responses to {needs.prefix:.0%} of the prompts begin with a part of the stored answer"
     if needs.reference_samples:
         yield f"{needs.reference_samples} response of the base model to each prompt, which joins the samples"
+    if needs.mixture_samples:
+        yield f"{needs.mixture_samples} response of a mixture of policy and reference to each prompt, drawn by the learner"
     if needs.critic is not None:
         yield f"a critic ({needs.critic})"
 

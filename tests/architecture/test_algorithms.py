@@ -31,6 +31,8 @@ CRITIC = 320
 """As many more where there is a critic: what it begins as, rewards per token, advantages from values, a loss of its own."""
 WRAPPER = 310
 """As many more where a loss wraps others, which are chosen by name: one of the whole step, or with goals in prompts, around losses on pairs."""
+MULTIPLIERS = 270
+"""As many more where a loss wraps those of another family and weighs several scores: how they are combined, and steps of multipliers."""
 OFF_POLICY = 105
 """As many more where responses of other policies are weighed by how probable they are, and a KL of whole responses may have a price."""
 VARIANT = 120
@@ -77,7 +79,8 @@ def test_importing_a_loss_pulls_in_little(counted, name):
         (FAMILY, needs.pairs or needs.preferences or family),
         (MODIFIERS, "_modified" in bases),
         (CRITIC, needs.critic),
-        (WRAPPER, "base" in type(algorithm).model_fields),
+        (WRAPPER, "base" in type(algorithm).model_fields and "multiplier_lr" not in type(algorithm).model_fields),
+        (MULTIPLIERS, "multiplier_lr" in type(algorithm).model_fields),
         (OFF_POLICY, needs.off_policy == "corrected"),
         (OTHERS, needs.beside_samples),
         (VARIANT, bases & set(NAMES)),

@@ -20,7 +20,7 @@ from onlinerl.batch import Batch, Outputs
 from onlinerl.learners._whole_step import first_pass, state_metrics
 from onlinerl.ops.batching import collate
 from onlinerl.ops.whole_step import WholeStep
-from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.algorithm import Algorithm, Needs
 from onlinerl.types import Group, Judged, Pair, Prompt, Query, Rollout, Sampling, TrainItem, TrainSequence, Verdict
 
 GOLDEN = Path(__file__).parents[1] / "unit" / "algorithms"
@@ -56,9 +56,17 @@ def source(algorithm: Algorithm) -> str:
     return next(iter(algorithm.needs.beside_samples), "policy")
 
 
-def group(rng: np.random.Generator, number: int, kind: str, K: int = 4, source: str = "policy") -> Judged:
+def also_scored(verdict: Verdict, needs: Needs, K: int) -> Verdict:
+    """The same with the other scores that an algorithm asks for."""
+    rng = np.random.default_rng(K)
+    return dataclasses.replace(verdict, components={name: tuple(rng.standard_normal(K).tolist()) for name in needs.components})
+
+
+def group(
+    rng: np.random.Generator, number: int, kind: str, K: int = 4, source: str = "policy", needs: Needs | None = None
+) -> Judged:
     """A group of K random responses of 1 to 6 tokens, judged by scores only, by a matrix only (one order, both, gaps) or by an oracle
-    that compares and leaves one response out. The last response is from `source`."""
+    that compares and leaves one response out, and by the other scores that are asked for. The last response is from `source`."""
     rollouts = tuple(
         Rollout(
             token_ids=(k, *rng.integers(10, 99, rng.integers(0, 6)).tolist()),
@@ -88,10 +96,11 @@ def group(rng: np.random.Generator, number: int, kind: str, K: int = 4, source: 
     token_ids = tuple(rng.integers(1, 9, rng.integers(1, 5)).tolist())
     goal_ids = tuple((goal, *token_ids) for goal in range(1, 11))
     prompt = Prompt(id=f"p{number}", text="", token_ids=token_ids, goal_ids=goal_ids, answer_ids=(100, 101 + number, 2))
+    verdict = also_scored(verdict, needs or Needs(), K)
     return Judged(group=Group(prompt=prompt, rollouts=rollouts), verdict=verdict)
 
 
-def refereed(texts: list[str], source: str = "policy") -> Judged:
+def refereed(texts: list[str], source: str = "policy", needs: Needs | None = None) -> Judged:
     """A group judged by an oracle that compares, and leaves some cells and some responses out. The response "b" is from `source`."""
     rollouts = tuple(
         Rollout(
@@ -108,6 +117,9 @@ def refereed(texts: list[str], source: str = "policy") -> Judged:
     )
     prompt = Prompt(id="p", text="", token_ids=(1, 2), goal_ids=tuple((7, goal) for goal in range(1, 11)), answer_ids=(100, 2))
     (verdict,) = Referee().ask([Query(prompt=prompt, responses=tuple(texts))])
+    # By text: a response that nobody judged has no part in it.
+    named = {name: tuple(float(len(text) + text.count("a")) for text in texts) for name in (needs or Needs()).components}
+    verdict = dataclasses.replace(verdict, components=named)
     return Judged(group=Group(prompt=prompt, rollouts=rollouts), verdict=verdict)
 
 
@@ -155,7 +167,7 @@ def annotated_items(algorithm: Algorithm, kind: str = "scores", *, at_reference:
             values=rng.standard_normal(len(s.response_ids)).astype(np.float32) if needs.values else None,
         )
 
-    judged = [group(rng, number, kind, source=source(algorithm)) for number in range(5)]
+    judged = [group(rng, number, kind, source=source(algorithm), needs=needs) for number in range(5)]
     items = [item for j in judged for item in algorithm.items(j, pairs_of(j) if needs.pairs else [])[0]]
     filled = [dataclasses.replace(item, sequences=tuple(fill(s) for s in item.sequences)) for item in items]
     if not needs.ches:

@@ -76,9 +76,9 @@ def test_a_response_that_nobody_judged_is_as_if_it_had_not_been_sampled(name, kn
     """It is not worth 0.5, beats nobody, is nobody's baseline and nobody's pair; and it is counted."""
     algorithm = build(name, knobs)
     texts = ["aaa b", "b", "ba"]
-    without = refereed(texts, source(algorithm))
+    without = refereed(texts, source(algorithm), algorithm.needs)
     texts.insert(place, "dull")
-    judged = refereed(texts, source(algorithm))
+    judged = refereed(texts, source(algorithm), algorithm.needs)
     clean = pairs_of(without)
     # The pairs of the judged ones by their places now, and one with the unjudged response that no builder should have made.
     moved = [
@@ -97,7 +97,7 @@ def test_a_response_that_nobody_judged_is_as_if_it_had_not_been_sampled(name, kn
 @pytest.mark.parametrize(("name", "knobs"), CASES)
 def test_a_group_with_too_few_judged_responses_gives_nothing_and_is_counted(name, knobs):
     algorithm = build(name, knobs)
-    judged = refereed(["dull", "a", "dull 2", "dull 3"])  # the second was compared with nobody
+    judged = refereed(["dull", "a", "dull 2", "dull 3"], needs=algorithm.needs)  # the second was compared with nobody
     items, dropped = algorithm.items(judged, [Pair(chosen=1, rejected=0, prob=0.9)] if algorithm.needs.pairs else [])
     assert items == []
     assert dropped == {"unjudged": 1 if algorithm.needs.pairs else 4}

@@ -62,6 +62,6 @@ def test_a_state_that_is_not_saved_would_be_noticed(algorithm, straight, toy_con
 
 
 def test_the_state_is_reported(algorithm, straight):
-    declared = {m.name for m in registry.load("algorithms", algorithm["algorithm.name"], Algorithm).metrics}
+    declared = {m.name for m in registry.load("algorithms", algorithm["algorithm.name"], Algorithm)().metrics}
     recorded = {m["name"] for m in read_metrics(straight / "metrics.jsonl") if m["iteration"] == 3}
     assert declared & recorded

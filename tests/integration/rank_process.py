@@ -529,9 +529,13 @@ def export(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str,
     scores = learner.logprobs(micro, "policy", 1.0)
     # Base and previous take turns as reference.
     references = {where: learner.logprobs(micro, where, 1.0)[0] for where in (model, str(path), model)}
+    # Ranks have different numbers of prompts, of different lengths, and one of them has an empty micro-batch.
+    draws = [job["draws"][ranks.rank :: ranks.world_size], [] if ranks.rank else job["draws"][:1]]
+    mixed = learner.sample_mixture(draws, job["mixture_sampling"], model, job["mixture_weight"], [2])
     result = {
         "path": str(path),
         "references": references,
+        "mixed": list(zip([d for micro in draws for d in micro], [d for micro in mixed for d in micro], strict=True)),
         "resident": resident(learner._reader.frozen(model)),
         "buffers": {n: b.numpy().copy() for n, b in learner._reader.frozen(model).named_buffers()},
         "weights": weights(learner),

@@ -35,7 +35,7 @@ from onlinerl.learners import _policy
 from onlinerl.learners._policy import Policy
 from onlinerl.ops.batching import collate, plan_step
 from onlinerl.protocols.algorithm import Algorithm
-from onlinerl.types import SelfTest, TrainItem, TrainSequence
+from onlinerl.types import Draw, Sampling, SelfTest, TrainItem, TrainSequence
 
 pytestmark = pytest.mark.engine
 
@@ -46,6 +46,9 @@ MICRO_BATCHES = (1, 4)
 VOCABULARY = 128
 # Relative error of the whole gradient, |ours - theirs| / |theirs|. In bfloat16 activations and gradients keep 8 bits.
 BOUND = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+MIXTURE_SAMPLING, MIXTURE_WEIGHT = Sampling(temperature=0.7, max_new_tokens=9), 0.375
 
 
 def sequence(rng: np.random.Generator, response: int | None = None, **extra: Any) -> TrainSequence:
@@ -226,6 +229,9 @@ def run_ranks(
             "bad": spoiled(KEPT_STEPS[0], sequences=with_reference(KEPT_STEPS[0][-1], [float("nan")])),
         },
         "self_test_items": self_test_items(),
+        "draws": [Draw(tuple(range(5, 6 + i % 4)), seed=i) for i in range(5)],
+        "mixture_sampling": MIXTURE_SAMPLING,
+        "mixture_weight": MIXTURE_WEIGHT,
         "max_grad_norm": MAX_GRAD_NORM,
         "steps": STEPS,
         "bad_steps": BAD_STEPS,
@@ -876,6 +882,29 @@ def test_a_reference_scores_as_the_whole_model_does(
     held, all_of_it = answer["resident"]
     share = ranks if stage == 3 else 1
     assert all_of_it / share <= held <= 1.01 * all_of_it / share
+
+
+@pytest.mark.parametrize(("ranks", "stage", "model"), list(product(WORLDS, EXPORTED, ("model", "untied"))))
+def test_a_mixture_is_that_of_the_whole_models(
+    answers: Answers, tiny_llama: Path, tiny_llama_untied: Path, ranks: int, stage: int | str, model: str
+) -> None:
+    """Token by token of policy and reference, also where each rank holds only its share of both."""
+    answer = answers(ranks, "export", stage, model)
+    base = tiny_llama if model == "model" else tiny_llama_untied
+    both = [AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32) for where in (answer["path"], str(base))]
+    assert len(answer["mixed"]) == {1: 6, 2: 4}[ranks]
+
+    for draw, drawn in answer["mixed"]:
+        tokens = torch.tensor([[*draw.prompt_ids, *drawn.token_ids]])
+        with torch.no_grad():
+            ours, theirs = (each(input_ids=tokens).logits[0, len(draw.prompt_ids) - 1 : -1] for each in both)
+        logits = ((1 - MIXTURE_WEIGHT) * ours + MIXTURE_WEIGHT * theirs) / MIXTURE_SAMPLING.temperature
+        expected = torch.log_softmax(logits, dim=-1)[torch.arange(len(drawn.token_ids)), list(drawn.token_ids)]
+        np.testing.assert_allclose(drawn.logprobs, expected.numpy(), atol=1e-5)
+        assert drawn.ended == (drawn.token_ids[-1] == 2)
+        assert drawn.ended or len(drawn.token_ids) == MIXTURE_SAMPLING.max_new_tokens
+    first, again = answer["mixed"][0][1], answer["mixed"][-1][1]
+    assert first.token_ids == again.token_ids, "a seed means the same in another batch"
 
 
 @pytest.mark.parametrize(("ranks", "stage", "model"), list(product(WORLDS, EXPORTED, ("model", "untied"))))

@@ -82,6 +82,27 @@ def test_seeds_decide_what_is_sampled(replica: Replica) -> None:
     assert len(set(first)) == 6
 
 
+def test_a_response_goes_on_after_the_tokens_that_it_was_made_to_begin_with(
+    replica: Replica, sender: Sender, base: LlamaForCausalLM
+) -> None:
+    """Only what was sampled has log-probs, given all before it; the text is that of the whole response."""
+    sender.push(state_of(base), 1)
+    prefix = (9, 10, 11)
+    request = Request(prompt=Prompt(id="p", text="", token_ids=tuple(PROMPT)), seeds=(1, 2), prefix_ids=prefix)
+
+    group = replica.call("generate", request, Sampling(max_new_tokens=12))
+
+    longer = replica.sample([*PROMPT, *prefix], [1, 2], max_new_tokens=9)
+    assert [r.token_ids for r in group.rollouts] == [r.token_ids for r in longer.rollouts]
+    start = replica.replica._engine.get_tokenizer().decode(prefix)
+    for rollout in group.rollouts:
+        assert rollout.prefix_ids == prefix
+        assert (rollout.sampler.max_new_tokens, rollout.policy_version) == (9, 1)
+        np.testing.assert_allclose(rollout.logprobs, plain(base, [*PROMPT, *prefix], rollout.token_ids), atol=CLOSE)
+        assert rollout.text.strip().startswith(start.strip())
+        assert len(rollout.text.split()) > 3
+
+
 def test_finish_reasons(replica: Replica, sender: Sender, base: LlamaForCausalLM) -> None:
     state = state_of(base)
     sender.push(state, 1)

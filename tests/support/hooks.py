@@ -88,6 +88,19 @@ def doubt(queries):
     return [{"scores": scores, "members": three} for scores, three in zip(scored, members, strict=True)]
 
 
+def named(queries):
+    """The same oracle with other scores beside its own: how long a response is, and how many vowels it has."""
+    scores = zip(queries, judge(queries), strict=True)
+    return [
+        {
+            "score": own,
+            "length": [float(len(r)) for r in q["responses"]],
+            "vowels": [float(sum(r.count(v) for v in "aeiou")) for r in q["responses"]],
+        }
+        for q, own in scores
+    ]
+
+
 def compare(queries):
     """The same oracle, but it only says which of two responses is better, and cannot say anything about one."""
     if any(len(q["responses"]) < 2 for q in queries):
@@ -128,6 +141,8 @@ def install():
             if SPEC.get("broken") == "logprobs":  # as an engine whose numbers are not the learner's
                 rollouts = tuple(replace(r, logprobs=tuple(x - 0.3 for x in r.logprobs)) for r in group.rollouts)
                 group = replace(group, rollouts=rollouts)
+            if SPEC.get("broken") == "prefix":  # as an engine that samples whole responses, whatever it is asked
+                group = replace(group, rollouts=tuple(replace(r, prefix_ids=()) for r in group.rollouts))
             seeds, (version,) = [r.seed for r in group.rollouts], {r.policy_version for r in group.rollouts}
             event("generate", prompt=group.prompt.id, seeds=seeds, version=version)
             yield [group]
@@ -141,6 +156,14 @@ def install():
     def logprobs(self, sequences, original=learner.logprobs, **options):
         event("logprobs")
         return original(self, sequences, **options)
+
+    def sample_mixture(self, draws, sampling, original=learner.sample_mixture, **more):
+        made = original(self, draws, sampling, **more)
+        if SPEC.get("half") and EVENTS["drawn"] == 1:
+            _keep_half()
+        else:
+            event("drawn")
+        return made
 
     def save(self, path, original=learner.save):
         written = original(self, path)
@@ -168,7 +191,7 @@ def install():
     if SPEC.get("broken") == "state":
         _forget_state()
     engine.generate, learner.update, learner.save, sync.push = generate, update, save, push
-    learner.logprobs = logprobs
+    learner.logprobs, learner.sample_mixture = logprobs, sample_mixture
     if SPEC.get("parts") == "real":
         _watch_pushes(sync)
     RunDirectory.retain, RunDirectory.finish_phase = retain, finish_phase
@@ -182,6 +205,17 @@ def _watch_pushes(sync):
         event(f"push: {what}")
 
     sync._all = ask_all
+
+
+def _keep_half():
+    """Of the next groups that are written together, half reach the disk before the end."""
+    from onlinerl.stores.tables import StoredTable
+
+    def append(self, values, original=StoredTable.append):
+        original(self, values[: len(values) // 2])
+        event("drawn")
+
+    StoredTable.append = append
 
 
 def _forget_state():

@@ -15,5 +15,5 @@ def disagreements(run: Path, algorithm: str) -> list[str]:
     """In what the records of a run differ from their definitions."""
     records = [Metric(**record) for record in read_metrics(run / "metrics.jsonl")]
     assert records
-    catalogue = CATALOGUE.including(registry.load("algorithms", algorithm, Algorithm).metrics, algorithm)
+    catalogue = CATALOGUE.including(registry.load("algorithms", algorithm, Algorithm)().metrics, algorithm)
     return [problem for record in records if (problem := catalogue.problem(record))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from onlinerl import config as configuration
-from onlinerl.algorithm_checks import check_algorithm, check_sections, check_uncertainty, implied_preferences, most_items
+from onlinerl.algorithm_checks import (
+    check_algorithm,
+    check_components,
+    check_sections,
+    check_uncertainty,
+    implied_preferences,
+    most_items,
+)
 from onlinerl.algorithms.onpo import Onpo
 from onlinerl.algorithms.tdpo1 import Tdpo1
 from onlinerl.errors import ConfigError
@@ -332,3 +340,50 @@ def test_pairs_that_come_back_count_for_the_number_of_steps():
     again = configuration.algorithm(configuration.load(QUICKSTART, ["algorithm.name=dno_prct", "algorithm.replay=0.3"]))
     new = most_items(config, dno)
     assert most_items(config, again) == new + int(0.3 * new), "in a run of two iterations they are one iteration old"
+
+
+SEVERAL = ["algorithm.name=constrained", "algorithm.thresholds={harm: 0.5, charm: 1.0}"]
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [(None, "gives one score only"), ({"harm": (0.0, 1.0)}, "gives harm beside the score")],
+)
+def test_an_oracle_that_does_not_give_all_scores_is_refused(given, missing):
+    config = configuration.load(QUICKSTART, SEVERAL)
+    built, oracle = configuration.algorithm(config), configuration.oracle(config)
+    with pytest.raises(ConfigError, match=f"sentiment {missing}, and constrained as configured reads") as caught:
+        check_components(config, built, oracle, dataclasses.replace(SCORED, components=given))
+    assert caught.value.field == "oracle.name"
+    check_components(
+        config, built, oracle, dataclasses.replace(SCORED, components=dict.fromkeys(("harm", "charm"), (0.0, 1.0)))
+    )
+    check_components(config, built, oracle, None)  # there was nothing to ask about
+
+
+def test_a_reward_model_which_is_not_asked_says_what_it_gives():
+    config = configuration.load(QUICKSTART, [*SEVERAL, "oracle={name: reward_model, path: x}"])
+    built, oracle = configuration.algorithm(config), configuration.oracle(config)
+    with pytest.raises(ConfigError, match="gives one score only"):
+        check_components(config, built, oracle, None)
+    own = type("Own", (type(oracle),), {"components": ("harm", "charm")})
+    check_components(config, built, own.model_validate(oracle.model_dump()), None)
+
+
+def test_algorithms_that_declare_half_of_what_they_need_are_refused(monkeypatch):
+    kind = type(configuration.algorithm(configuration.load(QUICKSTART, ["algorithm.name=grpo"])))
+    for more, said in (({"prefix": 0.5}, "declares `prefix` and no `answers`"), ({"mixture_samples": 1}, "and no `reference`")):
+        needs = kind().needs.model_copy(update=more)
+        monkeypatch.setattr(kind, "needs", property(lambda self, needs=needs: needs))
+        with pytest.raises(ConfigError, match=said):
+            notes("algorithm.name=grpo", "sampling.samples_per_prompt=4")
+        monkeypatch.undo()
+
+
+def test_what_a_mixture_costs_is_said_and_a_learner_that_cannot_draw_it_is_refused(monkeypatch):
+    assert any("the learner draws 64 responses of the mixture" in note for note in notes("algorithm.name=nash_md"))
+    config = configuration.load(QUICKSTART, ["algorithm.name=nash_md"])
+    monkeypatch.setattr(type(config.learner), "samples_mixtures", False)
+    with pytest.raises(ConfigError, match="which this learner does not draw") as caught:
+        notes("algorithm.name=nash_md")
+    assert caught.value.field == "learner.name"

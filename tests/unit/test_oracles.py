@@ -255,6 +255,13 @@ class TestPythonFunction:
         (verdict,) = oracle("return [[[None, 0.8], [0.4, None]] for q in queries]").judge([query("a", "b")])
         assert verdict.matrix()[0, 1] == pytest.approx(0.7)
 
+    def test_several_scores_by_name(self, oracle):
+        body = "return [{'score': [1, 2.5], 'harm': np.array([0.5, 3])} for q in queries]"
+        (verdict,) = oracle("import numpy as np\n" + body).judge([query("a", "b")])
+        assert (verdict.scores, verdict.components) == ((1.0, 2.5), {"harm": (0.5, 3.0)})
+        (plain,) = oracle("return [{'score': [1, 2]} for q in queries]").judge([query("a", "b")])
+        assert (plain.scores, plain.components) == ((1.0, 2.0), None)
+
     def test_sees_what_is_documented(self, oracle):
         build = oracle("""
             (q,) = queries
@@ -277,6 +284,9 @@ class TestPythonFunction:
             ("return []", "wrong_length"),
             ("return None", "parse_fail"),
             ("return [[] for q in queries]", "wrong_length"),
+            ("return [{'harm': [1.0, 2.0]} for q in queries]", "parse_fail"),
+            ("return [{'score': [1.0, 2.0], 'harm': [1.0]} for q in queries]", "wrong_length"),
+            ("return [{'score': [1.0, 2.0], 'harm': [1.0, math.inf]} for q in queries]", "non_finite"),
         ],
     )
     def test_what_is_no_judgement_is_a_failure(self, oracle, body, kind):

@@ -104,6 +104,7 @@ def verdicts(draw):
         annotator=draw(texts),
         oracle_version=draw(texts),
         scores=draw(st.none() | vector),
+        components=draw(st.none() | st.dictionaries(texts, vector, max_size=2)),
         preferences=draw(st.none() | matrix),
         strength=draw(st.none() | matrix),
         uncertainty=draw(st.none() | matrix),

@@ -76,6 +76,11 @@ def test_what_is_judged():
         ({"strength": ((1.0,),)}, "wrong_length"),
         ({"uncertainty": ((0.1,),)}, "wrong_length"),
         ({"uncertainty": ((0.0, 0.7), (0.7, 0.0))}, "non_finite"),  # more than log 2
+        ({"components": {"harm": (1.0,)}}, "wrong_length"),
+        ({"components": {"harm": (1.0, NAN)}}, "non_finite"),
+        ({"components": {"Harm": (1.0, 0.0)}}, "parse_fail"),
+        ({"components": {"score": (1.0, 0.0)}}, "parse_fail"),
+        ({"components": {"kl": (1.0, 0.0)}}, "parse_fail"),
     ],
 )
 def test_what_could_not_be_stored_is_no_verdict(more, kind):
@@ -83,7 +88,8 @@ def test_what_could_not_be_stored_is_no_verdict(more, kind):
     problem = scored(1.0, 0.0, **more).problem(2)
     assert problem is not None
     assert problem.kind == kind
-    fine = scored(1.0, 0.0, raw="good", strength=((NAN, 1.0), (NAN, NAN)), uncertainty=((0.0, NAN), (NAN, 0.0)))
+    more = {"uncertainty": ((0.0, NAN), (NAN, 0.0)), "components": {"harm": (0.0, 2.0)}}
+    fine = scored(1.0, 0.0, raw="good", strength=((NAN, 1.0), (NAN, NAN)), **more)
     assert fine.problem(2) is None
 
 

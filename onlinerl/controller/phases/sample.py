@@ -1,4 +1,4 @@
-"""Fresh prompts, K responses each, and what the algorithm asks for beside them: the greedy one, and those of the base model."""
+"""Fresh prompts, K responses each, and what the algorithm asks for beside them: the greedy one, those of the base model, of a mixture."""
 
 from __future__ import annotations
 
@@ -24,29 +24,22 @@ def sample(it: Iteration) -> SampleRecord:
     rounds = Rounds(it)
 
     def requests(prompts: Sequence[Prompt]) -> list[Request]:
-        return [
-            Request(prompt=p, seeds=tuple(derive_seed(config.seed, it.number, p.id, i) for i in places), greedy=greedy)
-            for p in prompts
-        ]
+        return [it.request(prompt, places, greedy=greedy) for prompt in prompts]
 
     def more(sampled: Mapping[str, Sampled]) -> list[Request]:
         return requests(rounds.more(sampled)) if it.dynamic else []
 
-    def with_reference(groups: Sequence[Group]) -> Sequence[Group]:
-        """What the base model said to these prompts comes last."""
-        others = it.reference_groups().select([group.prompt.id for group in groups])
-        return [
-            group if other is None else replace(group, rollouts=(*group.rollouts, *other.rollouts))
-            for group, other in zip(groups, others, strict=True)
-        ]
-
-    def with_teacher(groups: Sequence[Group]) -> Sequence[Group]:
-        """The stored answer is the last of all."""
-        return [replace(group, rollouts=(*group.rollouts, _answer(it, group.prompt))) for group in groups]
-
     def with_others(groups: Sequence[Group]) -> Sequence[Group]:
-        groups = with_reference(groups) if it.needs.reference_samples else groups
-        return with_teacher(groups) if it.needs.teacher else groups
+        """What the base model said to these prompts, a mixture of both, and the stored answer come last, in this order."""
+        asked = ((it.needs.reference_samples, it.reference_groups), (it.needs.mixture_samples, it.mixture_groups))
+        for others in (table().select([group.prompt.id for group in groups]) for count, table in asked if count):
+            groups = [
+                group if other is None else replace(group, rollouts=(*group.rollouts, *other.rollouts))
+                for group, other in zip(groups, others, strict=True)
+            ]
+        if not it.needs.teacher:
+            return groups
+        return [replace(group, rollouts=(*group.rollouts, _answer(it, group.prompt))) for group in groups]
 
     sampled = collect.generate(
         it,

@@ -6,7 +6,7 @@ from collections import Counter
 
 from onlinerl.controller import collect
 from onlinerl.controller.iteration import Iteration
-from onlinerl.types import Request, SampleReferenceRecord, derive_seed
+from onlinerl.types import SampleReferenceRecord
 
 
 def sample_reference(it: Iteration) -> SampleReferenceRecord:
@@ -16,15 +16,8 @@ def sample_reference(it: Iteration) -> SampleReferenceRecord:
     policy in the engine.
     """
     config, table = it.parts.config, it.reference_groups()
-    places = range(it.needs.reference_samples)
-    requests = [
-        Request(
-            prompt=p,
-            seeds=tuple(derive_seed(config.seed, it.number, p.id, "reference", i) for i in places),
-            source="reference",
-        )
-        for p in it.prompts()[0]
-    ]
+    places = [("reference", i) for i in range(it.needs.reference_samples)]
+    requests = [it.request(prompt, places, source="reference") for prompt in it.prompts()[0]]
     pushes = it.sampling_version > 0 and not table.sealed
     if pushes:
         it.push_base()

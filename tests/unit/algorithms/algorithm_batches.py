@@ -19,6 +19,7 @@ CAPPED = {"importance_sampling_cap": 0.9}
 IMPORTANCE_KNOBS = {
     "online_kl": [({}, 0.5)],
     "importance_sampling_cap": [({}, 0.9), ({}, None), (CAPPED, None)],
+    "p_reset": [({}, 0.5)],
     "importance_sampling_mode": [(CAPPED, mode) for mode in ("token_mask", "sequence_truncate", "sequence_mask")],
 }
 CLIP_KNOBS = {"clip_range_low": [({}, 0.05)], "clip_range_high": [({}, 0.05)], "dual_clip": [({}, 1.01)]}

@@ -28,6 +28,7 @@ KNOBS = {
     "dual_clip": [({}, 1.01)],
     "kl_coef": [({}, 0.5)],
     "importance_sampling_cap": [({}, 0.9), ({}, None), ({"importance_sampling_cap": 0.9}, None)],
+    "p_reset": [({}, 0.5)],
     "importance_sampling_mode": [(CAPPED, mode) for mode in ("token_mask", "sequence_truncate", "sequence_mask")],
 }
 AGGREGATIONS = ("seq_mean_token_mean", "token_mean")

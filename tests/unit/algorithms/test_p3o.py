@@ -20,6 +20,7 @@ KNOBS = {
     "clip_mode": [({}, "joint")],
     "clip_range": [({}, 0.05), ({"clip_mode": "joint"}, 0.05)],
     "importance_sampling_cap": [({}, 0.9), ({}, None), (CAPPED, None)],
+    "p_reset": [({}, 0.5)],
     "importance_sampling_mode": [(CAPPED, "sequence_mask")],
 }
 CLIPS = ("separate", "joint")

@@ -38,6 +38,7 @@ KNOBS = {
     "vf_coef": [({}, 1.0)],
     "entropy_coef": [({}, 0.1)],
     "importance_sampling_cap": [({}, 0.9), ({}, None), ({"importance_sampling_cap": 0.9}, None)],
+    "p_reset": [({}, 0.5)],
     "importance_sampling_mode": [(CAPPED, mode) for mode in ("token_mask", "sequence_truncate", "sequence_mask")],
     "critic": [({}, "shared")],
     "critic_learning_rate": [({}, 1e-3)],

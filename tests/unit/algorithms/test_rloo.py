@@ -29,6 +29,7 @@ KNOBS = CLIP_KNOBS | {
     "online_kl": [({}, 0.5)],
     "kl_coef": [({}, 0.5), ({}, 0.0)],
     "importance_sampling_cap": [({}, 0.9), ({}, None), (CAPPED, None)],
+    "p_reset": [({}, 0.5)],
     "importance_sampling_mode": [(CAPPED, "sequence_mask")],
 }
 LOGPROBS = [[-1.0, -0.5, -2.0], [-0.3], [-1.5, -0.2]]
