@@ -18,10 +18,10 @@ from rich.console import Console
 
 from onlinerl import config as configuration
 from onlinerl import preflight, resuming, wiring
-from onlinerl.algorithm_checks import check_components, check_uncertainty, implied_preferences
 from onlinerl.config import RunConfig
 from onlinerl.controller import loop, time_limit
 from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
+from onlinerl.oracle_checks import check_components, check_uncertainty, implied_preferences
 from onlinerl.preflight import Checked
 from onlinerl.prompts._kept import Kept
 from onlinerl.protocols.oracle import ModelOracle

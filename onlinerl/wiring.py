@@ -12,13 +12,13 @@ from rich.console import Console
 
 from onlinerl import config as configuration
 from onlinerl import graph, placement, preflight
-from onlinerl.algorithm_checks import check_uncertainty
 from onlinerl.config import RunConfig
 from onlinerl.controller.asking import Asker
 from onlinerl.controller.fleet import FleetReporter
 from onlinerl.controller.parts import Parts, samples_dynamically
 from onlinerl.errors import ConfigError
 from onlinerl.metrics.catalogue import CATALOGUE
+from onlinerl.oracle_checks import check_uncertainty
 from onlinerl.preflight import Checked
 from onlinerl.protocols.engine import InProcessEngine, ReplicaSettings, RolloutEngine
 from onlinerl.protocols.learner import InProcessLearner, Learner

@@ -10,17 +10,11 @@ from pathlib import Path
 import pytest
 
 from onlinerl import config as configuration
-from onlinerl.algorithm_checks import (
-    check_algorithm,
-    check_components,
-    check_sections,
-    check_uncertainty,
-    implied_preferences,
-    most_items,
-)
+from onlinerl.algorithm_checks import check_algorithm, check_sections, most_items
 from onlinerl.algorithms.onpo import Onpo
 from onlinerl.algorithms.tdpo1 import Tdpo1
 from onlinerl.errors import ConfigError
+from onlinerl.oracle_checks import check_components, check_uncertainty, implied_preferences
 from onlinerl.preflight import derived
 from onlinerl.protocols.algorithm import Reported, by_knobs
 from onlinerl.types import Verdict
@@ -366,7 +360,7 @@ def test_a_reward_model_which_is_not_asked_says_what_it_gives():
     built, oracle = configuration.algorithm(config), configuration.oracle(config)
     with pytest.raises(ConfigError, match="gives one score only"):
         check_components(config, built, oracle, None)
-    own = type("Own", (type(oracle),), {"components": ("harm", "charm")})
+    own = type("Own", (type(oracle),), {"components": property(lambda self: ("harm", "charm"))})
     check_components(config, built, own.model_validate(oracle.model_dump()), None)
 
 

@@ -209,7 +209,7 @@ def everything(policy: Policy, rows: Sequence[TrainSequence], frozen: Tensor | N
 def reference_of(policy: Policy, batch: Batch, matrix: Tensor) -> FrozenStates:
     """The same states with another output matrix."""
     with torch.no_grad():
-        return FrozenStates(policy.states(batch), matrix, None, policy.head.rule)
+        return FrozenStates(policy(batch, states_only=True), matrix, None, policy.head.rule)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

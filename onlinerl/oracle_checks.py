@@ -1,0 +1,74 @@
+"""Whether an oracle gives what an algorithm reads, and what it means where it gives less."""
+
+from __future__ import annotations
+
+from onlinerl.config import RunConfig
+from onlinerl.errors import ConfigError
+from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.oracle import ModelOracle, Oracle
+from onlinerl.types import Verdict
+
+
+def check_uncertainty(config: RunConfig, algorithm: Algorithm, given: bool | None) -> None:
+    """Refuse an oracle that judges each pair once where an algorithm asks how far several judgements disagree.
+
+    Args:
+        config: the run's.
+        algorithm: that it trains with.
+        given: whether verdicts say it; None if that is not known yet.
+
+    Raises:
+        ConfigError: if they do not.
+    """
+    if algorithm.needs.uncertainty and given is False:
+        raise ConfigError(
+            f"{config.oracle['name']} as configured judges each pair once, and {config.algorithm['name']} weighs pairs by how far several "
+            "judgements of them disagree",
+            field="oracle.name",
+            fix="set oracle.dropout_passes=10 of a reward model, or let a function (oracle.name=python) return one matrix for each member of "
+            "an ensemble",
+        )
+
+
+def check_components(config: RunConfig, algorithm: Algorithm, oracle: Oracle, verdict: Verdict | None) -> None:
+    """Refuse an oracle that does not give all the scores that an algorithm reads.
+
+    Args:
+        config: the run's.
+        algorithm, oracle: as configured.
+        verdict: what the oracle answered to a trial question; None if it was not asked.
+
+    Raises:
+        ConfigError: naming the scores.
+    """
+    if verdict is not None:
+        given = set(verdict.components or ())
+    elif isinstance(oracle, ModelOracle):
+        given = set(oracle.components)
+    else:  # there was nothing to ask about
+        return
+    missing = [name for name in algorithm.needs.components if name not in given]
+    if not missing:
+        return
+    has = f"gives {', '.join(sorted(given))} beside the score" if given else "gives one score only"
+    raise ConfigError(
+        f"{config.oracle['name']} {has}, and {config.algorithm['name']} as configured reads {', '.join(missing)}",
+        field="oracle.name",
+        fix="set oracle.name=python and a function that returns, for each group, a dict of lists by name: {'score': [...], "
+        f"'{missing[0]}': [...]}}",
+    )
+
+
+def implied_preferences(config: RunConfig, algorithm: Algorithm, oracle: Oracle, verdict: Verdict | None) -> list[str]:
+    """What an algorithm that reads preferences makes of an oracle that only scores.
+
+    `verdict` is what the oracle answered to a trial question; None if it was not asked.
+    """
+    if not algorithm.needs.preferences or (verdict is not None and verdict.preferences is not None):
+        return []
+    temperature = oracle.preference_temperature
+    return [
+        f"{config.algorithm['name']} reads how probable it is that one response beats another. Where {config.oracle['name']} only "
+        f"scores, that follows from the scores by Bradley-Terry at temperature {temperature:g} (oracle.preference_temperature): a gap "
+        f"of {temperature:g} means odds of 2.7 to 1, and preferences that go in a circle cannot occur"
+    ]
