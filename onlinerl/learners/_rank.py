@@ -185,7 +185,7 @@ class Rank(Models):
         norm, applied = self._apply()
         if applied:
             self._state = self._next_state
-        metrics = state_metrics(self.algorithm, self._state) | means(totals, count, self.world_size, self.device)
+        metrics = state_metrics(self.algorithm, self._state) | self._reduce(totals, count)
         metrics["grad_norm"] = norm
         metrics["learning_rate"] = learning_rate
         metrics["skipped"] = float(not applied and not stopped)
@@ -245,6 +245,10 @@ class Rank(Models):
             reference=self._reference_states(batch) if self.needs.reference_kl else None,
         )
         return outputs
+
+    def _reduce(self, totals: dict[str, Tensor], count: int) -> dict[str, float]:
+        """Sums and counts of all ranks -> means."""
+        return means(totals, count, self.world_size, self.device)
 
     def self_test(self, micro: Sequence[Sequence[TrainItem]], base_model: str) -> list[Sums]:
         """See `SelfTest`; what each rank found about its micro-batches, by rank. Collective."""
