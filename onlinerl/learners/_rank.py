@@ -357,7 +357,8 @@ class Rank(Models):
             )
         self._state = load_state(Path(path), self.algorithm)
         if self._adapters is not None:
-            stored = json.loads((Path(path) / _ADAPTERS).read_text())
+            file = Path(path) / _ADAPTERS
+            stored = json.loads(file.read_text()) if file.is_file() else {}
             self._adapters.require_same(stored)
             self._dropout.steps = int(stored["dropout_steps"])
         self._read(Path(path))
