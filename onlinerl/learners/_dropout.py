@@ -34,11 +34,14 @@ class Dropout:
         self._seed, self._rank = seed, rank
         self._devices = [device] if device.type == "cuda" else []
         self.steps = 0
-        """Taken so far; a checkpoint keeps it."""
+        """Taken so far, if anything is dropped; a checkpoint keeps it."""
 
     @contextmanager
     def on(self) -> Iterator[None]:
         """Inside is one step, backward passes included, which may compute a layer once more."""
+        if not self._layers:
+            yield
+            return
         for layer in self._layers:
             layer.train()
         try:

@@ -41,7 +41,8 @@ class Models:
     _reader: ModelReader
     _adapters: Adapters | None = None
     """What is trained of the policy, if not all."""
-    _dropout: Dropout
+    _dropout: Dropout = Dropout(nn.Module(), seed=0, rank=0, device=torch.device("cpu"))
+    """Drops nothing, unless there are adapters with dropout."""
     _source: ClassVar[type[PolicySource]] = PolicySource
 
     def _read_policy(self, model: str) -> None:
@@ -50,8 +51,8 @@ class Models:
         if self.config.lora is not None:
             self._adapters = Adapters(self._policy, self.config.lora, base=model, seed=self._seed, gather=self._gathered)
             self._adapters.require_frozen()
+            self._dropout = Dropout(self._policy, self._seed, self.rank, self.device)
         self._policy.eval()
-        self._dropout = Dropout(self._policy, self._seed, self.rank, self.device)
 
     def _gathered(self, parameters: list[nn.Parameter], *, write: bool = False) -> AbstractContextManager[Any]:
         """Inside, these are whole, and what rank 0 writes into them stays."""

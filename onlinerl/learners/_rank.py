@@ -193,7 +193,7 @@ class Rank(Models, MixtureSampling):
         norm, applied = self._apply()
         if applied:
             self._state = self._next_state
-        metrics = state_metrics(self.algorithm, self._state) | means(totals, count, self.world_size, self.device)
+        metrics = state_metrics(self.algorithm, self._state) | self._reduce(totals, count)
         metrics["grad_norm"] = norm
         metrics["learning_rate"] = learning_rate
         metrics["skipped"] = float(not applied and not stopped)
@@ -253,6 +253,10 @@ class Rank(Models, MixtureSampling):
             reference=self._reference_states(batch) if self.needs.reference_kl else None,
         )
         return outputs
+
+    def _reduce(self, totals: dict[str, Tensor], count: int) -> dict[str, float]:
+        """Sums and counts of all ranks -> means."""
+        return means(totals, count, self.world_size, self.device)
 
     def self_test(self, micro: Sequence[Sequence[TrainItem]], base_model: str) -> list[Sums]:
         """See `SelfTest`; what each rank found about its micro-batches, by rank. Collective."""
@@ -362,7 +366,8 @@ class Rank(Models, MixtureSampling):
             )
         self._state = load_state(Path(path), self.algorithm)
         if self._adapters is not None:
-            stored = json.loads((Path(path) / _ADAPTERS).read_text())
+            file = Path(path) / _ADAPTERS
+            stored = json.loads(file.read_text()) if file.is_file() else {}
             self._adapters.require_same(stored)
             self._dropout.steps = int(stored["dropout_steps"])
         self._read(Path(path))

@@ -176,6 +176,26 @@ def test_a_checkpoint_of_another_model_or_of_other_adapters_is_refused(policy, t
         other.require_same(stored)
 
 
+def test_a_checkpoint_without_any_is_refused(policy, tiny_model):
+    with pytest.raises(LearnerError, match="on another base model"):
+        adapted(policy, base=str(tiny_model)).require_same({})
+
+
+def test_deepspeed_leaves_out_what_is_frozen_under_its_second_name_too(tmp_path):
+    """The output matrix of a tied model has two, and DeepSpeed knows one of them as frozen."""
+    pytest.importorskip("deepspeed")
+    from onlinerl.learners.deepspeed.checkpoint import PlainCheckpointEngine
+
+    weights = {"lora_A": torch.ones(2), "lm_head.weight": torch.ones(3)}
+    for only, left in ((None, {*weights}), (frozenset({"lora_A"}), {"lora_A"})):
+        files = PlainCheckpointEngine()
+        files.only = only
+        files.save({"module": weights, "global_steps": 3}, str(tmp_path / "state.pt"))
+        read = files.load(str(tmp_path / "state.pt"))
+        assert {*read["module"]} == left
+        assert read["global_steps"] == 3
+
+
 # --- dropout ---
 
 
