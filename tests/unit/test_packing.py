@@ -116,17 +116,15 @@ def test_every_family_that_may_be_packed_is_computed_as_if_each_sequence_were_al
     caps = {"attn_logit_softcapping": None} if attention == "sdpa" else {}
     on_gpus = attention == "flash_attention_2"
     model, twin = (build(family, "eager" if on_gpus else attention, **caps) for _ in range(2))
-    calls = []
-    if on_gpus:
-        calls = flash_on_cpu(monkeypatch)
-        twin.config._attn_implementation = attention
-    packed = Policy(twin, padding_free=True)
+    calls = flash_on_cpu(monkeypatch)
+    if on_gpus:  # transformers looks for the kernels when a model is built
+        model.config._attn_implementation = twin.config._attn_implementation = attention
 
-    ours, theirs = together(packed, ROWS), alone(Policy(model), ROWS)
+    ours = together(Policy(twin, padding_free=True), ROWS)
+    assert calls == [[0, 12, 21, 23, 36]] * (2 * on_gpus), "in each layer"
+    theirs = alone(Policy(model), ROWS)
 
     assert_same(ours, theirs, tolerance=3e-5)
-    assert calls == [[0, 12, 21, 23, 36]] * len(calls)
-    assert len(calls) == 2 * on_gpus, "in each layer"
     found, expected = gradients(twin, total(ours)), gradients(model, total(theirs))
     assert found.keys() == expected.keys()
     size = max(float(g.abs().max()) for g in expected.values())
