@@ -25,7 +25,7 @@ LIMIT = 860
 the three files that say what can be declared and read: protocols/algorithm.py, batch.py, types/training.py."""
 FAMILY = 205
 """As many more where a loss is on pairs, lists, whole steps or how responses fare against each other: what such losses share."""
-MODIFIERS = 220
+MODIFIERS = 230
 """As many more where pairs may be filtered and a KL be measured beside them: what is known of a plan that one of both does not go with."""
 CRITIC = 320
 """As many more where there is a critic: what it begins as, rewards per token, advantages from values, a loss of its own."""
