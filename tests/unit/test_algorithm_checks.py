@@ -317,7 +317,7 @@ def test_a_reward_model_which_is_not_asked_says_what_it_gives():
     built, oracle = configuration.algorithm(config), configuration.oracle(config)
     with pytest.raises(ConfigError, match="gives one score only"):
         check_components(config, built, oracle, None)
-    own = type("Own", (type(oracle),), {"components": ("harm", "charm")})
+    own = type("Own", (type(oracle),), {"components": property(lambda self: ("harm", "charm"))})
     check_components(config, built, own.model_validate(oracle.model_dump()), None)
 
 
