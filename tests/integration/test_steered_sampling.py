@@ -106,6 +106,7 @@ def test_the_mixture_is_that_of_the_policy_which_vllm_samples_and_the_base_model
     assert all(row["sync"]["proved"] for row in summarise(run)["iterations"])
 
 
+@pytest.mark.long
 def test_vllm_goes_on_from_a_stored_answer_and_the_learner_agrees(tiny_llama: Path, tmp_path: Path) -> None:
     run = run_of(tmp_path, tiny_llama, "dr_po")
     policy, tokenizer = loaded(run / "exports/0001"), AutoTokenizer.from_pretrained(tiny_llama)
