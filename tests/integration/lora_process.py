@@ -48,7 +48,8 @@ def lora(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, A
     def made(algorithm: Any = None, **more: Any) -> Rank:
         lora = {**job["lora"], **more}
         kind = {"stage": case["stage"], "dtype": case["dtype"]}
-        return ranks.learner(model, algorithm or job["algorithm"], **kind, learner={"lora": lora})
+        own = {"lora": lora, "padding_free": case.get("padding_free", False)}
+        return ranks.learner(model, algorithm or job["algorithm"], **kind, learner=own)
 
     learner = made()
     found: dict[str, Any] = {

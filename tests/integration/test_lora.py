@@ -75,6 +75,7 @@ CASES = {
     **{("lora", s, d): {"kind": "lora", "stage": s, "dtype": d} for s, d in product((0, 1, 2, 3, "torch"), BOUND)},
     **{("critic", s): {"kind": "critic", "stage": s, "dtype": "float32"} for s in (0, 2, 3, "torch")},
 }
+CASES["lora", 1, "float32"]["padding_free"] = True  # both at once
 QUICK = {(1, ("lora", "torch", "float32")), (2, ("lora", 3, "float32")), (2, ("lora", 1, "float32"))}
 """Of all cases for a number of ranks; the others are `long`."""
 Answers = Callable[..., dict[str, Any]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -13,8 +14,10 @@ from small_llama import VOCABULARY, llama
 
 from onlinerl.decoding import continuation
 from onlinerl.errors import LearnerError
+from onlinerl.learners._lora import Adapters
 from onlinerl.learners._mixture import sample
 from onlinerl.learners._policy import Policy
+from onlinerl.protocols.adapters import LoraConfig
 from onlinerl.types import Draw, Drawn, Sampling
 
 PROMPTS = [(5, 6, 7, 8, 9), (3,), (11, 12), (40, 41, 42)]
@@ -68,6 +71,29 @@ def test_a_response_depends_on_its_seed_and_on_no_other(models):
     together = draw(models, DRAWS, 0.375)
     assert [draw(models, [one], 0.375)[0].token_ids for one in DRAWS] == [one.token_ids for one in together]
     assert len({one.token_ids for one in together[:: len(PROMPTS)]}) == 3
+
+
+def test_a_policy_without_padding_decodes_all_the_same(models):
+    packed = [Policy(copy.deepcopy(model.model), padding_free=True).eval() for model in models]
+    assert draw(tuple(packed), DRAWS, 0.375) == draw(models, DRAWS, 0.375)
+
+
+def test_what_is_drawn_is_that_of_the_policy_with_its_adapters(models, tmp_path):
+    adapted = Policy(copy.deepcopy(models[1].model)).eval()
+    lora = LoraConfig(rank=2, target_modules=["q_proj"])
+    Adapters(adapted, lora, base="", seed=0, gather=lambda parameters, **_: nullcontext())
+    assert draw((adapted, models[1]), DRAWS, 0.375) == draw((models[1], models[1]), DRAWS, 0.375), "they begin as nothing"
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    merged = copy.deepcopy(adapted)
+    for one in DRAWS[:4]:
+        (drawn,) = draw((adapted, models[1]), [one], 0.0)
+        assert drawn.logprobs == pytest.approx(
+            forced((merged, models[1]), one.prompt_ids, drawn.token_ids, 0.0).tolist(), abs=1e-5
+        )
+    assert draw((adapted, models[1]), DRAWS, 0.0) != draw((models[1], models[1]), DRAWS, 0.0)
 
 
 def test_a_policy_that_recomputes_decodes_all_the_same(models):
