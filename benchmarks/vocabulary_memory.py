@@ -76,7 +76,7 @@ def line(result: dict[str, Any]) -> str:
         f"({result['at_once_bytes'] / table:.1f} tables of all logits), in pieces {result['pieces_beside_bytes'] / GIB:.2f} GiB: "
         f"{result['ratio']:.1f} times less, CPU time x {result['seconds_ratio']:.2f}; vocabulary {result['vocabulary']:,} in pieces "
         f"{result['pieces_bytes'] / GIB:.2f} GiB ({result['pieces_bytes'] / piece:.1f} tables of 1,024 tokens); on {result['compared']:,} "
-        f"tokens values differ by {result['value_gap']:.1e}, gradients by {result['gradient_gap']:.1e} of the largest"
+        f"tokens values differ by {result['value_gap']:.1e} of the largest, gradients by {result['gradient_gap']:.1e}"
     )
 
 
@@ -164,7 +164,7 @@ def compare(job: dict[str, Any]) -> dict[str, float]:
     (ours, our_gradients), (theirs, their_gradients) = found
     return {
         "compared": job["tokens"],
-        "value_gap": max(float((ours[n] - theirs[n]).abs().max()) for n in ours),
+        "value_gap": max(float((ours[n] - theirs[n]).abs().max() / ours[n].abs().max()) for n in ours),
         "gradient_gap": max(
             float((a - b).abs().max() / b.abs().max()) for a, b in zip(our_gradients, their_gradients, strict=True)
         ),
