@@ -1,0 +1,92 @@
+"""Replies that are paid for and whose verdict is not complete yet, on the disk of the run: a resume asks only for the others.
+
+One JSON object per line in `replies.jsonl`, on the disk before the reply is used. The last line may be torn by a kill and is then left out.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from onlinerl.errors import OracleError
+from onlinerl.oracles._judge.endpoint import Reply, Token
+from onlinerl.types import Cost
+
+
+class Kept:
+    """Of one run.
+
+    Args:
+        folder: of it, for this oracle.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "replies.jsonl"
+        self._replies: dict[str, list[Reply]] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._read()
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _read(self) -> None:
+        data = self._path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            os.ftruncate(self._file, len(whole))
+        for line in whole.splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # a block that a power cut left unwritten: that reply is asked for again
+                continue
+            if "counted" in entry:
+                for key in entry["counted"]:
+                    self._replies[key] = [_free(reply) for reply in self._replies.get(key, ())]
+            else:
+                self._replies.setdefault(entry["key"], []).append(_from_entry(entry))
+
+    def take(self, key: str) -> Reply | None:
+        """A reply of an earlier attempt, once."""
+        replies = self._replies.get(key)
+        return replies.pop() if replies else None
+
+    def put(self, key: str, reply: Reply) -> None:
+        """Durable when it returns."""
+        tokens = [[token.text, dict(token.alternatives)] for token in reply.tokens]
+        self._write({"key": key, "text": reply.text, "cut": reply.cut, "tokens": tokens, "cost": asdict(reply.cost)})
+
+    def counted(self, keys: Iterable[str]) -> None:
+        """A failure says already what these have cost: a later verdict must not say it again."""
+        if keys := list(keys):
+            self._write({"counted": keys})
+
+    def close(self) -> None:
+        """No more is kept."""
+        os.close(self._file)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        try:
+            line = json.dumps(entry).encode() + b"\n"
+            if os.write(self._file, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fdatasync(self._file)
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> OracleError:
+        return OracleError(f"{self._path} cannot be written: {error.strerror}", field="runs", fix="make room, then resume")
+
+
+def _from_entry(entry: dict[str, Any]) -> Reply:
+    tokens = tuple(Token(text=text, alternatives=alternatives) for text, alternatives in entry["tokens"])
+    return Reply(status="ok", text=entry["text"], cut=entry["cut"], tokens=tokens, cost=Cost(**entry["cost"]))
+
+
+def _free(reply: Reply) -> Reply:
+    return Reply(status=reply.status, text=reply.text, cut=reply.cut, tokens=reply.tokens)
