@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from onlinerl import config as configuration
-from onlinerl import preflight, resuming, wiring
+from onlinerl import oracle_requests, preflight, resuming, wiring
 from onlinerl.config import RunConfig
 from onlinerl.controller import loop, time_limit
 from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
@@ -52,6 +52,10 @@ def check(config: RunConfig, console: Console, kept: Kept | None = None) -> Chec
     elif checked.train is not None:
         verdict = wiring.probed(checked, checked.oracle)
         checked = checked.tried(verdict)
+        plan = oracle_requests.planned(checked.config, checked.algorithm, len(checked.heldout), scores=checked.oracle_scores)
+        limit = checked.config.sampling.max_new_tokens
+        if (said := oracle_requests.said(plan, checked.oracle, checked.train or (), limit)) is not None:
+            console.print(said, highlight=False, soft_wrap=True)
     check_components(config, checked.algorithm, checked.oracle, verdict)
     for note in implied_preferences(config, checked.algorithm, checked.oracle, verdict):
         console.print(note, highlight=False, soft_wrap=True)
@@ -226,6 +230,7 @@ def _execute(checked: Checked, store: RunDirectory, console: Console, standing: 
         tracker.note(store.caveat)
     status = "failed"
     try:
+        checked.oracle.remember(store.path / "oracle")
         with wiring.started(checked, store, tracker, standing) as parts, _loaded_for_good():
             done = loop.run(parts, attempt=store.manifest.get("attempt", 0))
         store.update_manifest(status="finished")

@@ -13,10 +13,10 @@ import traceback
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from itertools import count
 from typing import Any, Literal, Protocol
 
+from onlinerl import http_client
 from onlinerl.controller.feed import LOOK_S, Feed, Stopped
 from onlinerl.errors import OracleError
 from onlinerl.protocols.oracle import Oracle
@@ -27,8 +27,6 @@ Answers = list[tuple[Query, Verdict | Failure]]
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 SHOWN_FRAMES = 3
 
-# HTTP: request timeout, too early, too many requests; and every 5xx.
-_PASSING_STATUS = frozenset({408, 425, 429})
 # Base classes of what the usual HTTP clients (httpx, requests, urllib, the clients of model vendors) raise when a connection fails.
 _PASSING_NAMES = frozenset({"TransportError", "Timeout", "URLError", "APIConnectionError"})
 
@@ -190,7 +188,7 @@ def _may_pass(error: BaseException) -> bool:
     """Whether the same question may be answered a little later."""
     status = _status(error)
     if status is not None:
-        return status in _PASSING_STATUS or status >= 500
+        return status in http_client.PASSING or status >= 500
     names = {kind.__name__ for kind in type(error).__mro__}
     return isinstance(error, TimeoutError | ConnectionError) or not names.isdisjoint(_PASSING_NAMES)
 
@@ -207,10 +205,4 @@ def _retry_after(error: BaseException) -> float | None:
     """Seconds that the server asked to wait, from a Retry-After header in either of its two forms."""
     headers: Any = getattr(getattr(error, "response", None), "headers", None) or getattr(error, "headers", None)
     value = headers.get("Retry-After") if hasattr(headers, "get") else None
-    if value is None:
-        return None
-    try:
-        seconds = float(value) if str(value).strip().isdigit() else parsedate_to_datetime(str(value)).timestamp() - time.time()
-    except ValueError:
-        return None
-    return max(0.0, seconds)
+    return None if value is None else http_client.seconds(str(value))

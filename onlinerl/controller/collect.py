@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
+from functools import reduce
 from typing import Protocol
 
 from onlinerl.controller import health
@@ -11,7 +12,7 @@ from onlinerl.controller.feed import Feed
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.tally import Sampled
 from onlinerl.protocols.store import Table
-from onlinerl.types import Failure, Group, Label, Query, Request, Sampling, Verdict
+from onlinerl.types import Cost, Failure, Group, Label, Query, Request, Sampling, Verdict
 
 
 class Groups(Protocol):
@@ -97,8 +98,9 @@ def judge(
     *,
     wanted: Callable[[Group], bool] = lambda group: True,
     feed: Feed[str] | None = None,
-) -> int:
-    """How many verdicts the table holds in the end; only those that it does not hold yet are asked for.
+) -> tuple[int, Cost]:
+    """How many verdicts the table holds in the end, and what they and the failures have cost; only those that it does not hold yet are
+    asked for.
 
     A failure is no answer: until the table is complete it is asked for again, so a repaired oracle gets its chance.
 
@@ -113,7 +115,12 @@ def judge(
     """
     tracker = it.parts.tracker
     complete = table.sealed
-    judged = {label.prompt_id for label in table if complete or isinstance(label.result, Verdict)}
+    judged: set[str] = set()
+    cost = Cost()
+    for label in table:
+        cost = cost.plus(label.result.cost)
+        if complete or isinstance(label.result, Verdict):
+            judged.add(label.prompt_id)
     expected = max(expected, len(judged))
     tracker.phase_started(it.number, phase, expected, "groups")
     tracker.phase_advanced(it.number, phase, len(judged))
@@ -122,6 +129,7 @@ def judge(
     for arrived in it.parts.asker.answers(unjudged, it.stop):
         table.append([Label(prompt_id=query.prompt.id, result=result) for query, result in arrived])
         judged.update(query.prompt.id for query, _ in arrived)
+        cost = reduce(Cost.plus, (result.cost for _, result in arrived), cost)
         if feed is not None:
             feed.put(query.prompt.id for query, _ in arrived)
         tracker.phase_advanced(it.number, phase, len(arrived))
@@ -134,7 +142,7 @@ def judge(
     if not failures:
         it.report.asked(it.number, phase, 0, expected)
     table.seal()
-    return len(judged)
+    return len(judged), cost
 
 
 class _Unjudged:

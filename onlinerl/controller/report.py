@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from onlinerl.controller import evaluation
+from onlinerl.controller.comparing import Compared
 from onlinerl.controller.parts import Built, Parts
-from onlinerl.controller.statistics import Divergence, Estimate, bootstrap, wilson
+from onlinerl.controller.statistics import Divergence, Estimate, bootstrap, ratio, wilson
 from onlinerl.controller.tally import Sampled
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import per_iteration, per_step
 from onlinerl.protocols.tracker import Tracker
-from onlinerl.types import MeasureRecord, Metric, SelfTest, SyncReport, UpdateReport
+from onlinerl.types import Cost, MeasureRecord, Metric, SelfTest, SyncReport, UpdateReport
 
 
 @dataclass
@@ -63,6 +64,30 @@ class Reporter:
             metrics.append(self._estimate("zero_spread", wilson([float(s < 1e-6) for s in spreads])))
             metrics.append(self._estimate("reward_std_group", bootstrap(spreads)))
         self._log(iteration, *metrics)
+
+    def paid(self, iteration: int, phase: str, cost: Cost) -> None:
+        """What the oracle's answers of a phase have cost, failures included."""
+        if not cost.calls:
+            return
+        labels = {"phase": phase}
+        metrics = [
+            self._one("oracle_requests", float(cost.calls), labels=labels),
+            self._one("oracle_seconds", cost.seconds, labels=labels),
+        ]
+        for kind, tokens in (("prompt", cost.tokens - cost.tokens_out), ("completion", cost.tokens_out)) if cost.tokens else ():
+            metrics.append(self._one("oracle_tokens", float(tokens), labels={**labels, "kind": kind}))
+        if cost.usd:
+            metrics.append(self._one("oracle_usd", cost.usd, labels=labels))
+        self._log(iteration, *metrics)
+
+    def compared(self, iteration: int, found: Sequence[Compared]) -> None:
+        """How an oracle that compares decides, by the order in which it is shown the two and by their lengths; one entry per group."""
+        estimates = {
+            "swap_disagreement": ratio([each.flips for each in found], [each.both_orders for each in found]),
+            "first_place_wins": ratio([each.first_wins for each in found], [each.comparisons for each in found]),
+            "longer_wins": ratio([each.longer_wins for each in found], [each.unequal for each in found]),
+        }
+        self._log(iteration, *(self._estimate(name, estimate) for name, estimate in estimates.items() if estimate.n))
 
     def self_test(self, result: SelfTest) -> None:
         """What the step-0 self-test found."""

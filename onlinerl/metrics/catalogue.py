@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import Column, Definition, Series
+from onlinerl.metrics.judging import JUDGING, ORACLE
 from onlinerl.metrics.training import PAIRS, POLICY_GRADIENT, TRAINING
 
 _KL = "KL divergence of the policy from an earlier one, per sequence"
@@ -219,13 +220,12 @@ SAMPLING = (
     ),
 )
 
-_ORACLE = "Oracle and training data"
 DATA = (
     Definition(
         name="oracle_calls",
         help="Training groups that the oracle was asked about, by outcome",
         unit="calls",
-        section=_ORACLE,
+        section=ORACLE,
         labels={"status": ("ok", "failed")},
         series=(Series(name="onlinerl_oracle_calls_total", kind="counter", labels={"kind": "oracle", "status": "ok"}),),
     ),
@@ -233,17 +233,18 @@ DATA = (
         name="oracle_failed",
         help="Share of the latest groups of a phase that the oracle could not judge",
         unit="ratio",
-        section=_ORACLE,
+        section=ORACLE,
         title="Groups that the oracle could not judge",
         n_of="groups",
         labels={"phase": ()},
         series=(Series(name="onlinerl_oracle_failed_ratio", labels={"phase": None}),),
     ),
+    *JUDGING,
     Definition(
         name="zero_spread",
         help="Share of groups whose responses all score the same",
         unit="ratio",
-        section=_ORACLE,
+        section=ORACLE,
         title="Groups without spread",
         estimators=("wilson",),
         n_min=200,
@@ -253,7 +254,7 @@ DATA = (
         name="reward_std_group",
         help="Standard deviation of the scores within a group",
         unit="reward",
-        section=_ORACLE,
+        section=ORACLE,
         estimators=("mean",),
         n_min=200,
     ),
@@ -261,15 +262,15 @@ DATA = (
         name="pair_yield",
         help="Share of prompts that gave at least one item to train on",
         unit="ratio",
-        section=_ORACLE,
+        section=ORACLE,
         series=(Series(name="onlinerl_pair_yield_ratio"),),
     ),
-    Definition(name="pairs_per_prompt", help="Items to train on per sampled prompt", unit="ratio", section=_ORACLE),
+    Definition(name="pairs_per_prompt", help="Items to train on per sampled prompt", unit="ratio", section=ORACLE),
     Definition(
         name="pairs_dropped",
         help="Groups, candidate pairs and items not trained on, by reason",
         unit="pairs",
-        section=_ORACLE,
+        section=ORACLE,
         labels={"reason": ()},
         series=(Series(name="onlinerl_pairs_dropped_total", kind="counter", labels={"reason": None}),),
     ),
@@ -277,20 +278,20 @@ DATA = (
         name="pairs_contradicted",
         help="Pairs trained on although the oracle prefers the rejected response of the two: chosen by win rate",
         unit="pairs",
-        section=_ORACLE,
+        section=ORACLE,
     ),
     Definition(
         name="items_truncated",
         help="Items with a response that hit the length limit, trained on or dropped",
         unit="items",
-        section=_ORACLE,
+        section=ORACLE,
         n_of="items",
     ),
     Definition(
         name="staleness",
         help="Version that training starts from less the one that sampled, over the responses trained on; 0 unless schedule.max_lag is 1",
         unit="versions",
-        section=_ORACLE,
+        section=ORACLE,
         title="Staleness of the responses",
         n_of="responses",
         labels={"stat": ("mean", "p95", "max")},

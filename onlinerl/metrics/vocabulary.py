@@ -39,6 +39,7 @@ UNITS: Mapping[str, str] = {
     "s": "seconds",
     "steps": "",
     "tokens": "",
+    "USD": "US dollars",
     "versions": "",
 }
 """Unit -> what must be said about it."""

@@ -75,7 +75,7 @@ def by_score(judged: Judged) -> Candidates:
             fix="choose best_worst, all_pairs or ranked, which also compare by win rate",
         )
     quality = np.asarray(judged.verdict.scores, dtype=np.float64)
-    _check(judged, quality.shape, quality)
+    _check(judged, quality.shape, np.delete(quality, judged.verdict.unjudged))
     distinct, matrix, said = _distinct(judged), judged.verdict.matrix(), judged.verdict.judged()
     order = _ranked(judged, [index for index in distinct if said[index]], quality)
     return Candidates(order=order, distinct=len(distinct), quality=quality, matrix=matrix)

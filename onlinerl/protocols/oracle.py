@@ -23,7 +23,8 @@ class Oracle(Component):
 
     preference_temperature: float = Field(1.0, gt=0)
     """Where scores must stand in for preferences, P(i beats j) = sigmoid((s_i - s_j) / preference_temperature): Bradley-Terry. 1 suits
-    a reward model, whose scores are log-odds by training; an oracle with other units needs another. Comparisons do not read it."""
+    a reward model, whose scores are log-odds by training; an oracle with other units needs another. Comparisons do not read it, but
+    for those that an oracle gives as log-odds, which are divided by it."""
     groups_per_call: Resumable[int] = Field(1, ge=1)
     """Groups that one call of `judge` gets. A call that fails is asked again as a whole: keep it at 1 where answers cost money."""
     max_concurrent: Resumable[int] = Field(1, ge=1)
@@ -55,6 +56,23 @@ class Oracle(Component):
 
     def close(self) -> None:
         """Release what `open` took."""
+
+    def remember(self, folder: Path) -> None:
+        """Where it may keep what it has paid for before a verdict is complete: a folder of the run, which a resume gives again. Called
+        before `open`; nothing need be kept."""
+
+    def requests(self, responses: int) -> int | None:
+        """How many questions one group of so many responses costs if nothing fails; None where that is nobody's concern."""
+        return None
+
+    @property
+    def opening_requests(self) -> int:
+        """How many questions `open` has asked."""
+        return 0
+
+    def most_usd(self, prompt_tokens: float, response_tokens: float, responses: int) -> float | None:
+        """About what one group costs at most, in dollars, with prompts and responses of so many tokens each, where that is known."""
+        return None
 
     @property
     def version(self) -> str:

@@ -132,21 +132,8 @@ def prompt_from_row(row: Mapping[str, Any]) -> Prompt:
 def result_row(prompt_id: str, result: Verdict | Failure) -> dict[str, Any]:
     """What the oracle said about a group as one row of the verdicts table; `status` is "ok" or the kind of failure."""
     if isinstance(result, Failure):
-        failed = dict.fromkeys(
-            (
-                "annotator",
-                "oracle_version",
-                "scores",
-                "components",
-                "preferences",
-                "strength",
-                "uncertainty",
-                "temperature",
-                "raw",
-                "cost",
-            )
-        )
-        return {"prompt_id": prompt_id, "status": result.kind, "message": result.message, **failed}
+        failed = dict.fromkeys(set(LABELS.schema.names) - {"prompt_id", "status", "message", "cost"})
+        return {"prompt_id": prompt_id, "status": result.kind, "message": result.message, **failed, "cost": _cost(result.cost)}
     return {
         "prompt_id": prompt_id,
         "status": "ok",
@@ -155,32 +142,33 @@ def result_row(prompt_id: str, result: Verdict | Failure) -> dict[str, Any]:
         "oracle_version": result.oracle_version,
         "scores": None if result.scores is None else _cells(result.scores),
         "components": None if result.components is None else [_component(*each) for each in result.components.items()],
-        "preferences": None if result.preferences is None else [_cells(line) for line in result.preferences],
-        "strength": None if result.strength is None else [_cells(line) for line in result.strength],
-        "uncertainty": None if result.uncertainty is None else [_cells(line) for line in result.uncertainty],
+        "preferences": _lines(result.preferences),
+        "log_odds": _lines(result.log_odds),
+        "on_disagree": result.on_disagree,
+        "strength": _lines(result.strength),
+        "uncertainty": _lines(result.uncertainty),
         "temperature": float(result.temperature),
         "raw": result.raw,
-        "cost": {
-            "calls": int(result.cost.calls),
-            "seconds": float(result.cost.seconds),
-            "usd": float(result.cost.usd),
-            "tokens": int(result.cost.tokens),
-        },
+        "cost": _cost(result.cost),
     }
 
 
 def result_from_row(row: Mapping[str, Any]) -> tuple[str, Verdict | Failure]:
     """The reverse of `result_row`: the prompt's id, and what the oracle said."""
     if row["status"] != "ok":
-        return row["prompt_id"], Failure(kind=row["status"], message=row["message"])
+        paid = Cost(**(row.get("cost") or {}))  # older runs did not store it
+        return row["prompt_id"], Failure(kind=row["status"], message=row["message"], cost=paid)
     verdict = Verdict(
         annotator=row["annotator"],
         oracle_version=row["oracle_version"],
         scores=None if row["scores"] is None else _floats(row["scores"]),
+        unjudged=tuple(k for k, score in enumerate(row["scores"] or ()) if score is None),
         components=_components(row.get("components")),  # older runs have none
-        preferences=None if row["preferences"] is None else tuple(_floats(line) for line in row["preferences"]),
-        strength=None if row["strength"] is None else tuple(_floats(line) for line in row["strength"]),
-        uncertainty=None if row.get("uncertainty") is None else tuple(_floats(line) for line in row["uncertainty"]),
+        preferences=_matrix(row["preferences"]),
+        log_odds=_matrix(row.get("log_odds")),
+        on_disagree=row.get("on_disagree") or "average",
+        strength=_matrix(row["strength"]),
+        uncertainty=_matrix(row.get("uncertainty")),
         temperature=1.0 if row.get("temperature") is None else row["temperature"],  # older runs did not store it
         raw=row["raw"],
         cost=Cost(**row["cost"]),
@@ -265,6 +253,19 @@ def _cells(values: Sequence[float]) -> list[float | None]:
     return [None if math.isnan(v) else float(v) for v in values]
 
 
+def _lines(matrix: Sequence[Sequence[float]] | None) -> list[list[float | None]] | None:
+    return None if matrix is None else [_cells(line) for line in matrix]
+
+
+def _matrix(lines: Sequence[Sequence[float | None]] | None) -> tuple[tuple[float, ...], ...] | None:
+    return None if lines is None else tuple(map(_floats, lines))
+
+
+def _cost(cost: Cost) -> Row:
+    kinds: dict[str, type] = {"calls": int, "seconds": float, "usd": float, "tokens": int, "tokens_out": int}
+    return {name: kind(getattr(cost, name)) for name, kind in kinds.items()}
+
+
 def _floats(cells: Sequence[float | None]) -> tuple[float, ...]:
     return tuple(math.nan if cell is None else cell for cell in cells)
 
@@ -280,7 +281,7 @@ class Codec(Generic[T]):
 
 _TEXT, _TEXTS, _FLOATS, _INT = pa.string(), pa.list_(pa.string()), pa.list_(pa.float64()), pa.int64()
 _SAMPLER = pa.struct({"temperature": pa.float64(), "top_p": pa.float64(), "top_k": _INT, "max_new_tokens": _INT})
-_COST = pa.struct({"calls": _INT, "seconds": pa.float64(), "usd": pa.float64(), "tokens": _INT})
+_COST = pa.struct({"calls": _INT, "seconds": pa.float64(), "usd": pa.float64(), "tokens": _INT, "tokens_out": _INT})
 _GROUPS = pa.schema(
     {
         "prompt_id": _TEXT,
@@ -309,6 +310,8 @@ LABELS = Codec(
             "scores": _FLOATS,
             "components": pa.list_(pa.struct({"name": _TEXT, "scores": _FLOATS})),
             "preferences": pa.list_(_FLOATS),
+            "log_odds": pa.list_(_FLOATS),
+            "on_disagree": _TEXT,
             "strength": pa.list_(_FLOATS),
             "uncertainty": pa.list_(_FLOATS),
             "temperature": pa.float64(),

@@ -242,7 +242,7 @@ def _sample(group: Group, result: Verdict | Failure | None, pairs: Sequence[Trai
             {
                 "text": rollout.text,
                 "source": rollout.source,
-                "score": verdict.scores[k] if verdict and verdict.scores else None,
+                "score": verdict.scores[k] if verdict and verdict.scores and k not in verdict.unjudged else None,
                 "win_rate": win_rates[k] if win_rates else None,
                 "tokens": len(rollout.token_ids),
                 "finish_reason": rollout.finish_reason,

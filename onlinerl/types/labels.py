@@ -45,6 +45,19 @@ class Cost:
     seconds: float = 0.0
     usd: float = 0.0
     tokens: int = 0
+    """Read and written together."""
+    tokens_out: int = 0
+    """Of them, those that a judge wrote."""
+
+    def plus(self, other: Cost) -> Cost:
+        """Of both together."""
+        return Cost(
+            calls=self.calls + other.calls,
+            seconds=self.seconds + other.seconds,
+            usd=self.usd + other.usd,
+            tokens=self.tokens + other.tokens,
+            tokens_out=self.tokens_out + other.tokens_out,
+        )
 
 
 COMPONENT = re.compile(r"[a-z][a-z0-9_]*")
@@ -81,6 +94,11 @@ def _entropy(probs: np.ndarray) -> np.ndarray:
     return total
 
 
+def _both_orders(one: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+    """The mean where both are known, else the one that is."""
+    return np.where(np.isnan(one), mirrored, np.where(np.isnan(mirrored), one, (one + mirrored) / 2))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
     """What an oracle said about one group: scores, a matrix of pairwise probabilities, or both."""
@@ -91,8 +109,14 @@ class Verdict:
     """Hash of everything that could change the judgement; a new version starts a new series."""
     scores: tuple[float, ...] | None = None
     """Length K, higher is better; comparable within one prompt only."""
+    unjudged: tuple[int, ...] = ()
+    """Responses that a score was asked for and not given; theirs is NaN. Any other NaN makes the verdict a Failure."""
     preferences: tuple[tuple[float, ...], ...] | None = None
     """[K][K], exactly as returned: [i][j] = P(i beats j) with i shown first. Diagonal and unasked cells are NaN."""
+    log_odds: tuple[tuple[float, ...], ...] | None = None
+    """[K][K], the log-odds of the same cells as returned, where there are any; `matrix` is then made of them."""
+    on_disagree: Literal["average", "tie", "drop"] = "average"
+    """What a pair is whose two orders name different winners: the mean of both, a tie, or not judged."""
     strength: tuple[tuple[float, ...], ...] | None = None
     """[K][K] strength of each preference on the oracle's own scale."""
     uncertainty: tuple[tuple[float, ...], ...] | None = None
@@ -101,7 +125,7 @@ class Verdict:
     components: Mapping[str, tuple[float, ...]] | None = None
     """Other scores of the responses beside `scores`, by name (lower case), each of length K: helpfulness, harm, ..."""
     temperature: float = 1.0
-    """In units of the score: how large a gap between two scores must be to mean odds of e to 1 (see `matrix`)."""
+    """In units of the score, or of the log-odds: how large a gap between two scores must be to mean odds of e to 1 (see `matrix`)."""
     raw: str | None = None
     """The judge's own words, for people."""
     cost: Cost = field(default_factory=Cost)
@@ -113,7 +137,8 @@ class Verdict:
         if self.scores is not None:
             if len(self.scores) != count:
                 return Failure(kind="wrong_length", message=f"{len(self.scores)} scores for {count} responses")
-            if not np.isfinite(self.scores).all():
+            values = np.asarray(self.scores, dtype=np.float64)
+            if np.isinf(values).any() or set(np.flatnonzero(np.isnan(values)).tolist()) != {*self.unjudged}:
                 return Failure(kind="non_finite", message=f"scores {self.scores}")
         if self.preferences is not None:
             if [len(row) for row in self.preferences] != [count] * count:
@@ -123,8 +148,11 @@ class Verdict:
                 return Failure(kind="non_finite", message="a preference is no probability")
         if self.components is not None and (wrong := self._wrong_component(count)) is not None:
             return wrong
-        if self.strength is not None and np.asarray(self.strength, dtype=np.float64).shape != (count, count):
-            return Failure(kind="wrong_length", message=f"the strengths of {count} responses must be {count} x {count}")
+        for what, cells_of in (("strengths", self.strength), ("log-odds", self.log_odds)):
+            if cells_of is not None and np.asarray(cells_of, dtype=np.float64).shape != (count, count):
+                return Failure(kind="wrong_length", message=f"the {what} of {count} responses must be {count} x {count}")
+        if self.log_odds is not None and (self.preferences is None or np.isinf(self.log_odds).any()):
+            return Failure(kind="non_finite", message="log-odds without preferences, or infinite ones")
         if self.uncertainty is not None:
             nats = np.asarray(self.uncertainty, dtype=np.float64)
             if nats.shape != (count, count):
@@ -165,7 +193,8 @@ class Verdict:
     def matrix(self) -> np.ndarray:
         """P[i, j] = probability that i beats j, shape [K, K], diagonal 1/2, P + P^T = 1 where known.
 
-        A returned matrix is averaged over both orders, (P_raw + 1 - P_raw^T) / 2; one order alone is used as it is. Scores
+        A returned matrix is averaged over both orders, (P_raw + 1 - P_raw^T) / 2; one order alone is used as it is. Where there are
+        log-odds, it is sigmoid(L / temperature), L = (L_raw - L_raw^T) / 2, without what the place in the prompt adds. Scores
         induce Bradley-Terry: P = sigmoid((s_i - s_j) / temperature). Unknown cells are NaN.
 
         Raises:
@@ -173,14 +202,27 @@ class Verdict:
         """
         if self.preferences is not None:
             raw = np.asarray(self.preferences, dtype=np.float64)
-            mirrored = 1.0 - raw.T
-            probs = np.where(np.isnan(raw), mirrored, np.where(np.isnan(mirrored), raw, (raw + mirrored) / 2))
+            if self.log_odds is None:
+                probs = _both_orders(raw, 1.0 - raw.T)
+            else:
+                odds = np.asarray(self.log_odds, dtype=np.float64)
+                with np.errstate(over="ignore"):
+                    probs = 1.0 / (1.0 + np.exp(-_both_orders(odds, -odds.T) / self.temperature))
+            if self.on_disagree != "average":
+                probs[self.disagreements()] = 0.5 if self.on_disagree == "tie" else np.nan
         elif self.scores is not None:
             return induced(tuple(map(float, self.scores)), float(self.temperature))
         else:
             raise ValueError("a Verdict needs scores or preferences")
         np.fill_diagonal(probs, 0.5)
         return probs
+
+    def disagreements(self) -> np.ndarray:
+        """bool[K, K]: pairs whose two orders name different winners, that is both times the response shown first, or the second."""
+        raw = np.asarray(self.preferences, dtype=np.float64) - 0.5
+        flips: np.ndarray = raw * raw.T > 0  # NaN is not
+        np.fill_diagonal(flips, False)
+        return flips
 
     def win_rates(self) -> np.ndarray:
         """Mean probability of beating a random judged response of the group, itself included; NaN for one that was not judged.
@@ -200,6 +242,8 @@ class Failure:
 
     kind: Literal["error", "timeout", "refused", "parse_fail", "non_finite", "wrong_length", "budget"]
     message: str
+    cost: Cost = field(default_factory=Cost)
+    """What was paid all the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

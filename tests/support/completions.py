@@ -7,9 +7,9 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 Answer = tuple[int, Any, dict[str, str]]
 """Status, body (a text, or what becomes JSON), headers."""
@@ -69,10 +69,31 @@ class Server:
         }
 
 
+class Answering(Protocol):
+    """What `serving` needs of a server."""
+
+    url: str
+
+    def answer(self, path: str, body: Any, headers: dict[str, str]) -> Answer: ...
+
+
+S = TypeVar("S", bound=Answering)
+
+
 @contextmanager
 def serving() -> Iterator[Server]:
     """A server, until the end of the block."""
-    server = Server()
+    with listening(Server()) as server:
+        yield server
+
+
+HANG_UP, HALF = 0, 1
+"""In place of a status: the connection is closed without an answer, or in the middle of it."""
+
+
+@contextmanager
+def listening(server: S) -> Iterator[S]:
+    """This server, until the end of the block."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -86,16 +107,27 @@ def serving() -> Iterator[Server]:
         def reply(self, body: Any) -> None:
             status, said, headers = server.answer(self.path, body, dict(self.headers))
             data = (said if isinstance(said, str) else json.dumps(said)).encode()
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            if status == HANG_UP:
+                self.close_connection = True
+                return
+            if status == HALF:
+                self.close_connection = True
+                headers = {"Content-Length": str(2 * len(data))}
+            self.send_response(200 if status == HALF else status)
+            for name, value in {"Content-Length": str(len(data)), **headers}.items():
                 self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
+            with suppress(ConnectionError):  # nobody waits for it any more
+                self.end_headers()
+                self.wfile.write(data)
 
         def log_message(self, *args: Any) -> None: ...
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Http(ThreadingHTTPServer):
+        request_queue_size = 128  # a connection that finds no room waits for a second
+
+    http = Http(("127.0.0.1", 0), Handler)
     http.daemon_threads = True
+    http.block_on_close = False  # one that hangs is left to itself
     server.url = f"http://127.0.0.1:{http.server_port}"
     threading.Thread(target=http.serve_forever, daemon=True).start()
     try:

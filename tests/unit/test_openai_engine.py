@@ -237,7 +237,7 @@ def test_a_server_says_how_long_to_wait(server: Server, monkeypatch: pytest.Monk
     server.instead = lambda path, body: (429, "", {"Retry-After": "7"})
     with pytest.raises(EngineError):
         with_replica(server, lambda replica: replica.logprobs((1,), (2,)), retries=1)
-    server.instead = lambda path, body: (503, "", {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"})
+    server.instead = lambda path, body: (503, "", {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"})
     with pytest.raises(EngineError):
         with_replica(server, lambda replica: replica.logprobs((1,), (2,)), retries=7)
     assert slept == [7.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]

@@ -14,7 +14,7 @@ from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.statistics import Divergence, Estimate
 from onlinerl.errors import EngineError
 from onlinerl.protocols.store import BASE_LOGPROBS, EVALUATION, EVALUATION_VERDICTS
-from onlinerl.types import Failure, Group, LogProbs, MeasureRecord, Verdict
+from onlinerl.types import Cost, Failure, Group, LogProbs, MeasureRecord, Verdict
 
 
 def measure(it: Iteration) -> MeasureRecord:
@@ -25,6 +25,7 @@ def measure(it: Iteration) -> MeasureRecord:
     wins, more = _win_rates(it, now)
     kl_ref = _divergence(it, now, own, 0)
     sample = now.groups[: config.evaluation.mismatch_sample]
+    versions, cost = _oracle_versions(it)
     measured = evaluation.Measured(
         answers=now,
         kl_ref=kl_ref,
@@ -34,8 +35,9 @@ def measure(it: Iteration) -> MeasureRecord:
         entropy_seq=evaluation.entropy_seq(own),
         wins=wins,
         mismatch=evaluation.mismatch(sample, own[: len(sample)]),
-        oracle_versions=_oracle_versions(it),
+        oracle_versions=versions,
     )
+    it.report.paid(it.number, "measure", cost)
     it.report.mismatch(it.number, measured.mismatch)
     health.check_mismatch(measured.mismatch.k3, config.evaluation.max_mismatch_k3)
     return it.report.evaluated(it.number, measured, calls + more)
@@ -82,16 +84,21 @@ def _comparisons(iterate: int) -> str:
     return f"comparisons_{iterate:04d}"
 
 
-def _oracle_versions(it: Iteration) -> Counter[str]:
-    """Verdicts and comparisons of this iterate by the version of the oracle that gave them."""
+def _oracle_versions(it: Iteration) -> tuple[Counter[str], Cost]:
+    """Verdicts and comparisons of this iterate by the version of the oracle that gave them, and what they and the failures have cost."""
     tables = (EVALUATION_VERDICTS, *(_comparisons(iterate) for iterate in sorted({0, max(0, it.number - 1)})))
-    labels = (label for table in tables for label in it.parts.store.labels(it.number, table))
-    return Counter(label.result.oracle_version for label in labels if isinstance(label.result, Verdict))
+    versions: Counter[str] = Counter()
+    cost = Cost()
+    for label in (label for table in tables for label in it.parts.store.labels(it.number, table)):
+        cost = cost.plus(label.result.cost)
+        if isinstance(label.result, Verdict):
+            versions[label.result.oracle_version] += 1
+    return versions, cost
 
 
 def _judged(it: Iteration, groups: Sequence[Group], table: str) -> tuple[int, dict[str, Verdict | Failure]]:
     labels = it.parts.store.labels(it.number, table)
-    calls = collect.judge(it, Feed.of(groups, it.stop), len(groups), labels, "measure")
+    calls, _ = collect.judge(it, Feed.of(groups, it.stop), len(groups), labels, "measure")
     return calls, {label.prompt_id: label.result for label in labels}
 
 

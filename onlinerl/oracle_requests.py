@@ -1,0 +1,72 @@
+"""How many questions an oracle will be asked, for `check` to say before any is paid for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import fmean
+
+from onlinerl.config import RunConfig
+from onlinerl.controller.parts import samples_dynamically
+from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.oracle import Oracle
+from onlinerl.types import Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """Groups of a run that its oracle is asked about, as (how many groups, responses in each)."""
+
+    start: tuple[int, int]
+    label: tuple[int, int]
+    """Of each iteration."""
+    evaluation: tuple[int, int]
+    """Of all iterations together."""
+    iterations: int
+    more: bool = False
+    """Whether an iteration may need more, because it samples dynamically."""
+
+    def groups(self) -> list[tuple[int, int]]:
+        """Of the whole run with one start."""
+        return [self.start, (self.label[0] * self.iterations, self.label[1]), self.evaluation]
+
+
+def planned(config: RunConfig, algorithm: Algorithm, heldout: int, *, scores: bool) -> Planned:
+    """What a run will ask, if no sample and no question fails.
+
+    Args:
+        config: the run's.
+        algorithm: of it.
+        heldout: prompts that are evaluated on.
+        scores: whether the oracle scores single responses. One that only compares is asked about the answers of two iterates instead:
+            the newest and the base model, and from iteration 2 on the one before too.
+    """
+    dynamic = samples_dynamically(config, algorithm)
+    sampled = config.prompts.per_iteration * (config.sampling.max_rounds if dynamic else 1)
+    drawn = config.sampling.samples_per_prompt + len(algorithm.needs.beside_samples)
+    iterates = config.iterations + 1 if scores else max(0, 2 * config.iterations - 1)
+    return Planned(
+        start=(1, 2),
+        label=(sampled, drawn),
+        evaluation=(heldout * iterates, 1 if scores else 2),
+        iterations=config.iterations,
+        more=dynamic,
+    )
+
+
+def said(plan: Planned, oracle: Oracle, prompts: Iterable[Prompt], max_new_tokens: int) -> str | None:
+    """The plan in requests, and dollars where prices are known; None where requests of this oracle are nobody's concern."""
+    per_group = oracle.requests(plan.label[1])
+    if per_group is None:
+        return None
+    start, label, evaluation = (groups * (oracle.requests(k) or 0) for groups, k in plan.groups())
+    start += oracle.opening_requests
+    most = "at most " if plan.more else ""
+    text = (
+        f"oracle: {per_group} requests for {plan.label[1]} responses to a prompt, {most}{label // max(1, plan.iterations)} an iteration; "
+        f"with {evaluation} for evaluation and {start} at this start {most}{start + label + evaluation} for the whole run, and more where some fail"
+    )
+    tokens = fmean(len(prompt.token_ids) for prompt in prompts)
+    prices = [oracle.most_usd(tokens, max_new_tokens, k) for _, k in plan.groups()]
+    dollars = [groups * price for (groups, _), price in zip(plan.groups(), prices, strict=True) if price is not None]
+    return f"{text}; about ${sum(dollars):.2f} at most" if dollars else text
