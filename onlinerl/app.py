@@ -53,7 +53,7 @@ def check(config: RunConfig, console: Console, kept: Kept | None = None) -> Chec
         checked = checked.tried(verdict)
         plan = oracle_requests.planned(checked.config, checked.algorithm, len(checked.heldout), scores=checked.oracle_scores)
         limit = checked.config.sampling.max_new_tokens
-        if (said := oracle_requests.said(plan, checked.oracle, checked.train, limit)) is not None:
+        if (said := oracle_requests.said(plan, checked.oracle, checked.train or (), limit)) is not None:
             console.print(said, highlight=False, soft_wrap=True)
     for note in implied_preferences(config, checked.algorithm, checked.oracle, verdict):
         console.print(note, highlight=False, soft_wrap=True)

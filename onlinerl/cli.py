@@ -137,6 +137,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
     loaded = configuration.settled(configuration.load(config, overrides or ()))
     checked = application.check(loaded, out)
+    checked.oracle.close()
     device = (
         "cpu"
         if loaded.cluster.device == "cpu"

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from judges import judging
 
 from onlinerl import registry
 from onlinerl.config import component
@@ -38,11 +39,20 @@ def tiny_reward_model(folder) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def judge_server():
+    """For the oracles that ask one."""
+    with judging() as server:
+        yield server
+
+
 @pytest.fixture(scope="module", params=[*registry.names("oracles"), "matrix_oracle.Referee"])
-def oracle(request, tmp_path_factory):
+def oracle(request, tmp_path_factory, judge_server):
     """Every oracle, with the knobs that it cannot do without, and one from outside the package that compares."""
     name = request.param
     knobs = {
+        "judge_pair": lambda: {"base_url": f"{judge_server.url}/v1", "model": "judge"},
+        "judge_score": lambda: {"base_url": f"{judge_server.url}/v1", "model": "judge"},
         "python": lambda: {"function": f"{__name__}.lengths"},
         "reward_model": lambda: {"path": tiny_reward_model(tmp_path_factory.mktemp("reward")), "device": "cpu"},
     }
@@ -58,12 +68,12 @@ def query(*responses: str, name: str = "p") -> Query:
 
 def test_one_result_per_query_in_order(oracle):
     queries = [query(*RESPONSES[:k], name=str(k)) for k in (2, 5, 1, 3)]
-    together = oracle.judge(queries)
+    together = list(oracle.judge(queries))
     assert [len(verdict.matrix()) for verdict in together] == [2, 5, 1, 3]
     for one, verdict in zip(queries, together, strict=True):
         (alone,) = oracle.judge([one])
         np.testing.assert_allclose(verdict.matrix(), alone.matrix(), atol=1e-5)
-    assert oracle.judge([]) == []
+    assert list(oracle.judge([])) == []
 
 
 def test_permuting_responses_permutes_the_verdict(oracle):
@@ -104,12 +114,16 @@ def test_scores_become_preferences_at_the_temperature_of_the_oracle(oracle):
     (verdict,) = cold.ask([query(*RESPONSES)])
     (usual,) = oracle.ask([query(*RESPONSES)])
     assert (verdict.temperature, usual.temperature) == (0.25, oracle.preference_temperature)
-    if verdict.preferences is not None:  # what was compared needs no temperature
+    cold.close()
+    if verdict.preferences is not None and verdict.log_odds is None:  # what was compared needs no temperature
         np.testing.assert_array_equal(verdict.matrix(), usual.matrix())
         return
-    gaps = np.subtract.outer(verdict.scores, verdict.scores)
+    if verdict.log_odds is not None:
+        odds = np.nan_to_num(verdict.log_odds)
+        gaps = (odds - odds.T) / 2
+    else:
+        gaps = np.subtract.outer(verdict.scores, verdict.scores)
     np.testing.assert_allclose(verdict.matrix(), 1 / (1 + np.exp(-gaps / 0.25)), atol=1e-12)
-    cold.close()
 
 
 def test_a_verdict_is_frozen_and_signed(oracle):

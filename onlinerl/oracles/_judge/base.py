@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from onlinerl import http_client
 from onlinerl.errors import ConfigError, OracleError
-from onlinerl.oracles._judge import reading, templates
+from onlinerl.oracles._judge import abilities, reading, templates
+from onlinerl.oracles._judge.abilities import Abilities
 from onlinerl.oracles._judge.endpoint import Endpoint, Reply, digest
 from onlinerl.oracles._judge.kept import Kept
+from onlinerl.oracles._judge.loop_thread import LoopThread
 from onlinerl.oracles._judge.reading import Form
 from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Cost, Failure, Message, Prompt, Query, Verdict, derive_seed
 
-T = TypeVar("T")
 SHOWN = 300
 """Characters of each rationale that are kept."""
 SHORT_ANSWER = 16
@@ -36,7 +36,6 @@ TOP_LOGPROBS = 20
 """As many as OpenAI's servers and vLLM give."""
 TRIAL = Prompt(id="trial", text="", token_ids=(), messages=(Message(role="user", content="What is 2 + 2?"),))
 _TEXTS = ("template", "rubric", "constitution")
-_UNSUPPORTED = ("refused", "parse_fail")
 
 
 class Price(BaseModel):
@@ -46,16 +45,6 @@ class Price(BaseModel):
 
     input: float = Field(0.0, ge=0)
     output: float = Field(0.0, ge=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Abilities:
-    """What a server was found to do, once, before the first question."""
-
-    schema: bool
-    """Whether it keeps to `response_format: json_schema`."""
-    logprobs: bool
-    """Whether it gives log-probs of the likeliest tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +113,7 @@ class Judge(Oracle):
     price_per_million_tokens: Resumable[Price | None] = None
     """In dollars, {input: 0.15, output: 0.6}."""
 
-    _loop: Any = PrivateAttr(None)
+    _thread: Any = PrivateAttr(None)
     _endpoint: Any = PrivateAttr(None)
     _abilities: Abilities | None = PrivateAttr(None)
     _kept: Kept | None = PrivateAttr(None)
@@ -215,7 +204,9 @@ class Judge(Oracle):
                 return
             self._start()
             try:
-                self._abilities = self._call(self._decide())
+                finding = abilities.found(self._endpoint, self._reads, self.response_format, self._first_question)
+                self._abilities, asked = self._thread.call(finding)
+                self._opening_requests += asked
                 if self._folder is not None:
                     self._kept = Kept(self._folder)
             except BaseException:
@@ -225,8 +216,7 @@ class Judge(Oracle):
     def _start(self) -> None:
         if not http_client.installed():
             raise OracleError("aiohttp is not installed", field="oracle.name", fix="pip install aiohttp")
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=_run, args=(self._loop,), name="judge", daemon=True).start()
+        self._thread = LoopThread()
         price = self.price_per_million_tokens or Price()
         try:
             self._endpoint = Endpoint(
@@ -244,51 +234,20 @@ class Judge(Oracle):
     def close(self) -> None:
         """End all connections, and whatever is still asked."""
         with self._opening:
-            loop, endpoint, kept = self._loop, self._endpoint, self._kept
-            self._loop = self._endpoint = self._abilities = self._kept = None
-        if loop is None:
-            return
-        with contextlib.suppress(TimeoutError):
-            asyncio.run_coroutine_threadsafe(_wind_up(endpoint), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
+            thread, endpoint, kept = self._thread, self._endpoint, self._kept
+            self._thread = self._endpoint = self._abilities = self._kept = None
+        if thread is not None:
+            thread.end(endpoint.close if endpoint is not None else None)
         if kept is not None:
             kept.close()
 
-    def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    async def _decide(self) -> Abilities:
-        """The first of what is wished for that the server does, tried on a question of the usual kind."""
-        schema = {"auto": (True, False), "json_schema": (True,), "text": (False,)}[self.response_format]
-        logprobs = {"auto": (True, False), "logprobs": (True,), "text": (False,)}[self._reads]
-        wishes = [Abilities(schema=s, logprobs=p) for p in logprobs for s in schema]
-        if wishes == [Abilities(schema=False, logprobs=False)]:
-            return wishes[0]
-        problems = []
-        for wish in wishes:
-            if wish == Abilities(schema=False, logprobs=False):
-                return wish
-            self._abilities = wish
-            question = next(iter(self._questions(TRIAL, ("4", "5")).values()))[0]
-            reply = await self._endpoint.ask(self._body(question, 2))
-            self._opening_requests += reply.cost.calls
-            self._abilities = None
-            if reply.status not in ("ok", *_UNSUPPORTED):
-                raise OracleError(
-                    f"{self.base_url} did not answer a first question ({reply.status}): {reply.text}",
-                    field="oracle.base_url",
-                    fix="start the server, or correct the address",
-                )
-            problem = _lacks(wish, reply)
-            if problem is None:
-                return wish
-            problems.append(problem)
-        wanted = "oracle.read_from" if self.read_from == "logprobs" else "oracle.response_format"
-        raise OracleError(
-            f"{self.base_url} cannot do it: {problems[-1]}",
-            field=wanted,
-            fix="set it to auto or text, or use a server that can, such as vLLM",
-        )
+    def _first_question(self, wished: Abilities) -> dict[str, Any]:
+        """One of the usual kind, for a server that does what is wished for."""
+        self._abilities = wished
+        question = next(iter(self._questions(TRIAL, ("4", "5")).values()))[0]
+        body = self._body(question, 2)
+        self._abilities = None
+        return body
 
     # --- identity and cost ---
 
@@ -342,7 +301,7 @@ class Judge(Oracle):
         if not queries:
             return []
         self.open()
-        return self._in_order([asyncio.run_coroutine_threadsafe(self._joined(query), self._loop) for query in queries])
+        return self._in_order([self._thread.begin(self._joined(query)) for query in queries])
 
     def _in_order(self, asked: Sequence[Future[Verdict | Failure]]) -> Iterator[Verdict | Failure]:
         try:
@@ -462,33 +421,8 @@ class Judge(Oracle):
         return derive_seed("judge", *parts)
 
 
-def _lacks(wish: Abilities, reply: Reply) -> str | None:
-    """What a reply to the first question lacks."""
-    if reply.status != "ok":
-        return reply.text
-    if wish.schema and not reply.text.lstrip().startswith("{"):
-        return f"it was asked for JSON by a schema and said {reply.text[:80]!r}"
-    if wish.logprobs and not any(token.alternatives for token in reply.tokens):
-        return "it gives no log-probs"
-    return None
-
-
 def _line(about: Any, said: Said) -> str:
     """For people: what was asked, and what came of it."""
     what = " before ".join(str(i) for i in about) if isinstance(about, tuple) else str(about)
     found = " ".join(f"{value:g}" for value in said.values) if said.status == "ok" else said.status
     return f"{what}: {found}" + (f": {' '.join(said.words.split())}" if said.words else "")
-
-
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    loop.run_forever()
-    loop.close()
-
-
-async def _wind_up(endpoint: Endpoint | None) -> None:
-    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-    if endpoint is not None:
-        await endpoint.close()

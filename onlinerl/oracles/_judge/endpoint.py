@@ -110,12 +110,17 @@ class Endpoint:
                 return _reply(answer, paid)
             if trouble.kind == "status" and trouble.status in _STOPS:
                 where, fix = _STOPS[trouble.status]
-                raise OracleError(f"{self._connection.root} answered {trouble.status}: {trouble.said}", field=where, fix=fix)
+                raise OracleError(f"{self.root} answered {trouble.status}: {trouble.said}", field=where, fix=fix)
             if not trouble.may_pass or tries > self._retries:
                 return self._failed(trouble, paid)
             spread = JITTER * chance.random()
             await asyncio.sleep(pause(tries, trouble.wait_s, first_s=FIRST_PAUSE_S, longest_s=LONGEST_PAUSE_S, jitter=spread))
         raise AssertionError("the last attempt returns or raises")
+
+    @property
+    def root(self) -> str:
+        """Its address."""
+        return self._connection.root
 
     async def close(self) -> None:
         """End all connections."""
@@ -170,7 +175,7 @@ def _tokens(choice: Mapping[str, Any]) -> tuple[Token, ...]:
         top = one.get("top_logprobs")
         named = {
             each["token"]: float(each["logprob"])
-            for each in (*(top if isinstance(top, list) else ()), one)
+            for each in (one, *(top if isinstance(top, list) else ()))
             if isinstance(each, Mapping) and isinstance(each.get("token"), str) and _is_number(each.get("logprob"))
         }
         found.append(Token(text=one["token"], alternatives=named))

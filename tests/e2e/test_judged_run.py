@@ -1,0 +1,163 @@
+"""Whole runs with a language model as the judge, which is a server of the test: what it is asked, and what reaches training."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections import Counter
+from typing import Any
+
+import pytest
+
+pytest.importorskip("aiohttp")
+
+from judges import CLOSED, GARBAGE, HALF_A_REPLY, JudgeServer, completion, judging
+from toy_runs import HELDOUT, PROMPTS, everything
+
+from onlinerl.stores.directory import RunDirectory
+from onlinerl.trackers.jsonl import read_metrics
+
+TRIAL = ("What is 2 + 2?", "It was bad, the answer is 7.")
+"""What is asked at every start."""
+
+
+@pytest.fixture
+def server():
+    with judging() as found:
+        yield found
+
+
+@pytest.fixture
+def config(toy_config, tmp_path, server):
+    def make(name: str = "judge_pair", **more: Any) -> Any:
+        judge = {"oracle.name": name, "oracle.base_url": f"{server.url}/v1", "oracle.model": "judge", "oracle.retries": 2}
+        return toy_config(tmp_path, {**judge, "iterations": 2, "metrics.prometheus": False, **more})
+
+    return make
+
+
+def asked(server: JudgeServer) -> list[str]:
+    """Every question, without those of a start."""
+    texts = [body["messages"][0]["content"] for body in server.asked]
+    return [text for text in texts if not any(trial in text for trial in TRIAL)]
+
+
+def figure(run: Any, name: str, iteration: int, **labels: str) -> dict[str, Any]:
+    (record,) = [
+        r for r in read_metrics(run / "metrics.jsonl") if (r["name"], r["iteration"], r["labels"]) == (name, iteration, labels)
+    ]
+    return record
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "per_group"),
+    [
+        ("judge_pair", {}, 12),
+        ("judge_pair", {"oracle.query_plan": "ring", "oracle.votes": 2, "oracle.temperature": 0.5}, 16),
+        ("judge_score", {}, 4),
+        ("judge_score", {"oracle.listwise": True, "oracle.orders": 3}, 3),
+    ],
+)
+def test_the_requests_that_check_foretells_are_those_that_are_made(config, warm_cli, tmp_path, server, name, knobs, per_group):
+    file = config(name, **knobs, **{"oracle.price_per_million_tokens": {"input": 1.0, "output": 2.0}})
+    said = warm_cli("check", file)
+    assert said.returncode == 0, said.message
+    assert "Unclosed" not in said.stderr
+    foretold = re.search(
+        r"oracle: (\d+) requests for 4 responses .* (\d+) an iteration; .* (\d+) for the whole run", said.stdout
+    )
+    assert foretold is not None, said.stdout
+    assert re.search(r"about \$\d+\.\d\d at most", said.stdout)
+    server.asked.clear()
+    done = warm_cli("run", file)
+    assert done.returncode == 0, done.message
+    assert (int(foretold[1]), int(foretold[2]), int(foretold[3])) == (per_group, PROMPTS * per_group, len(server.asked))
+    run = tmp_path / "runs/toy"
+    assert figure(run, "oracle_requests", 1, phase="label")["value"] == PROMPTS * per_group
+    evaluated = sum(figure(run, "oracle_requests", t, phase="measure")["value"] for t in (0, 1, 2) if name != "judge_pair" or t)
+    assert evaluated == len(asked(server)) - 2 * PROMPTS * per_group
+    tokens = {way: figure(run, "oracle_tokens", 1, phase="label", direction=way)["value"] for way in ("in", "out")}
+    assert figure(run, "oracle_usd", 1, phase="label")["value"] == pytest.approx((tokens["in"] + 2 * tokens["out"]) / 1e6)
+    assert tokens["in"] > tokens["out"] > 0
+
+
+def test_killed_in_the_middle_of_a_group_nothing_is_paid_for_twice(config, warm_cli, tmp_path, server):
+    file = config(**{"oracle.max_requests": 1})
+    assert warm_cli("run", file).returncode == 0
+    whole, uninterrupted = Counter(asked(server)), everything(tmp_path / "runs/toy", 2)
+    server.asked.clear()
+    (tmp_path / "runs").rename(tmp_path / "first")
+    for at in (3 + 30, 4 + 30 + 3 + 20, 10**9):  # the question that is lost with the kill is asked again, no other
+        command = ("resume", tmp_path / "runs/toy") if server.asked else ("run", file)
+        process, out = warm_cli.start(*command)
+
+        def strike(n: int, body: Any, at: int = at, pid: int | None = process.pid) -> None:
+            if n == at and pid is not None:
+                os.kill(pid, signal.SIGKILL)
+
+        server.instead = strike
+        ended = warm_cli.finish(process, out)
+        assert ended.returncode == (0 if at == 10**9 else -signal.SIGKILL), ended.message
+    twice = Counter(asked(server)) - whole
+    assert sum(twice.values()) == 2
+    assert not whole - Counter(asked(server))
+    found = everything(tmp_path / "runs/toy", 2)
+    for key in ("pairs", "weights"):
+        assert found[key] == uninterrupted[key]
+    assert figure(tmp_path / "runs/toy", "oracle_requests", 1, phase="label")["value"] == PROMPTS * 12
+
+
+def test_no_failure_of_the_judge_reaches_training(config, warm_cli, tmp_path, server):
+    """A fifth of the answers goes wrong in every way there is; what may pass is asked again, the rest is unknown and nowhere a number."""
+    ways: list[Any] = [
+        (429, "", {"Retry-After": "0"}),
+        (500, "oops", {}),
+        GARBAGE,
+        HALF_A_REPLY,
+        CLOSED,
+        (200, completion('{"rationale": "", "verdict": "C"}'), {}),
+        (200, completion("both are fine"), {}),
+    ]
+
+    def chaos(n: int, body: Any) -> Any:
+        return ways[n // 5 % len(ways)] if n > 5 and n % 5 == 0 else None
+
+    server.instead = chaos
+    done = warm_cli("run", config(**{"oracle.read_from": "text", "oracle.retries": 5}))
+    assert done.returncode == 0, done.message
+    server.instead = lambda n, body: None
+    with RunDirectory.open(tmp_path / "runs/toy") as store:
+        rows = store.read(1, "verdicts")
+    cells = [cell for row in rows for line in row["preferences"] for cell in line]
+    assert set(cells) <= {None, 0.0, 0.5, 1.0}
+    unknown = cells.count(None) - 4 * len(rows)
+    failed = sum(line.split(": ")[1] == "parse_fail" for row in rows for line in row["raw"].splitlines())
+    assert 0 < unknown == failed
+    assert figure(tmp_path / "runs/toy", "oracle_requests", 1, phase="label")["value"] > PROMPTS * 12
+
+
+def test_a_judge_that_always_names_the_first_teaches_nothing(config, warm_cli, tmp_path, server):
+    server.label = lambda first, second: "A"
+    done = warm_cli("run", config(**{"oracle.read_from": "text", "iterations": 1}))
+    assert done.returncode == 0, done.message
+    assert "ties" in done.stdout
+    run = tmp_path / "runs/toy"
+    for name, value in (("swap_disagreement", 1), ("first_place_wins", 1), ("longer_wins", 0.5)):
+        record = figure(run, name, 1)
+        assert (record["value"], record["ci_low"], record["ci_high"]) == (value, value, value)
+        assert record["n"] > 6 * (PROMPTS - 1)
+    with RunDirectory.open(run) as store:
+        assert store.read(1, "pairs") == []
+    assert HELDOUT
+
+
+def test_a_wrong_key_stops_before_anything_starts(config, warm_cli, server):
+    server.instead = lambda n, body: (401, {"error": {"message": "who are you?"}}, {})
+    done = warm_cli("run", config())
+    assert done.returncode == 2, done.message
+    assert "oracle.api_key_env: " in done.stderr
+    assert "who are you?" in done.stderr
+    assert json.dumps(server.asked)  # one question
+    assert len(server.asked) == 1
