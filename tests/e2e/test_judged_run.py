@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -14,12 +13,12 @@ import pytest
 pytest.importorskip("aiohttp")
 
 from judges import CLOSED, GARBAGE, HALF_A_REPLY, JudgeServer, completion, judging
-from toy_runs import HELDOUT, PROMPTS, everything
+from toy_runs import PROMPTS, everything
 
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.trackers.jsonl import read_metrics
 
-TRIAL = ("What is 2 + 2?", "It was bad, the answer is 7.")
+TRIAL = ("What is 2 + 2?", "It was bad, the answer is 7.", "It was good.")
 """What is asked at every start."""
 
 
@@ -57,7 +56,6 @@ def figure(run: Any, name: str, iteration: int, **labels: str) -> dict[str, Any]
         ("judge_pair", {}, 12),
         ("judge_pair", {"oracle.query_plan": "ring", "oracle.votes": 2, "oracle.temperature": 0.5}, 16),
         ("judge_score", {}, 4),
-        ("judge_score", {"oracle.listwise": True, "oracle.orders": 3}, 3),
     ],
 )
 def test_the_requests_that_check_foretells_are_those_that_are_made(config, warm_cli, tmp_path, server, name, knobs, per_group):
@@ -150,7 +148,6 @@ def test_a_judge_that_always_names_the_first_teaches_nothing(config, warm_cli, t
         assert record["n"] > 6 * (PROMPTS - 1)
     with RunDirectory.open(run) as store:
         assert store.read(1, "pairs") == []
-    assert HELDOUT
 
 
 def test_a_wrong_key_stops_before_anything_starts(config, warm_cli, server):
@@ -159,5 +156,4 @@ def test_a_wrong_key_stops_before_anything_starts(config, warm_cli, server):
     assert done.returncode == 2, done.message
     assert "oracle.api_key_env: " in done.stderr
     assert "who are you?" in done.stderr
-    assert json.dumps(server.asked)  # one question
     assert len(server.asked) == 1

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol, TypeVar
 
@@ -116,8 +116,9 @@ def listening(server: S) -> Iterator[S]:
             self.send_response(200 if status == HALF else status)
             for name, value in {"Content-Length": str(len(data)), **headers}.items():
                 self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
+            with suppress(ConnectionError):  # nobody waits for it any more
+                self.end_headers()
+                self.wfile.write(data)
 
         def log_message(self, *args: Any) -> None: ...
 

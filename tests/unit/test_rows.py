@@ -97,23 +97,34 @@ whole_prompts = st.builds(
 @st.composite
 def verdicts(draw):
     k = draw(st.integers(1, 3))
+    scores = draw(st.none() | st.lists(cells, min_size=k, max_size=k).map(tuple))
     vector = st.lists(cells, min_size=k, max_size=k).map(tuple)
     matrix = st.lists(vector, min_size=k, max_size=k).map(tuple)
     return Verdict(
         annotator=draw(texts),
         oracle_version=draw(texts),
-        scores=draw(st.none() | vector),
+        scores=scores,
+        unjudged=tuple(i for i, score in enumerate(scores or ()) if math.isnan(score)),
         preferences=draw(st.none() | matrix),
+        log_odds=draw(st.none() | matrix),
+        on_disagree=draw(st.sampled_from(("average", "tie", "drop"))),
         strength=draw(st.none() | matrix),
         temperature=draw(st.floats(0.01, 10)),
         raw=draw(st.none() | texts),
-        cost=draw(
-            st.builds(Cost, calls=st.integers(0, 99), seconds=st.floats(0, 9), usd=st.floats(0, 9), tokens=st.integers(0, 99))
-        ),
+        cost=draw(costs),
     )
 
 
-failures = st.builds(Failure, kind=st.sampled_from(("error", "timeout", "refused", "parse_fail", "budget")), message=texts)
+costs = st.builds(
+    Cost,
+    calls=st.integers(0, 99),
+    seconds=st.floats(0, 9),
+    usd=st.floats(0, 9),
+    tokens=st.integers(0, 99),
+    tokens_out=st.integers(0, 99),
+)
+kinds = st.sampled_from(("error", "timeout", "refused", "parse_fail", "budget"))
+failures = st.builds(Failure, kind=kinds, message=texts, cost=costs)
 
 
 def through_disk(values, codec):
@@ -264,3 +275,17 @@ def test_a_verdict_of_an_older_run_has_a_temperature_of_1():
         _, found = result_from_row(older)
         assert isinstance(found, Verdict)
         assert found.temperature == 1.0
+
+
+def test_labels_of_an_older_run_have_no_log_odds_and_failures_that_say_no_cost():
+    verdict = Verdict(
+        annotator="a", oracle_version="1", preferences=((np.nan, 1.0), (0.0, np.nan)), cost=Cost(calls=2, tokens=7)
+    )
+    row = result_row("p", verdict)
+    older = {k: v for k, v in row.items() if k not in ("log_odds", "on_disagree")}
+    older["cost"] = {k: v for k, v in row["cost"].items() if k != "tokens_out"}
+    _, found = result_from_row(older)
+    assert (found.log_odds, found.on_disagree, found.cost) == (None, "average", Cost(calls=2, tokens=7))
+    failed = result_row("p", Failure(kind="error", message="x", cost=Cost(calls=3)))
+    assert result_from_row(failed)[1].cost == Cost(calls=3)
+    assert result_from_row(failed | {"cost": None})[1].cost == Cost()

@@ -73,6 +73,9 @@ def test_what_is_judged():
         ({"raw": {"words": "good"}}, "parse_fail"),
         ({"cost": None}, "parse_fail"),
         ({"strength": ((1.0,),)}, "wrong_length"),
+        ({"log_odds": ((1.0,),)}, "wrong_length"),
+        ({"log_odds": ((NAN, 1.0), (1.0, NAN))}, "non_finite"),
+        ({"unjudged": (1,)}, "non_finite"),
     ],
 )
 def test_what_could_not_be_stored_is_no_verdict(more, kind):
@@ -82,3 +85,31 @@ def test_what_could_not_be_stored_is_no_verdict(more, kind):
     assert problem.kind == kind
     fine = scored(1.0, 0.0, raw="good", strength=((NAN, 1.0), (NAN, NAN)))
     assert fine.problem(2) is None
+
+
+def test_log_odds_lose_what_the_place_adds_and_are_divided_by_the_temperature():
+    """L_raw = gap + bias in both orders."""
+    odds = ((NAN, 2.0 + 0.7), (-2.0 + 0.7, NAN))
+    probs = tuple(tuple(1 / (1 + math.exp(-x)) for x in row) for row in odds)
+    assert compared(*probs, log_odds=odds).matrix()[0, 1] == pytest.approx(1 / (1 + math.exp(-2.0)))
+    assert compared(*probs, log_odds=odds, temperature=4.0).matrix()[0, 1] == pytest.approx(1 / (1 + math.exp(-0.5)))
+    one_order = compared((NAN, probs[0][1]), (NAN, NAN), log_odds=((NAN, 2.7), (NAN, NAN)))
+    assert one_order.matrix()[1, 0] == pytest.approx(1 / (1 + math.exp(2.7)))
+
+
+@pytest.mark.parametrize(("rule", "expected"), [("average", 0.6), ("tie", 0.5), ("drop", NAN)])
+def test_orders_that_name_different_winners(rule, expected):
+    rows = ((NAN, 0.9, 0.9), (0.7, NAN, 0.5), (0.2, 1.0, NAN))
+    verdict = compared(*rows, on_disagree=rule)
+    assert verdict.disagreements().tolist() == [[False, True, False], [True, False, False], [False, False, False]]
+    assert verdict.matrix()[0, 1] == pytest.approx(expected, nan_ok=True)
+    assert verdict.matrix()[0, 2] == pytest.approx(0.85)
+    assert verdict.matrix()[1, 2] == pytest.approx(0.25), "a tie in one order contradicts nothing"
+
+
+def test_a_response_without_a_score_is_said_to_be_so():
+    fine = scored(1.0, NAN, unjudged=(1,))
+    assert fine.problem(2) is None
+    assert fine.judged().tolist() == [True, False]
+    for wrong in (scored(1.0, NAN), scored(1.0, 2.0, unjudged=(1,)), scored(NAN, NAN, unjudged=(1,))):
+        assert wrong.problem(2) is not None

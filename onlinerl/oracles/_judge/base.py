@@ -370,7 +370,7 @@ class Judge(Oracle):
             why = "cut at max_tokens" if reply.cut else "no verdict"
             return Said(status="parse_fail", words=f"{why}: {reply.text[-SHOWN:]!r}", cost=reply.cost)
         if fresh and self._kept is not None:
-            self._kept.put(key, reading.pruned(question.form, reply))
+            await self._kept.put(key, reading.pruned(question.form, reply))
         values, log_odds, words = found
         return Said(status="ok", values=values, log_odds=log_odds, words=words[:SHOWN], cost=reply.cost, key=key)
 

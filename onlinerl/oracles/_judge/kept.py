@@ -5,6 +5,7 @@ One JSON object per line in `replies.jsonl`, on the disk before the reply is use
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -28,6 +29,9 @@ class Kept:
     def __init__(self, folder: Path) -> None:
         self._path = folder / "replies.jsonl"
         self._replies: dict[str, list[Reply]] = {}
+        self._written = self._durable = 0
+        """Lines of this process, and how many of them are on the disk for sure."""
+        self._disk = asyncio.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -56,10 +60,19 @@ class Kept:
         replies = self._replies.get(key)
         return replies.pop() if replies else None
 
-    def put(self, key: str, reply: Reply) -> None:
-        """Durable when it returns."""
+    async def put(self, key: str, reply: Reply) -> None:
+        """Durable when it returns; replies that come while the disk is at work wait for it together."""
         tokens = [[token.text, dict(token.alternatives)] for token in reply.tokens]
         self._write({"key": key, "text": reply.text, "cut": reply.cut, "tokens": tokens, "cost": asdict(reply.cost)})
+        mine = self._written
+        async with self._disk:
+            if self._durable < mine:
+                until = self._written
+                try:
+                    await asyncio.to_thread(os.fdatasync, self._file)
+                except OSError as error:
+                    raise self._unusable(error) from error
+                self._durable = until
 
     def counted(self, keys: Iterable[str]) -> None:
         """A failure says already what these have cost: a later verdict must not say it again."""
@@ -75,9 +88,9 @@ class Kept:
             line = json.dumps(entry).encode() + b"\n"
             if os.write(self._file, line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fdatasync(self._file)
         except OSError as error:
             raise self._unusable(error) from error
+        self._written += 1
 
     def _unusable(self, error: OSError) -> OracleError:
         return OracleError(f"{self._path} cannot be written: {error.strerror}", field="runs", fix="make room, then resume")
