@@ -74,8 +74,8 @@ class Reporter:
             self._one("oracle_requests", float(cost.calls), labels=labels),
             self._one("oracle_seconds", cost.seconds, labels=labels),
         ]
-        for direction, tokens in (("in", cost.tokens - cost.tokens_out), ("out", cost.tokens_out)) if cost.tokens else ():
-            metrics.append(self._one("oracle_tokens", float(tokens), labels={**labels, "direction": direction}))
+        for kind, tokens in (("prompt", cost.tokens - cost.tokens_out), ("completion", cost.tokens_out)) if cost.tokens else ():
+            metrics.append(self._one("oracle_tokens", float(tokens), labels={**labels, "kind": kind}))
         if cost.usd:
             metrics.append(self._one("oracle_usd", cost.usd, labels=labels))
         self._log(iteration, *metrics)

@@ -106,8 +106,8 @@ class Verdict:
         if self.scores is not None:
             if len(self.scores) != count:
                 return Failure(kind="wrong_length", message=f"{len(self.scores)} scores for {count} responses")
-            judged = [score for k, score in enumerate(self.scores) if k not in self.unjudged]
-            if not np.isfinite(judged).all() or len(judged) + len(self.unjudged) != count:
+            values = np.asarray(self.scores, dtype=np.float64)
+            if np.isinf(values).any() or set(np.flatnonzero(np.isnan(values)).tolist()) != {*self.unjudged}:
                 return Failure(kind="non_finite", message=f"scores {self.scores}")
         if self.preferences is not None:
             if [len(row) for row in self.preferences] != [count] * count:

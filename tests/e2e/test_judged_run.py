@@ -76,9 +76,11 @@ def test_the_requests_that_check_foretells_are_those_that_are_made(config, warm_
     assert figure(run, "oracle_requests", 1, phase="label")["value"] == PROMPTS * per_group
     evaluated = sum(figure(run, "oracle_requests", t, phase="measure")["value"] for t in (0, 1, 2) if name != "judge_pair" or t)
     assert evaluated == len(asked(server)) - 2 * PROMPTS * per_group
-    tokens = {way: figure(run, "oracle_tokens", 1, phase="label", direction=way)["value"] for way in ("in", "out")}
-    assert figure(run, "oracle_usd", 1, phase="label")["value"] == pytest.approx((tokens["in"] + 2 * tokens["out"]) / 1e6)
-    assert tokens["in"] > tokens["out"] > 0
+    tokens = {way: figure(run, "oracle_tokens", 1, phase="label", kind=way)["value"] for way in ("prompt", "completion")}
+    assert figure(run, "oracle_usd", 1, phase="label")["value"] == pytest.approx(
+        (tokens["prompt"] + 2 * tokens["completion"]) / 1e6
+    )
+    assert tokens["prompt"] > tokens["completion"] > 0
 
 
 def test_killed_in_the_middle_of_a_group_nothing_is_paid_for_twice(config, warm_cli, tmp_path, server):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from onlinerl.controller import evaluation
+from onlinerl.controller.comparing import Compared
 from onlinerl.controller.fleet import FleetReporter
 from onlinerl.controller.parts import Built
 from onlinerl.controller.report import Reporter
@@ -19,6 +21,7 @@ from onlinerl.metrics.definition import per_step
 from onlinerl.protocols.tracker import Tracker
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.types import (
+    Cost,
     Group,
     Metric,
     Prompt,
@@ -56,7 +59,13 @@ class Broken(Tracker):
 def group(number: int) -> Group:
     rollouts = tuple(
         Rollout(
-            token_ids=(k,), logprobs=(-1.0,), text=str(k), finish_reason="stop", policy_version=0, sampler=Sampling(), seed=k
+            token_ids=(k,),
+            logprobs=(-1.0,),
+            text=str(k) * (k + 1),
+            finish_reason="stop",
+            policy_version=0,
+            sampler=Sampling(),
+            seed=k,
         )
         for k in range(2)
     )
@@ -111,6 +120,9 @@ def everything(report: Reporter, learner: dict[str, float], figures: dict[str, f
     report.sampled(1, [Sampled.of(group) for group in GROUPS], kept=2)
     report.labelled(1, ok=2, failed=1, spreads=[0.5, 0.5])
     report.asked(1, "label", 1, 3)
+    report.paid(1, "label", Cost(calls=3, seconds=2.0, usd=0.5, tokens=10, tokens_out=4))
+    compares = Verdict(annotator="a", oracle_version="1", preferences=((math.nan, 0.9), (0.8, math.nan)))
+    report.compared(1, [Compared.of(group, compares) for group in GROUPS])
     report.skipped(1, 1)
     report.trained(1, steps(learner, learner), BUILT, None, 0, figures)
     sync = SyncReport(
