@@ -47,6 +47,10 @@ class JudgePair(Judge):
     def _labels(self) -> tuple[str, ...]:
         return ("A", "B", "tie") if self.ties and not self._can.logprobs else ("A", "B")
 
+    @property
+    def _may_be_cut(self) -> bool:
+        return not self.rationale and self._can.logprobs
+
     def _schema(self, k: int) -> Mapping[str, Any]:
         return {"type": "string", "enum": list(self._labels)}
 

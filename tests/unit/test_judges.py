@@ -442,12 +442,13 @@ def test_what_may_pass_is_asked_again_and_only_that_and_is_paid_for(judge, serve
         (GARBAGE, "parse_fail", 1),
         ((200, {"choices": []}, {}), "parse_fail", 1),
         ((200, completion("I cannot say"), {}), "parse_fail", 1),
+        ((200, {"choices": [{"message": {"content": None, "refusal": "never"}}]}, {}), "refused", 1),
         ((200, completion('{"verdict": "C", "rationale": ""}'), {}), "parse_fail", 1),
         ((200, completion('{"verdict": "B", "verdict": "A", "rationale": ""}'), {}), "parse_fail", 1),
         ((400, {"error": {"message": "too long"}}, {}), "refused", 1),
         ((422, "", {}), "refused", 1),
     ],
-    ids=["500", "closed", "hang", "garbage", "empty", "words", "wrong label", "twice", "400", "422"],
+    ids=["500", "closed", "hang", "garbage", "empty", "words", "refusal", "wrong label", "twice", "400", "422"],
 )
 def test_a_failure_is_never_a_score(judge, server, fault, kind, calls):
     """The cells that failed are unknown; the other order stands alone. With nothing left it is a Failure, and what it cost is counted."""
@@ -573,6 +574,29 @@ def test_who_loses_patience_and_asks_again_pays_nothing_twice(judge, server, mon
     [((_, verdict),)] = list(asking.answers(oracle, [query("x", "yg")]))
     assert isinstance(verdict, Verdict)
     assert len(server.asked) == 2
+
+
+def test_a_reply_that_is_cut_is_no_verdict(judge, server):
+    """1 may have been going to be 10. Only where log-probs of the first token are all that counts the rest does not matter."""
+
+    def cut(n: int, body: Any) -> Any:
+        said = server.usual(body)
+        said["choices"][0]["finish_reason"] = "length"
+        return 200, said, {}
+
+    plain = {"response_format": "text", "rationale": False, "max_tokens": 1}
+    server.instead = cut
+    for name, knobs in (
+        ("judge_score", plain),
+        ("judge_score", {}),
+        ("judge_pair", {}),
+        ("judge_pair", {**plain, "read_from": "text"}),
+    ):
+        failure = one(judge(name, **knobs), "x", "yg")
+        assert isinstance(failure, Failure)
+        assert "cut at max_tokens" in failure.message
+    assert one(judge(**plain), "x", "yg").matrix()[1, 0] > 0.7
+    assert server.asked[-1]["max_tokens"] == 1
 
 
 # --- what is kept ---

@@ -176,6 +176,11 @@ class Judge(Oracle):
     def _reads(self) -> Literal["auto", "logprobs", "text"]:
         return self.read_from
 
+    @property
+    def _may_be_cut(self) -> bool:
+        """Whether a reply says all that counts before its end."""
+        return False
+
     def _schema(self, k: int) -> Mapping[str, Any]:
         """JSON schema of the verdict, of k responses."""
         raise NotImplementedError
@@ -365,7 +370,7 @@ class Judge(Oracle):
             reply = await self._endpoint.ask(body)
         if reply.status != "ok":
             return Said(status=reply.status, words=reply.text, cost=reply.cost)
-        found = None if reply.cut and self.rationale else question.read(reply)
+        found = None if reply.cut and not self._may_be_cut else question.read(reply)
         if found is None:
             why = "cut at max_tokens" if reply.cut else "no verdict"
             return Said(status="parse_fail", words=f"{why}: {reply.text[-SHOWN:]!r}", cost=reply.cost)
