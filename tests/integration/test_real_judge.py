@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pytest
 from onlinerl.config import component
 from onlinerl.network import free_port
 from onlinerl.oracles._judge.base import Judge
+from onlinerl.oracles._judge.endpoint import digest
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Prompt, Query, Verdict
 
@@ -66,67 +69,50 @@ def served() -> Iterator[str]:
             process.wait()
 
 
-def judged(url: str, **knobs: object) -> tuple[Judge, Verdict]:
-    knobs = {"base_url": url, "model": "judge", "rationale": False, "request_timeout_s": 300.0, **knobs}
-    oracle = component({"name": "judge_pair", **knobs}, "oracle", "oracles", Oracle)
-    try:
-        oracle.open()
-        prompt = Prompt(id="p", text="What is the capital of France?", token_ids=(1,))
-        (verdict,) = oracle.ask([Query(prompt=prompt, responses=RESPONSES)])
-        assert isinstance(verdict, Verdict), verdict
-        return oracle, verdict
-    finally:
-        oracle.close()
+PROMPT = Prompt(id="p", text="What is the capital of France?", token_ids=(1,))
+
+
+def opened(url: str, name: str, **knobs: object) -> Judge:
+    spec = {"name": name, "base_url": url, "model": "judge", "rationale": False, "request_timeout_s": 300.0, **knobs}
+    oracle = component(spec, "oracle", "oracles", Oracle)
+    oracle.open()
+    return oracle
 
 
 @pytest.mark.parametrize("written", ["json_schema", "text"])
-def test_the_verdict_is_that_of_the_model_s_own_logits_in_both_orders(served: str, written: str) -> None:
+def test_the_verdict_is_that_of_the_model_s_own_logits_in_both_orders(served: str, tmp_path: Path, written: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    oracle, verdict = judged(served, response_format=written, read_from="logprobs")
+    oracle = opened(served, "judge_pair", response_format=written, read_from="logprobs")
+    oracle.remember(tmp_path)
+    (verdict,) = oracle.ask([Query(prompt=PROMPT, responses=RESPONSES)])
+    asked = {cell: oracle._body(question, 3) for cell, (question,) in oracle._questions(PROMPT, RESPONSES).items()}
+    oracle.close()
+    assert isinstance(verdict, Verdict), verdict
 
+    replies = {line["key"]: line["tokens"] for line in map(json.loads, (tmp_path / "replies.jsonl").read_text().splitlines())}
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    labels = [tokenizer.encode(label, add_special_tokens=False) for label in "AB"]
-    assert all(len(tokens) == 1 for tokens in labels)
+    first, second = (tokenizer.encode(label, add_special_tokens=False)[0] for label in "AB")
     expected = np.full((3, 3), np.nan)
-    prompt = Prompt(id="p", text="What is the capital of France?", token_ids=(1,))
-    oracle.open()
-    for (i, j), (question,) in oracle._questions(prompt, RESPONSES).items():
-        messages = [{"role": "user", "content": question.text}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        text += '{"verdict": "' if written == "json_schema" else ""
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    for cell, body in asked.items():
+        text = tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
+        text += "".join(said for said, _ in itertools.takewhile(lambda token: not token[1], replies[digest(body)]))
         with torch.inference_mode():
-            logits = model(ids).logits[0, -1].double()
-        expected[i, j] = float(logits[labels[0][0]] - logits[labels[1][0]])
-    oracle.close()
-    found = np.array(verdict.log_odds)
-    print(written, found, expected, verdict.raw)
+            logits = model(tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids).logits[0, -1].double()
+        expected[cell] = float(logits[first] - logits[second])
     off = ~np.eye(3, dtype=bool)
-    np.testing.assert_allclose(found[off], expected[off], atol=0.02)
+    np.testing.assert_allclose(np.array(verdict.log_odds)[off], expected[off], atol=0.02)
     np.testing.assert_allclose(verdict.matrix()[off], (1 / (1 + np.exp(-(expected - expected.T) / 2)))[off], atol=0.01)
     assert verdict.cost.calls == 6
-    assert verdict.cost.tokens_out > 0
+    assert verdict.cost.tokens > verdict.cost.tokens_out > 0
 
 
 def test_a_score_is_an_expectation(served: str) -> None:
-    prompt = Prompt(id="p", text="What is the capital of France?", token_ids=(1,))
-    knobs = {
-        "base_url": served,
-        "model": "judge",
-        "rationale": False,
-        "request_timeout_s": 300.0,
-        "response_format": "json_schema",
-    }
-    oracle = component({"name": "judge_score", **knobs}, "oracle", "oracles", Oracle)
-    try:
-        oracle.open()
-        (verdict,) = oracle.ask([Query(prompt=prompt, responses=RESPONSES)])
-    finally:
-        oracle.close()
+    oracle = opened(served, "judge_score", response_format="json_schema")
+    (verdict,) = oracle.ask([Query(prompt=PROMPT, responses=RESPONSES)])
+    oracle.close()
     assert isinstance(verdict, Verdict), verdict
-    print(verdict)
     assert all(1 < score < 5 for score in verdict.scores)
     assert any(score != round(score) for score in verdict.scores)
