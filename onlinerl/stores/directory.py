@@ -9,6 +9,7 @@
     checkpoints/0001/        resumable state after iteration 1
     auxiliary/0001/          the same of the auxiliary weights, for algorithms that have some
     exports/0001/            the policy after iteration 1 in Hugging Face format
+    oracle/                  what an oracle has paid for and not yet made a verdict of, if it keeps any
     references/0001/         the reference after iteration 1, where it is an average of iterates
 
 Each method leaves the directory in a state from which a run can be resumed, wherever it is killed. Any thread may call them.
