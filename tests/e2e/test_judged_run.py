@@ -53,7 +53,6 @@ def figure(run: Any, name: str, iteration: int, **labels: str) -> dict[str, Any]
 @pytest.mark.parametrize(
     ("name", "knobs", "per_group"),
     [
-        ("judge_pair", {}, 12),
         ("judge_pair", {"oracle.query_plan": "ring", "oracle.votes": 2, "oracle.temperature": 0.5}, 16),
         ("judge_score", {}, 4),
     ],

@@ -21,7 +21,7 @@ from judges import CLOSED, GARBAGE, HALF_A_REPLY, JudgeServer, completion, judgi
 from onlinerl.config import component
 from onlinerl.controller import asking
 from onlinerl.errors import ConfigError, OracleError
-from onlinerl.oracles._judge import endpoint, plans, templates
+from onlinerl.oracles._judge import endpoint, kept, plans, templates
 from onlinerl.oracles._judge.base import Judge
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Cost, Failure, Message, Prompt, Query, Verdict
@@ -635,6 +635,41 @@ def test_killed_within_a_group_a_resume_asks_only_for_what_has_no_answer(judge, 
     fresh = one(judge())
     assert np.allclose(verdict.log_odds, fresh.log_odds, equal_nan=True), "a kept reply says what a fresh one says"
     assert verdict.raw == fresh.raw
+
+
+def test_what_is_kept_has_an_end(judge, server, tmp_path, monkeypatch):
+    """Two files of bounded size; the newest replies are in them."""
+    monkeypatch.setattr(kept, "FULL_BYTES", 4000)
+    first = judge()
+    first.remember(tmp_path)
+    for n in range(5):
+        one(first, name=f"p{n}", reference_answer=str(n))
+    first.close()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["replies.jsonl", "replies.older.jsonl"]
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 4 * 4000
+    again = judge()
+    again.open()
+    again.remember(tmp_path)
+    before = len(server.asked)
+    one(again, name="p4", reference_answer="4")
+    assert len(server.asked) == before, "the last group is there"
+    one(again, name="p0", reference_answer="0")
+    assert len(server.asked) == before + 12, "the first is gone"
+
+
+def test_half_a_surrogate_pair_is_judged_as_any_text(judge):
+    for name in ("judge_pair", "judge_score"):
+        assert isinstance(one(judge(name), "g \ud83d", "b"), Verdict)
+
+
+def test_a_resume_may_change_where_the_judge_is_and_not_how_it_judges(toy_config, tmp_path):
+    from onlinerl.config import load, resumable
+
+    spec = {"oracle.name": "judge_pair", "oracle.base_url": "http://127.0.0.1:1/v1", "oracle.model": "m"}
+    free = {key for key in resumable(load(toy_config(tmp_path, spec))) if key.startswith("oracle.")}
+    where = {"base_url", "api_key_env", "request_timeout_s", "max_requests", "price_per_million_tokens"}
+    shared = {"groups_per_call", "max_concurrent", "call_timeout_s", "retries"}
+    assert free == {f"oracle.{key}" for key in where | shared}
 
 
 def test_what_a_failure_has_cost_is_said_once(judge, server, tmp_path):

@@ -423,7 +423,7 @@ class Judge(Oracle):
         return templates.filled(self._words["template"], {"rubric": self._words["rubric"], **common, **texts})
 
     def _seed(self, *parts: object) -> int:
-        return derive_seed("judge", *parts)
+        return derive_seed("judge", *map(ascii, parts))  # half a surrogate pair has no UTF-8
 
 
 def _line(about: Any, said: Said) -> str:

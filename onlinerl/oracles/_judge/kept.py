@@ -1,6 +1,7 @@
 """Replies that are paid for and whose verdict is not complete yet, on the disk of the run: a resume asks only for the others.
 
 One JSON object per line in `replies.jsonl`, on the disk before the reply is used. The last line may be torn by a kill and is then left out.
+When the file is full another one is begun, and the one before the last goes: verdicts of so long ago are complete.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from onlinerl.errors import OracleError
 from onlinerl.oracles._judge.endpoint import Reply, Token
 from onlinerl.types import Cost
 
+FULL_BYTES = 32 << 20
+
 
 class Kept:
     """Of one run.
@@ -27,24 +30,27 @@ class Kept:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "replies.jsonl"
+        self._path, self._older = folder / "replies.jsonl", folder / "replies.older.jsonl"
         self._replies: dict[str, list[Reply]] = {}
         self._written = self._durable = 0
         """Lines of this process, and how many of them are on the disk for sure."""
         self._disk = asyncio.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            self._read()
+            if self._older.exists():
+                self._read(self._older.read_bytes())
+            self._file = self._opened()
+            data = self._path.read_bytes()
+            os.ftruncate(self._file, data.rfind(b"\n") + 1)
+            self._read(data)
         except OSError as error:
             raise self._unusable(error) from error
 
-    def _read(self) -> None:
-        data = self._path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            os.ftruncate(self._file, len(whole))
-        for line in whole.splitlines():
+    def _opened(self) -> int:
+        return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def _read(self, data: bytes) -> None:
+        for line in data[: data.rfind(b"\n") + 1].splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:  # a block that a power cut left unwritten: that reply is asked for again
@@ -54,6 +60,13 @@ class Kept:
                     self._replies[key] = [_free(reply) for reply in self._replies.get(key, ())]
             else:
                 self._replies.setdefault(entry["key"], []).append(_from_entry(entry))
+
+    def _begin_another(self) -> None:
+        os.fdatasync(self._file)  # what others have written meanwhile
+        self._durable = self._written
+        os.close(self._file)
+        os.replace(self._path, self._older)
+        self._file = self._opened()
 
     def take(self, key: str) -> Reply | None:
         """A reply of an earlier attempt, once."""
@@ -70,9 +83,11 @@ class Kept:
                 until = self._written
                 try:
                     await asyncio.to_thread(os.fdatasync, self._file)
+                    self._durable = until
+                    if os.fstat(self._file).st_size > FULL_BYTES:
+                        self._begin_another()
                 except OSError as error:
                     raise self._unusable(error) from error
-                self._durable = until
 
     def counted(self, keys: Iterable[str]) -> None:
         """A failure says already what these have cost: a later verdict must not say it again."""
