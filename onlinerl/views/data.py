@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from onlinerl.config import RunConfig
+from onlinerl.config import RunConfig, algorithm
 from onlinerl.prompts._rendering import tokenized
 from onlinerl.prompts._rows import question
 from onlinerl.protocols.prompts import Which
@@ -35,11 +35,22 @@ def inspect(config: RunConfig, reads: Any, limit: int) -> dict[str, Any]:
     return {
         "model": config.model,
         "tokenized": reads is not None,
-        "remarks": config.prompts.remarks(),
+        "remarks": [*config.prompts.remarks(), *_goals(config)],
         "overlap": sum(question(each) in asked for each in raw["heldout"]),
         "train": _one(config, "train", raw["train"], reads, limit),
         "heldout": _one(config, "heldout", raw["heldout"], reads, limit),
     }
+
+
+def _goals(config: RunConfig) -> list[str]:
+    """What an algorithm adds to prompts."""
+    goals = algorithm(config).needs.goals
+    if goals is None:
+        return []
+    said = goals.said(goals.scale)
+    return [
+        f"{config.algorithm['name']} puts {said!r} before the prompts below ({goals.place} turn), with other scores while it trains"
+    ]
 
 
 def _one(config: RunConfig, which: Which, raw: Sequence[RawPrompt], reads: Any, limit: int) -> dict[str, Any]:

@@ -68,6 +68,12 @@ def test_of_a_model_that_is_not_here_the_words_are_shown(toy_config, warm_cli, f
     assert "org/not-here is not on this machine: nothing was rendered" in shown.stdout
 
 
+def test_what_an_algorithm_adds_to_them_is_said(toy_config, warm_cli, files, tmp_path):
+    shown = warm_cli("data", toy_config(tmp_path, {**files, "algorithm.name": "reward_augmented"}), "--limit", "0")
+    assert shown.returncode == 0, shown.stderr
+    assert "reward_augmented puts '" in shown.stdout
+
+
 def test_prompts_in_both_files_are_counted(toy_config, warm_cli, files, tmp_path):
     shown = warm_cli(
         "data", toy_config(tmp_path, {**files, "prompts.heldout": "train.jsonl", "prompts.filter_duplicates": False})
