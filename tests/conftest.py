@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from digits import count_in_digits
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several files run at once. Threads that wait for each other on cores that are taken would slow all of them down.
@@ -99,17 +100,8 @@ def counting_model(tiny_model, tmp_path_factory) -> Path:
     """The same, but it knows the numbers from 1 to 10 as digits instead of words, as prompts with goals have them."""
     path = tmp_path_factory.mktemp("models") / "counting"
     shutil.copytree(tiny_model, path)
-    count_in_digits(path)
+    count_in_digits(path, NUMBERS[:10])
     return path
-
-
-def count_in_digits(model: Path) -> None:
-    """Give the words from one to ten of a model's tokenizer other names."""
-    file = model / "tokenizer.json"
-    core = json.loads(file.read_text())
-    digits = {word: str(n) for n, word in enumerate(NUMBERS[:10], start=1)}
-    core["model"]["vocab"] = {digits.get(word, word): i for word, i in core["model"]["vocab"].items()}
-    file.write_text(json.dumps(core))
 
 
 def write_prompts(path: Path, count: int, *, start: int = 0, answer: str | None = None) -> Path:

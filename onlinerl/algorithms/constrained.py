@@ -100,7 +100,7 @@ class Constrained(PolicyGradient):
         """Of a policy gradient, the scores by name, and the reference if a KL is an objective or has a price."""
         more = {
             "components": tuple(name for name in self._names if name != "score"),
-            "reference": self.kl_coef > 0 or self._reads_kl,
+            "reference": self.kl_coef > 0 or self.online_kl > 0 or self._reads_kl,
             "kl_in_reward": self.form == "cost" and self.kl_coef > 0,
             "min_samples": 2,
         }
@@ -237,7 +237,8 @@ def _knobs(of: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     if of["importance_sampling_mode"] != "token_truncate":
         given["importance_sampling_mode"] = of["importance_sampling_mode"]
     price = 0.0 if of["form"] == "cost" else of["kl_coef"]
-    return tuple((given | {"importance_sampling_cap": of["importance_sampling_cap"], "kl_coef": price}).items())
+    given |= {name: of[name] for name in ("importance_sampling_cap", "online_kl")}
+    return tuple((given | {"kl_coef": price}).items())
 
 
 @cache

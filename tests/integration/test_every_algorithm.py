@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import count_in_digits
+from digits import count_in_digits
 
 from onlinerl import registry
 from onlinerl.stores.summary import summarise
 
 NAMES = registry.names("algorithms")
 REQUEUE = 75
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 ITERATIONS = 2
 
 pytestmark = [pytest.mark.engine, pytest.mark.algorithms, pytest.mark.timeout(4 * 3600)]
@@ -39,7 +40,7 @@ def write_sweep(folder: Path, model: Path) -> Path:
     (folder / "heldout.jsonl").write_text("\n".join(json.dumps({"text": f"the music {w} the camera"}) for w in ("of", "and")))
     counting = folder / "model"  # prompts with goals say them in digits
     shutil.copytree(model, counting)
-    count_in_digits(counting)
+    count_in_digits(counting, NUMBERS)
     base = {
         "name": "base",
         "runs": str(folder / "runs"),

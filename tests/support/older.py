@@ -20,8 +20,8 @@ from onlinerl.synonyms import RENAMED
 
 COLUMNS = {"old_logprobs": "old", "reference_logprobs": "reference"}
 """Columns of today -> what formats 1 to 5 called them."""
-LATER = "anchor_logprobs"
-"""A column that they did not have."""
+LATER = {"anchor_logprobs", "ches"}
+"""Columns that they did not have."""
 
 
 def append_lines(path: Path, rows: Sequence[Mapping[str, Any]], *, checksums: bool = True) -> None:
@@ -134,7 +134,7 @@ def as_format_5(run: Path) -> None:
 
 
 def _with_old_columns(table: Any) -> Any:
-    had = table.select([name for name in table.schema.names if name != LATER])
+    had = table.select([name for name in table.schema.names if name not in LATER])
     return had.rename_columns([COLUMNS.get(name, name) for name in had.schema.names])
 
 

@@ -298,7 +298,7 @@ def column_names(folder: Path) -> dict[str, set[str]]:
     """As they are in the files of a table: which of those of today, and which of those of format 5."""
     files = {p.name: pq.read_schema(p) for p in sorted(folder.glob("logprobs.parquet/*"))}
     files |= {p.name: _journal.Journal(p, pa.schema([])).schema for p in folder.glob("logprobs.*.journal")}
-    return {name: set(schema.names) - {"prompt_id", "logprobs", "values", older.LATER} for name, schema in files.items()}
+    return {name: set(schema.names) - {"prompt_id", "logprobs", "values", *older.LATER} for name, schema in files.items()}
 
 
 OLD, NOW = set(older.COLUMNS.values()), set(older.COLUMNS)
@@ -307,7 +307,7 @@ OLD, NOW = set(older.COLUMNS.values()), set(older.COLUMNS)
 @pytest.fixture
 def of_format_5(tmp_path, monkeypatch) -> RunDirectory:
     """A run with a complete table of iteration 1 and one that grows, of iteration 2; both have several parts."""
-    monkeypatch.setattr(_tables, "PART_BYTES", 1200)
+    monkeypatch.setattr(_tables, "PART_BYTES", 1500)
     monkeypatch.setattr(_parts, "ROW_GROUP_BYTES", 300)
     path = tmp_path / "old"
     with RunDirectory.create(path, config_yaml="", manifest={"name": "old", "fingerprint": {}}) as run:

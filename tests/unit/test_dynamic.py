@@ -10,6 +10,7 @@ import pytest
 from onlinerl.controller.dynamic import Rounds
 from onlinerl.controller.feed import Feed
 from onlinerl.controller.tally import Sampled
+from onlinerl.protocols.algorithm import Needs
 from onlinerl.types import Failure, Label, Prompt, Verdict
 
 PROMPTS = [Prompt(id=f"p{n}", text="", token_ids=(1,)) for n in range(5)]
@@ -27,6 +28,7 @@ def made(scores: dict[str, tuple[float, float] | None], wanted: int = 2, most_ro
     labels = {prompt_id: Label(prompt_id=prompt_id, result=result) for prompt_id, result in results.items()}
     return SimpleNamespace(
         number=1,
+        needs=Needs(),
         most_rounds=most_rounds,
         parts=SimpleNamespace(config=SimpleNamespace(prompts=SimpleNamespace(per_iteration=wanted))),
         prompts=lambda rounds: (PROMPTS[: wanted * rounds], min(wanted * rounds, len(PROMPTS))),
