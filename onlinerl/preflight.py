@@ -165,12 +165,7 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
                 fix=f"lower it to {len(heldout)}",
             )
         heldout = heldout[: config.evaluation.prompts]
-    critic, folder = (parameters if algorithm.needs.critic == "separate" else 0), None
-    if algorithm.needs.critic_model is not None:
-        folder = _check_model(algorithm.needs.critic_model, "algorithm.critic_model")
-        if folder is not None and local is not None:
-            check_critic(folder, local, tokenizer(config.model))
-        critic = weight_files.parameters(algorithm.needs.critic_model, folder)
+    critic, folder = _critic(config, algorithm, local, parameters)
     adapters = _adapters(config, [local, folder or local] if critic else [local])
     notes.append(memory(config, parameters, critic=critic or 0, adapters=adapters))
     checked = Checked(
@@ -188,6 +183,19 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
         _check_lengths(checked, local)
         _check_engine(checked, local)
     return checked
+
+
+def _critic(
+    config: RunConfig, algorithm: Algorithm, local: Path | None, parameters: float | None
+) -> tuple[float | None, Path | None]:
+    """Parameters of a second network that is trained, and the directory of the model that it begins as, if that is here."""
+    model = algorithm.needs.critic_model
+    if model is None:
+        return parameters if algorithm.needs.critic == "separate" else 0, None
+    folder = _check_model(model, "algorithm.critic_model")
+    if folder is not None and local is not None:
+        check_critic(folder, local, tokenizer(config.model))
+    return weight_files.parameters(model, folder), folder
 
 
 def probe_oracle(oracle: Oracle, prompt: Prompt) -> Verdict:

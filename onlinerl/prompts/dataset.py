@@ -87,13 +87,17 @@ class Dataset(PromptsConfig):
             key = question(each)
             if key in heldout:
                 left_out["that are held out"] += 1
-            elif key in asked or each.id in found:
+            elif key in asked:
                 if not self.filter_duplicates:
-                    first = asked.get(key) or found[each.id].place
                     where.fail(
-                        f"holds the same prompt or id as {first}", "remove one, or leave out prompts.filter_duplicates=false"
+                        f"holds the same prompt as {asked[key]}", "remove one, or leave out prompts.filter_duplicates=false"
                     )
                 left_out["that come again"] += 1
+            elif each.id in found:  # not the same prompt, so leaving it out would lose one
+                where.fail(
+                    f"has the id of another prompt, {each.id!r}, that of {found[each.id].place}",
+                    "give each prompt an id of its own, or name a column that has them: prompts.columns.id=COLUMN",
+                )
             else:
                 found[each.id], asked[key] = each, where.place
         lacking = ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count)

@@ -78,4 +78,4 @@ def test_prompts_in_both_files_are_counted(toy_config, warm_cli, files, tmp_path
     shown = warm_cli(
         "data", toy_config(tmp_path, {**files, "prompts.heldout": "train.jsonl", "prompts.filter_duplicates": False})
     )
-    assert "holds the same prompt or id as" in shown.stderr
+    assert "holds the same prompt as" in shown.stderr

@@ -163,8 +163,14 @@ class TestLeftOut:
         assert "left out: 1 that come again, 1 that are held out" in remark
         assert load_prompts(found, WordTokenizer(), seed=0).remarks[0] == remark
 
+    def test_another_prompt_of_the_same_id_is_no_duplicate(self, dataset):
+        """Where a column `id` is a number of something else, leaving out what comes again would lose prompts without a word."""
+        with pytest.raises(PromptError, match=r"row 2: has the id of another prompt, '7', that of .*row 1") as error:
+            dataset({"prompt": "hi", "id": 7}, {"prompt": "ho", "id": 7}).raw("train")
+        assert "prompts.columns.id=COLUMN" in error.value.fix
+
     def test_or_refused(self, dataset):
-        with pytest.raises(PromptError, match=r"row 2: holds the same prompt or id as .*row 1"):
+        with pytest.raises(PromptError, match=r"row 2: holds the same prompt as .*row 1"):
             dataset({"prompt": "hi"}, {"prompt": "hi"}, filter_duplicates=False).raw("train")
         shared = dataset({"prompt": "never asked in training"}, filter_duplicates=False)
         with pytest.raises(PromptError, match="also training prompts"):
