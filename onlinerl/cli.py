@@ -163,11 +163,11 @@ def data(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable, one object.")] = False,
 ) -> None:
     """Show what the model will really see: prompts with the bounds of their tokens, how long they are, what is left out or in both files."""
-    from onlinerl import hub, preflight
+    from onlinerl import hub, model_checks
     from onlinerl.views import data as view
 
     loaded = configuration.settled(configuration.load(config, overrides or ()))
-    found = view.inspect(loaded, preflight.tokenizer(loaded.model) if hub.local(loaded.model) else None, limit)
+    found = view.inspect(loaded, model_checks.tokenizer(loaded.model) if hub.local(loaded.model) else None, limit)
     if as_json:
         sys.stdout.write(json.dumps(found, indent=1, allow_nan=False) + "\n")
         return

@@ -6,6 +6,7 @@ out the same way everywhere, so a user who has read one has read them all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -16,27 +17,34 @@ class OnlineRLError(Exception):
         cause: what is wrong, in one sentence.
         field: the dotted configuration key or the object concerned, if there is one.
         fix: what the user can do about it.
+        also: what is wrong beside it, where that was found at the same time.
     """
 
     boundary = "onlinerl"
     started = False
     """True if a run was under way; otherwise nothing had been started."""
 
-    def __init__(self, cause: str, *, field: str | None = None, fix: str | None = None) -> None:
+    def __init__(
+        self, cause: str, *, field: str | None = None, fix: str | None = None, also: Sequence[OnlineRLError] = ()
+    ) -> None:
         super().__init__(cause, field, fix)
-        self.cause, self.field, self.fix = cause, field, fix
+        self.cause, self.field, self.fix, self.also = cause, field, fix, tuple(also)
 
     def __str__(self) -> str:
         head = f"{self.field}: {self.cause}" if self.field else self.cause
-        return f"{head}\n  fix: {self.fix}" if self.fix else head
+        return "\n".join([f"{head}\n  fix: {self.fix}" if self.fix else head, *map(str, self.also)])
+
+    def one_by_one(self) -> list[OnlineRLError]:
+        """This problem alone, and each that was found with it."""
+        return [type(self)(self.cause, field=self.field, fix=self.fix), *self.also]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Keyword-only fields do not survive the default pickling, and errors cross process boundaries.
-        return _rebuild, (type(self), self.cause, self.field, self.fix)
+        return _rebuild, (type(self), self.cause, {"field": self.field, "fix": self.fix, "also": self.also})
 
 
-def _rebuild(cls: type[OnlineRLError], cause: str, field: str | None, fix: str | None) -> OnlineRLError:
-    return cls(cause, field=field, fix=fix)
+def _rebuild(cls: type[OnlineRLError], cause: str, rest: dict[str, Any]) -> OnlineRLError:
+    return cls(cause, **rest)
 
 
 class ConfigError(OnlineRLError):

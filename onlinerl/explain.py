@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from onlinerl import synonyms
-from onlinerl.errors import ConfigError
+from onlinerl.errors import ConfigError, OnlineRLError
 from onlinerl.protocols.component import Component
 
 _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
@@ -23,9 +24,12 @@ _BOUNDS = (
     ("max_length", "of at most {} characters"),
 )
 
+PROBLEM = "problem"
+"""Key of what a validator has to say, among what pydantic keeps of an error."""
 
-def explain(error: ValidationError, model: type[BaseModel], prefix: str, components: Sequence[str] = ()) -> ConfigError:
-    """The first thing that is wrong.
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str, components: Sequence[str] = ()) -> list[OnlineRLError]:
+    """All that is wrong, in the order of the fields.
 
     Args:
         error: of pydantic.
@@ -33,29 +37,52 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str, compone
         prefix: of its keys, e.g. `algorithm.`.
         components: keys of `model` that are sections with a `name` of their own.
     """
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
+    found: list[OnlineRLError] = []
+    for each in error.errors():
+        inside = each.get("ctx", {}).get(PROBLEM)
+        found += inside.one_by_one() if isinstance(inside, ConfigError) else [_explained(each, model, prefix, components)]
+    return found
+
+
+def refused(problem: ConfigError) -> PydanticCustomError:
+    """What a validator raises of a section that is no good, so that the others are looked at all the same."""
+    return PydanticCustomError("refused", "is refused", {PROBLEM: problem})
+
+
+def together(problems: Sequence[OnlineRLError]) -> ConfigError:
+    """One error that says all of them; the first is its field, cause and fix."""
+    first, *others = problems
+    return ConfigError(first.cause, field=first.field, fix=first.fix, also=others)
+
+
+def _explained(found: ErrorDetails, model: type[BaseModel], prefix: str, components: Sequence[str]) -> ConfigError:
+    """Field, cause and fix of one of pydantic's."""
+    path = [str(part) for part in found["loc"]]
     field = prefix + ".".join(path)
-    more = f" (and {error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = _keys(model, path[:-1])
-        if issubclass(model, Component) and len(path) == 1 and model.chosen_by not in known:
-            known.append(model.chosen_by)
-        now = synonyms.RENAMED.get(field)
-        if now is not None and now.rpartition(".")[2] in known:
-            return ConfigError(f"was renamed{more}", field=field, fix=f"write {now}")
-        if field in synonyms.MODIFIERS:
-            cause = f"{synonyms.MODIFIERS[field]}; {model.__name__} is none of them{more}"
-            return ConfigError(cause, field=field, fix="leave it out, or choose another algorithm.name")
-        return ConfigError(f"is not a known key{more}", field=field, fix=_meant(path[-1], field, known, model))
+    if found["type"] == "extra_forbidden":
+        return _unknown(path, field, model)
     info = _field(model, path)
-    if first["type"] == "missing" and info is not None and info.examples:
-        return ConfigError(f"is missing{more}", field=field, fix=f"write {field}={info.description}, e.g. {info.examples[0]}")
-    if first["type"] == "missing":
+    if found["type"] == "missing" and info is not None and info.examples:
+        return ConfigError("is missing", field=field, fix=f"write {field}={info.description}, e.g. {info.examples[0]}")
+    if found["type"] == "missing":
         what = f" with {allowed(info)}" if info is not None and path[-1] not in components and allowed(info) else ""
-        return ConfigError(f"is missing{more}", field=field, fix=f"add `{path[-1]}: ...`{what}")
-    cause = f"{first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}{more}"
-    return ConfigError(cause, field=field, fix=_fix(first["input"], field, info, path[-1] in components))
+        return ConfigError("is missing", field=field, fix=f"add `{path[-1]}: ...`{what}")
+    cause = f"{found['msg'][0].lower()}{found['msg'][1:]}, got {found['input']!r}"
+    return ConfigError(cause, field=field, fix=_fix(found["input"], field, info, path[-1] in components))
+
+
+def _unknown(path: Sequence[str], field: str, model: type[BaseModel]) -> ConfigError:
+    """A key that the section does not have."""
+    known = _keys(model, path[:-1])
+    if issubclass(model, Component) and len(path) == 1 and model.chosen_by not in known:
+        known.append(model.chosen_by)
+    now = synonyms.RENAMED.get(field)
+    if now is not None and now.rpartition(".")[2] in known:
+        return ConfigError("was renamed", field=field, fix=f"write {now}")
+    if field in synonyms.MODIFIERS:
+        cause = f"{synonyms.MODIFIERS[field]}; {model.__name__} is none of them"
+        return ConfigError(cause, field=field, fix="leave it out, or choose another algorithm.name")
+    return ConfigError("is not a known key", field=field, fix=_meant(path[-1], field, known, model))
 
 
 def _meant(written: str, field: str, known: Sequence[str], model: type[BaseModel]) -> str:

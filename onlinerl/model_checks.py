@@ -247,3 +247,19 @@ def _other_weights(cause: str) -> ConfigError:
         field="model",
         fix="restore the config.json that belongs to these weights, or download the model again",
     )
+
+
+def tokenizer(model: str) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        ConfigError: if it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # of a damaged file the library may raise anything, a bare Exception among it
+        raise ConfigError(
+            f"its tokenizer cannot be loaded: {error}", field="model", fix="put the tokenizer's files beside the weights"
+        ) from error

@@ -10,19 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 from onlinerl import config as configuration
 from onlinerl import hardware, hub, placement, weight_files
 from onlinerl.algorithm_checks import check_algorithm, check_sections, most_items, most_steps
 from onlinerl.config import RunConfig, at_home
 from onlinerl.controller.asking import answers
-from onlinerl.controller.parts import samples_dynamically
 from onlinerl.errors import ConfigError, OracleError
 from onlinerl.lora_checks import adapter_parameters, check_lora
-from onlinerl.model_checks import check_critic, check_description, check_tensors, check_vocabulary, check_weights
+from onlinerl.model_checks import check_critic, check_description, check_tensors, check_weights, tokenizer
+from onlinerl.prompt_checks import read_prompts
 from onlinerl.prompts._kept import Kept
-from onlinerl.prompts._source import ShuffledPrompts, check_answers, check_overlap, load_prompts
+from onlinerl.prompts._source import ShuffledPrompts
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.keys import decided
 from onlinerl.protocols.oracle import Oracle
@@ -126,45 +125,8 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     if local is not None:
         check_weights(local)
     _check_merging(config, local)
-    train: ShuffledPrompts | None = None
-    heldout: Sequence[Prompt] = ()
-    if kept is not None and local is not None:
-        train, heldout = ShuffledPrompts(kept.train, seed=config.seed, reuse=config.prompts.reuse), kept.heldout
-        total = len(train)
-        notes += kept.changes(config, tokenizer(config.model) if config.prompts.filter_overlong_prompts else None)
-    elif local is not None:
-        reads = tokenizer(config.model)
-        train, heldout, remarks = load_prompts(
-            config.prompts,
-            reads,
-            config.seed,
-            needs_answers=oracle.needs_reference_answer,
-            longest_answer=config.sampling.max_new_tokens if algorithm.needs.answers else None,
-            goals=algorithm.needs.goals,
-        )
-        notes += remarks
-        check_vocabulary(local, reads, (p.token_ids + p.answer_ids + sum(p.goal_ids, ()) for p in (*train, *heldout)))
-        total = len(train)
-    else:
-        raw = config.prompts.raw("train"), config.prompts.raw("heldout")
-        check_overlap(*raw)
-        if oracle.needs_reference_answer:
-            check_answers(raw[0])
-        if algorithm.needs.answers:
-            check_answers(raw[0], needed_by="algorithm")
-        total = len(raw[0])
-        notes += config.prompts.remarks()
-        notes.append(f"{config.model} is not on this machine: prompt lengths, templates and the oracle were not tried")
-    rounds = config.sampling.max_rounds if samples_dynamically(config, algorithm) else 1
-    _check_enough(config, total, resumed=kept is not None, rounds=rounds)
-    if config.evaluation.prompts is not None:
-        if heldout and config.evaluation.prompts > len(heldout):
-            raise ConfigError(
-                f"asks for {config.evaluation.prompts} held-out prompts, and there are {len(heldout)}",
-                field="evaluation.prompts",
-                fix=f"lower it to {len(heldout)}",
-            )
-        heldout = heldout[: config.evaluation.prompts]
+    prompts = read_prompts(config, algorithm, local, kept, needs_answers=oracle.needs_reference_answer)
+    notes += prompts.remarks
     critic, folder = _critic(config, algorithm, local, parameters)
     adapters = _adapters(config, [local, folder or local] if critic else [local])
     notes.append(memory(config, parameters, critic=critic or 0, adapters=adapters))
@@ -173,8 +135,8 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
         algorithm=algorithm,
         oracle=oracle,
         pairing=pairing,
-        train=train,
-        heldout=heldout,
+        train=prompts.train,
+        heldout=prompts.heldout,
         parameters=parameters,
         adapters=adapters,
         notes=notes,
@@ -263,40 +225,6 @@ def identity(model: str) -> dict[str, str]:
     """What a model is, cheaply; see `weight_files.checksums`."""
     path = hub.local(model)
     return {"model": model} if path is None else {"model": model, **weight_files.checksums(path)}
-
-
-def _check_enough(config: RunConfig, total: int, *, resumed: bool, rounds: int = 1) -> None:
-    """A run must not stop half-way because its prompts are used up."""
-    wanted = config.prompts.per_iteration * config.iterations
-    if rounds > 1 and wanted <= total < wanted * rounds and not config.prompts.reuse:
-        raise ConfigError(
-            f"{config.iterations} iterations of up to {rounds} rounds of {config.prompts.per_iteration} fresh prompts (dynamic sampling) "
-            f"may need {wanted * rounds}, and there are {total}",
-            field="sampling.max_rounds",
-            fix=f"set prompts.reuse=true, lower it to {total // wanted}, or set sampling.dynamic=false",
-        )
-    more = (
-        "set prompts.reuse=true, or start a new run with more prompts" if resumed else "add prompts, or set prompts.reuse=true"
-    )
-    if wanted > total and not config.prompts.reuse:
-        iterations = total // config.prompts.per_iteration
-        if total >= config.iterations and not resumed:
-            less = f"lower it to {total // config.iterations}, "
-        elif iterations:
-            less = f"lower iterations to {iterations}, "
-        else:
-            less = "" if resumed else f"lower both, e.g. prompts.per_iteration=1 iterations={total}, "
-        raise ConfigError(
-            f"{config.iterations} iterations of {config.prompts.per_iteration} fresh prompts need {wanted}, and there are {total}",
-            field="prompts.per_iteration",
-            fix=f"{less}{more}",
-        )
-    if config.prompts.per_iteration > total:  # even with reuse, no prompt comes twice in one iteration
-        raise ConfigError(
-            f"asks for {config.prompts.per_iteration} different prompts at once, and there are {total}",
-            field="prompts.per_iteration",
-            fix=f"lower it to {total}, or add prompts",
-        )
 
 
 def _check_schedule(config: RunConfig) -> None:
@@ -424,19 +352,3 @@ def _check_model(model: str, field: str = "model") -> Path | None:
             ),
         )
     return None
-
-
-def tokenizer(model: str) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        ConfigError: if it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # of a damaged file the library may raise anything, a bare Exception among it
-        raise ConfigError(
-            f"its tokenizer cannot be loaded: {error}", field="model", fix="put the tokenizer's files beside the weights"
-        ) from error

@@ -64,7 +64,7 @@ def stored_config(directory: Path, overrides: Sequence[str]) -> RunConfig:
         try:
             configuration.load(file, stored=True)
         except ConfigError as stored:
-            raise ConfigError(stored.cause, field=stored.field, fix=f"{stored.fix}, in {file}") from error
+            raise ConfigError(stored.cause, field=stored.field, fix=f"{stored.fix}, in {file}", also=stored.also) from error
         raise
 
 

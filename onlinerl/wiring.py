@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from onlinerl import config as configuration
-from onlinerl import graph, placement, preflight
+from onlinerl import graph, model_checks, placement, preflight
 from onlinerl.config import RunConfig
 from onlinerl.controller.asking import Asker
 from onlinerl.controller.fleet import FleetReporter
@@ -189,7 +189,7 @@ def in_process(checked: Checked, store: RunDirectory, tracker: Tracker, up: Stan
     assert isinstance(config.learner, InProcessLearner)
     if isinstance(checked.oracle, ModelOracle):
         checked = checked.tried(probed(checked, checked.oracle))
-    tokenizer = preflight.tokenizer(config.model)
+    tokenizer = model_checks.tokenizer(config.model)
     opened = config.engine.open
     engine, _ = up.engine.take((config.model, config.engine), lambda: nullcontext(opened(len(tokenizer), tokenizer.decode)))
     learner = config.learner.open(len(tokenizer), checked.algorithm, config.model, _loss_temperature(checked))
@@ -238,7 +238,7 @@ def _wire(
         store=store,
         tracker=tracker,
         base_model=checked.config.model,
-        tokenizer=preflight.tokenizer(checked.config.model) if checked.algorithm.needs.mixture_samples else None,
+        tokenizer=model_checks.tokenizer(checked.config.model) if checked.algorithm.needs.mixture_samples else None,
         state_bytes=checked.state_bytes,
         asker=asker,
         engine=engine,

@@ -18,8 +18,8 @@ from onlinerl import registry, synonyms, yaml_files
 from onlinerl.config.roles import ROLES, build
 from onlinerl.config.secrets import refuse_values
 from onlinerl.config.sections import RunConfig
-from onlinerl.errors import ConfigError
-from onlinerl.explain import explain
+from onlinerl.errors import ConfigError, OnlineRLError
+from onlinerl.explain import explain, together
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
@@ -42,7 +42,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = Fals
     except ConfigError as error:
         if error.field not in synonyms.RENAMED or (file := yaml_files.holder(Path(path), error.field)) is None:
             raise
-        raise ConfigError(error.cause, field=error.field, fix=f"{error.fix}, in {file}") from None
+        raise ConfigError(error.cause, field=error.field, fix=f"{error.fix}, in {file}", also=error.also) from None
 
 
 def parse(tree: Mapping[str, Any]) -> RunConfig:
@@ -52,15 +52,31 @@ def parse(tree: Mapping[str, Any]) -> RunConfig:
         ConfigError: naming the field, the cause and the fix.
     """
     refuse_values(tree, unknown_keys=True)
+    problems: list[OnlineRLError] = []
     try:
         # JSON mode: YAML knows no tuples or enums, so strictness is that of JSON (no "1" for 1, lists for tuples allowed).
         config = RunConfig.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
-        raise explain(error, RunConfig, "", SPECS) from None
-    for section in SPECS:
-        build(spec_of(config, section), section)
+        problems = explain(error, RunConfig, "", SPECS)
+    problems += _refused(tree)
+    if problems:
+        raise together(problems)
+    pair_builder(config)
     refuse_values(tree)  # every key is known now, and one that is called a key holds one
     return config
+
+
+def _refused(tree: Mapping[str, Any]) -> list[OnlineRLError]:
+    """What is wrong with components that are built where they are needed. Of which kind pairing is, its algorithm may decide."""
+    problems: list[OnlineRLError] = []
+    for section in SPECS:
+        spec = tree.get(section)
+        try:
+            if isinstance(spec, Mapping) and (section != "pairing" or "name" in spec):
+                build(spec, section)
+        except ConfigError as error:
+            problems += error.one_by_one()
+    return problems
 
 
 def located(config: RunConfig, folders: Sequence[Path]) -> RunConfig:

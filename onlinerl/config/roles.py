@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from onlinerl import registry
 from onlinerl.errors import ConfigError
-from onlinerl.explain import explain
+from onlinerl.explain import explain, refused, together
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.component import Component
 from onlinerl.protocols.engine import EngineConfig
@@ -68,7 +68,7 @@ def component(spec: Mapping[str, Any], section: str, role: str, base: type[Compo
         # JSON mode: YAML knows no tuples or enums, so strictness is that of JSON (no "1" for 1, lists for tuples allowed).
         return cls.model_validate_json(json.dumps(options, default=str))
     except ValidationError as error:
-        raise explain(error, cls, f"{section}.") from None
+        raise together(explain(error, cls, f"{section}.")) from None
 
 
 def build(spec: Mapping[str, Any], section: str) -> Any:
@@ -82,7 +82,16 @@ def build(spec: Mapping[str, Any], section: str) -> Any:
 
 def chosen(section: str) -> Callable[[Any], Any]:
     """Turns what a section says into its component; what is no section is left for the type check."""
-    return lambda spec: build(spec, section) if isinstance(spec, Mapping) else spec
+
+    def built(spec: Any) -> Any:
+        if not isinstance(spec, Mapping):
+            return spec
+        try:
+            return build(spec, section)
+        except ConfigError as problem:
+            raise refused(problem) from None
+
+    return built
 
 
 def default(section: str) -> Callable[[], Any]:

@@ -51,11 +51,16 @@ class Dataset(PromptsConfig):
     are an error."""
 
     _said: dict[str, str] = PrivateAttr(default_factory=dict)
+    _heldout: list[RawPrompt] | None = PrivateAttr(None)
+    """Read once: to be evaluated on, and to be left out of what is trained on."""
 
     def raw(self, which: Which) -> list[RawPrompt]:
         """Read, recognise and check one of the two."""
-        heldout = {question(each) for each in self._read("heldout")} if which == "train" and self.filter_duplicates else set()
-        return self._read(which, heldout)
+        if which == "train" and not self.filter_duplicates:
+            return self._read(which)
+        if self._heldout is None:
+            self._heldout = self._read("heldout")
+        return self._heldout if which == "heldout" else self._read(which, {question(each) for each in self._heldout})
 
     def located(self) -> Dataset:
         """With absolute paths of what is on this machine; the rest are names on the hub."""

@@ -31,7 +31,7 @@ from onlinerl.config import RunConfig
 from onlinerl.config.loading import CHOICES
 from onlinerl.config.roles import ROLES
 from onlinerl.errors import ConfigError, OnlineRLError
-from onlinerl.explain import explain
+from onlinerl.explain import explain, together
 
 NAMED = frozenset(key.partition(".")[0] for key in CHOICES if key.endswith(".name"))
 """Sections that choose by name: a text in their place is that name."""
@@ -103,7 +103,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     try:
         file = SweepFile.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
-        raise explain(error, SweepFile, "") from None
+        raise together(explain(error, SweepFile, "")) from None
     common: dict[str, Any] = {}
     for key, value in file.set.items():
         common = yaml_files.merge(common, yaml_files.nested(key, value), {})
@@ -128,7 +128,8 @@ def all_at_once(wrong: Mapping[str, OnlineRLError], of: int) -> ConfigError:
     """One error for what is wrong with several of `of` combinations; those with the same fault are named together."""
     same: dict[str, list[str]] = {}
     for name, error in wrong.items():
-        same.setdefault(str(error), []).append(name)
+        for each in error.one_by_one():
+            same.setdefault(str(each), []).append(name)
     lines = ["\n" + ", ".join(names) + ":\n    " + text.replace("\n", "\n    ") for text, names in same.items()]
     return ConfigError(
         f"{len(wrong)} of {of} combinations cannot run" + "".join(lines),

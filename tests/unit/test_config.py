@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -332,9 +333,33 @@ def test_the_name_of_a_variable_that_holds_a_secret_may_be(judge):
     assert "api_key_env: MY_KEY" in configuration.dump(config)
 
 
-def test_several_problems_are_counted():
-    with pytest.raises(ConfigError, match="and 1 more problem"):
-        changed(iterations=0, seed=-1)
+def test_all_problems_are_said_at_once():
+    with pytest.raises(ConfigError) as error:
+        changed(
+            iterations=0,
+            seed=-1,
+            engine={"replica": 2, "threads": "two"},
+            training={"epochs": 0},
+            algorithm={"name": "dpo", "betta": 0.1},
+            oracle={"name": "sentimental"},
+        )
+    said = str(error.value)
+    assert [each.field for each in (error.value, *error.value.also)] == [
+        line.partition(":")[0] for line in said.split("\n")[::2]
+    ]
+    assert {each.field for each in (error.value, *error.value.also)} == {
+        "iterations", "seed", "engine.replica", "engine.threads", "training.epochs", "algorithm.betta", "oracle.name",
+    }  # fmt: skip
+    assert said.count("\n  fix: ") == 7
+    assert "did you mean 'beta'" in said
+    assert str(pickle.loads(pickle.dumps(error.value))) == said
+
+
+def test_a_section_that_waits_for_another_is_not_blamed():
+    """The pairing that an algorithm wants is not known while the algorithm is no good."""
+    with pytest.raises(ConfigError) as error:
+        changed(algorithm={"name": "dpo", "betta": 0.1})
+    assert (error.value.field, error.value.also) == ("algorithm.betta", ())
 
 
 # --- identity ---

@@ -287,6 +287,16 @@ class TestPlaces:
         config.raw("heldout")
         assert asked == [(("openai/gsm8k", "main"), {"split": "train"}), (("openai/gsm8k", "main"), {"split": "test"})]
 
+    def test_what_is_held_out_is_read_once_for_both(self, tmp_path, monkeypatch):
+        path, parts, loaded = tmp_path / "all.jsonl", [], datasets.load_dataset
+        path.write_text("".join(json.dumps(row) + "\n" for row in self.ROWS))
+        monkeypatch.setattr(
+            datasets, "load_dataset", lambda *names, **keys: parts.append(keys["split"]) or loaded(*names, **keys)
+        )
+        both = Dataset(train=str(path), heldout=str(path), heldout_split="train[8:]")
+        assert (len(both.raw("train")), len(both.raw("heldout"))) == (8, 2)
+        assert parts == ["train[8:]", "train"]
+
     def test_out_of_reach(self, monkeypatch):
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         with pytest.raises(PromptError, match="no_such/dataset_x cannot be read: ConnectionError") as error:

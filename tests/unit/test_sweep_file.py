@@ -116,7 +116,7 @@ def test_all_combinations_that_are_no_configuration_are_said_at_once(load):
     axes = {"algorithm": ["dpo", "dpoo", {"name": "ipo", "betta": 1.0}], "seed": [0, -1]}
     said = refused(load, axes=axes)
     assert "axes: 5 of 6 combinations cannot run" in said
-    assert "dpoo-seed0:\n    algorithm.name: there is no 'dpoo'" in said
+    assert "dpoo-seed0, dpoo-seed-1:\n    algorithm.name: there is no 'dpoo'" in said
     assert "algorithm.betta: is not a known key" in said
     assert "did you mean 'beta'?" in said
     assert "dpo-seed-1, dpoo-seed-1, ipo-betta1.0-seed-1:\n    seed: input should be greater" in said
