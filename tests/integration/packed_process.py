@@ -1,17 +1,15 @@
-"""One rank of a real learner that lays sequences one after the other in a row, as a plain process.
+"""One rank of a real learner that lays sequences one after the other in a row; started as `rank_process.py` is.
 
 python packed_process.py JOB RANK WORLD_SIZE PORT
 """
 
 from __future__ import annotations
 
-import pickle
 import sys
-import traceback
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
+import rank_process
 import torch
 from rank_process import Ranks, scored, with_arrays
 
@@ -27,9 +25,10 @@ def learner(ranks: Ranks, job: dict[str, Any], algorithm: Any) -> Rank:
     return made
 
 
-def work(ranks: Ranks, job: dict[str, Any]) -> dict[str, Any]:
+def packed(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
     """Gradients of each loss cut up in two ways, log-probs and values, a self-test, and the logs of an optimizer step."""
     found: dict[str, Any] = {"gradients": {}}
+    job = job | case
     policy = learner(ranks, job, job["losses"]["dpo"]["algorithm"])
     critic = learner(ranks, job, job["critic"]["algorithm"])
     for name, loss in [*job["losses"].items(), ("critic", job["critic"])]:
@@ -70,20 +69,7 @@ def gathered(parameter: torch.nn.Parameter) -> Any:
     return deepspeed.zero.GatheredParameters([parameter], modifier_rank=None)
 
 
-def main(job_file: str, rank: str, world_size: str, port: str) -> None:
-    job = pickle.loads(Path(job_file).read_bytes())
-    torch.set_num_threads(1)
-    ranks = Ranks(int(rank), int(world_size), int(port))
-    for number, case in enumerate(job["cases"]):
-        try:
-            result: Any = work(ranks, job | case)
-        except Exception:  # noqa: BLE001  the test reports it
-            result = traceback.format_exc()
-        if ranks.rank == 0 or isinstance(result, str):
-            Path(f"{job_file}.{number}.{rank}").write_bytes(pickle.dumps(result))
-        if isinstance(result, str):
-            break  # the other ranks may wait for this one
-
+rank_process.KINDS |= {"packed": packed}
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    rank_process.main(*sys.argv[1:])

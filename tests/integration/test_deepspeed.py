@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -17,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from rank_processes import run_ranks
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from onlinerl.algorithms.bco import Bco
@@ -196,18 +191,16 @@ def answers(
         if (ranks, slow) not in done:
             models = {"model": tiny_llama, "untied": tiny_llama_untied, "reward": tiny_reward_model}
             cases = {name: each for name, each in CASES.items() if is_slow(each) == slow}
-            done[ranks, slow] = run_ranks(ranks, cases, models, tmp_path_factory.mktemp(f"ranks-{ranks}"))
-        answer = done[ranks, slow].get(case)
-        if isinstance(answer, str):
-            pytest.fail(answer)
-        if answer is None:
-            pytest.fail(f"the ranks did not get as far as {case}:\n{done[ranks, slow]['output',]}")
+            done[ranks, slow] = asked(ranks, cases, models, tmp_path_factory.mktemp(f"ranks-{ranks}"))
+        answer = done[ranks, slow][case]
+        if "error" in answer:
+            pytest.fail(answer["error"])
         return answer
 
     return ask
 
 
-def run_ranks(
+def asked(
     ranks: int, cases: dict[tuple[Any, ...], dict[str, Any]], models: dict[str, Path], directory: Path
 ) -> dict[tuple[Any, ...], Any]:
     def loss(algorithm: Algorithm, items: list[TrainItem]) -> dict[str, Any]:
@@ -237,42 +230,8 @@ def run_ranks(
         "bad_steps": BAD_STEPS,
         "cases": list(cases.values()),
     }
-    job_file = directory / "job"
-    job_file.write_bytes(pickle.dumps(job))
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=120), wait_for_workers=False)
-    env = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "DEEPSPEED_LOG_LEVEL": "ERROR",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    script = Path(__file__).with_name("rank_process.py")
-    processes = []
-    logs = [(directory / f"rank{r}.log").open("w+") for r in range(ranks)]
-    for rank, log in enumerate(logs):
-        command = [sys.executable, str(script), str(job_file), str(rank), str(ranks), str(store.port)]
-        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=directory))
-    try:
-        for process in processes:
-            process.wait(timeout=600)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    found: dict[tuple[Any, ...], Any] = {}
-    for i, case in enumerate(cases):
-        for rank in reversed(range(ranks)):
-            file = Path(f"{job_file}.{i}.{rank}")
-            if file.exists():
-                answer = pickle.loads(file.read_bytes())
-                found[case] = f"rank {rank}: {answer['error']}" if "error" in answer else answer
-    for log in logs:
-        log.close()
-    found["output",] = "\n".join((directory / f"rank{r}.log").read_text()[-3000:] for r in range(ranks))
-    return found
+    answers = run_ranks(Path(__file__).with_name("rank_process.py"), ranks, job, directory)
+    return dict(zip(cases, answers, strict=True))
 
 
 # --- what it should be ---

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -16,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from rank_processes import run_ranks
 from transformers import AutoModelForCausalLM
 
 from onlinerl.algorithms.dpo import Dpo
@@ -90,7 +85,7 @@ def answers(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Answe
         quick = (ranks, case) in QUICK
         if (ranks, quick) not in done:
             cases = [each for each in CASES if ((ranks, each) in QUICK) == quick]
-            done[ranks, quick] = run_ranks(ranks, cases, tiny_llama, tmp_path_factory.mktemp(f"lora-{ranks}"))
+            done[ranks, quick] = asked(ranks, cases, tiny_llama, tmp_path_factory.mktemp(f"lora-{ranks}"))
         answer: dict[str, Any] = done[ranks, quick][case]
         if "error" in answer:
             pytest.fail(str(answer["error"]))
@@ -99,7 +94,7 @@ def answers(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Answe
     return ask
 
 
-def run_ranks(ranks: int, cases: Sequence[tuple[Any, ...]], model: Path, directory: Path) -> dict[Any, Any]:
+def asked(ranks: int, cases: Sequence[tuple[Any, ...]], model: Path, directory: Path) -> dict[Any, Any]:
     told = lambda algorithm, items: {"algorithm": algorithm, "items": items}  # noqa: E731
     job = {
         "model": str(model),
@@ -112,34 +107,8 @@ def run_ranks(ranks: int, cases: Sequence[tuple[Any, ...]], model: Path, directo
         "critic": told(*CRITIC),
         "cases": [CASES[case] for case in cases],
     }
-    job_file = directory / "job"
-    job_file.write_bytes(pickle.dumps(job))
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=120), wait_for_workers=False)
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(Path(__file__).with_name("lora_process.py")), str(job_file)]
-    logs = [directory / f"rank{r}.log" for r in range(ranks)]
-    processes = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as out:
-            arguments = [*command, str(rank), str(ranks), str(store.port)]
-            processes.append(subprocess.Popen(arguments, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=directory))
-    try:
-        for process in processes:
-            process.wait(timeout=600)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    found = {}
-    for i, case in enumerate(cases):
-        said = [file for rank in reversed(range(ranks)) if (file := Path(f"{job_file}.{i}.{rank}")).exists()]
-        answers = [pickle.loads(file.read_bytes()) for file in said]
-        failed = next((answer for answer in answers if "error" in answer), None)
-        nothing = {"error": "\n".join(log.read_text()[-3000:] for log in logs)}
-        found[case] = failed or (answers[0] if answers else nothing)
-    return found
+    answers = run_ranks(Path(__file__).with_name("lora_process.py"), ranks, job, directory)
+    return dict(zip(cases, answers, strict=True))
 
 
 def cases(kind: str, *more: Sequence[Any]) -> list[object]:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from rank_processes import run_ranks
 from transformers import AutoModelForCausalLM
 
 from onlinerl.algorithms.dpo import Dpo
@@ -95,22 +90,21 @@ Answers = Callable[[int, int | str], dict[str, Any]]
 @pytest.fixture(scope="module")
 def answers(tiny_llama: Path, tiny_llama_untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     """What the ranks computed; each learner is asked once."""
-    done: dict[tuple[int, int | str], Any] = {}
+    done: dict[tuple[int, int | str], dict[str, Any]] = {}
 
     def ask(ranks: int, stage: int | str) -> dict[str, Any]:
         if (ranks, stage) not in done:
             folder = tmp_path_factory.mktemp(f"packed-{ranks}-{stage}")
-            done[ranks, stage] = run_ranks(ranks, stage, tiny_llama, tiny_llama_untied, folder)
+            done[ranks, stage] = asked(ranks, stage, tiny_llama, tiny_llama_untied, folder)
         answer = done[ranks, stage]
-        if isinstance(answer, str):
-            pytest.fail(answer)
-        found: dict[str, Any] = answer
-        return found
+        if "error" in answer:
+            pytest.fail(answer["error"])
+        return answer
 
     return ask
 
 
-def run_ranks(ranks: int, stage: int | str, model: Path, reference: Path, folder: Path) -> dict[str, Any] | str:
+def asked(ranks: int, stage: int | str, model: Path, reference: Path, folder: Path) -> dict[str, Any]:
     loss = lambda it: {"algorithm": it[0], "items": it[1]}  # noqa: E731
     job = {
         "model": str(model),
@@ -120,34 +114,10 @@ def run_ranks(ranks: int, stage: int | str, model: Path, reference: Path, folder
         "losses": {name: loss(it) for name, it in LOSSES.items()},
         "critic": loss(CRITIC),
         # Both implementations of attention on CPU, one of them with activations that are computed again.
-        "cases": [{"stage": stage, "attention": "eager" if ranks == 2 else "sdpa", "recompute": ranks == 2}],
+        "cases": [{"kind": "packed", "stage": stage, "attention": "eager" if ranks == 2 else "sdpa", "recompute": ranks == 2}],
     }
-    file = folder / "job"
-    file.write_bytes(pickle.dumps(job))
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=120), wait_for_workers=False)
-    quiet = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "DEEPSPEED_LOG_LEVEL": "ERROR", "CUDA_VISIBLE_DEVICES": ""}
-    script = Path(__file__).with_name("packed_process.py")
-    logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
-    processes = []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, str(script), str(file), str(rank), str(ranks), str(store.port)]
-        with log.open("w") as out:
-            processes.append(subprocess.Popen(command, env={**os.environ, **quiet}, stdout=out, stderr=out, cwd=folder))
-    try:
-        for process in processes:
-            process.wait(timeout=600)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for rank in reversed(range(ranks)):
-        answer = Path(f"{file}.0.{rank}")
-        if answer.exists() and (rank == 0 or isinstance(pickle.loads(answer.read_bytes()), str)):
-            found: dict[str, Any] | str = pickle.loads(answer.read_bytes())
-            return found
-    return "\n".join(log.read_text()[-3000:] for log in logs)
+    (answer,) = run_ranks(Path(__file__).with_name("packed_process.py"), ranks, job, folder)
+    return answer
 
 
 # --- what it should be ---
