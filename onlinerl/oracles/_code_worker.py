@@ -55,7 +55,8 @@ def main() -> None:
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # another user would have undone it
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     said = {"network": own_network, "files": own_files(), "processes": own_network and (own_user or uid is None)}
-    resource.setrlimit(resource.RLIMIT_NPROC, (request["limits"]["processes"],) * 2)
+    most = request["limits"]["processes"] + (uid is None)  # the process outside is of the same user, unless the program has its own
+    resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
     tell(answers, said)
     if request["required"] and not all(said.values()):
         return

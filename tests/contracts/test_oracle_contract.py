@@ -42,6 +42,18 @@ def tiny_reward_model(folder) -> str:
     return str(folder)
 
 
+def tiny_language_model(folder, *, seed: int) -> str:
+    """A random language model with the same tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tiny_reward_model(folder)
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=12, initializer_range=0.5, **sizes)).save_pretrained(folder)
+    return str(folder)
+
+
 def pairs_of_lengths(folder) -> str:
     """Of which the longer one mostly wins."""
     rows = [{"prompt": "what", "chosen": "a" * (2 + i % 3), "rejected": "b" * (1 + 3 * (i % 4 == 0))} for i in range(60)]
@@ -61,7 +73,19 @@ def oracle(request, tmp_path_factory, judge_server):
     """Every oracle, with the knobs that it cannot do without, and one from outside the package that compares."""
     name = request.param
     plain = {"lengths": {"name": "python", "function": f"{__name__}.lengths"}, "tone": {"name": "sentiment"}}
+
+    def language_model(seed: int = 0) -> str:
+        return tiny_language_model(tmp_path_factory.mktemp("language"), seed=seed)
+
     knobs = {
+        "density_ratio": lambda: {
+            "strong": language_model(),
+            "weak": language_model(1),
+            "criteria": "good film",
+            "device": "cpu",
+        },
+        "implicit": lambda: {"policy": language_model(), "reference": language_model(1), "device": "cpu"},
+        "followup": lambda: {"path": language_model(), "positive": ["good"], "negative": ["bad", "dull"], "device": "cpu"},
         "composite": lambda: {"members": plain, "weights": {"tone": 3.0}},
         "ensemble": lambda: {"members": plain, "combine": "lcb", "lcb_coef": 1.0, "stds": {"lengths": 4.0}},
         "calibrated": lambda: {"base": plain["lengths"], "data": pairs_of_lengths(tmp_path_factory.mktemp("pairs"))},
