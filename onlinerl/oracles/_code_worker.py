@@ -55,7 +55,9 @@ def main() -> None:
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # another user would have undone it
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     said = {"network": own_network, "files": own_files(), "processes": own_network and (own_user or uid is None)}
-    most = request["limits"]["processes"] + (uid is None)  # the process outside is of the same user, unless the program has its own
+    most = request["limits"]["processes"] + (
+        uid is None
+    )  # the process outside is of the same user, unless the program has its own
     resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
     tell(answers, said)
     if request["required"] and not all(said.values()):
@@ -121,7 +123,7 @@ def without_rights(uid: int) -> bool:
         return False
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     rights = (ctypes.c_uint32 * 6)(1 << CAP_DAC_READ_SEARCH, 1 << CAP_DAC_READ_SEARCH, 0, 0, 0, 0)
-    return libc.capset(header, rights) == 0
+    return bool(libc.capset(header, rights) == 0)
 
 
 def own_files() -> bool:
@@ -150,7 +152,7 @@ def own_files() -> bool:
         os.close(place)
         if done != 0:
             return False
-    return libc.syscall(LANDLOCK_RESTRICT_SELF, rules, 0) == 0
+    return bool(libc.syscall(LANDLOCK_RESTRICT_SELF, rules, 0) == 0)
 
 
 # --- the program ---
@@ -193,10 +195,11 @@ def plain(value: Any, depth: int = 0) -> str:
         raise ValueError("nested too deeply")
     if value is None or type(value) in (bool, int, float, complex, str, bytes):
         return repr(value)
-    for kind, (left, right) in {list: "[]", tuple: "()"}.items():
-        if isinstance(value, kind):
-            inside = [plain(each, depth + 1) for each in kind.__iter__(value)]
-            return left + ", ".join(inside) + ("," if kind is tuple and len(inside) == 1 else "") + right
+    if isinstance(value, list):
+        return "[" + ", ".join(plain(each, depth + 1) for each in list.__iter__(value)) + "]"
+    if isinstance(value, tuple):
+        inside = [plain(each, depth + 1) for each in tuple.__iter__(value)]
+        return "(" + ", ".join(inside) + ("," if len(inside) == 1 else "") + ")"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{plain(k, depth + 1)}: {plain(v, depth + 1)}" for k, v in dict.items(value)) + "}"
     if isinstance(value, set | frozenset):

@@ -60,7 +60,8 @@ class Ensemble(Combined):
     @property
     def version(self) -> str:
         """Hash of the members' versions and of how they are combined."""
-        return self._version(**self.model_dump(include={"combine", "lcb_coef", "means", "stds"}))
+        own = {"combine", "lcb_coef", "means", "stds"} | ({"preference_temperature"} if self.stds else set())
+        return self._version(**self.model_dump(include=own))
 
     def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
         """One Verdict per query, in order, with the members' scores as components; a Failure where one of them failed.

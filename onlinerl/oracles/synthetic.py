@@ -61,7 +61,7 @@ class Synthetic(Oracle):
     cycle_strength: float = Field(0.9, gt=0.5, le=1)
     """How probable it is that a word beats the next one. Words that are no neighbours are even."""
     population: dict[str, Group] = Field(default_factory=dict)
-    """By name, groups with a utility each: P(i beats j) is the mean over the groups, by their share, of Bradley-Terry in each. Each group's
+    """By name, groups with a utility each: P(i beats j) is the mean over the groups, by their share, of Bradley-Terry in each, with utilities in log-odds. Each group's
     utility is kept by its name beside the preferences."""
 
     @model_validator(mode="after")
@@ -83,8 +83,7 @@ class Synthetic(Oracle):
     def version(self) -> str:
         """Hash of the truth."""
         said = json.dumps(self.model_dump(include={"utility", "cycle", "cycle_strength", "population"}), sort_keys=True)
-        mixed = f"-{self.preference_temperature:g}" if self.population else ""
-        return f"synthetic-{hashlib.sha256(said.encode()).hexdigest()[:12]}{mixed}"
+        return f"synthetic-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
 
     def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
         """One Verdict per query, in order: K scores of a utility, K x K preferences of a cycle or a population."""
@@ -102,10 +101,7 @@ class Synthetic(Oracle):
                 name: tuple(group.of(response) for response in query.responses) for name, group in self.population.items()
             }
             mixed = sum(
-                (
-                    group.share * induced(components[name], self.preference_temperature)
-                    for name, group in self.population.items()
-                ),
+                (group.share * induced(components[name], 1.0) for name, group in self.population.items()),
                 np.zeros((len(query.responses),) * 2),
             )
             np.fill_diagonal(mixed, np.nan)
