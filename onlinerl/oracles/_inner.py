@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, ValidationInfo
 
 from onlinerl.config.roles import build
-from onlinerl.errors import ConfigError, OnlineRLError
+from onlinerl.errors import ConfigError, OnlineRLError, OracleError
 from onlinerl.oracle_calls import call
 from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.oracle import Oracle, moved
@@ -224,3 +225,36 @@ def verdicts(results: Mapping[str, Result]) -> dict[str, Verdict]:
 def words(results: Mapping[str, Verdict]) -> str | None:
     """What the inner oracles said in words, for people."""
     return "\n".join(f"{key}: {each.raw}" for key, each in results.items() if each.raw) or None
+
+
+def keep(file: Path, said: Mapping[str, Any]) -> None:
+    """Write a JSON file that is whole, and on the disk, when it is there at all.
+
+    Raises:
+        OracleError: if the disk does not take it.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = file.with_suffix(".new")
+        with new.open("w") as opened:
+            json.dump(said, opened, indent=1)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(new, file)
+    except OSError as error:
+        raise OracleError(f"{file} cannot be written: {error}", field="runs", fix="make room, then resume") from error
+
+
+def kept(file: Path) -> dict[str, Any] | None:
+    """What `keep` has written; None if it has not.
+
+    Raises:
+        OracleError: if it cannot be read.
+    """
+    if not file.exists():
+        return None
+    try:
+        said: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise OracleError(f"{file} cannot be read: {error}", field="runs", fix="restore or remove it") from error
+    return said

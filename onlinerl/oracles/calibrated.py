@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from onlinerl.config.paths import at_home
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _calibration
 from onlinerl.oracles._calibration import Fit
-from onlinerl.oracles._inner import Container, Inner
+from onlinerl.oracles._inner import Container, Inner, keep, kept
 from onlinerl.types import Failure, Message, Prompt, Query, Verdict
 
 FEW = 2000
@@ -71,17 +70,12 @@ class Calibrated(Container):
             return
         rows, digest = self._rows()
         identity = {"base": self.base.version, "data": digest, "method": self.method}
-        kept = None if self._folder is None else self._folder / "calibration.json"
-        said: dict[str, Any] | None = None
-        if kept is not None and kept.exists():
-            said = json.loads(kept.read_text())
+        file = None if self._folder is None else self._folder / "calibration.json"
+        said = None if file is None else kept(file)
         if said is None or said["of"] != identity:
             said = {"of": identity, **self._fitted(rows)}
-            if kept is not None:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                new = kept.with_suffix(".new")
-                new.write_text(json.dumps(said, indent=1))
-                os.replace(new, kept)
+            if file is not None:
+                keep(file, said)
         self._fit, self._report = Fit(**said["fit"]), said["report"]
 
     @property

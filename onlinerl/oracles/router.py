@@ -8,7 +8,6 @@ be estimated without a bias to hard ones.
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,8 +17,8 @@ from typing import Any, Literal, Self, cast
 import numpy as np
 from pydantic import Field, PrivateAttr, model_validator
 
-from onlinerl.errors import ConfigError, OracleError
-from onlinerl.oracles._inner import Container, Inner, failed
+from onlinerl.errors import ConfigError
+from onlinerl.oracles._inner import Container, Inner, failed, keep, kept
 from onlinerl.protocols.keys import Resumable
 from onlinerl.types import Failure, Query, Verdict, derive_seed
 
@@ -82,12 +81,9 @@ class Router(Container):
         """
         super().remember(folder)
         self._file = folder / "spent.json"
-        if self._file.exists():
-            try:
-                said = json.loads(self._file.read_text())
-                self._spent.update(groups=int(said["groups"]), usd=float(said["usd"]))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise OracleError(f"{self._file} cannot be read: {error}", field="runs", fix="restore or remove it") from error
+        if (said := kept(self._file)) is not None:  # a trial before this may have cost something too
+            for key in self._spent:
+                self._spent[key] += said[key]
 
     def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
         """One Verdict of preferences per query, in order; a Failure where an oracle that was asked failed."""
@@ -141,18 +137,8 @@ class Router(Container):
             self._keep()
 
     def _keep(self) -> None:
-        if self._file is None or (self.budget_groups is None and self.budget_usd is None):
-            return
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            new = self._file.with_suffix(".new")
-            with new.open("w") as file:
-                json.dump(self._spent, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, self._file)
-        except OSError as error:
-            raise OracleError(f"{self._file} cannot be written: {error}", field="runs", fix="make room, then resume") from error
+        if self._file is not None and (self.budget_groups is not None or self.budget_usd is not None):
+            keep(self._file, self._spent)
 
     @property
     def remarks(self) -> Sequence[str]:

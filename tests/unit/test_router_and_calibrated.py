@@ -157,6 +157,16 @@ def test_no_more_than_the_budget_is_asked_over_all_resumes(tmp_path):
     assert sources(router(budget_groups=0), *groups) == ["cheap"] * 8
 
 
+def test_a_trial_before_the_run_counts_too(tmp_path):
+    for _ in range(2):
+        oracle = router(budget_groups=4)
+        sources(oracle, query("0 5", "0 1", name="trial"))  # as `check` and the start of a run do
+        oracle.remember(tmp_path)
+        sources(oracle, query("0 5", "0 1", name="first"))
+    assert json.loads((tmp_path / "spent.json").read_text())["groups"] == 4
+    assert sources(oracle, query("0 5", "0 1")) == ["cheap"]
+
+
 def test_what_a_group_may_cost_at_most_is_set_aside_first(tmp_path):
     """Each try costs up to 0.4 and there may be two: 0.8 is set aside, and 0.1 is what it was."""
     oracle = router(expensive=PRICED, budget_usd=1.0, groups_per_call=1)
