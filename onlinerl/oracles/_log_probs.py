@@ -6,26 +6,20 @@ where a policy goes on after a prompt. Rows are padded on the left, so that logi
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field, PrivateAttr
 
-from onlinerl import hub
-from onlinerl.config import at_home
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
+from onlinerl.oracles._model_files import absent, digest, folder_of, readable
 from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.oracle import ModelOracle
 from onlinerl.types import Cost, Failure, Message, Query, Verdict
-
-_BLOCKS, _BLOCK_BYTES = 64, 64 * 1024
-_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 class Row(NamedTuple):
@@ -90,9 +84,9 @@ class LogProbs(ModelOracle):
         tokenizers = self._tokenizers()
         loaded: dict[str, tuple[Any, Any]] = {}
         for key, path in self._models().items():
-            with _readable(key, path):
+            with readable(key, path):
                 model, report = AutoModelForCausalLM.from_pretrained(
-                    _folder(key, path), dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+                    folder_of(key, path), dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
                 )
             if report["missing_keys"]:  # transformers would make them up at random
                 raise OracleError(
@@ -109,7 +103,7 @@ class LogProbs(ModelOracle):
 
     def absent(self) -> str | None:
         """The first hub id that has not been downloaded."""
-        return next((path for path in self._models().values() if hub.is_id(path) and hub.local(path) is None), None)
+        return absent(self._models())
 
     def inspect(self) -> None:
         """Read configurations and tokenizers.
@@ -124,9 +118,9 @@ class LogProbs(ModelOracle):
 
         found: dict[str, Any] = {}
         for key, path in self._models().items():
-            with _readable(key, path):
-                AutoConfig.from_pretrained(_folder(key, path))
-                found[key] = AutoTokenizer.from_pretrained(_folder(key, path))
+            with readable(key, path):
+                AutoConfig.from_pretrained(folder_of(key, path))
+                found[key] = AutoTokenizer.from_pretrained(folder_of(key, path))
         (first, one), *others = found.items()
         for key, other in others:
             if other.get_vocab() != one.get_vocab():
@@ -142,14 +136,7 @@ class LogProbs(ModelOracle):
         """Hash of the models' and tokenizers' files, and of how they are asked. Of a large file, evenly spread samples."""
         if not self._version:
             said = {"dtype": self.dtype, "max_length": self.max_length, **self._identity()}
-            digest = hashlib.sha256(repr(sorted(said.items())).encode())
-            for key, path in self._models().items():
-                folder = _folder(key, path)
-                for file in sorted({file for pattern in _FILES for file in folder.glob(pattern)}):
-                    digest.update(f"\0{key}\0{file.name}\0{file.stat().st_size}\0".encode())
-                    for block in _samples(file):
-                        digest.update(block)
-            self._version = f"{type(self).__module__.rpartition('.')[2]}-{digest.hexdigest()[:12]}"
+            self._version = f"{type(self).__module__.rpartition('.')[2]}-{digest(self._models(), said)}"
         return self._version
 
     # --- tokens ---
@@ -285,48 +272,3 @@ class LogProbs(ModelOracle):
                 chosen = own.gather(1, torch.tensor(row.scored, device=device, dtype=torch.int64)[:, None])[:, 0]
                 found.append((chosen - own.logsumexp(dim=1)).double().cpu().numpy())
         return found
-
-
-def absolute(path: str, key: str) -> str:
-    """The whole path of a directory; a hub id as it is. A resume may start in another working directory."""
-    folder = at_home(path, f"oracle.{key}")
-    return str(folder.absolute()) if folder.is_dir() else path
-
-
-def _folder(key: str, path: str) -> Path:
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path, allow_patterns=list(_FILES)))
-    except (OSError, ValueError) as error:  # bad ids, network errors and missing repositories are all one of these
-        raise OracleError(
-            f"{path!r} is neither a directory nor a model that can be downloaded: {error}",
-            field=f"oracle.{key}",
-            fix=f"check the path; relative paths start where onlinerl was started, and a hub id is fetched first with `hf download {path}`",
-        ) from error
-
-
-@contextmanager
-def _readable(key: str, path: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise OracleError(
-            f"cannot load a language model and its tokenizer from {path}: {error}",
-            field=f"oracle.{key}",
-            fix="give a directory that save_pretrained wrote for model and tokenizer, with safetensors weights, such as exports/0001 of a run",
-        ) from error
-
-
-def _samples(file: Path) -> Iterator[bytes]:
-    """The whole of a small file, evenly spread blocks of a large one."""
-    size = file.stat().st_size
-    if size <= _BLOCKS * _BLOCK_BYTES:
-        yield file.read_bytes()
-        return
-    with file.open("rb") as stream:
-        for block in range(_BLOCKS):
-            stream.seek(block * (size - _BLOCK_BYTES) // (_BLOCKS - 1))
-            yield stream.read(_BLOCK_BYTES)

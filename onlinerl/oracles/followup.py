@@ -12,7 +12,8 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from onlinerl.errors import OracleError
-from onlinerl.oracles._log_probs import LogProbs, Row, absolute
+from onlinerl.oracles._log_probs import LogProbs, Row
+from onlinerl.oracles._model_files import absolute
 from onlinerl.types import Message, Query
 
 POSITIVE = (

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
-from onlinerl.oracles._log_probs import LogProbs, Row, absolute
+from onlinerl.oracles._log_probs import LogProbs, Row
+from onlinerl.oracles._model_files import absolute
 from onlinerl.types import Query
 
 

@@ -85,6 +85,7 @@ def oracle(request, tmp_path_factory, judge_server):
             "device": "cpu",
         },
         "implicit": lambda: {"policy": language_model(), "reference": language_model(1), "device": "cpu"},
+        "ref_embedding": lambda: {"path": language_model(), "device": "cpu"},
         "followup": lambda: {"path": language_model(), "positive": ["good"], "negative": ["bad", "dull"], "device": "cpu"},
         "composite": lambda: {"members": plain, "weights": {"tone": 3.0}},
         "ensemble": lambda: {"members": plain, "combine": "lcb", "lcb_coef": 1.0, "stds": {"lengths": 4.0}},

@@ -167,6 +167,48 @@ def test_a_follow_up_that_also_stands_in_the_response_is_found_at_the_end(one):
     )
 
 
+# --- embeddings ---
+
+
+def embedding(path: str, said: str, pooling: str) -> np.ndarray:
+    """By a plain forward pass."""
+    from transformers import LlamaModel
+
+    with torch.no_grad():
+        states = (
+            LlamaModel.from_pretrained(path)(torch.tensor([[WORDS.index(word) for word in said.split()]]))
+            .last_hidden_state[0]
+            .double()
+        )
+    vector = {"mean": states.mean(dim=0), "first": states[0], "last": states[-1]}[pooling].numpy()
+    return vector / np.linalg.norm(vector)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+def test_the_cosine_to_the_nearest_reference_answer(one, pooling):
+    responses, answers = ("good film", "bad", "a good good film . a film is good"), ("film", "good film")
+    prompt = Prompt(id="p", text="what", token_ids=(1,), reference_answer='["film", "good film"]')
+    verdict = ask(built("ref_embedding", path=one, pooling=pooling), Query(prompt=prompt, responses=responses))
+    wanted = [max(float(embedding(one, r, pooling) @ embedding(one, a, pooling)) for a in answers) for r in responses]
+    assert verdict.scores == pytest.approx(wanted, abs=1e-5)
+    assert verdict.scores[0] == pytest.approx(1.0)
+
+
+def test_embeddings_refuse_what_cannot_be_compared(one, tmp_path):
+    prompt = Prompt(id="p", text="what", token_ids=(1,), reference_answer="good")
+    oracle = built("ref_embedding", path=one, max_length=3)
+    assert "more than 3 tokens" in ask(oracle, Query(prompt=prompt, responses=("a a a a", "good"))).message
+    assert ask(oracle, Query(prompt=prompt, responses=("", "good"))).scores[1] == pytest.approx(1.0)
+    with pytest.raises(OracleError, match="more than 3 tokens"):
+        ask(built("ref_embedding", path=one, max_length=3, on_truncate="error"), Query(prompt=prompt, responses=("a a a a",)))
+    with pytest.raises(OracleError, match="no reference answer"):
+        ask(oracle, text("good"))
+    with pytest.raises(OracleError, match="cannot load a model"):
+        built("ref_embedding", path=str(tmp_path)).inspect()
+    assert oracle.version != built("ref_embedding", path=one).version
+    assert built("ref_embedding", path="nobody/nothing").absent() == "nobody/nothing"
+
+
 # --- what is refused ---
 
 
