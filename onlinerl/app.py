@@ -17,14 +17,13 @@ from typing import Any
 from rich.console import Console
 
 from onlinerl import config as configuration
-from onlinerl import oracle_requests, preflight, resuming, wiring
+from onlinerl import oracle_checks, oracle_requests, preflight, resuming, wiring
 from onlinerl.config import RunConfig
 from onlinerl.controller import loop, time_limit
 from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
-from onlinerl.oracle_checks import check_components, check_uncertainty, implied_preferences
 from onlinerl.preflight import Checked
 from onlinerl.prompts._kept import Kept
-from onlinerl.protocols.oracle import ModelOracle
+from onlinerl.protocols.oracle import ModelOracle, leaves, moved, with_weights
 from onlinerl.standing import Standing
 from onlinerl.stores import base_answers
 from onlinerl.stores.directory import RunDirectory
@@ -43,12 +42,10 @@ def check(config: RunConfig, console: Console, kept: Kept | None = None) -> Chec
     for note in checked.notes:
         console.print(note, highlight=False, soft_wrap=True)
     verdict: Verdict | None = None
-    if isinstance(checked.oracle, ModelOracle):  # its weights are loaded where the run has reserved room for them
-        if (absent := checked.oracle.absent()) is None:
-            checked.oracle.inspect()
-        else:
-            console.print(f"{absent} is not on this machine: the oracle was not tried", highlight=False, soft_wrap=True)
-        check_uncertainty(config, checked.algorithm, checked.oracle.gives_uncertainty)
+    for note in _try_leaves(checked):
+        console.print(note, highlight=False, soft_wrap=True)
+    if with_weights(checked.oracle):  # they are loaded where the run has reserved room for them
+        oracle_checks.check_uncertainty(config, checked.algorithm, checked.oracle.gives_uncertainty)
     elif checked.train is not None:
         verdict = wiring.probed(checked, checked.oracle)
         checked = checked.tried(verdict)
@@ -56,10 +53,27 @@ def check(config: RunConfig, console: Console, kept: Kept | None = None) -> Chec
         limit = checked.config.sampling.max_new_tokens
         if (said := oracle_requests.said(plan, checked.oracle, checked.train or (), limit)) is not None:
             console.print(said, highlight=False, soft_wrap=True)
-    check_components(config, checked.algorithm, checked.oracle, verdict)
-    for note in implied_preferences(config, checked.algorithm, checked.oracle, verdict):
+        for note in checked.oracle.remarks:
+            console.print(note, highlight=False, soft_wrap=True)
+    oracle_checks.check_components(config, checked.algorithm, checked.oracle, verdict)
+    for note in oracle_checks.implied_preferences(config, checked.algorithm, checked.oracle, verdict):
         console.print(note, highlight=False, soft_wrap=True)
     return checked
+
+
+def _try_leaves(checked: Checked) -> Iterator[str]:
+    """Find out what is wrong with each oracle that the configured one asks; one with weights, that one itself too, is only looked at."""
+    for section, leaf in leaves(checked.oracle).items():
+        try:
+            if not isinstance(leaf, ModelOracle):
+                if leaf is not checked.oracle and checked.train is not None:
+                    preflight.probe_oracle(leaf, checked.heldout[0])
+            elif (absent := leaf.absent()) is None:
+                leaf.inspect()
+            else:
+                yield f"{absent} is not on this machine: {'the oracle' if section == 'oracle' else section} was not tried"
+        except OnlineRLError as error:
+            raise moved(error, section) from None
 
 
 @contextmanager
@@ -199,15 +213,15 @@ def _require_startable(checked: Checked) -> None:
     """
     if checked.train is None:
         raise lacking(checked)[0]
-    if isinstance(checked.oracle, ModelOracle) and checked.oracle.absent() is not None:
-        checked.oracle.inspect()
+    for oracle in with_weights(checked.oracle).values():
+        if oracle.absent() is not None:
+            oracle.inspect()
 
 
 def lacking(checked: Checked) -> list[ConfigError]:
     """The models that a run would need and that are not on this machine."""
     models = {"model": checked.config.model if checked.train is None else None}
-    if isinstance(checked.oracle, ModelOracle):
-        models["oracle.path"] = checked.oracle.absent()
+    models |= {f"{section}.path": oracle.absent() for section, oracle in with_weights(checked.oracle).items()}
     return [
         ConfigError(
             f"{model} is not on this machine",

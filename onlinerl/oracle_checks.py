@@ -5,7 +5,7 @@ from __future__ import annotations
 from onlinerl.config import RunConfig
 from onlinerl.errors import ConfigError
 from onlinerl.protocols.algorithm import Algorithm
-from onlinerl.protocols.oracle import ModelOracle, Oracle
+from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Verdict
 
 
@@ -25,8 +25,8 @@ def check_uncertainty(config: RunConfig, algorithm: Algorithm, given: bool | Non
             f"{config.oracle['name']} as configured judges each pair once, and {config.algorithm['name']} weighs pairs by how far several "
             "judgements of them disagree",
             field="oracle.name",
-            fix="set oracle.dropout_passes=10 of a reward model, or let a function (oracle.name=python) return one matrix for each member of "
-            "an ensemble",
+            fix="choose oracle.name=ensemble, set oracle.dropout_passes=10 of a reward model, or let a function (oracle.name=python) return "
+            "one matrix for each member",
         )
 
 
@@ -43,7 +43,7 @@ def check_components(config: RunConfig, algorithm: Algorithm, oracle: Oracle, ve
     """
     if verdict is not None:
         given = set(verdict.components or ())
-    elif isinstance(oracle, ModelOracle):
+    elif oracle.components is not None:
         given = set(oracle.components)
     else:  # there was nothing to ask about
         return
@@ -54,8 +54,8 @@ def check_components(config: RunConfig, algorithm: Algorithm, oracle: Oracle, ve
     raise ConfigError(
         f"{config.oracle['name']} {has}, and {config.algorithm['name']} as configured reads {', '.join(missing)}",
         field="oracle.name",
-        fix="set oracle.name=python and a function that returns, for each group, a dict of lists by name: {'score': [...], "
-        f"'{missing[0]}': [...]}}",
+        fix=f"choose oracle.name=composite with members.{missing[0]}, or oracle.name=python and a function that returns, for each group, "
+        f"a dict of lists by name: {{'score': [...], '{missing[0]}': [...]}}",
     )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onlinerl import config as configuration
 from onlinerl.config import RunConfig
 from onlinerl.errors import ClusterError, ConfigError
-from onlinerl.protocols.oracle import ModelOracle
+from onlinerl.protocols.oracle import with_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ def bundles(placements: Sequence[Placement]) -> list[dict[str, float]]:
 
 
 def plan(config: RunConfig, device: str) -> list[Placement]:
-    """What a run asks of the cluster: learner ranks, replicas of the engine, then of an oracle with weights.
+    """What a run asks of the cluster: learner ranks, replicas of the engine, then of each oracle with weights.
 
     Colocated: rank i and replica i share one bundle and its GPU.
     """
@@ -61,20 +61,19 @@ def plan(config: RunConfig, device: str) -> list[Placement]:
         )
         for i in range(engine.replicas)
     ]
-    oracle = configuration.oracle(config)
-    judges: list[Placement] = []
-    if isinstance(oracle, ModelOracle):
-        first = 1 + max(p.bundle for p in ranks + replicas)
-        judges = [
-            Placement(
-                role=f"oracle {i}",
-                cpus=oracle.cpus,
-                gpus=float(gpu and oracle.device != "cpu"),
-                resources=oracle.resources,
-                bundle=first + i,
-            )
-            for i in range(oracle.replicas)
-        ]
+    first = 1 + max(p.bundle for p in ranks + replicas)
+    judges = [
+        Placement(
+            role=f"{section} {i}",
+            cpus=oracle.cpus,
+            gpus=float(gpu and oracle.device != "cpu"),
+            resources=oracle.resources,
+            bundle=first,
+        )
+        for section, oracle in with_weights(configuration.oracle(config)).items()
+        for i in range(oracle.replicas)
+    ]
+    judges = [replace(judge, bundle=first + i) for i, judge in enumerate(judges)]
     return ranks + replicas + judges
 
 

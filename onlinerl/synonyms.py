@@ -41,6 +41,8 @@ KEYS: dict[str, str] = {
     "prompt_key": "prompts.columns.prompt, with prompts.name=dataset",
     "label_key": "prompts.columns.reference_answer, with prompts.name=dataset",
     "reward_model": "oracle.path, with oracle.name=reward_model",
+    "reward_funcs": "oracle.members, with oracle.name=composite",
+    "reward_weights": "oracle.weights, with oracle.name=composite",
     "rollout": "engine",
     "actor": "learner",
     "trainer": "training",
@@ -149,6 +151,11 @@ NAMES: dict[str, str] = {
     "math": "math_verifier",
     "gsm8k": "math_verifier",
     "rm": "reward_model",
+    "code": "code_verifier",
+    "prime_code": "code_verifier",
+    "regex": "format",
+    "think_format_reward": "format",
+    "jury": "ensemble",
     "function": "python",
 }
 """Name of an implementation -> its name here."""

@@ -22,7 +22,7 @@ from onlinerl.oracle_checks import check_uncertainty
 from onlinerl.preflight import Checked
 from onlinerl.protocols.engine import InProcessEngine, ReplicaSettings, RolloutEngine
 from onlinerl.protocols.learner import InProcessLearner, Learner
-from onlinerl.protocols.oracle import ModelOracle, Oracle
+from onlinerl.protocols.oracle import Oracle, with_weights
 from onlinerl.protocols.sync import WeightSync
 from onlinerl.protocols.tracker import Tracked, Tracker
 from onlinerl.protocols.transport import Layout
@@ -65,7 +65,7 @@ def on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker, up: Stan
     the run."""
     from onlinerl.cluster.colocation import Turns, require_gpus
     from onlinerl.cluster.group import LearnerGroup
-    from onlinerl.cluster.oracle import PlacedOracle
+    from onlinerl.cluster.oracle import placed
     from onlinerl.cluster.sync import WeightPush
 
     config, algorithm = checked.config, checked.algorithm
@@ -91,8 +91,8 @@ def on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker, up: Stan
     oracle: Oracle = checked.oracle
     stays = False
     try:
-        if isinstance(checked.oracle, ModelOracle):
-            oracle = PlacedOracle.start(cluster, config.learner.ranks + config.engine.replicas, checked.oracle)
+        if with_weights(checked.oracle):
+            oracle = placed(cluster, config.learner.ranks + config.engine.replicas, checked.oracle)
         turns = Turns(shared=config.cluster.colocate)
         pool = _engine(cluster, config, settings, turns, up, store, tracker)
         turns.engine_starts(pool)
@@ -121,7 +121,7 @@ def _cluster(checked: Checked, up: Standing) -> Cluster:
     from onlinerl.cluster.runtime import Cluster
 
     config = checked.config
-    placed_oracle = config.oracle if isinstance(checked.oracle, ModelOracle) else None
+    placed_oracle = config.oracle if with_weights(checked.oracle) else None
     room = (config.cluster, config.engine, config.learner, placed_oracle)
     cluster: Cluster
     cluster, _ = up.cluster.take(room, lambda: Cluster(config))
@@ -187,7 +187,7 @@ def in_process(checked: Checked, store: RunDirectory, tracker: Tracker, up: Stan
     config = checked.config
     assert isinstance(config.engine, InProcessEngine)
     assert isinstance(config.learner, InProcessLearner)
-    if isinstance(checked.oracle, ModelOracle):
+    if with_weights(checked.oracle):
         checked = checked.tried(probed(checked, checked.oracle))
     tokenizer = model_checks.tokenizer(config.model)
     opened = config.engine.open
@@ -217,6 +217,8 @@ def _wire(
     version = checked.oracle_version
     if version is not None and (caveat := oracle_versions.caveat(store.path, version)) is not None:
         tracker.note(caveat)
+    for remark in asker.oracle.remarks:
+        tracker.note(remark)
     schedule = checked.config.schedule
     # Where engine and learner take turns, an evaluation would only be reported later.
     beside = schedule.evaluate_beside and not shared_hardware

@@ -36,6 +36,27 @@ class OracleActor:
         return list(self._oracle.ask(queries))
 
 
+def placed(cluster: Cluster, first: int, oracle: Oracle) -> Oracle:
+    """The same, with every oracle with weights in it begun to load in processes of its own.
+
+    Args:
+        cluster: with room for them, as `placement.plan` asks for it.
+        first: index of the first one's placement; the others follow.
+        oracle: as configured.
+    """
+    taken = first
+
+    def put(each: Oracle) -> Oracle:
+        nonlocal taken
+        if isinstance(each, ModelOracle):
+            taken += each.replicas
+            return PlacedOracle.start(cluster, taken - each.replicas, each)
+        inner = each.inner()
+        return each.with_inner({key: put(one) for key, one in inner.items()}) if inner else each
+
+    return put(oracle)
+
+
 class PlacedOracle(Oracle):
     """The replicas of an oracle as one that takes as many calls at once: each goes to a replica that is free."""
 

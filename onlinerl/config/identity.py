@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from pydantic import BaseModel
 
 from onlinerl import synonyms
-from onlinerl.config.loading import SPECS, algorithm, foreign, resolved, spec_of
+from onlinerl.config.loading import SPECS, algorithm, foreign, oracle, resolved, spec_of
 from onlinerl.config.roles import build
 from onlinerl.config.sections import RunConfig
 from onlinerl.protocols.keys import MayChange
+from onlinerl.protocols.oracle import Oracle
 
 
 def without_unread(stored: RunConfig) -> RunConfig:
@@ -30,7 +32,8 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
 
 def resumable(config: RunConfig) -> list[str]:
     """The dotted keys that are marked as `Resumable`: where it runs, what is watched and when to stop, not what is computed."""
-    return list(_marked(RunConfig, "", _classes(config)))
+    inner = (_marked(kind, f"{section}.", {}) for section, kind in _inner(oracle(config)).items())
+    return [*_marked(RunConfig, "", _classes(config)), *chain.from_iterable(inner)]
 
 
 def _classes(config: RunConfig) -> dict[str, type[BaseModel]]:
@@ -38,6 +41,14 @@ def _classes(config: RunConfig) -> dict[str, type[BaseModel]]:
     chosen = {section: build(spec_of(config, section), section) for section in SPECS}
     sections = {name: value for name in RunConfig.model_fields if isinstance(value := getattr(config, name), BaseModel)}
     return {name: type(value) for name, value in {**sections, **chosen}.items()}
+
+
+def _inner(asked: Oracle, section: str = "oracle") -> dict[str, type[Oracle]]:
+    """The class of each oracle that this one asks, by its section, however deep it is."""
+    found: dict[str, type[Oracle]] = {}
+    for key, each in asked.inner().items():
+        found |= {f"{section}.{key}": type(each), **_inner(each, f"{section}.{key}")}
+    return found
 
 
 def _marked(model: type[BaseModel], prefix: str, classes: Mapping[str, type[BaseModel]]) -> Iterator[str]:
@@ -91,7 +102,8 @@ def _left_out(key: str, now: Mapping[str, Any]) -> str | None:
 
 def _defaults(config: RunConfig) -> dict[str, Any]:
     """Every default of the sections and of the components that this configuration chooses."""
-    return _defaults_of(RunConfig) | {section: _defaults_of(each) for section, each in _classes(config).items()}
+    chosen = {**_classes(config), **_inner(oracle(config))}
+    return _defaults_of(RunConfig) | {section: _defaults_of(each) for section, each in chosen.items()}
 
 
 def _defaults_of(model: type[BaseModel]) -> dict[str, Any]:

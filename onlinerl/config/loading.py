@@ -83,12 +83,9 @@ def located(config: RunConfig, folders: Sequence[Path]) -> RunConfig:
     """The same with absolute paths of files that the oracle names, if they are in one of these folders."""
     written = oracle(config)
     found = written.located(folders)
-    keys = [key for key in type(found).model_fields if getattr(found, key) != getattr(written, key)]
-    return (
-        config.model_copy(update={"oracle": {**config.oracle, **{key: getattr(found, key) for key in keys}}})
-        if keys
-        else config
-    )
+    before, after = written.model_dump(mode="json"), found.model_dump(mode="json")
+    changed = {key: value for key, value in after.items() if value != before[key]}
+    return config.model_copy(update={"oracle": {**config.oracle, **changed}}) if changed else config
 
 
 def _as_now(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,8 +54,11 @@ class Reporter:
             *([] if kept is None else [self._one("sampled_per_kept", len(groups) / max(1, kept), n=kept)]),
         )
 
-    def labelled(self, iteration: int, *, ok: int, failed: int, spreads: Sequence[float]) -> None:
-        """How many groups the oracle judged and could not judge; standard deviation of the scores of each group that has scores."""
+    def labelled(
+        self, iteration: int, *, ok: int, failed: int, spreads: Sequence[float], uncertainties: Sequence[float] = ()
+    ) -> None:
+        """How many groups the oracle judged and could not judge; standard deviation of the scores of each group that has scores; mean
+        disagreement about its pairs of each group that was judged several times."""
         metrics = [
             self._one("oracle_calls", float(ok), labels={"status": "ok"}),
             self._one("oracle_calls", float(failed), labels={"status": "failed"}),
@@ -63,6 +66,8 @@ class Reporter:
         if spreads:
             metrics.append(self._estimate("zero_spread", wilson([float(s < 1e-6) for s in spreads])))
             metrics.append(self._estimate("reward_std_group", bootstrap(spreads)))
+        if uncertainties:
+            metrics.append(self._estimate("oracle_uncertainty", bootstrap(uncertainties)))
         self._log(iteration, *metrics)
 
     def paid(self, iteration: int, phase: str, cost: Cost) -> None:

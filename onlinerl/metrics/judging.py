@@ -40,6 +40,18 @@ JUDGING = (
         series=(Series(name="onlinerl_oracle_usd_total", kind="counter", labels={"phase": None}),),
     ),
     Definition(
+        name="oracle_uncertainty",
+        help="How far the judgements of an oracle that judges each pair several times disagree (BALD): members of an ensemble, both orders of "
+        "the responses, passes with dropout; mean over the pairs of a group, 0 where all say the same",
+        unit="nats",
+        section=ORACLE,
+        title="Disagreement of several judgements",
+        estimators=("mean",),
+        n_min=50,
+        n_of="groups",
+        series=(Series(name="onlinerl_oracle_uncertainty_nats"),),
+    ),
+    Definition(
         name="swap_disagreement",
         help="Share of the pairs compared in both orders whose orders name different winners: 1 for a judge that always names the first",
         unit="ratio",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -127,6 +128,25 @@ def from_members(
 def nats_of(members: Sequence[np.ndarray]) -> tuple[tuple[float, ...], ...]:
     """`disagreement` of matrices [K, K], as a Verdict has it."""
     return tuple(map(tuple, disagreement(np.stack(members)).tolist()))
+
+
+def turned(verdict: Verdict) -> Verdict:
+    """The verdict about the same responses in the reverse order."""
+
+    def lines(cells: tuple[tuple[float, ...], ...] | None) -> tuple[tuple[float, ...], ...] | None:
+        return None if cells is None else tuple(line[::-1] for line in cells[::-1])
+
+    last = len(verdict.scores or ()) - 1
+    return replace(
+        verdict,
+        scores=None if verdict.scores is None else verdict.scores[::-1],
+        unjudged=tuple(sorted(last - k for k in verdict.unjudged)),
+        preferences=lines(verdict.preferences),
+        log_odds=lines(verdict.log_odds),
+        strength=lines(verdict.strength),
+        uncertainty=lines(verdict.uncertainty),
+        components=None if verdict.components is None else {name: values[::-1] for name, values in verdict.components.items()},
+    )
 
 
 def _numbers(values: object, count: int, what: str) -> tuple[float, ...] | Failure:

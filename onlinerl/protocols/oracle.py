@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field
 
-from onlinerl.errors import OracleError
+from onlinerl.errors import OnlineRLError, OracleError
 from onlinerl.protocols.component import Component
 from onlinerl.protocols.keys import CustomResources, Resumable, Seconds
 from onlinerl.types import Failure, Query, Verdict
@@ -85,9 +86,38 @@ class Oracle(Component):
         return False
 
     @property
+    def components(self) -> tuple[str, ...] | None:
+        """Names of the scores that it gives beside the score (`Verdict.components`); None where only a verdict shows it."""
+        return None
+
+    @property
     def gives_uncertainty(self) -> bool | None:
         """Whether its verdicts say how far several judgements disagree (`Verdict.uncertainty`); None where only a verdict shows it."""
         return None
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        """What to know about it before a run, once it is open; `check` says it."""
+        return ()
+
+    def inner(self) -> dict[str, Oracle]:
+        """The oracles that it asks, each by the key that holds it, e.g. `members.helpful`: fields that are oracles, or mappings of them."""
+        found: dict[str, Oracle] = {}
+        for field in type(self).model_fields:
+            value = getattr(self, field)
+            if isinstance(value, Oracle):
+                found[field] = value
+            elif isinstance(value, Mapping):
+                found |= {f"{field}.{key}": each for key, each in value.items() if isinstance(each, Oracle)}
+        return found
+
+    def with_inner(self, inner: Mapping[str, Oracle]) -> Self:
+        """The same, asking these instead; keys as `inner` gives them."""
+        update: dict[str, Any] = {}
+        for key, oracle in inner.items():
+            field, _, name = key.partition(".")
+            update[field] = {**update.get(field, getattr(self, field)), name: oracle} if name else oracle
+        return self.model_copy(update=update)
 
     def judge(self, queries: Sequence[Query]) -> Iterable[Verdict | Failure]:
         """One result per query, in order: a list, or an iterator that yields each as soon as it is known.
@@ -163,7 +193,7 @@ class ModelOracle(Oracle):
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Names of the scores that it gives beside the score (`Verdict.components`); of other oracles a trial question tells."""
+        """Names of the scores that it gives beside the score (`Verdict.components`)."""
         return ()
 
     def inspect(self) -> None:
@@ -173,3 +203,26 @@ class ModelOracle(Oracle):
             OracleError: if they cannot be those of such an oracle.
         """
         raise NotImplementedError
+
+
+def leaves(oracle: Oracle, section: str = "oracle") -> dict[str, Oracle]:
+    """The oracles that ask no other one, by their section of the configuration: of `composite`, `oracle.members.helpful` and so on; any
+    other is its own only leaf."""
+    inner = oracle.inner()
+    if not inner:
+        return {section: oracle}
+    return {key: leaf for name, each in inner.items() for key, leaf in leaves(each, f"{section}.{name}").items()}
+
+
+def with_weights(oracle: Oracle) -> dict[str, ModelOracle]:
+    """Those of the leaves that load weights, by their section, in the order in which they are placed."""
+    return {section: leaf for section, leaf in leaves(oracle).items() if isinstance(leaf, ModelOracle)}
+
+
+def moved(error: OnlineRLError, section: str) -> OnlineRLError:
+    """An error of an oracle in another section than `oracle`, e.g. `oracle.members.helpful`: with the keys that it names where they are."""
+    if error.field is None or section == "oracle" or not re.match(r"oracle\b", error.field):
+        return error
+    field, fix = section + error.field.removeprefix("oracle"), re.sub(r"\boracle\.(?=[a-z])", f"{section}.", error.fix or "")
+    same: OnlineRLError = type(error)(error.cause, field=field, fix=fix or None)
+    return same

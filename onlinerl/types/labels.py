@@ -123,7 +123,8 @@ class Verdict:
     """[K][K], of an oracle that has judged several times: by how much its judgements disagree about each pair, in nats (see
     `disagreement`). NaN where unknown."""
     components: Mapping[str, tuple[float, ...]] | None = None
-    """Other scores of the responses beside `scores`, by name (lower case), each of length K: helpfulness, harm, ..."""
+    """Other scores of the responses beside `scores`, by name (lower case), each of length K: helpfulness, harm, ... Finite, but for those
+    of `unjudged` responses."""
     temperature: float = 1.0
     """In units of the score, or of the log-odds: how large a gap between two scores must be to mean odds of e to 1 (see `matrix`)."""
     raw: str | None = None
@@ -171,7 +172,8 @@ class Verdict:
                 return Failure(kind="parse_fail", message=message)
             if len(values) != count:
                 return Failure(kind="wrong_length", message=f"{len(values)} numbers as {name} for {count} responses")
-            if not np.isfinite(np.asarray(values, dtype=np.float64)).all():
+            unknown = set(np.flatnonzero(~np.isfinite(np.asarray(values, dtype=np.float64))).tolist())
+            if not unknown <= {*self.unjudged}:
                 return Failure(kind="non_finite", message=f"{name} {values}")
         return None
 
@@ -223,6 +225,15 @@ class Verdict:
         flips: np.ndarray = raw * raw.T > 0  # NaN is not
         np.fill_diagonal(flips, False)
         return flips
+
+    def mean_uncertainty(self) -> float | None:
+        """Mean of `uncertainty` over the pairs of which it is known; None if there is none."""
+        if self.uncertainty is None:
+            return None
+        nats = np.asarray(self.uncertainty, dtype=np.float64)
+        known = nats[np.triu_indices(len(nats), k=1)]
+        known = known[~np.isnan(known)]
+        return float(known.mean()) if len(known) else None
 
     def win_rates(self) -> np.ndarray:
         """Mean probability of beating a random judged response of the group, itself included; NaN for one that was not judged.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from onlinerl.errors import ConfigError
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Prompt, Query, Verdict
 
+REFERENCE = "assert good() == 72\n#### 72"
+"""An answer in GSM8K's form, and the tests of a program."""
 RESPONSES = ("a good 72", "a bad 71", "a dull film", "a good 72", "not good: 72")
 
 
@@ -39,6 +42,25 @@ def tiny_reward_model(folder) -> str:
     return str(folder)
 
 
+def tiny_language_model(folder, *, seed: int) -> str:
+    """A random language model with the same tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tiny_reward_model(folder)
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=12, initializer_range=0.5, **sizes)).save_pretrained(folder)
+    return str(folder)
+
+
+def pairs_of_lengths(folder) -> str:
+    """Of which the longer one mostly wins."""
+    rows = [{"prompt": "what", "chosen": "a" * (2 + i % 3), "rejected": "b" * (1 + 3 * (i % 4 == 0))} for i in range(60)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "pairs.jsonl")
+
+
 @pytest.fixture(scope="module")
 def judge_server():
     """For the oracles that ask one."""
@@ -50,7 +72,31 @@ def judge_server():
 def oracle(request, tmp_path_factory, judge_server):
     """Every oracle, with the knobs that it cannot do without, and one from outside the package that compares."""
     name = request.param
+    plain = {"lengths": {"name": "python", "function": f"{__name__}.lengths"}, "tone": {"name": "sentiment"}}
+
+    def language_model(seed: int = 0) -> str:
+        return tiny_language_model(tmp_path_factory.mktemp("language"), seed=seed)
+
     knobs = {
+        "density_ratio": lambda: {
+            "strong": language_model(),
+            "weak": language_model(1),
+            "criteria": "good film",
+            "device": "cpu",
+        },
+        "implicit": lambda: {"policy": language_model(), "reference": language_model(1), "device": "cpu"},
+        "ref_embedding": lambda: {"path": language_model(), "device": "cpu"},
+        "followup": lambda: {"path": language_model(), "positive": ["good"], "negative": ["bad", "dull"], "device": "cpu"},
+        "composite": lambda: {"members": plain, "weights": {"tone": 3.0}},
+        "ensemble": lambda: {"members": plain, "combine": "lcb", "lcb_coef": 1.0, "stds": {"lengths": 4.0}},
+        "calibrated": lambda: {"base": plain["lengths"], "data": pairs_of_lengths(tmp_path_factory.mktemp("pairs"))},
+        "router": lambda: {"cheap": plain["lengths"], "expensive": plain["tone"], "expensive_below": 0.9, "audit": 0.5},
+        "synthetic": lambda: {
+            "population": {"most": {"share": 0.75, "per_word": 1.0}, "few": {"share": 0.25, "words": {"bad": 1.0}}}
+        },
+        "noisy": lambda: {"base": plain["lengths"], "flip_rate": 0.3, "scope": "call", "position_bias": 0.1, "sampled": True},
+        "swapped": lambda: {"base": plain["tone"]},
+        "format": lambda: {"pattern": r"a .*\d"},
         "judge_pair": lambda: {"base_url": f"{judge_server.url}/v1", "model": "judge"},
         "judge_score": lambda: {"base_url": f"{judge_server.url}/v1", "model": "judge"},
         "python": lambda: {"function": f"{__name__}.lengths"},
@@ -63,7 +109,7 @@ def oracle(request, tmp_path_factory, judge_server):
 
 
 def query(*responses: str, name: str = "p") -> Query:
-    return Query(prompt=Prompt(id=name, text="what ", token_ids=(1,), reference_answer="72"), responses=responses)
+    return Query(prompt=Prompt(id=name, text="what ", token_ids=(1,), reference_answer=REFERENCE), responses=responses)
 
 
 def test_one_result_per_query_in_order(oracle):

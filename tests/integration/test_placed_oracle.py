@@ -112,6 +112,26 @@ def test_both_replicas_judge(placed):
     assert {result.temperature for result in results} == {0.5}
 
 
+def test_an_oracle_inside_another_one_runs_where_it_was_placed(cluster, config):
+    """The others stay with the controller, and the call limits of the one with weights are kept."""
+    from onlinerl.cluster.oracle import placed
+
+    members = {"moody": config.oracle, "tone": {"name": "sentiment"}}
+    composite = configuration.parse({**config.model_dump(mode="json"), "oracle": {"name": "composite", "members": members}})
+    oracle = placed(cluster, 2, configuration.oracle(composite))
+    oracle.open()
+    try:
+        results = ask(oracle, queries("good", "bad", "good"))
+        assert [type(each) for each in results] == [Verdict] * 3
+        assert [result.components["moody"] for result in results] == [(1.0,)] * 3
+        assert results[0].scores[0] > results[1].scores[0]
+        with pytest.raises(OracleError) as error:
+            ask(oracle, queries("die"))
+        assert error.value.field is None or error.value.field.startswith("oracle")
+    finally:
+        oracle.close()
+
+
 def test_an_exception_costs_the_groups_that_came_with_it(placed):
     results = ask(placed, queries("a", "b", "c", "d", "raise", "f", "g"))
     assert [isinstance(result, Verdict) for result in results] == [True] * 3 + [False] * 3 + [True]

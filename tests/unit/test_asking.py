@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from pydantic import Field, PrivateAttr
 
+from onlinerl import oracle_calls
 from onlinerl.controller import asking
 from onlinerl.controller.feed import Feed, Stopped
 from onlinerl.errors import OracleError
@@ -63,7 +64,7 @@ def ask(oracle: Oracle, count: int) -> list[Verdict | Failure]:
 def pauses(monkeypatch):
     """The pauses that were made, in seconds; none of them is waited for."""
     made: list[float] = []
-    monkeypatch.setattr(asking.time, "sleep", made.append)
+    monkeypatch.setattr(oracle_calls.time, "sleep", made.append)
     return made
 
 
@@ -113,7 +114,7 @@ def test_a_server_that_says_when_is_taken_at_its_word(pauses, said, waited):
 
 
 def test_retry_after_may_be_a_date(pauses):
-    ask(Paid(script=[status(429, Retry_After=formatdate(asking.time.time() + 20, usegmt=True))]), 1)
+    ask(Paid(script=[status(429, Retry_After=formatdate(oracle_calls.time.time() + 20, usegmt=True))]), 1)
     assert 15 < pauses[0] <= 20
 
 

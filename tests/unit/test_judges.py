@@ -18,6 +18,7 @@ pytest.importorskip("aiohttp")
 
 from judges import CLOSED, GARBAGE, HALF_A_REPLY, JudgeServer, completion, judging, quality, shown
 
+from onlinerl import oracle_calls
 from onlinerl.config import component
 from onlinerl.controller import asking
 from onlinerl.errors import ConfigError, OracleError
@@ -568,7 +569,7 @@ def test_no_more_requests_at_once_than_allowed(judge, server):
 
 
 def test_who_loses_patience_and_asks_again_pays_nothing_twice(judge, server, monkeypatch):
-    monkeypatch.setattr(asking, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(oracle_calls, "FIRST_PAUSE_S", 0.0)
     server.instead = lambda n, body: time.sleep(0.6)
     oracle = judge(call_timeout_s=0.5, retries=5, read_from="text", response_format="text")
     [((_, verdict),)] = list(asking.answers(oracle, [query("x", "yg")]))

@@ -19,6 +19,7 @@ def label(it: Iteration) -> LabelRecord:
     calls, cost = collect.judge(it, sampled, expected, labels, "label", wanted=it.large_enough, feed=it.answers)
     failures: list[Failure] = []
     spread: dict[str, float] = {}
+    unsure: dict[str, float] = {}
     compared: list[str] = []
     versions: Counter[str] = Counter()
     # Groups that were large enough to be judged are those with a label.
@@ -32,10 +33,12 @@ def label(it: Iteration) -> LabelRecord:
                 compared.append(found.prompt_id)
             if result.scores is not None:
                 spread[found.prompt_id] = float(np.nanstd(result.scores))
+            if (nats := result.mean_uncertainty()) is not None:
+                unsure[found.prompt_id] = nats
     it.report.paid(it.number, "label", cost)
     health.check_failures(failures, calls, it.parts.config.max_failed_labels)
-    spreads = [spread[prompt_id] for prompt_id in it.sampled_ids if prompt_id in spread]
-    it.report.labelled(it.number, ok=calls - len(failures), failed=len(failures), spreads=spreads)
+    spreads, uncertainties = ([known[i] for i in it.sampled_ids if i in known] for known in (spread, unsure))
+    it.report.labelled(it.number, ok=calls - len(failures), failed=len(failures), spreads=spreads, uncertainties=uncertainties)
     if compared:  # only then are the responses read again
         answered = it.judged(compared)
         it.report.compared(it.number, [Compared.of(group, said) for group, said in answered if isinstance(said, Verdict)])
