@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 from pydantic import Field, PrivateAttr
@@ -20,7 +20,7 @@ from onlinerl.config.paths import at_home
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _calibration
 from onlinerl.oracles._calibration import Fit
-from onlinerl.oracles._inner import Container, Inner, keep, kept
+from onlinerl.oracles._inner import Container, Inner, failed, keep, kept
 from onlinerl.types import Failure, Message, Prompt, Query, Verdict
 
 FEW = 2000
@@ -106,9 +106,10 @@ class Calibrated(Container):
         return self._version(method=self.method, **asdict(self._fit))
 
     def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
-        """One result per query, in order; failures of `base` as they are."""
+        """One result per query, in order; a Failure where `base` failed."""
         version = self.version if queries else ""
-        return [one if isinstance(one, Failure) else self._calibrated(one, version) for one in self._ask("base", queries)]
+        asked = self._ask("base", queries)
+        return [failed({"base": said}) or self._calibrated(cast(Verdict, said), version) for said in asked]
 
     def _calibrated(self, verdict: Verdict, version: str) -> Verdict:
         assert self._fit is not None

@@ -14,13 +14,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import NormalDist
-from typing import Literal, Self
+from typing import Literal, Self, cast
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from onlinerl.errors import ConfigError
-from onlinerl.oracles._inner import Container, Inner
+from onlinerl.oracles._inner import Container, Inner, failed
 from onlinerl.types import Failure, Query, Verdict, derive_seed
 
 _OF_PAIRS = ("flip_rate", "choice_temperature", "sampled", "position_bias", "length_bias", "tie_band")
@@ -77,12 +77,10 @@ class Noisy(Container):
         return self._version(**self.model_dump(include={"seed", "score_noise", "scope", *_OF_PAIRS}))
 
     def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
-        """One result per query, in order; failures of `base` as they are."""
+        """One result per query, in order; a Failure where `base` failed."""
         version = self.version if queries else ""
-        return [
-            result if isinstance(result, Failure) else self._worse(query, result, version)
-            for query, result in zip(queries, self._ask("base", queries), strict=True)
-        ]
+        asked = zip(queries, self._ask("base", queries), strict=True)
+        return [failed({"base": said}) or self._worse(query, cast(Verdict, said), version) for query, said in asked]
 
     def _worse(self, query: Query, clean: Verdict, version: str) -> Verdict | Failure:
         said = replace(

@@ -11,9 +11,9 @@ from judges import judging
 
 from onlinerl import registry
 from onlinerl.config import component
-from onlinerl.errors import ConfigError
+from onlinerl.errors import ConfigError, OracleError
 from onlinerl.protocols.oracle import Oracle
-from onlinerl.types import Prompt, Query, Verdict
+from onlinerl.types import Cost, Failure, Prompt, Query, Verdict
 
 REFERENCE = "assert good() == 72\n#### 72"
 """An answer in GSM8K's form, and the tests of a program."""
@@ -90,7 +90,7 @@ def oracle(request, tmp_path_factory, judge_server):
         "composite": lambda: {"members": plain, "weights": {"tone": 3.0}},
         "ensemble": lambda: {"members": plain, "combine": "lcb", "lcb_coef": 1.0, "stds": {"lengths": 4.0}},
         "calibrated": lambda: {"base": plain["lengths"], "data": pairs_of_lengths(tmp_path_factory.mktemp("pairs"))},
-        "router": lambda: {"cheap": plain["lengths"], "expensive": plain["tone"], "expensive_below": 0.9, "audit": 0.5},
+        "router": lambda: {"cheap": plain["lengths"], "expensive": plain["tone"], "expensive_below": 1.0},
         "synthetic": lambda: {
             "population": {"most": {"share": 0.75, "per_word": 1.0}, "few": {"share": 0.25, "words": {"bad": 1.0}}}
         },
@@ -201,3 +201,55 @@ def test_an_unknown_knob_is_an_error(oracle):
     name = module.rpartition(".")[2] if module.startswith("onlinerl.") else f"{module}.{type(oracle).__name__}"
     with pytest.raises(ConfigError, match="no_such_knob"):
         component({"name": name, **oracle.model_dump(), "no_such_knob": 1}, "oracle", "oracles", Oracle)
+
+
+# --- those that ask others ---
+
+
+class Broken(Oracle):
+    """Fails, at a price, or stops the run."""
+
+    stops: bool = False
+
+    @property
+    def version(self):
+        return "broken"
+
+    def judge(self, queries):
+        if self.stops:
+            raise OracleError("is broken", field="oracle.stops", fix="set oracle.stops=false")
+        return [Failure(kind="refused", message="no", cost=Cost(calls=1, usd=0.25)) for _ in queries]
+
+
+def test_an_inner_oracle_that_fails_is_named_and_paid(oracle):
+    for key in oracle.inner():
+        results = list(oracle.with_inner({key: Broken()}).ask([query(*RESPONSES), query(*RESPONSES[:2], name="q")]))
+        failures = [result for result in results if isinstance(result, Failure)]
+        assert failures, key
+        for failure in failures:
+            assert (failure.kind, failure.message.startswith(key)) == ("refused", True)
+            assert failure.cost.usd >= 0.25
+
+
+def test_an_inner_oracle_that_stops_the_run_is_found_in_the_configuration(oracle):
+    for key in oracle.inner():
+        with pytest.raises(OracleError) as error:
+            list(oracle.with_inner({key: Broken(stops=True)}).ask([query(*RESPONSES)]))
+        assert error.value.field == f"oracle.{key}.stops"
+        assert error.value.fix == f"set oracle.{key}.stops=false"
+
+
+def test_the_version_is_also_that_of_every_inner_oracle(oracle):
+    for key in oracle.inner():
+        assert oracle.with_inner({key: Broken()}).version != oracle.version
+
+
+def test_inner_oracles_are_written_with_their_names(oracle):
+    """So that a stored run is read back."""
+    for key in oracle.inner():
+        node = oracle.model_dump(mode="json")
+        for part in key.split("."):
+            node = node[part]
+        again, inner = component(node, "oracle", "oracles", Oracle), oracle.inner()[key]
+        assert type(again) is type(inner)
+        assert again.model_dump() == inner.model_dump()
