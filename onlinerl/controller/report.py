@@ -14,12 +14,12 @@ from onlinerl.controller import evaluation
 from onlinerl.controller.comparing import Compared
 from onlinerl.controller.parts import Built, Parts
 from onlinerl.controller.statistics import Divergence, Estimate, bootstrap, ratio, wilson
-from onlinerl.controller.tally import Sampled
+from onlinerl.controller.tally import Paid, Sampled
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import per_iteration, per_step
 from onlinerl.protocols.tracker import Tracker
-from onlinerl.types import Cost, MeasureRecord, Metric, SelfTest, SyncReport, UpdateReport
+from onlinerl.types import MeasureRecord, Metric, SelfTest, SyncReport, UpdateReport
 
 
 @dataclass
@@ -65,11 +65,13 @@ class Reporter:
             metrics.append(self._estimate("reward_std_group", bootstrap(spreads)))
         self._log(iteration, *metrics)
 
-    def paid(self, iteration: int, phase: str, cost: Cost) -> None:
-        """What the oracle's answers of a phase have cost, failures included."""
+    def paid(self, iteration: int, phase: str, paid: Paid) -> None:
+        """What the oracle's answers of a phase have cost, failures included, and what was saved because they were known."""
+        cost, labels = paid.cost, {"phase": phase}
+        if paid.saved.calls:
+            self._log(iteration, self._one("oracle_requests_saved", float(paid.saved.calls), labels=labels))
         if not cost.calls:
             return
-        labels = {"phase": phase}
         metrics = [
             self._one("oracle_requests", float(cost.calls), labels=labels),
             self._one("oracle_seconds", cost.seconds, labels=labels),

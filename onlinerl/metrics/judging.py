@@ -15,6 +15,14 @@ JUDGING = (
         series=(Series(name="onlinerl_oracle_requests_total", kind="counter", labels={"phase": None}),),
     ),
     Definition(
+        name="oracle_requests_saved",
+        help="Questions that were not asked, because the ledger knew what the oracle says: with oracle_requests, all that there were",
+        unit="calls",
+        section=ORACLE,
+        labels={"phase": ()},
+        series=(Series(name="onlinerl_oracle_requests_saved_total", kind="counter", labels={"phase": None}),),
+    ),
+    Definition(
         name="oracle_tokens",
         help="Tokens that the oracle has read and written",
         unit="tokens",

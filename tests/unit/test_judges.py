@@ -101,7 +101,7 @@ def test_what_the_server_can_do_is_found_out_once(judge, name, schema, logprobs,
         opening = len(server.asked)
         assert (
             opening
-            == oracle.opening_requests
+            == oracle.opening_cost.calls
             == {(True, True): 1, (False, True): 2, (True, False): 3, (False, False): 3}[schema, logprobs]
         )
         verdict = one(oracle)
@@ -246,7 +246,7 @@ def test_all_side_by_side_in_several_orders(judge, server):
     oracle = judge("judge_score", listwise=True, orders=3)
     verdict = one(oracle, "gg", "x", "b")
     assert verdict.scores == (5, 3, 2)
-    assert len(server.asked) - oracle.opening_requests == oracle.requests(3) == 3
+    assert len(server.asked) - oracle.opening_cost.calls == oracle.requests(3) == 3
     assert len(set(texts(server)[-3:])) > 1
     assert one(oracle, "b", "gg", "x").scores == (2, 5, 3)
     assert one(oracle, "gg").scores == (5,)

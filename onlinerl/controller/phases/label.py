@@ -9,6 +9,7 @@ import numpy as np
 from onlinerl.controller import collect, health
 from onlinerl.controller.comparing import Compared
 from onlinerl.controller.iteration import Iteration
+from onlinerl.protocols.store import VERDICTS
 from onlinerl.types import Failure, LabelRecord, Verdict
 
 
@@ -16,7 +17,7 @@ def label(it: Iteration) -> LabelRecord:
     """Ask the oracle about what is sampled."""
     sampled, labels = it.sampled(), it.labels()
     expected = len(it.prompts()[0])
-    calls, cost = collect.judge(it, sampled, expected, labels, "label", wanted=it.large_enough, feed=it.answers)
+    calls, paid = collect.judge(it, sampled, expected, VERDICTS, "label", wanted=it.large_enough, feed=it.answers)
     failures: list[Failure] = []
     spread: dict[str, float] = {}
     compared: list[str] = []
@@ -32,7 +33,7 @@ def label(it: Iteration) -> LabelRecord:
                 compared.append(found.prompt_id)
             if result.scores is not None:
                 spread[found.prompt_id] = float(np.nanstd(result.scores))
-    it.report.paid(it.number, "label", cost)
+    it.report.paid(it.number, "label", paid)
     health.check_failures(failures, calls, it.parts.config.max_failed_labels)
     spreads = [spread[prompt_id] for prompt_id in it.sampled_ids if prompt_id in spread]
     it.report.labelled(it.number, ok=calls - len(failures), failed=len(failures), spreads=spreads)
