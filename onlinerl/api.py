@@ -14,7 +14,7 @@ from rich.console import Console
 from onlinerl import config as configuration
 from onlinerl.config import RunConfig
 from onlinerl.errors import OnlineRLError, StoreError
-from onlinerl.stores import summary
+from onlinerl.stores import labelled, summary
 from onlinerl.trackers.console import sturdy_console
 from onlinerl.trackers.jsonl import read_metrics
 from onlinerl.types import Metric
@@ -197,6 +197,16 @@ class Run:
         """
         chosen = self.iterations if iteration is None else [iteration]
         return tables.converted(tables.rows(self.path, name, chosen), format)
+
+    def labels(self, iteration: int | None = None, *, oracle: str = "", format: Format = "pandas") -> Frame:
+        """One row per label with what it is about: prompt, responses, verdict, words, cost, seeds. docs/usage.md explains the columns.
+
+        Args:
+            iteration: all of them by default.
+            oracle: only of annotators and versions that contain it.
+            format: see the class.
+        """
+        return tables.converted(list(labelled.rows(self.path, iteration, oracle)), format, labelled.SCHEMA.names)
 
     def samples(self, iteration: int | None = None, *, limit: int = 5, heldout: bool = False) -> list[dict[str, Any]]:
         """Prompts of an iteration with responses, scores and trained pairs: the same as `onlinerl show RUN --samples --json`.

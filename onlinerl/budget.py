@@ -90,7 +90,7 @@ class Account:
         return BudgetError(
             f"{spent} of {whole} are spent, and the next question may cost {next_one}",
             field=f"ledger.max_{kind}",
-            fix=f"all that was paid for is kept: go on with a larger budget, `onlinerl resume RUN ledger.max_{kind}=...`",
+            fix=f"all that was paid for is kept: the same command goes on with a larger ledger.max_{kind}=..., of a run that is `onlinerl resume`",
         )
 
 

@@ -8,6 +8,7 @@ from onlinerl.budget import Account, Limits
 from onlinerl.config import LedgerConfig, RunConfig
 from onlinerl.errors import ConfigError
 from onlinerl.protocols.oracle import ModelOracle, Oracle
+from onlinerl.stores import labels
 from onlinerl.types import Cost
 
 _UNKNOWN = {
@@ -26,6 +27,15 @@ _UNKNOWN = {
 def account(ledger: LedgerConfig, spent: Cost) -> Account:
     """Of a run that has spent so much."""
     return Account(Limits(calls=ledger.max_calls, tokens=ledger.max_tokens, usd=ledger.max_usd), spent)
+
+
+def spent(run: Path, oracle: Oracle) -> Cost:
+    """What a run has paid so far: for its labels and starts, and for answers that the oracle keeps and that are no label yet.
+
+    Raises:
+        StoreError: if there is no run or it is damaged.
+    """
+    return labels.paid(run).plus(oracle.unlabelled(run / labels.KEPT))
 
 
 def check_source(config: RunConfig) -> None:

@@ -26,6 +26,8 @@ from onlinerl.types import Cost, Label, Verdict
 COMPARISONS, RELABELS = "comparisons_", "relabels_"
 """What the names of other tables of labels begin with: those of answers to the held-out prompts with an earlier iterate's, and those of
 another oracle."""
+KEPT = "oracle"
+"""In a run directory: what an oracle keeps before it is a label (`Oracle.remember`)."""
 TRIALS = "trials"
 """In the manifest of a run: what the questions of each of its starts have cost."""
 _OPENED = 16

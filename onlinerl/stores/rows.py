@@ -292,7 +292,7 @@ class Codec(Generic[T]):
 
 _TEXT, _TEXTS, _FLOATS, _INT = pa.string(), pa.list_(pa.string()), pa.list_(pa.float64()), pa.int64()
 _SAMPLER = pa.struct({"temperature": pa.float64(), "top_p": pa.float64(), "top_k": _INT, "max_new_tokens": _INT})
-_COST = pa.struct({"calls": _INT, "seconds": pa.float64(), "usd": pa.float64(), "tokens": _INT, "tokens_out": _INT})
+COST = pa.struct({"calls": _INT, "seconds": pa.float64(), "usd": pa.float64(), "tokens": _INT, "tokens_out": _INT})
 _GROUPS = pa.schema(
     {
         "prompt_id": _TEXT,
@@ -328,10 +328,10 @@ LABELS = Codec(
             "uncertainty": pa.list_(_FLOATS),
             "temperature": pa.float64(),
             "raw": _TEXT,
-            "cost": _COST,
+            "cost": COST,
             "key": _TEXT,
             "reused_from": _TEXT,
-            "saved": _COST,
+            "saved": COST,
         }
     ),
     label_row,
