@@ -217,7 +217,7 @@ def asker(checked: Checked, store: RunDirectory, account: Account, oracle: Oracl
     if source is not None:
         tracker.note(f"{len(ledger)} labels are known, of this run and of those in {source}")
     for problem in ledger.unreadable:
-        tracker.note(f"labels of another run are left out: {problem}")
+        tracker.note(f"labels are left out: {problem}")
     return Asker(oracle, ledger, account)
 
 

@@ -46,10 +46,10 @@ def folders(run: Path) -> list[Path]:
 
 
 def paid(run: Path) -> Cost:
-    """What all labels and all starts of a run have cost, failures included.
+    """What all labels and all starts of a run have cost, failures included. Damaged tables are left out: whoever needs one refuses it.
 
     Raises:
-        StoreError: if there is no run or it is damaged.
+        StoreError: if there is no run.
     """
     total = Cost()
     for cost in summary.manifest(run).get(TRIALS, ()):
@@ -62,8 +62,9 @@ def paid(run: Path) -> Cost:
 def _rows(run: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     for folder in folders(run):
         for table in tables(folder):
-            for rows in TableFiles(folder, table).chunks(columns):
-                yield from rows
+            with suppress(StoreError):
+                for rows in TableFiles(folder, table).chunks(columns):
+                    yield from rows
 
 
 def record_trial(store: RunDirectory, cost: Cost) -> None:
@@ -100,9 +101,9 @@ class Ledger:
         self._opened: OrderedDict[tuple[Path, str], StoredTable[Label]] = OrderedDict()
         self._lock = threading.RLock()
         self.unreadable: list[str] = []
-        """What is wrong with tables of other runs, which are left out."""
+        """What is wrong with tables that are left out; whoever needs one refuses it."""
         for folder in folders(store.path):
-            self._read(folder)
+            self._try(folder)
         self.look_again()
 
     def __len__(self) -> int:
@@ -138,10 +139,13 @@ class Ledger:
                 state = _state(folder)
                 if self._seen.get(folder) != state:
                     self._seen[folder] = state
-                    try:
-                        self._read(folder)
-                    except StoreError as error:
-                        self.unreadable.append(error.cause)
+                    self._try(folder)
+
+    def _try(self, folder: Path) -> None:
+        try:
+            self._read(folder)
+        except StoreError as error:
+            self.unreadable.append(error.cause)
 
     def _runs(self) -> list[Path]:
         if self._others is None:

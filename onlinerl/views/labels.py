@@ -98,7 +98,7 @@ def _add(costs: dict[tuple[int, str, str], dict[str, Any]], row: Mapping[str, An
 
 def _audit(found: Mapping[str, Iterable[Compared]]) -> dict[str, Any]:
     """Shares over all pairs that a version has judged; those of one prompt are drawn together."""
-    prompts = [list(every) for every in found.values()]
+    prompts = [list(found[prompt_id]) for prompt_id in sorted(found)]  # whatever was judged first
     audit: dict[str, Any] = {"groups": sum(map(len, prompts)), "prompts": len(prompts)}
     for name, (part, whole) in _RATES.items():
         tops = [sum(getattr(one, part) for one in every) for every in prompts]
@@ -115,8 +115,8 @@ def _share(tops: list[float], counts: list[int]) -> dict[str, float] | None:
 def _winners(said: Verdict) -> np.ndarray:
     """i8[K(K-1)/2]: of each pair, 1 where the first of both in the group is preferred, -1 the second, 0 a tie or nothing said."""
     matrix = said.matrix()
-    signs = np.sign(matrix[np.triu_indices(len(matrix), 1)] - 0.5)
-    return np.nan_to_num(signs).astype(np.int8)
+    signs: np.ndarray = np.nan_to_num(np.sign(matrix[np.triu_indices(len(matrix), 1)] - 0.5)).astype(np.int8)
+    return signs
 
 
 def _agreement(one: Mapping[tuple[int, str], np.ndarray], other: Mapping[tuple[int, str], np.ndarray]) -> dict[str, Any]:
@@ -132,7 +132,8 @@ def _agreement(one: Mapping[tuple[int, str], np.ndarray], other: Mapping[tuple[i
         same[key[1]][1] += int(decided.sum())
         firsts += [(a[decided] > 0).sum(), (b[decided] > 0).sum()]
         both += int(decided.sum())
-    agreement = _share([top for top, _ in same.values()], [count for _, count in same.values()]) if both else None
+    counts = [same[prompt_id] for prompt_id in sorted(same)]
+    agreement = _share([top for top, _ in counts], [count for _, count in counts]) if both else None
     chance = math.nan
     if both:
         p, q = firsts / both

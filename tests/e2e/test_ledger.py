@@ -180,7 +180,9 @@ def test_another_oracle_judges_what_was_sampled_and_goes_on_where_it_was_killed(
 
 
 def test_an_oracle_agrees_with_itself(toy_config, warm_cli, tmp_path):
-    assert warm_cli("run", toy_config(tmp_path, {**COUNTED, "iterations": 1})).returncode == 0
+    (tmp_path / "brevity.py").write_text("def judge(groups):\n    return [[-len(r) for r in g['responses']] for g in groups]\n")
+    own = {"oracle.name": "python", "oracle.function": f"{tmp_path}/brevity.py:judge", "metrics.prometheus": False}
+    assert warm_cli("run", toy_config(tmp_path, {**own, "iterations": 1})).returncode == 0
     done = warm_cli("relabel", tmp_path / "runs/toy", "oracle.revision=2")
     assert done.returncode == 0, done.message
     (agreement,) = ledger(warm_cli, tmp_path / "runs/toy")["agreement"]
@@ -196,7 +198,7 @@ def test_an_oracle_agrees_with_itself(toy_config, warm_cli, tmp_path):
     ],
 )
 def test_what_relabel_cannot_do_it_refuses(toy_config, warm_cli, tmp_path, keys, says):
-    assert warm_cli("run", toy_config(tmp_path, {**COUNTED, "iterations": 1})).returncode == 0
+    assert warm_cli("run", toy_config(tmp_path, {"iterations": 1, "metrics.prometheus": False})).returncode == 0
     done = warm_cli("relabel", tmp_path / "runs/toy", *keys)
     assert done.returncode == 2, done.message
     assert says in done.stderr
