@@ -106,6 +106,23 @@ class Run:
         _require_main_thread()
         return app.resume(self.path, _typed(overrides), _console(quiet))
 
+    def relabel(self, overrides: Overrides, *, iteration: int | None = None, quiet: bool = False) -> str:
+        """Let another oracle judge what this run was trained on, as `onlinerl relabel` does. Returns the version of that oracle.
+
+        Args:
+            overrides: keys of `oracle` and `ledger`, e.g. `{"oracle.name": "math_verifier"}`.
+            iteration: only of this one.
+            quiet: print nothing.
+
+        Raises:
+            OnlineRLError: naming field, cause and fix; also if another process works on the run.
+            Interrupted: as for `start`; the same call goes on.
+        """
+        from onlinerl import relabelling
+
+        _require_main_thread()
+        return relabelling.relabel(self.path, _typed(overrides), _console(quiet), iteration=iteration)
+
     # --- how it stands ---
 
     @property

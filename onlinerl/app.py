@@ -56,6 +56,9 @@ def check(config: RunConfig, console: Console, kept: Kept | None = None, account
         console.print(note, highlight=False, soft_wrap=True)
     verdict: Verdict | None = None
     if isinstance(checked.oracle, ModelOracle):  # its weights are loaded where the run has reserved room for them
+        if account is not None:
+            account.reserve(one := Cost(calls=1))
+            account.settle(one, Cost())
         if (absent := checked.oracle.absent()) is None:
             checked.oracle.inspect()
         else:

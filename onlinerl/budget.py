@@ -22,6 +22,11 @@ class Limits:
     tokens: int | None = None
     usd: float | None = None
 
+    def shares(self, cost: Cost) -> dict[str, float]:
+        """A cost as a share of each limit, by name."""
+        kinds: dict[str, float | None] = {"calls": self.calls, "tokens": self.tokens, "usd": self.usd}
+        return {kind: getattr(cost, kind) / most for kind, most in kinds.items() if most is not None}
+
     def exceeded(self, cost: Cost) -> tuple[str, float] | None:
         """The first limit that is less than a cost, by name and value."""
         kinds: dict[str, float | None] = {"calls": self.calls, "tokens": self.tokens, "usd": self.usd}

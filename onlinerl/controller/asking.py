@@ -62,7 +62,7 @@ class Asker:
 
     def __init__(self, oracle: Oracle, ledger: Ledger | None = None, account: Account | None = None) -> None:
         self.oracle = oracle
-        self._ledger, self._account = ledger, account or Account()
+        self._ledger, self.account = ledger, account or Account()
         self._asks_the_account = account is not None and not oracle.charge(account)
         self._largest: dict[int, Cost] = {}
         """What a group of so many responses has cost at most."""
@@ -110,7 +110,7 @@ class Asker:
             yield from _call(self.oracle, queries)
             return
         most = reduce(Cost.plus, (self._largest.get(len(query.responses), Cost(calls=1)) for query in queries))
-        if not self._account.wait(most, over):
+        if not self.account.wait(most, over):
             raise Stopped
         paid = Cost()
         try:
@@ -121,7 +121,7 @@ class Asker:
                     self._largest[k] = largest(self._largest.get(k, Cost(calls=1)), result.cost)
                 yield answers
         finally:
-            self._account.settle(most, paid)
+            self.account.settle(most, paid)
 
     def answers(self, questions: Questions, stop: threading.Event) -> Iterator[Answers]:
         """Every question with its result, in lists of what has arrived since the last one; in order, if calls are made one by one.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from onlinerl.budget import Account
 from onlinerl.controller import evaluation
 from onlinerl.controller.comparing import Compared
 from onlinerl.controller.parts import Built, Parts
@@ -81,6 +82,11 @@ class Reporter:
         if cost.usd:
             metrics.append(self._one("oracle_usd", cost.usd, labels=labels))
         self._log(iteration, *metrics)
+
+    def budget(self, iteration: int, account: Account) -> None:
+        """How much of it is spent, where there is one."""
+        shares = account.limits.shares(account.spent)
+        self._log(iteration, *(self._one("budget_spent", share, labels={"kind": kind}) for kind, share in shares.items()))
 
     def compared(self, iteration: int, found: Sequence[Compared]) -> None:
         """How an oracle that compares decides, by the order in which it is shown the two and by their lengths; one entry per group."""

@@ -48,6 +48,15 @@ JUDGING = (
         series=(Series(name="onlinerl_oracle_usd_total", kind="counter", labels={"phase": None}),),
     ),
     Definition(
+        name="budget_spent",
+        help="How much is spent of what the run may pay for labels, by what is limited: ledger.max_calls, max_tokens, max_usd",
+        unit="ratio",
+        section=ORACLE,
+        title="Spent of the budget",
+        labels={"kind": ("calls", "tokens", "usd")},
+        series=(Series(name="onlinerl_budget_spent_ratio", labels={"kind": None}),),
+    ),
+    Definition(
         name="swap_disagreement",
         help="Share of the pairs compared in both orders whose orders name different winners: 1 for a judge that always names the first",
         unit="ratio",

@@ -197,3 +197,42 @@ def test_labels_from_nowhere_are_refused_and_those_of_the_first_run_are_not(toy_
         ledger_checks.check_source(nowhere)
     runs = settled(load(toy_config(tmp_path, {"ledger.reuse_from": str(tmp_path / "runs")})))
     ledger_checks.check_source(runs)
+
+
+def test_others_may_write_while_their_labels_are_looked_for(run_in, tmp_path):
+    one, others = run_in("one"), [run_in(name) for name in "abc"]
+    ledger, failed = labels.Ledger(one, tmp_path / "runs"), list[BaseException]()
+
+    def write(run: RunDirectory) -> None:
+        try:
+            for t in (1, 2):
+                for n in range(10):
+                    run.labels(t, "verdicts").append([label(query(f"{run.path.name}{t}{n}"))])
+                run.labels(t, "verdicts").seal()
+        except BaseException as error:  # noqa: BLE001  (of a thread)
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(run,)) for run in others]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        ledger.look_again()
+        assert all(ledger.find(key) for key in [*ledger._places])
+    ledger.look_again()
+    assert not failed
+    assert not ledger.unreadable
+    assert len(ledger) == 60
+
+
+def test_a_damaged_table_of_ones_own_is_left_to_whoever_needs_it(run_in):
+    run = run_in("one")
+    for t in (1, 2):
+        run.labels(t, "verdicts").append([label(query(f"p{t}"))])
+        run.labels(t, "verdicts").seal()
+    part = next(run.path.glob("iterations/0001/verdicts.parquet/*"))
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    ledger = labels.Ledger(run)
+    assert ledger.find(label(query("p1")).key) is None
+    assert ledger.find(label(query("p2")).key) is not None
+    assert len(ledger.unreadable) == 1
+    assert labels.paid(run.path).calls == 2

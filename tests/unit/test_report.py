@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from onlinerl.budget import Account, Limits
 from onlinerl.controller import evaluation
 from onlinerl.controller.comparing import Compared
 from onlinerl.controller.fleet import FleetReporter
@@ -121,6 +122,7 @@ def everything(report: Reporter, learner: dict[str, float], figures: dict[str, f
     report.labelled(1, ok=2, failed=1, spreads=[0.5, 0.5])
     report.asked(1, "label", 1, 3)
     report.paid(1, "label", Paid(cost=Cost(calls=3, seconds=2.0, usd=0.5, tokens=10, tokens_out=4), saved=Cost(calls=7)))
+    report.budget(1, Account(Limits(calls=4, tokens=100, usd=2.0), Cost(calls=3, tokens=10, usd=0.5)))
     compares = Verdict(annotator="a", oracle_version="1", preferences=((math.nan, 0.9), (0.8, math.nan)))
     report.compared(1, [Compared.of(group, compares) for group in GROUPS])
     report.skipped(1, 1)

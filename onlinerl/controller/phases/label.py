@@ -34,6 +34,7 @@ def label(it: Iteration) -> LabelRecord:
             if result.scores is not None:
                 spread[found.prompt_id] = float(np.nanstd(result.scores))
     it.report.paid(it.number, "label", paid)
+    it.report.budget(it.number, it.parts.asker.account)
     health.check_failures(failures, calls, it.parts.config.max_failed_labels)
     spreads = [spread[prompt_id] for prompt_id in it.sampled_ids if prompt_id in spread]
     it.report.labelled(it.number, ok=calls - len(failures), failed=len(failures), spreads=spreads)

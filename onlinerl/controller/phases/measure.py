@@ -39,6 +39,7 @@ def measure(it: Iteration) -> MeasureRecord:
         oracle_versions=versions,
     )
     it.report.paid(it.number, "measure", paid)
+    it.report.budget(it.number, it.parts.asker.account)
     it.report.mismatch(it.number, measured.mismatch)
     health.check_mismatch(measured.mismatch.k3, config.evaluation.max_mismatch_k3)
     return it.report.evaluated(it.number, measured, calls + more)
