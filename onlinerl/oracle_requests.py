@@ -81,7 +81,7 @@ def foretold(plan: Planned, oracle: Oracle, prompts: Iterable[Prompt], max_new_t
     if per_group is None:
         return None
     start, label, evaluation = (groups * (oracle.requests(k) or 0) for groups, k in plan.groups())
-    start += oracle.opening_cost.calls
+    start += oracle.opening_requests
     most = "at most " if plan.more else ""
     text = (
         f"oracle: {per_group} requests for {plan.label[1]} responses to a prompt, {most}{label // max(1, plan.iterations)} an iteration; "

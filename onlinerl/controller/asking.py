@@ -109,7 +109,7 @@ class Asker:
         if not self._asks_the_account:
             yield from _call(self.oracle, queries)
             return
-        most = reduce(Cost.plus, (self._largest.get(len(query.responses), Cost(calls=1)) for query in queries))
+        most = reduce(Cost.plus, (self._most(len(query.responses)) for query in queries))
         if not self.account.wait(most, over):
             raise Stopped
         paid = Cost()
@@ -118,10 +118,14 @@ class Asker:
                 for query, result in answers:
                     paid = paid.plus(result.cost)
                     k = len(query.responses)
-                    self._largest[k] = largest(self._largest.get(k, Cost(calls=1)), result.cost)
+                    self._largest[k] = largest(self._most(k), result.cost)
                 yield answers
         finally:
             self.account.settle(most, paid)
+
+    def _most(self, responses: int) -> Cost:
+        """What a group costs, as far as it is known by now."""
+        return self._largest.get(responses) or Cost(calls=self.oracle.requests(responses) or 1)
 
     def answers(self, questions: Questions, stop: threading.Event) -> Iterator[Answers]:
         """Every question with its result, in lists of what has arrived since the last one; in order, if calls are made one by one.

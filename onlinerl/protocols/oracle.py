@@ -71,9 +71,14 @@ class Oracle(Component):
         """What the questions of `open` have cost."""
         return Cost()
 
+    @property
+    def opening_requests(self) -> int:
+        """How many these were."""
+        return self.opening_cost.calls
+
     def charge(self, account: Account) -> bool:
         """Whether it asks this account before each question of its own. If not, whoever asks it does so for whole groups, and cannot know
-        before the first one what a group costs."""
+        before the first one what a group costs, but for its `requests`."""
         return False
 
     def unlabelled(self, folder: Path) -> Cost:
