@@ -14,7 +14,7 @@ from rich.console import Console
 from onlinerl import config as configuration
 from onlinerl.config import RunConfig
 from onlinerl.errors import OnlineRLError, StoreError
-from onlinerl.stores import summary
+from onlinerl.stores import labelled, summary
 from onlinerl.trackers.console import sturdy_console
 from onlinerl.trackers.jsonl import read_metrics
 from onlinerl.types import Metric
@@ -105,6 +105,23 @@ class Run:
 
         _require_main_thread()
         return app.resume(self.path, _typed(overrides), _console(quiet))
+
+    def relabel(self, overrides: Overrides, *, iteration: int | None = None, quiet: bool = False) -> str:
+        """Let another oracle judge what this run was trained on, as `onlinerl relabel` does. Returns the version of that oracle.
+
+        Args:
+            overrides: keys of `oracle` and `ledger`, e.g. `{"oracle.name": "math_verifier"}`.
+            iteration: only of this one.
+            quiet: print nothing.
+
+        Raises:
+            OnlineRLError: naming field, cause and fix; also if another process works on the run.
+            Interrupted: as for `start`; the same call goes on.
+        """
+        from onlinerl import relabelling
+
+        _require_main_thread()
+        return relabelling.relabel(self.path, _typed(overrides), _console(quiet), iteration=iteration)
 
     # --- how it stands ---
 
@@ -197,6 +214,16 @@ class Run:
         """
         chosen = self.iterations if iteration is None else [iteration]
         return tables.converted(tables.rows(self.path, name, chosen), format)
+
+    def labels(self, iteration: int | None = None, *, oracle: str = "", format: Format = "pandas") -> Frame:
+        """One row per label with what it is about: prompt, responses, verdict, words, cost, seeds. docs/usage.md explains the columns.
+
+        Args:
+            iteration: all of them by default.
+            oracle: only of annotators and versions that contain it.
+            format: see the class.
+        """
+        return tables.converted(list(labelled.rows(self.path, iteration, oracle)), format, labelled.SCHEMA.names)
 
     def samples(self, iteration: int | None = None, *, limit: int = 5, heldout: bool = False) -> list[dict[str, Any]]:
         """Prompts of an iteration with responses, scores and trained pairs: the same as `onlinerl show RUN --samples --json`.

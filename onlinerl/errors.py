@@ -71,6 +71,12 @@ class OracleError(OnlineRLError):
     boundary = "oracle"
 
 
+class BudgetError(OracleError):
+    """The next question to the oracle might cost more than the run may still pay. Nothing that was paid for is lost."""
+
+    boundary = "budget"
+
+
 class LearnerError(OnlineRLError):
     """The learner failed or produced a non-finite number."""
 

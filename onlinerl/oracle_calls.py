@@ -11,15 +11,17 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import count
 from typing import Any, Literal
 
 from onlinerl import http_client
+from onlinerl.budget import Account, largest
 from onlinerl.errors import OracleError
 from onlinerl.protocols.oracle import Oracle
-from onlinerl.types import Failure, Query, Verdict
+from onlinerl.types import Cost, Failure, Query, Verdict
 
 Answers = list[tuple[Query, Verdict | Failure]]
 
@@ -68,6 +70,49 @@ def call(oracle: Oracle, queries: Sequence[Query]) -> Iterator[Answers]:
             return
         pause = FIRST_PAUSE_S * 2 ** (tries - 1) if trouble.wait_s is None else trouble.wait_s
         time.sleep(min(pause, LONGEST_PAUSE_S))
+
+
+class Caller:
+    """Calls one oracle within an account. One that does not ask the account itself is paid for here, by whole groups.
+
+    Args:
+        oracle: that is called.
+        account: what may be paid; None: anything.
+    """
+
+    def __init__(self, oracle: Oracle, account: Account | None = None) -> None:
+        self.oracle, self.account = oracle, account or Account()
+        self._asks_the_account = account is not None and not oracle.charge(account)
+        self._largest: dict[int, Cost] = {}
+        """What a group of so many responses has cost at most."""
+
+    def call(self, queries: Sequence[Query], over: Callable[[], bool] = lambda: False) -> Iterator[Answers]:
+        """As `call`. Nothing comes if it is `over` while others have yet to settle what they have reserved.
+
+        Raises:
+            BudgetError: if the next question may be too expensive.
+            OracleError: as `call`.
+        """
+        if not self._asks_the_account:
+            yield from call(self.oracle, queries)
+            return
+        most = reduce(Cost.plus, (self._most(len(query.responses)) for query in queries))
+        if not self.account.wait(most, over):
+            return
+        paid = Cost()
+        try:
+            for answers in call(self.oracle, queries):
+                for query, result in answers:
+                    paid = paid.plus(result.cost)
+                    k = len(query.responses)
+                    self._largest[k] = largest(self._most(k), result.cost)
+                yield answers
+        finally:
+            self.account.settle(most, paid)
+
+    def _most(self, responses: int) -> Cost:
+        """What a group costs, as far as it is known by now."""
+        return self._largest.get(responses) or Cost(calls=self.oracle.requests(responses) or 1)
 
 
 def _attempt(oracle: Oracle, waiting: deque[Query]) -> Generator[Answers, None, _Trouble | None]:

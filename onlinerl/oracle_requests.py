@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
-from onlinerl.config import RunConfig
+from onlinerl.config import LedgerConfig, RunConfig
 from onlinerl.controller.parts import samples_dynamically
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.oracle import Oracle
-from onlinerl.types import Prompt
+from onlinerl.types import Cost, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +54,35 @@ def planned(config: RunConfig, algorithm: Algorithm, heldout: int, *, scores: bo
     )
 
 
-def said(plan: Planned, oracle: Oracle, prompts: Iterable[Prompt], max_new_tokens: int) -> str | None:
+@dataclass(frozen=True, kw_only=True)
+class Foretold:
+    """What a run will ask if nothing fails and no label is known, and what that costs at most."""
+
+    text: str
+    calls: int
+    """Of the whole run, with this start."""
+    usd: float | None
+    """About; None where no price is known."""
+
+    def beyond(self, ledger: LedgerConfig) -> list[str]:
+        """Where a budget is less than that, in words."""
+        told = {"calls": (ledger.max_calls, self.calls), "usd": (ledger.max_usd, self.usd)}
+        return [
+            f"ledger.max_{kind} is {limit:g}, and the run may need {most:g}: it then stops before the question that would be too much, and goes "
+            f"on with `onlinerl resume RUN ledger.max_{kind}=...`"
+            for kind, (limit, most) in told.items()
+            if limit is not None and most is not None and most > limit
+        ]
+
+
+def foretold(plan: Planned, oracle: Oracle, tried: Cost, prompts: Iterable[Prompt], max_new_tokens: int) -> Foretold | None:
     """The plan in requests, and dollars where prices are known; None where requests of this oracle are nobody's concern."""
     per_group = oracle.requests(plan.label[1])
     if per_group is None:
         return None
     start, label, evaluation = (groups * (oracle.requests(k) or 0) for groups, k in plan.groups())
-    start += oracle.opening_requests
+    begun = oracle.opening_cost.plus(tried)
+    start += begun.calls
     most = "at most " if plan.more else ""
     text = (
         f"oracle: {per_group} requests for {plan.label[1]} responses to a prompt, {most}{label // max(1, plan.iterations)} an iteration; "
@@ -69,4 +91,7 @@ def said(plan: Planned, oracle: Oracle, prompts: Iterable[Prompt], max_new_token
     tokens = fmean(len(prompt.token_ids) for prompt in prompts)
     prices = [oracle.most_usd(tokens, max_new_tokens, k) for _, k in plan.groups()]
     dollars = [groups * price for (groups, _), price in zip(plan.groups(), prices, strict=True) if price is not None]
-    return f"{text}; about ${sum(dollars):.2f} at most" if dollars else text
+    usd = sum(dollars) + begun.usd if dollars else None
+    return Foretold(
+        text=text if usd is None else f"{text}; about ${usd:.2f} at most", calls=start + label + evaluation, usd=usd
+    )

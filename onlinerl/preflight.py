@@ -27,7 +27,7 @@ from onlinerl.protocols.keys import decided
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.protocols.transport import Layout
-from onlinerl.types import Failure, Prompt, Query, Verdict
+from onlinerl.types import Cost, Failure, Prompt, Query, Verdict
 
 GIB = 2**30
 
@@ -54,10 +54,13 @@ class Checked:
     """Whether the oracle scores single responses, or only compares."""
     oracle_version: str | None = None
     """Of the oracle, as it says with its verdicts; None until it was tried."""
+    trial: Cost | None = None
+    """What that has cost, with what it has asked before; None until then."""
 
-    def tried(self, verdict: Verdict) -> Checked:
-        """The same with what a trial of the oracle has shown."""
-        return replace(self, oracle_scores=verdict.scores is not None, oracle_version=verdict.oracle_version)
+    def tried(self, verdict: Verdict, before: Cost | None = None) -> Checked:
+        """The same with what a trial of the oracle has shown, and what trials of those that it asks have cost."""
+        cost = verdict.cost.plus(self.oracle.opening_cost).plus(before or Cost())
+        return replace(self, oracle_scores=verdict.scores is not None, oracle_version=verdict.oracle_version, trial=cost)
 
     @property
     def max_model_len(self) -> int:

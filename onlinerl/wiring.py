@@ -12,6 +12,7 @@ from rich.console import Console
 
 from onlinerl import config as configuration
 from onlinerl import graph, model_checks, placement, preflight
+from onlinerl.budget import Account
 from onlinerl.config import RunConfig
 from onlinerl.controller.asking import Asker
 from onlinerl.controller.fleet import FleetReporter
@@ -29,6 +30,7 @@ from onlinerl.protocols.transport import Layout
 from onlinerl.standing import Standing
 from onlinerl.stores import oracle_versions, scaling
 from onlinerl.stores.directory import RunDirectory
+from onlinerl.stores.labels import Ledger
 from onlinerl.trackers.console import OnConsole
 from onlinerl.trackers.jsonl import Jsonl, read_metrics
 from onlinerl.types import Prompt, Verdict
@@ -40,12 +42,15 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def started(checked: Checked, store: RunDirectory, tracker: Tracker, standing: Standing | None = None) -> Iterator[Parts]:
+def started(
+    checked: Checked, store: RunDirectory, account: Account, tracker: Tracker, standing: Standing | None = None
+) -> Iterator[Parts]:
     """Engine, learner and what connects them, as the configuration names them.
 
     Args:
         checked: the run's.
         store: of the run.
+        account: what it may pay for labels.
         tracker: who is told.
         standing: what is up already, and is to stay up for the next run if this one finishes; None: nothing is.
     """
@@ -53,14 +58,14 @@ def started(checked: Checked, store: RunDirectory, tracker: Tracker, standing: S
     up = standing or Standing()
     with ExitStack() as unless_finished:
         unless_finished.callback(up.close)
-        with start(checked, store, tracker, up) as parts:
+        with start(checked, store, account, tracker, up) as parts:
             yield parts
         if standing is not None:
             unless_finished.pop_all()
 
 
 @contextmanager
-def on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker, up: Standing) -> Iterator[Parts]:
+def on_cluster(checked: Checked, store: RunDirectory, account: Account, tracker: Tracker, up: Standing) -> Iterator[Parts]:
     """Start what is not up yet of the cluster and the engine, and everything else on it. The learner and an oracle with weights end with
     the run."""
     from onlinerl.cluster.colocation import Turns, require_gpus
@@ -104,7 +109,14 @@ def on_cluster(checked: Checked, store: RunDirectory, tracker: Tracker, up: Stan
         sync = WeightPush(learner, pool, turns, transport, config.engine, asked)
         shared = config.cluster.colocate or cluster.share_cores()
         yield _wire(
-            checked, store, tracker, asker=Asker(oracle), engine=pool, learner=learner, sync=sync, shared_hardware=shared
+            checked,
+            store,
+            tracker,
+            asker=asker(checked, store, account, oracle, tracker),
+            engine=pool,
+            learner=learner,
+            sync=sync,
+            shared_hardware=shared,
         )
         # On shared GPUs whose turn it is belongs to engine and learner together: they end together.
         stays = pool.fleet.intact and not config.cluster.colocate
@@ -182,7 +194,7 @@ def canary(prompts: Sequence[Prompt], count: int) -> Sequence[tuple[Sequence[int
 
 
 @contextmanager
-def in_process(checked: Checked, store: RunDirectory, tracker: Tracker, up: Standing) -> Iterator[Parts]:
+def in_process(checked: Checked, store: RunDirectory, account: Account, tracker: Tracker, up: Standing) -> Iterator[Parts]:
     """Everything in this process, for fast tests of the loop."""
     config = checked.config
     assert isinstance(config.engine, InProcessEngine)
@@ -194,7 +206,19 @@ def in_process(checked: Checked, store: RunDirectory, tracker: Tracker, up: Stan
     engine, _ = up.engine.take((config.model, config.engine), lambda: nullcontext(opened(len(tokenizer), tokenizer.decode)))
     learner = config.learner.open(len(tokenizer), checked.algorithm, config.model, _loss_temperature(checked))
     sync = config.learner.connect(learner, engine)
-    yield _wire(checked, store, tracker, asker=Asker(checked.oracle), engine=engine, learner=learner, sync=sync)
+    asking = asker(checked, store, account, checked.oracle, tracker)
+    yield _wire(checked, store, tracker, asker=asking, engine=engine, learner=learner, sync=sync)
+
+
+def asker(checked: Checked, store: RunDirectory, account: Account, oracle: Oracle, tracker: Tracker) -> Asker:
+    """Who asks the oracle for a run, and never twice for the same."""
+    source = checked.config.ledger.reuse_from
+    ledger = Ledger(store, None if source is None else Path(source))
+    if source is not None:
+        tracker.note(f"{len(ledger)} labels are known, of this run and of those in {source}")
+    for problem in ledger.unreadable:
+        tracker.note(f"labels are left out: {problem}")
+    return Asker(oracle, ledger, account)
 
 
 def _loss_temperature(checked: Checked) -> float:

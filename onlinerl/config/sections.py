@@ -196,6 +196,20 @@ class MetricsConfig(Section):
         return found
 
 
+class LedgerConfig(Section):
+    """What is paid for labels, and whose labels are paid for already. See docs/usage.md."""
+
+    reuse_from: str | None = None
+    """A run, or a folder of runs, such as `runs`: what an oracle of the same version has said there about the same responses to the same
+    prompt is not asked again. A run's own labels never are."""
+    max_calls: int | None = Field(None, ge=1)
+    """Questions that may be put to a model or a service, those of all starts and those that failed included."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Tokens that the oracle may read and write."""
+    max_usd: float | None = Field(None, gt=0)
+    """What it may cost, by the oracle's own prices."""
+
+
 class CheckpointConfig(Section):
     """What is kept on disk."""
 
@@ -259,6 +273,7 @@ class RunConfig(Section):
     cluster: Resumable[ClusterConfig] = ClusterConfig()
     metrics: Resumable[MetricsConfig] = MetricsConfig()
     checkpoints: Resumable[CheckpointConfig] = CheckpointConfig()
+    ledger: Resumable[LedgerConfig] = LedgerConfig()
     max_failed_labels: Resumable[float] = Field(0.1, ge=0, le=1)
     """Largest share of groups that the oracle may fail on before the run stops."""
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 from onlinerl import hardware
 from onlinerl.config.loading import located
 from onlinerl.config.paths import at_home
-from onlinerl.config.sections import RunConfig
+from onlinerl.config.sections import LedgerConfig, RunConfig
 from onlinerl.protocols.engine import EngineConfig
 from onlinerl.protocols.learner import LearnerConfig
 
@@ -26,12 +26,19 @@ def settled(config: RunConfig) -> RunConfig:
         update={
             "model": str(model.absolute()) if model.is_dir() else config.model,  # otherwise perhaps a hub id
             "runs": str(at_home(config.runs, "runs").absolute()),
+            "ledger": _at_home(config.ledger),
             "oracle": located(config, [Path()]).oracle,
             "prompts": config.prompts.located(),
             "engine": _decided(config.engine, dtype),
             "learner": _decided(config.learner, dtype),
         }
     )
+
+
+def _at_home(ledger: LedgerConfig) -> LedgerConfig:
+    if ledger.reuse_from is None:
+        return ledger
+    return ledger.model_copy(update={"reuse_from": str(at_home(ledger.reuse_from, "ledger.reuse_from").absolute())})
 
 
 def _decided(section: T, dtype: str) -> T:

@@ -10,9 +10,9 @@ from typing import Protocol
 from onlinerl.controller import health
 from onlinerl.controller.feed import Feed
 from onlinerl.controller.iteration import Iteration
-from onlinerl.controller.tally import Sampled
+from onlinerl.controller.tally import Paid, Sampled
 from onlinerl.protocols.store import Table
-from onlinerl.types import Cost, Failure, Group, Label, Query, Request, Sampling, Verdict
+from onlinerl.types import Failure, Group, Query, Request, Sampling, Verdict
 
 
 class Groups(Protocol):
@@ -93,14 +93,14 @@ def judge(
     it: Iteration,
     groups: Groups,
     expected: int,
-    table: Table[Label],
+    table: str,
     phase: str,
     *,
     wanted: Callable[[Group], bool] = lambda group: True,
     feed: Feed[str] | None = None,
-) -> tuple[int, Cost]:
-    """How many verdicts the table holds in the end, and what they and the failures have cost; only those that it does not hold yet are
-    asked for.
+) -> tuple[int, Paid]:
+    """How many verdicts the table holds in the end, and what they and the failures have cost; only those that it does not hold yet, and
+    that the ledger does not know, are asked for.
 
     A failure is no answer: until the table is complete it is asked for again, so a repaired oracle gets its chance.
 
@@ -108,17 +108,18 @@ def judge(
         it: the iteration.
         groups: as they come.
         expected: how many will come, at least.
-        table: where the answers are kept.
+        table: name of the one in which the answers are kept.
         phase: that asks.
         wanted: which groups are judged at all.
         feed: gets the id of every prompt whose group was dealt with, once what is known about it is on disk.
     """
     tracker = it.parts.tracker
-    complete = table.sealed
+    labels = it.parts.store.labels(it.number, table)
+    complete = labels.sealed
     judged: set[str] = set()
-    cost = Cost()
-    for label in table:
-        cost = cost.plus(label.result.cost)
+    paid = Paid()
+    for label in labels:
+        paid = paid.plus(label)
         if complete or isinstance(label.result, Verdict):
             judged.add(label.prompt_id)
     expected = max(expected, len(judged))
@@ -126,23 +127,24 @@ def judge(
     tracker.phase_advanced(it.number, phase, len(judged))
     unjudged = _Unjudged(groups, frozenset(judged), wanted, feed)
     failures: list[Failure] = []
-    for arrived in it.parts.asker.answers(unjudged, it.stop):
-        table.append([Label(prompt_id=query.prompt.id, result=result) for query, result in arrived])
+    for arrived in it.parts.asker.labels(unjudged, it.stop):
+        labels.append([label for _, label in arrived])
+        it.parts.asker.recorded(it.number, table, arrived)
         judged.update(query.prompt.id for query, _ in arrived)
-        cost = reduce(Cost.plus, (result.cost for _, result in arrived), cost)
+        paid = reduce(Paid.plus, (label for _, label in arrived), paid)
         if feed is not None:
             feed.put(query.prompt.id for query, _ in arrived)
         tracker.phase_advanced(it.number, phase, len(arrived))
         expected = max(expected, len(judged))
-        new = [result for _, result in arrived if isinstance(result, Failure)]
+        new = [label.result for _, label in arrived if isinstance(label.result, Failure)]
         failures += new
         if new:
             it.report.asked(it.number, phase, len(failures), expected)
         health.check_failures(failures, expected, it.parts.config.max_failed_labels)
     if not failures:
         it.report.asked(it.number, phase, 0, expected)
-    table.seal()
-    return len(judged), cost
+    labels.seal()
+    return len(judged), paid
 
 
 class _Unjudged:

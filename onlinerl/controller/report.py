@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from onlinerl.budget import Account
 from onlinerl.controller import evaluation
 from onlinerl.controller.comparing import Compared
 from onlinerl.controller.parts import Built, Parts
 from onlinerl.controller.statistics import Divergence, Estimate, bootstrap, ratio, wilson
-from onlinerl.controller.tally import Sampled
+from onlinerl.controller.tally import Paid, Sampled
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import per_iteration, per_step
 from onlinerl.protocols.tracker import Tracker
-from onlinerl.types import Cost, MeasureRecord, Metric, SelfTest, SyncReport, UpdateReport
+from onlinerl.types import MeasureRecord, Metric, SelfTest, SyncReport, UpdateReport
 
 
 @dataclass
@@ -70,11 +71,13 @@ class Reporter:
             metrics.append(self._estimate("oracle_uncertainty", bootstrap(uncertainties)))
         self._log(iteration, *metrics)
 
-    def paid(self, iteration: int, phase: str, cost: Cost) -> None:
-        """What the oracle's answers of a phase have cost, failures included."""
+    def paid(self, iteration: int, phase: str, paid: Paid) -> None:
+        """What the oracle's answers of a phase have cost, failures included, and what was saved because they were known."""
+        cost, labels = paid.cost, {"phase": phase}
+        if paid.saved.calls:
+            self._log(iteration, self._one("oracle_requests_saved", float(paid.saved.calls), labels=labels))
         if not cost.calls:
             return
-        labels = {"phase": phase}
         metrics = [
             self._one("oracle_requests", float(cost.calls), labels=labels),
             self._one("oracle_seconds", cost.seconds, labels=labels),
@@ -84,6 +87,11 @@ class Reporter:
         if cost.usd:
             metrics.append(self._one("oracle_usd", cost.usd, labels=labels))
         self._log(iteration, *metrics)
+
+    def budget(self, iteration: int, account: Account) -> None:
+        """How much of it is spent, where there is one."""
+        shares = account.limits.shares(account.spent)
+        self._log(iteration, *(self._one("budget_spent", share, labels={"kind": kind}) for kind, share in shares.items()))
 
     def compared(self, iteration: int, found: Sequence[Compared]) -> None:
         """How an oracle that compares decides, by the order in which it is shown the two and by their lengths; one entry per group."""

@@ -1,11 +1,11 @@
-"""What the figures of a phase need to know about a group, so that its responses need not stay in memory."""
+"""What the figures of a phase need to know about a group or a label, so that it need not stay in memory."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from onlinerl.types import Group
+from onlinerl.types import Cost, Group, Label
 from onlinerl.types.rollouts import RejectReason
 
 
@@ -35,3 +35,17 @@ class Sampled:
             unique=len({r.text for r in rollouts}) / len(rollouts) if rollouts else math.nan,
             rejected=group.rejected,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Paid:
+    """What some labels have cost."""
+
+    cost: Cost = field(default_factory=Cost)
+    """Of those that were asked for."""
+    saved: Cost = field(default_factory=Cost)
+    """What the others had cost when they were asked for."""
+
+    def plus(self, label: Label) -> Paid:
+        """And one more."""
+        return Paid(cost=self.cost.plus(label.result.cost), saved=self.saved.plus(label.saved))

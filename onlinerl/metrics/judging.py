@@ -15,6 +15,14 @@ JUDGING = (
         series=(Series(name="onlinerl_oracle_requests_total", kind="counter", labels={"phase": None}),),
     ),
     Definition(
+        name="oracle_requests_saved",
+        help="Questions that were not asked, because the ledger knew what the oracle says: with oracle_requests, all that there were",
+        unit="calls",
+        section=ORACLE,
+        labels={"phase": ()},
+        series=(Series(name="onlinerl_oracle_requests_saved_total", kind="counter", labels={"phase": None}),),
+    ),
+    Definition(
         name="oracle_tokens",
         help="Tokens that the oracle has read and written",
         unit="tokens",
@@ -50,6 +58,15 @@ JUDGING = (
         n_min=50,
         n_of="groups",
         series=(Series(name="onlinerl_oracle_uncertainty_nats"),),
+    ),
+    Definition(
+        name="budget_spent",
+        help="How much is spent of what the run may pay for labels, by what is limited: ledger.max_calls, max_tokens, max_usd",
+        unit="ratio",
+        section=ORACLE,
+        title="Spent of the budget",
+        labels={"kind": ("calls", "tokens", "usd")},
+        series=(Series(name="onlinerl_budget_spent_ratio", labels={"kind": None}),),
     ),
     Definition(
         name="swap_disagreement",

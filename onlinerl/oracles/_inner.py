@@ -7,7 +7,7 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, ValidationInfo
 
+from onlinerl.budget import Account
 from onlinerl.config.roles import build
 from onlinerl.errors import ConfigError, OnlineRLError, OracleError
-from onlinerl.oracle_calls import call
+from onlinerl.oracle_calls import Caller
 from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.oracle import Oracle, moved
 from onlinerl.types import Cost, Failure, Query, Verdict
@@ -82,6 +83,7 @@ class Container(Oracle):
 
     _slots: dict[str, threading.BoundedSemaphore] = PrivateAttr(default_factory=dict)
     _slots_lock: Any = PrivateAttr(default_factory=threading.Lock)
+    _callers: dict[str, Caller] = PrivateAttr(default_factory=dict)
 
     def located(self, folders: Sequence[Path]) -> Self:
         """The same, with every inner oracle located."""
@@ -107,6 +109,25 @@ class Container(Oracle):
         for key, each in self.inner().items():
             each.remember(folder / key)
 
+    def recall(self, folder: Path) -> None:
+        """Each from its own."""
+        for key, each in self.inner().items():
+            each.recall(folder / key)
+
+    def charge(self, account: Account) -> bool:
+        """Each inner oracle is paid for on its own."""
+        self._callers = {key: Caller(each, account) for key, each in self.inner().items()}
+        return True
+
+    def unlabelled(self, folder: Path) -> Cost:
+        """Of all of them."""
+        return total(each.unlabelled(folder / key) for key, each in self.inner().items())
+
+    def recorded(self, answers: Sequence[tuple[Query, Result]]) -> None:
+        """Each was asked the same, or less."""
+        for each in self.inner().values():
+            each.recorded(answers)
+
     def requests(self, responses: int) -> int | None:
         """Of all of them together."""
         counts = [each.requests(responses) for each in self.inner().values()]
@@ -114,10 +135,9 @@ class Container(Oracle):
         return sum(known) if known else None
 
     @property
-    def opening_requests(self) -> int:
-        """Of all of them; `check` has also asked each about one group."""
-        tried = sum(each.requests(2) or 0 for each in self.inner().values() if not isinstance(each, Container))
-        return tried + sum(each.opening_requests for each in self.inner().values())
+    def opening_cost(self) -> Cost:
+        """Of all of them."""
+        return total(each.opening_cost for each in self.inner().values())
 
     def most_usd(self, prompt_tokens: float, response_tokens: float, responses: int) -> float | None:
         """Of all of them together."""
@@ -155,7 +175,8 @@ class Container(Oracle):
             slots = self._slots.setdefault(key, threading.BoundedSemaphore(oracle.max_concurrent))
         calls = [queries[i : i + oracle.groups_per_call] for i in range(0, len(queries), oracle.groups_per_call)]
         with _in_section(key):
-            return [result for one in _all(oracle, calls, slots) for result in one]
+            caller = self._callers.get(key) or Caller(oracle)
+            return [result for one in _all(caller, calls, slots) for result in one]
 
     def _ask_all(self, queries: Sequence[Query]) -> list[dict[str, Result]]:
         """What each inner oracle says, by its key, for each query."""
@@ -163,7 +184,7 @@ class Container(Oracle):
         return [{key: said[i] for key, said in answers.items()} for i in range(len(queries))]
 
 
-def _all(oracle: Oracle, calls: Sequence[Sequence[Query]], slots: threading.BoundedSemaphore) -> list[list[Result]]:
+def _all(caller: Caller, calls: Sequence[Sequence[Query]], slots: threading.BoundedSemaphore) -> list[list[Result]]:
     """The results of several calls, as many at a time as the oracle allows."""
     results: list[list[Result]] = [[] for _ in calls]
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -176,7 +197,7 @@ def _all(oracle: Oracle, calls: Sequence[Sequence[Query]], slots: threading.Boun
             while not errors:
                 i = todo.get_nowait()
                 with slots:
-                    results[i] = [result for answers in call(oracle, calls[i]) for _, result in answers]
+                    results[i] = [result for answers in caller.call(calls[i]) for _, result in answers]
         except queue.Empty:
             pass
         except BaseException as error:  # noqa: BLE001  (raised again where the answers are waited for)
@@ -184,7 +205,8 @@ def _all(oracle: Oracle, calls: Sequence[Sequence[Query]], slots: threading.Boun
 
     # Daemons, which do not hold up the end of the process; the last one is this thread.
     others = [
-        threading.Thread(target=work, name="asking", daemon=True) for _ in range(min(len(calls), oracle.max_concurrent) - 1)
+        threading.Thread(target=work, name="asking", daemon=True)
+        for _ in range(min(len(calls), caller.oracle.max_concurrent) - 1)
     ]
     for each in others:
         each.start()
@@ -204,9 +226,14 @@ def _in_section(key: str) -> Iterator[None]:
         raise moved(error, f"oracle.{key}") from error.__cause__
 
 
+def total(costs: Iterable[Cost]) -> Cost:
+    """Of all of them together."""
+    return reduce(Cost.plus, costs, Cost())
+
+
 def cost_of(results: Mapping[str, Result]) -> Cost:
     """Of all of them together."""
-    return reduce(Cost.plus, (each.cost for each in results.values()), Cost())
+    return total(each.cost for each in results.values())
 
 
 def failed(results: Mapping[str, Result]) -> Failure | None:

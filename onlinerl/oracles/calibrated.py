@@ -20,12 +20,13 @@ from onlinerl.config.paths import at_home
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _calibration
 from onlinerl.oracles._calibration import Fit
-from onlinerl.oracles._inner import Container, Inner, failed, keep, kept
-from onlinerl.types import Failure, Message, Prompt, Query, Verdict
+from onlinerl.oracles._inner import Container, Inner, failed, keep, kept, total
+from onlinerl.types import Cost, Failure, Message, Prompt, Query, Verdict
 
 FEW = 2000
 """Below so many pairs the calibration error is mostly noise."""
 LEAST = 50
+FILE = "calibration.json"
 
 
 class Calibrated(Container):
@@ -46,7 +47,8 @@ class Calibrated(Container):
     _fit: Fit | None = PrivateAttr(None)
     _report: str = PrivateAttr("")
     _folder: Path | None = PrivateAttr(None)
-    _asked: int = PrivateAttr(0)
+    _said: dict[str, Any] | None = PrivateAttr(None)
+    _paid: Cost = PrivateAttr(default_factory=Cost)
 
     def located(self, folders: Sequence[Path]) -> Self:
         """With the absolute path of its data."""
@@ -54,10 +56,21 @@ class Calibrated(Container):
         found = next((place for place in places if place.is_file()), None)
         return super().located(folders).model_copy(update={"data": str(found)} if found else {})
 
+    def recall(self, folder: Path) -> None:
+        """Look there for the fit."""
+        super().recall(folder)
+        self._folder = folder
+
     def remember(self, folder: Path) -> None:
-        """Keep the fit there."""
+        """Keep the fit there, one that is known already too.
+
+        Raises:
+            OracleError: if the disk does not take it.
+        """
         super().remember(folder)
         self._folder = folder
+        if self._said is not None:
+            keep(folder / FILE, self._said)
 
     def open(self) -> None:
         """Open `base` and fit, unless this run has done so. Idempotent; `judge` calls it too.
@@ -70,12 +83,13 @@ class Calibrated(Container):
             return
         rows, digest = self._rows()
         identity = {"base": self.base.version, "data": digest, "method": self.method}
-        file = None if self._folder is None else self._folder / "calibration.json"
+        file = None if self._folder is None else self._folder / FILE
         said = None if file is None else kept(file)
         if said is None or said["of"] != identity:
             said = {"of": identity, **self._fitted(rows)}
             if file is not None:
                 keep(file, said)
+        self._said = said
         self._fit, self._report = Fit(**said["fit"]), said["report"]
 
     @property
@@ -84,9 +98,9 @@ class Calibrated(Container):
         return [*([self._report] if self._report else []), *super().remarks]
 
     @property
-    def opening_requests(self) -> int:
-        """About the pairs, and what `base` asks for itself."""
-        return super().opening_requests + self._asked * (self.base.requests(2) or 0)
+    def opening_cost(self) -> Cost:
+        """Of the verdicts about the pairs, and what `base` asks for itself."""
+        return super().opening_cost.plus(self._paid)
 
     @property
     def components(self) -> tuple[str, ...] | None:
@@ -148,7 +162,7 @@ class Calibrated(Container):
     def _fitted(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Ask about the pairs, and fit."""
         said = self._ask("base", [_pair(row, i) for i, row in enumerate(rows)])
-        self._asked = len(rows)
+        self._paid = total(one.cost for one in said)
         judged = [(one, float(row.get("p", 1.0))) for one, row in zip(said, rows, strict=True) if isinstance(one, Verdict)]
         known = [(cells(one), p) for one, p in judged if not np.isnan(one.matrix()[0, 1])]
         if len(known) < 0.9 * len(rows) or len(known) < LEAST:

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import numpy as np
 
 from onlinerl.oracles._judge import plans, reading, templates
-from onlinerl.oracles._judge.base import Judge, Question, Said
+from onlinerl.oracles._judge.base import Judge
 from onlinerl.oracles._judge.endpoint import Reply
+from onlinerl.oracles._judge.questions import Question, Said
 from onlinerl.oracles._judge.reading import Form
 from onlinerl.types import Prompt, Query, Verdict
 

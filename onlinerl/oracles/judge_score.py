@@ -18,8 +18,9 @@ from pydantic import Field, model_validator
 
 from onlinerl.errors import ConfigError
 from onlinerl.oracles._judge import plans, reading, templates
-from onlinerl.oracles._judge.base import Judge, Question, Said
+from onlinerl.oracles._judge.base import Judge
 from onlinerl.oracles._judge.endpoint import Reply
+from onlinerl.oracles._judge.questions import Question, Said
 from onlinerl.oracles._judge.reading import Form
 from onlinerl.types import Prompt, Query, Verdict
 

@@ -4,6 +4,7 @@ shown as uncertainty."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -48,10 +49,14 @@ class Swapped(Container):
         once = super().most_usd(prompt_tokens, response_tokens, responses)
         return once if once is None or responses < 2 else 2 * once
 
+    def recorded(self, answers: Sequence[tuple[Query, Verdict | Failure]]) -> None:
+        """In both orders."""
+        super().recorded([*answers, *((_turned(query), result) for query, result in answers)])
+
     def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
         """One result per query, in order; a Failure if either order failed."""
         version = self.version if queries else ""
-        turned = [Query(prompt=query.prompt, responses=query.responses[::-1]) for query in queries if len(query.responses) > 1]
+        turned = [_turned(query) for query in queries if len(query.responses) > 1]
         said = iter(self._ask("base", [*queries, *turned]))
         forward = [next(said) for _ in queries]
         backward = [next(said) if len(query.responses) > 1 else first for query, first in zip(queries, forward, strict=True)]
@@ -60,6 +65,10 @@ class Swapped(Container):
             both = {"base": first, "base, in the reverse order": second} if second is not first else {"base": first}
             results.append(failed(both) or _mean(cast(Verdict, first), cast(Verdict, second), version))
         return results
+
+
+def _turned(query: Query) -> Query:
+    return replace(query, responses=query.responses[::-1])
 
 
 def _mean(first: Verdict, second: Verdict, version: str) -> Verdict:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field
 
+from onlinerl.budget import Account
 from onlinerl.errors import OnlineRLError, OracleError
 from onlinerl.protocols.component import Component
 from onlinerl.protocols.keys import CustomResources, Resumable, Seconds
-from onlinerl.types import Failure, Query, Verdict
+from onlinerl.types import Cost, Failure, Query, Verdict
 
 
 class Oracle(Component):
@@ -62,14 +63,29 @@ class Oracle(Component):
         """Where it may keep what it has paid for before a verdict is complete: a folder of the run, which a resume gives again. Called
         before `open`; nothing need be kept."""
 
+    def recall(self, folder: Path) -> None:
+        """Where an earlier attempt of the run has kept what `open` would find out again; called before `open`, when a run is resumed."""
+
     def requests(self, responses: int) -> int | None:
         """How many questions one group of so many responses costs if nothing fails; None where that is nobody's concern."""
         return None
 
     @property
-    def opening_requests(self) -> int:
-        """How many questions `open` has asked."""
-        return 0
+    def opening_cost(self) -> Cost:
+        """What the questions of `open` have cost."""
+        return Cost()
+
+    def charge(self, account: Account) -> bool:
+        """Whether it asks this account before each question of its own. If not, whoever asks it does so for whole groups, and cannot know
+        before the first one what a group costs, but for its `requests`."""
+        return False
+
+    def unlabelled(self, folder: Path) -> Cost:
+        """What the answers have cost that it keeps in a folder (`remember`) and that are no part of a label yet."""
+        return Cost()
+
+    def recorded(self, answers: Sequence[tuple[Query, Verdict | Failure]]) -> None:
+        """These are on the disk as labels, with what they have cost: nothing need be kept of them."""
 
     def most_usd(self, prompt_tokens: float, response_tokens: float, responses: int) -> float | None:
         """About what one group costs at most, in dollars, with prompts and responses of so many tokens each, where that is known."""

@@ -66,6 +66,22 @@ class Table(Protocol[T]):
         ...
 
 
+class Ledger(Protocol):
+    """What is judged already, by what was asked. Any thread may call it."""
+
+    def find(self, key: str) -> Label | None:
+        """The label of a question (`label_key`), at no cost; None if it is not known."""
+        ...
+
+    def add(self, iteration: int, table: str, labels: Iterable[Label]) -> None:
+        """What has just been written to a table."""
+        ...
+
+    def look_again(self) -> None:
+        """See what other runs have written meanwhile."""
+        ...
+
+
 class Scratch(Protocol):
     """Values on the disk, of no use to anybody after this process."""
 

@@ -104,7 +104,7 @@ class TableFiles:
                 newest = list(_journal.read(self._journal_path(number)))
                 parts = self._parts() or []
             if number > len(parts):
-                yield from (batch if columns is None else batch.select(columns) for batch in newest)
+                yield from (batch if columns is None else _selected(batch, columns) for batch in newest)
                 return
             yield from Part(self._part_path(number), parts[number - 1]).batches(columns)
 
@@ -333,3 +333,8 @@ class TableFiles:
 
     def _journals(self) -> Iterable[Path]:
         return sorted(self.folder.glob(f"{self.name}.[0-9]*.journal"))
+
+
+def _selected(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
+    """Those of the columns that there are; an older version's table may lack some, in a part as in a journal."""
+    return batch.select([name for name in columns if name in batch.schema.names])

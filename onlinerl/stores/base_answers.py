@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from onlinerl.protocols.store import EVALUATION, EVALUATION_VERDICTS
@@ -9,7 +10,7 @@ from onlinerl.stores import rows, summary
 from onlinerl.stores._tables import TableFiles
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.tables import StoredTable
-from onlinerl.types import Failure, Group, Label, Verdict
+from onlinerl.types import Cost, Failure, Group, Label, Verdict
 
 
 def measured(run: Path) -> bool:
@@ -41,10 +42,19 @@ def take_over(store: RunDirectory, source: Path, oracle_version: str | None) -> 
     judges = {label.result.oracle_version for label in labels if isinstance(label.result, Verdict)}
     if labels and judges == {oracle_version}:  # an oracle that only compares has not been asked
         verdicts = store.labels(0, EVALUATION_VERDICTS)
-        verdicts.append(labels)
+        verdicts.append([_reused(label, source) for label in labels])
         verdicts.seal()
         store.update_manifest(base_verdicts_of=source.name)
     store.update_manifest(base_answers_of=source.name)
+
+
+def _reused(label: Label, source: Path) -> Label:
+    """A label that this run has not paid for."""
+    assert isinstance(label.result, Verdict)
+    if label.reused_from is not None:
+        return label
+    place = f"{source.name}/iterations/0000/{EVALUATION_VERDICTS}"
+    return replace(label, result=replace(label.result, cost=Cost()), reused_from=place, saved=label.result.cost)
 
 
 def _answers(run: Path) -> StoredTable[Group]:

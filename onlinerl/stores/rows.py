@@ -132,7 +132,7 @@ def prompt_from_row(row: Mapping[str, Any]) -> Prompt:
 def result_row(prompt_id: str, result: Verdict | Failure) -> dict[str, Any]:
     """What the oracle said about a group as one row of the verdicts table; `status` is "ok" or the kind of failure."""
     if isinstance(result, Failure):
-        failed = dict.fromkeys(set(LABELS.schema.names) - {"prompt_id", "status", "message", "cost"})
+        failed = dict.fromkeys(set(LABELS.schema.names) - {"prompt_id", "status", "message", "cost", *_ORIGIN})
         return {"prompt_id": prompt_id, "status": result.kind, "message": result.message, **failed, "cost": _cost(result.cost)}
     return {
         "prompt_id": prompt_id,
@@ -156,8 +156,7 @@ def result_row(prompt_id: str, result: Verdict | Failure) -> dict[str, Any]:
 def result_from_row(row: Mapping[str, Any]) -> tuple[str, Verdict | Failure]:
     """The reverse of `result_row`: the prompt's id, and what the oracle said."""
     if row["status"] != "ok":
-        paid = Cost(**(row.get("cost") or {}))  # older runs did not store it
-        return row["prompt_id"], Failure(kind=row["status"], message=row["message"], cost=paid)
+        return row["prompt_id"], Failure(kind=row["status"], message=row["message"], cost=cost_from_row(row.get("cost")))
     verdict = Verdict(
         annotator=row["annotator"],
         oracle_version=row["oracle_version"],
@@ -178,13 +177,20 @@ def result_from_row(row: Mapping[str, Any]) -> tuple[str, Verdict | Failure]:
 
 def label_row(label: Label) -> Row:
     """A label as one row of a verdicts table."""
-    return result_row(label.prompt_id, label.result)
+    origin = {"reused_from": label.reused_from, "saved": None if label.reused_from is None else _cost(label.saved)}
+    return {**result_row(label.prompt_id, label.result), "key": label.key, **origin}
 
 
 def label_from_row(row: Mapping[str, Any]) -> Label:
     """The reverse of `label_row`."""
     prompt_id, result = result_from_row(row)
-    return Label(prompt_id=prompt_id, result=result)
+    return Label(  # older runs have no more than these two
+        prompt_id=prompt_id,
+        result=result,
+        key=row.get("key") or "",
+        reused_from=row.get("reused_from"),
+        saved=cost_from_row(row.get("saved")),
+    )
 
 
 def pair_row(trained: TrainedPair) -> Row:
@@ -266,6 +272,11 @@ def _cost(cost: Cost) -> Row:
     return {name: kind(getattr(cost, name)) for name, kind in kinds.items()}
 
 
+def cost_from_row(cells: Mapping[str, Any] | None) -> Cost:
+    """What a row says of a cost; older runs did not store that of failures."""
+    return Cost(**(cells or {}))
+
+
 def _floats(cells: Sequence[float | None]) -> tuple[float, ...]:
     return tuple(math.nan if cell is None else cell for cell in cells)
 
@@ -281,7 +292,7 @@ class Codec(Generic[T]):
 
 _TEXT, _TEXTS, _FLOATS, _INT = pa.string(), pa.list_(pa.string()), pa.list_(pa.float64()), pa.int64()
 _SAMPLER = pa.struct({"temperature": pa.float64(), "top_p": pa.float64(), "top_k": _INT, "max_new_tokens": _INT})
-_COST = pa.struct({"calls": _INT, "seconds": pa.float64(), "usd": pa.float64(), "tokens": _INT, "tokens_out": _INT})
+COST = pa.struct({"calls": _INT, "seconds": pa.float64(), "usd": pa.float64(), "tokens": _INT, "tokens_out": _INT})
 _GROUPS = pa.schema(
     {
         "prompt_id": _TEXT,
@@ -299,6 +310,7 @@ _GROUPS = pa.schema(
         "rejected": _TEXTS,
     }
 )
+_ORIGIN = ("key", "reused_from", "saved")
 LABELS = Codec(
     pa.schema(
         {
@@ -316,7 +328,10 @@ LABELS = Codec(
             "uncertainty": pa.list_(_FLOATS),
             "temperature": pa.float64(),
             "raw": _TEXT,
-            "cost": _COST,
+            "cost": COST,
+            "key": _TEXT,
+            "reused_from": _TEXT,
+            "saved": COST,
         }
     ),
     label_row,

@@ -37,12 +37,12 @@ def summarise(path: str | Path, *, extras: bool = False) -> dict[str, Any]:
         StoreError: if there is no run or it is damaged.
     """
     path = Path(path)
-    manifest = _run_manifest(path)
-    fingerprint = manifest.get("fingerprint") or {}
-    active = manifest.get("status") == "running" and _lock.held(path / "lock")
+    stored = manifest(path)
+    fingerprint = stored.get("fingerprint") or {}
+    active = stored.get("status") == "running" and _lock.held(path / "lock")
     summary: dict[str, Any] = _files.finite(
         {
-            "run": manifest.get("name"),
+            "run": stored.get("name"),
             "algorithm": fingerprint.get("algorithm.name"),
             "iterations": [_iteration(t, phases, active=active, extras=extras) for t, phases in records(path).items()],
         }
@@ -56,7 +56,7 @@ def status(path: str | Path) -> str:
     Raises:
         StoreError: if there is no run or it is damaged.
     """
-    stored = _run_manifest(Path(path)).get("status")
+    stored = manifest(Path(path)).get("status")
     gone = stored == "running" and not _lock.held(Path(path) / "lock")
     return "interrupted" if gone else str(stored)
 
@@ -68,7 +68,7 @@ def state(path: str | Path) -> str:
         StoreError: if there is no run or it is damaged.
     """
     path = Path(path)
-    status = _run_manifest(path).get("status")
+    status = manifest(path).get("status")
     if status == "running" and not _lock.held(path / "lock"):
         return f"interrupted: its process is gone; continue with `onlinerl resume {path}`"
     if status == "interrupted":
@@ -107,7 +107,7 @@ def records(path: str | Path) -> dict[int, dict[str, dict[str, Any]]]:
     Raises:
         StoreError: if there is no run or it is damaged.
     """
-    _run_manifest(Path(path))
+    manifest(Path(path))
     folders = sorted((p for p in (Path(path) / "iterations").glob("[0-9]*") if p.name.isdigit()), key=lambda p: int(p.name))
     return {int(folder.name): _manifest.read(folder).get("phases", {}) for folder in folders}
 
@@ -118,7 +118,7 @@ def taken_over(path: str | Path) -> bool:
     Raises:
         StoreError: if there is no run or it is damaged.
     """
-    return "base_verdicts_of" in _run_manifest(Path(path))
+    return "base_verdicts_of" in manifest(Path(path))
 
 
 def tables(path: str | Path) -> list[str]:
@@ -157,7 +157,7 @@ def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = Fal
     """
     path = Path(path)
     table, verdicts = (EVALUATION, EVALUATION_VERDICTS) if heldout else (ROLLOUTS, VERDICTS)
-    _run_manifest(path)
+    manifest(path)
     folder = path / "iterations" / f"{iteration:04d}"
     files = TableFiles(folder, table)
     # A group that was asked for again, because the engine's first answer was unusable, has two rows: the later one counts.
@@ -189,9 +189,14 @@ def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = Fal
     return shown
 
 
-def _run_manifest(path: Path) -> dict[str, Any]:
+def manifest(path: Path) -> dict[str, Any]:
+    """What a run says of itself.
+
+    Raises:
+        StoreError: if there is no run or it is damaged.
+    """
     try:
-        manifest = _files.read_json(path / "manifest.json")
+        found = _files.read_json(path / "manifest.json")
     except FileNotFoundError:
         folder = path.parent
         fix = (
@@ -200,9 +205,9 @@ def _run_manifest(path: Path) -> dict[str, Any]:
             else f"check the path: there is no directory {folder.absolute()}; relative paths start where onlinerl was started"
         )
         raise StoreError(f"{path} holds no run", field="name", fix=fix) from None
-    if lacking := [key for key in ("name", "status") if not isinstance(manifest.get(key), str)]:
+    if lacking := [key for key in ("name", "status") if not isinstance(found.get(key), str)]:
         raise _files.damaged(path / "manifest.json", f"it does not say the {' and the '.join(lacking)} of the run")
-    return manifest
+    return found
 
 
 def _iteration(number: int, phases: Mapping[str, Mapping[str, Any]], *, active: bool, extras: bool) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -35,6 +37,14 @@ class Query:
     prompt: Prompt
     responses: tuple[str, ...]
     """Texts, length K. Oracles apply their own tokenizer and template."""
+
+
+def label_key(query: Query, oracle_version: str) -> str:
+    """By which the same question to the same oracle is recognised: a hash of the oracle's version and of all that an oracle may read."""
+    prompt = query.prompt
+    said = [[message.role, message.content] for message in prompt.messages]
+    read = [oracle_version, prompt.id, prompt.text, said, prompt.reference_answer, prompt.source, query.responses]
+    return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

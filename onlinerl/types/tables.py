@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from onlinerl.types.labels import Failure, Pair, Verdict
+from onlinerl.types.labels import Cost, Failure, Pair, Verdict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +16,13 @@ class Label:
 
     prompt_id: str
     result: Verdict | Failure
+    """Its cost is what was paid for this label, nothing where it was known."""
+    key: str = ""
+    """By which the same question to the same oracle is recognised (`label_key`); empty in runs of older versions."""
+    reused_from: str | None = None
+    """The table that it was taken from, RUN/iterations/0001/verdicts; None if it was asked for."""
+    saved: Cost = field(default_factory=Cost)
+    """What it had cost there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -133,6 +133,29 @@ def as_format_5(run: Path) -> None:
     _say_format(run, 5)
 
 
+def as_before_the_ledger(run: Path) -> None:
+    """Leave out of the labels of a run of today by what they are found, and where they come from, and of the run what its starts have cost."""
+    for path in run.glob("iterations/*/*"):
+        if path.suffix == ".journal" and "key" in (batches := [*_journal.read(path)])[0].schema.names:
+            path.unlink()
+            journal = _journal.Journal(path, batches[0].select(_known(batches[0])).schema)
+            for batch in batches:
+                journal.append(batch.select(_known(batch)))
+        for part in sorted(path.glob("*")) if path.suffix == ".parquet" else ():
+            table = pq.read_table(part)
+            if "key" in table.schema.names:
+                pq.write_table(table.select(_known(table)), part, compression="zstd", write_page_checksum=True)
+                entry, data = _manifest.table(path.parent, path.stem), part.read_bytes()
+                entry["parts"][int(part.stem) - 1] |= {"bytes": len(data), "sha256": _files.sha256(data)}
+                _manifest.update_table(path.parent, path.stem, entry)
+    manifest = _files.read_json(run / "manifest.json")
+    _files.replace_json(run / "manifest.json", {key: value for key, value in manifest.items() if key != "trials"})
+
+
+def _known(table: Any) -> list[str]:
+    return [name for name in table.schema.names if name not in ("key", "reused_from", "saved")]
+
+
 def _with_old_columns(table: Any) -> Any:
     had = table.select([name for name in table.schema.names if name not in LATER])
     return had.rename_columns([COLUMNS.get(name, name) for name in had.schema.names])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +38,16 @@ def figures(run: Path) -> dict:
 
 
 def metrics(run: Path) -> list[tuple]:
-    """The run's records without times, in an order of their own; an attempt that was superseded does not count."""
+    """The run's records without times, in an order of their own; an attempt that was superseded does not count. Questions that were asked,
+    and those that were not because the answer was known, are one figure: which of two equal ones is asked depends on what comes first."""
     records = [r for r in read_metrics(run / "metrics.jsonl") if "seconds" not in r["name"]]
+    questions: Counter[str] = Counter()
     for record in records:
         record.pop("attempt")
-    return sorted(json.dumps(record, sort_keys=True) for record in records)
+        if record["name"].startswith("oracle_requests"):
+            questions[f"{record['iteration']} {record['labels']['phase']}"] += record["value"]
+    others = [record for record in records if not record["name"].startswith("oracle_requests")]
+    return [*sorted(json.dumps(record, sort_keys=True) for record in others), *sorted(questions.items())]
 
 
 def weights(run: Path, iteration: int) -> np.ndarray:

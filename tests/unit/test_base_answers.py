@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from values import group, groups, label
 
@@ -9,6 +11,7 @@ from onlinerl.errors import StoreError
 from onlinerl.protocols.store import EVALUATION, EVALUATION_VERDICTS
 from onlinerl.stores import base_answers, summary
 from onlinerl.stores.directory import RunDirectory
+from onlinerl.types import Cost
 
 
 @pytest.fixture
@@ -37,8 +40,11 @@ def test_they_are_the_same_answers_and_verdicts(create):
     measure(first, groups(3, samples=1), [label(i, float(i)) for i in range(3)])
     assert base_answers.measured(first.path)
     base_answers.take_over(second, first.path, "1")
-    for table in (EVALUATION, EVALUATION_VERDICTS):
-        assert second.read(0, table) == first.read(0, table)
+    assert second.read(0, EVALUATION) == first.read(0, EVALUATION)
+    for mine, theirs in zip(second.labels(0, EVALUATION_VERDICTS), first.labels(0, EVALUATION_VERDICTS), strict=True):
+        assert (mine.reused_from, mine.saved) == ("first/iterations/0000/evaluation_verdicts", theirs.result.cost)
+        assert replace(mine.result, cost=theirs.result.cost) == theirs.result
+        assert mine.result.cost == Cost()
     assert second.groups(0, EVALUATION).sealed
     assert second.labels(0, EVALUATION_VERDICTS).sealed
     assert summary.taken_over(second.path)

@@ -19,9 +19,10 @@ pytest.importorskip("aiohttp")
 from judges import CLOSED, GARBAGE, HALF_A_REPLY, JudgeServer, completion, judging, quality, shown
 
 from onlinerl import oracle_calls
+from onlinerl.budget import Account, Limits
 from onlinerl.config import component
 from onlinerl.controller import asking
-from onlinerl.errors import ConfigError, OracleError
+from onlinerl.errors import BudgetError, ConfigError, OracleError
 from onlinerl.oracles._judge import endpoint, kept, plans, templates
 from onlinerl.oracles._judge.base import Judge
 from onlinerl.protocols.oracle import Oracle
@@ -102,7 +103,7 @@ def test_what_the_server_can_do_is_found_out_once(judge, name, schema, logprobs,
         opening = len(server.asked)
         assert (
             opening
-            == oracle.opening_requests
+            == oracle.opening_cost.calls
             == {(True, True): 1, (False, True): 2, (True, False): 3, (False, False): 3}[schema, logprobs]
         )
         verdict = one(oracle)
@@ -247,7 +248,7 @@ def test_all_side_by_side_in_several_orders(judge, server):
     oracle = judge("judge_score", listwise=True, orders=3)
     verdict = one(oracle, "gg", "x", "b")
     assert verdict.scores == (5, 3, 2)
-    assert len(server.asked) - oracle.opening_requests == oracle.requests(3) == 3
+    assert len(server.asked) - oracle.opening_cost.calls == oracle.requests(3) == 3
     assert len(set(texts(server)[-3:])) > 1
     assert one(oracle, "b", "gg", "x").scores == (2, 5, 3)
     assert one(oracle, "gg").scores == (5,)
@@ -668,7 +669,7 @@ def test_a_resume_may_change_where_the_judge_is_and_not_how_it_judges(toy_config
 
     spec = {"oracle.name": "judge_pair", "oracle.base_url": "http://127.0.0.1:1/v1", "oracle.model": "m"}
     free = {key for key in resumable(load(toy_config(tmp_path, spec))) if key.startswith("oracle.")}
-    where = {"base_url", "api_key_env", "request_timeout_s", "max_requests", "price_per_million_tokens"}
+    where = {"base_url", "api_key_env", "request_timeout_s", "max_requests", "price_per_million_tokens", "price_per_request"}
     shared = {"groups_per_call", "max_concurrent", "call_timeout_s", "retries"}
     assert free == {f"oracle.{key}" for key in where | shared}
 
@@ -680,6 +681,9 @@ def test_what_a_failure_has_cost_is_said_once(judge, server, tmp_path):
     first.remember(tmp_path)
     failure = one(first, "x", "y")
     assert failure.cost.calls == 2
+    assert first.unlabelled(tmp_path).calls == 1
+    first.recorded([(query("x", "y"), failure)])
+    assert first.unlabelled(tmp_path).calls == 0
     first.close()
     server.instead = lambda n, body: None
     again = judge("judge_score", **knobs)
@@ -717,3 +721,52 @@ def test_nothing_that_is_shown_can_close_its_place():
     for text in ("a < b", "<html>", "x <- y", "List<response_t> z", json.dumps({"a": "<b>"})):
         assert templates.escaped(text).count("<") >= text.count("<") - 1
     assert templates.escaped("<div> a < b </div>") == "<div> a < b </div>"
+
+
+def test_what_was_paid_for_and_is_no_label_yet_is_known_to_a_resume(judge, server, tmp_path):
+    oracle = judge()
+    assert oracle.unlabelled(tmp_path / "nothing") == Cost()
+    oracle.remember(tmp_path)
+    verdict = one(oracle, "x", "y")
+    assert oracle.unlabelled(tmp_path).calls == verdict.cost.calls == 2
+    oracle.recorded([(query("x", "y"), verdict), (query("never", "asked"), verdict)])
+    assert oracle.unlabelled(tmp_path) == Cost()
+    oracle.close()
+    again = judge()
+    again.remember(tmp_path)
+    assert one(again, "x", "y").cost.calls == 2, "nothing is kept of a label"
+    again.close()
+    kept = tmp_path / "replies.jsonl"
+    kept.write_text(kept.read_text().replace(', "open": true', ""))
+    older = judge()
+    older.remember(tmp_path)
+    assert older.unlabelled(tmp_path) == Cost(), "an older version has not said which replies are labels"
+    assert one(older, "x", "y").cost.calls == 2
+    assert len(server.asked) == older.opening_cost.calls + again.opening_cost.calls + oracle.opening_cost.calls + 4
+
+
+def test_at_the_end_of_the_budget_what_was_asked_is_answered_and_kept(judge, server, tmp_path):
+    server.instead = lambda n, body: time.sleep(0.05)
+    oracle, account = judge(max_requests=4), Account(Limits(calls=8))
+    assert oracle.charge(account)
+    oracle.remember(tmp_path)
+    with pytest.raises(BudgetError, match=r"ledger.max_calls: 8 calls of 8 calls"):
+        one(oracle)
+    assert len(server.asked) == account.spent.calls == 8
+    oracle.close()
+    again = judge()
+    assert again.unlabelled(tmp_path).calls == 8 - oracle.opening_cost.calls
+    again.charge(Account(Limits(calls=1000)))
+    again.remember(tmp_path)
+    assert one(again).cost.calls == 12
+    assert len(server.asked) == 12 + oracle.opening_cost.calls + again.opening_cost.calls
+
+
+def test_a_request_has_a_price(judge, server):
+    oracle = judge(price_per_request=0.5)
+    assert one(oracle, "x", "y").cost.usd == 1.0
+    assert oracle.opening_cost.usd == 0.5
+    assert oracle.most_usd(10, 10, 2) == 1.0
+    server.instead = lambda n, body: CLOSED
+    failure = one(judge(price_per_request=0.5, retries=0, read_from="text", response_format="text"), "x", "y")
+    assert (failure.cost.calls, failure.cost.usd) == (2, 0), "what is not answered is free"

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from onlinerl.budget import Account, Limits
 from onlinerl.controller import evaluation
 from onlinerl.controller.comparing import Compared
 from onlinerl.controller.fleet import FleetReporter
 from onlinerl.controller.parts import Built
 from onlinerl.controller.report import Reporter
 from onlinerl.controller.statistics import bootstrap, divergence, wilson
-from onlinerl.controller.tally import Sampled
+from onlinerl.controller.tally import Paid, Sampled
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import per_step
@@ -120,7 +121,8 @@ def everything(report: Reporter, learner: dict[str, float], figures: dict[str, f
     report.sampled(1, [Sampled.of(group) for group in GROUPS], kept=2)
     report.labelled(1, ok=2, failed=1, spreads=[0.5, 0.5], uncertainties=[0.1, 0.3])
     report.asked(1, "label", 1, 3)
-    report.paid(1, "label", Cost(calls=3, seconds=2.0, usd=0.5, tokens=10, tokens_out=4))
+    report.paid(1, "label", Paid(cost=Cost(calls=3, seconds=2.0, usd=0.5, tokens=10, tokens_out=4), saved=Cost(calls=7)))
+    report.budget(1, Account(Limits(calls=4, tokens=100, usd=2.0), Cost(calls=3, tokens=10, usd=0.5)))
     compares = Verdict(annotator="a", oracle_version="1", preferences=((math.nan, 0.9), (0.8, math.nan)))
     report.compared(1, [Compared.of(group, compares) for group in GROUPS])
     report.skipped(1, 1)

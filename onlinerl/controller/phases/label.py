@@ -9,6 +9,7 @@ import numpy as np
 from onlinerl.controller import collect, health
 from onlinerl.controller.comparing import Compared
 from onlinerl.controller.iteration import Iteration
+from onlinerl.protocols.store import VERDICTS
 from onlinerl.types import Failure, LabelRecord, Verdict
 
 
@@ -16,7 +17,7 @@ def label(it: Iteration) -> LabelRecord:
     """Ask the oracle about what is sampled."""
     sampled, labels = it.sampled(), it.labels()
     expected = len(it.prompts()[0])
-    calls, cost = collect.judge(it, sampled, expected, labels, "label", wanted=it.large_enough, feed=it.answers)
+    calls, paid = collect.judge(it, sampled, expected, VERDICTS, "label", wanted=it.large_enough, feed=it.answers)
     failures: list[Failure] = []
     spread: dict[str, float] = {}
     unsure: dict[str, float] = {}
@@ -35,7 +36,8 @@ def label(it: Iteration) -> LabelRecord:
                 spread[found.prompt_id] = float(np.nanstd(result.scores))
             if (nats := result.mean_uncertainty()) is not None:
                 unsure[found.prompt_id] = nats
-    it.report.paid(it.number, "label", cost)
+    it.report.paid(it.number, "label", paid)
+    it.report.budget(it.number, it.parts.asker.account)
     health.check_failures(failures, calls, it.parts.config.max_failed_labels)
     spreads, uncertainties = ([known[i] for i in it.sampled_ids if i in known] for known in (spread, unsure))
     it.report.labelled(it.number, ok=calls - len(failures), failed=len(failures), spreads=spreads, uncertainties=uncertainties)

@@ -12,9 +12,10 @@ from onlinerl.controller import collect, evaluation, health
 from onlinerl.controller.feed import Feed
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.statistics import Divergence, Estimate
+from onlinerl.controller.tally import Paid
 from onlinerl.errors import EngineError
 from onlinerl.protocols.store import BASE_LOGPROBS, EVALUATION, EVALUATION_VERDICTS
-from onlinerl.types import Cost, Failure, Group, LogProbs, MeasureRecord, Verdict
+from onlinerl.types import Failure, Group, LogProbs, MeasureRecord, Verdict
 
 
 def measure(it: Iteration) -> MeasureRecord:
@@ -25,7 +26,7 @@ def measure(it: Iteration) -> MeasureRecord:
     wins, more = _win_rates(it, now)
     kl_ref = _divergence(it, now, own, 0)
     sample = now.groups[: config.evaluation.mismatch_sample]
-    versions, cost = _oracle_versions(it)
+    versions, paid = _oracle_versions(it)
     measured = evaluation.Measured(
         answers=now,
         kl_ref=kl_ref,
@@ -37,7 +38,8 @@ def measure(it: Iteration) -> MeasureRecord:
         mismatch=evaluation.mismatch(sample, own[: len(sample)]),
         oracle_versions=versions,
     )
-    it.report.paid(it.number, "measure", cost)
+    it.report.paid(it.number, "measure", paid)
+    it.report.budget(it.number, it.parts.asker.account)
     it.report.mismatch(it.number, measured.mismatch)
     health.check_mismatch(measured.mismatch.k3, config.evaluation.max_mismatch_k3)
     return it.report.evaluated(it.number, measured, calls + more)
@@ -84,22 +86,21 @@ def _comparisons(iterate: int) -> str:
     return f"comparisons_{iterate:04d}"
 
 
-def _oracle_versions(it: Iteration) -> tuple[Counter[str], Cost]:
+def _oracle_versions(it: Iteration) -> tuple[Counter[str], Paid]:
     """Verdicts and comparisons of this iterate by the version of the oracle that gave them, and what they and the failures have cost."""
     tables = (EVALUATION_VERDICTS, *(_comparisons(iterate) for iterate in sorted({0, max(0, it.number - 1)})))
     versions: Counter[str] = Counter()
-    cost = Cost()
+    paid = Paid()
     for label in (label for table in tables for label in it.parts.store.labels(it.number, table)):
-        cost = cost.plus(label.result.cost)
+        paid = paid.plus(label)
         if isinstance(label.result, Verdict):
             versions[label.result.oracle_version] += 1
-    return versions, cost
+    return versions, paid
 
 
 def _judged(it: Iteration, groups: Sequence[Group], table: str) -> tuple[int, dict[str, Verdict | Failure]]:
-    labels = it.parts.store.labels(it.number, table)
-    calls, _ = collect.judge(it, Feed.of(groups, it.stop), len(groups), labels, "measure")
-    return calls, {label.prompt_id: label.result for label in labels}
+    calls, _ = collect.judge(it, Feed.of(groups, it.stop), len(groups), table, "measure")
+    return calls, {label.prompt_id: label.result for label in it.parts.store.labels(it.number, table)}
 
 
 def _evaluated(it: Iteration, iterate: int) -> evaluation.Evaluated:

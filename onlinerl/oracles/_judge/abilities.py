@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from onlinerl.errors import OracleError
 from onlinerl.oracles._judge.endpoint import Endpoint, Reply
+from onlinerl.types import Cost
 
 _UNSUPPORTED = ("refused", "parse_fail")
 
@@ -30,8 +31,8 @@ async def found(
     reads: Literal["auto", "logprobs", "text"],
     written: Literal["auto", "json_schema", "text"],
     question: Callable[[Abilities], Mapping[str, Any]],
-) -> tuple[Abilities, int]:
-    """The best of what is wished for that the server does, and how many requests it took to find out.
+) -> tuple[Abilities, Cost]:
+    """The best of what is wished for that the server does, and what it has cost to find out.
 
     Args:
         endpoint: of the server.
@@ -43,12 +44,12 @@ async def found(
     """
     schemas = {"auto": (True, False), "json_schema": (True,), "text": (False,)}[written]
     logprobs = {"auto": (True, False), "logprobs": (True,), "text": (False,)}[reads]
-    requests, problem = 0, ""
+    paid, problem = Cost(), ""
     for wished in (Abilities(schema=s, logprobs=p) for p in logprobs for s in schemas):
         if wished == PLAIN:  # every server does that
-            return wished, requests
+            return wished, paid
         reply = await endpoint.ask(question(wished))
-        requests += reply.cost.calls
+        paid = paid.plus(reply.cost)
         if reply.status not in ("ok", *_UNSUPPORTED):
             raise OracleError(
                 f"{endpoint.root} did not answer a first question ({reply.status}): {reply.text}",
@@ -57,7 +58,7 @@ async def found(
             )
         lacking = _lacks(wished, reply)
         if lacking is None:
-            return wished, requests
+            return wished, paid
         problem = lacking
     raise OracleError(
         f"{endpoint.root} cannot do what is asked for: {problem}",

@@ -6,22 +6,24 @@ import asyncio
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from onlinerl import http_client
-from onlinerl.errors import ConfigError, OracleError
-from onlinerl.oracles._judge import abilities, reading, templates
+from onlinerl.budget import Account
+from onlinerl.errors import BudgetError, ConfigError, OracleError
+from onlinerl.oracles._judge import abilities, kept, reading, templates
 from onlinerl.oracles._judge.abilities import Abilities
-from onlinerl.oracles._judge.endpoint import Endpoint, Reply, digest
+from onlinerl.oracles._judge.endpoint import Endpoint, digest
 from onlinerl.oracles._judge.kept import Kept
 from onlinerl.oracles._judge.loop_thread import LoopThread
+from onlinerl.oracles._judge.questions import Price, Question, Said
 from onlinerl.oracles._judge.reading import Form
 from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.oracle import Oracle
@@ -36,38 +38,6 @@ TOP_LOGPROBS = 20
 """As many as OpenAI's servers and vLLM give."""
 TRIAL = Prompt(id="trial", text="", token_ids=(), messages=(Message(role="user", content="What is 2 + 2?"),))
 _TEXTS = ("template", "rubric", "constitution")
-
-
-class Price(BaseModel):
-    """Dollars per million tokens."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    input: float = Field(0.0, ge=0)
-    output: float = Field(0.0, ge=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """One request."""
-
-    text: str
-    form: Form
-    seed: int
-    read: Callable[[Reply], tuple[tuple[float, ...], float | None, str] | None]
-    """What a reply says: numbers, log-odds where there are any, a rationale; None if it says nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Said:
-    """What came of one request."""
-
-    status: str
-    values: tuple[float, ...] = ()
-    log_odds: float | None = None
-    words: str = ""
-    cost: Cost = field(default_factory=Cost)
-    key: str = ""
 
 
 class Judge(Oracle):
@@ -112,6 +82,8 @@ class Judge(Oracle):
     """Requests under way at the same time, of all groups together."""
     price_per_million_tokens: Resumable[Price | None] = None
     """In dollars, {input: 0.15, output: 0.6}."""
+    price_per_request: Resumable[float] = Field(0.0, ge=0)
+    """In dollars, beside the tokens or instead of them. What the server does not answer is free."""
 
     _thread: Any = PrivateAttr(None)
     _endpoint: Any = PrivateAttr(None)
@@ -120,7 +92,9 @@ class Judge(Oracle):
     _folder: Path | None = PrivateAttr(None)
     _under_way: dict[Any, Any] = PrivateAttr(default_factory=dict)
     _read: dict[str, str] = PrivateAttr(default_factory=dict)
-    _opening_requests: int = PrivateAttr(0)
+    _opening_cost: Cost = PrivateAttr(default_factory=Cost)
+    _account: Account = PrivateAttr(default_factory=Account)
+    _keys: dict[Any, list[str]] = PrivateAttr(default_factory=dict)
     _opening: Any = PrivateAttr(default_factory=threading.RLock)
 
     @model_validator(mode="after")
@@ -210,8 +184,8 @@ class Judge(Oracle):
             self._start()
             try:
                 finding = abilities.found(self._endpoint, self._reads, self.response_format, self._first_question)
-                self._abilities, asked = self._thread.call(finding)
-                self._opening_requests += asked
+                self._abilities, paid = self._thread.call(finding)
+                self._opening_cost = self._opening_cost.plus(paid)
                 if self._folder is not None:
                     self._kept = Kept(self._folder)
             except BaseException:
@@ -230,7 +204,8 @@ class Judge(Oracle):
                 timeout_s=self.request_timeout_s,
                 retries=self.retries,
                 at_once=self.max_requests,
-                price=(price.input, price.output),
+                price=(price.input, price.output, self.price_per_request),
+                account=self._account,
             )
         except BaseException:
             self.close()
@@ -239,12 +214,12 @@ class Judge(Oracle):
     def close(self) -> None:
         """End all connections, and whatever is still asked."""
         with self._opening:
-            thread, endpoint, kept = self._thread, self._endpoint, self._kept
+            thread, endpoint, replies = self._thread, self._endpoint, self._kept
             self._thread = self._endpoint = self._abilities = self._kept = None
         if thread is not None:
             thread.end(endpoint.close if endpoint is not None else None)
-        if kept is not None:
-            kept.close()
+        if replies is not None:
+            replies.close()
 
     def _first_question(self, wished: Abilities) -> dict[str, Any]:
         """One of the usual kind, for a server that does what is wished for."""
@@ -257,9 +232,28 @@ class Judge(Oracle):
     # --- identity and cost ---
 
     @property
-    def opening_requests(self) -> int:
-        """One, where the server can do all that is wished for."""
-        return self._opening_requests
+    def opening_cost(self) -> Cost:
+        """Of one question, where the server can do all that is wished for."""
+        return self._opening_cost
+
+    def charge(self, account: Account) -> bool:
+        """It does, before each request."""
+        with self._opening:
+            self._account = account
+            if self._endpoint is not None:
+                self._endpoint.account = account
+        return True
+
+    def unlabelled(self, folder: Path) -> Cost:
+        """Of replies to groups that were not complete when a run ended."""
+        return kept.paid(folder)
+
+    def recorded(self, answers: Sequence[tuple[Query, Verdict | Failure]]) -> None:
+        """Their replies need not be kept; those of a failure are, and have been paid for."""
+        for query, result in answers:
+            keys = self._keys.pop((query.prompt.id, query.responses), [])
+            if self._kept is not None:
+                (self._kept.done if isinstance(result, Verdict) else self._kept.counted)(keys)
 
     @property
     def version(self) -> str:
@@ -281,12 +275,14 @@ class Judge(Oracle):
 
     def most_usd(self, prompt_tokens: float, response_tokens: float, responses: int) -> float | None:
         """By `price_per_million_tokens`, if every reply is as long as it may be and three characters of the template are a token."""
-        price, requests = self.price_per_million_tokens, self.requests(responses)
-        if price is None or requests is None:
+        requests = self.requests(responses)
+        if requests is None or (self.price_per_million_tokens is None and not self.price_per_request):
             return None
+        price = self.price_per_million_tokens or Price()
         own = sum(map(len, self._words.values())) / CHARACTERS_PER_TOKEN
         read = own + prompt_tokens + self._shown(responses) * response_tokens
-        return requests * (read * price.input + self._most_tokens(responses) * price.output) / 1e6
+        tokens = read * price.input + self._most_tokens(responses) * price.output
+        return requests * (tokens / 1e6 + self.price_per_request)
 
     def _shown(self, responses: int) -> int:
         """How many responses one question shows."""
@@ -335,12 +331,17 @@ class Judge(Oracle):
         everything = [task for asked in tasks.values() for task in asked]
         try:
             await asyncio.gather(*everything)
+        except BudgetError:  # what is under way is paid for, and kept
+            await asyncio.gather(*everything, return_exceptions=True)
+            raise
         except BaseException:
             for task in everything:
                 task.cancel()
             raise
         said = {about: [task.result() for task in asked] for about, asked in tasks.items()}
         cost = reduce(Cost.plus, (task.result().cost for task in everything), Cost())
+        given = [one.key for votes in said.values() for one in votes if one.status == "ok"]
+        self._keys[query.prompt.id, query.responses] = given
         verdict = self._verdict(query, said)
         if verdict is None:
             return self._nothing(query, said, cost)
@@ -354,8 +355,6 @@ class Judge(Oracle):
         kinds = [one.status for one in failed]
         kind: Any = max(sorted(set(kinds)), key=kinds.count)
         first = next(one for one in failed if one.status == kind)
-        if self._kept is not None:
-            self._kept.counted({one.key for one in every if one.status == "ok"})
         message = (
             f"prompt {query.prompt.id!r}: {len(failed)} of {len(every)} replies are no verdict; first {kind}: {first.words}"
         )

@@ -10,10 +10,11 @@ import os
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, Literal
 
+from onlinerl.budget import LOOK_S, Account
 from onlinerl.errors import OracleError
 from onlinerl.http_client import Connection, Unanswered, pause
 from onlinerl.types import Cost
@@ -61,7 +62,8 @@ class Endpoint:
         timeout_s: longest wait for one answer.
         retries: how often a question is asked again whose failure may pass.
         at_once: questions under way at the same time.
-        price: dollars for tokens in and out, each per million.
+        price: dollars for tokens in and out, each per million, and for a request.
+        account: which is asked before each attempt.
 
     Raises:
         OracleError: if there is no such variable.
@@ -75,7 +77,8 @@ class Endpoint:
         timeout_s: float,
         retries: int,
         at_once: int,
-        price: tuple[float, float],
+        price: tuple[float, float, float],
+        account: Account,
     ) -> None:
         headers = {}
         if api_key_env is not None:
@@ -89,23 +92,22 @@ class Endpoint:
         self._connection = Connection(base_url.rstrip("/"), headers=headers, timeout_s=timeout_s)
         self._timeout_s, self._retries, self._price = timeout_s, retries, price
         self._slots = asyncio.Semaphore(at_once)
+        self.account = account
 
     async def ask(self, body: Mapping[str, Any]) -> Reply:
         """The reply to a chat request; never raises for what concerns this question alone.
 
         Raises:
             OracleError: if the server would refuse any question: 401, 403, 404.
+            BudgetError: if the account cannot pay for it.
         """
+        most = self._most(body)
         chance = random.Random(digest(body))  # the same pauses whenever the same question fails
         paid = Cost()
         for tries in count(1):
             async with self._slots:
-                started = time.perf_counter()
-                try:
-                    answer, trouble = await self._connection.ask("POST", PATH, body), None
-                except Unanswered as error:
-                    answer, trouble = None, error
-                paid = paid.plus(self._cost(answer, time.perf_counter() - started))
+                answer, trouble, cost = await self._attempt(body, most)
+                paid = paid.plus(cost)
             if trouble is None:
                 return _reply(answer, paid)
             if trouble.kind == "status" and trouble.status in _STOPS:
@@ -116,6 +118,24 @@ class Endpoint:
             spread = JITTER * chance.random()
             await asyncio.sleep(pause(tries, trouble.wait_s, first_s=FIRST_PAUSE_S, longest_s=LONGEST_PAUSE_S, jitter=spread))
         raise AssertionError("the last attempt returns or raises")
+
+    async def _attempt(self, body: Mapping[str, Any], most: Cost) -> tuple[Any, Unanswered | None, Cost]:
+        while not self.account.reserve(most):
+            await asyncio.sleep(LOOK_S)
+        started, answer, trouble = time.perf_counter(), None, None
+        try:
+            answer = await self._connection.ask("POST", PATH, body)
+        except Unanswered as error:
+            trouble = error
+        finally:  # one that is cancelled was sent
+            cost = self._cost(answer, time.perf_counter() - started)
+            self.account.settle(most, cost)
+        return answer, trouble, cost
+
+    def _most(self, body: Mapping[str, Any]) -> Cost:
+        """No tokenizer makes more tokens of a text than it has bytes."""
+        written = int(body["max_tokens"])
+        return self._priced(len(json.dumps(body)), written, answered=True)
 
     @property
     def root(self) -> str:
@@ -137,8 +157,11 @@ class Endpoint:
     def _cost(self, answer: Any, seconds: float) -> Cost:
         usage = answer.get("usage") if isinstance(answer, Mapping) else None
         read, written = (_whole(usage, name) for name in ("prompt_tokens", "completion_tokens"))
-        usd = (read * self._price[0] + written * self._price[1]) / 1e6
-        return Cost(calls=1, seconds=seconds, usd=usd, tokens=read + written, tokens_out=written)
+        return replace(self._priced(read, written, answered=answer is not None), seconds=seconds)
+
+    def _priced(self, read: int, written: int, *, answered: bool) -> Cost:
+        usd = (read * self._price[0] + written * self._price[1]) / 1e6 + self._price[2] * answered
+        return Cost(calls=1, usd=usd, tokens=read + written, tokens_out=written)
 
 
 def digest(body: Mapping[str, Any]) -> str:

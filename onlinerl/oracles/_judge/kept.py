@@ -10,8 +10,10 @@ import asyncio
 import errno
 import json
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,15 @@ from onlinerl.oracles._judge.endpoint import Reply, Token
 from onlinerl.types import Cost
 
 FULL_BYTES = 32 << 20
+
+
+def paid(folder: Path) -> Cost:
+    """What the replies in a folder have cost that are no part of a label yet; a folder that is not there is left so."""
+    if not folder.is_dir():
+        return Cost()
+    kept = Kept(folder)
+    kept.close()
+    return kept.unlabelled()
 
 
 class Kept:
@@ -32,9 +43,12 @@ class Kept:
     def __init__(self, folder: Path) -> None:
         self._path, self._older = folder / "replies.jsonl", folder / "replies.older.jsonl"
         self._replies: dict[str, list[Reply]] = {}
+        self._open: dict[str, list[Cost]] = {}
+        """Of the replies that are no part of a label. Older versions have not written which these are."""
         self._written = self._durable = 0
         """Lines of this process, and how many of them are on the disk for sure."""
         self._disk = asyncio.Lock()
+        self._one_at_a_time = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if self._older.exists():
@@ -58,15 +72,28 @@ class Kept:
             if "counted" in entry:
                 for key in entry["counted"]:
                     self._replies[key] = [_free(reply) for reply in self._replies.get(key, ())]
+                    self._open.pop(key, None)
+            elif "done" in entry:
+                for key in entry["done"]:
+                    for found in (self._replies.get(key), self._open.get(key)):
+                        if found:
+                            found.pop()
             else:
+                if "open" in entry:
+                    self._open.setdefault(entry["key"], []).append(Cost(**entry["cost"]))
                 self._replies.setdefault(entry["key"], []).append(_from_entry(entry))
 
     def _begin_another(self) -> None:
-        os.fdatasync(self._file)  # what others have written meanwhile
-        self._durable = self._written
-        os.close(self._file)
-        os.replace(self._path, self._older)
-        self._file = self._opened()
+        with self._one_at_a_time:
+            os.fdatasync(self._file)  # what others have written meanwhile
+            self._durable = self._written
+            os.close(self._file)
+            os.replace(self._path, self._older)
+            self._file = self._opened()
+
+    def unlabelled(self) -> Cost:
+        """What those replies have cost that were no part of a label when they were read."""
+        return reduce(Cost.plus, (cost for costs in self._open.values() for cost in costs), Cost())
 
     def take(self, key: str) -> Reply | None:
         """A reply of an earlier attempt, once."""
@@ -76,7 +103,8 @@ class Kept:
     async def put(self, key: str, reply: Reply) -> None:
         """Durable when it returns; replies that come while the disk is at work wait for it together."""
         tokens = [[token.text, dict(token.alternatives)] for token in reply.tokens]
-        self._write({"key": key, "text": reply.text, "cut": reply.cut, "tokens": tokens, "cost": asdict(reply.cost)})
+        entry = {"key": key, "text": reply.text, "cut": reply.cut, "tokens": tokens, "cost": asdict(reply.cost)}
+        self._write({**entry, "open": True})
         mine = self._written
         async with self._disk:
             if self._durable < mine:
@@ -89,23 +117,29 @@ class Kept:
                 except OSError as error:
                     raise self._unusable(error) from error
 
-    def counted(self, keys: Iterable[str]) -> None:
+    def counted(self, keys: Sequence[str]) -> None:
         """A failure says already what these have cost: a later verdict must not say it again."""
-        if keys := list(keys):
-            self._write({"counted": keys})
+        if keys:
+            self._write({"counted": [*keys]})
+
+    def done(self, keys: Sequence[str]) -> None:
+        """A verdict that was made of them is on the disk."""
+        if keys:
+            self._write({"done": [*keys]})
 
     def close(self) -> None:
         """No more is kept."""
         os.close(self._file)
 
     def _write(self, entry: dict[str, Any]) -> None:
-        try:
-            line = json.dumps(entry).encode() + b"\n"
-            if os.write(self._file, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise self._unusable(error) from error
-        self._written += 1
+        line = json.dumps(entry).encode() + b"\n"
+        with self._one_at_a_time:
+            try:
+                if os.write(self._file, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                raise self._unusable(error) from error
+            self._written += 1
 
     def _unusable(self, error: OSError) -> OracleError:
         return OracleError(f"{self._path} cannot be written: {error.strerror}", field="runs", fix="make room, then resume")
