@@ -72,6 +72,29 @@ def test_calls_and_money_are_those_that_check_foretells(config, warm_cli, tmp_pa
     assert total(found, "usd") == len(server.asked) / 4
 
 
+def test_calls_and_money_of_oracles_that_ask_others_are_foretold_too(toy_config, warm_cli, tmp_path, server):
+    judge = {"base_url": f"{server.url}/v1", "model": "judge", "price_per_request": 0.25}
+    members = {
+        "pairs": {"name": "swapped", "base": {"name": "judge_pair", "swap": "random", **judge}},
+        "quality": {"name": "judge_score", **judge},
+    }
+    keys = {"oracle.name": "composite", "oracle.members": members, "iterations": 2, "metrics.prometheus": False}
+    file, run = toy_config(tmp_path, keys), tmp_path / "runs/toy"
+    foretold = re.search(r"(\d+) for the whole run.*about \$(\d+\.\d\d) at most", warm_cli("check", file).stdout)
+    assert foretold is not None
+    server.asked.clear()
+    done = warm_cli("run", file)
+    assert done.returncode == 0, done.message
+    found = ledger(warm_cli, run)
+    saved = sum(row["saved_calls"] for row in found["costs"])
+    assert (total(found, "calls"), int(foretold[1])) == (len(server.asked), len(server.asked) + saved)
+    assert total(found, "usd") == len(server.asked) / 4
+    assert float(foretold[2]) == total(found, "usd") + sum(row["saved_usd"] for row in found["costs"])
+    before = len(server.asked)
+    assert warm_cli("resume", run, "iterations=3").returncode == 0
+    assert total(ledger(warm_cli, run), "calls") == len(server.asked) > before
+
+
 def test_a_run_stops_before_the_question_that_is_too_much_and_goes_on_with_more(config, warm_cli, tmp_path, server):
     assert warm_cli("run", config()).returncode == 0
     whole, uninterrupted = asked(server), everything(tmp_path / "runs/toy", 2)

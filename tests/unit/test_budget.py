@@ -7,8 +7,12 @@ import threading
 import pytest
 
 from onlinerl.budget import Account, Limits
+from onlinerl.config import component
+from onlinerl.controller.asking import Asker
+from onlinerl.controller.feed import Feed
 from onlinerl.errors import BudgetError, OracleError
-from onlinerl.types import Cost
+from onlinerl.protocols.oracle import Oracle
+from onlinerl.types import Cost, Prompt, Query, Verdict
 
 ONE = Cost(calls=1, tokens=10, tokens_out=4, usd=0.1)
 
@@ -71,3 +75,31 @@ def test_who_waits_stops_when_it_is_over():
     account = Account(Limits(calls=3))
     account.reserve(Cost(calls=3))
     assert not account.wait(Cost(calls=1), over=lambda: True)
+
+
+class Charged(Oracle):
+    """Says one thing for ten cents."""
+
+    @property
+    def version(self):
+        return "charged"
+
+    def judge(self, queries):
+        scores = [tuple(map(float, range(len(query.responses)))) for query in queries]
+        return [Verdict(annotator="charged", oracle_version="charged", scores=one, cost=ONE) for one in scores]
+
+
+def test_oracles_inside_another_one_are_each_paid_for():
+    one = {"name": f"{__name__}.Charged"}
+    oracle = component(
+        {"name": "composite", "members": {"a": one, "b": {"name": "swapped", "base": one}}}, "oracle", "oracles", Oracle
+    )
+    account, stop = Account(Limits(calls=7)), threading.Event()
+    asker = Asker(oracle, None, account)
+    query = Query(prompt=Prompt(id="p", text="", token_ids=()), responses=("x", "y"))
+    ((_, label),) = next(asker.labels(Feed.of([query], stop), stop))
+    assert account.spent == label.result.cost == Cost(calls=3, tokens=30, tokens_out=12, usd=pytest.approx(0.3))
+    with pytest.raises(BudgetError):
+        for _ in asker.labels(Feed.of([query, query], stop), stop):
+            pass
+    assert account.spent.calls == 7, "three for the first group, then one call after the other as long as there is enough"

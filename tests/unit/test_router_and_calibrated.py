@@ -279,6 +279,23 @@ def test_platt_takes_out_what_the_place_does(tmp_path):
     assert verdict.matrix()[0, 1] == pytest.approx(0.5, abs=1e-9)
 
 
+def test_what_check_has_found_is_kept_and_found_by_the_check_of_a_resume(tmp_path):
+    """A run is checked before there is a folder of it."""
+    data = anchors(tmp_path, 60)
+    first = built("calibrated", base=digits(0), data=data)
+    first.open()
+    assert first.opening_cost == Cost(calls=60, usd=pytest.approx(6.0))
+    first.remember(tmp_path / "oracle")
+    ASKED.clear()
+    again = built("swapped", base={"name": "calibrated", "base": digits(0), "data": data})
+    (tmp_path / "oracle").rename(tmp_path / "base")
+    again.recall(tmp_path)
+    again.open()
+    assert ASKED == []
+    assert again.opening_cost == Cost()
+    assert again.base.version == first.version
+
+
 def test_a_resume_does_not_ask_about_the_pairs_again(tmp_path):
     data = anchors(tmp_path, 60)
     first = built("calibrated", base=digits(0), data=data)
