@@ -21,7 +21,9 @@ class Optune(Dpo):
 
     gap_scale: float = Field(1.0, ge=0)
     """0 weighs all pairs alike; it is in units of the oracle's score, from which a weight must not saturate."""
-    pair_weights: Literal["sigmoid_gap", "equal", "score_gap", "certainty"] = "sigmoid_gap"  # type: ignore[assignment]
+    pair_weights: Literal[  # type: ignore[assignment]
+        "sigmoid_gap", "equal", "score_gap", "certainty", "strength", "dcg", "per_prompt", "age"
+    ] = "sigmoid_gap"
     """What a pair counts: as above, or as for other losses on pairs."""
 
     @field_validator("gap_scale")

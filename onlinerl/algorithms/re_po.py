@@ -51,15 +51,18 @@ class RePo(WholeStep, Margin):
         return value
 
     def objection(self, plan: Plan) -> Objection | None:
-        """A share of flipped labels that is known, beside the one that is estimated; weights that a whole step does not read."""
+        """What else is assumed about wrong labels, beside the share that is estimated; weights that a whole step does not read."""
         if self.pair_weights == "wpo":
             cause = "is wpo, whose weights are those of the moment, and this loss is made of a whole step before it"
             return Objection(field="algorithm.pair_weights", cause=cause, fix="choose equal, score_gap or certainty")
-        if not self.flip_rate:
+        read = ("flip_rate", "label_smoothing", "soft_labels", "score_margin")
+        assumed = {knob: getattr(self, knob) for knob in read}
+        twice = next((knob for knob, value in assumed.items() if value), None)
+        if twice is None:
             return super().objection(plan)
-        cause = f"is {self.flip_rate:g}, and the share of wrong labels is what this algorithm estimates"
+        cause = f"is {assumed[twice]}, and how far a label is to be trusted is what this algorithm estimates: it would be counted twice"
         return Objection(
-            field="algorithm.flip_rate", cause=cause, fix="leave it out; algorithm.eta0 is what the estimate begins with"
+            field=f"algorithm.{twice}", cause=cause, fix="leave it out; algorithm.eta0 is what the estimate begins with"
         )
 
     @by_knobs

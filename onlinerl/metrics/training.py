@@ -61,6 +61,7 @@ PAIRS = (
     per_step("chosen_length", "Tokens of the chosen response", "tokens", section=_PAIRS),
     per_step("rejected_length", "Tokens of the rejected response", "tokens", section=_PAIRS),
     per_step("chosen_nll", "Negative log-prob of the chosen tokens", "nats/token", section=_PAIRS),
+    per_step("answer_nll", "Negative log-prob of the stored answer's tokens", "nats/token", section=_PAIRS),
     per_step(
         "online_kl",
         "KL(policy / reference) on samples of the policy, as `online_kl` puts a price on it (k1)",

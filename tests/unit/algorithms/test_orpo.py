@@ -11,7 +11,7 @@ from trl_losses import assert_agrees, odds_ratio_loss
 from onlinerl.algorithms._modified import PairFilter
 from onlinerl.algorithms.orpo import Orpo
 
-VARIANTS = [{}, {"lam": 1.0, "nll_coef": 0.0}]
+VARIANTS = [{}, {"lam": 1.0, "nll_coef": 0.0}, {"nll_target": "reference_answer", "pair_weights": "dcg"}]
 KNOBS = MODIFIER_KNOBS | {
     "lam": [({}, 0.5)],
     "nll_norm": [({}, "sum")],

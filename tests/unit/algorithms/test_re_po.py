@@ -20,6 +20,7 @@ VARIANTS = [
     {"base": "ipo", "beta": 1.0, "eta0": 0.7, "nll_coef": 0.3, "pair_weights": "score_gap"},
     {"base": "slic", "loss_form": "reweight", "soft_labels": True},
     {"base": "nbpo", "reference_free": True, "length_norm": True, "gamma_beta_ratio": 0.5},
+    {"token_weights": "differing", "nll_coef": 0.3, "nll_target": "reference_answer", "pair_weights": "dcg"},
 ]
 KNOBS = MARGIN_KNOBS | {
     "base": [({}, "ipo"), ({}, "slic"), ({}, "nbpo"), ({}, "exo_pair")],
@@ -27,7 +28,7 @@ KNOBS = MARGIN_KNOBS | {
     "eta0": [({}, 0.6)],
     "eta_rate": [],  # acts from the second step on: see below
     "flip_rate": [],  # refused
-    "pair_weights": [({}, "score_gap"), ({}, "certainty")],  # `wpo` is refused
+    "pair_weights": [(base, how) for base, how in MARGIN_KNOBS["pair_weights"] if how != "wpo"],  # which is refused
 }
 
 
@@ -192,11 +193,14 @@ def test_the_value_at_the_reference():
 PLAN = Plan(iterations=1, references=(0,), max_lag=0, max_new_tokens=8)
 
 
-def test_a_flip_rate_is_refused():
-    found = RePo(flip_rate=0.2, margin_cap=10.0).objection(PLAN)
+@pytest.mark.parametrize(
+    ("knob", "value"), [("flip_rate", 0.2), ("label_smoothing", 0.1), ("soft_labels", True), ("score_margin", 0.5)]
+)
+def test_what_else_is_assumed_about_labels_is_refused(knob, value):
+    found = RePo(**{knob: value, "margin_cap": 10.0}).objection(PLAN)
     assert found is not None
-    assert found.field == "algorithm.flip_rate"
-    assert found.cause == "is 0.2, and the share of wrong labels is what this algorithm estimates"
+    assert found.field == f"algorithm.{knob}"
+    assert found.cause.startswith(f"is {value}, and how far a label is to be trusted is what this algorithm estimates")
     assert found.fix
     assert RePo().objection(PLAN) is None
 
