@@ -27,13 +27,14 @@ def check_labels(config: RunConfig, algorithm: Algorithm) -> None:
         ConfigError: naming the knob, the cause and the fix.
     """
     knobs = algorithm.model_dump()
-    fault = next((one for one in (*_twice(knobs), *_unread(config, algorithm, knobs), *_impossible(knobs))), None)
+    fault = next((one for one in (*_twice(algorithm, knobs), *_unread(config, algorithm, knobs), *_impossible(knobs))), None)
     if fault is not None:
         raise ConfigError(fault.cause, field=f"algorithm.{fault.knob}", fix=fault.fix)
 
 
-def _twice(knobs: dict[str, Any]) -> Iterator[_Fault]:
+def _twice(algorithm: Algorithm, knobs: dict[str, Any]) -> Iterator[_Fault]:
     doubts = [knob for knob in ("soft_labels", "label_smoothing", "flip_rate") if knobs.get(knob)]
+    doubts += ["the uncertainty of each label, which this algorithm reads"] if algorithm.needs.uncertainty else []
     if knobs.get("soft_labels") and knobs.get("flip_rate"):
         yield _Fault(
             "flip_rate",
@@ -44,8 +45,8 @@ def _twice(knobs: dict[str, Any]) -> Iterator[_Fault]:
     if knobs.get("score_margin") and doubts:
         yield _Fault(
             "score_margin",
-            f"is {knobs['score_margin']}, and {doubts[0]} is set too: how sure a label is would count as a margin and as a probability",
-            "leave one of the two out",
+            f"is {knobs['score_margin']}, beside {doubts[0]}: how sure a label is would count as a margin and as a probability",
+            "leave it out, or that",
         )
     strengths = [knob for knob in ("soft_labels", "score_margin") if knobs.get(knob)]
     if knobs.get("pair_weights") in ("strength", "dcg") and strengths:
@@ -97,7 +98,8 @@ def _unread(config: RunConfig, algorithm: Algorithm, knobs: dict[str, Any]) -> I
             f"is {shares[0]}, and with one sample per prompt every pair has the teacher's answer: at most a share of them would be trained",
             "set sampling.samples_per_prompt to 2 or more, or it and algorithm.teacher_decay to 1.0",
         )
-    if weights == "per_prompt" and pair_builder(config).most(config.sampling.samples_per_prompt) == 1:
+    judged = config.sampling.samples_per_prompt + len(algorithm.needs.beside_samples)
+    if weights == "per_prompt" and pair_builder(config).most(judged) == 1:
         yield _Fault(
             "pair_weights",
             "is per_prompt, and the pair builder makes at most one pair of each prompt, so all would count alike",

@@ -30,8 +30,9 @@ def guarded(
     Raises:
         ValueError: if reference log-probs are needed and missing.
     """
-    newest = max((item.iteration for item in items), default=1)
-    least = _quantile(items, newest, percentile) if percentile > 0 else -np.inf
+    said = _of_policy(items, read=percentile > 0)
+    newest = max(said, default=1)
+    least = float(np.quantile(list(said[newest].values()), percentile)) if said.get(newest) else -np.inf
     own: list[int] = []
     taught: list[tuple[int, int]] = []
     dropped: Counter[str] = Counter()
@@ -51,14 +52,15 @@ def guarded(
     return sorted([*own, *(place for _, place in sorted(taught)[:most])]), +dropped
 
 
-def _quantile(items: Sequence[TrainItem], newest: int, percentile: float) -> float:
-    """Of the reference log-probs per token of the policy's own responses, each of them once."""
-    found: dict[int, float] = {}
-    for item in items:
-        for s in item.sequences[:2] if item.iteration == newest else ():
+def _of_policy(items: Sequence[TrainItem], *, read: bool) -> dict[int, dict[int, float]]:
+    """By iteration, the reference log-probs per token of the policy's own responses, each of them once; nothing of them unless they are `read`."""
+    found: dict[int, dict[int, float]] = {}
+    for item in items:  # each is read from the disk
+        known = found.setdefault(item.iteration, {})
+        for s in item.sequences[:2] if read else ():
             if s.source in ("policy", "greedy"):
-                found[derive_seed(item.prompt_id, tuple(map(int, s.response_ids)))] = _per_token(s)
-    return float(np.quantile(list(found.values()), percentile)) if found else -np.inf
+                known[derive_seed(item.prompt_id, tuple(map(int, s.response_ids)))] = _per_token(s)
+    return found
 
 
 def _per_token(sequence: TrainSequence) -> float:

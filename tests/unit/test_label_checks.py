@@ -52,6 +52,8 @@ def test_a_label_is_weighed_in_one_way(two):
         ["label_smoothing=0.1", "score_margin=0.5"],
         ["soft_labels=true", "pair_weights=dcg"],
         ["score_margin=0.5", "pair_weights=dcg"],
+        ["name=upo", "score_margin=0.5"],
+        ["name=osp", "score_margin=0.5"],
     ],
 )
 def test_other_ways_to_count_twice(knobs):
