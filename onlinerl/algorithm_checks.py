@@ -7,6 +7,7 @@ from math import ceil
 from onlinerl.config import ReferenceConfig, RunConfig, SamplingConfig, pair_builder
 from onlinerl.controller.parts import reference_iteration, samples_dynamically
 from onlinerl.errors import ConfigError
+from onlinerl.label_checks import check_labels
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Plan
@@ -82,6 +83,7 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
     mixed = _mixtures(config, algorithm)
     _check_merging(config, algorithm)
     plan = planned(config, algorithm)
+    check_labels(config, algorithm)
     objection = algorithm.objection(plan)
     if objection is not None:
         raise ConfigError(objection.cause, field=objection.field, fix=objection.fix)

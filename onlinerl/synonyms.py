@@ -109,6 +109,9 @@ KEYS: dict[str, str] = {
     "kl_coef": "algorithm.beta",
     "init_kl_coef": "algorithm.kl_coef or algorithm.beta",
     "beta": "algorithm.kl_coef",
+    "rpo_alpha": "algorithm.nll_coef",
+    "nll_loss_coef": "algorithm.nll_coef",
+    "use_weighting": "algorithm.pair_weights",
     "clip": "algorithm.clip_range_low",
     "cliprange": "algorithm.clip_range or algorithm.clip_range_low",
     "clip_range": "algorithm.clip_range_low",
@@ -142,6 +145,10 @@ KEYS: dict[str, str] = {
 
 MODIFIERS: dict[str, str] = {
     "algorithm.pair_filter": "filters the pairs of losses that are a function of the margin of a pair alone",
+    "algorithm.pair_weights": "says what a pair counts in losses on pairs",
+    "algorithm.token_weights": "weighs the tokens of the pairs of losses that are a function of the margin of a pair alone",
+    "algorithm.nll_coef": "is the price of the likelihood of the chosen response, or of the stored answer, in losses on pairs",
+    "algorithm.nll_target": "belongs to `nll_coef` of losses on pairs",
     "algorithm.online_kl": "is a term of losses of the margin of a pair and of policy gradients",
     "algorithm.online_kl_samples": "belongs to `online_kl` of losses of the margin of a pair",
 }

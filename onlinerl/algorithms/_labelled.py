@@ -10,8 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from onlinerl.batch import Batch, Mean, Outputs
+from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.items import judged_sequences, sample_items
+from onlinerl.ops.likelihood import with_nll
 from onlinerl.ops.preference import log_ratios
 from onlinerl.ops.whole_step import Rows, WholeStep
 from onlinerl.protocols.algorithm import Needs, Reported, by_knobs
@@ -33,6 +34,8 @@ class Labelled(WholeStep):
     beta: float = Field(0.1, gt=0)
     desirable_weight: float = Field(1.0, ge=0)
     undesirable_weight: float = Field(1.0, ge=0)
+    nll_coef: float = Field(0.0, ge=0)
+    """Weight of the negative log-prob per token of desirable responses."""
     threshold: float | None = None
     """Responses with this score or a higher one are desirable. None: those that win more than half of their comparisons within the group;
     those that win less are undesirable, and the others are left out."""
@@ -53,7 +56,7 @@ class Labelled(WholeStep):
     def loss_at_reference(self) -> float | None:
         """That of D = z = 0, whatever the label."""
         equal = self.desirable_weight == self.undesirable_weight
-        return self.desirable_weight * self.labelled_loss(torch.zeros(1)).item() if equal else None
+        return self.desirable_weight * self.labelled_loss(torch.zeros(1)).item() if equal and not self.nll_coef else None
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
         """Each judged response by itself, but for those that are neither."""
@@ -84,6 +87,11 @@ class Labelled(WholeStep):
         signs_N = torch.where(desirable_N, 1.0, -1.0)
         weights_N = torch.where(desirable_N, self.desirable_weight, self.undesirable_weight) * rows.weight_N
         return (weights_N * self.labelled_loss(signs_N * (self.beta * rows.values_N - self.shift(rows)))).sum()
+
+    def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
+        """With the likelihood of desirable responses; see `WholeStep.loss` for what it raises."""
+        rows_N = self.facts(batch)["desirable"].nonzero()[:, 0]
+        return with_nll(super().loss(outputs, batch), outputs, batch, self.nll_coef, rows_N, batch.weight_B[rows_N])
 
     def step_metrics(self, outputs: Outputs, batch: Batch, values_B: Tensor) -> dict[str, Mean]:
         """By class."""

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.items import judged_sequences
+from onlinerl.ops.likelihood import with_nll
 from onlinerl.ops.logprobs import lengths
 from onlinerl.protocols.algorithm import Algorithm, Needs, Reference, Reported, by_knobs
 from onlinerl.types.training import TrainItem
@@ -111,6 +113,21 @@ class Listwise(Algorithm):
             "list_accuracy": Mean.of(right_GKK, lists.worse_GKK),
         }
         return LossOutput(total=(loss_G * batch.weight_G).sum(), metrics=metrics)
+
+
+class WithLikelihood(Listwise):
+    """With the likelihood of the best response on top."""
+
+    nll_coef: float = Field(0.0, ge=0)
+    """Weight of the negative log-prob per token of the best response."""
+
+    def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
+        """Sum over lists.
+
+        Raises:
+            ValueError: if reference log-probs are needed and missing.
+        """
+        return with_nll(super().loss(outputs, batch), outputs, batch, self.nll_coef, batch.lists_GK[:, 0], batch.weight_G)
 
 
 def logsumexp_of(values_GKK: Tensor, mask_GKK: Tensor) -> Tensor:

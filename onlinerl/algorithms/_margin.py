@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
@@ -12,6 +15,7 @@ from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.ops.logprobs import lengths, masked, token_log_ratios
 from onlinerl.ops.preference import beyond_the_shorter, by_pair
 from onlinerl.protocols.algorithm import Needs, Reference, by_knobs
+from onlinerl.types.training import TrainItem
 
 
 class Margin(UncertainLabels, Modified):
@@ -24,6 +28,10 @@ class Margin(UncertainLabels, Modified):
     """Small lets the policy go far from the reference. With `length_norm` it must grow by about the mean length."""
     reference_free: bool = False
     """Log-probs of the policy in the place of log-ratios."""
+    token_weights: Literal["equal", "differing"] = "equal"
+    """Whether tokens that both responses have in common count `common_token_weight`, so that the pair is about those in which they differ:
+    "IterPref: Focal Preference Learning for Code Generation via Iterative Debugging". The likelihood of `nll_coef` is of all tokens."""
+    common_token_weight: float = Field(0.0, ge=0, le=1)
     ld_alpha: float | None = Field(None, ge=0, le=1)
     """Weight of the tokens of the longer response beyond the length of the shorter one: "Length Desensitization in Direct Preference
     Optimization". None is 1."""
@@ -37,6 +45,8 @@ class Margin(UncertainLabels, Modified):
     score_margin: float = Field(0.0, ge=0)
     """Times the gap between the two scores is subtracted from z: "Direct Preference Optimization with an Offset", whose offset is the
     logarithm of the gap."""
+    score_margin_max: float | None = Field(None, gt=0)
+    """The most that is subtracted, and 0 the least: "Secrets of RLHF in Large Language Models Part II: Reward Modeling"."""
     dpop_lambda: float = Field(0.0, ge=0)
     """Times beta max(0, -D_w) is subtracted from z, so that the chosen response loses no probability: "Smaug: Fixing Failure Modes of
     Preference Optimisation with DPO-Positive"."""
@@ -67,6 +77,15 @@ class Margin(UncertainLabels, Modified):
         moved = self.reference_free or self.gamma_beta_ratio or self.score_margin or self.length_penalty
         return None if moved else self.unless_modified(self.phi(torch.zeros(1)).item())
 
+    def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Iterable[TrainItem]:
+        """With weights of their tokens too."""
+        weighed = super().prepare(items, past)
+        if self.token_weights == "equal":
+            return weighed
+        from onlinerl.ops.pair_modifiers import differing
+
+        return (differing(item, self.common_token_weight) for item in weighed)
+
     def phi(self, z_P: Tensor) -> Tensor:
         """The loss of a pair whose label is right, of its margin z."""
         raise NotImplementedError
@@ -84,6 +103,8 @@ class Margin(UncertainLabels, Modified):
         """z[P]."""
         mask_BT = batch.mask_BT
         values_BT = masked(outputs.logprobs_BT, mask_BT) if self.reference_free else token_log_ratios(outputs, batch)
+        if self.token_weights != "equal":
+            values_BT = batch.need("token_weights_BT") * values_BT
         if self.ld_alpha is not None:
             values_BT = torch.where(beyond_the_shorter(batch), self.ld_alpha * values_BT, values_BT)
         values_B = values_BT.sum(dim=1)
@@ -94,7 +115,8 @@ class Margin(UncertainLabels, Modified):
             z_P = z_P - self.beta * self.gamma_beta_ratio
         if self.score_margin:
             better, worse = by_pair(batch.scores_B, batch)
-            z_P = z_P - self.score_margin * (better - worse)
+            gap_P, most = self.score_margin * (better - worse), self.score_margin_max
+            z_P = z_P - (gap_P if most is None else gap_P.clamp(0.0, most))
         if self.dpop_lambda:
             z_P = z_P - self.beta * self.dpop_lambda * torch.relu(-chosen)
         if self.length_penalty:

@@ -14,9 +14,9 @@ from torch import Tensor
 from onlinerl.algorithms._pairwise import Pairwise
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.items import need, train_sequences
+from onlinerl.ops.pairs import pair_items
 from onlinerl.ops.preference import log_ratios, online_kl
 from onlinerl.protocols.algorithm import Needs, by_knobs
-from onlinerl.types.plan import Objection, Plan
 from onlinerl.types.training import TrainItem, TrainSequence
 
 if TYPE_CHECKING:
@@ -79,36 +79,13 @@ class Modified(Pairwise):
         stale = "approximate" if self.online_kl and plain.off_policy == "valid" else plain.off_policy
         return plain.model_copy(update={"ches": self.pair_filter.ches_share > 0, "off_policy": stale})
 
-    def objection(self, plan: Plan) -> Objection | None:
-        """What has no reference to be measured by, and what nothing reads."""
-        filtered, free = self.pair_filter, not self.needs.reference
-        wrong = {
-            "online_kl": (free and self.online_kl > 0, "there is no reference that a KL could be to", "set it to 0"),
-            "pair_filter.max_reference_margin": (
-                free and filtered.max_reference_margin is not None,
-                "there is no reference whose log-probs could be compared",
-                "leave it out",
-            ),
-            "pair_filter.ches_normalized": (
-                not filtered.ches_normalized and filtered.ches_share == 0,
-                "nothing would read it: algorithm.pair_filter.ches_share is 0",
-                "leave it out, or set that",
-            ),
-            "online_kl_samples": (
-                self.online_kl_samples != type(self).model_fields["online_kl_samples"].default and self.online_kl == 0,
-                "nothing would read it: algorithm.online_kl is 0",
-                "leave it out, or set that",
-            ),
-        }
-        found = ((field, cause, fix) for field, (holds, cause, fix) in wrong.items() if holds)
-        return next((Objection(field=f"algorithm.{field}", cause=c, fix=x) for field, c, x in found), None)
-
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
         """The pairs that pass by their scores, with samples of the policy if a KL has a price."""
-        made, dropped = super().items(judged, pairs)
+        made, dropped = pair_items(judged, pairs)
         reasons = [self.pair_filter.rejects(*item.sequences[:2]) for item in made]
         kept = [item for item, reason in zip(made, reasons, strict=True) if reason is None]
         kept, others = self.augmented(judged, kept)
+        kept = self.completed(judged, kept)
         if self.online_kl and kept:
             samples = [s for s in train_sequences(judged).values() if s.source == "policy"][: self.online_kl_samples]
             kept = [_with_samples(item, samples) for item in kept]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.logprobs import lengths
 from onlinerl.ops.pairs import pair_items
-from onlinerl.ops.preference import by_pair, closeness, pair_metrics, sequence_logprobs
+from onlinerl.ops.preference import closeness, pair_metrics, sequence_logprobs
 from onlinerl.protocols.algorithm import Algorithm, Needs, OffPolicy, Reference, by_knobs
 from onlinerl.types.training import TrainItem
 
@@ -22,15 +22,26 @@ if TYPE_CHECKING:
 
 
 class Pairwise(Algorithm):
-    """Mean over pairs of weight * (`pair_loss` + nll_coef * NLL(chosen)). An item is a pair, the chosen response first."""
+    """Mean over pairs of weight * (`pair_loss` + nll_coef * NLL(`nll_target`)). An item is a pair, the chosen response first."""
 
     unit = "pair"
 
-    pair_weights: Literal["equal", "score_gap", "certainty", "wpo"] = "equal"
-    """What a pair counts: as much as any other, the gap between its scores, 2 P(chosen beats rejected) - 1 (these two are divided by their
-    mean over the iteration), or how close both responses are to what the policy would say now (see `closeness`)."""
+    pair_weights: Literal["equal", "score_gap", "certainty", "strength", "dcg", "per_prompt", "age", "wpo"] = "equal"
+    """What a pair counts: as much as any other, the gap between its scores, 2 P(chosen beats rejected) - 1, the class of its score gap (see
+    `strength_thresholds`), what swapping the two changes in the group's DCG (see `with_dcg`), as much as the other pairs of its prompt
+    together do for theirs, the less the older it is (`pair_age_decay`), all of these divided by their mean over the iteration; or how close
+    both responses are to what the policy would say now (see `closeness`)."""
+    strength_thresholds: list[float] = Field([])
+    """Score gaps at which a pair comes into the next class, ascending; pairs of the lowest class count 1, those of the next one 2, ...: the
+    scaled loss of "HelpSteer2-Preference: Complementing Ratings with Preferences"."""
+    pair_age_decay: float = Field(0.5, gt=0, le=1)
+    """A pair that is older by an iteration counts so many times as much."""
+    pair_weight_clip: list[Annotated[float, Field(ge=0)]] | None = Field(None, min_length=2, max_length=2)
+    """The lowest and the highest weight of a pair, in units of the mean weight."""
     nll_coef: float = Field(0.0, ge=0)
     """Weight of the negative log-prob of the chosen response: "Iterative Reasoning Preference Optimization", equation 1."""
+    nll_target: Literal["chosen", "reference_answer"] = "chosen"
+    """Or that of the stored answer to the prompt, whoever won."""
     nll_norm: Literal["per_token", "sum"] = "per_token"
     """Mean or sum over its tokens. The sum is that of "Provably Mitigating Overoptimization in RLHF", whose weights are far smaller."""
 
@@ -41,11 +52,9 @@ class Pairwise(Algorithm):
         A preference holds whoever wrote the two, but where the reference is the previous iterate, they are meant to be its responses.
         """
         off_policy: OffPolicy = "approximate" if self.reference == "previous" else "valid"
-        certainty = self.pair_weights == "certainty"
-        collision = self.pair_weights == "wpo"
-        return Needs(
-            pairs=True, reference=True, min_samples=2, off_policy=off_policy, preferences=certainty, collision=collision
-        )
+        plain = Needs(pairs=True, reference=True, min_samples=2, off_policy=off_policy, answers=self.nll_target != "chosen")
+        ranked, close = self.pair_weights in ("certainty", "dcg"), self.pair_weights == "wpo"
+        return plain.model_copy(update={"preferences": ranked, "collision": close})
 
     @by_knobs
     def reference(self) -> Reference:
@@ -54,15 +63,29 @@ class Pairwise(Algorithm):
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
         """The pairs, without those of identical or unjudged responses."""
-        return pair_items(judged, pairs)
+        made, dropped = pair_items(judged, pairs)
+        return self.completed(judged, made), dropped
+
+    def completed(self, judged: Judged, items: list[TrainItem]) -> list[TrainItem]:
+        """The pairs of a group with what only the group says: their place in its ranking, and the answer that is imitated beside them."""
+        from onlinerl.ops import pair_modifiers  # not with the class: few ask for any
+
+        if self.pair_weights == "dcg":
+            items = pair_modifiers.with_dcg(items, judged)
+        return items if self.nll_target == "chosen" else [pair_modifiers.with_answer(item, judged) for item in items]
 
     def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Iterable[TrainItem]:
         """The pairs with their weights, whose mean is 1; those of `wpo` are the policy's of the moment, and come in the loss."""
         if self.pair_weights in ("equal", "wpo"):
             return items
-        total = sum(map(self._weight, items))
-        scale = len(items) / total if total > 0 else 0.0
-        return (replace(item, weight=self._weight(item) * scale) for item in items)
+        from onlinerl.ops import pair_modifiers
+
+        if self.pair_weights == "age":
+            weights: Iterable[float] = pair_modifiers.by_age(items, self.pair_age_decay)
+        else:
+            weights = pair_modifiers.by_prompt(items) if self.pair_weights == "per_prompt" else map(self._weight, items)
+        scaled = pair_modifiers.normalized(weights, self.pair_weight_clip)
+        return (replace(item, weight=weight) for item, weight in zip(items, scaled, strict=True))
 
     def pair_loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Mean]]:
         """Loss and margin z of each pair, [P] each, and metrics of its own."""
@@ -85,13 +108,14 @@ class Pairwise(Algorithm):
         return self.with_terms(loss, outputs, batch)
 
     def with_terms(self, loss: LossOutput, outputs: Outputs, batch: Batch) -> LossOutput:
-        """With weight * nll_coef * NLL(chosen) of each pair."""
+        """With weight * nll_coef * NLL(target) of each pair."""
         if not self.nll_coef:
             return loss
-        nll_B = -sequence_logprobs(outputs, batch)
-        mean_P, _ = by_pair(nll_B / lengths(batch), batch)
-        nll_P = self.nll_coef * (mean_P if self.nll_norm == "per_token" else by_pair(nll_B, batch)[0])
-        metrics = loss.metrics | {"chosen_nll": Mean.of(mean_P)}
+        nll_B, of_chosen = -sequence_logprobs(outputs, batch), self.nll_target == "chosen"
+        rows_P = batch.pairs_P2[:, 0] if of_chosen else batch.need("nll_P")
+        mean_P = (nll_B / lengths(batch))[rows_P]
+        nll_P = self.nll_coef * (mean_P if self.nll_norm == "per_token" else nll_B[rows_P])
+        metrics = loss.metrics | {"chosen_nll" if of_chosen else "answer_nll": Mean.of(mean_P)}
         return LossOutput(total=loss.total + (nll_P * self._weights(outputs, batch)[0]).sum(), metrics=metrics)
 
     def _weights(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Mean]]:
@@ -106,5 +130,8 @@ class Pairwise(Algorithm):
         return loss if self.pair_weights == "equal" and not self.nll_coef else None
 
     def _weight(self, item: TrainItem) -> float:
-        chosen, rejected = item.sequences[:2]
-        return max(0.0, chosen.score - rejected.score if self.pair_weights == "score_gap" else 2 * item.prob - 1)
+        gap = item.sequences[0].score - item.sequences[1].score
+        if self.pair_weights == "strength":
+            return 1.0 + sum(gap >= least for least in self.strength_thresholds)
+        kinds = {"score_gap": gap, "certainty": 2 * item.prob - 1, "dcg": item.weight}
+        return max(0.0, kinds[self.pair_weights])

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 from torch import Tensor
 
-from onlinerl.batch import Batch, Mean, Outputs
+from onlinerl.batch import Batch, LossOutput, Mean, Outputs
+from onlinerl.ops.likelihood import with_nll
 from onlinerl.ops.logprobs import masked
 from onlinerl.ops.pairs import pair_items
 from onlinerl.ops.preference import logistic, margin, pair_metrics, sequence_logprobs
 from onlinerl.ops.whole_step import Rows, WholeStep
-from onlinerl.protocols.algorithm import Needs
+from onlinerl.protocols.algorithm import Needs, by_knobs
 from onlinerl.types.training import TrainItem
 
 if TYPE_CHECKING:
@@ -31,11 +32,17 @@ class Aot(WholeStep):
     unit = "pair"
     needs = Needs(pairs=True, reference=True, min_samples=2, off_policy="valid")
     reference = "fixed"
-    loss_at_reference = math.log(2)
 
     beta: float = Field(0.01, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """Share of labels assumed to be wrong."""
+    nll_coef: float = Field(0.0, ge=0)
+    """Weight of the negative log-prob per token of the chosen response."""
+
+    @by_knobs
+    def loss_at_reference(self) -> float | None:
+        """log 2, unless the likelihood is added."""
+        return None if self.nll_coef else math.log(2)
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
         """The pairs, without those of identical or unjudged responses."""
@@ -58,6 +65,10 @@ class Aot(WholeStep):
     def step_loss(self, rows: Rows) -> Tensor:
         """Of all pairs of the step."""
         return logistic(self.beta * self.differences(rows), 1.0 - self.label_smoothing).sum()
+
+    def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
+        """With the likelihood of chosen responses; see `WholeStep.loss` for what it raises."""
+        return with_nll(super().loss(outputs, batch), outputs, batch, self.nll_coef, batch.pairs_P2[:, 0], batch.weight_P)
 
     def step_metrics(self, outputs: Outputs, batch: Batch, values_B: Tensor) -> dict[str, Mean]:
         """Pair by pair, as of any loss on pairs."""

@@ -38,6 +38,13 @@ class DnoPrct(Dpo):
     """The same where the winner is the policy's own response; None is `margin`. The paper: 1."""
     teacher: bool = False
     """The stored answer of each prompt (`reference_answer`) is judged with the samples, and may win or lose."""
+    teacher_max_share: float = Field(0.3, ge=0, le=1)
+    """At most such a share of the pairs of an iteration has the teacher's answer, on either side; with 0 there is no teacher."""
+    teacher_decay: float = Field(0.5, gt=0, le=1)
+    """Times that share of one iteration is that of the next one; 1 keeps it."""
+    teacher_min_percentile: float = Field(0.05, ge=0, lt=1, validate_default=True)
+    """The teacher's answer is chosen only if the reference gives it more log-prob per token than to such a share of the policy's own
+    responses, because the policy cannot learn what is too far from it; 0 asks nothing."""
     ngram_repeats: int | None = Field(None, ge=2)
     """A sample in which some `ngram_size` tokens come so often is degenerate: it never wins, and loses to any response above the floor, whatever
     the oracle says; None looks for none. The paper has such a rule and does not say its numbers."""
@@ -48,6 +55,22 @@ class DnoPrct(Dpo):
     """Times the share of one iteration is that of the one before it: 0.3, 0.15, ... in the paper."""
     replay_max_age: int = Field(3, ge=1)
     """From how many iterations pairs come back."""
+
+    @field_validator("teacher_max_share", "teacher_decay", "teacher_min_percentile")
+    @classmethod
+    def _teaches(cls, value: float, info: ValidationInfo) -> float:
+        if value != cls.model_fields[str(info.field_name)].default and info.data.get("teacher") is False:
+            raise ValueError("teacher is false, so nothing reads it")
+        if (
+            info.field_name == "teacher_min_percentile"
+            and value
+            and info.data.get("teacher")
+            and info.data.get("reference_free")
+        ):
+            raise ValueError(
+                "reference_free is set, so there is no reference that could say how probable an answer is; set it to 0"
+            )
+        return value
 
     @field_validator("ngram_size")
     @classmethod
@@ -67,13 +90,24 @@ class DnoPrct(Dpo):
     def needs(self) -> Needs:
         """Of DPO, with its own pairs, those of earlier iterations, and the teacher's answers."""
         shares = tuple(self.replay * self.replay_decay**age for age in range(self.replay_max_age) if self.replay)
-        more = {"pairing": "all_pairs", "replay": shares, "answers": self.teacher, "teacher": self.teacher}
-        return super().needs.model_copy(update=more)
+        plain, taught = super().needs, self.teacher and self.teacher_max_share > 0
+        more = {"pairing": "all_pairs", "replay": shares, "answers": taught or plain.answers, "teacher": taught}
+        return plain.model_copy(update=more)
 
     @by_knobs
     def reference(self) -> Reference:
         """The policy that the iteration starts from, or none."""
         return "none" if self.reference_free else "previous"
+
+    def select(self, items: Sequence[TrainItem]) -> tuple[Sequence[int], Mapping[str, int]]:
+        """The pairs with the teacher's answer that the policy can learn, and not too many. Left out: `teacher_unlikely`, `teacher_share`."""
+        kept, dropped = super().select(items)
+        if not self.needs.teacher:
+            return kept, dropped
+        from onlinerl.ops.teachers import guarded
+
+        left, more = guarded(items, kept, self.teacher_min_percentile, self.teacher_max_share, self.teacher_decay)
+        return left, {**dropped, **more}
 
     def augmented(self, judged: Judged, items: Sequence[TrainItem]) -> tuple[list[TrainItem], Counter[str]]:
         """The pairs that pass, turned round where the winner is degenerate. Left out: `degenerate` (both are), `gap`, `floor`."""

@@ -6,13 +6,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from onlinerl.algorithms._listwise import Lists, Listwise
+from onlinerl.algorithms._listwise import Lists, WithLikelihood
 from onlinerl.batch import Batch, Outputs
 from onlinerl.ops.preference import log_ratios, online_kl
 from onlinerl.protocols.algorithm import Needs
 
 
-class HypoOnlineKl(Listwise):
+class HypoOnlineKl(WithLikelihood):
     """f(beta (D_w - D_l)) of the best and the worst response of a group, plus `lam` times an estimate of KL(policy || reference) on all.
 
     The estimate is the mean over responses of sg[D - b] D, b the mean D of the others: its gradient is that of the KL where the responses are

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from onlinerl.algorithms._pairwise import Pairwise
 from onlinerl.batch import Batch, Mean, Outputs
-from onlinerl.ops.logprobs import masked, token_log_ratios
+from onlinerl.ops.logprobs import lengths, masked, token_log_ratios
 from onlinerl.ops.preference import by_pair
 from onlinerl.protocols.algorithm import Needs, by_knobs
 
@@ -31,6 +31,9 @@ class Inpo(Pairwise):
     anchor_weight: float = Field(1 / 3, ge=0, le=1)
     """tau / eta, the share of the base model in what the policy is held to: the KL of the paper's regularised game. With 0 the base model
     is not asked."""
+
+    length_norm: bool = False
+    """Means over tokens in the place of sums, so that long responses need not move further. The target is then in nats per token."""
 
     @by_knobs
     def needs(self) -> Needs:
@@ -54,6 +57,7 @@ class Inpo(Pairwise):
         if self.anchor_weight > 0:  # from the iterate to the mixture, token by token: sums would leave little of the difference
             anchor_BT, reference_BT = batch.need("anchor_logprobs_BT"), batch.need("reference_logprobs_BT")
             ratios_BT = ratios_BT - self.anchor_weight * masked(anchor_BT - reference_BT, batch.mask_BT)
-        chosen, rejected = by_pair(ratios_BT.sum(dim=1), batch)
+        ratios_B = ratios_BT.sum(dim=1)
+        chosen, rejected = by_pair(ratios_B / lengths(batch) if self.length_norm else ratios_B, batch)
         margin_P, target = chosen - rejected, 0.5 / self.eta
         return (margin_P - target).square(), margin_P / target, {}

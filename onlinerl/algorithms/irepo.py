@@ -18,6 +18,8 @@ class Irepo(Pairwise):
     reference = "previous"
 
     beta: float = Field(0.1, gt=0)
+    length_norm: bool = False
+    """Means over tokens in the place of sums, so that long responses need not move further. `beta` then grows by about the mean length."""
     prob_clip: float = Field(0.02, gt=0, lt=0.5)
     """Probabilities count as at least this and at most 1 minus this: the logit of a certain one is infinite."""
 
@@ -28,6 +30,6 @@ class Irepo(Pairwise):
 
     def pair_loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Mean]]:
         """A square per pair."""
-        z_P = self.beta * margin(outputs, batch)
+        z_P = self.beta * margin(outputs, batch, per_token=self.length_norm)
         target_P = torch.logit(batch.prob_P.clamp(self.prob_clip, 1.0 - self.prob_clip))
         return (target_P - z_P).square(), z_P, {}

@@ -9,13 +9,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from onlinerl.algorithms._listwise import Lists, Listwise
+from onlinerl.algorithms._listwise import Lists, WithLikelihood
 from onlinerl.batch import Batch, Outputs
 from onlinerl.ops.preference import log_ratios
 from onlinerl.protocols.algorithm import Needs
 
 
-class LipoLambda(Listwise):
+class LipoLambda(WithLikelihood):
     """Sum over pairs of a list of |G_i - G_j| |1 / ln(1 + rank_i) - 1 / ln(1 + rank_j)| f(s_i - s_j): what swapping the two changes in DCG.
 
     s = beta D, G = 2^label - 1, labels are win rates within the group; ranks are those of s, among equals (as at the start) those of the

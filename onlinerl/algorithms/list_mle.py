@@ -5,12 +5,12 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from onlinerl.algorithms._listwise import Lists, Listwise, logsumexp_of
+from onlinerl.algorithms._listwise import Lists, WithLikelihood, logsumexp_of
 from onlinerl.batch import Batch, Outputs
 from onlinerl.ops.preference import log_ratios
 
 
-class ListMle(Listwise):
+class ListMle(WithLikelihood):
     """-sum_k [s_k - logsumexp_{j >= k} s_j], the best response first, s = beta D. Of two responses it is DPO."""
 
     beta: float = Field(0.05, gt=0)

@@ -10,6 +10,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.types.training import TrainItem
 
+Weights = Literal["sigmoid_gap", "equal", "score_gap", "certainty", "strength", "dcg", "per_prompt", "age"]
+
 
 class Optune(Dpo):
     """DPO in which a pair counts the more, the further its scores are apart: w = sigmoid(gap_scale (r_w - r_l)), divided by its mean over
@@ -21,7 +23,7 @@ class Optune(Dpo):
 
     gap_scale: float = Field(1.0, ge=0)
     """0 weighs all pairs alike; it is in units of the oracle's score, from which a weight must not saturate."""
-    pair_weights: Literal["sigmoid_gap", "equal", "score_gap", "certainty"] = "sigmoid_gap"  # type: ignore[assignment]
+    pair_weights: Weights = "sigmoid_gap"  # type: ignore[assignment]
     """What a pair counts: as above, or as for other losses on pairs."""
 
     @field_validator("gap_scale")

@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
+from onlinerl.algorithms._labels import UncertainLabels
 from onlinerl.algorithms._modified import Modified
 from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.ops.logprobs import lengths
-from onlinerl.ops.preference import by_pair, sequence_logprobs
+from onlinerl.ops.preference import by_pair, logistic, sequence_logprobs
 from onlinerl.protocols.algorithm import Needs, Reference, by_knobs
 
 CERTAIN = -1e-6
 """Log-prob per token above which odds are infinite in single precision."""
 
 
-class Orpo(Modified):
+class Orpo(UncertainLabels, Modified):
     """nll_coef * NLL(y_w) + lam f(o_w - o_l), o = log odds of the mean log-prob per token, without a reference.
 
     The likelihood is that of the response; two public codes include the prompt.
@@ -38,7 +38,8 @@ class Orpo(Modified):
         return "none"
 
     def pair_loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Mean]]:
-        """The odds ratio's part; z is the log of the ratio."""
+        """The odds ratio's part, lam times p f(z) + (1 - p) f(-z); z is the log of the ratio."""
         mean_B = (sequence_logprobs(outputs, batch) / lengths(batch)).clamp(max=CERTAIN)
         won, lost = by_pair(mean_B - torch.log(-torch.expm1(mean_B)), batch)
-        return -self.lam * logsigmoid(won - lost), won - lost, {}
+        z_P = won - lost if self.margin_cap is None else (won - lost).clamp(max=self.margin_cap)
+        return self.lam * logistic(z_P, self.label_probs(batch)), z_P, {}

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from onlinerl.algorithms._base import base_loss
@@ -18,6 +18,8 @@ from onlinerl.ops.preference import by_pair, logistic, pair_metrics
 from onlinerl.ops.whole_step import Rows, State, WholeStep
 from onlinerl.protocols.algorithm import Reported, by_knobs
 from onlinerl.types.plan import Objection, Plan
+
+STEPS = "steps"
 
 
 class RePo(WholeStep, Margin):
@@ -38,11 +40,24 @@ class RePo(WholeStep, Margin):
     """Share of an annotator's labels that are right, as first assumed; the paper's win rates are lower with 0.99 and with 0.55."""
     eta_rate: float = Field(0.1, ge=0, le=1)
     """Share of a step in the next eta; the paper's win rates are lower with 0.001 and with 1."""
+    eta_min: float = Field(0.0, ge=0, lt=1)
+    """A step takes no eta below this; 0.5 says that no annotator is worse than chance."""
+    eta_max: float = Field(1.0, gt=0, le=1)
+    """Nor above this; 0.99 keeps a label doubtful whatever the policy thinks."""
+    warmup_steps: int = Field(0, ge=0)
+    """For so many steps every label counts as right in the loss, while eta is estimated: a policy that knows nothing yet confirms itself."""
 
     metrics = (
         Reported("eta", "Estimated share of right labels, mean over annotators", "ratio"),
         Reported("eta_lowest", "The same of the annotator with the lowest", "ratio"),
     )
+
+    @field_validator("eta_max")
+    @classmethod
+    def _is_above(cls, value: float, info: ValidationInfo) -> float:
+        if value <= info.data.get("eta_min", 0.0):
+            raise ValueError(f"it must be above eta_min, {info.data['eta_min']:g}")
+        return value
 
     @field_validator("base")
     @classmethod
@@ -51,15 +66,18 @@ class RePo(WholeStep, Margin):
         return value
 
     def objection(self, plan: Plan) -> Objection | None:
-        """A share of flipped labels that is known, beside the one that is estimated; weights that a whole step does not read."""
+        """What else is assumed about wrong labels, beside the share that is estimated; weights that a whole step does not read."""
         if self.pair_weights == "wpo":
             cause = "is wpo, whose weights are those of the moment, and this loss is made of a whole step before it"
             return Objection(field="algorithm.pair_weights", cause=cause, fix="choose equal, score_gap or certainty")
-        if not self.flip_rate:
+        read = ("flip_rate", "label_smoothing", "soft_labels", "score_margin")
+        assumed = {knob: getattr(self, knob) for knob in read}
+        twice = next((knob for knob, value in assumed.items() if value), None)
+        if twice is None:
             return super().objection(plan)
-        cause = f"is {self.flip_rate:g}, and the share of wrong labels is what this algorithm estimates"
+        cause = f"is {assumed[twice]}, and how far a label is to be trusted is what this algorithm estimates: it would be counted twice"
         return Objection(
-            field="algorithm.flip_rate", cause=cause, fix="leave it out; algorithm.eta0 is what the estimate begins with"
+            field=f"algorithm.{twice}", cause=cause, fix="leave it out; algorithm.eta0 is what the estimate begins with"
         )
 
     @by_knobs
@@ -84,6 +102,8 @@ class RePo(WholeStep, Margin):
     def step_loss(self, rows: Rows) -> Tensor:
         """Of all pairs of the step."""
         label_P, flipped_P, w_P = self._both(rows)
+        if self.warmup_steps and rows.state.get(STEPS, 0.0) < self.warmup_steps:
+            w_P = torch.ones_like(w_P)
         mixture = self.loss_form == "mixture"
         loss_P = logistic(flipped_P - label_P, w_P) if mixture else w_P * label_P + (1.0 - w_P) * flipped_P
         return (loss_P * rows.weight_N[rows.pairs_P2[:, 0]]).sum()
@@ -100,11 +120,14 @@ class RePo(WholeStep, Margin):
             if weight > 0:
                 found.setdefault(name, []).append(w)
         old, rate = {name: rows.state.get(name, self.eta0) for name in found}, self.eta_rate
-        return {**rows.state, **{name: (1.0 - rate) * old[name] + rate * fmean(found[name]) for name in found}}
+        new = {name: (1.0 - rate) * old[name] + rate * fmean(found[name]) for name in found}
+        bounded = {name: min(max(eta, self.eta_min), self.eta_max) for name, eta in new.items()}
+        return {**rows.state, **bounded, **({STEPS: rows.state.get(STEPS, 0.0) + 1.0} if self.warmup_steps else {})}
 
     def state_metrics(self, state: State) -> State:
         """Over annotators."""
-        return {"eta": fmean(state.values()), "eta_lowest": min(state.values())} if state else {}
+        etas = [eta for name, eta in state.items() if name != STEPS]
+        return {"eta": fmean(etas), "eta_lowest": min(etas)} if etas else {}
 
     def step_metrics(self, outputs: Outputs, batch: Batch, values_B: Tensor) -> dict[str, Mean]:
         """As of any loss on pairs."""

@@ -21,9 +21,11 @@ class Rebel(Pairwise):
 
     eta: float = Field(1.0, gt=0)
     """Nats of margin per unit of score."""
+    length_norm: bool = False
+    """Means over tokens in the place of sums, so that long responses need not move further. `eta` is then in nats per token."""
 
     def pair_loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Mean]]:
         """A square per pair."""
-        z_P = margin(outputs, batch) / self.eta
+        z_P = margin(outputs, batch, per_token=self.length_norm) / self.eta
         better, worse = by_pair(batch.scores_B, batch)
         return (z_P - (better - worse)).square(), z_P, {}

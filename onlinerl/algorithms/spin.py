@@ -11,8 +11,9 @@ from pydantic import Field
 
 from onlinerl.batch import Batch, LossOutput, Outputs
 from onlinerl.ops.items import judged_sequences
+from onlinerl.ops.likelihood import with_nll
 from onlinerl.ops.preference import logistic, margin, pair_metrics
-from onlinerl.protocols.algorithm import Algorithm, Needs
+from onlinerl.protocols.algorithm import Algorithm, Needs, by_knobs
 from onlinerl.types.training import TrainItem, TrainSequence
 
 if TYPE_CHECKING:
@@ -30,10 +31,16 @@ class Spin(Algorithm):
     unit = "pair"
     needs = Needs(reference=True, answers=True, labels=False, off_policy="approximate")
     reference = "previous"
-    loss_at_reference = math.log(2)
 
     beta: float = Field(0.1, gt=0)
     """Small lets the policy go far from the iterate before it."""
+    nll_coef: float = Field(0.0, ge=0)
+    """Weight of the negative log-prob per token of the stored answer."""
+
+    @by_knobs
+    def loss_at_reference(self) -> float | None:
+        """log 2, unless the likelihood is added."""
+        return None if self.nll_coef else math.log(2)
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
         """A pair of the answer and each judged response, unless the two are the same tokens.
@@ -58,4 +65,5 @@ class Spin(Algorithm):
         """
         z_P = self.beta * margin(outputs, batch)
         metrics = pair_metrics(outputs, batch, z_P)
-        return LossOutput(total=(logistic(z_P, 1.0) * batch.weight_P).sum(), metrics=metrics)
+        loss = LossOutput(total=(logistic(z_P, 1.0) * batch.weight_P).sum(), metrics=metrics)
+        return with_nll(loss, outputs, batch, self.nll_coef, batch.pairs_P2[:, 0], batch.weight_P)

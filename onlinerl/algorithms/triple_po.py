@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from onlinerl.algorithms._listwise import Lists, Listwise
+from onlinerl.algorithms._listwise import Lists, WithLikelihood
 from onlinerl.batch import Batch, Outputs
 from onlinerl.ops.preference import sequence_logprobs
 from onlinerl.protocols.algorithm import Needs
@@ -21,14 +21,13 @@ if TYPE_CHECKING:
     from onlinerl.types.labels import Judged, Pair
 
 
-class TriplePo(Listwise):
+class TriplePo(WithLikelihood):
     """f(beta (S_w - S_l)) + nll_coef NLL(gold), without a reference: gold, w and l are the best, the second and the worst of a group."""
 
     needs = Needs(min_samples=3, off_policy="valid")
 
     beta: float = Field(0.01, gt=0)
     nll_coef: float = Field(1.0, ge=0)
-    """Weight of the negative log-prob per token of the best response."""
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
         """The three of them as one item."""
@@ -40,8 +39,8 @@ class TriplePo(Listwise):
         return sequence_logprobs(outputs, batch)
 
     def list_loss(self, lists: Lists) -> Tensor:
-        """Of three."""
+        """Of the second and the worst of three."""
         if not len(lists.values_GK):
             return lists.values_GK.sum(dim=1)
-        gold_G, won_G, lost_G = lists.values_GK.unbind(dim=1)
-        return -logsigmoid(self.beta * (won_G - lost_G)) - self.nll_coef * gold_G / lists.lengths_GK[:, 0]
+        _, won_G, lost_G = lists.values_GK.unbind(dim=1)
+        return -logsigmoid(self.beta * (won_G - lost_G))

@@ -148,7 +148,9 @@ def selected(it: Iteration, built: Built) -> Built:
         wanted = f"some of the places from 0 to {len(built.items) - 1}, each once, ascending"
         raise users_code.wrong_result(algorithm, "select", f"{kept!r:.80}", wanted)
     dropped = +(Counter(built.dropped) + Counter(left_out))
-    return replace(built, items=it.scratch.keep(built.items[place] for place in kept), dropped=dropped)
+    items = it.scratch.keep(built.items[place] for place in kept)
+    ages = Counter(it.number - item.iteration for item in items) if built.replayed else Counter()
+    return replace(built, items=items, dropped=dropped, replayed={age: ages[age] for age in built.replayed})
 
 
 class _Made:
@@ -190,7 +192,7 @@ class _Made:
         self.contradicted += made.contradicted
         self.truncated += made.truncated
         self.useful += bool(made.items)
-        for item in annotated(made.judged, made.items, known):
+        for item in annotated(made.judged, made.items, known, self._it.number):
             for sequence in item.sequences:
                 if sequence.policy_version is None:  # nobody sampled it
                     continue
@@ -219,8 +221,8 @@ def _trained(judged: Judged, pair: Pair) -> TrainedPair:
     )
 
 
-def annotated(judged: Judged, made: Sequence[TrainItem], kept: LogProbs | None) -> list[TrainItem]:
-    """The items of a group with who judged them and what was kept about their sequences.
+def annotated(judged: Judged, made: Sequence[TrainItem], kept: LogProbs | None, iteration: int) -> list[TrainItem]:
+    """The items of a group with who judged them, in which iteration, and what was kept about their sequences.
 
     Raises:
         StoreError: if nothing was kept, or it was kept about others.
@@ -241,4 +243,6 @@ def annotated(judged: Judged, made: Sequence[TrainItem], kept: LogProbs | None) 
         ]
     )
     by = judged.verdict.annotator
-    return [replace(item, sequences=tuple(next(filled) for _ in item.sequences), annotator=by) for item in made]
+    return [
+        replace(item, sequences=tuple(next(filled) for _ in item.sequences), annotator=by, iteration=iteration) for item in made
+    ]

@@ -124,4 +124,4 @@ def _filled(it: Iteration, chosen: Sequence[Chosen]) -> Iterator[TrainItem]:
                         field=REPLAY_LOGPROBS,
                         fix=f"remove iteration {it.number} and all later ones from the run, then resume",
                     )
-                yield from built_items.annotated(made.judged, [made.items[one.place]], known)
+                yield from built_items.annotated(made.judged, [made.items[one.place]], known, number)

@@ -60,7 +60,10 @@ PAIRS = (
     per_step("chosen_fell", "Share of chosen responses less probable than under the reference", "ratio", section=_PAIRS),
     per_step("chosen_length", "Tokens of the chosen response", "tokens", section=_PAIRS),
     per_step("rejected_length", "Tokens of the rejected response", "tokens", section=_PAIRS),
-    per_step("chosen_nll", "Negative log-prob of the chosen tokens", "nats/token", section=_PAIRS),
+    per_step(
+        "chosen_nll", "Negative log-prob of the tokens of the chosen, best or desirable response", "nats/token", section=_PAIRS
+    ),
+    per_step("answer_nll", "Negative log-prob of the stored answer's tokens", "nats/token", section=_PAIRS),
     per_step(
         "online_kl",
         "KL(policy / reference) on samples of the policy, as `online_kl` puts a price on it (k1)",

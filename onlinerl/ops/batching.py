@@ -25,6 +25,7 @@ _PER_TOKEN = (
     "values",
     "advantages",
     "returns",
+    "token_weights",
 )
 _DUMMY = TrainSequence(prompt_ids=(0,), response_ids=()).with_(**{name: np.zeros(0, np.float32) for name in _PER_TOKEN})
 
@@ -45,6 +46,7 @@ def collate(items: Sequence[TrainItem]) -> Batch:
     pairs = [(item, start) for item, start in zip(items, starts, strict=False) if item.is_pair]
     explored = [start + item.exploration for item, start in pairs if item.exploration is not None]
     online = [[start + place for place in item.online] for item, start in pairs]
+    imitated = [start + item.nll for item, start in pairs if item.nll is not None]
     if not sequences:
         sequences, weights = [_DUMMY], [0.0]
 
@@ -77,6 +79,7 @@ def collate(items: Sequence[TrainItem]) -> Batch:
         forced_B=torch.tensor([s.forced for s in sequences]) if any(s.forced for s in sequences) else None,
         exploration_P=torch.tensor(explored, dtype=torch.int64) if len(explored) == len(pairs) else None,
         online_PN=_ragged(online) if any(online) else None,
+        nll_P=torch.tensor(imitated, dtype=torch.int64) if len(imitated) == len(pairs) else None,
         annotators_G=torch.tensor([annotator_number(item.annotator) for item in items], dtype=torch.int64),
         **{f"{name}_BT": _per_token(sequences, name, T) for name in _PER_TOKEN},
     )

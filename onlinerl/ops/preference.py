@@ -32,13 +32,14 @@ def by_pair(values_B: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     return values_B[chosen], values_B[rejected]
 
 
-def margin(outputs: Outputs, batch: Batch) -> Tensor:
-    """h[P] = D_w - D_l, in nats.
+def margin(outputs: Outputs, batch: Batch, *, per_token: bool = False) -> Tensor:
+    """h[P] = D_w - D_l, in nats; `per_token`: of means over tokens.
 
     Raises:
         ValueError: if the batch carries no reference log-probs.
     """
-    chosen, rejected = by_pair(log_ratios(outputs, batch), batch)
+    ratios_B = log_ratios(outputs, batch)
+    chosen, rejected = by_pair(ratios_B / lengths(batch) if per_token else ratios_B, batch)
     return chosen - rejected
 
 

@@ -54,6 +54,8 @@ class TrainSequence:
     """f32[2], of a pair, at its chosen response: centered hidden embedding similarity score, and the same normalized by length."""
     source: str = "policy"
     """Who wrote it, see `Rollout.source`."""
+    token_weights: np.ndarray | None = None
+    """f32[T], what each token counts in a loss on pairs; None: all alike."""
 
     def with_(self, **changes: object) -> TrainSequence:
         """A copy with some fields replaced."""
@@ -74,14 +76,17 @@ class TrainItem:
     """Who judged it, see `Verdict`."""
     exploration: int | None = None
     """For a pair with an exploration response: which of the sequences that is; a third one where it is not one of the two."""
-
     online: tuple[int, ...] = ()
     """For a pair with samples of the policy for a KL: which of the sequences those are; one that was sampled twice is there twice."""
+    nll: int | None = None
+    """For a pair beside which another response than the chosen one is imitated: which of the sequences that is."""
+    iteration: int = 0
+    """In which iteration its responses were sampled."""
 
     @property
     def is_pair(self) -> bool:
         """Whether the first two sequences are a pair."""
-        return len(self.sequences) == 2 or self.exploration is not None or bool(self.online)
+        return len(self.sequences) == 2 or self.exploration is not None or bool(self.online) or self.nll is not None
 
     @property
     def compared(self) -> tuple[TrainSequence, ...]:

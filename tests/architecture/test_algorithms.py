@@ -20,13 +20,13 @@ from onlinerl.protocols.algorithm import Algorithm
 ROOT = Path(__file__).parents[2]
 NAMES = registry.names("algorithms")
 
-LIMIT = 860
+LIMIT = 864
 """Lines of our own that importing an algorithm may run through, blank ones and comments included, its own file among them. Half of them are
 the three files that say what can be declared and read: protocols/algorithm.py, batch.py, types/training.py."""
-FAMILY = 205
+FAMILY = 221
 """As many more where a loss is on pairs, lists, whole steps or how responses fare against each other: what such losses share."""
-MODIFIERS = 230
-"""As many more where pairs may be filtered and a KL be measured beside them: what is known of a plan that one of both does not go with."""
+MODIFIERS = 217
+"""As many more where pairs may be filtered and a KL be measured beside them."""
 CRITIC = 320
 """As many more where there is a critic: what it begins as, rewards per token, advantages from values, a loss of its own."""
 WRAPPER = 310

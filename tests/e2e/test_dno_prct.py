@@ -20,6 +20,9 @@ DNO = {
     **COUNTED,
     "algorithm.name": "dno_prct",
     "algorithm.teacher": True,
+    "algorithm.teacher_max_share": 1.0,
+    "algorithm.teacher_decay": 1.0,
+    "algorithm.teacher_min_percentile": 0.0,
     "algorithm.margin": 0.2,
     "algorithm.margin_student": 0.1,
     "algorithm.replay": 0.3,
@@ -102,6 +105,50 @@ def test_killed_and_resumed_it_is_the_same_run(whole, toy_config, warm_cli, tmp_
         summarise(tmp_path / "runs/toy")["iterations"][-1]["reward"]
         == summarise(whole / "runs/toy")["iterations"][-1]["reward"]
     )
+
+
+GUARDED = {key: value for key, value in DNO.items() if not key.startswith("algorithm.teacher_")} | {
+    "algorithm.pair_weights": "age",
+    "algorithm.token_weights": "differing",
+    "algorithm.common_token_weight": 0.5,
+    "algorithm.nll_coef": 0.1,
+    "algorithm.nll_target": "reference_answer",
+    "iterations": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def guarded(toy_config, warm_cli_in, tmp_path_factory):
+    """A run whose teacher is held back, with weights of pairs and tokens and a likelihood of the stored answers."""
+    folder = tmp_path_factory.mktemp("guarded")
+    done = warm_cli_in(folder)("run", toy_config(folder, GUARDED, answer=ANSWER), log=folder / "log")
+    assert done.returncode == 0, done.message
+    return folder
+
+
+def test_the_teacher_has_its_share_of_the_pairs_and_no_more(guarded):
+    for t in range(1, 4):
+        record = records(guarded, t)["train"]
+        figures = record["figures"]
+        taught = figures["teacher_won"] + figures["teacher_lost"]
+        assert taught <= 0.3 * 0.5 ** (t - 1) * record["items"]
+        assert taught + figures["among_students"] == record["items"]
+        assert record["dropped"].get("teacher_share", 0) + record["dropped"].get("teacher_unlikely", 0) > 0
+        assert record["items"] > sum(record["replayed"].values()) > 0 if t > 1 else not record["replayed"]
+
+
+@pytest.mark.parametrize("moment", ["after 3 label", "after 3 annotate", "before 3 train"])
+def test_killed_and_resumed_the_guards_leave_the_same_pairs(guarded, toy_config, warm_cli, tmp_path, moment):
+    config = toy_config(tmp_path, GUARDED, answer=ANSWER)
+    assert warm_cli("run", config, log=tmp_path / "log", kill=[moment, 1]).returncode == KILLED
+    done = warm_cli("resume", "runs/toy", log=tmp_path / "log")
+    assert done.returncode == 0, done.message
+    for t in range(1, 4):
+        ours, theirs = (records(folder, t)["train"] for folder in (tmp_path, guarded))
+        for key in ("items", "dropped", "replayed", "figures", "loss_first", "loss_last"):
+            assert ours[key] == theirs[key], key
+    ours, theirs = (np.load(folder / "runs/toy/exports/0003/logits.npy") for folder in (tmp_path, guarded))
+    assert np.array_equal(ours, theirs)
 
 
 def test_the_best_iterate_is_kept(whole):

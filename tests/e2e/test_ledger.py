@@ -75,7 +75,7 @@ def test_calls_and_money_are_those_that_check_foretells(config, warm_cli, tmp_pa
 def test_calls_and_money_of_oracles_that_ask_others_are_foretold_too(toy_config, warm_cli, tmp_path, server):
     judge = {"base_url": f"{server.url}/v1", "model": "judge", "price_per_request": 0.25}
     members = {
-        "pairs": {"name": "swapped", "base": {"name": "judge_pair", "swap": "random", **judge}},
+        "pairs": {"name": "swapped", "base": {"name": "judge_pair", "query_plan": "all_pairs_random_order", **judge}},
         "quality": {"name": "judge_score", **judge},
     }
     keys = {"oracle.name": "composite", "oracle.members": members, "iterations": 2, "metrics.prometheus": False}

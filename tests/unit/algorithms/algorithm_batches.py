@@ -26,8 +26,16 @@ CLIP_KNOBS = {"clip_range_low": [({}, 0.05)], "clip_range_high": [({}, 0.05)], "
 PER_TOKEN = ("behavior_logprobs", "old_logprobs", "reference_logprobs", "anchor_logprobs", "values", "advantages", "returns")
 
 PAIR_KNOBS = {
-    "pair_weights": [({}, "score_gap"), ({}, "certainty"), ({}, "wpo")],
+    # `per_prompt` and `age` change nothing here, where prompts have equally many pairs of one iteration: see test_pair_modifiers.py.
+    "pair_weights": [
+        *(({}, how) for how in ("score_gap", "certainty", "dcg", "wpo")),
+        ({"strength_thresholds": [0.5]}, "strength"),
+    ],
+    "strength_thresholds": [({"pair_weights": "strength", "strength_thresholds": [0.5]}, [0.5, 1.0])],
+    "pair_age_decay": [],
+    "pair_weight_clip": [({"pair_weights": "score_gap"}, [0.5, 1.5])],
     "nll_coef": [({}, 0.5)],
+    "nll_target": [({"nll_coef": 0.5}, "reference_answer")],
     "nll_norm": [({"nll_coef": 0.5}, "sum")],
 }
 """How the knobs that all losses on pairs have are set, for `KNOBS` of a golden test."""
@@ -50,11 +58,14 @@ WITH_REFERENCE = {
 MARGIN_KNOBS = MODIFIER_KNOBS | {
     "beta": [({}, 0.3)],
     "reference_free": [({}, True)],
+    "token_weights": [({}, "differing")],
+    "common_token_weight": [({"token_weights": "differing"}, 0.5)],
     "ld_alpha": [({}, 0.5)],
     "length_norm": [({}, True)],
     "beta_rejected": [({}, 0.03)],
     "gamma_beta_ratio": [({}, 0.7)],
     "score_margin": [({}, 0.2)],
+    "score_margin_max": [({"score_margin": 0.2}, 0.1)],
     "dpop_lambda": [({}, 2.0)],
     "length_penalty": [({}, 0.1)],
     "soft_labels": [({}, True)],

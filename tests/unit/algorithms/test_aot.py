@@ -10,8 +10,8 @@ from trl_losses import assert_agrees_with_dpo
 from onlinerl.algorithms.aot import Aot
 from onlinerl.algorithms.dpo import Dpo
 
-VARIANTS = [{}, {"label_smoothing": 0.1}]
-KNOBS = {"beta": [({}, 0.3)], "label_smoothing": [({}, 0.2)]}
+VARIANTS = [{}, {"label_smoothing": 0.1, "nll_coef": 0.3}]
+KNOBS = {"beta": [({}, 0.3)], "label_smoothing": [({}, 0.2)], "nll_coef": [({}, 0.5)]}
 
 
 def at_reference(items):
@@ -30,6 +30,13 @@ def f(z: float) -> float:
 @pytest.mark.parametrize(("knobs", "expected"), [({}, F_PLUS), ({"label_smoothing": 0.2}, 0.8 * F_PLUS + 0.2 * F_MINUS)])
 def test_value_by_hand(knobs, expected):
     assert evaluate(Aot(beta=0.1, **knobs), [ITEM], ROWS)[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_likelihood_of_chosen_responses_is_a_term():
+    plain, with_nll = (evaluate(Aot(nll_coef=c), [ITEM], ROWS) for c in (0.0, 2.0))
+    assert with_nll[0] - plain[0] == pytest.approx(2.0 * 0.5)
+    assert torch.equal(with_nll[1][1, :2], plain[1][1, :2])
+    assert (Aot().loss_at_reference, Aot(nll_coef=2.0).loss_at_reference) == (pytest.approx(math.log(2)), None)
 
 
 def test_margins_are_compared_by_rank_and_not_by_pair():

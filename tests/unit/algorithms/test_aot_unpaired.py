@@ -9,7 +9,7 @@ from trl_losses import assert_agrees_with_dpo
 from onlinerl.algorithms.aot_unpaired import AotUnpaired
 
 VARIANTS = [{}]
-KNOBS = {"beta": [({}, 0.3)], "label_smoothing": [({}, 0.2)]}
+KNOBS = {"beta": [({}, 0.3)], "label_smoothing": [({}, 0.2)], "nll_coef": [({}, 0.5)]}
 
 
 def at_reference(items):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from algorithm_batches import MARGIN_KNOBS, evaluate, items_of, judged, pair, sequence
@@ -16,6 +17,9 @@ KNOBS = MARGIN_KNOBS | {
     "margin": [({}, 0.5)],
     "margin_student": [({}, 0.5)],
     "teacher": [({}, True)],
+    "teacher_max_share": [({"teacher": True}, 0.0)],
+    "teacher_decay": [],  # acts from the second iteration on: see test_fewer_from_one_iteration_to_the_next
+    "teacher_min_percentile": [({"teacher": True, "teacher_max_share": 1.0}, 0.9)],
     "replay": [({}, 0.3)],
     "replay_decay": [({"replay": 0.3}, 1.0)],
     "replay_max_age": [({"replay": 0.3}, 1)],
@@ -161,8 +165,91 @@ def test_shares_of_earlier_pairs_fall_with_their_age():
 
 @pytest.mark.parametrize(
     "knobs",
-    [{"ngram_repeats": None, "ngram_size": 3}, {"replay": 0.0, "replay_decay": 0.9}, {"replay": 0.0, "replay_max_age": 1}],
+    [
+        {"ngram_repeats": None, "ngram_size": 3},
+        {"replay": 0.0, "replay_decay": 0.9},
+        {"replay": 0.0, "replay_max_age": 1},
+        {"teacher_max_share": 0.5},
+        {"teacher_decay": 1.0},
+        {"teacher_min_percentile": 0.0},
+    ],
 )
 def test_what_nothing_would_read_is_refused(knobs):
     with pytest.raises(ValueError, match="nothing reads it"):
         DnoPrct(**knobs)
+
+
+def taught(n: int, *, won: bool = True, logprob: float = -1.0, iteration: int = 1, **own):
+    """A pair of the teacher's answer, with such a log-prob per token under the reference, and a sample of the policy."""
+    teacher = sequence(3, 100 + n, reference_logprobs=logprob, source="teacher")
+    sample = sequence(2, 1000 + 10 * n, reference_logprobs=own.get("own", -1.0))
+    two = (teacher, sample) if won else (sample, teacher)
+    return pair(*two, iteration=iteration)
+
+
+def among_samples(n: int, iteration: int = 1, logprobs=(-1.0, -1.0)):
+    first, second = (sequence(2, 2000 + 20 * n + 10 * k, reference_logprobs=lp) for k, lp in enumerate(logprobs))
+    return pair(first, second, iteration=iteration)
+
+
+def test_the_teachers_answer_is_chosen_only_if_it_is_as_probable_as_the_policys_own_responses():
+    """Own samples have -1, -2, ..., -20 nats per token, and those beside the teacher -1, -2 and -3 once more: 23 of them, of which the 5th
+    percentile is 0.05 * 22 = 1.1 places from the lowest, -18.9."""
+    own = [among_samples(n, logprobs=(-1.0 - 2 * n, -2.0 - 2 * n)) for n in range(10)]
+    teacher = [
+        taught(0, logprob=-18.8, own=-1.0),
+        taught(1, logprob=-19.0, own=-2.0),
+        taught(2, logprob=-30.0, won=False, own=-3.0),  # on the other side it may be as improbable as it likes
+    ]
+    algorithm = DnoPrct(teacher=True, teacher_max_share=1.0, teacher_decay=1.0)
+    items = [*own, *teacher]
+    assert algorithm.select(items) == ([*range(11), 12], {"teacher_unlikely": 1})
+    free = DnoPrct(teacher=True, teacher_max_share=1.0, teacher_decay=1.0, teacher_min_percentile=0.0)
+    assert free.select(items) == (list(range(13)), {})
+    bare = [pair(*(s.with_(reference_logprobs=None) for s in item.sequences)) for item in items]
+    with pytest.raises(ValueError, match=r"sequence\.reference_logprobs"):
+        algorithm.select(bare)
+    assert len(free.select(bare)[0]) == 13
+
+
+@pytest.mark.parametrize(("iteration", "kept"), [(1, 3), (2, 1), (3, 0)])
+def test_fewer_from_one_iteration_to_the_next(iteration, kept):
+    """0.3, 0.15 and 0.075 of all pairs, beside 7 without the teacher: 3 of 10, 1 of 8, and 1 of 8 would be more than 0.075."""
+    items = [*(among_samples(n, iteration) for n in range(7)), *(taught(n, iteration=iteration) for n in range(5))]
+    algorithm = DnoPrct(teacher=True, teacher_min_percentile=0.0)
+    places, dropped = algorithm.select(items)
+    assert list(places[:7]) == list(range(7))
+    assert len(places) == 7 + kept
+    assert dropped == {"teacher_share": 5 - kept}
+    always = DnoPrct(teacher=True, teacher_min_percentile=0.0, teacher_decay=1.0)
+    assert len(always.select(items)[0]) == 10
+
+
+def test_which_pairs_of_the_teacher_stay_depends_on_the_pairs_alone():
+    items = [*(among_samples(n) for n in range(7)), *(taught(n, won=n % 2 == 0) for n in range(6))]
+    algorithm = DnoPrct(teacher=True, teacher_min_percentile=0.0)
+
+    def left(order):
+        return {items[order[place]].sequences[0].response_ids for place in algorithm.select([items[n] for n in order])[0]}
+
+    order = list(np.random.default_rng(0).permutation(len(items)))
+    assert left(order) == left(list(range(len(items))))
+
+
+def test_without_a_share_there_is_no_teacher():
+    none = DnoPrct(teacher=True, teacher_max_share=0.0)
+    assert none.needs == DnoPrct().needs
+    assert DnoPrct(teacher=True).needs.beside_samples == ("teacher",)
+
+
+def test_without_a_reference_nobody_says_how_probable_an_answer_is():
+    with pytest.raises(ValueError, match="reference_free is set"):
+        DnoPrct(teacher=True, reference_free=True)
+    assert DnoPrct(teacher=True, reference_free=True, teacher_min_percentile=0.0).needs.teacher
+    assert not DnoPrct(reference_free=True).needs.reference
+
+
+def test_a_replayed_pair_of_the_teacher_counts_towards_the_share_of_the_iteration_that_trains_it():
+    items = [*(among_samples(n, 2) for n in range(7)), taught(0, iteration=2), taught(1, iteration=1), taught(2, iteration=1)]
+    _, dropped = DnoPrct(teacher=True, teacher_min_percentile=0.0).select(items)
+    assert dropped == {"teacher_share": 2}

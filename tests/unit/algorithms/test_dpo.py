@@ -18,6 +18,8 @@ VARIANTS = [
     {},
     {"soft_labels": True, "label_smoothing": 0.1, "nll_coef": 0.5, "length_norm": True},
     {"pair_weights": "wpo"},
+    {"token_weights": "differing", "common_token_weight": 0.25, "length_norm": True, "pair_weights": "dcg"},
+    {"nll_coef": 0.3, "nll_target": "reference_answer", "pair_weights": "strength", "strength_thresholds": [0.3, 1.0]},
     {"online_kl": 0.1, "online_kl_samples": 3, "pair_filter": PairFilter(margin=0.1, max_reference_margin=3.0, ches_share=0.1)},
 ]
 KNOBS = MARGIN_KNOBS

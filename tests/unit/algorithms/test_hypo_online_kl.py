@@ -12,7 +12,7 @@ from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.hypo_online_kl import HypoOnlineKl
 
 VARIANTS = [{}, {"lam": 0.1, "beta": 0.5}]
-KNOBS = {"beta": [({}, 0.3)], "lam": [({}, 0.5)]}
+KNOBS = {"beta": [({}, 0.3)], "lam": [({}, 0.5)], "nll_coef": [({}, 0.5)]}
 
 
 def at_reference(items):

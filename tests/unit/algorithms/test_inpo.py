@@ -9,8 +9,13 @@ from onlinerl.algorithms.inpo import Inpo
 from onlinerl.algorithms.ipo import Ipo
 from onlinerl.types.plan import Plan
 
-VARIANTS = [{"eta": 0.5}, {"eta": 0.5, "anchor_weight": 0.0}, {}, {"eta": 0.5, "anchor_weight": 1.0, "nll_coef": 0.5}]
-KNOBS = PAIR_KNOBS | {"eta": [({}, 0.1)], "anchor_weight": [({}, 0.0), ({}, 0.8)]}
+VARIANTS = [
+    {"eta": 0.5},
+    {"eta": 0.5, "anchor_weight": 0.0},
+    {},
+    {"eta": 0.5, "anchor_weight": 1.0, "nll_coef": 0.5, "length_norm": True},
+]
+KNOBS = PAIR_KNOBS | {"eta": [({}, 0.1)], "anchor_weight": [({}, 0.0), ({}, 0.8)], "length_norm": [({}, True)]}
 
 
 def at_reference(items):
@@ -38,6 +43,14 @@ def test_value_by_hand():
     zeros = pair(sequence(3), sequence(2, 50))
     assert evaluate(Inpo(), [zeros], [0.0, 0.0])[0] == pytest.approx(10000.0)
     assert Inpo().loss_at_reference == pytest.approx(10000.0)
+
+
+def test_means_over_tokens_by_hand():
+    # Half a nat per token either way, and against all of the base model 0.5 + 0.75 and -0.5 - 1.5: 1 and 3.25 against a target of 2
+    assert evaluate(Inpo(eta=0.25, anchor_weight=0.0, length_norm=True), [anchored(-1.75, -0.5)], ROWS)[0] == pytest.approx(1.0)
+    assert evaluate(Inpo(eta=0.25, anchor_weight=1.0, length_norm=True), [anchored(-1.75, -0.5)], ROWS)[0] == pytest.approx(
+        1.25**2
+    )
 
 
 def test_without_the_base_model_it_is_the_square_of_the_margin_against_the_iterate():

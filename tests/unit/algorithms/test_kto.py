@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from algorithm_batches import evaluate, items_of, judged, sequence, single, values
 
 from onlinerl.algorithms.kto import Kto
 
-VARIANTS = [{}, {"threshold": 0.0, "desirable_weight": 1.5, "undesirable_weight": 0.5}]
+VARIANTS = [{}, {"threshold": 0.0, "desirable_weight": 1.5, "undesirable_weight": 0.5, "nll_coef": 0.3}]
 KNOBS = {
     "beta": [({}, 0.3)],
     "desirable_weight": [({}, 2.0)],
     "undesirable_weight": [({}, 2.0)],
     "threshold": [({}, 0.0), ({"threshold": 0.0}, 1.0)],
+    "nll_coef": [({}, 0.5)],
 }
 
 
@@ -33,6 +35,15 @@ def test_value_by_hand(knobs):
     loss, _, out, _ = evaluate(Kto(**knobs), [GOOD, BAD], [-0.5, -2.5])
     assert loss == pytest.approx(0.462570, abs=1e-6)
     assert values(out) == pytest.approx({"desirable": 0.5, "desirable_log_ratio": 2.0, "undesirable_log_ratio": -1.0})
+
+
+def test_the_likelihood_of_desirable_responses_is_a_term():
+    plain, with_nll = (evaluate(Kto(nll_coef=c), [GOOD, BAD], [-0.5, -2.5]) for c in (0.0, 2.0))
+    assert with_nll[0] - plain[0] == pytest.approx(2.0 * 0.5 / 2)  # over two responses
+    assert (with_nll[1] - plain[1])[0].tolist() == pytest.approx([-2.0 / 4 / 2] * 4)
+    assert torch.equal(with_nll[1][1, :2], plain[1][1, :2])
+    assert values(with_nll[2])["chosen_nll"] == pytest.approx(0.5)
+    assert Kto(nll_coef=2.0).loss_at_reference is None
 
 
 def test_a_negative_mean_counts_as_no_kl():

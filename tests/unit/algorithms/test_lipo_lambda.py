@@ -10,8 +10,8 @@ from algorithm_batches import F_PLUS, ITEM, LIST, LIST_ROWS, ROWS, evaluate, ite
 from onlinerl.algorithms.lipo_lambda import LipoLambda
 from onlinerl.types import TrainItem
 
-VARIANTS = [{}, {"list_reduce": "mean_pairs", "beta": 0.5}]
-KNOBS = {"beta": [({}, 0.3)], "list_reduce": [({}, "mean_pairs")]}
+VARIANTS = [{}, {"list_reduce": "mean_pairs", "beta": 0.5, "nll_coef": 0.3}]
+KNOBS = {"beta": [({}, 0.3)], "list_reduce": [({}, "mean_pairs")], "nll_coef": [({}, 0.5)]}
 
 
 def at_reference(items):

@@ -11,8 +11,8 @@ from algorithm_batches import ITEM, LIST, LIST_ROWS, ROWS, evaluate
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.list_mle import ListMle
 
-VARIANTS = [{}]
-KNOBS = {"beta": [({}, 0.3)]}
+VARIANTS = [{}, {"nll_coef": 0.3}]
+KNOBS = {"beta": [({}, 0.3)], "nll_coef": [({}, 0.5)]}
 
 
 def at_reference(items):
@@ -22,6 +22,13 @@ def at_reference(items):
 def test_value_by_hand():
     # s = (0.2, -0.1, 0.05): (ln 3.177511 - 0.2) + (ln 1.956108 + 0.1) = 0.956098 + 0.770957
     assert evaluate(ListMle(beta=0.1), [LIST], LIST_ROWS)[0] == pytest.approx(1.727055, abs=2e-6)
+
+
+def test_the_likelihood_of_the_best_response_is_a_term():
+    plain, with_nll = (evaluate(ListMle(nll_coef=c), [LIST], LIST_ROWS) for c in (0.0, 2.0))
+    assert with_nll[0] - plain[0] == pytest.approx(2.0 * 0.5)  # 0.5 nats for each of its four tokens
+    assert (with_nll[1] - plain[1])[0].tolist() == pytest.approx([-0.5] * 4)
+    assert torch.equal(with_nll[1][1:], plain[1][1:])
 
 
 def test_four_equal_responses_cost_the_logarithm_of_their_orders():

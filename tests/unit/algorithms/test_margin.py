@@ -36,6 +36,8 @@ def f(z: float) -> float:
         ({"beta_rejected": 0.04}, 0.1 * 2 + 0.04),
         ({"gamma_beta_ratio": 2.0}, 0.3 - 0.2),
         ({"score_margin": 0.2}, 0.3 - 0.2 * (1.5 - 0.5)),
+        ({"score_margin": 0.2, "score_margin_max": 0.1}, 0.3 - 0.1),
+        ({"score_margin": 0.2, "score_margin_max": 0.4}, 0.3 - 0.2),
         ({"dpop_lambda": 5.0}, 0.3),  # the chosen response did not lose
         ({"length_penalty": 0.05}, 0.3 + 0.05 * 2),
         ({"margin_cap": 0.2}, 0.2),
@@ -45,6 +47,12 @@ def f(z: float) -> float:
 )
 def test_what_moves_the_margin(knobs, z):
     assert evaluate(Dpo(**knobs), [ITEM], ROWS)[0] == pytest.approx(f(z), rel=1e-6)
+
+
+def test_scores_that_contradict_the_label_add_to_the_margin_unless_it_is_bounded():
+    contradicted = pair(*(s.with_(score=-s.score) for s in ITEM.sequences))
+    assert evaluate(Dpo(score_margin=0.2), [contradicted], ROWS)[0] == pytest.approx(f(0.3 + 0.2), rel=1e-6)
+    assert evaluate(Dpo(score_margin=0.2, score_margin_max=3.0), [contradicted], ROWS)[0] == pytest.approx(f(0.3), rel=1e-6)
 
 
 def test_a_chosen_response_that_lost_probability_counts_against_the_pair():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from algorithm_batches import F_PLUS, ITEM, ROWS, evaluate, finite_differences, judged, pair, sequence, values
 
-from onlinerl import registry
+from onlinerl import config, registry
 from onlinerl.algorithms._modified import PairFilter
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.hypo_online_kl import HypoOnlineKl
@@ -20,17 +21,17 @@ from onlinerl.algorithms.reinforce_scalar import ReinforceScalar
 from onlinerl.algorithms.simpo import Simpo
 from onlinerl.batch import Outputs
 from onlinerl.errors import ConfigError
+from onlinerl.label_checks import check_labels
 from onlinerl.ops.batching import collate
 from onlinerl.ops.preference import online_kl
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Pair
-from onlinerl.types.plan import Plan
 
 MODIFIABLE = ("dpo", "ipo", "simpo", "orpo", "rso", "xpo", "re_po", "curry_dpo", "dno_prct", "upo", "optune")
 OTHERS = ("grpo", "kto", "irepo", "rebel", "inpo", "tdpo1", "lipo_lambda", "aot", "sppo", "dno", "onpo", "spin", "apo_zero")
 GROUP = judged([4, 2, 1], scores=(3.0, 2.0, 0.0))
 PAIRS = [Pair(chosen=0, rejected=2, prob=0.9), Pair(chosen=0, rejected=1, prob=0.7), Pair(chosen=1, rejected=2, prob=0.8)]
-PLAN = Plan(iterations=2, references=(0, 0))
+QUICKSTART = config.load(Path(__file__).parents[3] / "configs/quickstart.yaml", [])
 # A third response, of which D = 0.5, and the chosen one once more: D = (2, -1, 0.5), and the samples are the first and the last.
 WITH = pair(*ITEM.sequences, sequence(1, 80, reference_logprobs=-1.5), online=(0, 2))
 
@@ -186,9 +187,9 @@ def test_those_with_the_highest_ches_are_left_out(normalized, dropped):
     ],
 )
 def test_what_nothing_measures_or_reads_is_refused(algorithm, field):
-    objection = algorithm.objection(PLAN)
-    assert objection is not None
-    assert objection.field == field
+    with pytest.raises(ConfigError) as refused:
+        check_labels(QUICKSTART, algorithm)
+    assert refused.value.field == field
 
 
 @pytest.mark.parametrize("name", MODIFIABLE)

@@ -8,7 +8,12 @@ from onlinerl.algorithms.ipo import Ipo
 from onlinerl.algorithms.onpo import Onpo
 from onlinerl.types.plan import Plan
 
-VARIANTS = [{"eta": 2.0}, {"eta": 2.0, "soft_labels": True}, {"optimistic": False}, {"eta": 2.0, "nll_coef": 0.5}]
+VARIANTS = [
+    {"eta": 2.0},
+    {"eta": 2.0, "soft_labels": True},
+    {"optimistic": False},
+    {"eta": 2.0, "nll_coef": 0.5, "nll_target": "reference_answer"},
+]
 KNOBS = PAIR_KNOBS | {"eta": [({}, 3.0)], "optimistic": [({}, False)], "soft_labels": [({}, True)]}
 
 

@@ -14,7 +14,11 @@ from onlinerl.algorithms.optune import Optune
 VARIANTS = [{}]
 KNOBS = MARGIN_KNOBS | {
     "gap_scale": [({}, 3.0)],
-    "pair_weights": [({}, "equal"), ({}, "score_gap"), ({}, "certainty"), ({"pair_weights": "equal"}, "sigmoid_gap")],
+    "pair_weights": [
+        *(({}, how) for how in ("equal", "score_gap", "certainty", "dcg")),
+        ({"strength_thresholds": [0.5]}, "strength"),
+        ({"pair_weights": "equal"}, "sigmoid_gap"),
+    ],
 }
 OTHER = pair(sequence(3, score=0.5), sequence(1, 50, score=0.5))
 

@@ -20,14 +20,18 @@ VARIANTS = [
     {"base": "ipo", "beta": 1.0, "eta0": 0.7, "nll_coef": 0.3, "pair_weights": "score_gap"},
     {"base": "slic", "loss_form": "reweight", "soft_labels": True},
     {"base": "nbpo", "reference_free": True, "length_norm": True, "gamma_beta_ratio": 0.5},
+    {"token_weights": "differing", "nll_coef": 0.3, "nll_target": "reference_answer", "pair_weights": "dcg"},
 ]
 KNOBS = MARGIN_KNOBS | {
     "base": [({}, "ipo"), ({}, "slic"), ({}, "nbpo"), ({}, "exo_pair")],
     "loss_form": [({"base": "ipo"}, "reweight")],
     "eta0": [({}, 0.6)],
-    "eta_rate": [],  # acts from the second step on: see below
+    "eta_rate": [],  # these act from the second step on: see below
+    "eta_min": [],
+    "eta_max": [],
+    "warmup_steps": [({}, 5)],
     "flip_rate": [],  # refused
-    "pair_weights": [({}, "score_gap"), ({}, "certainty")],  # `wpo` is refused
+    "pair_weights": [(base, how) for base, how in MARGIN_KNOBS["pair_weights"] if how != "wpo"],  # which is refused
 }
 
 
@@ -121,6 +125,27 @@ def test_a_step_moves_eta_by_hand():
     assert RePo(eta0=0.5, eta_rate=1.0).next_state(step([math.log(3)]))[A] == pytest.approx(0.75)
 
 
+def test_a_step_takes_eta_no_further_than_its_bounds():
+    bounded = RePo(eta0=0.5, eta_min=0.5, eta_max=0.52)
+    assert bounded.next_state(step([math.log(3)])) == {A: 0.52}
+    assert bounded.next_state(step([-math.log(3)])) == {A: 0.5}
+    assert RePo(eta0=1.0, eta_max=0.99).step_loss(step([0.3])).item() == pytest.approx(math.log1p(math.exp(-0.3)))
+    with pytest.raises(ValueError, match="must be above eta_min"):
+        RePo(eta_min=0.9, eta_max=0.5)
+
+
+def test_while_it_warms_up_every_label_counts_as_right_and_eta_is_estimated_all_the_same():
+    warming, plain = RePo(warmup_steps=2), RePo()
+    rows = step([math.log(3), -math.log(3)])
+    assert warming.step_loss(rows).item() == pytest.approx(RePo(eta0=1.0).step_loss(rows).item())
+    state, etas = warming.initial_state(), plain.initial_state()
+    for done in (1.0, 2.0):
+        state, etas = warming.next_state(replace(rows, state=state)), plain.next_state(replace(rows, state=etas))
+        assert state == {**etas, "steps": done}
+    assert warming.step_loss(replace(rows, state=state)).item() == plain.step_loss(replace(rows, state=etas)).item()
+    assert warming.state_metrics(state) == plain.state_metrics(etas)
+
+
 def test_every_annotator_has_an_eta_from_its_first_pair_on():
     algorithm, z = RePo(eta0=0.5), math.log(3)
     state = algorithm.next_state(step([z, -z, z], annotators="aba"))
@@ -192,11 +217,14 @@ def test_the_value_at_the_reference():
 PLAN = Plan(iterations=1, references=(0,), max_lag=0, max_new_tokens=8)
 
 
-def test_a_flip_rate_is_refused():
-    found = RePo(flip_rate=0.2, margin_cap=10.0).objection(PLAN)
+@pytest.mark.parametrize(
+    ("knob", "value"), [("flip_rate", 0.2), ("label_smoothing", 0.1), ("soft_labels", True), ("score_margin", 0.5)]
+)
+def test_what_else_is_assumed_about_labels_is_refused(knob, value):
+    found = RePo(**{knob: value, "margin_cap": 10.0}).objection(PLAN)
     assert found is not None
-    assert found.field == "algorithm.flip_rate"
-    assert found.cause == "is 0.2, and the share of wrong labels is what this algorithm estimates"
+    assert found.field == f"algorithm.{knob}"
+    assert found.cause.startswith(f"is {value}, and how far a label is to be trusted is what this algorithm estimates")
     assert found.fix
     assert RePo().objection(PLAN) is None
 

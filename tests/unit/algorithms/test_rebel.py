@@ -7,8 +7,8 @@ from algorithm_batches import ITEM, PAIR_KNOBS, ROWS, evaluate, pair
 
 from onlinerl.algorithms.rebel import Rebel
 
-VARIANTS = [{}, {"eta": 0.1}]
-KNOBS = PAIR_KNOBS | {"eta": [({}, 0.3)]}
+VARIANTS = [{}, {"eta": 0.1}, {"length_norm": True}]
+KNOBS = PAIR_KNOBS | {"eta": [({}, 0.3)], "length_norm": [({}, True)]}
 
 
 def at_reference(items):
@@ -19,6 +19,10 @@ def at_reference(items):
 def test_value_by_hand(eta, expected):
     """h = 3, and the scores are 1.5 and 0.5."""
     assert evaluate(Rebel(eta=eta), [ITEM], ROWS)[0] == pytest.approx(expected, abs=1e-9)
+
+
+def test_means_over_tokens_by_hand():
+    assert evaluate(Rebel(eta=0.5, length_norm=True), [ITEM], ROWS)[0] == pytest.approx((1.0 / 0.5 - 1.0) ** 2)
 
 
 def test_at_the_reference_it_is_the_squared_gap():

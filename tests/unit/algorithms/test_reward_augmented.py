@@ -14,8 +14,13 @@ from onlinerl.types import Pair, Prompt
 from onlinerl.types.plan import Plan
 
 RANGED = {"goals": "score", "score_min": -3.0, "score_max": 3.0}
-VARIANTS = [{}, RANGED | {"ties": "keep"}, {"base": "ipo", "ties": "keep"}, {"online_kl": 0.1}]
+MODIFIED = {"token_weights": "differing", "nll_coef": 0.3, "nll_target": "reference_answer", "pair_weights": "dcg"}
+VARIANTS = [{}, RANGED | {"ties": "keep"}, {"base": "ipo", "ties": "keep"}, {"online_kl": 0.1}, MODIFIED]
+THRESHOLDS = {"strength_thresholds": [10.0]}
 KNOBS = MARGIN_KNOBS | {
+    # Gaps are squares of differences of goals.
+    "pair_weights": [(THRESHOLDS if how == "strength" else base, how) for base, how in MARGIN_KNOBS["pair_weights"]],
+    "strength_thresholds": [({"pair_weights": "strength"} | THRESHOLDS, [10.0, 40.0])],
     "base": [({}, "ipo"), ({}, "slic")],
     "goal_scale": [({}, 5)],
     "goals": [],  # `score` is refused without a range, and a range without it: see test_goals_by_hand

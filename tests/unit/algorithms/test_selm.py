@@ -16,6 +16,7 @@ VARIANTS = [
     {"beta": 0.1, "optimism": 0.5},
     {"reference_free": True, "gamma_beta_ratio": 0.4, "length_norm": True, "beta": 2.0},
     {"ld_alpha": 0.5, "beta_rejected": 0.05, "nll_coef": 0.1, "pair_weights": "score_gap"},
+    {"token_weights": "differing", "nll_coef": 0.1, "nll_target": "reference_answer"},
 ]
 KNOBS = MARGIN_KNOBS | {"optimism": [({}, 0.1)]}
 

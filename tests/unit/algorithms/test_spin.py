@@ -9,8 +9,8 @@ from algorithm_batches import F_PLUS, ITEM, ROWS, evaluate, items_of, judged, pa
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.spin import Spin
 
-VARIANTS = [{}, {"beta": 0.5}]
-KNOBS = {"beta": [({}, 0.3)]}
+VARIANTS = [{}, {"beta": 0.5, "nll_coef": 0.3}]
+KNOBS = {"beta": [({}, 0.3)], "nll_coef": [({}, 0.5)]}
 NAN = float("nan")
 
 
@@ -24,6 +24,12 @@ def test_value_by_hand():
     # beta (sigmoid(0.3) - 1) = 0.1 * -0.425557 on each token of the answer
     assert gradient[0].tolist() == pytest.approx([-0.0425557] * 4, abs=1e-7)
     assert gradient[1, :2].tolist() == pytest.approx([0.0425557] * 2, abs=1e-7)
+
+
+def test_the_likelihood_of_the_answer_is_a_term():
+    plain, with_nll = (evaluate(Spin(nll_coef=c), [ITEM], ROWS) for c in (0.0, 2.0))
+    assert with_nll[0] - plain[0] == pytest.approx(2.0 * 0.5)
+    assert (Spin().loss_at_reference, Spin(nll_coef=2.0).loss_at_reference) == (pytest.approx(math.log(2)), None)
 
 
 def test_it_is_dpo_with_the_answer_as_the_chosen_response():

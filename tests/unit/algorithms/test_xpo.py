@@ -11,7 +11,11 @@ from onlinerl.algorithms.selm import Selm
 from onlinerl.algorithms.xpo import Xpo
 from onlinerl.types import Pair, Plan
 
-VARIANTS = [{}, {"optimism": 0.3, "length_norm": True, "beta": 2.0}, {"reference_free": True, "nll_coef": 0.1}]
+VARIANTS = [
+    {},
+    {"optimism": 0.3, "length_norm": True, "beta": 2.0},
+    {"reference_free": True, "nll_coef": 0.1, "nll_target": "reference_answer"},
+]
 KNOBS = MARGIN_KNOBS | {"optimism": [({}, 0.1)]}
 PLACES = (0, 1)
 

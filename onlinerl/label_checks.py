@@ -1,0 +1,132 @@
+"""What is made of pairs and their labels: which knobs exclude one another, and which nothing would read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from onlinerl.config import RunConfig, pair_builder
+from onlinerl.errors import ConfigError
+from onlinerl.protocols.algorithm import Algorithm
+
+
+class _Fault(NamedTuple):
+    knob: str
+    cause: str
+    fix: str
+
+
+def check_labels(config: RunConfig, algorithm: Algorithm) -> None:
+    """Refuse what counts a strength, or a doubt, of one label twice, and what is set and nothing reads.
+
+    A label is trusted by a probability (`soft_labels`, `label_smoothing`, `flip_rate`), or its strength is a margin (`score_margin`) or a weight
+    (`pair_weights: strength` and `dcg`): one of these. Weights for other reasons go with any.
+
+    Raises:
+        ConfigError: naming the knob, the cause and the fix.
+    """
+    knobs = algorithm.model_dump()
+    fault = next((one for one in (*_twice(algorithm, knobs), *_unread(config, algorithm, knobs), *_impossible(knobs))), None)
+    if fault is not None:
+        raise ConfigError(fault.cause, field=f"algorithm.{fault.knob}", fix=fault.fix)
+
+
+def _twice(algorithm: Algorithm, knobs: dict[str, Any]) -> Iterator[_Fault]:
+    doubts = [knob for knob in ("soft_labels", "label_smoothing", "flip_rate") if knobs.get(knob)]
+    doubts += ["the uncertainty of each label, which this algorithm reads"] if algorithm.needs.uncertainty else []
+    if knobs.get("soft_labels") and knobs.get("flip_rate"):
+        yield _Fault(
+            "flip_rate",
+            f"is {knobs['flip_rate']}, and soft_labels is set: the probabilities of an oracle that is wrong at times say so already, and the "
+            "correction would count that twice",
+            "leave one of the two out",
+        )
+    if knobs.get("score_margin") and doubts:
+        yield _Fault(
+            "score_margin",
+            f"is {knobs['score_margin']}, beside {doubts[0]}: how sure a label is would count as a margin and as a probability",
+            "leave it out, or that",
+        )
+    strengths = [knob for knob in ("soft_labels", "score_margin") if knobs.get(knob)]
+    if knobs.get("pair_weights") in ("strength", "dcg") and strengths:
+        yield _Fault(
+            "pair_weights",
+            f"is {knobs['pair_weights']}, and {strengths[0]} is set too: how much better a response is would count twice",
+            "leave one of the two out",
+        )
+
+
+def _unread(config: RunConfig, algorithm: Algorithm, knobs: dict[str, Any]) -> Iterator[_Fault]:
+    weights, defaults = knobs.get("pair_weights"), {n: f.default for n, f in type(algorithm).model_fields.items()}
+    filtered, free = knobs.get("pair_filter") or {}, not algorithm.needs.reference
+    if free and knobs.get("online_kl"):
+        yield _Fault("online_kl", "there is no reference that a KL could be to", "set it to 0")
+    if free and filtered.get("max_reference_margin") is not None:
+        yield _Fault(
+            "pair_filter.max_reference_margin", "there is no reference whose log-probs could be compared", "leave it out"
+        )
+    if filtered.get("ches_normalized") is False and not filtered.get("ches_share"):
+        yield _Fault(
+            "pair_filter.ches_normalized",
+            "nothing would read it: algorithm.pair_filter.ches_share is 0",
+            "leave it out, or set that",
+        )
+    readers = {
+        "online_kl_samples": (knobs.get("online_kl"), "online_kl is 0"),
+        "strength_thresholds": (weights == "strength", "pair_weights is not strength"),
+        "pair_age_decay": (weights == "age", "pair_weights is not age"),
+        "pair_weight_clip": (weights not in ("equal", "wpo"), f"pair_weights is {weights}"),
+        "nll_target": (knobs.get("nll_coef"), "nll_coef is 0"),
+        "nll_norm": (knobs.get("nll_coef"), "nll_coef is 0"),
+        "common_token_weight": (knobs.get("token_weights") == "differing", "token_weights is not differing"),
+        "score_margin_max": (knobs.get("score_margin"), "score_margin is 0"),
+    }
+    for knob, (read, why) in readers.items():
+        if not read and knob in knobs and knobs[knob] != defaults[knob]:
+            yield _Fault(knob, f"is {knobs[knob]}, and nothing would read it: algorithm.{why}", "leave it out, or set that")
+    if weights == "age" and not algorithm.needs.replay:
+        yield _Fault(
+            "pair_weights",
+            "is age, and all pairs that are trained are of the same one: no pairs of earlier iterations come back",
+            "choose another, or an algorithm that trains earlier pairs once more, such as one with algorithm.replay above 0",
+        )
+    shares = [knobs.get("teacher_max_share"), knobs.get("teacher_decay")]
+    if algorithm.needs.teacher and config.sampling.samples_per_prompt == 1 and None not in shares and shares != [1.0, 1.0]:
+        yield _Fault(
+            "teacher_max_share",
+            f"is {shares[0]}, and with one sample per prompt every pair has the teacher's answer: at most a share of them would be trained",
+            "set sampling.samples_per_prompt to 2 or more, or it and algorithm.teacher_decay to 1.0",
+        )
+    judged = config.sampling.samples_per_prompt + len(algorithm.needs.beside_samples)
+    if weights == "per_prompt" and pair_builder(config).most(judged) == 1:
+        yield _Fault(
+            "pair_weights",
+            "is per_prompt, and the pair builder makes at most one pair of each prompt, so all would count alike",
+            "leave it out, or set pairing.name=all_pairs",
+        )
+
+
+def _impossible(knobs: dict[str, Any]) -> Iterator[_Fault]:
+    thresholds = knobs.get("strength_thresholds") or []
+    if knobs.get("pair_weights") == "strength" and not thresholds:
+        yield _Fault(
+            "strength_thresholds",
+            "is empty, so all pairs are of one class and count alike",
+            "set it to score gaps in ascending order, e.g. [1.0, 2.0], in units of the oracle's score",
+        )
+    if any(high <= low for low, high in pairwise(thresholds)):
+        yield _Fault("strength_thresholds", f"is {thresholds}, which is not ascending", "sort it, each gap once")
+    clip = knobs.get("pair_weight_clip")
+    if clip is not None and not (clip[0] <= 1.0 <= clip[1] and clip[0] < clip[1]):
+        yield _Fault(
+            "pair_weight_clip",
+            f"is {clip}, and the mean weight, 1, must be between the two",
+            "set it to the lowest and the highest weight, e.g. [0.1, 5.0]",
+        )
+    if knobs.get("token_weights") == "differing" and knobs.get("common_token_weight") == 1.0:
+        yield _Fault(
+            "common_token_weight",
+            "is 1, so tokens that both responses have in common count like all others",
+            "lower it, or leave algorithm.token_weights out",
+        )

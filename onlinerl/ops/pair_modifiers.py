@@ -1,0 +1,105 @@
+"""What pairs count beside one another, what is imitated beside them, and what their tokens count. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from difflib import SequenceMatcher
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onlinerl.types.training import TrainItem, TrainSequence
+
+if TYPE_CHECKING:
+    from onlinerl.types.labels import Judged
+
+
+def normalized(weights: Iterable[float], clip: Sequence[float] | None = None) -> list[float]:
+    """Divided by their mean, so that it becomes 1; all 0 if that is 0.
+
+    Args:
+        weights: one for each pair, not negative.
+        clip: the lowest and the highest weight, in units of the mean. What is cut off moves the mean, so it is divided by that once more.
+    """
+    given = list(weights)
+    if clip is not None:
+        lowest, highest = clip
+        given = [min(max(w, lowest), highest) for w in normalized(given)]
+    total = math.fsum(given)
+    return [w * len(given) / total for w in given] if total > 0 else [0.0] * len(given)
+
+
+def by_age(items: Iterable[TrainItem], decay: float) -> list[float]:
+    """decay^a, a by how many iterations a pair is older than the newest ones."""
+    sampled = [item.iteration for item in items]
+    return [decay ** (max(sampled) - t) for t in sampled]
+
+
+def by_prompt(items: Iterable[TrainItem]) -> list[float]:
+    """1 over the number of pairs of the same prompt in the same iteration, so that each prompt counts as much as any other."""
+    prompts = [(item.iteration, item.prompt_id) for item in items]
+    pairs = Counter(prompts)
+    return [1.0 / pairs[prompt] for prompt in prompts]
+
+
+def with_dcg(items: Sequence[TrainItem], judged: Judged) -> list[TrainItem]:
+    """Pairs of one group, each with what swapping its two responses changes in the DCG of the group's ranking:
+    |2^r_w - 2^r_l| |1 / ln(1 + rank_w) - 1 / ln(1 + rank_l)|, r the win rates within the group; of equal ones all have the best rank.
+
+    "LiPO: Listwise Preference Optimization through Learning-to-Rank" (arXiv 2402.01878), with ranks by the oracle, for those of the
+    policy are not known of a pair alone.
+    """
+    known = [rate for rate in judged.verdict.win_rates().tolist() if not math.isnan(rate)]
+
+    def discount(rate: float) -> float:
+        return 1.0 / math.log(2.0 + sum(other > rate for other in known))
+
+    rates = [[s.win_rate for s in item.sequences[:2]] for item in items]
+    return [
+        replace(item, weight=abs(2.0**won - 2.0**lost) * abs(discount(won) - discount(lost)))
+        for item, (won, lost) in zip(items, rates, strict=True)
+    ]
+
+
+def with_answer(item: TrainItem, judged: Judged) -> TrainItem:
+    """The pair with the stored answer to its prompt, which is imitated: a sequence more, unless it is one of the two.
+
+    Raises:
+        ValueError: if the prompt carries no answer.
+    """
+    prompt = judged.group.prompt
+    if not prompt.answer_ids:
+        raise ValueError(f"prompt {prompt.id!r} carries no answer_ids; declare `answers` in the algorithm's `needs`")
+    answer = TrainSequence(prompt_ids=prompt.token_ids, response_ids=prompt.answer_ids, policy_version=None, source="teacher")
+    places = (n for n, s in enumerate(item.sequences) if s.prompt_ids == answer.prompt_ids)
+    same = next((n for n in places if tuple(item.sequences[n].response_ids) == prompt.answer_ids), None)
+    if same is not None:
+        return replace(item, nll=same)
+    return replace(item, sequences=(*item.sequences, answer), nll=len(item.sequences))
+
+
+def differing(item: TrainItem, common: float) -> TrainItem:
+    """The pair with a weight for each token: 1 where the two responses differ, `common` where they say the same. All tokens of what else the
+    item holds count 1."""
+    chosen, rejected, *others = item.sequences
+    weights = apart(chosen.response_ids, rejected.response_ids, common)
+    two = tuple(s.with_(token_weights=w) for s, w in zip((chosen, rejected), weights, strict=True))
+    rest = tuple(s.with_(token_weights=np.ones(len(s.response_ids), np.float32)) for s in others)
+    return replace(item, sequences=two + rest)
+
+
+def apart(one: Sequence[int], other: Sequence[int], common: float) -> tuple[np.ndarray, np.ndarray]:
+    """f32[T] and f32[U], `common` for tokens in blocks that both have in the same order, as `difflib` matches them, and 1 for the others.
+
+    In responses of 200 tokens and more, tokens that make up over 1% of one begin no block, or long ones would take seconds to compare; such a
+    token is common where it lies next to a block.
+    """
+    ours, theirs = np.ones(len(one), np.float32), np.ones(len(other), np.float32)
+    # Numbers of numpy would be hashed and compared one by one, several times slower.
+    for at, there, size in SequenceMatcher(None, list(map(int, one)), list(map(int, other))).get_matching_blocks():
+        ours[at : at + size] = common
+        theirs[there : there + size] = common
+    return ours, theirs

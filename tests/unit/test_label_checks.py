@@ -1,0 +1,127 @@
+"""Which knobs of losses on pairs exclude one another, and which nothing would read."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from onlinerl import config as configuration
+from onlinerl.algorithm_checks import check_algorithm
+from onlinerl.errors import ConfigError
+
+QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
+
+
+def check(*overrides: str) -> list[str]:
+    config = configuration.load(
+        QUICKSTART, ["algorithm.name=dpo", *(f"algorithm.{o}" if "." not in o.split("=")[0] else o for o in overrides)]
+    )
+    return check_algorithm(config, configuration.algorithm(config))
+
+
+# By what is made of a label: at most one of these.
+POLICIES = {
+    "soft": ["soft_labels=true"],
+    "flip": ["flip_rate=0.1", "margin_cap=10.0"],
+    "margin": ["score_margin=0.5"],
+    "strength": ["pair_weights=strength", "strength_thresholds=[1.0]"],
+}
+TOGETHER = {frozenset(("flip", "strength"))}
+
+
+@pytest.mark.parametrize("two", list(combinations(POLICIES, 2)))
+def test_a_label_is_weighed_in_one_way(two):
+    """Each by itself works; every illegal pair is refused with field, cause and fix."""
+    for one in two:
+        check(*POLICIES[one])
+    both = [knob for one in two for knob in POLICIES[one]]
+    if frozenset(two) in TOGETHER:
+        check(*both)
+        return
+    with pytest.raises(ConfigError, match=r"twice|as a margin and as a probability") as refused:
+        check(*both)
+    assert refused.value.field.removeprefix("algorithm.") in {knob.split("=")[0] for knob in both}
+    assert refused.value.fix
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        ["label_smoothing=0.1", "score_margin=0.5"],
+        ["soft_labels=true", "pair_weights=dcg"],
+        ["score_margin=0.5", "pair_weights=dcg"],
+        ["name=upo", "score_margin=0.5"],
+        ["name=osp", "score_margin=0.5"],
+    ],
+)
+def test_other_ways_to_count_twice(knobs):
+    with pytest.raises(ConfigError):
+        check(*knobs)
+
+
+@pytest.mark.parametrize("weights", ["score_gap", "certainty", "wpo"])
+@pytest.mark.parametrize("policy", [["soft_labels=true"], ["label_smoothing=0.1"], ["score_margin=0.5"], []])
+def test_weights_for_other_reasons_go_with_any(weights, policy):
+    check(f"pair_weights={weights}", *policy)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "field", "said"),
+    [
+        (["strength_thresholds=[1.0]"], "strength_thresholds", "pair_weights is not strength"),
+        (["pair_weights=strength"], "strength_thresholds", "is empty"),
+        (["pair_weights=strength", "strength_thresholds=[2.0, 1.0]"], "strength_thresholds", "not ascending"),
+        (["pair_age_decay=0.9"], "pair_age_decay", "pair_weights is not age"),
+        (["pair_weights=age"], "pair_weights", "no pairs of earlier iterations come back"),
+        (["pair_weights=per_prompt"], "pair_weights", "at most one pair of each prompt"),
+        (["pair_weight_clip=[0.1, 5.0]"], "pair_weight_clip", "pair_weights is equal"),
+        (["pair_weights=wpo", "pair_weight_clip=[0.1, 5.0]"], "pair_weight_clip", "pair_weights is wpo"),
+        (["pair_weights=score_gap", "pair_weight_clip=[2.0, 5.0]"], "pair_weight_clip", "must be between the two"),
+        (["pair_weights=score_gap", "pair_weight_clip=[0.1]"], "pair_weight_clip", "at least 2 items"),
+        (["nll_target=reference_answer"], "nll_target", "nll_coef is 0"),
+        (["nll_norm=sum"], "nll_norm", "nll_coef is 0"),
+        (["common_token_weight=0.5"], "common_token_weight", "token_weights is not differing"),
+        (["token_weights=differing", "common_token_weight=1.0"], "common_token_weight", "count like all others"),
+        (["score_margin_max=3.0"], "score_margin_max", "score_margin is 0"),
+    ],
+)
+def test_what_nothing_would_read_or_means_nothing_is_refused(knobs, field, said):
+    with pytest.raises(ConfigError) as refused:
+        check(*knobs)
+    assert refused.value.field == f"algorithm.{field}"
+    assert said in refused.value.cause
+    assert refused.value.fix
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        ["pair_weights=age", "pair_age_decay=0.9", "name=dno_prct", "replay=0.3"],
+        ["pair_weights=per_prompt", "pairing.name=all_pairs"],
+        ["pair_weights=score_gap", "pair_weight_clip=[0.1, 5.0]"],
+        ["nll_coef=1.0", "nll_target=reference_answer"],
+        ["token_weights=differing", "common_token_weight=0.5"],
+        ["score_margin=0.5", "score_margin_max=3.0"],
+        ["name=dno_prct", "teacher=true"],
+    ],
+)
+def test_what_is_read_is_accepted(knobs):
+    check(*knobs)
+
+
+def test_a_single_sample_beside_a_teacher_makes_no_pair_that_may_be_trained():
+    taught = ["name=dno_prct", "teacher=true", "sampling.samples_per_prompt=1"]
+    with pytest.raises(ConfigError, match="every pair has the teacher's answer") as refused:
+        check(*taught)
+    assert refused.value.field == "algorithm.teacher_max_share"
+    check(*taught, "teacher_max_share=1.0", "teacher_decay=1.0")
+
+
+@pytest.mark.parametrize("name", ["grpo", "kto", "lipo_lambda", "sppo", "spin"])
+@pytest.mark.parametrize("key", ["token_weights=differing", "pair_weights=dcg", "nll_target=reference_answer"])
+def test_losses_of_another_kind_refuse_them_with_the_reason(name, key):
+    with pytest.raises(ConfigError, match=r"losses on pairs|losses that are a function of the margin") as refused:
+        check(f"name={name}", key)
+    assert refused.value.field == f"algorithm.{key.split('=')[0]}"
