@@ -78,10 +78,17 @@ def test_calls_and_money_of_oracles_that_ask_others_are_foretold_too(toy_config,
         "pairs": {"name": "swapped", "base": {"name": "judge_pair", "query_plan": "all_pairs_random_order", **judge}},
         "quality": {"name": "judge_score", **judge},
     }
-    keys = {"oracle.name": "composite", "oracle.members": members, "iterations": 2, "metrics.prometheus": False}
+    keys = {
+        "oracle.name": "composite",
+        "oracle.combine": "vote",
+        "oracle.members": members,
+        "iterations": 2,
+        "metrics.prometheus": False,
+    }
     file, run = toy_config(tmp_path, keys), tmp_path / "runs/toy"
-    foretold = re.search(r"(\d+) for the whole run.*about \$(\d+\.\d\d) at most", warm_cli("check", file).stdout)
-    assert foretold is not None
+    said = warm_cli("check", file)
+    foretold = re.search(r"(\d+) for the whole run.*about \$(\d+\.\d\d) at most", said.stdout)
+    assert foretold is not None, said.message
     server.asked.clear()
     done = warm_cli("run", file)
     assert done.returncode == 0, done.message
