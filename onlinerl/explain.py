@@ -144,6 +144,9 @@ def _described(annotation: Any) -> tuple[list[str], list[str]]:
         return [f"a section of {', '.join(annotation.model_fields)}"], []
     if origin is dict:
         return ["a mapping, e.g. {name: 1}"], []
+    if origin is list:
+        kinds, bounds = _described(arguments[0])
+        return [f"a list, each of it {' '.join([' or '.join(kinds), ' and '.join(bounds)]).strip()}"], []
     return [_KINDS[annotation]] if annotation in _KINDS else [], []
 
 

@@ -118,11 +118,11 @@ def _impossible(knobs: dict[str, Any]) -> Iterator[_Fault]:
     if any(high <= low for low, high in pairwise(thresholds)):
         yield _Fault("strength_thresholds", f"is {thresholds}, which is not ascending", "sort it, each gap once")
     clip = knobs.get("pair_weight_clip")
-    if clip is not None and not (clip[0] <= 1.0 <= clip[1] and clip[0] < clip[1]):
+    if clip is not None and not (len(clip) == 2 and 0.0 <= clip[0] <= 1.0 <= clip[1] and clip[0] < clip[1]):
         yield _Fault(
             "pair_weight_clip",
-            f"is {clip}, and the mean weight, 1, must be between the two",
-            "set it to the lowest and the highest weight, e.g. [0.1, 5.0]",
+            f"is {clip}: it takes the lowest and the highest weight, and the mean weight, 1, is between the two",
+            "set it to e.g. [0.1, 5.0]",
         )
     if knobs.get("token_weights") == "differing" and knobs.get("common_token_weight") == 1.0:
         yield _Fault(

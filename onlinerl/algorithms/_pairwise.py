@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -36,7 +36,7 @@ class Pairwise(Algorithm):
     scaled loss of "HelpSteer2-Preference: Complementing Ratings with Preferences"."""
     pair_age_decay: float = Field(0.5, gt=0, le=1)
     """A pair that is older by an iteration counts so many times as much."""
-    pair_weight_clip: list[Annotated[float, Field(ge=0)]] | None = Field(None, min_length=2, max_length=2)
+    pair_weight_clip: list[float] | None = None
     """The lowest and the highest weight of a pair, in units of the mean weight."""
     nll_coef: float = Field(0.0, ge=0)
     """Weight of the negative log-prob of the chosen response: "Iterative Reasoning Preference Optimization", equation 1."""

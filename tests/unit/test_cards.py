@@ -41,6 +41,8 @@ def test_a_card_by_hand():
     assert "algorithm.beta: 2.0  (a number above 0)" in page
     assert "algorithm.ld_alpha: null  (a number from 0 and up to 1, or null)" in page
     assert "algorithm.length_norm: true  (true or false)" in page
+    assert "algorithm.strength_thresholds: []  (a list, each of it a number)" in page
+    assert "algorithm.pair_weight_clip: null  (a list, each of it a number, or null)" in page
 
 
 def test_on_the_command_line():
