@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def relabel(directory: Path, overrides: Sequence[str], console: Console, *, iter
             raise StoreError(f"{directory} keeps no prompts", field="prompts", fix="an oracle needs them: resume the run first")
         chosen = _chosen(store, iteration)
         oracle = configuration.oracle(config)
+        _require_answers(oracle, kept.train)
         folder = directory / labels.KEPT
         if oracle.inner():  # what such a one keeps of itself is not to be taken for what that of the run keeps
             folder /= "relabels"
@@ -57,13 +59,21 @@ def relabel(directory: Path, overrides: Sequence[str], console: Console, *, iter
             trial = _tried(config, oracle, account, kept.heldout[0])
             labels.record_trial(store, trial.cost.plus(oracle.opening_cost))
             oracle.remember(folder)
-            _judge(store, config, oracle, account, kept.train, chosen, compares_only=trial.scores is None, console=console)
+            with _started():
+                _judge(store, config, oracle, account, kept.train, chosen, compares_only=trial.scores is None, console=console)
             return oracle.version
-        except OnlineRLError as error:
-            error.started = True
-            raise
         finally:
             oracle.close()
+
+
+@contextmanager
+def _started() -> Iterator[None]:
+    """What goes wrong from here on comes after something was asked for."""
+    try:
+        yield
+    except OnlineRLError as error:
+        error.started = True
+        raise
 
 
 def _config(directory: Path, overrides: Sequence[str]) -> RunConfig:
@@ -71,6 +81,16 @@ def _config(directory: Path, overrides: Sequence[str]) -> RunConfig:
     if other is not None:
         raise ConfigError("is not read here", field=other.partition("=")[0], fix="give keys of oracle and ledger only")
     return configuration.settled(resuming.stored_config(directory, overrides))
+
+
+def _require_answers(oracle: Oracle, prompts: Sequence[Prompt]) -> None:
+    lacking = sum(prompt.reference_answer is None for prompt in prompts)
+    if oracle.needs_reference_answer and lacking:
+        raise ConfigError(
+            f"{lacking} of {len(prompts)} prompts of this run have no reference answer, which this oracle needs",
+            field="oracle.name",
+            fix="choose another oracle",
+        )
 
 
 def _chosen(store: RunDirectory, iteration: int | None) -> list[int]:

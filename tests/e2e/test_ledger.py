@@ -213,7 +213,7 @@ def test_an_oracle_agrees_with_itself(toy_config, warm_cli, tmp_path):
     (tmp_path / "brevity.py").write_text("def judge(groups):\n    return [[-len(r) for r in g['responses']] for g in groups]\n")
     own = {"oracle.name": "python", "oracle.function": f"{tmp_path}/brevity.py:judge", "metrics.prometheus": False}
     assert warm_cli("run", toy_config(tmp_path, {**own, "iterations": 1})).returncode == 0
-    done = warm_cli("relabel", tmp_path / "runs/toy", "oracle.revision=2")
+    done = warm_cli("relabel", tmp_path / "runs/toy", "oracle.revision=two")
     assert done.returncode == 0, done.message
     (agreement,) = ledger(warm_cli, tmp_path / "runs/toy")["agreement"]
     assert (agreement["agreement"]["value"], agreement["kappa"]) == (1, 1)
@@ -225,6 +225,8 @@ def test_an_oracle_agrees_with_itself(toy_config, warm_cli, tmp_path):
         (["iterations=9"], "iterations: is not read here"),
         (["--iteration", "7"], "choose one of 1"),
         (["oracle.nme=x"], "oracle.nme"),
+        (["oracle.name=math_verifier"], "have no reference answer"),
+        (["ledger.max_usd=3"], "ledger.max_usd: is set, and sentiment has no price"),
     ],
 )
 def test_what_relabel_cannot_do_it_refuses(toy_config, warm_cli, tmp_path, keys, says):
