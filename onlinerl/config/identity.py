@@ -30,7 +30,7 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
 
 def resumable(config: RunConfig) -> list[str]:
     """The dotted keys that are marked as `Resumable`: where it runs, what is watched and when to stop, not what is computed."""
-    return list(_marked(RunConfig, "", _classes(config)))
+    return list(marked(RunConfig, "", _classes(config)))
 
 
 def _classes(config: RunConfig) -> dict[str, type[BaseModel]]:
@@ -40,13 +40,14 @@ def _classes(config: RunConfig) -> dict[str, type[BaseModel]]:
     return {name: type(value) for name, value in {**sections, **chosen}.items()}
 
 
-def _marked(model: type[BaseModel], prefix: str, classes: Mapping[str, type[BaseModel]]) -> Iterator[str]:
+def marked(model: type[BaseModel], prefix: str, classes: Mapping[str, type[BaseModel]]) -> Iterator[str]:
+    """The dotted keys of a configuration that are marked as `Resumable`; `classes`: of its sections, by name."""
     for name, field in model.model_fields.items():
         inner = classes.get(prefix + name, field.annotation)
         if any(_is_marked(base, name) for base in model.__mro__):  # a class that only gives another default repeats no mark
             yield prefix + name
         elif isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from _marked(inner, f"{prefix}{name}.", classes)
+            yield from marked(inner, f"{prefix}{name}.", classes)
 
 
 def _is_marked(model: type, name: str) -> bool:
