@@ -114,7 +114,7 @@ class Batch:
     forced_B: Tensor | None = None
     """How many of the first response tokens nobody sampled; None: of no row any."""
     margin_P: Tensor | None = None
-    """By how much the odds of each chosen response are to exceed even ones (`TrainItem.margin`)."""
+    """`TrainItem.margin`."""
     annotators_G: Tensor | None = None
     """int64, a number that stands for who judged each item (`annotator_number` in ops/batching.py)."""
 

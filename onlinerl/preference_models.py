@@ -7,7 +7,7 @@ they were trained with; a classifier of other people that has no such entry is a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,6 +17,15 @@ KEY = "preference_model"
 """Of the model's `config.json`."""
 BRADLEY_TERRY, GENERAL, PAIRWISE = "bradley_terry", "general_preference", "pairwise"
 """Objectives, as `KEY` names them."""
+
+
+class RewardHead(NamedTuple):
+    """What is read at the last token of a sequence; `Needs.reward_head` as a tuple with names."""
+
+    outputs: int
+    """D: how many numbers."""
+    description: dict[str, Any]
+    """What the exported model says of them, under `KEY`."""
 
 
 class Asked(Protocol):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.preference import logistic, smoothed
-from onlinerl.preference_models import single
-from onlinerl.protocols.algorithm import Needs, Reported, RewardHead, by_knobs
+from onlinerl.preference_models import RewardHead, single
+from onlinerl.protocols.algorithm import Needs, Reported, by_knobs
 from onlinerl.protocols.objective import Objective
 from onlinerl.types.preferences import Comparison
 from onlinerl.types.prompts import RawPrompt

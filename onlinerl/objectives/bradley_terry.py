@@ -11,8 +11,7 @@ from torch import Tensor
 from onlinerl.batch import Batch, LossOutput, Outputs
 from onlinerl.objectives._comparisons import Comparisons
 from onlinerl.ops.preference import by_pair
-from onlinerl.preference_models import BRADLEY_TERRY
-from onlinerl.protocols.algorithm import RewardHead
+from onlinerl.preference_models import BRADLEY_TERRY, RewardHead
 
 
 class BradleyTerry(Comparisons):

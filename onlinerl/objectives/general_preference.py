@@ -10,9 +10,8 @@ from torch import Tensor
 
 from onlinerl.batch import Batch, Outputs
 from onlinerl.objectives._comparisons import Comparisons
-from onlinerl.ops.preference import antisymmetric
-from onlinerl.preference_models import GENERAL
-from onlinerl.protocols.algorithm import RewardHead
+from onlinerl.ops.antisymmetric import antisymmetric
+from onlinerl.preference_models import GENERAL, RewardHead
 
 
 class GeneralPreference(Comparisons):

@@ -10,8 +10,7 @@ from torch import Tensor
 from onlinerl.batch import Batch, Outputs
 from onlinerl.objectives._comparisons import Comparisons
 from onlinerl.ops.preference import by_pair
-from onlinerl.preference_models import PAIRWISE, compared
-from onlinerl.protocols.algorithm import RewardHead
+from onlinerl.preference_models import PAIRWISE, RewardHead, compared
 from onlinerl.types.prompts import RawPrompt
 
 

@@ -27,17 +27,6 @@ def by_knobs(of: Callable[[Any], Value]) -> Value:
     return property(of)  # type: ignore[return-value]
 
 
-class RewardHead(BaseModel):
-    """Of a reward or preference model: what is read at the last token of a sequence."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    outputs: int
-    """D: how many numbers."""
-    description: dict[str, Any]
-    """What the exported model says of them, for who asks it (`preference_models.KEY`)."""
-
-
 class Needs(BaseModel):
     """What an algorithm must be given: all that loop, learner and checks read of it. Nothing is computed that nobody asked for."""
 
@@ -110,9 +99,8 @@ class Needs(BaseModel):
     reference_samples: int = 0
     """So many responses of the base model to each prompt, which join the samples too."""
 
-    reward_head: RewardHead | None = None
-    """A sequence classifier is trained in place of a policy (`Outputs.rewards_BD`), as objectives of reward models want it."""
-
+    reward_head: tuple[int, dict[str, Any]] | None = None
+    """In place of a policy, a classifier with so many outputs (`Outputs.rewards_BD`), whose configuration says this (`RewardHead`)."""
     mixture_samples: int = 0
     """So many responses to each prompt that are drawn, token by token, from the geometric mixture of policy and reference: softmax of
     (1 - `mixture_weight`) policy logits + `mixture_weight` reference logits. The learner, which holds both, draws them; they join the samples."""

@@ -151,7 +151,7 @@ class TestGeneralPreference:
         assert GeneralPreference(dim=2).head.description["tau"] == 1.0
         assert GeneralPreference().head.description["tau"] == 0.1
         assert GeneralPreference(tau=0.5).temperature == 0.5
-        assert GeneralPreference(dim=8).needs.reward_head.outputs == 8
+        assert GeneralPreference(dim=8).needs.reward_head[0] == 8
 
     def test_an_odd_length_is_refused(self):
         with pytest.raises(ValidationError, match="its length is even"):
@@ -176,7 +176,7 @@ OBJECTIVES = [build({"objective": name}, "reward_model") for name in registry.na
 class TestEach:
     def test_gradients(self, objective):
         """By finite differences, in float64."""
-        outputs = objective.needs.reward_head.outputs
+        outputs = objective.needs.reward_head[0]
         batch = batch_of(objective, comparison(prob=0.8), comparison(weight=2.0))
 
         def total(rewards):
@@ -187,7 +187,7 @@ class TestEach:
 
     def test_the_label_turned_round_is_the_other_loss(self, objective):
         rng = np.random.default_rng(1)
-        rows = rng.normal(size=(2, objective.needs.reward_head.outputs)).tolist()
+        rows = rng.normal(size=(2, objective.needs.reward_head[0])).tolist()
         turned = says(rows[1], rows[0])
         # Probabilities of a half are those of no label at all.
         assert loss(objective, says(*rows), comparison(prob=0.5)) == pytest.approx(
@@ -197,7 +197,7 @@ class TestEach:
 
     def test_log_odds_change_sign_with_the_order(self, objective):
         rng = np.random.default_rng(2)
-        a, b = rng.normal(size=(2, 7, objective.needs.reward_head.outputs))
+        a, b = rng.normal(size=(2, 7, objective.needs.reward_head[0]))
         np.testing.assert_allclose(objective.log_odds(a, b), -objective.log_odds(b, a))
 
     @pytest.mark.parametrize("loss_type", ["margin", "scaled"])
