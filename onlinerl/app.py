@@ -21,7 +21,7 @@ from onlinerl import oracle_requests, preflight, resuming, wiring
 from onlinerl.config import RunConfig
 from onlinerl.controller import loop, time_limit
 from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
-from onlinerl.oracle_checks import check_components, check_uncertainty, implied_preferences
+from onlinerl.oracle_checks import check_comparable, check_components, check_uncertainty, implied_preferences
 from onlinerl.preflight import Checked
 from onlinerl.prompts._kept import Kept
 from onlinerl.protocols.oracle import ModelOracle
@@ -49,6 +49,8 @@ def check(config: RunConfig, console: Console, kept: Kept | None = None) -> Chec
         else:
             console.print(f"{absent} is not on this machine: the oracle was not tried", highlight=False, soft_wrap=True)
         check_uncertainty(config, checked.algorithm, checked.oracle.gives_uncertainty)
+        if checked.oracle.compares:
+            check_comparable(config, checked.algorithm)
     elif checked.train is not None:
         verdict = wiring.probed(checked, checked.oracle)
         checked = checked.tried(verdict)
