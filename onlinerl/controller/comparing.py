@@ -1,12 +1,13 @@
-"""How an oracle that compares decides: whether it is the place, the length or the text."""
+"""How an oracle that compares decides: whether it is the place, the length or the text, and whether its preferences go in circles."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import comb
 
 import numpy as np
 
-from onlinerl.types import Group, Verdict
+from onlinerl.types import Group, Verdict, derive_seed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +25,10 @@ class Compared:
     """Pairs in which the longer response is preferred; a tie is half."""
     unequal: int
     """Pairs with an opinion whose responses differ in length (characters)."""
+    circles: int
+    """Triples of responses of which each beats another one; 0 where not all pairs were compared."""
+    triples: int
+    """All of them; 0 where not all pairs were compared."""
 
     @classmethod
     def of(cls, group: Group, verdict: Verdict) -> Compared:
@@ -32,16 +37,34 @@ class Compared:
         np.fill_diagonal(raw, np.nan)
         asked = ~np.isnan(raw)
         lengths = np.array([len(rollout.text) for rollout in group.rollouts])
-        longer = (lengths[:, None] > lengths[None, :]) & ~np.isnan(verdict.matrix())
+        matrix = verdict.matrix()
+        longer = (lengths[:, None] > lengths[None, :]) & ~np.isnan(matrix)
+        whole = not np.isnan(matrix).any()
         return cls(
             flips=int(verdict.disagreements().sum()) // 2,
             both_orders=int((asked & asked.T).sum()) // 2,
             first_wins=_wins(raw[asked]),
             comparisons=int(asked.sum()),
-            longer_wins=_wins(verdict.matrix()[longer]),
+            longer_wins=_wins(matrix[longer]),
             unequal=int(longer.sum()),
+            circles=circles(matrix, group.prompt.id) if whole else 0,
+            triples=comb(len(matrix), 3) if whole else 0,
         )
 
 
 def _wins(probs: np.ndarray) -> float:
     return float((probs > 0.5).sum() + (probs == 0.5).sum() / 2)
+
+
+def circles(matrix: np.ndarray, seed: str = "") -> int:
+    """How many triples of K responses go in a circle, from P(i beats j) [K, K]. Ties are broken by a coin that `seed` throws.
+
+    Of a tournament, C(K, 3) - sum_i C(wins_i, 2): none for scores, a quarter of the triples for coins.
+    """
+    size = len(matrix)
+    wins = [0] * size
+    for i in range(size):
+        for j in range(i + 1, size):
+            coin = matrix[i, j] == 0.5 and derive_seed("circle", seed, i, j) % 2 == 0
+            wins[i if matrix[i, j] > 0.5 or coin else j] += 1
+    return comb(size, 3) - sum(comb(count, 2) for count in wins)

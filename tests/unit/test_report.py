@@ -56,7 +56,7 @@ class Broken(Tracker):
         raise OSError("no")
 
 
-def group(number: int) -> Group:
+def group(number: int, responses: int = 2) -> Group:
     rollouts = tuple(
         Rollout(
             token_ids=(k,),
@@ -67,7 +67,7 @@ def group(number: int) -> Group:
             sampler=Sampling(),
             seed=k,
         )
-        for k in range(2)
+        for k in range(responses)
     )
     return Group(prompt=Prompt(id=str(number), text="", token_ids=(1,)), rollouts=rollouts, rejected=("logprob", "abort"))
 
@@ -121,8 +121,9 @@ def everything(report: Reporter, learner: dict[str, float], figures: dict[str, f
     report.labelled(1, ok=2, failed=1, spreads=[0.5, 0.5])
     report.asked(1, "label", 1, 3)
     report.paid(1, "label", Cost(calls=3, seconds=2.0, usd=0.5, tokens=10, tokens_out=4))
-    compares = Verdict(annotator="a", oracle_version="1", preferences=((math.nan, 0.9), (0.8, math.nan)))
-    report.compared(1, [Compared.of(group, compares) for group in GROUPS])
+    cells = ((math.nan, 0.9, 0.9), (0.8, math.nan, 0.9), (0.1, 0.1, math.nan))
+    compares = Verdict(annotator="a", oracle_version="1", preferences=cells)
+    report.compared(1, [Compared.of(group(n, 3), compares) for n in range(3)])
     report.skipped(1, 1)
     report.trained(1, steps(learner, learner), BUILT, None, 0, figures)
     sync = SyncReport(
