@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-dev fetch-model demo test test-long test-families test-algorithms realdata bench-memory bench-vocabulary bench-packing gpu-check check clean
+.PHONY: help install install-dev fetch-model demo test test-long test-families test-algorithms realdata train-rm-hh bench-memory bench-vocabulary bench-packing gpu-check check clean
 
 BIN := .venv/bin
 CONFIG ?= configs/quickstart.yaml
@@ -39,6 +39,9 @@ test-algorithms: install-dev  ## every algorithm: a run on toys that learns, and
 
 realdata: install fetch-model  ## GSM8K and HH dialogues, tensor parallel 2, ZeRO-3 (about 30 minutes; needs the data, DATA=...)
 	$(BIN)/python benchmarks/realdata.py --data $(DATA)
+
+train-rm-hh: install fetch-model  ## reward models of HH dialogues, Bradley-Terry and general preference, held-out figures (needs the data, DATA=...)
+	$(BIN)/python benchmarks/reward_models.py --data $(DATA)
 
 bench-memory: install  ## peak memory of learner ranks with half a billion parameters, beside what `check` says (16 GiB, 10 minutes)
 	$(BIN)/python benchmarks/zero3_memory.py --out runs/learner-memory.json

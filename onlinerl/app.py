@@ -70,6 +70,8 @@ def check(
             account.settle(one, Cost())
         checked = replace(checked, trial=paid)
         oracle_checks.check_uncertainty(config, checked.algorithm, checked.oracle.gives_uncertainty)
+        if checked.oracle.compares:
+            oracle_checks.check_comparable(config, checked.algorithm)
     elif checked.train is not None:
         verdict = tried(checked.oracle, account, lambda: wiring.probed(checked, checked.oracle))
         checked = checked.tried(verdict, paid)

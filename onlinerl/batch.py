@@ -55,6 +55,8 @@ class Outputs:
     """KL(reference || policy) of the next-token distributions, in nats, with gradient."""
     hidden_BH: Tensor | None = None
     """Sum of the last layer's states from the last prompt token to the last but one of the response. No loss reads it."""
+    rewards_BD: Tensor | None = None
+    """What the head of a reward or preference model says at the last token of each row."""
 
     def need(self, name: str) -> Tensor:
         """A field that the loss cannot do without.
@@ -114,6 +116,8 @@ class Batch:
     token_weights_BT: Tensor | None = None
     forced_B: Tensor | None = None
     """How many of the first response tokens nobody sampled; None: of no row any."""
+    margin_P: Tensor | None = None
+    """`TrainItem.margin`."""
     annotators_G: Tensor | None = None
     """int64, a number that stands for who judged each item (`annotator_number` in ops/batching.py)."""
 

@@ -1,4 +1,4 @@
-"""The command line: run, resume, sweep, scale, check, data, show, labels, relabel, algorithms, extrapolate, fetch-model, doctor."""
+"""The command line: run, resume, sweep, train-rm, scale, check, data, show, labels, relabel, algorithms, extrapolate, fetch-model, doctor."""
 
 from __future__ import annotations
 
@@ -115,6 +115,31 @@ def _show_sweep(folder: Path, *, as_json: bool) -> bool:
     return True
 
 
+@app.command("train-rm", context_settings=KEYS_FOLLOW)
+def train_rm(
+    config: Config,
+    overrides: Overrides = None,
+    check: Annotated[bool, typer.Option("--check", help="Check it, train nothing.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move an older one of this name aside first.")] = False,
+) -> None:
+    """Train a reward or preference model on stored comparisons, or go on where it was stopped; the result is an oracle's path.
+
+    Exit code 0: it is trained and measured. 1: it failed, and the same call goes on. 2: nothing was started. 75: stopped by a signal.
+    """
+    from onlinerl import app as application
+    from onlinerl.config import reward_model as configuration
+    from onlinerl.reward_training import checks, running
+
+    loaded = configuration.load(config, overrides or ())
+    if check:
+        for note in checks.check(loaded).notes:
+            out.print(note, highlight=False, soft_wrap=True)
+        out.print("ok", style="green")
+        return
+    with application.signals():
+        running.run(loaded, out, fresh=fresh)
+
+
 @app.command()
 def scale(
     run: Run, replicas: Annotated[int, typer.Option(min=1, help="How many replicas of the engine there are to be.")]
@@ -196,6 +221,8 @@ def show(
     if timeline:
         _show_timeline(run, as_json=as_json)
         return
+    if _show_reward_model(run, as_json=as_json):
+        return
     if not (run / "manifest.json").exists() and _show_sweep(run, as_json=as_json):
         return
     if not (run / "manifest.json").exists() and (found := summary.runs(run)):
@@ -208,6 +235,22 @@ def show(
     else:
         out.print(render_table(summary.summarise(run, extras=True)))
         out.print(summary.state(run), highlight=False, soft_wrap=True)
+
+
+def _show_reward_model(folder: Path, *, as_json: bool) -> bool:
+    """False if the folder holds none."""
+    from onlinerl.reward_training import reports
+
+    found = reports.stored(folder)
+    if found is None:
+        return False
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=1, allow_nan=False) + "\n")
+        return True
+    if "heldout" in found:
+        out.print(reports.table(found))
+    out.print(f"{folder}: a reward model, {found['status']}", highlight=False, soft_wrap=True)
+    return True
 
 
 def _show_samples(run: Path, iteration: int | None, limit: int, *, heldout: bool, as_json: bool, full: bool) -> None:

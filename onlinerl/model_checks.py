@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,15 +11,17 @@ from typing import Any
 from onlinerl import weight_files
 from onlinerl.errors import ConfigError
 from onlinerl.families import check_attention, check_packing, logit_rule
+from onlinerl.preference_models import objective_of
 
 
-def check_description(model: Path, attention: str, *, padding_free: bool = False) -> None:
+def check_description(model: Path, attention: str, *, padding_free: bool = False, classifier: bool = False) -> None:
     """Refuse a model that the engine or the learner could not load, or whose log-probs the learner would get wrong.
 
     Args:
         model: its directory.
         attention: `learner.attn_implementation`.
         padding_free: `learner.padding_free`.
+        classifier: whether it is a reward model already, which gives no log-probs.
 
     Raises:
         ConfigError: naming cause and fix.
@@ -33,8 +36,9 @@ def check_description(model: Path, attention: str, *, padding_free: bool = False
         described = _described(model).to_dict()  # not the file alone: that may leave out what is a default
     except Exception as error:  # models check their own configurations, each in its way
         raise _unreadable(error) from error
-    _check_architecture(written)
-    logit_rule(described)
+    if not classifier:
+        _check_architecture(written)
+        logit_rule(described)
     check_attention(described, attention)
     if padding_free:
         check_packing(described)
@@ -141,6 +145,64 @@ def check_critic(critic: Path, policy: Path, tokenizer: Any) -> None:
         raise _no_critic(f"{critic} is of the family {theirs.model_type}, and the policy of {ours.model_type}")
     if vocabulary != tokenizer.get_vocab():
         raise _no_critic(f"{critic} has another vocabulary than the policy, whose tokens it would read")
+
+
+def check_reward_model(
+    model: Path, outputs: int, description: Mapping[str, Any], attention: str, *, padding_free: bool = False
+) -> bool:
+    """Refuse what cannot become, or go on as, a reward or preference model of this kind.
+
+    Args:
+        model: its directory.
+        outputs: of the head.
+        description: what the model's configuration will say of them.
+        attention: `learner.attn_implementation`.
+        padding_free: `learner.padding_free`.
+
+    Returns:
+        Whether it is such a model already; else a language model, which gets a new head.
+
+    Raises:
+        ConfigError: naming cause and fix.
+    """
+    try:
+        written = _object(model / "config.json")
+    except (OSError, ValueError) as error:
+        raise _unreadable(error) from error
+    named = written.get("architectures")
+    classifier = isinstance(named, list) and bool(named) and str(named[0]).endswith("ForSequenceClassification")
+    check_description(model, attention, padding_free=padding_free, classifier=classifier)
+    _require_score(str(written.get("model_type")))
+    if not classifier:
+        return False
+    described = _described(model)
+    fix = "give a language model, or one that was trained with the same reward_model"
+    if described.num_labels != outputs:
+        raise ConfigError(
+            f"{model} is a classifier with {described.num_labels} labels, and the objective reads {outputs}",
+            field="model",
+            fix=fix,
+        )
+    if (found := objective_of(written)) != (wanted := description["objective"]):
+        raise ConfigError(f"{model} was trained with the objective {found}, not {wanted}", field="model", fix=fix)
+    weight_files.parameters(str(model), model)
+    return True
+
+
+def _require_score(family: str) -> None:
+    """A head is read at the last token of a decoder: transformers calls it `score` there."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as NAMES
+
+    name = NAMES.get(family)
+    cls = None if name is None else getattr(transformers, name if isinstance(name, str) else name[0], None)
+    inits = [base.__init__ for base in getattr(cls, "__mro__", ()) if "__init__" in vars(base)]
+    if not any("self.score =" in inspect.getsource(init) for init in inits if inspect.isfunction(init)):
+        raise ConfigError(
+            f"transformers has no classifier of the family {family!r} with a head called `score` on its last state",
+            field="model",
+            fix="give a decoder, e.g. of the families of Llama, Qwen, Gemma or Mistral",
+        )
 
 
 def _check_quantization(written: Mapping[str, Any]) -> None:

@@ -30,6 +30,20 @@ def check_uncertainty(config: RunConfig, algorithm: Algorithm, given: bool | Non
         )
 
 
+def check_comparable(config: RunConfig, algorithm: Algorithm) -> None:
+    """Refuse an oracle that only compares where there is nothing to compare with.
+
+    Raises:
+        ConfigError: if there is one response to a prompt.
+    """
+    if config.sampling.samples_per_prompt + len(algorithm.needs.beside_samples) < 2:
+        raise ConfigError(
+            "the oracle only compares responses with each other, and there is one per prompt",
+            field="sampling.samples_per_prompt",
+            fix="set it to 2 or more",
+        )
+
+
 def check_components(config: RunConfig, algorithm: Algorithm, oracle: Oracle, verdict: Verdict | None) -> None:
     """Refuse an oracle that does not give all the scores that an algorithm reads.
 
@@ -64,7 +78,7 @@ def implied_preferences(config: RunConfig, algorithm: Algorithm, oracle: Oracle,
 
     `verdict` is what the oracle answered to a trial question; None if it was not asked.
     """
-    if not algorithm.needs.preferences or (verdict is not None and verdict.preferences is not None):
+    if not algorithm.needs.preferences or oracle.compares or (verdict is not None and verdict.preferences is not None):
         return []
     temperature = oracle.preference_temperature
     return [

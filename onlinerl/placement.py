@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from onlinerl import config as configuration
 from onlinerl.config import RunConfig
+from onlinerl.config.reward_model import RewardConfig
 from onlinerl.errors import ClusterError, ConfigError
 from onlinerl.protocols.oracle import with_weights
 
@@ -33,13 +34,13 @@ def bundles(placements: Sequence[Placement]) -> list[dict[str, float]]:
     return [{k: float(v) for k, v in one.items() if v > 0} or {"CPU": 0.001} for one in wanted]
 
 
-def plan(config: RunConfig, device: str) -> list[Placement]:
-    """What a run asks of the cluster: learner ranks, replicas of the engine, then of each oracle with weights.
+def plan(config: RunConfig | RewardConfig, device: str) -> list[Placement]:
+    """What a run asks of the cluster: learner ranks, replicas of the engine, then of each oracle with weights. The training of a reward
+    model asks for ranks only.
 
     Colocated: rank i and replica i share one bundle and its GPU.
     """
-    engine, learner = config.engine, config.learner
-    gpu = device == "cuda"
+    learner, gpu = config.learner, device == "cuda"
     shared = gpu and config.cluster.colocate
     ranks = [
         Placement(
@@ -51,6 +52,9 @@ def plan(config: RunConfig, device: str) -> list[Placement]:
         )
         for i in range(learner.ranks)
     ]
+    if isinstance(config, RewardConfig):
+        return ranks
+    engine = config.engine
     replicas = [
         Placement(
             role=f"replica {i}",

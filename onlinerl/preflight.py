@@ -119,8 +119,8 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     _check_layout(config)
     for tracker in config.metrics.all():
         tracker.check()
-    _check_writable(config)
-    local = _check_model(config.model)
+    check_writable(config.directory)
+    local = check_model(config.model)
     if local is not None:  # from here on by its place: other processes may have another working directory
         config = config.model_copy(update={"model": str(local)})
         check_description(local, config.learner.attn_implementation, padding_free=config.learner.padding_free)
@@ -157,7 +157,7 @@ def _critic(
     model = algorithm.needs.critic_model
     if model is None:
         return parameters if algorithm.needs.critic == "separate" else 0, None
-    folder = _check_model(model, "algorithm.critic_model")
+    folder = check_model(model, "algorithm.critic_model")
     if folder is not None and local is not None:
         check_critic(folder, local, tokenizer(config.model))
     return weight_files.parameters(model, folder), folder
@@ -248,7 +248,7 @@ def _check_merging(config: RunConfig, local: Path | None) -> None:
     merging, field = config.training.online_merging, "training.online_merging.base_model"
     if merging is None:
         return
-    folder = _check_model(merging.base_model, field)
+    folder = check_model(merging.base_model, field)
     if folder is None:
         fix = f"download it first: hf download {merging.base_model}"
         raise ConfigError(f"{merging.base_model} is not on this machine", field=field, fix=fix)
@@ -322,8 +322,9 @@ def _precision(config: RunConfig) -> list[str]:
     return ["engine and learner compute in float32: this CPU has no instructions for bfloat16"]
 
 
-def _check_writable(config: RunConfig) -> None:
-    folder = config.directory.parent.absolute()
+def check_writable(directory: Path) -> None:
+    """Raises ConfigError where the directory of a run cannot be made."""
+    folder = directory.parent.absolute()
     while not os.path.exists(folder):  # Path.exists raises where a folder may not be looked into
         folder = folder.parent
     try:
@@ -336,8 +337,8 @@ def _check_writable(config: RunConfig) -> None:
         ) from None
 
 
-def _check_model(model: str, field: str = "model") -> Path | None:
-    """The model's directory, or None for a hub id that is not on this machine."""
+def check_model(model: str, field: str = "model") -> Path | None:
+    """The model's directory, or None for a hub id that is not on this machine. Raises ConfigError if there is no model at a path."""
     path = hub.local(model)
     if path is not None:
         if not (path / "config.json").is_file():

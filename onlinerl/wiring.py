@@ -17,9 +17,8 @@ from onlinerl.config import RunConfig
 from onlinerl.controller.asking import Asker
 from onlinerl.controller.fleet import FleetReporter
 from onlinerl.controller.parts import Parts, samples_dynamically
-from onlinerl.errors import ConfigError
 from onlinerl.metrics.catalogue import CATALOGUE
-from onlinerl.oracle_checks import check_uncertainty
+from onlinerl.oracle_checks import check_comparable, check_uncertainty
 from onlinerl.preflight import Checked
 from onlinerl.protocols.engine import InProcessEngine, ReplicaSettings, RolloutEngine
 from onlinerl.protocols.learner import InProcessLearner, Learner
@@ -296,11 +295,6 @@ def probed(checked: Checked, oracle: Oracle) -> Verdict:
     """
     verdict = preflight.probe_oracle(oracle, checked.heldout[0])
     check_uncertainty(checked.config, checked.algorithm, verdict.uncertainty is not None)
-    responses = checked.config.sampling.samples_per_prompt + len(checked.algorithm.needs.beside_samples)
-    if verdict.scores is None and responses < 2:
-        raise ConfigError(
-            "the oracle only compares responses with each other, and there is one per prompt",
-            field="sampling.samples_per_prompt",
-            fix="set it to 2 or more",
-        )
+    if verdict.scores is None:
+        check_comparable(checked.config, checked.algorithm)
     return verdict

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayError
 
 from onlinerl.cluster.colocation import Turn, Turns
 from onlinerl.cluster.runtime import Cluster, explained, get
 from onlinerl.config import RunConfig
+from onlinerl.config.reward_model import RewardConfig
 from onlinerl.errors import LearnerError, LearnerLost, OnlineRLError
-from onlinerl.learners._self_test import combine
-from onlinerl.ops.batching import plan_step
+from onlinerl.learners._group import RankGroup
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.learner import LearnerConfig, LearnerRank, RankSettings
-from onlinerl.types import Draw, Drawn, Sampling, SelfTest, TrainItem, TrainSequence, UpdateReport
 
 T = TypeVar("T")
 LOST_S = 10.0
@@ -55,8 +52,8 @@ class RankActor:
         return getattr(self._rank, method)(*args)
 
 
-class LearnerGroup:
-    """Cuts work up so that every rank gets its share and the same number of micro-batches; a `protocols.learner.Learner`.
+class LearnerGroup(RankGroup):
+    """Ranks in processes of their own; a `protocols.learner.Learner`.
 
     Args:
         cluster: where the ranks run.
@@ -66,11 +63,11 @@ class LearnerGroup:
         turns: with the engine, on shared GPUs.
     """
 
-    def __init__(self, cluster: Cluster, config: RunConfig, algorithm: Algorithm, temperature: float, turns: Turns) -> None:
-        self._config, self._algorithm, self._turns = config.learner, algorithm, turns
-        self._model = config.model
-        self.dtype: str = config.learner.dtype
-        """Of its weights."""
+    def __init__(
+        self, cluster: Cluster, config: RunConfig | RewardConfig, algorithm: Algorithm, temperature: float, turns: Turns
+    ) -> None:
+        super().__init__(config.learner, algorithm, config.model)
+        self._turns = turns
         ranks = config.learner.ranks
         threads = config.learner.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
         env = config.learner.environment(cluster.device, threads)
@@ -108,6 +105,11 @@ class LearnerGroup:
         """
         limit = self._config.start_timeout_s
         get(self._started, timeout_s=limit, error=LearnerError, what="starting the learner", meanwhile=meanwhile)
+
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return len(self.actors)
 
     def call(self, method: Callable[..., T], *args: Any, timeout_s: float | None = None, turn: Turn = "learner") -> list[T]:
         """The same method of `LearnerRank` with the same arguments on every rank."""
@@ -148,130 +150,6 @@ class LearnerGroup:
             _require_alive(refs, name)
             raise
 
-    def logprobs(
-        self,
-        sequences: Sequence[TrainSequence],
-        *,
-        model: str = "policy",
-        temperature: float = 1.0,
-        timeout_s: float | None = None,
-    ) -> list[np.ndarray]:
-        """Log-probs f32[T] of each response."""
-        return self._spread(LearnerRank.logprobs, sequences, model, temperature, timeout_s=timeout_s)
-
-    def values(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
-        """Critic values f32[T] of each response."""
-        return self._spread(LearnerRank.values, sequences)
-
-    def hidden_sums(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
-        """f32[H] of each response."""
-        return self._spread(LearnerRank.hidden_sums, sequences)
-
-    def sample_mixture(
-        self, draws: Sequence[Draw], sampling: Sampling, *, reference: str, weight: float, ends: Sequence[int]
-    ) -> list[Drawn]:
-        """A response of the mixture to each prompt."""
-        longest = range(sampling.max_new_tokens)
-        room = [TrainSequence(prompt_ids=draw.prompt_ids, response_ids=longest) for draw in draws]
-        items = [TrainItem(prompt_id=str(i), sequences=(sequence,)) for i, sequence in enumerate(room)]
-        work = plan_step(items, len(self.actors), 2 * self._config.tokens_per_microbatch)
-        arguments = [
-            ([[draws[int(i.prompt_id)] for i in micro] for micro in rank], sampling, reference, weight, ends) for rank in work
-        ]
-        found: dict[int, Drawn] = {}
-        for rank, outputs in zip(work, self.scatter(LearnerRank.sample_mixture, arguments), strict=True):
-            for micro, said in zip(rank, outputs, strict=True):
-                found |= {int(item.prompt_id): one for item, one in zip(micro, said, strict=True)}
-        return [found[i] for i in range(len(draws))]
-
-    def _spread(
-        self,
-        method: Callable[..., list[list[np.ndarray]]],
-        sequences: Sequence[TrainSequence],
-        *more: Any,
-        timeout_s: float | None = None,
-    ) -> list[np.ndarray]:
-        if not sequences:
-            return []
-        # The position travels as the item's id, so that results find their way back whatever the order of work.
-        items = [TrainItem(prompt_id=str(i), sequences=(_bare(s),)) for i, s in enumerate(sequences)]
-        # Without a backward pass a micro-batch takes a fraction of the memory.
-        work = self._plan(items, 2)
-        arguments = [([[item.sequences[0] for item in micro] for micro in rank], *more) for rank in work]
-        results: list[np.ndarray | None] = [None] * len(items)
-        for rank, outputs in zip(work, self.scatter(method, arguments, timeout_s), strict=True):
-            for micro, arrays in zip(rank, outputs, strict=True):
-                for item, array in zip(micro, arrays, strict=True):
-                    results[int(item.prompt_id)] = array
-        return [r for r in results if r is not None]
-
-    def _plan(self, items: Sequence[TrainItem], times: int = 1) -> list[list[list[TrainItem]]]:
-        """Items by rank and micro-batch, which holds so many times what one of a training step may hold."""
-        budget = times * self._config.tokens_per_microbatch
-        return plan_step(items, len(self.actors), budget, padding_free=self._config.padding_free)
-
-    def update(
-        self, steps: Sequence[Sequence[TrainItem]], learning_rates: Sequence[float], *, target_kl: float | None = None
-    ) -> Iterator[UpdateReport]:
-        """One optimizer step per element of `steps`, a report after each, until `target_kl` is exceeded."""
-        target = () if target_kl is None else (target_kl,)  # ranks that know nothing of one go on as before
-        for items, learning_rate in zip(steps, learning_rates, strict=True):
-            work = self._plan(list(items))
-            count = sum(item.count(self._algorithm.unit) for item in items)
-            metrics = self.scatter(LearnerRank.step, [(rank, count, learning_rate, *target) for rank in work])[0]
-            if metrics.pop("stopped", 0):
-                yield UpdateReport(steps=0, tokens=0, metrics=(metrics,), stopped=1)
-                return
-            yield UpdateReport(
-                steps=1, tokens=sum(i.tokens for i in items), metrics=(metrics,), skipped=int(metrics["skipped"])
-            )
-
-    def self_test(self, items: Sequence[TrainItem], base_model: str) -> SelfTest:
-        """Cut up as a training step would be."""
-        work = self._plan(items)
-        parts = self.scatter(LearnerRank.self_test, [(rank, base_model) for rank in work])[0]
-        return combine(parts, items, self._algorithm)
-
-    def set_reference(self, model: str) -> None:
-        """Which saved model the policy is compared with in the loss."""
-        self.call(LearnerRank.set_reference, model)
-
-    def reset_optimizer(self) -> None:
-        """Forget the optimizer's moments."""
-        self.call(LearnerRank.reset_optimizer)
-
-    def save(self, path: Path) -> dict[str, int]:
-        """Weights, optimizer and RNG states of all ranks. Returns what was written: bytes by relative path.
-
-        Raises:
-            LearnerError: if a rank wrote nothing.
-        """
-        written = dict(zip(self.names, self.call(LearnerRank.save, str(path)), strict=True))
-        idle = [name for name, files in written.items() if not files]
-        if idle:
-            raise LearnerError(f"{', '.join(idle)} wrote nothing to {path}", fix="look for its error in the Ray logs")
-        return {name: size for files in written.values() for name, size in files.items()}
-
-    def load(self, path: Path) -> None:
-        """The reverse of `save`."""
-        self.call(LearnerRank.load, str(path))
-
-    def export(self, path: Path) -> None:
-        """The policy in Hugging Face format."""
-        self.call(LearnerRank.export, str(path), self._model)
-
-    def average(self, reference: str, weight: float, path: Path) -> None:
-        """Write (1 - weight) * reference + weight * policy in float32."""
-        self.call(LearnerRank.average, reference, weight, str(path))
-
-    def keep_weights(self) -> None:
-        """Remember the policy's weights as they are now, for `merge`."""
-        self.call(LearnerRank.keep_weights)
-
-    def merge(self, seed: int) -> None:
-        """What has changed since then, merged with another change."""
-        self.call(LearnerRank.merge, seed)
-
     def shutdown(self) -> None:
         """End all ranks."""
         refs = [a.call.remote(LearnerRank.shutdown.__name__) for a in self.actors]
@@ -294,8 +172,3 @@ def _require_alive(refs: Mapping[str, Any], what: str) -> None:
             raise explained(gone, name, what, LearnerError, LearnerLost) from gone
         except (RayError, OnlineRLError):
             continue
-
-
-def _bare(sequence: TrainSequence) -> TrainSequence:
-    """Only what log-probs depend on: arrays need not travel."""
-    return TrainSequence(prompt_ids=sequence.prompt_ids, response_ids=sequence.response_ids)

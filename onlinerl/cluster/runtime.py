@@ -21,6 +21,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from onlinerl.cluster import _reaper
 from onlinerl.config import RunConfig
+from onlinerl.config.reward_model import RewardConfig
 from onlinerl.errors import ClusterError, OnlineRLError
 from onlinerl.placement import Placement, bundles, explain_missing, explain_unplaceable, plan
 
@@ -32,7 +33,7 @@ LOOK_S = 0.5
 class Cluster:
     """A Ray cluster for the time of one run, or of several with the same layout; use as a context manager."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig | RewardConfig) -> None:
         self._config = config
         self._group: PlacementGroup | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
@@ -59,6 +60,8 @@ class Cluster:
 
     def share_cores(self) -> bool:
         """Whether a replica and a rank would compute on the same cores at the same time, as CPU parts of one machine do by default."""
+        if isinstance(self._config, RewardConfig):  # there is no engine
+            return False
         ranks, replicas = self._config.learner.ranks, self._config.engine.replicas
         if self.device != "cpu" or (self._config.engine.threads and self._config.learner.threads):
             return False

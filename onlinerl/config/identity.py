@@ -32,8 +32,8 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
 
 def resumable(config: RunConfig) -> list[str]:
     """The dotted keys that are marked as `Resumable`: where it runs, what is watched and when to stop, not what is computed."""
-    inner = (_marked(kind, f"{section}.", {}) for section, kind in _inner(oracle(config)).items())
-    return [*_marked(RunConfig, "", _classes(config)), *chain.from_iterable(inner)]
+    inner = (marked(kind, f"{section}.", {}) for section, kind in _inner(oracle(config)).items())
+    return [*marked(RunConfig, "", _classes(config)), *chain.from_iterable(inner)]
 
 
 def _classes(config: RunConfig) -> dict[str, type[BaseModel]]:
@@ -51,13 +51,14 @@ def _inner(asked: Oracle, section: str = "oracle") -> dict[str, type[Oracle]]:
     return found
 
 
-def _marked(model: type[BaseModel], prefix: str, classes: Mapping[str, type[BaseModel]]) -> Iterator[str]:
+def marked(model: type[BaseModel], prefix: str, classes: Mapping[str, type[BaseModel]]) -> Iterator[str]:
+    """The dotted keys of a configuration that are marked as `Resumable`; `classes`: of its sections, by name."""
     for name, field in model.model_fields.items():
         inner = classes.get(prefix + name, field.annotation)
         if any(_is_marked(base, name) for base in model.__mro__):  # a class that only gives another default repeats no mark
             yield prefix + name
         elif isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from _marked(inner, f"{prefix}{name}.", classes)
+            yield from marked(inner, f"{prefix}{name}.", classes)
 
 
 def _is_marked(model: type, name: str) -> bool:

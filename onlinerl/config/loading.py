@@ -34,6 +34,9 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = Fals
     tree = yaml_files.read(Path(path), CHOICES)
     if stored:
         tree = _as_now(tree)
+    if "preferences" in tree and "algorithm" not in tree:
+        fix = f"train it with `onlinerl train-rm {path}`, and give the result to a run: oracle.path=..."
+        raise ConfigError(f"{path} is the configuration of a reward model", field="CONFIG", fix=fix)
     # The choice of an implementation comes before its knobs, in whatever order they were typed.
     for override in sorted(overrides, key=lambda each: each.partition("=")[0] not in CHOICES):
         yaml_files.override(tree, override, CHOICES)
@@ -150,7 +153,9 @@ def spec_of(config: RunConfig, section: str) -> dict[str, Any]:
 SPECS = ("algorithm", "oracle", "pairing")
 """Sections that are kept as they are written; the component is built where it is needed."""
 CHOICES = {
-    f"{section}.{role.base.chosen_by}": (role.default, role.keeps) for section, role in ROLES.items() if section != "tracker"
+    f"{section}.{role.base.chosen_by}": (role.default, role.keeps)
+    for section, role in ROLES.items()
+    if section not in ("tracker", "reward_model")
 }
 
 

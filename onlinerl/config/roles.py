@@ -16,6 +16,7 @@ from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.component import Component
 from onlinerl.protocols.engine import EngineConfig
 from onlinerl.protocols.learner import LearnerConfig
+from onlinerl.protocols.objective import Objective
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.protocols.prompts import PromptsConfig
@@ -44,6 +45,7 @@ ROLES: dict[str, Role] = {
     "prompts": Role("prompts", PromptsConfig, "jsonl", frozenset(PromptsConfig.model_fields)),
     "sync": Role("transports", TransportConfig, "auto", frozenset(TransportConfig.model_fields)),
     "tracker": Role("trackers", TrackerConfig),
+    "reward_model": Role("objectives", Objective, "bradley_terry"),
 }
 """By section."""
 

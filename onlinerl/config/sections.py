@@ -222,7 +222,7 @@ class CheckpointConfig(Section):
     """Refuse to write a checkpoint that would leave less than this free."""
 
 
-def _number_as_text(value: Any) -> Any:
+def number_as_text(value: Any) -> Any:
     """A run may be called 123, which YAML takes for a number."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
@@ -230,7 +230,7 @@ def _number_as_text(value: Any) -> Any:
 class RunConfig(Section):
     """A whole run."""
 
-    name: Annotated[str, BeforeValidator(_number_as_text)] = Field(
+    name: Annotated[str, BeforeValidator(number_as_text)] = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         max_length=100,
         description="at most 100 letters, digits, dots, - and _, a letter or digit first",

@@ -1,13 +1,14 @@
-"""How an oracle decides: whether it is the place, the length or the text."""
+"""How an oracle decides: whether it is the place, the length or the text, and whether its preferences go in circles."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import comb
 
 import numpy as np
 
-from onlinerl.types import Group, Verdict
+from onlinerl.types import Group, Verdict, derive_seed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +30,10 @@ class Compared:
     """Pairs with an opinion that says neither."""
     pairs: int
     """With an opinion."""
+    circles: int
+    """Triples of responses of which each beats another one; 0 where not all pairs were compared."""
+    triples: int
+    """All of them; 0 where not all pairs were compared."""
 
     @classmethod
     def of(cls, group: Group, verdict: Verdict) -> Compared:
@@ -45,6 +50,7 @@ class Compared:
         lengths = np.array([len(text) for text in texts])
         longer = (lengths[:, None] > lengths[None, :]) & ~np.isnan(matrix)
         known = matrix[np.triu_indices(k, 1)]
+        whole = compares and not np.isnan(known).any()
         return cls(
             flips=int(verdict.disagreements().sum()) // 2 if compares else 0,
             both_orders=int((asked & asked.T).sum()) // 2,
@@ -54,8 +60,24 @@ class Compared:
             unequal=int(longer.sum()),
             ties=int((known == 0.5).sum()),
             pairs=int((~np.isnan(known)).sum()),
+            circles=circles(matrix, "".join(texts)) if whole else 0,
+            triples=comb(k, 3) if whole else 0,
         )
 
 
 def _wins(probs: np.ndarray) -> float:
     return float((probs > 0.5).sum() + (probs == 0.5).sum() / 2)
+
+
+def circles(matrix: np.ndarray, seed: str = "") -> int:
+    """How many triples of K responses go in a circle, from P(i beats j) [K, K]. Ties are broken by a coin that `seed` throws.
+
+    Of a tournament, C(K, 3) - sum_i C(wins_i, 2): none for scores, a quarter of the triples for coins.
+    """
+    size = len(matrix)
+    wins = [0] * size
+    for i in range(size):
+        for j in range(i + 1, size):
+            coin = matrix[i, j] == 0.5 and derive_seed("circle", seed, i, j) % 2 == 0
+            wins[i if matrix[i, j] > 0.5 or coin else j] += 1
+    return comb(size, 3) - sum(comb(count, 2) for count in wins)

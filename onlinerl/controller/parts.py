@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from onlinerl.config import RunConfig
+from onlinerl.config import RunConfig, TrainingConfig
 from onlinerl.controller.asking import Asker
 from onlinerl.graph import Phase
 from onlinerl.protocols.algorithm import Algorithm
@@ -99,9 +99,8 @@ def reference_iteration(schedule: str, every: int, iteration: int) -> int | None
     return (iteration - 1) // every * every
 
 
-def learning_rates(config: RunConfig, iteration: int, steps: int) -> list[float]:
+def learning_rates(training: TrainingConfig, iteration: int, steps: int) -> list[float]:
     """One learning rate per optimizer step of this iteration."""
-    training = config.training
     peak = training.learning_rate * training.iteration_decay ** (iteration - 1)
     warmup = round(training.warmup_ratio * steps)
     rates = []

@@ -99,6 +99,7 @@ class Reporter:
             "swap_disagreement": ratio([each.flips for each in found], [each.both_orders for each in found]),
             "first_place_wins": ratio([each.first_wins for each in found], [each.comparisons for each in found]),
             "longer_wins": ratio([each.longer_wins for each in found], [each.unequal for each in found]),
+            "preference_cycles": ratio([each.circles for each in found], [each.triples for each in found]),
         }
         self._log(iteration, *(self._estimate(name, estimate) for name, estimate in estimates.items() if estimate.n))
 

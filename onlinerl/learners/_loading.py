@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from onlinerl.batch import Batch
 from onlinerl.errors import ConfigError
 from onlinerl.learners._policy import Policy
+from onlinerl.learners._reward import RewardNetwork
 from onlinerl.learners._vocabulary import FrozenStates
+from onlinerl.preference_models import RewardHead
 from onlinerl.protocols.algorithm import Needs
 
 CAUSAL, REWARD = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
@@ -36,9 +38,16 @@ class ModelReader:
         self._padding_free = padding_free
         self._frozen: tuple[str, Policy] | None = None
 
-    def trained(self, model: str, needs: Needs) -> Policy:
-        """The policy that is going to be trained, with the critic that its algorithm needs."""
+    def trained(self, model: str, needs: Needs) -> Policy | RewardNetwork:
+        """The policy that is going to be trained, with the critic that its algorithm needs, or the reward model in its place."""
+        if needs.reward_head is not None:
+            return self._rewards(model, RewardHead(*needs.reward_head))
         return Policy(self._read(model), needs.critic, *self._critic(needs), padding_free=self._padding_free)
+
+    def _rewards(self, model: str, head: RewardHead) -> RewardNetwork:
+        """A reward model that is trained further, or a language model with a new head, whose first weights are those of the seed."""
+        network = self._read(model, REWARD, labels=head.outputs)
+        return RewardNetwork(network, head, padding_free=self._padding_free)
 
     def _critic(self, needs: Needs) -> tuple[PreTrainedModel | None, nn.Linear | None]:
         """Backbone and head of a critic that begins as a reward model; of any other, nothing."""
@@ -78,16 +87,18 @@ class ModelReader:
             self._frozen = None
             gc.collect()  # parameters that were cut up are part of reference cycles
 
-    def _read(self, model: str, kind: str = CAUSAL) -> PreTrainedModel:
-        return self._from_disk(model, kind).to(self._device)
+    def _read(self, model: str, kind: str = CAUSAL, labels: int | None = None) -> PreTrainedModel:
+        return self._from_disk(model, kind, labels).to(self._device)
 
-    def _from_disk(self, model: str, kind: str) -> PreTrainedModel:
+    def _from_disk(self, model: str, kind: str, labels: int | None = None) -> PreTrainedModel:
+        """`labels`: of a reward model that is going to be trained, whose head may be new; None wants one that is trained."""
         import transformers
 
         read = getattr(transformers, kind).from_pretrained
         network: PreTrainedModel
-        network, report = read(model, dtype=self._dtype, attn_implementation=self._attention, output_loading_info=True)
-        if kind == REWARD and report["missing_keys"]:  # transformers would make them up at random
+        asked = {"dtype": self._dtype, "attn_implementation": self._attention, "output_loading_info": True}
+        network, report = read(model, **asked, **({} if labels is None else {"num_labels": labels}))
+        if kind == REWARD and labels is None and report["missing_keys"]:  # transformers would make them up at random
             raise ConfigError(
                 f"{model} lacks trained weights for {', '.join(sorted(report['missing_keys']))}",
                 field="algorithm.critic_model",

@@ -20,7 +20,8 @@ from torch import nn
 from onlinerl import hub, weight_files
 from onlinerl.errors import ConfigError, LearnerError
 from onlinerl.learners._interpolation import SavedSource
-from onlinerl.learners._policy import Policy
+from onlinerl.learners._policy import Network
+from onlinerl.learners._reward import RewardNetwork
 from onlinerl.learners._weights import Merged, Weight
 from onlinerl.protocols.adapters import ALL_LINEAR, LoraConfig
 from onlinerl.types import derive_seed
@@ -42,7 +43,7 @@ class Adapters:
     """Puts adapters into a policy, in place, and freezes everything else.
 
     Args:
-        policy: whole, or cut up by ZeRO-3; no optimizer has been made for it.
+        policy: or a reward model; whole, or cut up by ZeRO-3; no optimizer has been made for it.
         config: of the adapters.
         base: the model that the policy was read from.
         seed: of the first values, which are the same on all ranks, however they divide the model.
@@ -52,7 +53,7 @@ class Adapters:
         ConfigError: if `target_modules` names what is no linear layer of the model.
     """
 
-    def __init__(self, policy: Policy, config: LoraConfig, *, base: str, seed: int, gather: Gather) -> None:
+    def __init__(self, policy: Network, config: LoraConfig, *, base: str, seed: int, gather: Gather) -> None:
         self._policy, self._config, self._base, self._gather = policy, config, base, gather
         self._filled: str | None = None
         self._names = targeted(policy.model, config)
@@ -65,7 +66,8 @@ class Adapters:
             _begin(layer, derive_seed(seed, "lora", name))
         policy.requires_grad_(False)
         trained = [p for layer in layers.values() for p in (layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight)]
-        head = [] if policy.value_head is None else list(policy.value_head.parameters())
+        heads = (policy.value_head, policy.head if isinstance(policy, RewardNetwork) else None)
+        head = [p for layer in heads if layer is not None for p in layer.parameters()]
         for parameter in (*trained, *head):
             parameter.requires_grad_(True)
         self._trained = {id(parameter) for parameter in (*trained, *head)}
@@ -216,8 +218,12 @@ def targeted(network: nn.Module, config: LoraConfig) -> list[str]:
     """
     from transformers.pytorch_utils import Conv1D
 
-    output = getattr(network, "get_output_embeddings", lambda: None)()
-    linear = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not output]
+    heads = [getattr(network, "get_output_embeddings", lambda: None)(), getattr(network, "score", None)]
+    linear = [
+        name
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and all(layer is not head for head in heads)
+    ]
     if config.target_modules == ALL_LINEAR:
         return linear
     found = {target: [name for name in linear if f".{name}".endswith(f".{target}")] for target in config.target_modules}

@@ -16,6 +16,7 @@ from onlinerl.types import Draw, Drawn, Sampling
 if TYPE_CHECKING:  # policies are told of steps
     from onlinerl.learners._loading import ModelReader
     from onlinerl.learners._policy import Policy
+    from onlinerl.learners._reward import RewardNetwork
 
 
 class Step(NamedTuple):
@@ -103,7 +104,7 @@ def sample(
 class MixtureSampling:
     """What a rank of a learner needs in order to draw from its policy and a saved model at once."""
 
-    _policy: Policy
+    _policy: Policy | RewardNetwork
     _reader: ModelReader
     device: torch.device
     world_size: int

@@ -18,6 +18,7 @@ from onlinerl.learners._interpolation import Interpolated, SavedSource
 from onlinerl.learners._loading import ModelReader
 from onlinerl.learners._lora import FOLDER, STEM, Adapters
 from onlinerl.learners._policy import Policy
+from onlinerl.learners._reward import RewardNetwork
 from onlinerl.learners._vocabulary import FrozenStates
 from onlinerl.learners._weights import PolicySource
 from onlinerl.protocols.algorithm import Needs
@@ -37,7 +38,7 @@ class Models:
     """Where the policy was read from."""
     _reference: str
     """See `Rank.set_reference`."""
-    _policy: Policy
+    _policy: Policy | RewardNetwork
     _reader: ModelReader
     _adapters: Adapters | None = None
     """What is trained of the policy, if not all."""
@@ -82,6 +83,7 @@ class Models:
     def _reference_states(self, batch: Batch) -> FrozenStates:
         if self._adapters is None or not self._adapters.holds(self._reference):
             return self._reader.states(self._reference, batch)
+        assert isinstance(self._policy, Policy), "a reward model has no reference"
         with self._as(self._reference) as network:
             return self._reader.frozen_states(self._policy, network(batch, states_only=True))
 
@@ -92,15 +94,19 @@ class Models:
         """
         model = self._policy.model
         export_weights(self.weight_source(self.dtype), Path(path), self.dtype, writer=self.rank == 0)
-        if self._adapters is not None:
+        if self._adapters is not None and isinstance(self._policy, Policy):  # peft's file of a reward model would lack its head
             self._export_adapter(self._adapters, Path(path) / FOLDER)
         if self.rank == 0:
             from transformers import AutoTokenizer
 
+            reads = AutoTokenizer.from_pretrained(tokenizer)
+            if isinstance(self._policy, RewardNetwork) and model.config.pad_token_id is None:
+                # Without one transformers' own classifiers take single rows only.
+                model.config.pad_token_id = reads.eos_token_id if reads.pad_token_id is None else reads.pad_token_id
             model.config.save_pretrained(path)
             if model.can_generate():
                 model.generation_config.save_pretrained(path)
-            AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path)
+            reads.save_pretrained(path)
         dist.barrier()
 
     def _export_adapter(self, adapters: Adapters, folder: Path) -> None:

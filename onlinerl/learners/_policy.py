@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,75 @@ def _zeros(backbone: PreTrainedModel) -> nn.Linear:
     return head
 
 
-class Policy(nn.Module):
+class Network(nn.Module):
+    """A Hugging Face model that is trained, perhaps with a second backbone beside it.
+
+    Args:
+        model: of transformers.
+        padding_free: whether sequences are laid one after the other in one row, instead of padded to one length.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, padding_free: bool) -> None:
+        super().__init__()
+        self._recompute = False
+        self._padding_free = padding_free
+        self.model: PreTrainedModel = model
+        self.critic: PreTrainedModel | None = None
+        self.value_head: nn.Linear | None = None
+
+    def _pack(self) -> None:
+        """Of `__init__`: let the backbones go through rows of several sequences, if they are to.
+
+        Raises:
+            ConfigError: for a family of models that cannot.
+        """
+        if self._padding_free:
+            for network in filter(None, (self.model, self.critic)):
+                check_packing(network.config.to_dict())
+                prepare(network)
+
+    def recompute_activations(self) -> None:
+        """Keep only the inputs of each layer for the backward pass, of all backbones, from now on."""
+        for backbone in filter(None, (self.model, self.critic)):
+            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        self._recompute = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, except that what recomputes goes on recomputing.
+
+        transformers recomputes only in layers that are in training mode, and the policy never is: so the layers themselves
+        are switched, not what is inside them, and their own dropout is 0. `eval()`, which loading a checkpoint calls too, comes here.
+        """
+        super().train(mode)
+        if self._recompute:
+            from transformers.modeling_layers import GradientCheckpointingLayer
+
+            for layer in self.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.training = True
+                    for name, value in vars(layer).items():
+                        if "dropout" in name and isinstance(value, float):
+                            setattr(layer, name, 0.0)
+        return self
+
+    def _states(self, backbone: PreTrainedModel, batch: Batch, rows: Tensor, positions: Tensor) -> Tensor:
+        """The last layer's states [N, hidden] at these positions of these rows."""
+        if self._padding_free:
+            row = PackedRow.of(batch)
+            attention = backbone.config._attn_implementation
+            state_1LH: Tensor = backbone(**row.arguments(attention), use_cache=False).last_hidden_state
+            return state_1LH[0, row.starts_B[rows] + positions]
+        mask_BS = batch.sequence_mask_BS
+        # Without padding no mask is needed, and attention kernels are faster without one.
+        attention_mask = None if bool(mask_BS.all()) else mask_BS.long()
+        state_BSH: Tensor = backbone(
+            input_ids=batch.tokens_BS, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        return state_BSH[rows, positions]
+
+
+class Policy(Network):
     """A causal language model that answers with log-probs instead of logits.
 
     Args:
@@ -108,45 +176,12 @@ class Policy(nn.Module):
         *,
         padding_free: bool = False,
     ) -> None:
-        super().__init__()
-        self._recompute = False
-        self._padding_free = padding_free
-        self.model: PreTrainedModel = model
+        super().__init__(model, padding_free=padding_free)
         self.head = LogProbHead(model.get_output_embeddings(), logit_rule(model.config.to_dict()))
-        self.critic: PreTrainedModel | None = None
-        self.value_head: nn.Linear | None = None
         if critic is not None:
             self.critic = (critic_backbone or copy.deepcopy(model.base_model)) if critic == "separate" else None
             self.value_head = value_head or _zeros(self.critic or model)
-        if padding_free:
-            for network in filter(None, (self.model, self.critic)):
-                check_packing(network.config.to_dict())
-                prepare(network)
-
-    def recompute_activations(self) -> None:
-        """Keep only the inputs of each layer for the backward pass, of policy and critic, from now on."""
-        for backbone in filter(None, (self.model, self.critic)):
-            backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        self._recompute = True
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> Policy:
-        """As of any module, except that what recomputes goes on recomputing.
-
-        transformers recomputes only in layers that are in training mode, and the policy never is: so the layers themselves
-        are switched, not what is inside them, and their own dropout is 0. `eval()`, which loading a checkpoint calls too, comes here.
-        """
-        super().train(mode)
-        if self._recompute:
-            from transformers.modeling_layers import GradientCheckpointingLayer
-
-            for layer in self.modules():
-                if isinstance(layer, GradientCheckpointingLayer):
-                    layer.training = True
-                    for name, value in vars(layer).items():
-                        if "dropout" in name and isinstance(value, float):
-                            setattr(layer, name, 0.0)
-        return self
+        self._pack()
 
     def forward(
         self,
@@ -237,18 +272,7 @@ class Policy(nn.Module):
     def _run(self, backbone: PreTrainedModel, batch: Batch, places: Places) -> Tensor:
         """The states [N, hidden] before the response tokens at `places`."""
         rows, _, positions = places
-        if self._padding_free:
-            row = PackedRow.of(batch)
-            attention = backbone.config._attn_implementation
-            state_1LH: Tensor = backbone(**row.arguments(attention), use_cache=False).last_hidden_state
-            return state_1LH[0, row.starts_B[rows] + positions]
-        mask_BS = batch.sequence_mask_BS
-        # Without padding no mask is needed, and attention kernels are faster without one.
-        attention_mask = None if bool(mask_BS.all()) else mask_BS.long()
-        state_BSH: Tensor = backbone(
-            input_ids=batch.tokens_BS, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
-        return state_BSH[rows, positions]
+        return self._states(backbone, batch, rows, positions)
 
 
 def _row_sums(states_NH: Tensor, rows_N: Tensor, rows: int) -> Tensor:

@@ -154,6 +154,13 @@ class Rank(Models, MixtureSampling):
         return [list(rows[: len(own)]) for rows, own in zip(sums, micro, strict=True)]
 
     @torch.no_grad()
+    def rewards(self, micro: Sequence[Sequence[TrainSequence]]) -> list[list[np.ndarray]]:
+        """See `RewardLearner.rewards`."""
+        batches = (collate([TrainItem(prompt_id="", sequences=(s,)) for s in own]).to(self.device) for own in micro)
+        said = [self._network(batch).rewards_BD.cpu().numpy() for batch in batches]
+        return [list(rows[: len(own)]) for rows, own in zip(said, micro, strict=True)]
+
+    @torch.no_grad()
     def _infer(
         self, micro: Any, model: str, temperature: float, values: bool
     ) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
@@ -213,7 +220,9 @@ class Rank(Models, MixtureSampling):
         for number, (items, batch) in enumerate(zip(micro, self._batches(micro), strict=True), start=1):
             outputs = forward(batch)
             loss = loss_of(self.algorithm, outputs, batch, trained=True) if items else None
-            nothing = outputs.logprobs_BT.sum() * 0.0 + _zero(outputs.values_BT) + _zero(outputs.reference_kl_BT)
+            nothing = outputs.logprobs_BT.sum() * 0.0 + sum(
+                _zero(each) for each in (outputs.values_BT, outputs.reference_kl_BT, outputs.rewards_BD)
+            )
             total = nothing if loss is None else loss.total
             _add(totals, "loss", Mean(total=total.detach().float(), count=torch.tensor(float(0))))
             metrics = loss.metrics if loss else {}

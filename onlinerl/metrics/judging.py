@@ -101,4 +101,16 @@ JUDGING = (
         n_of="pairs",
         series=(Series(name="onlinerl_longer_wins_ratio"),),
     ),
+    Definition(
+        name="preference_cycles",
+        help="Share of the triples of responses to a prompt whose preferences go in a circle, of groups in which all pairs were compared: 0 for "
+        "scores, 0.25 for coins",
+        unit="ratio",
+        section=ORACLE,
+        title="Preferences that go in a circle",
+        estimators=("ratio",),
+        n_min=200,
+        n_of="triples",
+        series=(Series(name="onlinerl_preference_cycles_ratio"),),
+    ),
 )

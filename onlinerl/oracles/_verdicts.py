@@ -87,6 +87,21 @@ def from_matrix(
     return Verdict(annotator=annotator, oracle_version=oracle_version, preferences=tuple(cells), cost=cost or Cost(), raw=raw)
 
 
+def from_log_odds(
+    odds: np.ndarray, count: int, *, annotator: str, oracle_version: str, cost: Cost | None = None
+) -> Verdict | Failure:
+    """A Verdict of `count` x `count` log-odds that i beats j with i shown first; the diagonal is ignored, any other cell must be finite."""
+    table = np.array(odds, dtype=np.float64).reshape(count, count)
+    np.fill_diagonal(table, math.nan)
+    with np.errstate(over="ignore"):  # huge odds saturate at 0 or 1, which is what they mean
+        probs = 1.0 / (1.0 + np.exp(-table))
+    rows = [[None if i == j else cell for j, cell in enumerate(row)] for i, row in enumerate(probs.tolist())]
+    if np.isinf(table).any():
+        return Failure(kind="non_finite", message="the model's log-odds are infinite", cost=cost or Cost())
+    verdict = from_matrix(rows, count, annotator=annotator, oracle_version=oracle_version, cost=cost)
+    return replace(verdict, log_odds=tuple(map(tuple, table.tolist()))) if isinstance(verdict, Verdict) else verdict
+
+
 def from_members(
     members: object, count: int, *, annotator: str, oracle_version: str, cost: Cost | None = None, scores: object = None
 ) -> Verdict | Failure:

@@ -92,7 +92,7 @@ def _answer(row: Row) -> Found:
     return {} if said is None else {"reference_answer": said}
 
 
-def _preferences(row: Row) -> Found:
+def preferences(row: Row) -> Found:
     """TRL's preferences, and Anthropic's, where prompt and answer are one transcript. The chosen answer counts as the reference answer."""
     chosen, given = row["chosen"], row.get("prompt")
     if isinstance(chosen, str) and given is not None:
@@ -152,8 +152,8 @@ FORMATS = (
     Format("messages", ("messages",), lambda row: {**split(row["messages"]), **_answer(row)}),
     Format("ShareGPT", ("conversations",), _sharegpt),
     Format("verl", ("prompt", "reward_model"), _verl),
-    Format("preferences (TRL)", ("prompt", "chosen"), _preferences),
-    Format("preferences (TRL), with the prompt in the answers", ("chosen", "rejected"), _preferences),
+    Format("preferences (TRL)", ("prompt", "chosen"), preferences),
+    Format("preferences (TRL), with the prompt in the answers", ("chosen", "rejected"), preferences),
     Format("prompts (TRL)", ("prompt",), _prompts),
     Format("instructions (Alpaca)", ("instruction",), _instruction),
     Format("questions", ("question",), _question),

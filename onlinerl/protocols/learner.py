@@ -171,6 +171,10 @@ class LearnerRank(Protocol):
         """f32[H] per sequence per micro-batch; see `Learner.hidden_sums`."""
         ...
 
+    def rewards(self, micro: Sequence[Sequence[TrainSequence]]) -> list[list[np.ndarray]]:
+        """f32[D] per sequence per micro-batch, of a reward or preference model; see `RewardLearner.rewards`."""
+        ...
+
     def step(
         self, micro: Sequence[Sequence[TrainItem]], count: int, learning_rate: float, target_kl: float | None = None
     ) -> dict[str, float]:
@@ -301,6 +305,8 @@ class LearnerConfig(Component):
     """Whether it trains adapters, `lora`; its `memory` then takes how many parameters they have."""
     samples_mixtures: ClassVar[bool] = False
     """Whether it has `sample_mixture`, for algorithms that ask for such responses."""
+    trains_rewards: ClassVar[bool] = False
+    """Whether it trains a reward model where an objective asks for one (`Needs.reward_head`), and has `rewards`."""
     in_process: ClassVar[bool] = False
     """Whether it runs in the controller's own process; the engine then must, too."""
 

@@ -107,6 +107,11 @@ class Oracle(Component):
         return None
 
     @property
+    def compares(self) -> bool | None:
+        """Whether it only compares responses with each other (preferences without scores); None where only a verdict shows it."""
+        return None
+
+    @property
     def gives_uncertainty(self) -> bool | None:
         """Whether its verdicts say how far several judgements disagree (`Verdict.uncertainty`); None where only a verdict shows it."""
         return None

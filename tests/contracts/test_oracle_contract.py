@@ -25,8 +25,8 @@ def lengths(queries: list[dict]) -> list[list[float]]:
     return [[float(len(response)) for response in query["responses"]] for query in queries]
 
 
-def tiny_reward_model(folder) -> str:
-    """A random reward model with one label, without network."""
+def tiny_classifier(folder, labels: int = 1, **described: object) -> str:
+    """A random reward or preference model with so many labels, without network; `described`: what it was trained with."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
@@ -37,7 +37,8 @@ def tiny_reward_model(folder) -> str:
     PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(words), num_labels=1, initializer_range=0.5, **sizes)
+    more = {"preference_model": described} if described else {}
+    config = LlamaConfig(vocab_size=len(words), num_labels=labels, initializer_range=0.5, **sizes, **more)
     LlamaForSequenceClassification(config).save_pretrained(folder)
     return str(folder)
 
@@ -47,7 +48,7 @@ def tiny_language_model(folder, *, seed: int) -> str:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tiny_reward_model(folder)
+    tiny_classifier(folder)
     torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=12, initializer_range=0.5, **sizes)).save_pretrained(folder)
@@ -100,7 +101,12 @@ def oracle(request, tmp_path_factory, judge_server):
         "judge_pair": lambda: {"base_url": f"{judge_server.url}/v1", "model": "judge"},
         "judge_score": lambda: {"base_url": f"{judge_server.url}/v1", "model": "judge"},
         "python": lambda: {"function": f"{__name__}.lengths"},
-        "reward_model": lambda: {"path": tiny_reward_model(tmp_path_factory.mktemp("reward")), "device": "cpu"},
+        "reward_model": lambda: {"path": tiny_classifier(tmp_path_factory.mktemp("reward")), "device": "cpu"},
+        "gpm": lambda: {
+            "path": tiny_classifier(tmp_path_factory.mktemp("gpm"), 4, objective="general_preference", tau=0.5),
+            "device": "cpu",
+        },
+        "pair_model": lambda: {"path": tiny_classifier(tmp_path_factory.mktemp("pair"), objective="pairwise"), "device": "cpu"},
     }
     built = component({"name": name, **knobs.get(name, dict)()}, "oracle", "oracles", Oracle)
     built.open()

@@ -156,7 +156,7 @@ def regression(learner: Alone, config: RunConfig, number: int, items: list[Train
     """One pass of an ordinary loss on pairs, as any iteration trains it."""
     known = against(learner, items)
     steps = schedule(len(items), config.training.batch_size, config.training.epochs, derive_seed(config.seed, "steps", number))
-    list(learner.update([[known[i] for i in step] for step in steps], learning_rates(config, number, len(steps))))
+    list(learner.update([[known[i] for i in step] for step in steps], learning_rates(config.training, number, len(steps))))
 
 
 def assert_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from onlinerl.controller.comparing import Compared
+import numpy as np
+
+from onlinerl.controller.comparing import Compared, circles
 from onlinerl.types import Group, Prompt, Rollout, Sampling, Verdict
 
 NAN = math.nan
@@ -21,3 +23,17 @@ def test_flips_first_places_and_longer_responses():
     assert (found.flips, found.both_orders) == (1, 2)
     assert (found.first_wins, found.comparisons) == (0 + 1 + 1 + 1 + 0.5, 5)
     assert (found.longer_wins, found.unequal) == (0.5 + 1, 2), "the flip is a tie on average"
+    # On average 2 beats 0, and 0 and 1, 1 and 2 are ties, for which a coin falls.
+    assert found.triples == 1
+    assert found.circles in (0, 1)
+
+
+def test_circles():
+    wins = {"circle": [(0, 1), (1, 2), (2, 0)], "order": [(0, 1), (1, 2), (0, 2)]}
+    found = {}
+    for name, pairs in wins.items():
+        matrix = np.full((3, 3), 0.5)
+        for i, j in pairs:
+            matrix[i, j], matrix[j, i] = 0.9, 0.1
+        found[name] = circles(matrix)
+    assert found == {"circle": 1, "order": 0}

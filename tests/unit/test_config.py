@@ -23,7 +23,7 @@ BASE = {
     "prompts": {"train": "a.jsonl", "heldout": "b.jsonl"},
 }
 ROOT = Path(__file__).parents[2] / "configs"
-CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name != "sweeps")
+CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name not in ("sweeps", "reward_models"))
 
 
 @pytest.fixture

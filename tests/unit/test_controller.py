@@ -47,7 +47,7 @@ def rates(iteration: int, steps: int, **training: object) -> list[float]:
         "prompts": {"train": "a", "heldout": "b"},
         "training": {"learning_rate": 1.0, **training},
     }
-    return learning_rates(configuration.parse(tree), iteration, steps)
+    return learning_rates(configuration.parse(tree).training, iteration, steps)
 
 
 def test_learning_rates():

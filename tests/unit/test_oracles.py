@@ -468,7 +468,7 @@ class TestRewardModel:
         (one, other) = oracle.judge([query("it", text="X", messages=USER), query("it", text="Y", messages=USER)])
         assert one.scores == other.scores
         words = ["<s>", "user", ":", "the", "film", "was", "good", "</s>", "assistant", ":", "it", "</s>"]
-        assert oracle._encode(query("it", messages=USER), "it") == [VOCABULARY.index(word) for word in words]
+        assert oracle._rows(query("it", messages=USER)) == [[VOCABULARY.index(word) for word in words]]
 
     def test_too_long_is_dropped_or_stops(self, tmp_path):
         path = save_reward_model(tmp_path)

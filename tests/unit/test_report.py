@@ -57,7 +57,7 @@ class Broken(Tracker):
         raise OSError("no")
 
 
-def group(number: int) -> Group:
+def group(number: int, responses: int = 2) -> Group:
     rollouts = tuple(
         Rollout(
             token_ids=(k,),
@@ -68,7 +68,7 @@ def group(number: int) -> Group:
             sampler=Sampling(),
             seed=k,
         )
-        for k in range(2)
+        for k in range(responses)
     )
     return Group(prompt=Prompt(id=str(number), text="", token_ids=(1,)), rollouts=rollouts, rejected=("logprob", "abort"))
 
@@ -123,8 +123,9 @@ def everything(report: Reporter, learner: dict[str, float], figures: dict[str, f
     report.asked(1, "label", 1, 3)
     report.paid(1, "label", Paid(cost=Cost(calls=3, seconds=2.0, usd=0.5, tokens=10, tokens_out=4), saved=Cost(calls=7)))
     report.budget(1, Account(Limits(calls=4, tokens=100, usd=2.0), Cost(calls=3, tokens=10, usd=0.5)))
-    compares = Verdict(annotator="a", oracle_version="1", preferences=((math.nan, 0.9), (0.8, math.nan)))
-    report.compared(1, [Compared.of(group, compares) for group in GROUPS])
+    cells = ((math.nan, 0.9, 0.9), (0.8, math.nan, 0.9), (0.1, 0.1, math.nan))
+    compares = Verdict(annotator="a", oracle_version="1", preferences=cells)
+    report.compared(1, [Compared.of(group(n, 3), compares) for n in range(3)])
     report.skipped(1, 1)
     report.trained(1, steps(learner, learner), BUILT, None, 0, figures)
     sync = SyncReport(

@@ -185,7 +185,7 @@ def _update(it: Iteration, prepared: Sequence[TrainItem]) -> UpdateReport:
     training, learner = it.parts.config.training, it.parts.learner
     seed = derive_seed(it.parts.config.seed, "steps", it.number)
     indices = staged(_stages(it.parts.algorithm, prepared), training.batch_size, training.epochs, seed)
-    rates = learning_rates(it.parts.config, it.number, len(indices))
+    rates = learning_rates(it.parts.config.training, it.number, len(indices))
     it.parts.tracker.phase_started(it.number, "train", sum(len(s) for s in indices), "items")
     metrics: list[Mapping[str, float]] = []
     tokens = skipped = stopped = 0

@@ -18,6 +18,7 @@ class DeepSpeed(LearnerConfig):
     """Any number of ranks, which divide as much of the learner's state among them as `zero_stage` says."""
 
     adapts: ClassVar[bool] = True
+    trains_rewards: ClassVar[bool] = True
     samples_mixtures: ClassVar[bool] = True
 
     name: str = "deepspeed"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from onlinerl.learners._loading import CAUSAL, ModelReader
 from onlinerl.learners._policy import LogProbHead, Policy
+from onlinerl.learners._reward import RewardNetwork
 from onlinerl.protocols.algorithm import Needs
 
 if TYPE_CHECKING:
@@ -40,9 +41,10 @@ class ShardedReader(ModelReader):
         self._config = deepspeed_config
         self._sharded = deepspeed_config["zero_optimization"]["stage"] == 3
 
-    def trained(self, model: str, needs: Needs) -> Policy:
-        """The policy that is going to be trained, with the critic that its algorithm needs. Collective under ZeRO-3."""
-        if not self._sharded:
+    def trained(self, model: str, needs: Needs) -> Policy | RewardNetwork:
+        """The policy that is going to be trained, with the critic that its algorithm needs, or the reward model in its place. Collective
+        under ZeRO-3."""
+        if not self._sharded or needs.reward_head is not None:
             return super().trained(model, needs)
         import deepspeed
 
@@ -53,11 +55,11 @@ class ShardedReader(ModelReader):
         deepspeed.zero.register_external_parameter(policy.head, policy.head.weight)
         return policy
 
-    def _read(self, model: str, kind: str = CAUSAL) -> PreTrainedModel:
+    def _read(self, model: str, kind: str = CAUSAL, labels: int | None = None) -> PreTrainedModel:
         if not self._sharded:
-            return super()._read(model, kind)
+            return super()._read(model, kind, labels)
         with self._cut_up():
-            return self._from_disk(model, kind)
+            return self._from_disk(model, kind, labels)
 
     def _prepared(self, policy: Policy) -> Policy:
         if self._sharded:

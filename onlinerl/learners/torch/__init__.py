@@ -18,6 +18,7 @@ class Torch(LearnerConfig):
 
     merges: ClassVar[bool] = True
     adapts: ClassVar[bool] = True
+    trains_rewards: ClassVar[bool] = True
     samples_mixtures: ClassVar[bool] = True
 
     name: str = "torch"

@@ -1,0 +1,81 @@
+"""New labels for a reward model, from the runs that have asked for them, and whether a model that was trained on them is still any good.
+
+"Efficient Online RL Fine-Tuning Need Not Retain Offline Data" (arXiv 2412.07762) is why old comparisons may be few; labels lose weight with
+their age, because they are about what an older policy says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from onlinerl import yaml_files
+from onlinerl.config.paths import at_home
+from onlinerl.errors import ConfigError
+from onlinerl.stores import judged
+from onlinerl.types import Group, RawPrompt, Verdict
+from onlinerl.types.preferences import Comparison
+
+FIELD = "preferences.runs"
+
+
+def comparisons(runs: Sequence[str], recency: float, model: str) -> list[Comparison]:
+    """All pairs of responses that the oracles of these runs have compared, or scored, as probable as they said.
+
+    Args:
+        runs: their directories.
+        recency: a label counts this to the power of its age, in iterations before the newest one of its run.
+        model: that is going to be trained; it must not have given the labels itself.
+
+    Raises:
+        ConfigError: if it has.
+        StoreError: if a run cannot be read.
+    """
+    found: list[Comparison] = []
+    for run in runs:
+        folder = at_home(run, FIELD)
+        _require_other_judge(folder, model)
+        rows = list(judged.judged(folder))
+        newest = max((t for t, _, _ in rows), default=0)
+        for iteration, group, verdict in rows:
+            found += _pairs(group, verdict, recency ** (newest - iteration), folder.name)
+    return found
+
+
+def _pairs(group: Group, verdict: Verdict, weight: float, source: str) -> Iterator[Comparison]:
+    matrix, prompt = verdict.matrix(), group.prompt
+    asked = RawPrompt(id=prompt.id, text="" if prompt.messages else prompt.text, messages=prompt.messages)
+    texts = [rollout.text for rollout in group.rollouts]
+    for i, j in combinations(range(len(texts)), 2):
+        p = float(matrix[i, j])
+        # What a response was made to begin with is not in its text.
+        if math.isnan(p) or texts[i] == texts[j] or group.rollouts[i].prefix_ids or group.rollouts[j].prefix_ids:
+            continue
+        better, worse = (i, j) if p >= 0.5 else (j, i)
+        yield Comparison(
+            prompt=asked, chosen=texts[better], rejected=texts[worse], prob=max(p, 1.0 - p), weight=weight, source=source
+        )
+
+
+def _require_other_judge(run: Path, model: str) -> None:
+    """Labels that a model gave itself teach it nothing but to be surer."""
+    file = run / "config.yaml"
+    asked = yaml_files.read(file, {}).get("oracle", {}) if file.is_file() else {}
+    path = asked.get("path") if isinstance(asked, Mapping) else None
+    if isinstance(path, str) and Path(path).resolve() == Path(model).resolve():
+        raise ConfigError(
+            f"the labels of {run} are those of {model} itself: training on them would only make it surer",
+            field=FIELD,
+            fix="name a run whose oracle is another one, e.g. a judge or a larger reward model",
+        )
+
+
+def worse(before: Mapping[str, Any], after: Mapping[str, Any], most: float) -> str | None:
+    """Why a model that was trained further is rejected, from its accuracies on the same held-out comparisons; None if it is not."""
+    was, now = before["accuracy"]["value"], after["accuracy"]["value"]
+    if was is None or not was - now > most:
+        return None
+    return f"its accuracy on held-out comparisons fell from {was:.3f} to {now:.3f}, by more than {most:g}"
