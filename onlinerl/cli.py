@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from onlinerl import config as configuration
 from onlinerl.errors import Interrupted, LearnerLost, OnlineRLError, StoreError
@@ -105,14 +106,18 @@ def _show_sweep(folder: Path, *, as_json: bool) -> bool:
     if as_json:
         sys.stdout.write(json.dumps(found, indent=1, allow_nan=False) + "\n")
         return True
-    table = view.table(found)
-    table.width = out.measure(table, options=out.options.update(width=WIDE)).maximum  # no name is cut short
-    out.print(table, crop=False)
+    _print_whole(view.table(found))
     for remark in view.remarks(found):
         out.print(remark, highlight=False, markup=False, soft_wrap=True)
     if (folder / view.PLOT).exists():
         out.print(f"plot: {folder / view.PLOT}", highlight=False, soft_wrap=True)
     return True
+
+
+def _print_whole(table: Table) -> None:
+    """As wide as it takes: no name is cut short."""
+    table.width = out.measure(table, options=out.options.update(width=WIDE)).maximum
+    out.print(table, crop=False)
 
 
 @app.command("train-rm", context_settings=KEYS_FOLLOW)
@@ -316,8 +321,9 @@ def _show_labels(found: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(found, indent=1, allow_nan=False) + "\n")
         return
-    for part in view.page(found):
-        out.print(part, highlight=False, markup=False, soft_wrap=True)
+    _print_whole(view.table(found))
+    for line in view.remarks(found):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(context_settings=KEYS_FOLLOW)

@@ -142,16 +142,20 @@ def _agreement(one: Mapping[tuple[int, str], np.ndarray], other: Mapping[tuple[i
     return {"agreement": agreement, "kappa": kappa, "pairs": both}
 
 
-def page(found: Mapping[str, Any]) -> Iterator[Table | str]:
-    """The same for people."""
+def table(found: Mapping[str, Any]) -> Table:
+    """What was paid, for people."""
     table = Table(title=f"labels of {found['run']}", title_justify="left", box=None, pad_edge=False)
     for header in ("iteration", "phase", "oracle", "labels", "failed", "reused", "calls", "saved", "tokens", "USD", "seconds"):
-        table.add_column(header, justify="left" if header in ("phase", "oracle") else "right", overflow="fold")
+        table.add_column(header, justify="left" if header in ("phase", "oracle") else "right", no_wrap=True)
     for row in found["costs"]:
         numbers = [row[name] for name in ("labels", "failed", "reused", "calls", "saved_calls", "tokens")]
         money = [f"{row['usd']:.4f}" if row["usd"] else "-", f"{row['seconds']:.1f}"]
         table.add_row(str(row["iteration"]), row["phase"], row["oracle_version"] or "-", *map(str, numbers), *money)
-    yield table
+    return table
+
+
+def remarks(found: Mapping[str, Any]) -> Iterator[str]:
+    """Sums, what the oracles go by, and whether they agree, for people."""
     starts, calls = found["starts"], sum(row["calls"] for row in found["costs"])
     usd = starts["usd"] + sum(row["usd"] for row in found["costs"])
     yield f"{calls + starts['calls']} calls in all, {starts['calls']} of them at starts" + (f"; ${usd:.4f}" if usd else "")
