@@ -113,8 +113,6 @@ class Batch:
     """int64, row indices of the samples of the policy that go with each pair, -1 where it has fewer; None if no pair has any."""
     forced_B: Tensor | None = None
     """How many of the first response tokens nobody sampled; None: of no row any."""
-    margin_P: Tensor | None = None
-    """`TrainItem.margin`."""
     annotators_G: Tensor | None = None
     """int64, a number that stands for who judged each item (`annotator_number` in ops/batching.py)."""
 

@@ -139,7 +139,9 @@ def _comparison(config: PreferencesConfig, row: Mapping[str, Any], where: Place,
     Raises:
         PromptError: naming it.
     """
-    names: dict[str, str] = {str(meaning): column for meaning, column in config.columns.items()}  # a column that is not named is called what it means
+    names: dict[str, str] = {
+        str(meaning): column for meaning, column in config.columns.items()
+    }  # a column that is not named is called what it means
     told = {meaning: row.get(names.get(meaning, meaning)) for meaning in ("prompt", "chosen", "rejected")}
     try:
         sides = [_formats.preferences({"prompt": told["prompt"], "chosen": told[side]}) for side in ("chosen", "rejected")]

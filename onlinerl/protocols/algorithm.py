@@ -98,7 +98,6 @@ class Needs(BaseModel):
     ones. They are not sampled or judged again; log-probs are those of the present reference."""
     reference_samples: int = 0
     """So many responses of the base model to each prompt, which join the samples too."""
-
     reward_head: tuple[int, dict[str, Any]] | None = None
     """In place of a policy, a classifier with so many outputs (`Outputs.rewards_BD`), whose configuration says this (`RewardHead`)."""
     mixture_samples: int = 0

@@ -76,11 +76,7 @@ def by_length(rows: Sequence[Scored]) -> list[dict[str, Any]]:
     order = sorted(rows, key=lambda each: each.chosen_length + each.rejected_length)
     parts = [list(part) for part in np.array_split(np.arange(len(order)), 4)]
     totals = [each.chosen_length + each.rejected_length for each in order]
-    return [
-        {"from": totals[part[0]], "to": totals[part[-1]], **_of([order[i] for i in part])}
-        for part in parts
-        if part
-    ]
+    return [{"from": totals[part[0]], "to": totals[part[-1]], **_of([order[i] for i in part])} for part in parts if part]
 
 
 def length_bias(rows: Sequence[Scored]) -> dict[str, Any]:
