@@ -116,8 +116,6 @@ class Batch:
     token_weights_BT: Tensor | None = None
     forced_B: Tensor | None = None
     """How many of the first response tokens nobody sampled; None: of no row any."""
-    margin_P: Tensor | None = None
-    """`TrainItem.margin`."""
     annotators_G: Tensor | None = None
     """int64, a number that stands for who judged each item (`annotator_number` in ops/batching.py)."""
 

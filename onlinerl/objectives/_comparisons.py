@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.ops.preference import logistic, smoothed
+from onlinerl.ops.preference import by_pair, logistic, smoothed
 from onlinerl.preference_models import RewardHead, single
 from onlinerl.protocols.algorithm import Needs, Reported, by_knobs
 from onlinerl.protocols.objective import Objective
@@ -61,14 +61,15 @@ class Comparisons(Objective):
         return single(tokenizer, prompt, first, model), single(tokenizer, prompt, second, model)
 
     def item(self, comparison: Comparison, tokens: Sequence[Sequence[int]]) -> TrainItem:
-        """With the margin or the factor, if either is read."""
+        """With the margin, as the gap between two scores, or the factor, if either is read."""
         factor = comparison.strength if self.loss_type == "scaled" else 1.0
+        margin = min(comparison.margin, self.max_margin) if self.loss_type == "margin" else 0.0
+        scored = zip(tokens, (margin, 0.0), strict=True)
         return TrainItem(
             prompt_id=comparison.prompt.id,
-            sequences=tuple(TrainSequence(prompt_ids=tuple(ids), response_ids=()) for ids in tokens),
+            sequences=tuple(TrainSequence(prompt_ids=tuple(ids), response_ids=(), score=score) for ids, score in scored),
             prob=comparison.prob,
             weight=comparison.weight * factor,
-            margin=min(comparison.margin, self.max_margin) if self.loss_type == "margin" else 0.0,
         )
 
     def objections(self, comparisons: Sequence[Comparison]) -> str | None:
@@ -93,7 +94,8 @@ class Comparisons(Objective):
             ValueError: if something is missing that it needs.
         """
         zs = self.odds(outputs, batch)
-        prob_P, margin_P = smoothed(batch.prob_P, self.label_smoothing), batch.need("margin_P") / self.unit_of_odds
+        better, worse = by_pair(batch.scores_B, batch)
+        prob_P, margin_P = smoothed(batch.prob_P, self.label_smoothing), (better - worse) / self.unit_of_odds
         losses = [logistic(z - margin_P, prob_P) for z in zs]
         loss_P = sum(losses[1:], losses[0]) / len(losses)
         z_P = sum(zs[1:], zs[0]) / len(zs)

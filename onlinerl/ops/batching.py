@@ -72,7 +72,6 @@ def collate(items: Sequence[TrainItem]) -> Batch:
         pairs_P2=torch.tensor([(start, start + 1) for _, start in pairs], dtype=torch.int64).reshape(-1, 2),
         prob_P=_floats(item.prob for item, _ in pairs),
         weight_P=_floats(item.weight for item, _ in pairs),
-        margin_P=_floats(item.margin for item, _ in pairs),
         lists_GK=torch.tensor(lists, dtype=torch.int64).reshape(-1, K),
         weight_G=_floats(item.weight for item in items),
         weight_B=_floats(weights),

@@ -72,8 +72,6 @@ class TrainItem:
     prob: float = 1.0
     """For a pair: P(chosen beats rejected)."""
     weight: float = 1.0
-    margin: float = 0.0
-    """For a comparison that a reward model is trained on: by how much the chosen response is to be better, in the model's units."""
     annotator: str = ""
     """Who judged it, see `Verdict`."""
     exploration: int | None = None

@@ -366,7 +366,7 @@ def test_runs_that_start_at_once_do_not_spoil_each_others_check(tmp_path):
     """As the jobs of an array do, on one machine or several."""
     loaded = config(f"runs={tmp_path}")
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: preflight._check_writable(loaded), range(400)))
+        list(pool.map(lambda _: preflight.check_writable(loaded.directory), range(400)))
     assert not list(tmp_path.iterdir())
 
 
