@@ -108,6 +108,11 @@ class Calibrated(Container):
         return self.base.components
 
     @property
+    def compares(self) -> bool | None:
+        """As `base`."""
+        return self.base.compares
+
+    @property
     def gives_uncertainty(self) -> bool | None:
         """As `base`, whose uncertainty it is."""
         return self.base.gives_uncertainty

@@ -85,6 +85,11 @@ class Composite(Combined):
         return self.weights.get(name, 1.0)
 
     @property
+    def compares(self) -> bool:
+        """Where members vote."""
+        return self.combine == "vote"
+
+    @property
     def gives_uncertainty(self) -> bool:
         """Its members judge different things: that they differ says nothing of how sure any of them is."""
         return False

@@ -48,6 +48,14 @@ class Ensemble(Combined):
         return f"combine={self.combine}"
 
     @property
+    def compares(self) -> bool | None:
+        """Where members vote, or one of those whose mean is taken only compares."""
+        if self.combine in ("min", "lcb"):
+            return False
+        said = [each.compares for each in self.members.values()]
+        return True if self.combine == "vote" or True in said else None if None in said else False
+
+    @property
     def gives_uncertainty(self) -> bool:
         """Of its members."""
         return True

@@ -67,6 +67,11 @@ class Noisy(Container):
         return ()
 
     @property
+    def compares(self) -> bool | None:
+        """With noise on pairs, and where `base` does."""
+        return self._of_pairs or self.base.compares
+
+    @property
     def gives_uncertainty(self) -> bool:
         """Never: it would be that of `base`, without noise."""
         return False

@@ -64,6 +64,11 @@ class Router(Container):
         return ()
 
     @property
+    def compares(self) -> bool:
+        """Always: two scales are no score."""
+        return True
+
+    @property
     def gives_uncertainty(self) -> bool:
         """Never."""
         return False

@@ -25,6 +25,11 @@ class Swapped(Container):
     """The oracle that is asked: {name: judge_score, listwise: true, ...}."""
 
     @property
+    def compares(self) -> bool | None:
+        """As `base`."""
+        return self.base.compares
+
+    @property
     def gives_uncertainty(self) -> bool:
         """Of the two orders."""
         return True

@@ -128,6 +128,11 @@ def test_one_result_per_query_in_order(oracle):
     assert list(oracle.judge([])) == []
 
 
+def test_an_oracle_that_only_compares_says_so_if_it_knows(oracle):
+    (verdict,) = oracle.judge([query(*RESPONSES)])
+    assert oracle.compares in (None, verdict.scores is None)
+
+
 def test_permuting_responses_permutes_the_verdict(oracle):
     order = [3, 0, 4, 2, 1]
     (verdict,) = oracle.judge([query(*RESPONSES)])
