@@ -479,6 +479,7 @@ RESUMABLE = [
     "oracle.resources",
     "oracle.start_timeout_s",
     "oracle.batch_size",
+    "ledger",
     "max_failed_labels",
     "prompts.reuse",
     "evaluation.max_mismatch_k3",
