@@ -20,7 +20,7 @@ from onlinerl.protocols.algorithm import Algorithm
 ROOT = Path(__file__).parents[2]
 NAMES = registry.names("algorithms")
 
-LIMIT = 864
+LIMIT = 867
 """Lines of our own that importing an algorithm may run through, blank ones and comments included, its own file among them. Half of them are
 the three files that say what can be declared and read: protocols/algorithm.py, batch.py, types/training.py."""
 FAMILY = 221
@@ -31,7 +31,7 @@ CRITIC = 320
 """As many more where there is a critic: what it begins as, rewards per token, advantages from values, a loss of its own."""
 WRAPPER = 310
 """As many more where a loss wraps others, which are chosen by name: one of the whole step, or with goals in prompts, around losses on pairs."""
-MULTIPLIERS = 290
+MULTIPLIERS = 295
 """As many more where a loss wraps those of another family and weighs several scores: how they are combined, and steps of multipliers."""
 OFF_POLICY = 105
 """As many more where responses of other policies are weighed by how probable they are, and a KL of whole responses may have a price."""
