@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from toy_runs import BATCH, COUNTED, HELDOUT, PROBE, PROMPTS, events, everything, weights
+from toy_runs import BATCH, COUNTED, HELDOUT, PROBE, PROMPTS, events, everything, unpaid, weights
 
 from onlinerl.controller.phases import annotate
 from onlinerl.engines.toy import ToyEngine
@@ -36,7 +36,7 @@ def tables(run: Path) -> dict:
     """Every row of every iteration but for what it cost, in an order of its own: they are kept as they arrived."""
     with RunDirectory.open(run) as opened:
         return {
-            (t, table): sorted(json.dumps(row | {"cost": None}) for row in opened.read(t, table))
+            (t, table): sorted(json.dumps(unpaid(row)) for row in opened.read(t, table))
             for t in range(ITERATIONS + 1)
             for table in TABLES
         }

@@ -52,14 +52,14 @@ def test_labels_follow_the_rollouts(toy_config, onlinerl, oracle, tmp_path, monk
     asked = threading.Event()
     engine["sample"] = waits_for(asked)
     config = toy_config(tmp_path, {**AS_BY_DEFAULT, **oracle(SCORES), "iterations": 1})
-    from onlinerl.controller import asking
+    from onlinerl import oracle_calls
 
-    def ask(oracle, queries, inbox, original=asking._ask):
+    def ask(oracle, queries, inbox, original=oracle_calls._ask):
         if any(len(query.responses) == 4 for query in queries):
             asked.set()
         original(oracle, queries, inbox)
 
-    monkeypatch.setattr(asking, "_ask", ask)
+    monkeypatch.setattr(oracle_calls, "_ask", ask)
     code, message = onlinerl("run", config)
     assert code == 0, message
 

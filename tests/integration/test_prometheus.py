@@ -246,6 +246,7 @@ CASES = [
     ("OnlineRLSamplerMismatch", {K3: "0.02x90", DOUBTFUL % "logp_mismatch_k3": "1x90"}, {}, (False, False)),
     ("OnlineRLSkippedSteps", {'onlinerl_skipped_steps{run="r"}': "0x60 1x40"}, {}, (False, True)),
     ("OnlineRLOracleErrors", {ORACLE: "0.04x60 0.06x40"}, {"phase": "label"}, (False, True)),
+    ("OnlineRLBudget", {'onlinerl_budget_spent_ratio{run="r",kind="usd"}': "0.5x60 0.95x40"}, {"kind": "usd"}, (False, True)),
     ("OnlineRLTruncated", {CUT: "0.1x60 0.3x40"}, {"reason": "length"}, (False, True)),
     ("OnlineRLTruncated", {CUT: "0.3x90", DOUBTFUL % "truncated": "1x90"}, {"reason": "length"}, (False, False)),
     ("OnlineRLLowPairYield", {'onlinerl_pair_yield_ratio{run="r"}': "0.5x60 0.05x40"}, {}, (False, True)),

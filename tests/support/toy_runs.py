@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,11 @@ def figures(run: Path) -> dict:
         row["phases"] = list(row["phases"])
         row["sync"].pop("seconds")
     return report
+
+
+def unpaid(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of any table without what a label has cost, and whether it was known: of two equal questions that which comes first is asked."""
+    return {key: value for key, value in row.items() if key not in ("cost", "saved", "reused_from")}
 
 
 def metrics(run: Path) -> list[tuple]:

@@ -13,6 +13,7 @@ from onlinerl import registry, synonyms, yaml_files
 from onlinerl.config import RunConfig
 from onlinerl.config.loading import CHOICES
 from onlinerl.errors import ConfigError, OracleError
+from onlinerl.oracles.composite import Composite
 from onlinerl.prompts.dataset import Column, Dataset
 from onlinerl.protocols.adapters import LoraConfig
 from onlinerl.protocols.algorithm import Algorithm
@@ -91,7 +92,14 @@ def test_every_suggested_key_exists():
     knobs = {k for name in ("ppo", "grpo", "dpo") for k in registry.load("algorithms", name, Algorithm).model_fields}
     published = {*(f"prompts.{k}" for k in Dataset.model_fields), *(f"prompts.columns.{k}" for k in get_args(Column))}
     adapters = {f"learner.lora.{k}" for k in LoraConfig.model_fields}
-    known = {*flat, *(f"algorithm.{k}" for k in knobs), "oracle.path", *published, *adapters}
+    known = {
+        *flat,
+        *(f"algorithm.{k}" for k in knobs),
+        "oracle.path",
+        *published,
+        *adapters,
+        *(f"oracle.{k}" for k in Composite.model_fields),
+    }
     for key in synonyms.KEYS.values():
         assert set(key.partition(",")[0].split(" or ")) <= known, key
     names = {name for role in ("algorithms", "oracles", "pairing") for name in registry.names(role)}

@@ -28,6 +28,7 @@ import recorded
 import shared_gpu
 import toy_fleet
 from toy_fleet import GARBAGE, Replica, World
+from toy_runs import unpaid
 
 REPLICAS = 3
 FIRST_HELDOUT = 60
@@ -47,7 +48,7 @@ class Done:
         """All that was sampled, answered and decided, and the weights that came out."""
         with RunDirectory.open(self.path) as store:
             rows = {
-                f"{table} {t}": sorted(json.dumps({**row, "cost": None}, sort_keys=True) for row in store.read(t, table))
+                f"{table} {t}": sorted(json.dumps(unpaid(row), sort_keys=True) for row in store.read(t, table))
                 for t, table in ((1, "rollouts"), (1, "verdicts"), (0, "evaluation"), (1, "evaluation"))
             }
         weights = (self.path / "exports" / "0001" / "weights.json").read_text()
