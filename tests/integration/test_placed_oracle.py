@@ -121,7 +121,7 @@ def test_an_oracle_inside_another_one_runs_where_it_was_placed(cluster, config):
     oracle = placed(cluster, 2, configuration.oracle(composite))
     oracle.open()
     try:
-        results = ask(oracle, queries("good", "bad", "good"))
+        results = ask(oracle, queries(" good", " bad", " good"))
         assert [type(each) for each in results] == [Verdict] * 3
         assert [result.components["moody"] for result in results] == [(1.0,)] * 3
         assert results[0].scores[0] > results[1].scores[0]
