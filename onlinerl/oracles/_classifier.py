@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field, PrivateAttr, field_validator
 
 from onlinerl.errors import OracleError
-from onlinerl.oracles._model_files import absent, absolute, digest, folder_of, readable
+from onlinerl.oracles._model_files import absent, absolute, device_and_dtype, digest, folder_of, readable
 from onlinerl.preference_models import KEY, Unreadable, objective_of
 from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.oracle import ModelOracle
@@ -99,17 +99,13 @@ class SequenceClassifier(ModelOracle):
         """
         if self._model is not None:
             return
-        import torch
         from transformers import AutoModelForSequenceClassification
 
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise OracleError("there is no GPU here", field="oracle.device", fix="set oracle.device to cpu or auto")
-        device = "cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu"
-        dtype = {"cpu": "float32", "cuda": "bfloat16"}[device] if self.dtype == "auto" else self.dtype
+        device, dtype = device_and_dtype(self.device, self.dtype)
         folder, tokenizer = self._folder(), self._read_tokenizer()
         with readable("path", self.path, "sequence classifier"):
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **self._options(folder)
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **self._options(folder)
             )
         if report["missing_keys"]:  # transformers would make them up at random
             raise OracleError(

@@ -16,7 +16,7 @@ from pydantic import Field, PrivateAttr
 
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
-from onlinerl.oracles._model_files import absent, digest, folder_of, readable
+from onlinerl.oracles._model_files import absent, device_and_dtype, digest, folder_of, readable
 from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.oracle import ModelOracle
 from onlinerl.types import Cost, Failure, Message, Query, Verdict
@@ -74,19 +74,15 @@ class LogProbs(ModelOracle):
         """
         if self._loaded:
             return
-        import torch
         from transformers import AutoModelForCausalLM
 
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise OracleError("there is no GPU here", field="oracle.device", fix="set oracle.device to cpu or auto")
-        device = "cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu"
-        dtype = {"cpu": "float32", "cuda": "bfloat16"}[device] if self.dtype == "auto" else self.dtype
+        device, dtype = device_and_dtype(self.device, self.dtype)
         tokenizers = self._tokenizers()
         loaded: dict[str, tuple[Any, Any]] = {}
         for key, path in self._models().items():
             with readable(key, path):
                 model, report = AutoModelForCausalLM.from_pretrained(
-                    folder_of(key, path), dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+                    folder_of(key, path), dtype=dtype, use_safetensors=True, output_loading_info=True
                 )
             if report["missing_keys"]:  # transformers would make them up at random
                 raise OracleError(

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from onlinerl import hub
 from onlinerl.config import at_home
@@ -39,6 +40,21 @@ def folder_of(key: str, path: str) -> Path:
             field=f"oracle.{key}",
             fix=f"check the path; relative paths start where onlinerl was started, and a hub id is fetched first with `hf download {path}`",
         ) from error
+
+
+def device_and_dtype(device: str, dtype: str) -> tuple[str, Any]:
+    """Where a model is put, and torch's type of its weights, of what `oracle.device` and `oracle.dtype` say.
+
+    Raises:
+        OracleError: if there is no GPU and one is asked for.
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise OracleError("there is no GPU here", field="oracle.device", fix="set oracle.device to cpu or auto")
+    found = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    name = {"cpu": "float32", "cuda": "bfloat16"}[found] if dtype == "auto" else dtype
+    return found, getattr(torch, name)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from onlinerl.types import Cost, Failure, Verdict
+from onlinerl.errors import OracleError
+from onlinerl.types import Cost, Failure, Prompt, Verdict
 from onlinerl.types.labels import disagreement
 
 
@@ -198,3 +199,23 @@ def _shown(value: object) -> str:
 def version_of(package: str) -> str:
     """Of an installed package; looked up once, because every verdict says it."""
     return metadata.version(package)
+
+
+def answer_of(prompt: Prompt, lacks: str = " to compare with", example: str = "...") -> str:
+    """The reference answer of a prompt.
+
+    Args:
+        prompt: that must carry one.
+        lacks: what follows the words "has no reference answer".
+        example: of one.
+
+    Raises:
+        OracleError: if it has none.
+    """
+    if prompt.reference_answer is None:
+        raise OracleError(
+            f"prompt {prompt.id!r} has no reference answer{lacks}",
+            field="prompts",
+            fix=f'add "reference_answer": "{example}" to its line in the prompt file',
+        )
+    return str(prompt.reference_answer)

@@ -133,12 +133,7 @@ class CodeVerifier(Oracle):
             OracleError: if a prompt has no reference answer, or programs cannot be isolated.
         """
         for query in queries:
-            if query.prompt.reference_answer is None:
-                raise OracleError(
-                    f"prompt {query.prompt.id!r} has no reference answer, which holds the tests",
-                    field="prompts",
-                    fix='add "reference_answer": "assert ..." to its line in the prompt file',
-                )
+            _verdicts.answer_of(query.prompt, ", which holds the tests", "assert ...")
         if queries:
             self.open()
         return [self._judge(query) for query in queries]

@@ -110,12 +110,7 @@ class MathVerifier(Oracle):
         """
         self._calls = call = self._calls + 1
         for query in queries:
-            if query.prompt.reference_answer is None:
-                raise OracleError(
-                    f"prompt {query.prompt.id!r} has no reference answer to compare with",
-                    field="prompts",
-                    fix='add "reference_answer": "..." to its line in the prompt file',
-                )
+            _verdicts.answer_of(query.prompt)
         return [self._judge(query, call) for query in queries]
 
     def _judge(self, query: Query, call: int) -> Verdict | Failure:

@@ -14,7 +14,7 @@ from pydantic import Field, PrivateAttr, field_validator
 
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
-from onlinerl.oracles._model_files import absent, absolute, digest, folder_of, readable
+from onlinerl.oracles._model_files import absent, absolute, device_and_dtype, digest, folder_of, readable
 from onlinerl.oracles.ref_similarity import references
 from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.oracle import ModelOracle
@@ -61,16 +61,12 @@ class RefEmbedding(ModelOracle):
         """
         if self._model is not None:
             return
-        import torch
         from transformers import AutoModel
 
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise OracleError("there is no GPU here", field="oracle.device", fix="set oracle.device to cpu or auto")
-        device = "cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu"
-        dtype = {"cpu": "float32", "cuda": "bfloat16"}[device] if self.dtype == "auto" else self.dtype
+        device, dtype = device_and_dtype(self.device, self.dtype)
         self._tokenizer = self._read_tokenizer()
         with readable("path", self.path, "model"):
-            model = AutoModel.from_pretrained(folder_of("path", self.path), dtype=getattr(torch, dtype), use_safetensors=True)
+            model = AutoModel.from_pretrained(folder_of("path", self.path), dtype=dtype, use_safetensors=True)
         self._limit = min(self.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", self.max_length))
         self._model = model.to(device).eval()
 
@@ -140,13 +136,7 @@ class RefEmbedding(ModelOracle):
         return results
 
     def _answers(self, query: Query) -> tuple[str, ...]:
-        if query.prompt.reference_answer is None:
-            raise OracleError(
-                f"prompt {query.prompt.id!r} has no reference answer to compare with",
-                field="prompts",
-                fix='add "reference_answer": "..." to its line in the prompt file',
-            )
-        return tuple(references(query.prompt.reference_answer))
+        return tuple(references(_verdicts.answer_of(query.prompt)))
 
     def _refused(self, query: Query) -> Failure:
         message = f"prompt {query.prompt.id!r}: a response or its reference answer has more than {self._limit} tokens"

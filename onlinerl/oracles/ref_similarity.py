@@ -16,7 +16,6 @@ from typing import Literal
 
 from pydantic import Field
 
-from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Cost, Failure, Query, Verdict
@@ -55,12 +54,7 @@ class RefSimilarity(Oracle):
             OracleError: if a prompt has no reference answer.
         """
         for query in queries:
-            if query.prompt.reference_answer is None:
-                raise OracleError(
-                    f"prompt {query.prompt.id!r} has no reference answer to compare with",
-                    field="prompts",
-                    fix='add "reference_answer": "..." to its line in the prompt file',
-                )
+            _verdicts.answer_of(query.prompt)
         return [self._judge(query) for query in queries]
 
     def _judge(self, query: Query) -> Verdict | Failure:
