@@ -1,0 +1,61 @@
+"""Commands about what oracles have said of a run: labels, relabel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from onlinerl.cli._app import KEYS_FOLLOW, AsJson, Run, err, out, print_json, print_lines, print_whole
+
+commands = typer.Typer()
+
+
+@commands.command()
+def labels(
+    run: Run,
+    as_json: AsJson = False,
+    export: Annotated[
+        Path | None,
+        typer.Option("--export", help="A Parquet file of all labels with what they are about, for DuckDB or pandas."),
+    ] = None,
+    iteration: Annotated[int | None, typer.Option(help="Only of this iteration.")] = None,
+    oracle: Annotated[str, typer.Option(help="Only of annotators and versions that contain this.")] = "",
+) -> None:
+    """What the oracle has said and cost: by iteration, whether oracles agree, and whether they go by place or length."""
+    from onlinerl.stores import labelled
+    from onlinerl.views import labels as view
+
+    if export is not None:
+        count = labelled.export(run, export, iteration, oracle)
+        err.print(f"{count} labels are in {export}", highlight=False, soft_wrap=True)
+        return
+    _print_labels(view.summarise(run, iteration, oracle), as_json=as_json)
+
+
+@commands.command(context_settings=KEYS_FOLLOW)
+def relabel(
+    run: Run,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="The other oracle, e.g. oracle.name=math_verifier.")
+    ] = None,
+    iteration: Annotated[int | None, typer.Option(help="Only of this iteration.")] = None,
+) -> None:
+    """Let another oracle judge what a run was trained on, and say how far it agrees. Called again, it goes on; no label is paid for twice."""
+    from onlinerl import relabelling
+    from onlinerl.views import labels as view
+
+    relabelling.relabel(run, overrides or (), out, iteration=iteration)
+    _print_labels(view.summarise(run, iteration), as_json=False)
+
+
+def _print_labels(found: Mapping[str, Any], *, as_json: bool) -> None:
+    from onlinerl.views import labels as view
+
+    if as_json:
+        print_json(found)
+        return
+    print_whole(view.table(found))
+    print_lines(view.remarks(found))
