@@ -75,7 +75,9 @@ def check(
     elif checked.train is not None:
         verdict = tried(checked.oracle, account, lambda: wiring.probed(checked, checked.oracle))
         checked = checked.tried(verdict, paid)
-        plan = oracle_requests.planned(checked.config, checked.algorithm, len(checked.heldout), scores=checked.oracle_scores)
+        plan = oracle_requests.planned(
+            checked.config, checked.algorithm, len(checked.heldout), scores=checked.oracle_scores, anchors=len(checked.anchors)
+        )
         limit = checked.config.sampling.max_new_tokens
         told = oracle_requests.foretold(plan, checked.oracle, paid or Cost(), checked.train or (), limit)
         notes = [] if told is None else [told.text, *told.beyond(config.ledger)]
@@ -287,7 +289,10 @@ def _execute(checked: Checked, store: RunDirectory, account: Account, console: C
     if checked.trial is not None:
         labels.record_trial(store, checked.trial)
     if "prompts" not in store.manifest:
-        store.keep_prompts(train=list(checked.train or ()), heldout=checked.heldout)
+        anchors = {"anchors": [group.prompt for group in checked.anchors]} if checked.anchors else {}
+        if anchors:
+            store.keep_anchors(checked.anchors)
+        store.keep_prompts(train=list(checked.train or ()), heldout=checked.heldout, **anchors)
     (store.path / FAILURE).unlink(missing_ok=True)  # of an earlier attempt
     clock = time_limit.PhaseClock(store)
     tracker = FanoutTracker([clock, *wiring.trackers(checked, store.path, console)])

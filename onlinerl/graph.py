@@ -26,6 +26,10 @@ Where the algorithm asks for responses of the base model, another phase comes fi
 
 The second one is where the algorithm asks for responses of a mixture of policy and reference, which the learner draws. The first one pushes the base model into every replica, samples, and pushes the policy back, so it takes learner and engine alone.
 
+Where there are pairs whose better response is known (`anchors`), the oracle is examined by them; sync 0 and each sample t wait for it:
+
+    examine t    as sample t                       -            oracle (shared)               anchor_verdicts t
+
 With `max_lag: 1` iteration t is sampled while t-1 trains, so from the weights of t-2. Only these edges differ:
 
 (1) sample t waits for the same phase of t-2, and for sample t-1, which says where its prompts begin.
@@ -77,6 +81,7 @@ def phases(
     dynamic: bool = False,
     reference_samples: bool = False,
     mixture_samples: bool = False,
+    anchors: bool = False,
 ) -> tuple[Phase, ...]:
     """The graph, in the order in which an iteration goes through it if nothing runs side by side.
 
@@ -87,12 +92,18 @@ def phases(
         dynamic: `sample` waits for what `label` says, so `label` follows it; which prompts are left is known when both are finished.
         reference_samples: the base model is sampled too; never with lag, where the learner trains meanwhile.
         mixture_samples: the learner samples too; the same holds.
+        anchors: the oracle is examined by pairs whose better response is known.
     """
     sampled_from = ("sync" if evaluate_beside else "commit", 1 + max_lag)
     lagging = max_lag > 0
     reference = Phase(name="sample_reference", waits_for=(sampled_from,), alone=frozenset({"learner", "engine"}), keeps=True)
     mixture = Phase(name="sample_mixture", waits_for=(sampled_from,), alone=frozenset({"learner"}), keeps=True)
-    before = [*([reference] if reference_samples else []), *([mixture] if mixture_samples else [])]
+    examine = Phase(name="examine", waits_for=(sampled_from,), shares=frozenset({"oracle"}), of_base=True, keeps=True)
+    before = [
+        *([examine] if anchors else []),
+        *([reference] if reference_samples else []),
+        *([mixture] if mixture_samples else []),
+    ]
     first = [(each.name, 0) for each in before]
     graph = (
         *before,
@@ -118,7 +129,12 @@ def phases(
         Phase(name="checkpoint", waits_for=(("train", 0),), alone=frozenset({"learner"})),
         Phase(
             name="sync",
-            waits_for=(("checkpoint", 0), ("answer", 1), *([("sample", -max_lag)] if lagging else [])),
+            waits_for=(
+                ("checkpoint", 0),
+                ("answer", 1),
+                *([("sample", -max_lag)] if lagging else []),
+                *([("examine", 0)] if anchors else []),
+            ),
             alone=frozenset({"learner", "engine"}),
             of_base=True,
         ),

@@ -22,16 +22,18 @@ class Planned:
     """Of each iteration."""
     evaluation: tuple[int, int]
     """Of all iterations together."""
+    anchors: tuple[int, int]
+    """The same, of pairs whose better response is known."""
     iterations: int
     more: bool = False
     """Whether an iteration may need more, because it samples dynamically."""
 
     def groups(self) -> list[tuple[int, int]]:
         """Of the whole run with one start."""
-        return [self.start, (self.label[0] * self.iterations, self.label[1]), self.evaluation]
+        return [self.start, (self.label[0] * self.iterations, self.label[1]), self.evaluation, self.anchors]
 
 
-def planned(config: RunConfig, algorithm: Algorithm, heldout: int, *, scores: bool) -> Planned:
+def planned(config: RunConfig, algorithm: Algorithm, heldout: int, *, scores: bool, anchors: int = 0) -> Planned:
     """What a run will ask, if no sample and no question fails.
 
     Args:
@@ -40,6 +42,7 @@ def planned(config: RunConfig, algorithm: Algorithm, heldout: int, *, scores: bo
         heldout: prompts that are evaluated on.
         scores: whether the oracle scores single responses. One that only compares is asked about the answers of two iterates instead:
             the newest and the base model, and from iteration 2 on the one before too.
+        anchors: pairs whose better response is known.
     """
     dynamic = samples_dynamically(config, algorithm)
     sampled = config.prompts.per_iteration * (config.sampling.max_rounds if dynamic else 1)
@@ -49,9 +52,17 @@ def planned(config: RunConfig, algorithm: Algorithm, heldout: int, *, scores: bo
         start=(1, 2),
         label=(sampled, drawn),
         evaluation=(heldout * iterates, 1 if scores else 2),
+        anchors=(anchors * examinations(config), 2),
         iterations=config.iterations,
         more=dynamic,
     )
+
+
+def examinations(config: RunConfig) -> int:
+    """How often the oracle is asked about pairs whose better response is known."""
+    if config.anchors is None:
+        return 0
+    return 1 + (config.iterations // config.anchors.every if config.anchors.every else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,18 +91,18 @@ def foretold(plan: Planned, oracle: Oracle, tried: Cost, prompts: Iterable[Promp
     per_group = oracle.requests(plan.label[1])
     if per_group is None:
         return None
-    start, label, evaluation = (groups * (oracle.requests(k) or 0) for groups, k in plan.groups())
+    start, label, evaluation, anchors = (groups * (oracle.requests(k) or 0) for groups, k in plan.groups())
     begun = oracle.opening_cost.plus(tried)
     start += begun.calls
     most = "at most " if plan.more else ""
+    total = start + label + evaluation + anchors
+    known = f", {anchors} for pairs whose better response is known" if anchors else ""
     text = (
         f"oracle: {per_group} requests for {plan.label[1]} responses to a prompt, {most}{label // max(1, plan.iterations)} an iteration; "
-        f"with {evaluation} for evaluation and {start} at this start {most}{start + label + evaluation} for the whole run, and more where some fail"
+        f"with {evaluation} for evaluation{known} and {start} at this start {most}{total} for the whole run, and more where some fail"
     )
     tokens = fmean(len(prompt.token_ids) for prompt in prompts)
     prices = [oracle.most_usd(tokens, max_new_tokens, k) for _, k in plan.groups()]
     dollars = [groups * price for (groups, _), price in zip(plan.groups(), prices, strict=True) if price is not None]
     usd = sum(dollars) + begun.usd if dollars else None
-    return Foretold(
-        text=text if usd is None else f"{text}; about ${usd:.2f} at most", calls=start + label + evaluation, usd=usd
-    )
+    return Foretold(text=text if usd is None else f"{text}; about ${usd:.2f} at most", calls=total, usd=usd)

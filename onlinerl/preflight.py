@@ -27,7 +27,7 @@ from onlinerl.protocols.keys import decided
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.protocols.transport import Layout
-from onlinerl.types import Cost, Failure, Prompt, Query, Verdict
+from onlinerl.types import Cost, Failure, Group, Prompt, Query, Verdict
 
 GIB = 2**30
 
@@ -44,6 +44,8 @@ class Checked:
     train: ShuffledPrompts | None
     """None if the model is not on this machine, so that prompts could not be tokenised."""
     heldout: Sequence[Prompt]
+    anchors: Sequence[Group] = ()
+    """Pairs whose better response is known; none too if the model is not on this machine."""
     parameters: float | None
     """Number of parameters of the model, if it could be found out."""
     adapters: float | None = None
@@ -140,6 +142,7 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
         pairing=pairing,
         train=prompts.train,
         heldout=prompts.heldout,
+        anchors=prompts.anchors,
         parameters=parameters,
         adapters=adapters,
         notes=notes,

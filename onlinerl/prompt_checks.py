@@ -10,10 +10,11 @@ from onlinerl.config import RunConfig
 from onlinerl.controller.parts import samples_dynamically
 from onlinerl.errors import ConfigError
 from onlinerl.model_checks import check_vocabulary, tokenizer
+from onlinerl.prompts import _anchors
 from onlinerl.prompts._kept import Kept
 from onlinerl.prompts._source import ShuffledPrompts, check_answers, check_overlap, load_prompts
 from onlinerl.protocols.algorithm import Algorithm
-from onlinerl.types import Prompt
+from onlinerl.types import Group, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,8 @@ class Read:
     """None if the model is not on this machine, so that prompts could not be tokenised."""
     heldout: Sequence[Prompt] = ()
     """As many as are evaluated on."""
+    anchors: Sequence[Group] = ()
+    """Pairs whose better response is known, if the configuration names any and the model is on this machine."""
     total: int
     """Training prompts."""
     remarks: Sequence[str]
@@ -51,7 +54,7 @@ def read_prompts(
         leaves_out = config.prompts.filter_overlong_prompts
         train = ShuffledPrompts(kept.train, seed=config.seed, reuse=config.prompts.reuse)
         remarks = kept.changes(config, tokenizer(config.model) if leaves_out else None)
-        found = Read(train=train, heldout=kept.heldout, total=len(train), remarks=remarks)
+        found = Read(train=train, heldout=kept.heldout, anchors=kept.anchors, total=len(train), remarks=remarks)
     else:
         found = _tokenised(config, algorithm, local, needs_answers)
     rounds = config.sampling.max_rounds if samples_dynamically(config, algorithm) else 1
@@ -72,7 +75,11 @@ def _tokenised(config: RunConfig, algorithm: Algorithm, local: Path, needs_answe
         goals=algorithm.needs.goals,
     )
     check_vocabulary(local, reads, (p.token_ids + p.answer_ids + sum(p.goal_ids, ()) for p in (*train, *heldout)))
-    return Read(train=train, heldout=heldout, total=len(train), remarks=remarks)
+    anchors: list[Group] = []
+    if config.anchors is not None:
+        anchors, more = _anchors.read(config.anchors, reads, needs_answers=needs_answers)
+        remarks = [*remarks, *more]
+    return Read(train=train, heldout=heldout, anchors=anchors, total=len(train), remarks=remarks)
 
 
 def _untokenised(config: RunConfig, algorithm: Algorithm, needs_answers: bool) -> Read:

@@ -19,7 +19,9 @@ from onlinerl.stores.directory import KINDS, RunDirectory
 def kept(store: RunDirectory) -> Kept | None:
     """The prompts of a run; None if it was stopped before it had stored any, or is older than that."""
     train, heldout = store.prompts("train"), store.prompts("heldout")
-    return None if train is None or heldout is None else Kept(train=train, heldout=heldout)
+    if train is None or heldout is None:
+        return None
+    return Kept(train=train, heldout=heldout, anchors=store.anchors())
 
 
 def require_unchanged(config: RunConfig, store: RunDirectory) -> None:

@@ -16,7 +16,7 @@ from onlinerl.config.identity import flatten, marked
 from onlinerl.config.paths import at_home
 from onlinerl.config.roles import ROLES, chosen, default
 from onlinerl.config.secrets import refuse_values
-from onlinerl.config.sections import ClusterConfig, Section, TrainingConfig, number_as_text
+from onlinerl.config.sections import ClusterConfig, Comparisons, Section, TrainingConfig, number_as_text
 from onlinerl.errors import ConfigError
 from onlinerl.explain import explain, together
 from onlinerl.protocols.keys import Resumable
@@ -30,7 +30,7 @@ CHOICES = {
 }
 
 
-class PreferencesConfig(Section):
+class PreferencesConfig(Comparisons):
     """Comparisons to train on, as they are published."""
 
     train: str
@@ -39,8 +39,6 @@ class PreferencesConfig(Section):
     """The same, to evaluate on. By default some of the prompts of `train` are held out."""
     heldout_share: float = Field(0.1, gt=0, lt=1)
     """How many, where there is no `heldout`. Which they are depends on the prompts alone, so they stay held out when data are added."""
-    subset: str | None = None
-    """Of a hub dataset that has several."""
     train_split: str = "train"
     """Name of a split, or a part of one, e.g. `train[:90%]`. A file has one split, `train`."""
     heldout_split: str | None = None
@@ -54,12 +52,8 @@ class PreferencesConfig(Section):
     """A reward model that is trained further, and whose accuracy on what is held out falls by more than this, is rejected."""
     columns: dict[Column, str] = Field(default_factory=dict)
     """Which column is what, where it has another name, e.g. `{chosen: answer_a, margin: score_gap}`."""
-    apply_chat_template: bool = True
-    """Whether a prompt that is a text, not messages, is what a user says. Otherwise the responses continue it."""
     max_length: int = Field(1024, ge=1)
     """Longest sequence in tokens. Comparisons with a longer one are left out and counted; nothing is ever cut."""
-    filter_invalid: bool = False
-    """Leave out, and count, rows that are no comparison. Otherwise they are an error."""
 
 
 class RewardTraining(TrainingConfig):

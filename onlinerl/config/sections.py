@@ -22,6 +22,7 @@ from onlinerl.protocols.transport import TransportConfig
 from onlinerl.types import Sampling
 
 Device = Literal["auto", "cpu", "cuda"]
+AnchorColumn = Literal["prompt", "chosen", "rejected", "prob", "tie", "source", "reference_answer"]
 
 
 class Section(BaseModel):
@@ -157,6 +158,35 @@ class EvaluationConfig(Section):
     about 0.002; more than this is a bug, not noise."""
 
 
+class Comparisons(Section):
+    """Of rows that compare two responses: how they are read."""
+
+    subset: str | None = None
+    """Of a hub dataset that has several."""
+    apply_chat_template: bool = True
+    """Whether a prompt that is a text, not messages, is what a user says. Otherwise the responses continue it."""
+    filter_invalid: bool = False
+    """Leave out, and count, rows that are no comparison. Otherwise they are an error."""
+
+
+class AnchorsConfig(Comparisons):
+    """Pairs of which it is known which response is better: what the oracle says of them is measured, nothing is trained on them."""
+
+    data: str
+    """A file of JSON lines, JSON, Parquet or CSV, a folder of `save_to_disk`, or a dataset of the hub, with `chosen` and `rejected`."""
+    split: str | None = None
+    """Name of a split, or a part of one, e.g. `test[:10%]`. By default `test`, and `train` for a file, which has no other."""
+    columns: dict[AnchorColumn, str] = Field(default_factory=dict)
+    """Which column is what, where it has another name, e.g. `{chosen: answer_a}`."""
+    limit: int = Field(2000, ge=1)
+    """How many at most. Which they are depends on what they say alone, not on their order. Of two thousand, accuracy is known within 2 %."""
+    min_accuracy: Resumable[float] = Field(0.65, ge=0, le=1)
+    """The run stops where the oracle is right about fewer, so surely that the 95 % interval lies below."""
+    every: Resumable[int] = Field(0, ge=0)
+    """After so many iterations the oracle is asked about all of them again, and pays again: what changes while its version stays, as a model
+    behind an endpoint may, shows only then. 0: once, before anything is pushed or sampled."""
+
+
 class ClusterConfig(Section):
     """Where it runs."""
 
@@ -258,6 +288,8 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    anchors: AnchorsConfig | None = None
+    """Off by default: whether the oracle can be trusted is then not known."""
     engine: Annotated[SerializeAsAny[EngineConfig], BeforeValidator(chosen("engine"))] = Field(
         default_factory=default("engine")
     )

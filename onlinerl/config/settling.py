@@ -8,7 +8,7 @@ from typing import TypeVar
 from onlinerl import hardware
 from onlinerl.config.loading import located
 from onlinerl.config.paths import at_home
-from onlinerl.config.sections import LedgerConfig, RunConfig
+from onlinerl.config.sections import AnchorsConfig, LedgerConfig, RunConfig
 from onlinerl.protocols.engine import EngineConfig
 from onlinerl.protocols.learner import LearnerConfig
 
@@ -29,6 +29,7 @@ def settled(config: RunConfig) -> RunConfig:
             "ledger": _at_home(config.ledger),
             "oracle": located(config, [Path()]).oracle,
             "prompts": config.prompts.located(),
+            "anchors": _located(config.anchors),
             "engine": _decided(config.engine, dtype),
             "learner": _decided(config.learner, dtype),
         }
@@ -39,6 +40,13 @@ def _at_home(ledger: LedgerConfig) -> LedgerConfig:
     if ledger.reuse_from is None:
         return ledger
     return ledger.model_copy(update={"reuse_from": str(at_home(ledger.reuse_from, "ledger.reuse_from").absolute())})
+
+
+def _located(anchors: AnchorsConfig | None) -> AnchorsConfig | None:
+    path = None if anchors is None else at_home(anchors.data, "anchors.data")
+    if anchors is None or path is None or not path.exists():  # perhaps a hub id
+        return anchors
+    return anchors.model_copy(update={"data": str(path.absolute())})
 
 
 def _decided(section: T, dtype: str) -> T:

@@ -56,8 +56,8 @@ class Asker:
         """Of whoever pays for the answers."""
         return self._caller.account
 
-    def labels(self, questions: Questions, stop: threading.Event) -> Iterator[Labels]:
-        """As `answers`, but what the ledger knows is not asked, and nothing is asked that the account cannot pay.
+    def labels(self, questions: Questions, stop: threading.Event, *, anew: bool = False) -> Iterator[Labels]:
+        """As `answers`, but what the ledger knows is not asked, unless `anew`, and nothing is asked that the account cannot pay.
 
         Raises:
             BudgetError: if the next question may be too expensive.
@@ -65,7 +65,7 @@ class Asker:
         """
         if self._ledger is not None:
             self._ledger.look_again()
-        return self._each(questions, stop, partial(self._labelled, over=stop.is_set))
+        return self._each(questions, stop, partial(self._labelled, over=stop.is_set, anew=anew))
 
     def recorded(self, iteration: int, table: str, labels: Labels) -> None:
         """These are on the disk: whoever asks the same again is told what they say."""
@@ -78,9 +78,9 @@ class Asker:
     def _version(self) -> str:
         return self.oracle.version
 
-    def _labelled(self, batch: Sequence[Query], over: Callable[[], bool]) -> Iterator[Labels]:
+    def _labelled(self, batch: Sequence[Query], over: Callable[[], bool], anew: bool) -> Iterator[Labels]:
         keys = [label_key(query, self._version) if self._ledger is not None else "" for query in batch]
-        known = [None if self._ledger is None else self._ledger.find(key) for key in keys]
+        known = [None if self._ledger is None or anew else self._ledger.find(key) for key in keys]
         if found := [(query, self._as_now(label)) for query, label in zip(batch, known, strict=True) if label is not None]:
             yield found
         asked = [(query, key) for query, key, label in zip(batch, keys, known, strict=True) if label is None]

@@ -98,6 +98,7 @@ def judge(
     *,
     wanted: Callable[[Group], bool] = lambda group: True,
     feed: Feed[str] | None = None,
+    anew: bool = False,
 ) -> tuple[int, Paid]:
     """How many verdicts the table holds in the end, and what they and the failures have cost; only those that it does not hold yet, and
     that the ledger does not know, are asked for.
@@ -112,6 +113,7 @@ def judge(
         phase: that asks.
         wanted: which groups are judged at all.
         feed: gets the id of every prompt whose group was dealt with, once what is known about it is on disk.
+        anew: ask about those that the ledger knows, too.
     """
     tracker = it.parts.tracker
     labels = it.parts.store.labels(it.number, table)
@@ -127,7 +129,7 @@ def judge(
     tracker.phase_advanced(it.number, phase, len(judged))
     unjudged = _Unjudged(groups, frozenset(judged), wanted, feed)
     failures: list[Failure] = []
-    for arrived in it.parts.asker.labels(unjudged, it.stop):
+    for arrived in it.parts.asker.labels(unjudged, it.stop, anew=anew):
         labels.append([label for _, label in arrived])
         it.parts.asker.recorded(it.number, table, arrived)
         judged.update(query.prompt.id for query, _ in arrived)

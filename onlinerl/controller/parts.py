@@ -18,7 +18,7 @@ from onlinerl.protocols.prompts import PromptSource
 from onlinerl.protocols.store import Store
 from onlinerl.protocols.sync import WeightSync
 from onlinerl.protocols.tracker import Tracker
-from onlinerl.types import Prompt, TrainItem
+from onlinerl.types import Group, Prompt, TrainItem
 
 
 @dataclass(kw_only=True)
@@ -32,6 +32,8 @@ class Parts:
     pairing: PairBuilder
     train_prompts: PromptSource
     heldout: Sequence[Prompt]
+    anchors: Sequence[Group] = ()
+    """Pairs whose better response is known, to examine the oracle by."""
     engine: RolloutEngine
     learner: Learner
     sync: WeightSync

@@ -12,6 +12,7 @@ import numpy as np
 
 from onlinerl.budget import Account
 from onlinerl.controller import evaluation
+from onlinerl.controller.anchors import Examined
 from onlinerl.controller.comparing import Compared
 from onlinerl.controller.parts import Built, Parts
 from onlinerl.controller.statistics import Divergence, Estimate, bootstrap, ratio, wilson
@@ -21,6 +22,8 @@ from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import per_iteration, per_step
 from onlinerl.protocols.tracker import Tracker
 from onlinerl.types import MeasureRecord, Metric, SelfTest, SyncReport, UpdateReport
+
+_ECE = {"value": "ece", "floor": "floor", "floor_p95": "floor_95"}
 
 
 @dataclass
@@ -102,6 +105,34 @@ class Reporter:
             "preference_cycles": ratio([each.circles for each in found], [each.triples for each in found]),
         }
         self._log(iteration, *(self._estimate(name, estimate) for name, estimate in estimates.items() if estimate.n))
+
+    def examined(self, iteration: int, found: Examined) -> None:
+        """What the oracle says of pairs whose better response is known."""
+        for remark in found.remarks():
+            self.tracker.note(remark)
+        figures, bias = found.figures, found.figures["length_bias"]
+        subsets = {
+            "all": figures["accuracy"],
+            "better_is_shorter": bias["shorter_is_better"],
+            "better_is_longer": bias["longer_is_better"],
+        }
+        error = figures["calibration"]
+        estimates = {"anchor_first_place_wins": found.first_place_wins, "anchor_agreement": found.agreement}
+        if "swap_disagreement" in figures:
+            estimates["anchor_swap_disagreement"] = Estimate(**figures["swap_disagreement"])
+        self._log(
+            iteration,
+            *(
+                self._estimate("anchor_accuracy", Estimate(**one), labels={"subset": name})
+                for name, one in subsets.items()
+                if one["n"]
+            ),
+            *(
+                self._one("anchor_ece", error[key], n=figures["accuracy"]["n"], labels={"stat": stat})
+                for stat, key in _ECE.items()
+            ),
+            *(self._estimate(name, one) for name, one in estimates.items() if one is not None and one.n),
+        )
 
     def self_test(self, result: SelfTest) -> None:
         """What the step-0 self-test found."""

@@ -18,8 +18,8 @@ from pydantic import Field, PrivateAttr
 
 from onlinerl.config.paths import at_home
 from onlinerl.errors import OracleError
-from onlinerl.oracles import _calibration
-from onlinerl.oracles._calibration import Fit
+from onlinerl.ops import calibration
+from onlinerl.ops.calibration import Fit
 from onlinerl.oracles._inner import Container, Inner, failed, keep, kept, total
 from onlinerl.types import Cost, Failure, Message, Prompt, Query, Verdict
 
@@ -181,11 +181,11 @@ class Calibrated(Container):
         outcomes = np.array([p for _, p in known])
         both = _symmetric(odds[:, 0, 1], odds[:, 1, 0])
         if self.method == "temperature":
-            fit = _calibration.fit(both, outcomes, intercept=False)
+            fit = calibration.fit(both, outcomes, intercept=False)
         else:
             shown, won = np.concatenate([odds[:, 0, 1], odds[:, 1, 0]]), np.concatenate([outcomes, 1 - outcomes])
             asked = ~np.isnan(shown)
-            fit = _calibration.fit(shown[asked], won[asked], intercept=True)
+            fit = calibration.fit(shown[asked], won[asked], intercept=True)
         if not fit.slope > 1e-6:
             raise OracleError(
                 f"is wrong about most of the {len(known)} pairs of {self.data}, so no temperature makes its probabilities true",
@@ -201,7 +201,7 @@ def cells(verdict: Verdict) -> np.ndarray:
     if verdict.log_odds is not None:
         odds = np.asarray(verdict.log_odds, np.float64) / verdict.temperature
     elif verdict.preferences is not None:
-        odds = _calibration.logit(np.asarray(verdict.preferences, np.float64))
+        odds = calibration.logit(np.asarray(verdict.preferences, np.float64))
     else:
         scores = np.asarray(verdict.scores, np.float64)
         odds = (scores[:, None] - scores[None, :]) / verdict.temperature
@@ -232,8 +232,9 @@ def _pair(row: Mapping[str, Any], number: int) -> Query:
 
 def _report(fit: Fit, method: str, before: np.ndarray, after: np.ndarray, outcomes: np.ndarray) -> str:
     probs = [1 / (1 + np.exp(-np.clip(odds, -700, 700))) for odds in (before, after)]
-    errors = [_calibration.calibration_error(p, outcomes) for p in probs]
-    floor, high = _calibration.noise_floor(probs[1])
+    said = [calibration.predictions(p, outcomes) for p in probs]
+    errors = [calibration.calibration_error(*each) for each in said]
+    floor, high = calibration.noise_floor(said[1][0])
     numbers = f"temperature {1 / fit.slope:.3g}" + (f", intercept {fit.intercept:.3g}" if method == "platt" else "")
     few = "" if len(outcomes) >= FEW else f"; fewer than {FEW} pairs say little"
     return (

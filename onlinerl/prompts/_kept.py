@@ -10,7 +10,7 @@ from onlinerl.config import RunConfig
 from onlinerl.errors import PromptError
 from onlinerl.prompts._rendering import tokenized
 from onlinerl.protocols.prompts import Which
-from onlinerl.types import Prompt, RawPrompt
+from onlinerl.types import Group, Prompt, RawPrompt
 
 SHOWN = 3
 
@@ -22,6 +22,8 @@ class Kept:
     train: Sequence[Prompt]
     heldout: Sequence[Prompt]
     """As many as are evaluated on."""
+    anchors: Sequence[Group] = ()
+    """Pairs whose better response is known."""
 
     def changes(self, config: RunConfig, tokenizer: Any = None) -> list[str]:
         """One sentence for each file that is not what it was.

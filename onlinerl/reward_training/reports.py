@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from onlinerl.config.reward_model import RewardConfig, objective_name
+from onlinerl.controller.accuracy import shown
 from onlinerl.errors import StoreError
 from onlinerl.reward_training import refresh
-from onlinerl.reward_training.evaluation import shown
 from onlinerl.stores import documents
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from onlinerl.controller import accuracy
+from onlinerl.controller.accuracy import Scored
 from onlinerl.protocols.objective import RewardLearner
-from onlinerl.reward_training import evaluation
 from onlinerl.reward_training.comparisons import Fitting, Reader
-from onlinerl.reward_training.evaluation import Scored
 from onlinerl.types import RawPrompt
 from onlinerl.types.preferences import Comparison
 
@@ -38,10 +38,10 @@ def evaluate(learner: RewardLearner, reader: Reader, heldout: Fitting) -> dict[s
         )
         for p, each, lengths, flip in zip(probs, heldout.comparisons, heldout.lengths, flips, strict=True)
     ]
-    figures = evaluation.measured(scored) | {"length_unit": "words" if reader.objective.compares else "tokens"}
+    figures = accuracy.measured(scored) | {"length_unit": "words" if reader.objective.compares else "tokens"}
     circles = _circles(learner, reader, heldout.comparisons)
     figures["cycles"] = circles
-    return figures | {"warnings": evaluation.warnings(figures)}
+    return figures | {"warnings": accuracy.warnings(figures)}
 
 
 def _words(text: str) -> int:
@@ -87,7 +87,7 @@ def _circles(learner: RewardLearner, reader: Reader, comparisons: Sequence[Compa
     matrices = {name: np.full((len(found), len(found)), 0.5) for name, found in responses.items()}
     for (name, i, j), p in zip(pairs, _sigmoid(odds), strict=True):
         matrices[name][i, j], matrices[name][j, i] = p, 1.0 - p
-    return evaluation.cycles(matrices, {name: _labelled(found, groups[name]) for name, found in responses.items()})
+    return accuracy.cycles(matrices, {name: _labelled(found, groups[name]) for name, found in responses.items()})
 
 
 def _labelled(responses: Sequence[str], comparisons: Sequence[Comparison]) -> np.ndarray:

@@ -32,7 +32,7 @@ from typing import Any, TypeVar, get_args
 import pyarrow as pa
 
 from onlinerl.errors import StoreError
-from onlinerl.protocols.store import PAIRS, Kind
+from onlinerl.protocols.store import ANCHORS, PAIRS, Kind
 from onlinerl.stores import _artefacts, _files, _identity, _manifest, rows
 from onlinerl.stores._lock import Lock, caveat
 from onlinerl.stores._scratch import Scratch, scratch
@@ -216,6 +216,24 @@ class RunDirectory:
                 fix="restore it from a backup, or start a new run",
             )
         return prompts
+
+    def keep_anchors(self, groups: Sequence[Group]) -> None:
+        """Store the pairs that the oracle is examined by. Call it before `keep_prompts`, and give that their prompts as `anchors`."""
+        table = self.groups(0, ANCHORS)
+        if not table.sealed:
+            table.clear()
+            table.append(groups)
+            table.seal()
+
+    def anchors(self) -> list[Group]:
+        """What `keep_anchors` stored; none if there are none.
+
+        Raises:
+            StoreError: if they are not what was stored.
+        """
+        if "anchors" not in self.manifest.get("prompts", {}):
+            return []
+        return list(self.groups(0, ANCHORS, {prompt.id: prompt for prompt in self.prompts("anchors") or ()}))
 
     def _kept(self, name: str) -> StoredTable[Prompt]:
         return StoredTable(self._files(self.path / _PROMPTS, name, rows.PROMPTS.schema), rows.PROMPTS)

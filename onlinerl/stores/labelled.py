@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from onlinerl.errors import StoreError
-from onlinerl.protocols.store import EVALUATION, EVALUATION_VERDICTS, ROLLOUTS
+from onlinerl.protocols.store import ANCHOR_VERDICTS, ANCHORS, EVALUATION, EVALUATION_VERDICTS, ROLLOUTS
 from onlinerl.stores import _files, labels, summary
 from onlinerl.stores._arrow import to_batch
 from onlinerl.stores._tables import TableFiles
@@ -79,6 +79,8 @@ def _about(folder: Path, table: str, prompt_ids: Sequence[str]) -> Iterator[dict
         sources = [(folder, EVALUATION)]
     if table.startswith(labels.COMPARISONS):
         sources.append((folder.parent / table.removeprefix(labels.COMPARISONS), EVALUATION))
+    if table == ANCHOR_VERDICTS:
+        sources = [(folder.parent / "0000", ANCHORS)]
     found = [TableFiles(*source).rows(prompt_ids) for source in sources]
     for groups in zip(*found, strict=True):
         there = [group for group in groups if group is not None]

@@ -211,9 +211,10 @@ def manifest(path: Path) -> dict[str, Any]:
 
 
 def _iteration(number: int, phases: Mapping[str, Mapping[str, Any]], *, active: bool, extras: bool) -> dict[str, Any]:
-    label, sync, measure = (phases.get(name, {}) for name in ("label", "sync", "measure"))
+    label, sync, measure, examine = (phases.get(name, {}) for name in ("label", "sync", "measure", "examine"))
     rate = measure.get("win_rate") if number > 0 else None
     calls = [record["oracle_calls"] for record in (label, measure) if record.get("oracle_calls") is not None]
+    calls += [examine["asked"]] if examine.get("asked") else []
     row: dict[str, Any] = {
         "iteration": number,
         "reward": measure.get("reward"),

@@ -6,7 +6,7 @@ A record is JSON in the manifest of its iteration. That of an older version may 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 class PhaseRecord(TypedDict, total=False):
@@ -68,6 +68,18 @@ class SampleReferenceRecord(PhaseRecord):
     policy_version: int
     pushes: int
     """How often weights were pushed: to the base model and back, or not at all where that is the policy."""
+
+
+class ExamineRecord(PhaseRecord):
+    """Of `examine`."""
+
+    asked: int
+    """Pairs that the oracle was asked about; 0 where it was not their turn."""
+    failures: int
+    figures: Mapping[str, Any] | None
+    """How it did: accuracy with intervals, by length and source, and calibration."""
+    agreement: float | None
+    """Share of the pairs of which it says the same as at first."""
 
 
 class LabelRecord(PhaseRecord):
@@ -184,6 +196,7 @@ class CommitRecord(PhaseRecord):
 class PhaseRecords(TypedDict, total=False):
     """Of the finished phases of an iteration, by name; a phase that somebody adds to the graph has one too."""
 
+    examine: ExamineRecord
     sample_reference: SampleReferenceRecord
     sample_mixture: SampleMixtureRecord
     sample: SampleRecord

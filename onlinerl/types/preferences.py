@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from onlinerl.types.prompts import RawPrompt
 
+CHOSEN, REJECTED = "chosen", "rejected"
+"""What `Rollout.source` says of the responses of a comparison, which nobody sampled."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:

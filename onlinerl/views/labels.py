@@ -14,7 +14,7 @@ from rich.table import Table
 
 from onlinerl.controller.comparing import Compared
 from onlinerl.controller.statistics import Estimate, ratio
-from onlinerl.protocols.store import VERDICTS
+from onlinerl.protocols.store import ANCHOR_VERDICTS, VERDICTS
 from onlinerl.stores import labelled, labels, rows, summary
 from onlinerl.types import Verdict
 
@@ -75,7 +75,8 @@ def summarise(run: Path, iteration: int | None = None, oracle: str = "") -> dict
 
 
 def _add(costs: dict[tuple[int, str, str], dict[str, Any]], row: Mapping[str, Any]) -> None:
-    phase = "label" if row["table"] == VERDICTS else "relabel" if row["table"].startswith(labels.RELABELS) else "measure"
+    kinds = {VERDICTS: "label", ANCHOR_VERDICTS: "examine"}
+    phase = "relabel" if row["table"].startswith(labels.RELABELS) else kinds.get(row["table"], "measure")
     version = row["oracle_version"] or ""  # a failure says none
     entry = costs.setdefault(
         (row["iteration"], phase, version),

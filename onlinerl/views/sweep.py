@@ -19,7 +19,7 @@ from onlinerl.views import timeline
 from onlinerl.views.svg import Line, Panel, render
 
 PLOT = "sweep.svg"
-_JUDGED = ("verdicts", "evaluation_verdicts", "comparisons_")
+_JUDGED = ("verdicts", "evaluation_verdicts", "anchor_verdicts", "comparisons_")
 """Tables of verdicts, by the beginning of their names."""
 
 

@@ -13,7 +13,7 @@ from onlinerl.stores.summary import records
 PARTS = ("engine", "oracle", "learner")
 _PARTS_OF = {
     phase.name: tuple(part for part in PARTS if part in phase.alone | phase.shares)
-    for phase in graph.phases(stream=False, evaluate_beside=False, reference_samples=True, mixture_samples=True)
+    for phase in graph.phases(stream=False, evaluate_beside=False, reference_samples=True, mixture_samples=True, anchors=True)
 }
 _MICRO = 1e6
 WIDTH = 48

@@ -17,6 +17,7 @@ pytest.importorskip("aiohttp")
 
 from judges import JudgeServer, judging
 from older import as_before_the_ledger
+from preference_rows import taste, write_rows
 from toy_runs import COUNTED, HELDOUT, PROMPTS, events, everything, pairs, weights
 
 from onlinerl.api import Run
@@ -277,3 +278,19 @@ def test_a_run_of_the_version_before_goes_on_and_is_shown(config, warm_cli, tmp_
     assert sum((asked(server) - whole).values()) == 1, "what died with the process"
     found = everything(run, 2)
     assert (found["pairs"], found["weights"]) == (uninterrupted["pairs"], uninterrupted["weights"])
+
+
+def test_known_pairs_are_foretold_too_and_are_asked_again_although_they_are_known(config, warm_cli, tmp_path, server):
+    data = write_rows(tmp_path / "anchors.jsonl", taste(10))
+    anchors = {"anchors.data": data, "anchors.apply_chat_template": False, "anchors.every": 1, "anchors.min_accuracy": 0.0}
+    file = config(**{"oracle.price_per_request": 0.25, **anchors})
+    said = warm_cli("check", file)
+    foretold = re.search(r"60 for pairs whose better response is known.* (\d+) for the whole run", said.stdout)
+    assert foretold is not None, said.message
+    server.asked.clear()
+    assert warm_cli("run", file).returncode == 0
+    found = ledger(warm_cli, tmp_path / "runs/toy")
+    assert total(found, "calls") == len(server.asked)
+    assert int(foretold[1]) == len(server.asked) + sum(row["saved_calls"] for row in found["costs"])
+    examined = [row for row in found["costs"] if row["phase"] == "examine"]
+    assert [(row["labels"], row["calls"], row["saved_calls"]) for row in examined] == [(10, 20, 0)] * 3

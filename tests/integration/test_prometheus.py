@@ -204,6 +204,7 @@ def test_promtool_accepts_the_files():
 
 DOUBTFUL = 'onlinerl_metric_insufficient{run="r",name="%s"}'
 ORACLE = 'onlinerl_oracle_failed_ratio{run="r",phase="label"}'
+SAME = 'onlinerl_anchor_agreement_bound_ratio{run="r",bound="upper"}'
 CUT = 'onlinerl_finish_ratio{run="r",reason="length"}'
 UP = 'up{job="onlinerl",run="r",run_state="%s"}'
 STATE = 'onlinerl_run_state{run="r",state="%s"}'
@@ -246,6 +247,8 @@ CASES = [
     ("OnlineRLSamplerMismatch", {K3: "0.02x90", DOUBTFUL % "logp_mismatch_k3": "1x90"}, {}, (False, False)),
     ("OnlineRLSkippedSteps", {'onlinerl_skipped_steps{run="r"}': "0x60 1x40"}, {}, (False, True)),
     ("OnlineRLOracleErrors", {ORACLE: "0.04x60 0.06x40"}, {"phase": "label"}, (False, True)),
+    ("OnlineRLOracleDrift", {SAME: "0.99x60 0.9x40"}, {"bound": "upper"}, (False, True)),
+    ("OnlineRLOracleDrift", {SAME: "0.9x90", DOUBTFUL % "anchor_agreement": "1x90"}, {"bound": "upper"}, (False, False)),
     ("OnlineRLBudget", {'onlinerl_budget_spent_ratio{run="r",kind="usd"}': "0.5x60 0.95x40"}, {"kind": "usd"}, (False, True)),
     ("OnlineRLTruncated", {CUT: "0.1x60 0.3x40"}, {"reason": "length"}, (False, True)),
     ("OnlineRLTruncated", {CUT: "0.3x90", DOUBTFUL % "truncated": "1x90"}, {"reason": "length"}, (False, False)),

@@ -15,6 +15,7 @@ from onlinerl.errors import ConfigError
 from onlinerl.graph import NAMES, Phase, Task
 
 SECONDS = {
+    "examine": 2.0,
     "sample_reference": 3.0,
     "sample": 5.0,
     "label": 6.0,
@@ -208,6 +209,23 @@ def test_a_phase_starts_only_when_what_it_follows_has_begun():
     assert list(graph.ready(rows, [1], done, [(1, "sample"), (1, "label")], shared_hardware=True)) == [], (
         "the engine has the GPU"
     )
+
+
+# --- known pairs ---
+
+
+@pytest.mark.parametrize(("stream", "beside", "lag"), MODES)
+def test_the_oracle_is_examined_before_anything_is_pushed_or_sampled(stream, beside, lag):
+    rows = graph.phases(stream=stream, evaluate_beside=beside, max_lag=lag, anchors=True)
+    for seed in range(20):
+        made = simulate(rows, nothing_done(), jitter=random.Random(seed))
+        assert len(made) == (ITERATIONS + 1) * len(rows) - len([row for row in rows if not row.of_base])
+        ends, starts = ({task: span[place] for *span, task in made} for place in (1, 0))
+        assert ends[0, "examine"] <= starts[0, "sync"]
+        assert all(ends[t, "examine"] <= starts[t, "sample"] for t in range(1, ITERATIONS + 1))
+    made = killed_and_resumed(rows, seed=1)
+    assert len(made) == len(set(made))
+    check_weights(made, lag)
 
 
 # --- responses of the base model ---

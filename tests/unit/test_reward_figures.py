@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from onlinerl.reward_training import evaluation
-from onlinerl.reward_training.evaluation import Scored, calibration, cycle_rate, cycles, measured
+from onlinerl.controller import accuracy
+from onlinerl.controller.accuracy import Scored, calibration, cycle_rate, cycles, measured
 
 
 def scored(prob: float, *, label: float = 1.0, chosen: int = 5, rejected: int = 5, source: str = "a", **more) -> Scored:
@@ -16,9 +16,9 @@ def scored(prob: float, *, label: float = 1.0, chosen: int = 5, rejected: int = 
 
 
 def test_a_perfect_model_a_reversed_one_and_one_that_says_nothing():
-    for prob, accuracy, ece in ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.5, 0.5, 0.0)):
+    for prob, expected, ece in ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.5, 0.5, 0.0)):
         found = measured([scored(prob)] * 300)
-        assert found["accuracy"]["value"] == accuracy
+        assert found["accuracy"]["value"] == expected
         assert found["calibration"]["ece"] == pytest.approx(ece)
     assert measured([scored(1.0)] * 300)["accuracy"]["low"] > 0.98
 
@@ -113,12 +113,12 @@ def test_disagreement_of_the_two_orders():
 
 def test_warnings():
     chance = measured([scored(0.9)] * 11 + [scored(0.1)] * 10)
-    assert any("includes chance" in each for each in evaluation.warnings(chance))
+    assert any("includes chance" in each for each in accuracy.warnings(chance))
     worse = measured([scored(0.9)] * 100 + [scored(0.1, source="b")] * 20)
-    assert any("of b it is wrong more often than right" in each for each in evaluation.warnings(worse))
+    assert any("of b it is wrong more often than right" in each for each in accuracy.warnings(worse))
     sure = measured([scored(0.999)] * 200 + [scored(0.001)] * 100)
-    assert any("calibration error" in each for each in evaluation.warnings(sure))
-    assert evaluation.warnings(measured([scored(0.99)] * 297 + [scored(0.01)] * 3)) == []
+    assert any("calibration error" in each for each in accuracy.warnings(sure))
+    assert accuracy.warnings(measured([scored(0.99)] * 297 + [scored(0.01)] * 3)) == []
 
 
 def test_nothing_to_measure():

@@ -12,7 +12,7 @@ import pytest
 
 from onlinerl.config import component
 from onlinerl.errors import ConfigError, OracleError
-from onlinerl.oracles import _calibration
+from onlinerl.ops import calibration
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Cost, Failure, Prompt, Query, Verdict
 
@@ -342,18 +342,19 @@ def test_data_is_found_beside_the_configuration(tmp_path):
 def test_the_calibration_error_by_hand():
     certain, even = np.array([0.9, 0.2]), np.array([0.5, 0.5])
     # Confidence 0.9 and 0.8, one right of two: |1 - 1.7| / 2.
-    assert _calibration.calibration_error(certain, np.array([1.0, 1.0])) == pytest.approx(0.35)
-    assert _calibration.calibration_error(even, np.array([1.0, 0.0])) == 0
-    assert _calibration.calibration_error(np.array([1.0, 0.0]), np.array([1.0, 0.0])) == 0
+    assert calibration.calibration_error(*calibration.predictions(certain, np.array([1.0, 1.0]))) == pytest.approx(0.35)
+    assert calibration.calibration_error(*calibration.predictions(even, np.array([1.0, 0.0]))) == 0
+    assert calibration.calibration_error(*calibration.predictions(np.array([1.0, 0.0]), np.array([1.0, 0.0]))) == 0
 
 
 def test_the_noise_of_a_calibration_error_is_what_the_specification_says():
     """About 0.029 on the mean of 2,000 pairs whose probabilities are spread."""
-    mean, high = _calibration.noise_floor(1 / (1 + np.exp(-np.random.default_rng(0).normal(size=2000))))
+    probs = 1 / (1 + np.exp(-np.random.default_rng(0).normal(size=2000)))
+    mean, high = calibration.noise_floor(np.maximum(probs, 1 - probs))
     assert mean == pytest.approx(0.029, abs=0.006)
     assert high == pytest.approx(0.039, abs=0.008)
 
 
 def test_fits_of_separable_pairs_end():
-    fit = _calibration.fit(np.array([1.0, 2.0, -1.0]), np.array([1.0, 1.0, 0.0]), intercept=False)
+    fit = calibration.fit(np.array([1.0, 2.0, -1.0]), np.array([1.0, 1.0, 0.0]), intercept=False)
     assert 5 < fit.slope <= 1000

@@ -1,4 +1,4 @@
-"""What a reward or preference model is worth on comparisons that it has not seen: accuracy, calibration, and how often it goes in a circle.
+"""What an oracle or a reward model is worth on comparisons whose winner is known: accuracy, calibration, and how often it goes in a circle.
 
 Sources: ECE and its noise floor as in "On Diversified Preferences of Large Language Model Alignment" (arXiv 2312.07401), with equal-mass bins;
 cycles as in "General Preference Modeling with Preference Representations for Aligning Language Models" (arXiv 2410.02197).
@@ -16,17 +16,13 @@ import numpy as np
 
 from onlinerl.controller.comparing import circles
 from onlinerl.controller.statistics import Estimate, bootstrap, wilson
+from onlinerl.ops.calibration import bins, calibration_error, noise_floor
 from onlinerl.types import derive_seed
-
-DRAWS = 200
-"""Of the labels, for the noise floor."""
-BINS, PER_BIN = 15, 100
-"""Most bins of the calibration, and comparisons that each should have."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A held-out comparison and what the model says of it."""
+    """A comparison that was not trained on, and what the model says of it."""
 
     prob: float
     """P(chosen beats rejected), by the model."""
@@ -96,18 +92,9 @@ def calibration(probs: Sequence[float], right: Sequence[float]) -> dict[str, Any
     confidence = np.maximum(probs, 1.0 - np.asarray(probs, dtype=np.float64))
     if not len(confidence):
         return {"ece": float("nan"), "floor": float("nan"), "floor_95": float("nan"), "bins": 0, "alarm": False}
-    bins = max(1, min(BINS, len(confidence) // PER_BIN))
-    parts = np.array_split(np.argsort(confidence, kind="stable"), bins)
-    error = _ece(confidence, np.asarray(right, dtype=np.float64), parts)
-    rng = np.random.default_rng(derive_seed("noise floor", len(confidence)))
-    drawn = [_ece(confidence, (rng.random(len(confidence)) < confidence).astype(np.float64), parts) for _ in range(DRAWS)]
-    high = float(np.percentile(drawn, 95))
-    return {"ece": error, "floor": float(np.mean(drawn)), "floor_95": high, "bins": bins, "alarm": error > high}
-
-
-def _ece(confidence: np.ndarray, right: np.ndarray, parts: Sequence[np.ndarray]) -> float:
-    gaps = [len(part) * abs(right[part].mean() - confidence[part].mean()) for part in parts]
-    return float(sum(gaps) / len(confidence))
+    error = calibration_error(confidence, np.asarray(right, dtype=np.float64))
+    floor, high = noise_floor(confidence, derive_seed("noise floor", len(confidence)))
+    return {"ece": error, "floor": floor, "floor_95": high, "bins": bins(len(confidence)), "alarm": error > high}
 
 
 def cycle_rate(matrix: np.ndarray, seed: str = "") -> float:

@@ -9,6 +9,9 @@ import numpy as np
 
 STEPS, LARGEST = 100, 1e3
 DRAWS = 200
+"""Of the labels, for the noise floor."""
+BINS, PER_BIN = 15, 100
+"""Most bins, and predictions that each should have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,27 +50,42 @@ def fit(log_odds: np.ndarray, outcomes: np.ndarray, *, intercept: bool) -> Fit:
     return Fit(slope=float(weights[0]), intercept=float(weights[1]) if intercept else 0.0)
 
 
-def calibration_error(probs: np.ndarray, outcomes: np.ndarray) -> float:
-    """ECE of predicted winners: bins of equal mass, min(15, n / 100) of them; sum over bins of n_b / n |accuracy - confidence|.
+def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
+    """ECE: sum over bins of n_b / n |accuracy - confidence|, in bins of equal mass.
+
+    Args:
+        confidence: f64[n], how probable the predicted winner was to win, from 1/2 on.
+        right: f64[n], 1 where it did, 1/2 where none was predicted, or how probable that is in truth.
+
+    Source: "On Calibration of Modern Neural Networks" (arXiv 1706.04599), equation 3, with bins of equal mass.
+    """
+    parts = np.array_split(np.argsort(confidence, kind="stable"), bins(len(confidence)))
+    return float(sum(abs(right[part].sum() - confidence[part].sum()) for part in parts) / max(1, len(confidence)))
+
+
+def bins(count: int) -> int:
+    """How many bins so many predictions are put in."""
+    return max(1, min(BINS, count // PER_BIN))
+
+
+def noise_floor(confidence: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Mean and 95th percentile of the ECE of so many predictions that are right as often as they say: only a larger one says something."""
+    draw = np.random.default_rng(seed)
+    found = [
+        calibration_error(confidence, (draw.random(len(confidence)) < confidence).astype(np.float64)) for _ in range(DRAWS)
+    ]
+    return float(np.mean(found)), float(np.quantile(found, 0.95))
+
+
+def predictions(probs: np.ndarray, outcomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Confidence in the winner that is predicted, and whether it wins (1/2 where none is), f64[n] each.
 
     Args:
         probs: f64[n], how probable the first was to win.
         outcomes: f64[n], how probable it was in truth, mostly 0 or 1.
-
-    Source: "On Calibration of Modern Neural Networks" (arXiv 1706.04599), equation 3, with bins of equal mass.
     """
-    confidence = np.maximum(probs, 1 - probs)
     right = np.where(probs > 0.5, outcomes, np.where(probs < 0.5, 1 - outcomes, 0.5))
-    order = np.argsort(confidence, kind="stable")
-    bins = np.array_split(order, max(1, min(15, len(probs) // 100)))
-    return float(sum(abs(right[each].sum() - confidence[each].sum()) for each in bins) / max(1, len(probs)))
-
-
-def noise_floor(probs: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Mean and 95th percentile of the ECE of so many pairs whose outcomes are drawn from these very probabilities."""
-    draw = np.random.default_rng(seed)
-    found = [calibration_error(probs, (draw.random(len(probs)) < probs).astype(np.float64)) for _ in range(DRAWS)]
-    return float(np.mean(found)), float(np.quantile(found, 0.95))
+    return np.maximum(probs, 1 - probs), right
 
 
 def logit(probs: np.ndarray) -> np.ndarray:

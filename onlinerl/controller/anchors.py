@@ -1,0 +1,113 @@
+"""Whether an oracle can be trusted: what it says of pairs whose better response is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isnan
+from typing import Any
+
+from onlinerl.controller.accuracy import Scored, measured, shown
+from onlinerl.controller.comparing import Compared
+from onlinerl.controller.statistics import Estimate, ratio, wilson
+from onlinerl.errors import OracleError
+from onlinerl.types import Failure, Group, Verdict
+from onlinerl.types.preferences import CHOSEN
+
+Said = Mapping[str, Verdict | Failure]
+"""What an oracle says of groups, by the id of their prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examined:
+    """How an oracle has done."""
+
+    figures: Mapping[str, Any]
+    """See `accuracy.measured`; lengths are in characters."""
+    first_place_wins: Estimate
+    """Comparisons won by the response that was shown first, a tie being half."""
+    agreement: Estimate | None
+    """Pairs of which it says the same as at first; None where this is the first time."""
+
+    def remarks(self) -> list[str]:
+        """What people should know."""
+        figures = self.figures
+        accuracy, error, bias = figures["accuracy"], figures["calibration"], figures["length_bias"]
+        said = [
+            f"the oracle is right about {shown(accuracy)} of {accuracy['n']:,} pairs whose better response is known; where that is the shorter "
+            f"one {shown(bias['shorter_is_better'])}, the longer one {shown(bias['longer_is_better'])}; calibration error {error['ece']:.3f}, "
+            f"by chance up to {error['floor_95']:.3f}"
+        ]
+        for name, found in figures["accuracy_by_source"].items():
+            if found["high"] < 0.5:
+                said.append(f"of the pairs of {name} it is wrong more often than right: {shown(found)}")
+        if self.agreement is not None:
+            said.append(f"it says the same as at first of {shown(self.agreement)} of them")
+        return said
+
+
+def examined(groups: Sequence[Group], now: Said, first: Said | None = None) -> Examined:
+    """What an oracle has said.
+
+    Args:
+        groups: the pairs; `Rollout.source` says which response is the better one.
+        now: of them.
+        first: what it said before anything was trained; None: that is now.
+    """
+    verdicts = [(group, said) for group in groups if isinstance(said := now.get(group.prompt.id), Verdict)]
+    probs = {group.prompt.id: _prob(group, verdict) for group, verdict in verdicts}
+    scored = [_scored(group, verdict) for group, verdict in verdicts if not isnan(probs[group.prompt.id])]
+    compared = [Compared.of(group, verdict) for group, verdict in verdicts]
+    agreement = None
+    if first is not None:
+        same = []
+        for group in groups:
+            was, then = first.get(group.prompt.id), probs.get(group.prompt.id)
+            before = _prob(group, was) if isinstance(was, Verdict) else float("nan")
+            if then is not None and not isnan(then) and not isnan(before):
+                same.append(float(_winner(before) == _winner(then)))
+        agreement = wilson(same)
+    return Examined(
+        figures=measured(scored),
+        first_place_wins=ratio([each.first_wins for each in compared], [each.comparisons for each in compared]),
+        agreement=agreement,
+    )
+
+
+def require_accuracy(found: Examined, least: float) -> None:
+    """Refuse to train on what an oracle says that is wrong too often, and surely so.
+
+    Raises:
+        OracleError: if even the upper bound of its accuracy is below.
+    """
+    accuracy = found.figures["accuracy"]
+    if accuracy["n"] and accuracy["high"] < least:
+        raise OracleError(
+            f"the oracle is right about {shown(accuracy)} of {accuracy['n']:,} pairs whose better response is known",
+            field="anchors.min_accuracy",
+            fix=f"repair the oracle, or choose another one, in a new run; look whether `chosen` and `rejected` have changed places in "
+            f"anchors.data; a resume with anchors.min_accuracy below {accuracy['high']:.2f} goes on all the same",
+        )
+
+
+def _prob(group: Group, verdict: Verdict) -> float:
+    """That the better response wins, by the oracle; NaN if it said nothing."""
+    better = next(place for place, rollout in enumerate(group.rollouts) if rollout.source == CHOSEN)
+    return float(verdict.matrix()[better, 1 - better])
+
+
+def _winner(prob: float) -> int:
+    return (prob > 0.5) - (prob < 0.5)
+
+
+def _scored(group: Group, verdict: Verdict) -> Scored:
+    lengths = {rollout.source == CHOSEN: len(rollout.text) for rollout in group.rollouts}
+    both = Compared.of(group, verdict).both_orders
+    return Scored(
+        prob=_prob(group, verdict),
+        label=1.0,
+        chosen_length=lengths[True],
+        rejected_length=lengths[False],
+        source=group.prompt.source,
+        disagrees=bool(verdict.disagreements()[0, 1]) if both else None,
+    )

@@ -1,0 +1,36 @@
+"""Whether the oracle can be trusted."""
+
+from __future__ import annotations
+
+from onlinerl.controller import anchors, collect
+from onlinerl.controller.feed import Feed
+from onlinerl.controller.iteration import Iteration
+from onlinerl.protocols.store import ANCHOR_VERDICTS
+from onlinerl.types import ExamineRecord, Failure
+
+
+def examine(it: Iteration) -> ExamineRecord:
+    """Ask the oracle about pairs whose better response is known: before anything is pushed, and again as often as configured.
+
+    What it says again it is asked again, whatever the ledger knows: a model behind an endpoint may change, and keep its name.
+    """
+    config, groups = it.parts.config.anchors, it.parts.anchors
+    assert config is not None
+    first = it.number == 0
+    if not first and not (config.every and it.number % config.every == 0):
+        return {"asked": 0, "failures": 0, "figures": None, "agreement": None}
+    feed = Feed.of(groups, it.stop)
+    asked, paid = collect.judge(it, feed, len(groups), ANCHOR_VERDICTS, "examine", anew=not first)
+    said = {label.prompt_id: label.result for label in it.parts.store.labels(it.number, ANCHOR_VERDICTS)}
+    before = {label.prompt_id: label.result for label in it.parts.store.labels(0, ANCHOR_VERDICTS)}
+    found = anchors.examined(groups, said, None if first else before)
+    it.report.paid(it.number, "examine", paid)
+    it.report.budget(it.number, it.parts.asker.account)
+    it.report.examined(it.number, found)
+    anchors.require_accuracy(found, config.min_accuracy)
+    return {
+        "asked": asked,
+        "failures": sum(isinstance(each, Failure) for each in said.values()),
+        "figures": found.figures,
+        "agreement": None if found.agreement is None else found.agreement.value,
+    }
