@@ -20,6 +20,8 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
+from onlinerl import hardware
+
 Release = tuple[int, ...]
 Verdict = Literal["ok", "missing", "wrong version", "broken"]
 
@@ -208,12 +210,10 @@ def _disk() -> Part:
 
 
 def _memory() -> Part:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
+    found = hardware.memory()
+    if found is None:
         return Part(name="memory", version=None, verdict="missing", detail="this system does not say", required=False)
-    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-    total, available = kib["MemTotal"] / 2**20, kib["MemAvailable"] / 2**20
+    total, available = (size / 2**30 for size in found)
     detail = f"{available:.1f} of {total:.1f} GiB available"
     if available >= MIN_MEMORY_GIB:
         return Part(name="memory", version=None, verdict="ok", detail=detail)

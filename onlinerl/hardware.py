@@ -14,6 +14,28 @@ def has_gpu() -> bool:
     return any(True for pattern in ("nvidia[0-9]*", "kfd") for _ in Path("/dev").glob(pattern))
 
 
+def memory(meminfo: str | None = None, cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[float, float] | None:
+    """Total and available memory in bytes, of this machine or of the container that this process is in, whichever is less; None where the
+    system does not say.
+
+    Args:
+        meminfo: the contents of /proc/meminfo, if not this machine's.
+        cgroup: where the limits of the container stand.
+    """
+    if meminfo is None:
+        file = Path("/proc/meminfo")
+        meminfo = file.read_text() if file.exists() else ""
+    kib = dict(re.findall(r"^(\w+):\s+(\d+) kB$", meminfo, flags=re.MULTILINE))
+    if not {"MemTotal", "MemAvailable"} <= kib.keys():
+        return None
+    total, available = int(kib["MemTotal"]) * 1024.0, int(kib["MemAvailable"]) * 1024.0
+    try:
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no container, or `max`
+        return total, available
+    return min(total, limit), min(available, limit - used)
+
+
 def computes_bfloat16(cpuinfo: str | None = None) -> bool:
     """Whether this machine's CPU multiplies matrices in bfloat16 with instructions of its own. Without them torch does it one number at a
     time, which is about a hundred times slower than float32.

@@ -12,7 +12,7 @@ from math import ceil
 from pathlib import Path
 
 from onlinerl import config as configuration
-from onlinerl import hardware, hub, placement, weight_files
+from onlinerl import hardware, hub, memory_checks, placement, weight_files
 from onlinerl.algorithm_checks import check_algorithm, check_sections, most_items, most_steps
 from onlinerl.config import RunConfig, at_home
 from onlinerl.controller.asking import answers
@@ -28,8 +28,6 @@ from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.protocols.transport import Layout
 from onlinerl.types import Cost, Failure, Group, Prompt, Query, Verdict
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +132,7 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     notes += prompts.remarks
     critic, folder = _critic(config, algorithm, local, parameters)
     adapters = _adapters(config, [local, folder or local] if critic else [local])
-    notes.append(memory(config, parameters, critic=critic or 0, adapters=adapters))
+    notes += memory_checks.check_memory(config, parameters, critic=critic or 0, adapters=adapters)
     checked = Checked(
         config=config,
         algorithm=algorithm,
@@ -198,32 +196,6 @@ def derived(config: RunConfig, algorithm: Algorithm) -> str:
         f"({per_step} {what} a step, {config.training.epochs} epoch{'s' if config.training.epochs > 1 else ''}"
         f"{f', {passes} passes' if passes > 1 else ''}); "
         f"{config.iterations} iterations"
-    )
-
-
-def memory(config: RunConfig, parameters: float | None, *, critic: float = 0, adapters: float | None = None) -> str:
-    """What each role keeps in memory, from the number of parameters: an estimate without activations.
-
-    Args:
-        config: the run's.
-        parameters: of the model; None if that is not known.
-        critic: parameters of a second network that is trained; a value head on the policy's own trunk is nothing beside it.
-        adapters: parameters of the adapters of both, which alone are trained; None trains all.
-    """
-    if parameters is None:
-        return "memory: the size of the model is not known, so nothing was estimated"
-    learner, ranks = config.learner, config.learner.ranks
-    # A learner that knows no adapters is not told of any.
-    parts = learner.memory(parameters, critic=critic, **({} if adapters is None else {"adapters": adapters}))
-    trained = "" if adapters is None else f", {adapters / 1e6:.2f} M of adapters trained"
-    of_what = " + ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
-    engine_weight = 4 if config.engine.dtype == "float32" else 2
-    replica = parameters * engine_weight / config.engine.tensor_parallel_size / GIB
-    return (
-        f"memory (estimate, {parameters / 1e9:.2f} B parameters{trained}): learner {ranks} rank{'s' if ranks > 1 else ''} x "
-        f"{sum(parts.values()) / GIB:.1f} GiB ({learner.layout}: {of_what}; activations come on top); "
-        f"engine {config.engine.replicas} replica{'s' if config.engine.replicas > 1 else ''} x "
-        f"{config.engine.tensor_parallel_size} x {replica:.1f} GiB of weights plus KV cache"
     )
 
 

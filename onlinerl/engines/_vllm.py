@@ -29,6 +29,11 @@ class VllmConfig(EngineConfig):
     enforce_eager: Resumable[bool | None] = None
     """Skip graph capture; by default on for CPU, off for GPU."""
 
+    @property
+    def cache_bytes(self) -> float:
+        """As configured."""
+        return self.kv_cache_gib * _fit.GIB
+
     def check(self, model: Mapping[str, Any], max_model_len: int, *, on_cpu: bool, alone: bool) -> None:
         """What vLLM would say only after it has started, or in no words that name a key of ours."""
         _fit.check_division(self, model)

@@ -165,6 +165,11 @@ class EngineConfig(Component):
     """Whether its replicas can join a transfer of vLLM's weight-transfer API; otherwise they load files (`sync.backend: disk`)."""
 
     @property
+    def cache_bytes(self) -> float:
+        """Memory that one worker of a replica on a CPU takes for its KV cache, as far as that is known before it starts."""
+        return 0.0
+
+    @property
     def gpus(self) -> int:
         """GPUs that one replica needs where it runs on GPUs."""
         return self.tensor_parallel_size

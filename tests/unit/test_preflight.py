@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from onlinerl import config as configuration
-from onlinerl import hardware, preflight
+from onlinerl import hardware, memory_checks, preflight
 from onlinerl.config import RunConfig, TrainingConfig
 from onlinerl.config.roles import build
 from onlinerl.engines import _vllm
@@ -66,15 +66,17 @@ def test_items_and_steps(overrides, items, steps):
 
 def test_memory_of_a_model_with_a_billion_parameters():
     """bf16 with fp32 master weights and moments: 2 + 12 bytes a parameter, 5 for gradients, and 2 for the reference."""
-    one = preflight.memory(config("learner.dtype=bfloat16"), 2**30)
+    one = memory_checks.estimate(config("learner.dtype=bfloat16"), 2**30)
     assert "learner 1 rank x 21.4 GiB (ZeRO-0, bfloat16: process 0.4 + weights 2.0 + gradients 5.0 + optimizer 12.0" in one
     assert "activations come on top" in one
     assert "engine 1 replica x 1 x 2.0 GiB of weights plus KV cache" in one
     # A reference that runs beside the policy is the one that every run has.
-    assert preflight.memory(config("algorithm.name=tdpo2", "learner.dtype=bfloat16"), 2**30) == one
+    assert memory_checks.estimate(config("algorithm.name=tdpo2", "learner.dtype=bfloat16"), 2**30) == one
     assert "reference 2.0" in one
     low = ("learner.dtype=bfloat16", "engine.dtype=bfloat16")
-    eight = preflight.memory(config(*low, "learner.ranks=8", "learner.zero_stage=3", "engine.tensor_parallel_size=2"), 2**30)
+    eight = memory_checks.estimate(
+        config(*low, "learner.ranks=8", "learner.zero_stage=3", "engine.tensor_parallel_size=2"), 2**30
+    )
     assert "learner 8 ranks x 2.9 GiB (ZeRO-3" in eight
     assert "weights 0.2 + gradients 0.2 + optimizer 1.5 + reference 0.2" in eight
     assert "engine 1 replica x 2 x 1.0 GiB" in eight
@@ -175,7 +177,7 @@ def test_memory_of_a_critic_is_that_of_a_second_model():
 
 def test_memory_shrinks_with_every_stage():
     def learner(stage: int) -> float:
-        text = preflight.memory(config("learner.ranks=4", f"learner.zero_stage={stage}"), 7e9)
+        text = memory_checks.estimate(config("learner.ranks=4", f"learner.zero_stage={stage}"), 7e9)
         return float(text.split(" x ")[1].split(" GiB")[0])
 
     sizes = [learner(stage) for stage in (0, 1, 2, 3)]
@@ -183,8 +185,37 @@ def test_memory_shrinks_with_every_stage():
     assert sizes[0] > sizes[1] >= sizes[2] > sizes[3]
 
 
+@pytest.mark.parametrize(
+    ("left", "overrides", "warns"),
+    [(8, (), False), (7, (), True), (8, ("engine.replicas=2",), True), (7, ("cluster.address=auto",), False)],
+)
+def test_a_machine_with_less_memory_than_that_is_said(monkeypatch, left, overrides, warns):
+    """A quarter of a billion parameters in float32: 5.4 GiB for the learner, 1 GiB for the engine's weights and 1 GiB for its cache."""
+    chosen = config(
+        "cluster.device=cpu", "learner.dtype=float32", "engine.dtype=float32", "engine.kv_cache_gib=1.0", *overrides
+    )
+    monkeypatch.setattr(hardware, "memory", lambda: (16.0 * 2**30, left * 2.0**30))
+    said = memory_checks.check_memory(chosen, 2**28)
+    assert len(said) == 1 + warns, said
+    if warns:
+        assert f"of the 16.0 GiB of this machine {left}.0 are left" in said[1]
+
+
+MEMINFO = "MemTotal:       16777216 kB\nMemFree:         1 kB\nMemAvailable:    8388608 kB\nHugePages_Total:       0\n"
+
+
+def test_memory_of_this_machine_or_of_its_container(tmp_path):
+    assert hardware.memory(MEMINFO, tmp_path) == (16 * 2**30, 8 * 2**30)
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text(f"{3 * 2**30}\n")
+    assert hardware.memory(MEMINFO, tmp_path) == (16 * 2**30, 8 * 2**30)
+    (tmp_path / "memory.max").write_text(f"{4 * 2**30}\n")
+    assert hardware.memory(MEMINFO, tmp_path) == (4 * 2**30, 2**30)
+    assert hardware.memory("", tmp_path) is None
+
+
 def test_memory_of_an_unknown_model():
-    assert "not known" in preflight.memory(config(), None)
+    assert "not known" in memory_checks.estimate(config(), None)
 
 
 # --- what check returns ---
