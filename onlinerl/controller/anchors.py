@@ -33,6 +33,8 @@ class Examined:
         """What people should know."""
         figures = self.figures
         accuracy, error, bias = figures["accuracy"], figures["calibration"], figures["length_bias"]
+        if not accuracy["n"]:
+            return ["the oracle has said nothing of the pairs whose better response is known"]
         said = [
             f"the oracle is right about {shown(accuracy)} of {accuracy['n']:,} pairs whose better response is known; where that is the shorter "
             f"one {shown(bias['shorter_is_better'])}, the longer one {shown(bias['longer_is_better'])}; calibration error {error['ece']:.3f}, "

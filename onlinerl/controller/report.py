@@ -130,6 +130,7 @@ class Reporter:
             *(
                 self._one("anchor_ece", error[key], n=figures["accuracy"]["n"], labels={"stat": stat})
                 for stat, key in _ECE.items()
+                if figures["accuracy"]["n"]
             ),
             *(self._estimate(name, one) for name, one in estimates.items() if one is not None and one.n),
         )

@@ -30,6 +30,8 @@ def judge(queries):
             log.write(json.dumps([prompt, list(responses)]) + "\\n")
         if pathlib.Path(KILL).exists() and len(open(LOG).readlines()) == 25:
             os.kill(os.getpid(), 9)
+        if pathlib.Path(SILENT).exists() and " poor" in responses:
+            raise ValueError("nothing to say")
         sign = -1 if pathlib.Path(TURNED).exists() else 1
         said.append([sign * sum(response.count(word) for word in GOOD) for response in responses])
     return said
@@ -43,7 +45,7 @@ def queries_of(queries):
 def run(toy_config, warm_cli, tmp_path):
     """Runs, resumes or checks with a judge that likes good words, or their opposite while there is a file `turned`."""
     (tmp_path / "taste.py").write_text(
-        f"LOG, TURNED, KILL = {[str(tmp_path / name) for name in ('asked', 'turned', 'kill')]!r}\n" + JUDGE
+        f"LOG, TURNED, KILL, SILENT = {[str(tmp_path / name) for name in ('asked', 'turned', 'kill', 'silent')]!r}\n" + JUDGE
     )
     data = write_rows(tmp_path / "anchors.jsonl", taste(PAIRS))
 
@@ -210,6 +212,22 @@ def test_damage_to_the_kept_pairs_is_noticed(run, tmp_path, table):
     done = run("resume", "iterations=3")
     assert done.returncode != 0
     assert "anchors" in done.stderr
+
+
+def test_one_that_says_nothing_of_them_and_pairs_of_one_length(run, tmp_path):
+    """No figure is made of nothing, and the record is readable all the same."""
+    rows = [{"prompt": f"the {i}", "chosen": " good", "rejected": " poor"} for i in range(PAIRS)]
+    write_rows(tmp_path / "anchors.jsonl", rows)
+    assert run("run").returncode == 0
+    (record,) = records(tmp_path / "runs/toy", 0)
+    assert record["figures"]["length_bias"]["shorter_is_better"]["value"] is None
+    (tmp_path / "silent").touch()
+    done = run("run", "--fresh", keys={"anchors.min_accuracy": 1.0, "max_failed_labels": 1.0, "iterations": 1})
+    assert done.returncode == 0, done.message
+    assert "has said nothing of the pairs" in done.stdout
+    (record,) = records(tmp_path / "runs/toy", 0)
+    assert (record["failures"], record["figures"]["accuracy"]["n"]) == (PAIRS, 0)
+    assert figures(tmp_path / "runs/toy", "anchor_ece") == []
 
 
 def test_check_says_how_they_were_read_and_refuses_what_cannot_be(run, tmp_path):
