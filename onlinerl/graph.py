@@ -26,6 +26,11 @@ Where the algorithm asks for responses of the base model, another phase comes fi
 
 The second one is where the algorithm asks for responses of a mixture of policy and reference, which the learner draws. The first one pushes the base model into every replica, samples, and pushes the policy back, so it takes learner and engine alone.
 
+Where a selector chooses the prompts, another phase comes before all of these, and what samples waits for it too. It reads what was judged of
+iterations up to the one whose weights sample, and what the ones before have sampled:
+
+    select t             as sample t                   -            -                             selection t
+
 With `max_lag: 1` iteration t is sampled while t-1 trains, so from the weights of t-2. Only these edges differ:
 
 (1) sample t waits for the same phase of t-2, and for sample t-1, which says where its prompts begin.
@@ -77,6 +82,7 @@ def phases(
     dynamic: bool = False,
     reference_samples: bool = False,
     mixture_samples: bool = False,
+    select: bool = False,
 ) -> tuple[Phase, ...]:
     """The graph, in the order in which an iteration goes through it if nothing runs side by side.
 
@@ -87,18 +93,24 @@ def phases(
         dynamic: `sample` waits for what `label` says, so `label` follows it; which prompts are left is known when both are finished.
         reference_samples: the base model is sampled too; never with lag, where the learner trains meanwhile.
         mixture_samples: the learner samples too; the same holds.
+        select: a selector chooses what is sampled, before anything is.
     """
     sampled_from = ("sync" if evaluate_beside else "commit", 1 + max_lag)
     lagging = max_lag > 0
-    reference = Phase(name="sample_reference", waits_for=(sampled_from,), alone=frozenset({"learner", "engine"}), keeps=True)
-    mixture = Phase(name="sample_mixture", waits_for=(sampled_from,), alone=frozenset({"learner"}), keeps=True)
+    chosen = Phase(name="select", waits_for=(sampled_from, *([("sample", 1)] if lagging else [])))
+    which = ((chosen.name, 0),) if select else ()
+    reference = Phase(
+        name="sample_reference", waits_for=(sampled_from, *which), alone=frozenset({"learner", "engine"}), keeps=True
+    )
+    mixture = Phase(name="sample_mixture", waits_for=(sampled_from, *which), alone=frozenset({"learner"}), keeps=True)
     before = [*([reference] if reference_samples else []), *([mixture] if mixture_samples else [])]
     first = [(each.name, 0) for each in before]
     graph = (
+        *([chosen] if select else []),
         *before,
         Phase(
             name="sample",
-            waits_for=(sampled_from, *([("sample", 1)] if lagging else []), *first),
+            waits_for=(sampled_from, *([("sample", 1)] if lagging else []), *which, *first),
             shares=frozenset({"engine"}),
             keeps=True,
         ),
