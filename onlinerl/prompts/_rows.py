@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -124,7 +124,7 @@ def _difficulty(row: Mapping[str, object], where: Place) -> float | None:
     value = row.get("difficulty")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         where.fail(f"difficulty must be a finite number, got {value!r}", 'write "difficulty": 0.5, more for what is harder')
     return float(value)
 

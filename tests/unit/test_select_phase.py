@@ -27,7 +27,7 @@ PROMPTS = [Prompt(id=f"p{n}", text=f"the {n}", token_ids=(1,), difficulty=float(
 
 
 class Told(Selector):
-    """Chooses what it was made with, and remembers what it was told."""
+    """Chooses what it was made with."""
 
     name: str = "told"
     answer: list[list[Any]] = []  # noqa: RUF012  (pydantic copies it)
@@ -38,11 +38,7 @@ class Told(Selector):
         return self.scores
 
     def select(self, pool: Pool) -> Sequence[Selected]:
-        POOLS.append(pool)
         return [Selected(prompt_id=i, probability=p, reason="told") for i, p in self.answer]
-
-
-POOLS: list[Pool] = []
 
 
 @pytest.fixture
@@ -206,6 +202,28 @@ def test_what_cannot_be_sampled_is_refused_and_not_kept(store, iteration, select
     assert not store.selection(2).sealed
     select(iteration(2, told("p3", "p4"), reuse=False))  # once it is corrected
     assert [one.prompt_id for one in store.selection(2)] == ["p3", "p4"]
+
+
+def test_what_a_selector_of_ones_own_raises_or_returns_is_said(store, iteration):
+    class Failing(Selector):
+        name: str = "failing"
+
+        def select(self, pool):
+            return [pool.prompts[99]]
+
+    class Bare(Selector):
+        name: str = "bare"
+
+        def select(self, pool):
+            return [prompt.id for prompt in pool.open]
+
+    with pytest.raises(
+        PromptError, match=r"Failing\.select failed: IndexError.*\n.*test_select_phase\.py, line \d+: return \[pool"
+    ):
+        select(iteration(1, Failing()))
+    with pytest.raises(PromptError, match="chooses a str, which is no Selected"):
+        select(iteration(1, Bare()))
+    assert not store.selection(1).sealed
 
 
 def test_an_oracle_that_only_compares_is_refused_where_scores_are_read():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from onlinerl import users_code
 from onlinerl.controller import history
 from onlinerl.controller.iteration import Iteration
-from onlinerl.errors import PromptError
+from onlinerl.errors import OnlineRLError, PromptError
+from onlinerl.protocols.selection import Selector
 from onlinerl.types import Pool, Selected, SelectRecord
 
 
@@ -20,13 +22,30 @@ def select(it: Iteration) -> SelectRecord:
     table = it.parts.store.selection(it.number)
     pool = history.pool(it)
     if not table.sealed:
-        chosen = it.parts.config.selection.select(pool)
+        chosen = _asked(it.parts.config.selection, pool)
         _require_possible(pool, chosen)
         table.clear()
         table.append(chosen)
         table.seal()
     ids = [one.prompt_id for one in table]
     return {"prompts": len(ids), "visited": sum(i in pool.visits for i in ids), "newest": it.sampling_version}
+
+
+def _asked(selector: Selector, pool: Pool) -> list[Selected]:
+    """What it chooses; what code of the user's own raises is said with its line."""
+    try:
+        chosen = list(selector.select(pool))
+    except OnlineRLError:
+        raise
+    except Exception as problem:
+        raise PromptError(
+            f"{type(selector).__name__}.select failed: {users_code.said(problem)}{users_code.line(problem)}",
+            field="selection.name",
+            fix=users_code.FIX,
+        ) from problem
+    if strange := [one for one in chosen if not isinstance(one, Selected)]:
+        raise _wrong(f"a {type(strange[0]).__name__}, which is no Selected")
+    return chosen
 
 
 def _require_possible(pool: Pool, chosen: Sequence[Selected]) -> None:
