@@ -145,7 +145,7 @@ def test_uniform_where_all_are_alike(selector):
         selector = build({"name": "mix", "weights": dict.fromkeys(SOURCES, 1.0)}, "selection")
     visits = {prompt.id: Visit(iteration=1, scores=(0.0, 1.0)) for prompt in alike}
     found: Counter[str] = Counter()
-    iteration, seeds = (5 if selector.name == "curriculum" else 1), 300  # a curriculum has opened by then
+    iteration, seeds = (5 if selector.name == "curriculum" else 1), 150  # a curriculum has opened by then
     for seed in range(seeds):
         if selector.name == "shards":  # one that holds all: its order is the chance
             selector = build({"name": "shards", "shards": 1}, "selection")

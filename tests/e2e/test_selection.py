@@ -151,10 +151,11 @@ def test_a_run_of_the_version_before_goes_on_and_its_selector_cannot_be_changed(
     run = folder / "runs/toy"
     stored = yaml.safe_load((run / "config.yaml").read_text())
     assert stored.pop("selection") == {"name": "shuffled"}
-    (run / "config.yaml").write_text(yaml.safe_dump(stored, sort_keys=False))
-    manifest = json.loads((run / "manifest.json").read_text())
-    assert manifest["fingerprint"].pop("selection.name") == "shuffled"
-    (run / "manifest.json").write_text(json.dumps(manifest))
+    with RunDirectory.open(run) as opened:
+        opened.write_config(yaml.safe_dump(stored, sort_keys=False))
+        fingerprint = opened.manifest["fingerprint"]
+        assert fingerprint.pop("selection.name") == "shuffled"
+        opened.update_manifest(fingerprint=fingerprint)
 
     refused = command_in(folder, "resume", "selection.name=shards")
     assert refused.returncode == 2, refused.message

@@ -242,7 +242,7 @@ class TestVariance:
     ) -> dict[str, float]:
         """What each weighs, seen from the probability of being drawn first."""
         selector, found, given = made("variance", **knobs), {}, prompts(*names)
-        for seed in range(400):
+        for seed in range(200):
             first = selector.select(pool(given, iteration=iteration, seed=seed, per_iteration=1, most=1, visits=self.VISITS))[0]
             found[first.prompt_id] = first.probability
         assert {*found} == {*names}, "not every prompt came first"
