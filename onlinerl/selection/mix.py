@@ -89,13 +89,15 @@ class Mix(Selector):
             )
         visits = self.max_visits if plan.reuse else 1
         size = sum(count for source, count in sizes.items() if self.weights[source] > 0)
-        wanted = plan.iterations * plan.rounds * plan.per_iteration
-        if size < plan.per_iteration or size * visits < wanted:
+        # Whichever sources chance takes first, each prompt that cannot come any more has cost as many samples as it may be sampled.
+        before = (plan.iterations - 1) * plan.rounds * plan.per_iteration
+        wanted = plan.per_iteration + math.ceil(before / visits)
+        if size < wanted:
             rounds = f" of up to {plan.rounds} rounds" if plan.rounds > 1 else ""
             return Objection(
                 field="selection.max_visits" if plan.reuse and size >= plan.per_iteration else "selection.weights",
-                cause=f"{plan.iterations} iterations{rounds} of {plan.per_iteration} prompts may need {wanted}, and sources with a weight hold "
-                f"{size}, each of which may be sampled {'once' if visits == 1 else f'{visits} times'}",
+                cause=f"{plan.iterations} iterations{rounds} of {plan.per_iteration} prompts, each sampled at most "
+                f"{'once' if visits == 1 else f'{visits} times'}, may need {wanted}, and sources with a weight hold {size}",
                 fix="lower iterations or prompts.per_iteration, add prompts or sources, or set prompts.reuse=true and a higher "
                 "selection.max_visits",
             )

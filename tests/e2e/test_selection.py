@@ -20,7 +20,7 @@ SELECTORS = {
     "shards": {"selection.shards": 3},
     "mix": {"selection.weights": {"films": 2.0, "books": 1.0}, "selection.max_visits": 4},
     "curriculum": {"selection.by": "gap"},
-    "variance": {},
+    "variance": {"algorithm.name": "optune"},
 }
 BASE = COUNTED | {"prompts.reuse": True, "iterations": ITERATIONS}
 

@@ -52,12 +52,12 @@ def iteration(store):
     """Makes an iteration of a run whose selector this is."""
 
     def make(
-        number: int, selector: Selector, *, lag: int = 0, reuse: bool = True, dynamic: bool = False, **needs: Any
+        number: int, selector: Selector, *, lag: int = 0, reuse: bool = True, dynamic: bool = False, each: int = 2, **needs: Any
     ) -> Iteration:
         config = SimpleNamespace(
             seed=5,
             selection=selector,
-            prompts=SimpleNamespace(per_iteration=2, reuse=reuse),
+            prompts=SimpleNamespace(per_iteration=each, reuse=reuse),
             sampling=SimpleNamespace(dynamic=dynamic, max_rounds=3),
             schedule=SimpleNamespace(max_lag=lag),
         )
@@ -97,16 +97,16 @@ def test_what_a_selector_is_told(store, iteration):
     failed = Failure(kind="error", message="")
     sampled(store, 1, {"p0": verdict(0.0, 1.0), "p1": verdict(0.5, 0.5), "p3": verdict(2.0, 3.0)})
     sampled(store, 2, {"p1": verdict(1.0, float("nan"), unjudged=(1,)), "p2": failed, "p3": failed, "p4": None})
-    pool = history.pool(iteration(3, told()))
+    pool = history.pool(iteration(3, told(), each=4))
     assert dict(pool.asked) == {"p0": 1, "p1": 2, "p2": 1, "p3": 2, "p4": 1}
     assert {i: (v.iteration, v.scores) for i, v in pool.visits.items()} == {
         "p0": (1, (0.0, 1.0)),
         "p1": (2, (1.0,)),
         "p3": (1, (2.0, 3.0)),
     }
-    assert (pool.iteration, pool.seed, pool.per_iteration, pool.most, pool.reuse) == (3, 5, 2, 2, True)
+    assert (pool.iteration, pool.seed, pool.per_iteration, pool.most, pool.reuse) == (3, 5, 4, 4, True)
     assert {prompt.id for prompt in pool.prompts} == {prompt.id for prompt in PROMPTS}
-    assert not history.pool(iteration(3, told(scores=False))).visits, "nobody reads them"
+    assert not history.pool(iteration(3, told(scores=False), each=4)).visits, "nobody reads them"
 
 
 def test_with_lag_the_iteration_before_is_sampled_and_not_yet_judged(store, iteration):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from collections import Counter
 from typing import Any, ClassVar
 
@@ -196,25 +197,25 @@ class TestMix:
                 {"weights": {"math": 1.0, "code": 0.0, "talk": 0.0}},
                 {"per_iteration": 300},
                 "selection.max_visits",
-                "may need 900, and sources with a weight hold 400, each of which may be sampled 2 times",
+                "each sampled at most 2 times, may need 600, and sources with a weight hold 400",
             ),
             (
                 {"weights": {"math": 1.0, "code": 0.0, "talk": 0.0}},
                 {"per_iteration": 200, "reuse": False},
                 "selection.weights",
-                "each of which may be sampled once",
+                "each sampled at most once, may need 600",
             ),
             (
                 {"weights": {"math": 1.0, "code": 0.0, "talk": 0.0}},
                 {"per_iteration": 500, "iterations": 1},
                 "selection.weights",
-                "need 500",
+                "may need 500",
             ),
             (
                 {"weights": {"math": 1.0, "code": 0.0, "talk": 0.0}},
-                {"per_iteration": 100, "rounds": 3},
+                {"per_iteration": 110, "rounds": 3},
                 "selection.max_visits",
-                "3 iterations of up to 3 rounds of 100 prompts may need 900",
+                "3 iterations of up to 3 rounds of 110 prompts, each sampled at most 2 times, may need 440",
             ),
         ],
     )
@@ -223,6 +224,25 @@ class TestMix:
         assert found.field == field
         assert cause in found.cause
         assert found.fix
+
+    def test_what_it_does_not_object_to_never_runs_dry(self):
+        """A source that comes often is used up first, and then the others must hold enough different prompts."""
+        rng = random.Random(0)
+        dry = refused = 0
+        for seed in range(60):
+            sizes = {"a": rng.randint(1, 6), "b": rng.randint(1, 6)}
+            given = [p for source, n in sizes.items() for p in prompts(*(f"{source}{i}" for i in range(n)), source=source)]
+            mix = made("mix", weights={"a": 9.0, "b": 1.0}, max_visits=rng.randint(1, 3))
+            planned = plan(given, per_iteration=rng.randint(1, 6), iterations=rng.randint(1, 5))
+            n, asked, got = planned.per_iteration, Counter[str](), []
+            for iteration in range(1, planned.iterations + 1):
+                some = pool(given, iteration=iteration, seed=seed, asked=dict(asked), per_iteration=n, most=n)
+                got.append(ids(mix.select(some)))
+                asked.update(got[-1])
+            refused += mix.objection(planned) is not None
+            dry += any(len(each) < n for each in got)
+            assert mix.objection(planned) is not None or all(len(each) == n for each in got)
+        assert 0 < dry <= refused < 60
 
     @pytest.mark.parametrize("weights", [{}, {"math": 0.0}, {"math": -1.0}])
     def test_weights_that_are_none_are_refused(self, weights):
