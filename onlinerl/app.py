@@ -72,6 +72,7 @@ def check(
         oracle_checks.check_uncertainty(config, checked.algorithm, checked.oracle.gives_uncertainty)
         if checked.oracle.compares:
             oracle_checks.check_comparable(config, checked.algorithm)
+            oracle_checks.check_scored(config, given=False)
     elif checked.train is not None:
         verdict = tried(checked.oracle, account, lambda: wiring.probed(checked, checked.oracle))
         checked = checked.tried(verdict, paid)

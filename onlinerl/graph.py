@@ -28,7 +28,12 @@ The second one is where the algorithm asks for responses of a mixture of policy 
 
 Where there are pairs whose better response is known (`anchors`), the oracle is examined by them; sync 0 and each sample t wait for it:
 
-    examine t    as sample t                       -            oracle (shared)               anchor_verdicts t
+    examine t            as sample t                   -            oracle (shared)               anchor_verdicts t
+
+Where a selector chooses the prompts, another phase comes before all of these, and what samples waits for it too. It reads what was judged of
+iterations up to the one whose weights sample, and what the ones before have sampled:
+
+    select t             as sample t                   -            -                             selection t
 
 With `max_lag: 1` iteration t is sampled while t-1 trains, so from the weights of t-2. Only these edges differ:
 
@@ -82,6 +87,7 @@ def phases(
     reference_samples: bool = False,
     mixture_samples: bool = False,
     anchors: bool = False,
+    select: bool = False,
 ) -> tuple[Phase, ...]:
     """The graph, in the order in which an iteration goes through it if nothing runs side by side.
 
@@ -93,14 +99,20 @@ def phases(
         reference_samples: the base model is sampled too; never with lag, where the learner trains meanwhile.
         mixture_samples: the learner samples too; the same holds.
         anchors: the oracle is examined by pairs whose better response is known.
+        select: a selector chooses what is sampled, before anything is.
     """
     sampled_from = ("sync" if evaluate_beside else "commit", 1 + max_lag)
     lagging = max_lag > 0
-    reference = Phase(name="sample_reference", waits_for=(sampled_from,), alone=frozenset({"learner", "engine"}), keeps=True)
-    mixture = Phase(name="sample_mixture", waits_for=(sampled_from,), alone=frozenset({"learner"}), keeps=True)
     examine = Phase(name="examine", waits_for=(sampled_from,), shares=frozenset({"oracle"}), of_base=True, keeps=True)
+    chosen = Phase(name="select", waits_for=(sampled_from, *([("sample", 1)] if lagging else [])))
+    which = ((chosen.name, 0),) if select else ()
+    reference = Phase(
+        name="sample_reference", waits_for=(sampled_from, *which), alone=frozenset({"learner", "engine"}), keeps=True
+    )
+    mixture = Phase(name="sample_mixture", waits_for=(sampled_from, *which), alone=frozenset({"learner"}), keeps=True)
     before = [
         *([examine] if anchors else []),
+        *([chosen] if select else []),
         *([reference] if reference_samples else []),
         *([mixture] if mixture_samples else []),
     ]

@@ -44,6 +44,24 @@ def check_comparable(config: RunConfig, algorithm: Algorithm) -> None:
         )
 
 
+def check_scored(config: RunConfig, given: bool | None) -> None:
+    """Refuse an oracle that only compares where prompts are chosen by scores.
+
+    Args:
+        config: the run's.
+        given: whether verdicts hold scores of single responses; None if that is not known yet.
+
+    Raises:
+        ConfigError: if they do not.
+    """
+    if config.selection.reads_scores and given is False:
+        raise ConfigError(
+            f"{config.selection.name} goes by the scores of responses, and {config.oracle['name']} only compares them",
+            field="selection.name",
+            fix="choose an oracle that scores, or a selector that reads no scores, such as shuffled or shards",
+        )
+
+
 def check_components(config: RunConfig, algorithm: Algorithm, oracle: Oracle, verdict: Verdict | None) -> None:
     """Refuse an oracle that does not give all the scores that an algorithm reads.
 

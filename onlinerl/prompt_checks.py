@@ -14,7 +14,7 @@ from onlinerl.prompts import _anchors
 from onlinerl.prompts._kept import Kept
 from onlinerl.prompts._source import ShuffledPrompts, check_answers, check_overlap, load_prompts
 from onlinerl.protocols.algorithm import Algorithm
-from onlinerl.types import Group, Prompt
+from onlinerl.types import Group, Prompt, RawPrompt, SelectionPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,8 @@ class Read:
     """Pairs whose better response is known, if the configuration names any and the model is on this machine."""
     total: int
     """Training prompts."""
+    raw: Sequence[RawPrompt] = ()
+    """The same as they are written, where they could not be tokenised."""
     remarks: Sequence[str]
     """How they were read, and what was left out."""
 
@@ -59,6 +61,7 @@ def read_prompts(
         found = _tokenised(config, algorithm, local, needs_answers)
     rounds = config.sampling.max_rounds if samples_dynamically(config, algorithm) else 1
     _check_enough(config, found.total, resumed=kept is not None, rounds=rounds)
+    _check_selected(config, found.raw if found.train is None else list(found.train), rounds=rounds)
     _check_evaluated(config, found.heldout)
     return replace(found, heldout=found.heldout[: config.evaluation.prompts])
 
@@ -91,7 +94,7 @@ def _untokenised(config: RunConfig, algorithm: Algorithm, needs_answers: bool) -
     if algorithm.needs.answers:
         check_answers(train, needed_by="algorithm")
     lacking = f"{config.model} is not on this machine: prompt lengths, templates and the oracle were not tried"
-    return Read(total=len(train), remarks=[*config.prompts.remarks(), lacking])
+    return Read(total=len(train), raw=train, remarks=[*config.prompts.remarks(), lacking])
 
 
 def _check_enough(config: RunConfig, total: int, *, resumed: bool, rounds: int = 1) -> None:
@@ -126,6 +129,21 @@ def _check_enough(config: RunConfig, total: int, *, resumed: bool, rounds: int =
             field="prompts.per_iteration",
             fix=f"lower it to {total}, or add prompts",
         )
+
+
+def _check_selected(config: RunConfig, prompts: Sequence[Prompt] | Sequence[RawPrompt], *, rounds: int) -> None:
+    """Whether the selector can choose from these prompts."""
+    plan = SelectionPlan(
+        prompts=prompts,
+        iterations=config.iterations,
+        seed=config.seed,
+        per_iteration=config.prompts.per_iteration,
+        rounds=rounds,
+        samples_per_prompt=config.sampling.samples_per_prompt,
+        reuse=config.prompts.reuse,
+    )
+    if (objection := config.selection.objection(plan)) is not None:
+        raise ConfigError(objection.cause, field=objection.field, fix=objection.fix)
 
 
 def _check_evaluated(config: RunConfig, heldout: Sequence[Prompt]) -> None:

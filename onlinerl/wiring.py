@@ -18,7 +18,7 @@ from onlinerl.controller.asking import Asker
 from onlinerl.controller.fleet import FleetReporter
 from onlinerl.controller.parts import Parts, samples_dynamically
 from onlinerl.metrics.catalogue import CATALOGUE
-from onlinerl.oracle_checks import check_comparable, check_uncertainty
+from onlinerl.oracle_checks import check_comparable, check_scored, check_uncertainty
 from onlinerl.preflight import Checked
 from onlinerl.protocols.engine import InProcessEngine, ReplicaSettings, RolloutEngine
 from onlinerl.protocols.learner import InProcessLearner, Learner
@@ -254,6 +254,7 @@ def _wire(
             reference_samples=checked.algorithm.needs.reference_samples > 0,
             mixture_samples=checked.algorithm.needs.mixture_samples > 0,
             anchors=checked.config.anchors is not None,
+            select=checked.config.selection.chooses,
         ),
         config=checked.config,
         algorithm=checked.algorithm,
@@ -297,6 +298,7 @@ def probed(checked: Checked, oracle: Oracle) -> Verdict:
     """
     verdict = preflight.probe_oracle(oracle, checked.heldout[0])
     check_uncertainty(checked.config, checked.algorithm, verdict.uncertainty is not None)
+    check_scored(checked.config, verdict.scores is not None)
     if verdict.scores is None:
         check_comparable(checked.config, checked.algorithm)
     return verdict

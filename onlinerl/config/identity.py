@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from onlinerl import synonyms
 from onlinerl.config.loading import SPECS, algorithm, foreign, oracle, resolved, spec_of
-from onlinerl.config.roles import build
+from onlinerl.config.roles import ROLES, build
 from onlinerl.config.sections import RunConfig
 from onlinerl.protocols.keys import MayChange
 from onlinerl.protocols.oracle import Oracle
@@ -104,7 +104,11 @@ def _left_out(key: str, now: Mapping[str, Any]) -> str | None:
 def _defaults(config: RunConfig) -> dict[str, Any]:
     """Every default of the sections and of the components that this configuration chooses."""
     chosen = {**_classes(config), **_inner(oracle(config))}
-    return _defaults_of(RunConfig) | {section: _defaults_of(each) for section, each in chosen.items()}
+    found = _defaults_of(RunConfig) | {section: _defaults_of(each) for section, each in chosen.items()}
+    for section, role in ROLES.items():  # what a class calls itself is no default: another one may have been chosen
+        if role.base.chosen_by in found.get(section, {}):
+            found[section] |= {role.base.chosen_by: role.default}
+    return found
 
 
 def _defaults_of(model: type[BaseModel]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from onlinerl.protocols.objective import Objective
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.protocols.prompts import PromptsConfig
+from onlinerl.protocols.selection import Selector
 from onlinerl.protocols.tracker import TrackerConfig
 from onlinerl.protocols.transport import TransportConfig
 
@@ -43,6 +44,7 @@ ROLES: dict[str, Role] = {
     "engine": Role("engines", EngineConfig, "vllm", frozenset(EngineConfig.model_fields)),
     "learner": Role("learners", LearnerConfig, "deepspeed", frozenset(LearnerConfig.model_fields)),
     "prompts": Role("prompts", PromptsConfig, "jsonl", frozenset(PromptsConfig.model_fields)),
+    "selection": Role("selection", Selector, "shuffled"),
     "sync": Role("transports", TransportConfig, "auto", frozenset(TransportConfig.model_fields)),
     "tracker": Role("trackers", TrackerConfig),
     "reward_model": Role("objectives", Objective, "bradley_terry"),

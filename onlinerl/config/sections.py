@@ -17,6 +17,7 @@ from onlinerl.protocols.engine import EngineConfig
 from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.learner import LearnerConfig
 from onlinerl.protocols.prompts import PromptsConfig
+from onlinerl.protocols.selection import Selector
 from onlinerl.protocols.tracker import TrackerConfig
 from onlinerl.protocols.transport import TransportConfig
 from onlinerl.types import Sampling
@@ -283,6 +284,10 @@ class RunConfig(Section):
     """Best against worst by default; refused where the algorithm trains no pairs."""
     prompts: Annotated[SerializeAsAny[PromptsConfig], BeforeValidator(chosen("prompts"))]
     """`name` and the keys of that source: jsonl by default."""
+    selection: Annotated[SerializeAsAny[Selector], BeforeValidator(chosen("selection"))] = Field(
+        default_factory=default("selection")
+    )
+    """Which prompts an iteration samples: `name` and the keys of that selector; shuffled by default."""
     sampling: SamplingConfig = SamplingConfig()
     reference: ReferenceConfig = ReferenceConfig()
     training: TrainingConfig = TrainingConfig()

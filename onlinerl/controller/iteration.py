@@ -105,9 +105,31 @@ class Iteration:
         return self.parts.config.sampling.max_rounds if self.dynamic else 1
 
     def prompts(self, rounds: int = 1) -> tuple[list[Prompt], int]:
-        """The prompts that are sampled in so many rounds, no prompt twice, and the cursor behind them."""
-        source = self.parts.train_prompts
-        return source.take(min(rounds * self.parts.config.prompts.per_iteration, len(source)), self.cursor)
+        """The prompts that are sampled in so many rounds, no prompt twice, and the cursor behind them: those that `select` has chosen, or
+        the next ones in the order that they have."""
+        source, count = self.parts.train_prompts, rounds * self.parts.config.prompts.per_iteration
+        if self.chosen is None:
+            return source.take(min(count, len(source)), self.cursor)
+        taken = self.chosen[:count]
+        return taken, self.cursor + len(taken)
+
+    @cached_property
+    def chosen(self) -> list[Prompt] | None:
+        """All that `select` has chosen, in their order; None where nothing is chosen.
+
+        Raises:
+            StoreError: if it is not there.
+        """
+        if not self.parts.config.selection.chooses:
+            return None
+        table = self.parts.store.selection(self.number)
+        if not table.sealed:
+            raise StoreError(
+                f"the prompts that were chosen for iteration {self.number} are not there",
+                field="runs",
+                fix="remove this iteration and all later ones from the run, then resume",
+            )
+        return [self.parts.prompts_by_id[one.prompt_id] for one in table]
 
     @cached_property
     def prompt_ids(self) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from onlinerl.config import RunConfig, TrainingConfig
@@ -51,6 +52,11 @@ class Parts:
     """Whether the oracle scores single responses; one that only compares is never asked about a single one."""
     state_bytes: int = 0
     """Size of one checkpoint plus export, for the free-space check."""
+
+    @cached_property
+    def prompts_by_id(self) -> dict[str, Prompt]:
+        """The training prompts."""
+        return {prompt.id: prompt for prompt in self.train_prompts}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,8 +58,8 @@ def changes(kept: Sequence[Prompt], found: Sequence[RawPrompt]) -> str | None:
 
     Their order in the file does not matter: a run orders them by itself.
     """
-    before = {p.id: (p.messages or p.text, p.reference_answer, p.source) for p in kept}
-    now = {p.id: (p.messages or p.text, p.reference_answer, p.source) for p in found}
+    before = {p.id: (p.messages or p.text, p.reference_answer, p.source, p.difficulty) for p in kept}
+    now = {p.id: (p.messages or p.text, p.reference_answer, p.source, p.difficulty) for p in found}
     differences = {
         "added": [i for i in now if i not in before],
         "removed": [i for i in before if i not in now],

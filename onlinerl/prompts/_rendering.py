@@ -67,6 +67,7 @@ def tokenized(prompt: RawPrompt, tokenizer: Any, field: str) -> Prompt:
         messages=prompt.messages,
         reference_answer=prompt.reference_answer,
         source=prompt.source,
+        difficulty=prompt.difficulty,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -48,7 +49,7 @@ class Place:
 
 
 def prompt(row: Mapping[str, object], where: Place, source: str) -> RawPrompt:
-    """The prompt in a row that has `text` or `messages`, and perhaps `id`, `reference_answer` or `answer`, and `source`.
+    """The prompt in a row that has `text` or `messages`, and perhaps `id`, `reference_answer` or `answer`, `source` and `difficulty`.
 
     Args:
         row: its values.
@@ -77,6 +78,7 @@ def prompt(row: Mapping[str, object], where: Place, source: str) -> RawPrompt:
         messages=messages,
         reference_answer=_answer(row, where),
         source=_string(row, "source", where) if "source" in row else source,
+        difficulty=_difficulty(row, where),
         place=where.place,
     )
 
@@ -116,6 +118,15 @@ def _answer(row: Mapping[str, object], where: Place) -> str | None:
     if not known or not str(given[0]).strip():
         where.fail(f"the reference answer must be a string or a number, got {given[0]!r}", 'write "reference_answer": "..."')
     return str(given[0])
+
+
+def _difficulty(row: Mapping[str, object], where: Place) -> float | None:
+    value = row.get("difficulty")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        where.fail(f"difficulty must be a finite number, got {value!r}", 'write "difficulty": 0.5, more for what is harder')
+    return float(value)
 
 
 def _id(value: object, where: Place) -> str:

@@ -20,7 +20,7 @@ from onlinerl.prompts._rows import Place, prompt, question
 from onlinerl.protocols.prompts import PromptsConfig, Which
 from onlinerl.types import RawPrompt
 
-Column = Literal["prompt", "reference_answer", "id", "source"]
+Column = Literal["prompt", "reference_answer", "id", "source", "difficulty"]
 
 
 class Dataset(PromptsConfig):
@@ -141,7 +141,9 @@ class Dataset(PromptsConfig):
             )
         named: dict[str, Any] = {key: _value(row, column) for key, column in self.columns.items() if key != "prompt"}
         found = {"id": row.get("id") if isinstance(row.get("id"), int | str) else None, **found, **named}
-        kept = {key: found[key] for key in ("id", "reference_answer", "source") if found.get(key) not in (None, "")}
+        kept = {
+            key: found[key] for key in ("id", "reference_answer", "source", "difficulty") if found.get(key) not in (None, "")
+        }
         if "source" in kept:
             kept["source"] = str(kept["source"])
         return prompt({**kept, **self._words(found, where)}, where, source)

@@ -6,8 +6,8 @@ Each line is one JSON object in one of two forms:
     {"messages": [{"role": "user", "content": "What is 6 times 7?"}]}     the model answers, through its chat template
 
 Optional keys of both: `id` (unique; derived from the content if absent, so that moving or adding lines changes no other prompt),
-`reference_answer` or `answer` (for verifiers), `source` (for slices; the file's name by default). Text must be raw: templates,
-special tokens and end markers are added here and nowhere else.
+`reference_answer` or `answer` (for verifiers), `source` (for slices and mixtures; the file's name by default), `difficulty` (a number, more for
+what is harder). Text must be raw: templates, special tokens and end markers are added here and nowhere else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from onlinerl.types import RawPrompt
 
 __all__ = ["Jsonl", "read_prompts"]
 
-_KEYS = ("id", "text", "messages", "reference_answer", "answer", "source")
+_KEYS = ("id", "text", "messages", "reference_answer", "answer", "source", "difficulty")
 _MEANT = {
     "prompt": "text or messages",
     "question": "text, or messages for a chat model (and reference_answer for what an oracle verifies)",

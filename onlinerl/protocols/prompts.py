@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol, Self
 
 from pydantic import Field
@@ -22,6 +22,10 @@ class PromptSource(Protocol):
         ...
 
     def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Prompt]:
+        """All of them, in an order of no meaning."""
+        ...
 
 
 class PromptsConfig(Component):

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
-from onlinerl.types import Group, Label, LogProbs, PhaseRecord, PhaseRecords, Prompt, TrainedPair
+from onlinerl.types import Group, Label, LogProbs, PhaseRecord, PhaseRecords, Prompt, Selected, TrainedPair
 
 Kind = Literal["checkpoints", "auxiliary", "exports", "references"]
 """What an iteration keeps beside its tables: the state of the learner that holds the policy, of one that holds auxiliary weights, the policy,
@@ -17,6 +17,7 @@ and with `reference.schedule: ema` the average of iterates that is the reference
 T = TypeVar("T")
 V = TypeVar("V")
 
+SELECTION = "selection"
 ROLLOUTS = "rollouts"
 REFERENCE_ROLLOUTS = "reference_rollouts"
 MIXTURE_ROLLOUTS = "mixture_rollouts"
@@ -110,6 +111,10 @@ class Store(Protocol):
 
     def pairs(self, iteration: int) -> Table[TrainedPair]:
         """What was trained on, where that is pairs."""
+        ...
+
+    def selection(self, iteration: int) -> Table[Selected]:
+        """The prompts that a selector chose, in their order."""
         ...
 
     def scratch(self) -> AbstractContextManager[Scratch]:

@@ -32,13 +32,13 @@ from typing import Any, TypeVar, get_args
 import pyarrow as pa
 
 from onlinerl.errors import StoreError
-from onlinerl.protocols.store import ANCHORS, PAIRS, Kind
+from onlinerl.protocols.store import ANCHORS, PAIRS, SELECTION, Kind
 from onlinerl.stores import _artefacts, _files, _identity, _manifest, rows
 from onlinerl.stores._lock import Lock, caveat
 from onlinerl.stores._scratch import Scratch, scratch
 from onlinerl.stores._tables import TableFiles
 from onlinerl.stores.tables import StoredTable
-from onlinerl.types import Group, Label, LogProbs, PhaseRecords, Prompt, TrainedPair
+from onlinerl.types import Group, Label, LogProbs, PhaseRecords, Prompt, Selected, TrainedPair
 
 __all__ = ["RunDirectory"]
 
@@ -259,6 +259,10 @@ class RunDirectory:
     def pairs(self, iteration: int) -> StoredTable[TrainedPair]:
         """What was trained on, where that is pairs."""
         return self._table(iteration, PAIRS, rows.PAIRS)
+
+    def selection(self, iteration: int) -> StoredTable[Selected]:
+        """The prompts that a selector chose, in their order."""
+        return self._table(iteration, SELECTION, rows.SELECTION)
 
     def rows_from(self, iteration: int) -> int:
         """Rows in the tables of an iteration and of all later ones: a run that gets on has more of them."""

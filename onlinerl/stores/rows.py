@@ -29,6 +29,7 @@ from onlinerl.types import (
     Prompt,
     Rollout,
     Sampling,
+    Selected,
     TrainedPair,
     Verdict,
 )
@@ -118,6 +119,7 @@ def prompt_row(prompt: Prompt) -> dict[str, Any]:
         "source": prompt.source,
         **({"goal_ids": [list(map(int, ids)) for ids in prompt.goal_ids]} if prompt.goal_ids else {}),
         **({"answer_ids": [int(t) for t in prompt.answer_ids]} if prompt.answer_ids else {}),
+        **({} if prompt.difficulty is None else {"difficulty": float(prompt.difficulty)}),
     }
 
 
@@ -363,6 +365,9 @@ LOGPROBS = Codec(
     logprob_row,
     logprobs_from_row,
 )
+SELECTION = Codec(
+    pa.schema({"prompt_id": _TEXT, "probability": pa.float64(), "reason": _TEXT}), asdict, lambda row: Selected(**row)
+)
 PROMPTS = Codec(
     pa.schema(
         {
@@ -374,6 +379,7 @@ PROMPTS = Codec(
             "source": _TEXT,
             "goal_ids": pa.list_(pa.list_(pa.uint32())),
             "answer_ids": pa.list_(pa.uint32()),
+            "difficulty": pa.float64(),
         }
     ),
     prompt_row,

@@ -9,7 +9,7 @@ from typing import Any
 
 from onlinerl.errors import StoreError
 from onlinerl.metrics.catalogue import CATALOGUE
-from onlinerl.protocols.store import EVALUATION, EVALUATION_VERDICTS, PAIRS, ROLLOUTS, VERDICTS
+from onlinerl.protocols.store import EVALUATION, EVALUATION_VERDICTS, PAIRS, ROLLOUTS, SELECTION, VERDICTS
 from onlinerl.stores import _files, _lock, _manifest
 from onlinerl.stores import rows as columns
 from onlinerl.stores._tables import TableFiles
@@ -175,6 +175,8 @@ def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = Fal
                 fix += "; --heldout shows the base model's answers"
         raise StoreError(f"{path} {cause}", field="iteration", fix=fix)
     labels = StoredTable(TableFiles(folder, verdicts), columns.LABELS).select(chosen)
+    selection = [] if heldout else StoredTable(TableFiles(folder, SELECTION), columns.SELECTION).select(chosen)
+    reasons = {one.prompt_id: {"reason": one.reason, "probability": one.probability} for one in selection if one is not None}
     pairs: dict[str, list[TrainedPair]] = {prompt_id: [] for prompt_id in chosen}
     for pair in () if heldout else StoredTable(TableFiles(folder, PAIRS), columns.PAIRS):
         if pair.prompt_id in pairs:
@@ -182,6 +184,7 @@ def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = Fal
     shown: list[dict[str, Any]] = _files.finite(
         [
             _sample(group, None if label is None else label.result, pairs[group.prompt.id])
+            | {"selected": reasons.get(group.prompt.id)}
             for group, label in zip(StoredTable(files, columns.groups_of(None)).select(chosen), labels, strict=True)
             if group is not None
         ]

@@ -6,7 +6,20 @@
 from importlib import import_module
 from typing import Any
 
-_FILES = ("training", "prompts", "goals", "rollouts", "labels", "numbers", "plan", "records", "seeds", "tables", "phases")
+_FILES = (
+    "training",
+    "prompts",
+    "goals",
+    "rollouts",
+    "labels",
+    "numbers",
+    "plan",
+    "records",
+    "selection",
+    "seeds",
+    "tables",
+    "phases",
+)
 
 
 def __getattr__(name: str) -> Any:

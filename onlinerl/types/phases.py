@@ -22,6 +22,17 @@ class PhaseRecord(TypedDict, total=False):
     """Seconds in which it waited for the phase that it follows."""
 
 
+class SelectRecord(PhaseRecord):
+    """Of `select`."""
+
+    prompts: int
+    """How many may be sampled."""
+    visited: int
+    """Those of them that the selector knew verdicts of."""
+    newest: int
+    """The newest iteration whose verdicts it was told."""
+
+
 class SampleRecord(PhaseRecord):
     """Of `sample`."""
 
@@ -197,6 +208,7 @@ class PhaseRecords(TypedDict, total=False):
     """Of the finished phases of an iteration, by name; a phase that somebody adds to the graph has one too."""
 
     examine: ExamineRecord
+    select: SelectRecord
     sample_reference: SampleReferenceRecord
     sample_mixture: SampleMixtureRecord
     sample: SampleRecord

@@ -24,6 +24,7 @@ class RawPrompt:
     """A conversation to answer; empty if there is text."""
     reference_answer: str | None = None
     source: str = ""
+    difficulty: float | None = None
     place: str = field(default="", compare=False)
     """Where it is written, for messages, e.g. `train.jsonl, line 7`."""
 
@@ -43,7 +44,9 @@ class Prompt:
     reference_answer: str | None = None
     """The known right answer, for verifiers."""
     source: str = ""
-    """Where it came from, for slices."""
+    """Where it came from, for slices and mixtures."""
+    difficulty: float | None = None
+    """How hard the data say that it is: more is harder."""
     goal_ids: tuple[tuple[int, ...], ...] = ()
     """What the model sees with each goal, the lowest first, where it is trained on several; else empty. `token_ids` then has the highest."""
     answer_ids: tuple[int, ...] = ()

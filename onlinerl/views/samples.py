@@ -50,6 +50,8 @@ def page(run: Path, iteration: int, limit: int, *, heldout: bool, width: int, fu
 def _group(group: Mapping[str, Any], width: int, full: bool) -> Iterator[Text]:
     yield Text(f"prompt {visible(group['prompt_id'])}", style="bold")
     yield from _body(group["prompt"], width, None if full else PROMPT_LINES, tail=True)
+    if (selected := group["selected"]) is not None:
+        yield Text(f"selected: {visible(selected['reason'])} (probability {selected['probability']:.2g})", style="dim")
     if group["failure"]:
         yield Text(f"not judged: {visible(group['failure'])}", style="yellow")
     elif group["oracle"]:

@@ -168,7 +168,7 @@ def test_each_learner_and_engine_imports_its_own_library_only():
     assert imported_by("onlinerl.learners.torch.rank") == {"torch"}
 
 
-@pytest.mark.parametrize("role", ["oracles", "pairing", "prompts", "trackers", "transports"])
+@pytest.mark.parametrize("role", ["oracles", "pairing", "prompts", "selection", "trackers", "transports"])
 def test_what_is_configured_imports_nothing_heavy(role):
     names = [name for name in registry.names(role) if name != "tensorboard"]  # its package may not be installed
     assert imported_by(*(f"onlinerl.{role}.{name}" for name in names)) == set()

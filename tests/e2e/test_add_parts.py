@@ -1,4 +1,4 @@
-"""An engine, a learner, a source of prompts and a tracker of a package of the user's own: the project is not touched."""
+"""An engine, a learner, a source of prompts, a selector and a tracker of a package of the user's own: the project is not touched."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from onlinerl.learners.toy import ToyLearner, ToySync
 from onlinerl.protocols.engine import InProcessEngine
 from onlinerl.protocols.learner import InProcessLearner
 from onlinerl.protocols.prompts import PromptsConfig
+from onlinerl.protocols.selection import Selector
 from onlinerl.protocols.tracker import Tracker, TrackerConfig
-from onlinerl.types import RawPrompt
+from onlinerl.types import RawPrompt, Selected
 
 
 class Engine(InProcessEngine):
@@ -55,6 +56,16 @@ class Sequels(PromptsConfig):
         return [RawPrompt(id=name, text=name) for name in names]
 
 
+class Newest(Selector):
+    """The films with the highest numbers."""
+
+    above: int = 0
+
+    def select(self, pool):
+        left = sorted((p for p in pool.open if int(p.id.split()[-1]) > self.above), key=lambda p: -int(p.id.split()[-1]))
+        return [Selected(prompt_id=p.id, probability=1.0, reason="new") for p in left[: pool.most]]
+
+
 class Listed(TrackerConfig):
     """Writes the phases down."""
 
@@ -74,7 +85,7 @@ class Phases(Tracker):
 '''
 
 
-def test_an_engine_a_learner_prompts_and_a_tracker_of_the_users_own(toy_config, warm_cli, tmp_path):
+def test_an_engine_a_learner_prompts_a_selector_and_a_tracker_of_the_users_own(toy_config, warm_cli, tmp_path):
     (tmp_path / "mine.py").write_text(PARTS)
     keys = {
         "iterations": 1,
@@ -85,6 +96,8 @@ def test_an_engine_a_learner_prompts_and_a_tracker_of_the_users_own(toy_config, 
         "prompts.train": "the film",
         "prompts.heldout": "a film",
         "prompts.first": 3,
+        "selection.name": "mine.Newest",
+        "selection.above": 5,
         "metrics.trackers": [{"name": "mine.Listed", "file": "phases.txt"}],
         "metrics.prometheus": False,
     }
@@ -95,7 +108,7 @@ def test_an_engine_a_learner_prompts_and_a_tracker_of_the_users_own(toy_config, 
     run = tmp_path / "runs" / "toy"
     assert len(summarise(run)["iterations"]) == 2
     with RunDirectory.open(run) as store:
-        assert {group["prompt_id"] for group in store.read(1, "rollouts")} <= {f"the film {n}" for n in range(3, 23)}
+        assert {group["prompt_id"] for group in store.read(1, "rollouts")} == {f"the film {n}" for n in range(15, 23)}
     assert "1 train" in (run / "phases.txt").read_text().splitlines()
     stored = yaml.safe_load((run / "config.yaml").read_text())
     assert (stored["engine"]["name"], stored["engine"]["end"]) == ("mine.Engine", 0.25)
@@ -111,6 +124,7 @@ def test_an_engine_a_learner_prompts_and_a_tracker_of_the_users_own(toy_config, 
     for wrong, said in (
         ("engine.ende=1", "did you mean 'end'?"),
         ("prompts.firs=1", "did you mean 'first'?"),
+        ("selection.abov=1", "did you mean 'above'?"),
         ("metrics.trackers=[{name: mine.Listed, file: x, fil: y}]", "did you mean 'file'?"),
         ("metrics.trackers=[{name: mine.Engine}]", "mine.Engine is no subclass of onlinerl.protocols.tracker.TrackerConfig"),
     ):

@@ -26,7 +26,7 @@ from onlinerl.protocols.tracker import Tracked
 from onlinerl.stores.summary import summarise
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import render_table
-from onlinerl.types import Group, Judged, Prompt, Query, Request, Rollout, Sampling, Verdict
+from onlinerl.types import Group, Judged, Pool, Prompt, Query, Request, Rollout, Sampling, Verdict
 
 ROOT = documents.ROOT
 README = ROOT / "README.md"
@@ -251,6 +251,16 @@ def test_a_pair_builder(sandbox):
     unknown = tuple(tuple(0.9 if (i, j) == (0, 1) else nan for j in range(5)) for i in range(5))
     [pair], _ = pairs(preferences=unknown)
     assert (pair.chosen, pair.rejected) == (0, 1), "nobody judged the others"
+
+
+def test_a_prompt_selector(sandbox):
+    documents.write(ROOT / "docs/add-a-part.md", sandbox)
+    shortest = build({"name": "shortest.Shortest", "share": 0.3}, "selection")
+    prompts = [Prompt(id=str(n), text="", token_ids=(1,) * n) for n in range(1, 11)]
+    pool = Pool(prompts=prompts, iteration=1, seed=0, per_iteration=2, most=2, reuse=False, asked={"1": 1}, visits={})
+    chosen = shortest.select(pool)
+    assert {one.prompt_id for one in chosen} <= {"2", "3"}
+    assert [one.probability for one in chosen] == [0.5, 1.0]
 
 
 def test_a_tracker(sandbox):

@@ -108,10 +108,17 @@ class TestForms:
         assert "prompts.columns.prompt=COLUMN" in error.value.fix
 
     def test_columns_say_which_is_what(self, dataset):
-        columns = {"prompt": "query", "reference_answer": "reward.answer", "id": "number", "source": "of"}
-        row = {"query": "hi", "reward": {"answer": 4}, "number": 3, "of": "me"}
+        columns = {
+            "prompt": "query",
+            "reference_answer": "reward.answer",
+            "id": "number",
+            "source": "of",
+            "difficulty": "reward.level",
+        }
+        row = {"query": "hi", "reward": {"answer": 4, "level": 2.5}, "number": 3, "of": "me"}
         (found,) = dataset(row, heldout=({**row, "query": "ho"},), columns=columns).raw("train")
         assert (found.messages[0].content, found.reference_answer, found.id, found.source) == ("hi", "4", "3", "me")
+        assert found.difficulty == 2.5
 
     def test_a_column_can_be_named_beside_a_known_form(self, dataset):
         columns = {"reference_answer": "short"}

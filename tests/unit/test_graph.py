@@ -87,6 +87,23 @@ def test_side_by_side_pays():
     assert last[True, False, 1] < last[True, False] - 4
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("stream", "beside", "lag"), MODES)
+def test_prompts_are_chosen_when_all_that_is_read_is_complete_and_before_they_are_sampled(stream, beside, lag, dynamic):
+    """Killed and resumed, too."""
+    rows = graph.phases(
+        stream=stream, evaluate_beside=beside, max_lag=lag, dynamic=dynamic, select=True, reference_samples=not lag
+    )
+    for seed in range(5):
+        at = {task: i for i, task in enumerate(killed_and_resumed(rows, seed))}
+        for t in range(1, ITERATIONS + 1):
+            assert at[t, "select"] < at[t, "sample"]
+            assert lag or at[t, "select"] < at[t, "sample_reference"]
+            assert t == 1 or at[t - 1, "sample"] < at[t, "select"], "what was sampled is known"
+            version = graph.sampling_version(t, lag)
+            assert version == 0 or at[version, "label"] < at[t, "select"], "what was judged is known"
+
+
 @pytest.mark.parametrize("lag", [0, 1])
 def test_with_dynamic_sampling_only_judging_follows(lag):
     made = simulate(graph.phases(stream=True, evaluate_beside=True, max_lag=lag, dynamic=True), nothing_done())

@@ -39,6 +39,16 @@ class TestReading:
         (prompt,) = read_prompts(write(tmp_path, {"id": 3, "text": "x", "answer": 42, "source": "gsm8k"}))
         assert (prompt.id, prompt.reference_answer, prompt.source) == ("3", "42", "gsm8k")
 
+    def test_how_hard_a_prompt_is_stays_with_it_until_it_is_sampled(self, tmp_path):
+        path = write(tmp_path, {"text": "one", "difficulty": 2}, name="train.jsonl")
+        heldout = write(tmp_path, {"text": "two"}, name="heldout.jsonl")
+        train, held, _ = load_prompts(Jsonl(train=path, heldout=heldout), WordTokenizer(), seed=0)
+        assert ([p.difficulty for p in train], [p.difficulty for p in held]) == ([2.0], [None])
+        assert (
+            changes(list(train), read_prompts(write(tmp_path, {"text": "one", "difficulty": 3}, name="train.jsonl")))
+            is not None
+        )
+
     def test_ids_come_from_the_content_not_the_line(self, tmp_path):
         first = read_prompts(write(tmp_path, {"text": "one"}, {"text": "two"}))
         second = read_prompts(write(tmp_path, {"text": "two"}, {"text": "three"}, {"text": "one"}))
@@ -73,6 +83,10 @@ class TestReading:
             (r'{"id": "\udc00", "text": "x"}', ["line 2", "half of a surrogate pair"]),
             ({"id": True, "text": "x"}, ["id must be a string or a number, got True"]),
             ({"id": "", "text": "x"}, ["id must be a string or a number, got ''"]),
+            ({"text": "x", "difficulty": "hard"}, ["line 2", "difficulty must be a finite number, got 'hard'"]),
+            ('{"text": "x", "difficulty": NaN}', ["line 2", "difficulty must be a finite number, got nan"]),
+            ('{"text": "x", "difficulty": 1' + "0" * 400 + "}", ["line 2", "difficulty must be a finite number"]),
+            ({"text": "x", "difficulty": True}, ["line 2", "difficulty must be a finite number, got True"]),
         ],
     )
     def test_a_bad_line_is_named(self, tmp_path, row, words):

@@ -92,6 +92,7 @@ whole_prompts = st.builds(
     source=texts,
     goal_ids=st.lists(ids, max_size=3).map(tuple),
     answer_ids=ids,
+    difficulty=st.none() | st.floats(-9, 9),
 )
 
 

@@ -1,0 +1,1 @@
+"""Prompt selectors: one file each, found by its name."""
