@@ -33,7 +33,7 @@ class Variance(Selector):
     eps: float = Field(0.05, gt=0, allow_inf_nan=False)
     """In units of the priority: so much has a prompt whose responses were judged alike."""
     noise_std: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """How far two judgements of one and the same response are apart, as a standard deviation in units of the score: what that alone would give is
+    """Standard deviation of repeated judgements of one and the same response, in units of the score: what that adds to the variance of a group is
     subtracted, for `std` and `positive_variance`."""
 
     @field_validator("pass_score")
