@@ -211,5 +211,5 @@ def test_the_document_runs_as_printed(sandbox, capsys):
     assert "from-python (dpo)" in said
     listed = {line.split("|")[1].strip(" `") for line in document.read_text().splitlines() if line.startswith("| `")}
     assert {"rollouts", "verdicts", "logprobs", "pairs"} <= listed
-    of_others = {"replay_logprobs"}  # tables that this algorithm has no use for
+    of_others = {"replay_logprobs", "selection", "anchors`, `anchor_verdicts"}  # tables that this run has no use for
     assert listed <= {*Run.open("runs/from-python").tables(), "evaluation`, `evaluation_verdicts", *of_others}

@@ -12,6 +12,7 @@ import documents
 import numpy as np
 import pytest
 import typer
+from preference_rows import taste, write_rows
 from rich.console import Console
 
 from onlinerl import cli as command_line
@@ -73,6 +74,7 @@ def write_prompts(folder: Path) -> None:
     more = [f'{{"id": "m{i}", "text": "Film {i} was"}}\n' for i in range(60)]
     (folder / "my-prompts.jsonl").write_text(printed + "".join(more[:40]))
     (folder / "my-heldout.jsonl").write_text("".join(more[40:]))
+    write_rows(folder / "known-pairs.jsonl", taste(20))
 
 
 def tried(command: str, folder: Path, warm_cli) -> str | None:
