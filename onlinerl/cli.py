@@ -1,4 +1,4 @@
-"""The command line: run, resume, sweep, train-rm, scale, check, data, show, labels, relabel, algorithms, extrapolate, fetch-model, doctor."""
+"""The command line: run, resume, sweep, train-rm, scale, check, data, show, labels, relabel, people, algorithms, extrapolate, fetch-model, doctor."""
 
 from __future__ import annotations
 
@@ -340,6 +340,31 @@ def relabel(
 
     relabelling.relabel(run, overrides or (), out, iteration=iteration)
     _show_labels(view.summarise(run, iteration), as_json=False)
+
+
+@app.command()
+def people(
+    run: Run,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; others than this machine's own are reached by others.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8765,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="How many questions there are, and how far people agree; no page.")
+    ] = False,
+    export: Annotated[
+        Path | None, typer.Option("--export", help="What people have decided, as JSON lines for train-rm; no page.")
+    ] = None,
+) -> None:
+    """Serve the page at which people compare answers, for a run whose oracle asks them. It may be stopped and started at any time."""
+    from onlinerl import annotation
+
+    if as_json:
+        sys.stdout.write(json.dumps(annotation.summary(run), indent=1) + "\n")
+    elif export is not None:
+        err.print(f"{annotation.export(run, export)} comparisons are in {export}", highlight=False, soft_wrap=True)
+    else:
+        annotation.serve(run, host, port, lambda line: out.print(line, highlight=False, markup=False, soft_wrap=True))
 
 
 @app.command()

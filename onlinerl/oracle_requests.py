@@ -54,6 +54,18 @@ def planned(config: RunConfig, algorithm: Algorithm, heldout: int, *, scores: bo
     )
 
 
+def of_people(plan: Planned, oracle: Oracle) -> str | None:
+    """How many comparisons people are asked for, in words; None where nobody is."""
+    groups, drawn = plan.label
+    each, heldout = oracle.people(groups, drawn), oracle.people(*plan.evaluation, heldout=True)
+    if not each + heldout:
+        return None
+    return (
+        f"people: at most {each} comparisons an iteration, with {heldout} of answers to held-out prompts "
+        f"{each * plan.iterations + heldout} for the whole run"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Foretold:
     """What a run will ask if nothing fails and no label is known, and what that costs at most."""
