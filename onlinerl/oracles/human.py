@@ -177,7 +177,8 @@ class Human(Container):
             said.append(f"{share} is complete when {self.n_annotators} people have answered it: so many are needed")
         if self._heldout == "nobody":
             said.append(
-                "nobody compares answers to held-out prompts, so there are no win rates; oracle.heldout=people asks people"
+                "nobody compares answers to held-out prompts, so there are no win rates, and the newest iterate counts as the best; "
+                "oracle.heldout=people asks people"
             )
         if self._queue is not None and (count := len(self._queue.open())):
             said.append(f"{count} questions are open")

@@ -22,7 +22,7 @@ def rows(queue: Queue) -> list[dict[str, Any]]:
 
 def _row(question: Question, answers: Sequence[Answer]) -> dict[str, Any] | None:
     said = [answer for answer in answers if answer.choice != "skip"]
-    votes = Counter(answer.choice for answer in said)
+    votes = Counter[str](answer.choice for answer in said)
     if votes["left"] == votes["right"]:
         return None
     chosen, rejected = ("left", "right") if votes["left"] > votes["right"] else ("right", "left")

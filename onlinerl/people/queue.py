@@ -123,7 +123,7 @@ class Queue:
             self._newest = max(self._newest, question.iteration)
         for status in ("waiting", "late", "taken"):
             for one in entry.get(status, ()):
-                self._states[one].status = status  # type: ignore[assignment]
+                self._states[one].status = status
 
     def _answer(self, entry: dict[str, Any]) -> None:
         if "undo" in entry:

@@ -30,7 +30,10 @@ def lengths(queries: list[dict]) -> list[list[float]]:
 def longer(queries: list[dict]) -> list[list[list[float]]]:
     """What the stand-in for people says, as an oracle."""
     return [
-        [[0.5 if len(a) == len(b) else 0.95 if len(a) > len(b) else 1.0 - 0.95 for b in query["responses"]] for a in query["responses"]]
+        [
+            [0.5 if len(a) == len(b) else 0.95 if len(a) > len(b) else 1.0 - 0.95 for b in query["responses"]]
+            for a in query["responses"]
+        ]
         for query in queries
     ]
 
