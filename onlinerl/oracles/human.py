@@ -80,6 +80,8 @@ class Human(Container):
     _queue: Queue | None = PrivateAttr(None)
     _account: Account = PrivateAttr(default_factory=Account)
     _closed: Any = PrivateAttr(default_factory=threading.Event)
+    _due: dict[str, int] = PrivateAttr(default_factory=dict)
+    """Answers that are waited for, by question."""
     _putting: Any = PrivateAttr(default_factory=threading.Lock)
 
     @model_validator(mode="after")
@@ -277,12 +279,22 @@ class Human(Container):
             limited = self.per_iteration is not None and not query.heldout
             if limited and len(known) + len(new) > (self.per_iteration or 0):
                 return []
-            if new:
-                most = Cost(calls=sum(one.needed for one in new))
-                if self._account.reserve(most):  # raises if it is too much in any case
-                    self._account.settle(most, Cost())
+            self._owe(questions)
             self._queue.put(questions)
         return [one.id for one in questions]
+
+    def _owe(self, questions: Sequence[Question]) -> None:
+        """Ask for no more answers than may be paid for: those that are still to come count.
+
+        Raises:
+            BudgetError: if it is too much.
+        """
+        assert self._queue is not None
+        new = {one.id: one.needed for one in questions if self._queue.status(one.id) != "taken"}
+        most = Cost(calls=sum({**self._due, **new}.values()))
+        if self._account.reserve(most):
+            self._account.settle(most, Cost())  # what is answered is spent when a verdict is made of it
+        self._due |= new
 
     def _wants(self, query: Query, said: Result | None) -> bool:
         if query.heldout:
@@ -326,6 +338,9 @@ class Human(Container):
                 if over:
                     self._queue.give_up(questions)
             if answers is not None or over:
+                with self._putting:
+                    for one in questions:
+                        self._due.pop(one, None)
                 return answers or []
             if self._closed.wait(min(LOOK_S, max(0.0, until - time.monotonic()))):
                 raise OracleError("was closed while the run waited for people", field="oracle", fix="resume the run")
@@ -337,12 +352,12 @@ class Human(Container):
         if not answers or (self.ai is not None and all(answer.choice == "skip" for answer in answers)):
             return None
         assert self._queue is not None
-        shown = {one.id: one for one in self._queue.questions()}
         probs: dict[tuple[str, str], list[float]] = {}
         strengths: dict[tuple[str, str], list[float]] = {}
         for answer in answers:
             if answer.choice != "skip":
-                sides = shown[answer.question].left, shown[answer.question].right
+                shown = self._queue.question(answer.question)
+                sides = shown.left, shown.right
                 probs.setdefault(sides, []).append(self._prob(answer))
                 strengths.setdefault(sides, []).append(_strength(answer))
         cost = Cost(calls=len(answers), seconds=sum(one.seconds or 0.0 for one in answers))

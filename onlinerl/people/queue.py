@@ -101,6 +101,7 @@ class Queue:
         self._states: dict[str, _State] = {}
         self._submissions: dict[str, Answer] = {}
         self._undone: set[str] = set()
+        self._put_in: dict[int, set[str]] = {}
         self._newest = 0
         self._memory = threading.RLock()
 
@@ -121,6 +122,8 @@ class Queue:
             question = Question(**{**said, "messages": tuple(map(tuple, said["messages"]))})
             self._states[question.id] = _State(question)
             self._newest = max(self._newest, question.iteration)
+            if not question.heldout:
+                self._put_in.setdefault(question.iteration, set()).add(question.id)
         for status in ("waiting", "late", "taken"):
             for one in entry.get(status, ()):
                 self._states[one].status = status
@@ -145,16 +148,20 @@ class Queue:
         with self._memory:
             return list(self._states[question].answers.values())
 
-    def status(self, question: str) -> str:
-        """`waiting` for people, `late`: the run has gone on without them, or `taken`: it has what they said."""
+    def question(self, question: str) -> Question:
+        """By its id."""
         with self._memory:
-            return self._states[question].status
+            return self._states[question].question
+
+    def status(self, question: str) -> str | None:
+        """`waiting` for people, `late`: the run has gone on without them, or `taken`: it has what they said. None if it was never put."""
+        with self._memory:
+            return self._states[question].status if question in self._states else None
 
     def put_in(self, iteration: int) -> set[str]:
         """Ids of an iteration's questions, without those about held-out prompts."""
         with self._memory:
-            found = (state.question for state in self._states.values())
-            return {one.id for one in found if one.iteration == iteration and not one.heldout}
+            return set(self._put_in.get(iteration, ()))
 
     def by(self, annotator: str) -> list[Answer]:
         """Those of one person that count, in the order in which they came."""

@@ -156,6 +156,18 @@ def test_killed_while_it_waits_it_finds_what_was_said_meanwhile(config, warm_cli
     assert len(choices) == 2 * PROMPTS
 
 
+def test_a_budget_of_calls_is_kept_to_and_goes_on_with_more(config, warm_cli, tmp_path):
+    run, file = tmp_path / "runs/toy", config(max_wait_s=600)
+    with answering(run / "oracle") as answered:
+        stopped = warm_cli("run", file, "ledger.max_calls=10")
+        assert stopped.returncode == 1, stopped.message
+        assert "ledger.max_calls" in stopped.stderr
+        assert len(asked(run)) == 10
+        done = warm_cli("resume", run, "ledger.max_calls=16")
+    assert done.returncode == 0, done.message
+    assert len(answered) == 2 * PROMPTS
+
+
 def test_check_says_how_much_people_are_asked_for_and_refuses_what_cannot_work(config, warm_cli):
     done = warm_cli("check", config(ai=AI, max_wait_s=3600, heldout="people", n_annotators=2))
     assert done.returncode == 0, done.message

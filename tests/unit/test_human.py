@@ -20,7 +20,7 @@ from onlinerl.errors import BudgetError, ConfigError, OracleError
 from onlinerl.oracles.human import Human
 from onlinerl.people.queue import QUESTIONS, Queue
 from onlinerl.protocols.oracle import Oracle
-from onlinerl.types import Cost, Failure, Prompt, Query, Verdict
+from onlinerl.types import Failure, Prompt, Query, Verdict
 
 AI = {"name": "python", "function": f"{__name__}.by_length"}
 CALLS: list[int] = []
@@ -289,14 +289,16 @@ def test_people_are_asked_where_the_other_is_not_sure(tmp_path):
 
 
 def test_answers_are_calls_of_the_budget(tmp_path):
-    oracle, account = human(tmp_path, max_wait_s=60), Account(Limits(calls=2))
+    oracle, account = human(tmp_path, max_wait_s=60), Account(Limits(calls=3))
     assert oracle.charge(account)
-    with answering(tmp_path):
+    with answering(tmp_path) as answered:
         assert len([*oracle.judge([query(0), query(1)])]) == 2
         assert account.spent.calls == 2
-        with pytest.raises(BudgetError, match="2 calls of 2 calls are spent"):
-            list(oracle.judge([query(2)]))
-    assert len(Queue(tmp_path).questions()) == 0 or Cost()
+        with pytest.raises(BudgetError, match="2 calls of 3 calls are spent"):
+            list(oracle.judge([query(2), query(3)]))
+        until(lambda: len(answered) == 3, "the one that could be paid for is answered")
+        assert [by(one) for one in oracle.judge([query(2)])] == ["people"], "and it is not lost"
+    assert len(answered) == 3
 
 
 # --- what it says and refuses ---
