@@ -51,10 +51,10 @@ def best_iterate(measured: Mapping[int, Mapping[str, Any]]) -> int:
     rewards = {t: one.get("reward") for t, one in measured.items()}
     rates = {t: (one.get("win_rate") or {"value": 0.5})["value"] for t, one in measured.items()}
     scored = all(map(_known, rewards.values()))
-    worth = {t: value for t, value in sorted((rewards if scored else rates).items()) if _known(value)}
+    worth: dict[int, Any] = {t: value for t, value in sorted((rewards if scored else rates).items()) if _known(value)}
     if len(worth) == 1 and not scored:
         return max(measured)
-    return max(worth, key=worth.__getitem__)
+    return max(worth, key=lambda t: float(worth[t]))
 
 
 def _known(value: Any) -> bool:
