@@ -28,6 +28,8 @@ class Journal:
         self.path = path
         self._read = 0
         """Bytes of the file that were read, all of whole lines."""
+        self._file: int | None = None
+        """Which file that was, by its inode."""
 
     def news(self) -> list[dict[str, Any]]:
         """The entries since the last call, one's own included.
@@ -36,7 +38,12 @@ class Journal:
             StoreError: if the file is damaged or cannot be read.
         """
         try:
-            if self.path.stat().st_size == self._read:
+            state = self.path.stat()
+            if state.st_size < self._read or self._file not in (None, state.st_ino):
+                why, fix = "another file is in its place, as if the run had been started afresh", "start this command again"
+                raise durable.damaged(self.path, why, fix)
+            self._file = state.st_ino
+            if state.st_size == self._read:
                 return []
             with self.path.open("rb") as file:
                 file.seek(self._read)

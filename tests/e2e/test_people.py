@@ -47,10 +47,11 @@ def raws(run: Path, table: str = "verdicts") -> list[dict[str, Any]]:
     return [json.loads(row["raw"].splitlines()[0]) for row in rows if row["status"] == "ok"]
 
 
-def test_a_run_is_trained_on_exactly_what_people_have_said(config, warm_cli, tmp_path):
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_a_run_is_trained_on_exactly_what_people_have_said(config, warm_cli, tmp_path, stream):
     run = tmp_path / "runs/toy"
     with answering(run / "oracle", shorter) as answered:
-        done = warm_cli("run", config(max_wait_s=600))
+        done = warm_cli("run", config(max_wait_s=600), f"schedule.stream={stream}")
     assert done.returncode == 0, done.message
     assert len(answered) == 2 * PROMPTS
     better = {(q.left, q.right) if shorter(q) == "left" else (q.right, q.left) for q in answered if shorter(q) != "tie"}

@@ -87,6 +87,17 @@ def test_blocks_that_a_power_cut_left_unwritten_are_ignored(tmp_path):
     assert Journal(path).news() == [{"a": 1}]
 
 
+def test_a_run_that_was_started_afresh_is_not_taken_for_the_one_before(tmp_path):
+    path = tmp_path / "j"
+    journal = Journal(path)
+    journal.append([{"a": 1}])
+    journal.news()
+    path.rename(tmp_path / "aside")
+    Journal(path).append([{"a": 1}, {"b": 2}])
+    with pytest.raises(StoreError, match="another file is in its place"):
+        journal.news()
+
+
 # --- the queue ---
 
 
