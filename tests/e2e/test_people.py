@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 from collections import Counter
@@ -218,3 +219,17 @@ def test_late_answers_train_a_reward_model(config, warm_cli, tmp_path, tiny_mode
     )
     done = warm_cli("train-rm", tmp_path / "rm.yaml", "--check")
     assert done.returncode == 0, done.message
+
+
+def test_a_signal_ends_a_run_that_waits_for_people_resumably(config, warm_cli, tmp_path):
+    run = tmp_path / "runs/toy"
+    process, out = warm_cli.start("run", config(max_wait_s=600))
+    until(lambda: (run / "oracle" / QUESTIONS).exists() and len(asked(run)) == PROMPTS, "the first questions")
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    stopped = warm_cli.finish(process, out)
+    assert stopped.returncode == 75, stopped.message
+    with answering(run / "oracle") as answered:
+        done = warm_cli("resume", run)
+    assert done.returncode == 0, done.message
+    assert len(answered) == 2 * PROMPTS

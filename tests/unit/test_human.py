@@ -17,6 +17,7 @@ from onlinerl.budget import Account, Limits
 from onlinerl.config import component
 from onlinerl.controller.asking import answers as asked_for
 from onlinerl.errors import BudgetError, ConfigError, OracleError
+from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.oracles.human import Human
 from onlinerl.people.queue import QUESTIONS, Queue
 from onlinerl.protocols.oracle import Oracle
@@ -127,6 +128,25 @@ def test_the_mean_of_several_people_counts(tmp_path):
     assert result.matrix()[1, 0] == pytest.approx(0.95)  # type: ignore[union-attr]
     figures = {figure.name: figure for figure in oracle.figures() if figure.labels is None}
     assert (figures["people_agreement"].value, figures["people_agreement"].n) == (1.0, 3)
+
+
+def test_its_figures_are_metrics_of_the_catalogue(tmp_path):
+    oracle = human(tmp_path, ai=AI, n_annotators=2)
+    judged(oracle, [query(n) for n in range(4)])
+    queue = Queue(tmp_path)
+    queue.look()
+    for number, question in enumerate(queue.questions()[:3]):
+        queue.answer(said(question, "left" if number else "right"))
+        queue.answer(said(question, "left" if number == 1 else "right", "bob"))
+    records = [CATALOGUE.record(one.name, one.value, n=one.n, labels=one.labels) for one in oracle.figures()]
+    assert not any(map(CATALOGUE.problem, records))
+    found = {(one.name, *one.labels.values()): round(one.value, 3) for one in records}
+    assert found == {
+        ("people_questions", "open"): 1,
+        ("people_questions", "answered"): 3,
+        ("people_agreement",): 0.667,
+        ("people_kappa",): 0.4,
+    }
 
 
 def test_a_share_of_the_comparisons_is_for_several(tmp_path):
