@@ -84,6 +84,11 @@ def check(
         notes = [] if told is None else [told.text, *told.beyond(config.ledger)]
         for note in (*notes, *checked.oracle.remarks):
             console.print(note, highlight=False, soft_wrap=True)
+    plan = oracle_requests.planned(
+        config, checked.algorithm, len(checked.heldout), scores=not checked.oracle.compares, anchors=len(checked.anchors)
+    )
+    if (asked := oracle_requests.of_people(plan, checked.oracle)) is not None:
+        console.print(asked, highlight=False, soft_wrap=True)
     ledger_checks.check_limits(config, checked.oracle, checked.trial)
     oracle_checks.check_components(config, checked.algorithm, checked.oracle, verdict)
     for note in oracle_checks.implied_preferences(config, checked.algorithm, checked.oracle, verdict):

@@ -72,7 +72,9 @@ def check_limits(config: RunConfig, oracle: Oracle, trial: Cost | None) -> None:
             raise _not_counted(config, "usd")
         return
     for kind in _UNKNOWN:
-        if getattr(config.ledger, f"max_{kind}") is not None and not getattr(trial, kind):
+        # People are asked nothing in a trial; each answer of theirs is a call.
+        counted = getattr(trial, kind) or (kind == "calls" and oracle.people(1, 2))
+        if getattr(config.ledger, f"max_{kind}") is not None and not counted:
             raise _not_counted(config, kind)
 
 

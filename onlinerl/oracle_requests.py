@@ -65,6 +65,20 @@ def examinations(config: RunConfig) -> int:
     return 1 + (config.iterations // config.anchors.every if config.anchors.every else 0)
 
 
+def of_people(plan: Planned, oracle: Oracle) -> str | None:
+    """How many comparisons people are asked for, in words; None where nobody is."""
+    groups, drawn = plan.label
+    each = oracle.people(groups, drawn)
+    heldout, known = (oracle.people(*asked, heldout=True) for asked in (plan.evaluation, plan.anchors))
+    if not each + heldout + known:
+        return None
+    also = f" and {known} of pairs whose better response is known" if known else ""
+    return (
+        f"people: at most {each} comparisons an iteration, with {heldout} of answers to held-out prompts{also} "
+        f"{each * plan.iterations + heldout + known} for the whole run"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Foretold:
     """What a run will ask if nothing fails and no label is known, and what that costs at most."""

@@ -139,7 +139,7 @@ def _judge(
         asked = [label.prompt_id for label in store.labels(number, VERDICTS) if label.prompt_id not in known]
         groups = store.groups(number, ROLLOUTS, by_id).select(dict.fromkeys(asked))
         queries = (
-            Query(prompt=group.prompt, responses=tuple(rollout.text for rollout in group.rollouts))
+            Query(prompt=group.prompt, responses=tuple(rollout.text for rollout in group.rollouts), iteration=number)
             for group in groups
             if group is not None and len(group.rollouts) > compares_only
         )

@@ -1,4 +1,4 @@
-"""Commands about what oracles have said of a run: labels, relabel."""
+"""Commands about what oracles and people have said of a run: labels, relabel, people."""
 
 from __future__ import annotations
 
@@ -49,6 +49,31 @@ def relabel(
 
     relabelling.relabel(run, overrides or (), out, iteration=iteration)
     _print_labels(view.summarise(run, iteration), as_json=False)
+
+
+@commands.command()
+def people(
+    run: Run,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; others than this machine's own are reached by others.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8765,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="How many questions there are, and how far people agree; no page.")
+    ] = False,
+    export: Annotated[
+        Path | None, typer.Option("--export", help="What people have decided, as JSON lines for train-rm; no page.")
+    ] = None,
+) -> None:
+    """Serve the page at which people compare answers, for a run whose oracle asks them. It may be stopped and started at any time."""
+    from onlinerl import annotation
+
+    if as_json:
+        print_json(annotation.summary(run))
+    elif export is not None:
+        err.print(f"{annotation.export(run, export)} comparisons are in {export}", highlight=False, soft_wrap=True)
+    else:
+        annotation.serve(run, host, port, lambda line: print_lines([line]))
 
 
 def _print_labels(found: Mapping[str, Any], *, as_json: bool) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Protocol
 
 from onlinerl.controller import health
 from onlinerl.controller.feed import Feed
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.tally import Paid, Sampled
-from onlinerl.protocols.store import Table
+from onlinerl.protocols.store import VERDICTS, Table
 from onlinerl.types import Failure, Group, Query, Request, Sampling, Verdict
 
 
@@ -127,7 +127,8 @@ def judge(
     expected = max(expected, len(judged))
     tracker.phase_started(it.number, phase, expected, "groups")
     tracker.phase_advanced(it.number, phase, len(judged))
-    unjudged = _Unjudged(groups, frozenset(judged), wanted, feed)
+    about = partial(Query, iteration=it.number, heldout=table != VERDICTS)
+    unjudged = _Unjudged(groups, frozenset(judged), wanted, feed, about)
     failures: list[Failure] = []
     for arrived in it.parts.asker.labels(unjudged, it.stop, anew=anew):
         labels.append([label for _, label in arrived])
@@ -152,8 +153,15 @@ def judge(
 class _Unjudged:
     """The questions about groups that still have to be judged, as they come; the others are handed on."""
 
-    def __init__(self, groups: Groups, known: Container[str], wanted: Callable[[Group], bool], feed: Feed[str] | None) -> None:
-        self._groups, self._known, self._wanted, self._feed = groups, known, wanted, feed
+    def __init__(
+        self,
+        groups: Groups,
+        known: Container[str],
+        wanted: Callable[[Group], bool],
+        feed: Feed[str] | None,
+        query: Callable[..., Query],
+    ) -> None:
+        self._groups, self._known, self._wanted, self._feed, self._query = groups, known, wanted, feed, query
 
     def take(self, most: int) -> list[Query]:
         """At least one and at most so many, as soon as there are any; none at the end."""
@@ -162,7 +170,7 @@ class _Unjudged:
             if self._feed is not None:
                 self._feed.put(g.prompt.id for g in groups if not self._is_open(g))
             if todo:
-                return [Query(prompt=g.prompt, responses=tuple(r.text for r in g.rollouts)) for g in todo]
+                return [self._query(prompt=g.prompt, responses=tuple(r.text for r in g.rollouts)) for g in todo]
         return []
 
     def _is_open(self, group: Group) -> bool:

@@ -20,6 +20,7 @@ from onlinerl.controller.tally import Paid, Sampled
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import per_iteration, per_step
+from onlinerl.protocols.oracle import Figure
 from onlinerl.protocols.tracker import Tracker
 from onlinerl.types import MeasureRecord, Metric, SelfTest, SyncReport, UpdateReport
 
@@ -95,6 +96,10 @@ class Reporter:
         """How much of it is spent, where there is one."""
         shares = account.limits.shares(account.spent)
         self._log(iteration, *(self._one("budget_spent", share, labels={"kind": kind}) for kind, share in shares.items()))
+
+    def oracle(self, iteration: int, figures: Sequence[Figure]) -> None:
+        """What the oracle says of itself."""
+        self._log(iteration, *(self._one(one.name, one.value, n=one.n, labels=one.labels) for one in figures))
 
     def compared(self, iteration: int, found: Sequence[Compared]) -> None:
         """How an oracle that compares decides, by the order in which it is shown the two and by their lengths; one entry per group."""

@@ -43,6 +43,10 @@ def _one(spec: Any, info: ValidationInfo) -> Any:
     return _built(spec, f"oracle.{info.field_name}")
 
 
+def _one_or_none(spec: Any, info: ValidationInfo) -> Any:
+    return None if spec is None else _one(spec, info)
+
+
 def _several(specs: Any, info: ValidationInfo) -> Any:
     key = f"oracle.{info.field_name}"
     if not isinstance(specs, Mapping):
@@ -63,9 +67,15 @@ def _written(oracle: Oracle) -> dict[str, Any]:
     return {"name": file if home == __package__ else f"{kind.__module__}.{kind.__qualname__}", **oracle.model_dump(mode="json")}
 
 
+def _written_or_none(oracle: Oracle | None) -> dict[str, Any] | None:
+    return None if oracle is None else _written(oracle)
+
+
 _AS_WRITTEN = PlainSerializer(_written)
 Inner = Annotated[Oracle, BeforeValidator(_one), _AS_WRITTEN]
 """A key that holds an oracle: `name` and the keys of that oracle."""
+MaybeInner = Annotated[Oracle | None, BeforeValidator(_one_or_none), PlainSerializer(_written_or_none)]
+"""The same where there need be none."""
 Members = Annotated[dict[str, Annotated[Oracle, _AS_WRITTEN]], BeforeValidator(_several), Field(min_length=1)]
 """A key that holds several, each by a name of its own."""
 

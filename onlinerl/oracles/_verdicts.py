@@ -219,3 +219,30 @@ def answer_of(prompt: Prompt, lacks: str = " to compare with", example: str = ".
             fix=f'add "reference_answer": "{example}" to its line in the prompt file',
         )
     return str(prompt.reference_answer)
+
+
+def sure(matrix: np.ndarray) -> float:
+    """Mean of |2 P - 1| over the pairs that were judged; 0 if none was."""
+    gaps = np.abs(2 * matrix - 1)[np.triu_indices(len(matrix), k=1)]
+    known = gaps[~np.isnan(gaps)]
+    return float(known.mean()) if len(known) else 0.0
+
+
+def as_preferences(verdict: Verdict) -> Verdict:
+    """The same without scores, for an oracle whose verdicts are of several oracles; log-odds at the temperature of who gave them."""
+    if verdict.preferences is None:
+        preferences, log_odds = verdict.matrix().copy(), None
+        np.fill_diagonal(preferences, np.nan)
+    else:
+        preferences = np.asarray(verdict.preferences, np.float64)
+        log_odds = None if verdict.log_odds is None else np.asarray(verdict.log_odds, np.float64) / verdict.temperature
+    return replace(
+        verdict,
+        scores=None,
+        unjudged=(),
+        preferences=tuple(map(tuple, preferences.tolist())),
+        log_odds=None if log_odds is None else tuple(map(tuple, log_odds.tolist())),
+        components=None,
+        strength=None,
+        uncertainty=None,
+    )

@@ -19,6 +19,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from onlinerl.errors import ConfigError
 from onlinerl.oracles._inner import Container, Inner, failed, keep, kept
+from onlinerl.oracles._verdicts import as_preferences, sure
 from onlinerl.protocols.keys import Resumable
 from onlinerl.types import Failure, Query, Verdict, derive_seed
 
@@ -156,37 +157,17 @@ class Router(Container):
         return [*([f"the expensive oracle may be asked for {' and '.join(left)} more"] if left else []), *super().remarks]
 
 
-def sure(matrix: np.ndarray) -> float:
-    """Mean of |2 P - 1| over the pairs that were judged; 0 if none was."""
-    gaps = np.abs(2 * matrix - 1)[np.triu_indices(len(matrix), k=1)]
-    known = gaps[~np.isnan(gaps)]
-    return float(known.mean()) if len(known) else 0.0
-
-
 def _decided(said: dict[str, Verdict], why: Why, version: str) -> Verdict:
     """The verdict of the last one that was asked, as preferences, each with the temperature of who gave it."""
     source, verdict = list(said.items())[-1]
-    if verdict.preferences is None:
-        preferences, log_odds = verdict.matrix().copy(), None
-        np.fill_diagonal(preferences, np.nan)
-    else:
-        preferences = np.asarray(verdict.preferences, np.float64)
-        log_odds = None if verdict.log_odds is None else np.asarray(verdict.log_odds, np.float64) / verdict.temperature
     note: dict[str, Any] = {"by": source, "because": why, "cheap_is_sure": round(sure(said["cheap"].matrix()), 4)}
     if source == "expensive":
         note["same_winners"] = _agreement(said["cheap"].matrix(), verdict.matrix())
     cost = said["cheap"].cost if source == "cheap" else said["cheap"].cost.plus(verdict.cost)
     return replace(
-        verdict,
+        as_preferences(verdict),
         annotator=f"router:{source}:{verdict.annotator}",
         oracle_version=version,
-        scores=None,
-        unjudged=(),
-        preferences=tuple(map(tuple, preferences.tolist())),
-        log_odds=None if log_odds is None else tuple(map(tuple, log_odds.tolist())),
-        components=None,
-        strength=None,
-        uncertainty=None,
         raw="\n".join(filter(None, (json.dumps(note), verdict.raw))),
         cost=cost,
     )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from pydantic import Field
 
@@ -15,6 +15,15 @@ from onlinerl.errors import OnlineRLError, OracleError
 from onlinerl.protocols.component import Component
 from onlinerl.protocols.keys import CustomResources, Resumable, Seconds
 from onlinerl.types import Cost, Failure, Query, Verdict
+
+
+class Figure(NamedTuple):
+    """A metric of the catalogue."""
+
+    name: str
+    value: float
+    n: int = 1
+    labels: Mapping[str, str] | None = None
 
 
 class Oracle(Component):
@@ -90,6 +99,19 @@ class Oracle(Component):
     def most_usd(self, prompt_tokens: float, response_tokens: float, responses: int) -> float | None:
         """About what one group costs at most, in dollars, with prompts and responses of so many tokens each, where that is known."""
         return None
+
+    @property
+    def asks_people(self) -> bool:
+        """Whether it has a queue of comparisons for people, in the folder that `remember` names."""
+        return False
+
+    def people(self, groups: int, responses: int, *, heldout: bool = False) -> int:
+        """How many comparisons people are asked for at most about so many groups of one iteration; `heldout`: answers to held-out prompts."""
+        return sum(each.people(groups, responses, heldout=heldout) for each in self.inner().values())
+
+    def figures(self) -> Sequence[Figure]:
+        """What a run records of it whenever an iteration is labelled, beside what its verdicts show."""
+        return [figure for each in self.inner().values() for figure in each.figures()]
 
     @property
     def version(self) -> str:

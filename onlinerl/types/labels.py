@@ -37,6 +37,10 @@ class Query:
     prompt: Prompt
     responses: tuple[str, ...]
     """Texts, length K. Oracles apply their own tokenizer and template."""
+    iteration: int | None = None
+    """Of the run that asks; None outside of one, as for a trial. Who is asked may depend on it and on `heldout`, what is said may not."""
+    heldout: bool = False
+    """Whether the responses answer a held-out prompt."""
 
 
 def label_key(query: Query, oracle_version: str) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 from judges import judging
+from people import answering
 
 from onlinerl import registry
 from onlinerl.config import component
@@ -23,6 +25,17 @@ RESPONSES = ("a good 72", "a bad 71", "a dull film", "a good 72", "not good: 72"
 def lengths(queries: list[dict]) -> list[list[float]]:
     """For the oracle that calls a Python function."""
     return [[float(len(response)) for response in query["responses"]] for query in queries]
+
+
+def longer(queries: list[dict]) -> list[list[list[float]]]:
+    """What the stand-in for people says, as an oracle."""
+    return [
+        [
+            [0.5 if len(a) == len(b) else 0.95 if len(a) > len(b) else 1.0 - 0.95 for b in query["responses"]]
+            for a in query["responses"]
+        ]
+        for query in queries
+    ]
 
 
 def tiny_classifier(folder, labels: int = 1, **described: object) -> str:
@@ -96,6 +109,10 @@ def oracle(request, tmp_path_factory, judge_server):
             "population": {"most": {"share": 0.75, "per_word": 1.0}, "few": {"share": 0.25, "words": {"bad": 1.0}}}
         },
         "noisy": lambda: {"base": plain["lengths"], "flip_rate": 0.3, "scope": "call", "position_bias": 0.1, "sampled": True},
+        "human": lambda: {
+            "ai": {"name": "python", "function": f"{__name__}.longer"},
+            **{"choose": "unsure", "unsure_below": 1.0, "pairs_per_group": 99, "max_wait_s": 600.0, "undo_s": 0.0},
+        },
         "swapped": lambda: {"base": plain["tone"]},
         "format": lambda: {"pattern": r"a .*\d"},
         "judge_pair": lambda: {"base_url": f"{judge_server.url}/v1", "model": "judge"},
@@ -109,13 +126,19 @@ def oracle(request, tmp_path_factory, judge_server):
         "pair_model": lambda: {"path": tiny_classifier(tmp_path_factory.mktemp("pair"), objective="pairwise"), "device": "cpu"},
     }
     built = component({"name": name, **knobs.get(name, dict)()}, "oracle", "oracles", Oracle)
+    queue = tmp_path_factory.mktemp("queue")
+    if built.asks_people:
+        built.remember(queue)
     built.open()
-    yield built
+    with answering(queue) if built.asks_people else nullcontext():
+        yield built
     built.close()
 
 
 def query(*responses: str, name: str = "p") -> Query:
-    return Query(prompt=Prompt(id=name, text="what ", token_ids=(1,), reference_answer=REFERENCE), responses=responses)
+    """Of an iteration, so that an oracle that asks people asks them."""
+    prompt = Prompt(id=name, text="what ", token_ids=(1,), reference_answer=REFERENCE)
+    return Query(prompt=prompt, responses=responses, iteration=1)
 
 
 def test_one_result_per_query_in_order(oracle):

@@ -166,6 +166,8 @@ def test_the_best_iterate_is_kept(whole):
         ({0: {"reward": 0.5}, 1: {"reward": 0.4}}, 0),
         ({0: {"reward": None}, 1: {"reward": None, "win_rate": {"value": 0.4}}, 2: {"win_rate": {"value": 0.7}}}, 2),
         ({0: {"reward": math.nan}, 1: {"reward": math.nan, "win_rate": {"value": 0.3}}}, 0),
+        ({0: {"reward": None}, 1: {"reward": None, "win_rate": {"value": None}}, 2: {"win_rate": {"value": math.nan}}}, 2),
+        ({0: {"reward": None}, 1: {"reward": None, "win_rate": {"value": 0.4}}, 2: {"win_rate": {"value": None}}}, 0),
     ],
 )
 def test_which_iterate_is_the_best(measured, best):

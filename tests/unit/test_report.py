@@ -19,6 +19,7 @@ from onlinerl.controller.tally import Paid, Sampled
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import per_step
+from onlinerl.protocols.oracle import Figure
 from onlinerl.protocols.tracker import Tracker
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.types import (
@@ -126,6 +127,11 @@ def everything(report: Reporter, learner: dict[str, float], figures: dict[str, f
     cells = ((math.nan, 0.9, 0.9), (0.8, math.nan, 0.9), (0.1, 0.1, math.nan))
     compares = Verdict(annotator="a", oracle_version="1", preferences=cells)
     report.compared(1, [Compared.of(group(n, 3), compares) for n in range(3)])
+    asked = [
+        Figure("people_questions", 3.0, labels={"state": "open"}),
+        Figure("people_questions", 9.0, labels={"state": "answered"}),
+    ]
+    report.oracle(1, [*asked, Figure("people_agreement", 0.8, n=5), Figure("people_kappa", 0.6, n=5)])
     report.skipped(1, 1)
     report.trained(1, steps(learner, learner), BUILT, None, 0, figures)
     sync = SyncReport(

@@ -41,16 +41,21 @@ def _best(it: Iteration) -> int:
 
 def best_iterate(measured: Mapping[int, Mapping[str, Any]]) -> int:
     """The iterate with the highest reward on the held-out prompts; where the oracle only compares, with the highest win rate against the base
-    model, of which the base model itself has a half. Of equals the earliest.
+    model, of which the base model itself has a half. Of equals the earliest. Where no iterate has a win rate, because nobody compared
+    any, the newest.
 
     Args:
         measured: what `measure` recorded, by iterate.
     """
 
-    def worth(t: int) -> float:
-        record = measured[t]
-        rate = record.get("win_rate") or {"value": 0.5}
-        scored = all(one.get("reward") is not None and math.isfinite(one["reward"]) for one in measured.values())
-        return float(record["reward"] if scored else rate["value"])
+    rewards = {t: one.get("reward") for t, one in measured.items()}
+    rates = {t: (one.get("win_rate") or {"value": 0.5})["value"] for t, one in measured.items()}
+    scored = all(map(_known, rewards.values()))
+    worth: dict[int, Any] = {t: value for t, value in sorted((rewards if scored else rates).items()) if _known(value)}
+    if len(worth) == 1 and not scored:
+        return max(measured)
+    return max(worth, key=lambda t: float(worth[t]))
 
-    return max(sorted(measured), key=worth)
+
+def _known(value: Any) -> bool:
+    return value is not None and math.isfinite(value)

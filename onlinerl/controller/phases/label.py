@@ -38,6 +38,7 @@ def label(it: Iteration) -> LabelRecord:
                 unsure[found.prompt_id] = nats
     it.report.paid(it.number, "label", paid)
     it.report.budget(it.number, it.parts.asker.account)
+    it.report.oracle(it.number, it.parts.asker.oracle.figures())
     health.check_failures(failures, calls, it.parts.config.max_failed_labels)
     spreads, uncertainties = ([known[i] for i in it.sampled_ids if i in known] for known in (spread, unsure))
     it.report.labelled(it.number, ok=calls - len(failures), failed=len(failures), spreads=spreads, uncertainties=uncertainties)
