@@ -148,14 +148,20 @@ class TableFiles:
             self._older = _older.rows(self.folder, self.name, self._entry)
             yield from ((row["prompt_id"], (0, i)) for i, row in enumerate(self._older))
             parts = []
-        self._count = len(parts)
-        for number in range(1, len(parts) + 1):
-            part = self._part(number)
-            batches = (part.batch(i, ["prompt_id"]) for i in range(len(part.starts)))
-            ids = (one for batch in batches for one in batch.column(0).to_pylist())
+        for number in count(1):
+            newest: list[pa.RecordBatch] = []
+            if number > len(parts):  # as in `_stored`: the journal may become a part at any time
+                newest = list(_journal.read(self._journal_path(number)))
+                parts = self._parts() or []
+            done = number > len(parts)
+            if not done:
+                part = self._part(number)
+                newest = [part.batch(i, ["prompt_id"]) for i in range(len(part.starts))]
+            ids = (one for batch in newest for one in batch["prompt_id"].to_pylist())
             yield from ((one, (number, row)) for row, one in enumerate(ids))
-        newest = (one for batch in _journal.read(self._journal_path(len(parts) + 1)) for one in batch["prompt_id"].to_pylist())
-        yield from ((one, (len(parts) + 1, row)) for row, one in enumerate(newest))
+            if done:
+                self._count = len(parts)
+                return
 
     def rows(self, prompt_ids: Iterable[str]) -> list[Row | None]:
         """The latest row of each prompt, None where there is none.

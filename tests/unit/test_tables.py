@@ -49,6 +49,22 @@ def again(run: RunDirectory) -> RunDirectory:
     return RunDirectory(run.path, run._lock)
 
 
+@pytest.mark.parametrize("all_of_it", [True, False])
+def test_rows_are_found_although_the_journal_becomes_a_part_meanwhile(run, monkeypatch, all_of_it):
+    """Another process completes the table after this one has seen that there is no part, and before it opens the journal."""
+    table, read = run.groups(1, "rollouts"), _journal.read
+    table.append(groups(5))
+    reader = again(run).groups(1, "rollouts")
+
+    def too_late(path: Path) -> Iterator[object]:
+        monkeypatch.setattr(_journal, "read", read)
+        table.seal()
+        return read(path)
+
+    monkeypatch.setattr(_journal, "read", too_late)
+    assert list(reader if all_of_it else reader.select([g.prompt.id for g in groups(5)])) == groups(5)
+
+
 def test_values_read_the_same_before_and_after_sealing(run):
     table = run.groups(1, "rollouts")
     table.append(groups(5)[:2])
