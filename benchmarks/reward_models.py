@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from onlinerl.reward_training.evaluation import shown
+from onlinerl.controller.accuracy import shown
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "reward_models" / "hh.yaml"

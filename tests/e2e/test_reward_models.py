@@ -21,13 +21,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from onlinerl.config import reward_model as configuration
 from onlinerl.config.roles import build
+from onlinerl.controller.accuracy import cycle_rate
 from onlinerl.errors import ConfigError, OnlineRLError, OracleError, StoreError
 from onlinerl.learners._group import RankGroup
 from onlinerl.oracles.gpm import GeneralPreferenceModel
 from onlinerl.oracles.pair_model import PairModel
 from onlinerl.oracles.reward_model import RewardModel
 from onlinerl.reward_training import checks, running
-from onlinerl.reward_training.evaluation import cycle_rate
 from onlinerl.reward_training.starting import started
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.trackers.jsonl import read_metrics
