@@ -128,7 +128,7 @@ class Reporter:
         self._log(
             iteration,
             *(
-                self._estimate("anchor_accuracy", Estimate(**one), labels={"subset": name})
+                self._estimate("anchor_accuracy", Estimate(**one), labels={"kind": name})
                 for name, one in subsets.items()
                 if one["n"]
             ),

@@ -107,11 +107,9 @@ JUDGING = (
         estimators=("wilson",),
         n_min=100,
         n_of="pairs",
-        labels={"subset": ("all", "better_is_shorter", "better_is_longer")},
+        labels={"kind": ("all", "better_is_shorter", "better_is_longer")},
         series=(
-            Series(
-                name="onlinerl_anchor_accuracy_ratio", labels={"subset": None}, bounds="onlinerl_anchor_accuracy_bound_ratio"
-            ),
+            Series(name="onlinerl_anchor_accuracy_ratio", labels={"kind": None}, bounds="onlinerl_anchor_accuracy_bound_ratio"),
         ),
     ),
     Definition(

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from onlinerl import app, cli, resuming
 from onlinerl import config as configuration
+from onlinerl.cli import starting
 from onlinerl.errors import ConfigError, EngineError, LearnerLost, OnlineRLError, StoreError
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import summarise
@@ -332,7 +333,7 @@ def scaled(world: World, path: Path, number: int, *, at: int = 3) -> None:
     def before(actor: Replica, method: str) -> None:
         seen.append(method)
         if seen.count("sample") == at and method == "sample":
-            cli.scale(path, number)
+            starting.scale(path, number)
 
     world.before = before
 
