@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from onlinerl.budget import Account, Limits
 from onlinerl.controller import evaluation
+from onlinerl.controller.anchors import examined
 from onlinerl.controller.comparing import Compared
 from onlinerl.controller.fleet import FleetReporter
 from onlinerl.controller.parts import Built
@@ -35,6 +37,7 @@ from onlinerl.types import (
     UpdateReport,
     Verdict,
 )
+from onlinerl.types.preferences import CHOSEN, REJECTED
 
 
 class Recorder(Tracker):
@@ -116,6 +119,13 @@ def measured() -> evaluation.Measured:
     )
 
 
+def known_pair(n: int) -> Group:
+    """Its first response is the better one."""
+    pair = group(n, 2)
+    sources = zip(pair.rollouts, (CHOSEN, REJECTED), strict=True)
+    return replace(pair, rollouts=tuple(replace(rollout, source=source) for rollout, source in sources))
+
+
 def everything(report: Reporter, learner: dict[str, float], figures: dict[str, float]) -> None:
     """All that can happen in an iteration."""
     report.phase(1, "sample", 1.0)
@@ -127,6 +137,10 @@ def everything(report: Reporter, learner: dict[str, float], figures: dict[str, f
     cells = ((math.nan, 0.9, 0.9), (0.8, math.nan, 0.9), (0.1, 0.1, math.nan))
     compares = Verdict(annotator="a", oracle_version="1", preferences=cells)
     report.compared(1, [Compared.of(group(n, 3), compares) for n in range(3)])
+    pairs = [known_pair(n) for n in range(3)]
+    flips = replace(compares, preferences=((math.nan, 0.9), (0.8, math.nan)))
+    said = {pair.prompt.id: flips for pair in pairs}
+    report.examined(1, examined(pairs, said, said))
     asked = [
         Figure("people_questions", 3.0, labels={"state": "open"}),
         Figure("people_questions", 9.0, labels={"state": "answered"}),
