@@ -30,7 +30,7 @@ def summarise(path: str | Path, *, extras: bool = False) -> dict[str, Any]:
     and `idle` says why; before that "running", or "unfinished" if no process is working on the run. `kl_estimator` says which
     estimate `kl_ref` is (k3, or k1 where that has less noise), `kl_conflict` whether the two disagree, and `insufficient` which
     figures were measured on too few prompts to decide by. `oracle_versions` are those that judged what the finished phases used; figures
-    of different ones cannot be compared.
+    of different ones cannot be compared. An iteration in which the oracle was examined by known pairs also has "examined": how it did.
     With `extras`, each iteration also has "oracle_failures" and every other metric with a column in the table (see the catalogue).
 
     Raises:
@@ -235,6 +235,8 @@ def _iteration(number: int, phases: Mapping[str, Mapping[str, Any]], *, active: 
         "idle": phases.get("train", {}).get("idle"),
         "oracle_versions": list(label.get("oracle_versions", {}) | measure.get("oracle_versions", {})),
     }
+    if examine.get("figures") is not None:
+        row["examined"] = {**examine["figures"], "agreement": examine.get("agreement")}
     if extras:
         row |= {name: measure.get(name) for name in CATALOGUE.columns() if name not in row}
         row["oracle_failures"] = label.get("failures")

@@ -14,6 +14,7 @@ from toy_runs import events, weights
 
 from onlinerl.protocols.store import ANCHORS
 from onlinerl.stores.directory import RunDirectory
+from onlinerl.stores.summary import summarise
 from onlinerl.trackers.jsonl import read_metrics
 from onlinerl.types import Group, Prompt, Rollout, Sampling
 
@@ -147,6 +148,9 @@ def test_what_changes_while_the_version_stays_is_seen(run, tmp_path):
     assert done.returncode == 0, done.message
     toy = tmp_path / "runs/toy"
     assert figures(toy, "anchor_agreement") == [(1, 0.0), (2, 0.0)]
+    shown = [row["examined"] for row in summarise(toy)["iterations"]]
+    assert [(row["accuracy"]["value"], row["agreement"]) for row in shown] == [(1.0, None), (0.0, 0.0), (0.0, 0.0)]
+    assert shown[0]["accuracy_by_source"].keys() == {"even", "odd"}
     assert [record["asked"] for record in records(toy, 0, 1, 2)] == [PAIRS] * 3
     assert len(asked(tmp_path)) == 3 * PAIRS
 
