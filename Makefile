@@ -37,7 +37,7 @@ test-families: install-dev  ## every model family through engine and push, and i
 test-algorithms: install-dev  ## every algorithm: a run on toys that learns, and one on real parts, stopped and resumed (about 40 minutes)
 	$(BIN)/python -m pytest tests -m algorithms
 
-realdata: install fetch-model  ## GSM8K and HH dialogues, tensor parallel 2, ZeRO-3 (about 30 minutes; needs the data, DATA=...)
+realdata: install fetch-model  ## GSM8K and HH dialogues, tensor parallel 2, ZeRO-3 (about an hour; needs the data, DATA=...)
 	$(BIN)/python benchmarks/realdata.py --data $(DATA)
 
 train-rm-hh: install fetch-model  ## reward models of HH dialogues, Bradley-Terry and general preference, held-out figures (needs the data, DATA=...)

@@ -103,19 +103,8 @@ def phases(
     """
     sampled_from = ("sync" if evaluate_beside else "commit", 1 + max_lag)
     lagging = max_lag > 0
-    examine = Phase(name="examine", waits_for=(sampled_from,), shares=frozenset({"oracle"}), of_base=True, keeps=True)
-    chosen = Phase(name="select", waits_for=(sampled_from, *([("sample", 1)] if lagging else [])))
-    which = ((chosen.name, 0),) if select else ()
-    reference = Phase(
-        name="sample_reference", waits_for=(sampled_from, *which), alone=frozenset({"learner", "engine"}), keeps=True
-    )
-    mixture = Phase(name="sample_mixture", waits_for=(sampled_from, *which), alone=frozenset({"learner"}), keeps=True)
-    before = [
-        *([examine] if anchors else []),
-        *([chosen] if select else []),
-        *([reference] if reference_samples else []),
-        *([mixture] if mixture_samples else []),
-    ]
+    wanted = {"examine": anchors, "select": select, "sample_reference": reference_samples, "sample_mixture": mixture_samples}
+    before = [phase for phase in _before_sampling(sampled_from, lagging=lagging, select=select) if wanted[phase.name]]
     first = [(each.name, 0) for each in before]
     graph = (
         *before,
@@ -162,6 +151,17 @@ def phases(
         Phase(name="commit", waits_for=(("measure", 0), ("commit", 1), *([("sync", 0)] if lagging else [])), of_base=True),
     )
     return tuple(_in_turn(phase) if not stream or (dynamic and phase.follows == "label") else phase for phase in graph)
+
+
+def _before_sampling(sampled_from: tuple[str, int], *, lagging: bool, select: bool) -> tuple[Phase, ...]:
+    """What some runs do before an iteration samples."""
+    which = (("select", 0),) if select else ()
+    return (
+        Phase(name="examine", waits_for=(sampled_from,), shares=frozenset({"oracle"}), of_base=True, keeps=True),
+        Phase(name="select", waits_for=(sampled_from, *([("sample", 1)] if lagging else []))),
+        Phase(name="sample_reference", waits_for=(sampled_from, *which), alone=frozenset({"learner", "engine"}), keeps=True),
+        Phase(name="sample_mixture", waits_for=(sampled_from, *which), alone=frozenset({"learner"}), keeps=True),
+    )
 
 
 def sampling_version(iteration: int, max_lag: int) -> int:

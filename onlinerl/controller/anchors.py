@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isnan
+from math import isnan, nan
 from typing import Any
 
 from onlinerl.controller.accuracy import Scored, measured, shown
@@ -56,21 +56,21 @@ def examined(groups: Sequence[Group], now: Said, first: Said | None = None) -> E
         now: of them.
         first: what it said before anything was trained; None: that is now.
     """
-    verdicts = [(group, said) for group in groups if isinstance(said := now.get(group.prompt.id), Verdict)]
-    probs = {group.prompt.id: _prob(group, verdict) for group, verdict in verdicts}
-    scored = [_scored(group, verdict) for group, verdict in verdicts if not isnan(probs[group.prompt.id])]
-    compared = [Compared.of(group, verdict) for group, verdict in verdicts]
+    probs = _probs(groups, now)
+    judged = [(group, said) for group in groups if isinstance(said := now.get(group.prompt.id), Verdict)]
+    compared = [Compared.of(*each) for each in judged]
     agreement = None
     if first is not None:
-        same = []
-        for group in groups:
-            was, then = first.get(group.prompt.id), probs.get(group.prompt.id)
-            before = _prob(group, was) if isinstance(was, Verdict) else float("nan")
-            if then is not None and not isnan(then) and not isnan(before):
-                same.append(float(_winner(before) == _winner(then)))
-        agreement = wilson(same)
+        before = _probs(groups, first)
+        agreement = wilson([float(_winner(p) == _winner(before[i])) for i, p in probs.items() if i in before])
     return Examined(
-        figures=measured(scored),
+        figures=measured(
+            [
+                _scored(group, verdict, one, probs[group.prompt.id])
+                for (group, verdict), one in zip(judged, compared, strict=True)
+                if group.prompt.id in probs
+            ]
+        ),
         first_place_wins=ratio([each.first_wins for each in compared], [each.comparisons for each in compared]),
         agreement=agreement,
     )
@@ -92,24 +92,29 @@ def require_accuracy(found: Examined, least: float) -> None:
         )
 
 
-def _prob(group: Group, verdict: Verdict) -> float:
-    """That the better response wins, by the oracle; NaN if it said nothing."""
-    better = next(place for place, rollout in enumerate(group.rollouts) if rollout.source == CHOSEN)
-    return float(verdict.matrix()[better, 1 - better])
+def _probs(groups: Sequence[Group], said: Said) -> dict[str, float]:
+    """That the better response wins, by the oracle, of each pair of which it has said something."""
+    found = {}
+    for group in groups:
+        verdict = said.get(group.prompt.id)
+        better = next(place for place, rollout in enumerate(group.rollouts) if rollout.source == CHOSEN)
+        prob = float(verdict.matrix()[better, 1 - better]) if isinstance(verdict, Verdict) else nan
+        if not isnan(prob):
+            found[group.prompt.id] = prob
+    return found
 
 
 def _winner(prob: float) -> int:
     return (prob > 0.5) - (prob < 0.5)
 
 
-def _scored(group: Group, verdict: Verdict) -> Scored:
+def _scored(group: Group, verdict: Verdict, compared: Compared, prob: float) -> Scored:
     lengths = {rollout.source == CHOSEN: len(rollout.text) for rollout in group.rollouts}
-    both = Compared.of(group, verdict).both_orders
     return Scored(
-        prob=_prob(group, verdict),
+        prob=prob,
         label=1.0,
         chosen_length=lengths[True],
         rejected_length=lengths[False],
         source=group.prompt.source,
-        disagrees=bool(verdict.disagreements()[0, 1]) if both else None,
+        disagrees=bool(verdict.disagreements()[0, 1]) if compared.both_orders else None,
     )

@@ -194,6 +194,25 @@ class Container(Oracle):
         return [{key: said[i] for key, said in answers.items()} for i in range(len(queries))]
 
 
+class Chooser(Container):
+    """Base of those of which a different one judges each group: their scores have no common scale, so its verdicts are preferences."""
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """None: nobody scores every group."""
+        return ()
+
+    @property
+    def compares(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def gives_uncertainty(self) -> bool:
+        """Never."""
+        return False
+
+
 def _all(caller: Caller, calls: Sequence[Sequence[Query]], slots: threading.BoundedSemaphore) -> list[list[Result]]:
     """The results of several calls, as many at a time as the oracle allows."""
     results: list[list[Result]] = [[] for _ in calls]

@@ -22,7 +22,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from onlinerl.budget import Account
 from onlinerl.errors import ConfigError, OracleError, StoreError
-from onlinerl.oracles._inner import Container, MaybeInner, Result, failed
+from onlinerl.oracles._inner import Chooser, MaybeInner, Result, failed
 from onlinerl.oracles._verdicts import as_preferences, sure
 from onlinerl.people.agreement import agreement
 from onlinerl.people.queue import Answer, Question, Queue, identity
@@ -34,7 +34,7 @@ LOOK_S = 0.25
 """How often the answers are looked at while the run waits."""
 
 
-class Human(Container):
+class Human(Chooser):
     """Compares with people, and with another oracle where they are not asked or do not answer.
 
     A group that people have answered is judged by them alone: pairs that they were not asked about are not judged. Without a folder of a run, and
@@ -133,21 +133,6 @@ class Human(Container):
     def asks_people(self) -> bool:
         """Always."""
         return True
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        """None: people give none."""
-        return ()
-
-    @property
-    def compares(self) -> bool:
-        """Always: people compare, and what another oracle scores is no scale of theirs."""
-        return True
-
-    @property
-    def gives_uncertainty(self) -> bool:
-        """Never."""
-        return False
 
     @property
     def version(self) -> str:

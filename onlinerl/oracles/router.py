@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, PrivateAttr, model_validator
 
 from onlinerl.errors import ConfigError
-from onlinerl.oracles._inner import Container, Inner, failed, keep, kept
+from onlinerl.oracles._inner import Chooser, Inner, failed, keep, kept
 from onlinerl.oracles._verdicts import as_preferences, sure
 from onlinerl.protocols.keys import Resumable
 from onlinerl.types import Failure, Query, Verdict, derive_seed
@@ -27,7 +27,7 @@ CHARACTERS_PER_TOKEN = 3
 Why = Literal["sure", "not sure", "audit", "budget"]
 
 
-class Router(Container):
+class Router(Chooser):
     """Compares with one of two oracles. Their scores are of different scales, so it gives preferences alone."""
 
     cheap: Inner
@@ -58,21 +58,6 @@ class Router(Container):
                 fix="set oracle.expensive.price_per_million_tokens, or oracle.budget_groups instead",
             )
         return self
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        """None: only one of the two is asked about everything."""
-        return ()
-
-    @property
-    def compares(self) -> bool:
-        """Always: two scales are no score."""
-        return True
-
-    @property
-    def gives_uncertainty(self) -> bool:
-        """Never."""
-        return False
 
     @property
     def version(self) -> str:
