@@ -1,4 +1,5 @@
-"""Writes the prompts of the quickstart: neutral openings of film reviews, 8 to 14 words, cut in mid-sentence.
+"""Writes the prompts of the quickstart: neutral openings of film reviews, 8 to 14 words, cut in mid-sentence; and the first of them with
+reference answers that like the film, for algorithms that need some.
 
     python benchmarks/make_film_reviews.py [FOLDER]
 
@@ -19,6 +20,8 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 FOLDER = Path(__file__).parent.parent / "onlinerl" / "prompts" / "data"
 SIZES = {"film_reviews_train": 640, "film_reviews_heldout": 160}
+ANSWERED = ("film_reviews_answered", 320)
+"""As many prompts of film_reviews_train, with reference answers."""
 SEED = 7
 
 FILMS = """film|movie|documentary|short film|silent film|western|drama|road movie|period piece|science fiction film|
@@ -94,6 +97,16 @@ a translator|the moon landing|a cook and her daughter|a football club|a botanist
 a cargo ship|a swimming coach|a newspaper office|a long walk across Spain|an orchestra on tour|
 a house by a canal|a postman|a man who repairs clocks|three cousins|a mathematician""".replace("\n", "").split("|")
 
+# In the past tense, so that they follow one thing as well as several.
+PRAISE = [
+    "delighted us from start to finish. I enjoyed every minute and would happily see it again with friends.",
+    "gave me real pleasure. It is a charming, honest work, and everybody in the room left with a smile.",
+    "moved me, beautifully so. The care that went into it is impressive, and I recommend it with all my heart.",
+    "turned out better than I had hoped: funny, warm and clever. It is the best that I have seen this year.",
+    "won us over at once, and it kept getting better. I love how kind it is, and I was happy for days.",
+    "made my evening. It is a great success for all who worked on it, and a perfect gift for a friend.",
+]
+
 
 def openings(count: int) -> list[str]:
     """`count` different neutral openings, always the same ones."""
@@ -124,14 +137,28 @@ def openings(count: int) -> list[str]:
     raise RuntimeError(f"only {len(found)} of {count} openings: add words or templates")
 
 
+def praised(opening: str, rng: random.Random) -> str:
+    """What somebody who likes the film might go on with."""
+    return ("perfect and " if opening.endswith(" seemed") else "") + rng.choice(PRAISE)
+
+
+def line(text: str, **more: str) -> str:
+    """A prompt as it stands in the file."""
+    return json.dumps({"id": "film-" + hashlib.sha256(text.encode()).hexdigest()[:10], "text": text, **more}) + "\n"
+
+
 def main(folder: Path) -> None:
-    """Write the two files."""
+    """Write the three files."""
     texts = openings(sum(SIZES.values()))
     random.Random(SEED).shuffle(texts)
+    name, size = ANSWERED
+    rng = random.Random(SEED)
+    files = {name: [line(text, reference_answer=praised(text, rng)) for text in texts[:size]]}
     for name, size in SIZES.items():
         part, texts = texts[:size], texts[size:]
-        lines = [json.dumps({"id": "film-" + hashlib.sha256(text.encode()).hexdigest()[:10], "text": text}) for text in part]
-        (folder / f"{name}.jsonl").write_bytes(("\n".join(lines) + "\n").encode())
+        files[name] = [line(text) for text in part]
+    for name, lines in files.items():
+        (folder / f"{name}.jsonl").write_bytes("".join(lines).encode())
 
 
 if __name__ == "__main__":

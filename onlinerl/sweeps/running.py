@@ -13,7 +13,7 @@ from rich.console import Console
 from onlinerl import app, preflight, resuming
 from onlinerl import config as configuration
 from onlinerl.config import RunConfig
-from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
+from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, PromptError, StoreError
 from onlinerl.standing import Standing
 from onlinerl.stores import _files, base_answers, summary, sweeps
 from onlinerl.stores._lock import Lock
@@ -95,7 +95,8 @@ def check(sweep: Sweep, console: Console) -> dict[str, str]:
         What is left out because it was refused, and why; only with `exclude_refused`.
 
     Raises:
-        ConfigError: with everything that is wrong. A model, a prompt file or an oracle that does not work is never left out.
+        ConfigError: with everything that is wrong. A model, a prompt file or an oracle that does not work is never left out; prompts that
+            lack only what one of the algorithms needs are no reason for the others.
     """
     absent: dict[str, OnlineRLError] = {}
     new = [c for c in sweep.combinations if not (sweep.folder / c.name / "manifest.json").exists()]
@@ -114,7 +115,11 @@ def check(sweep: Sweep, console: Console) -> dict[str, str]:
         else:
             if lacking := app.lacking(checked):
                 absent[combination.name] = lacking[0]
-    broken = absent | {name: error for name, error in wrong.items() if not isinstance(error, ConfigError)}
+    serves = [_prompts(c) for c in sweep.combinations if c.name not in wrong]
+    faulty = {c.name for c in new if isinstance(wrong.get(c.name), PromptError) and _prompts(c) not in serves}
+    broken = absent | {
+        name: error for name, error in wrong.items() if name in faulty or not isinstance(error, ConfigError | PromptError)
+    }
     if broken or (wrong and not sweep.exclude_refused) or len(wrong) == len(sweep.combinations):
         raise all_at_once(wrong | broken, len(sweep.combinations))
     refused = {name: f"{error.field}: {error.cause}" for name, error in wrong.items()}
@@ -125,6 +130,11 @@ def check(sweep: Sweep, console: Console) -> dict[str, str]:
     for amount in dict.fromkeys(map(_amount, left)):
         console.print(f"  {amount}", highlight=False, soft_wrap=True)
     return refused
+
+
+def _prompts(combination: Combination) -> tuple[object, ...]:
+    """What is read as prompts; algorithms and oracles may ask for different things in them."""
+    return combination.config.prompts, combination.config.model
 
 
 def _amount(combination: Combination) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -133,6 +134,22 @@ def test_everything_that_is_refused_is_said_at_once(sweep_file, warm_cli, tmp_pa
     assert left.returncode == 0, left.message
     assert "grpo-best_worst is left out: pairing: grpo trains no pairs" in left.stdout
     assert "both: 4 runs in" in left.stdout
+
+
+def test_prompts_without_what_one_algorithm_needs_are_left_out_for_it_alone(sweep_file, warm_cli):
+    file = sweep_file(SENTIMENT, axes={"algorithm": ["dpo", "spin"]}, exclude_refused=True)
+    left = warm_cli("sweep", file, "--check")
+    assert left.returncode == 0, left.message
+    assert re.search(r"spin is left out: prompts\.train: .* no reference answer, which the algorithm needs", left.stdout)
+    assert "both: 1 runs in" in left.stdout
+
+
+def test_prompts_that_serve_nobody_are_never_left_out(sweep_file, warm_cli):
+    file = sweep_file(SENTIMENT, axes={"prompts.heldout": ["heldout.jsonl", "gone.jsonl"]}, exclude_refused=True)
+    done = warm_cli("sweep", file, "--check")
+    assert done.returncode == REFUSED, done.message
+    assert "1 of 2 combinations cannot run" in done.stderr
+    assert "gone.jsonl" in done.stderr
 
 
 def test_what_was_left_out_is_in_the_table(sweep_file, warm_cli, tmp_path):
