@@ -15,7 +15,7 @@ from onlinerl import config as configuration
 from onlinerl import resuming
 from onlinerl.errors import ConfigError, StoreError
 from onlinerl.people import export as exported
-from onlinerl.people.agreement import agreement
+from onlinerl.people.agreement import agreement, gold_accuracy
 from onlinerl.people.queue import QUESTIONS, Queue
 from onlinerl.people.server import Server
 from onlinerl.protocols.oracle import Oracle
@@ -154,6 +154,7 @@ def summary(run: Path) -> dict[str, Any]:
         "late": sum(any(answer.late for answer in said) for said in answers),
         "annotators": sorted({answer.annotator for said in answers for answer in said}),
         "agreement": {"share": agreed.share, "kappa": agreed.kappa, "answers": agreed.answers},
+        "gold_accuracy": {who: {"share": one.share, "answers": one.answers} for who, one in gold_accuracy(found).items()},
     }
 
 

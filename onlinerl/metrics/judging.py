@@ -89,6 +89,16 @@ JUDGING = (
         series=(Series(name="onlinerl_people_kappa"),),
     ),
     Definition(
+        name="people_gold_accuracy",
+        help="How often people are right about pairs whose better response is known, of oracle.gold; a tie, or both bad, is half",
+        unit="ratio",
+        section=ORACLE,
+        title="People who read",
+        n_min=100,
+        n_of="answers",
+        series=(Series(name="onlinerl_people_gold_accuracy_ratio"),),
+    ),
+    Definition(
         name="budget_spent",
         help="How much is spent of what the run may pay for labels, by what is limited: ledger.max_calls, max_tokens, max_usd",
         unit="ratio",

@@ -246,3 +246,17 @@ def as_preferences(verdict: Verdict) -> Verdict:
         strength=None,
         uncertainty=None,
     )
+
+
+def as_cells(
+    texts: Sequence[str], known: Mapping[tuple[str, str], Sequence[float]], *, equal: float
+) -> tuple[tuple[float, ...], ...]:
+    """[K][K]: the mean of what is known of two texts, the first shown on the left; `equal` of equal ones; NaN elsewhere and on the diagonal."""
+    cells = np.full((len(texts), len(texts)), np.nan)
+    for i, one in enumerate(texts):
+        for j, other in enumerate(texts):
+            if i != j and one == other:
+                cells[i, j] = equal
+            elif (one, other) in known:
+                cells[i, j] = np.mean(known[one, other])
+    return tuple(map(tuple, cells.tolist()))

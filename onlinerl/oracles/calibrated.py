@@ -6,9 +6,7 @@ Preferences of Large Language Model Alignment" (arXiv 2312.07401) for reward mod
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -16,12 +14,12 @@ from typing import Any, Literal, Self, cast
 import numpy as np
 from pydantic import Field, PrivateAttr
 
-from onlinerl.config.paths import at_home
 from onlinerl.errors import OracleError
 from onlinerl.ops import calibration
 from onlinerl.ops.calibration import Fit
 from onlinerl.oracles._inner import Container, Inner, failed, keep, kept, total
-from onlinerl.types import Cost, Failure, Message, Prompt, Query, Verdict
+from onlinerl.oracles._known_pairs import KnownPair, located, read
+from onlinerl.types import Cost, Failure, Query, Verdict
 
 FEW = 2000
 """Below so many pairs the calibration error is mostly noise."""
@@ -52,9 +50,7 @@ class Calibrated(Container):
 
     def located(self, folders: Sequence[Path]) -> Self:
         """With the absolute path of its data."""
-        places = [folder.absolute() / at_home(self.data, "oracle.data") for folder in folders]
-        found = next((place for place in places if place.is_file()), None)
-        return super().located(folders).model_copy(update={"data": str(found)} if found else {})
+        return super().located(folders).model_copy(update={"data": located(self.data, "oracle.data", folders)})
 
     def recall(self, folder: Path) -> None:
         """Look there for the fit."""
@@ -81,12 +77,15 @@ class Calibrated(Container):
         super().open()
         if self._fit is not None:
             return
-        rows, digest = self._rows()
+        pairs, digest = read(self.data, "oracle.data")
+        if len(pairs) < LEAST:
+            fix = f"give {FEW} or more, {LEAST} at least"
+            raise OracleError(f"{self.data} holds {len(pairs)} pairs", field="oracle.data", fix=fix)
         identity = {"base": self.base.version, "data": digest, "method": self.method}
         file = None if self._folder is None else self._folder / FILE
         said = None if file is None else kept(file)
         if said is None or said["of"] != identity:
-            said = {"of": identity, **self._fitted(rows)}
+            said = {"of": identity, **self._fitted(pairs)}
             if file is not None:
                 keep(file, said)
         self._said = said
@@ -146,34 +145,16 @@ class Calibrated(Container):
             log_odds=tuple(map(tuple, odds.tolist())),
         )
 
-    def _rows(self) -> tuple[list[dict[str, Any]], str]:
-        try:
-            content = at_home(self.data, "oracle.data").read_bytes()
-            rows = [json.loads(line) for line in content.splitlines() if line.strip()]
-            for row in rows:
-                _pair(row, 0)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OracleError(
-                f"{self.data} holds no pairs: {type(error).__name__} {error}",
-                field="oracle.data",
-                fix='give a file with one {"prompt": ..., "chosen": ..., "rejected": ...} per line',
-            ) from None
-        if len(rows) < LEAST:
-            raise OracleError(
-                f"{self.data} holds {len(rows)} pairs", field="oracle.data", fix=f"give {FEW} or more, {LEAST} at least"
-            )
-        return rows, hashlib.sha256(content).hexdigest()
-
-    def _fitted(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def _fitted(self, pairs: Sequence[KnownPair]) -> dict[str, Any]:
         """Ask about the pairs, and fit."""
-        said = self._ask("base", [_pair(row, i) for i, row in enumerate(rows)])
+        said = self._ask("base", [Query(prompt=each.prompt, responses=(each.chosen, each.rejected)) for each in pairs])
         self._paid = total(one.cost for one in said)
-        judged = [(one, float(row.get("p", 1.0))) for one, row in zip(said, rows, strict=True) if isinstance(one, Verdict)]
+        judged = [(one, each.prob) for one, each in zip(said, pairs, strict=True) if isinstance(one, Verdict)]
         known = [(cells(one), p) for one, p in judged if not np.isnan(one.matrix()[0, 1])]
-        if len(known) < 0.9 * len(rows) or len(known) < LEAST:
+        if len(known) < 0.9 * len(pairs) or len(known) < LEAST:
             first = next((one.message for one in said if isinstance(one, Failure)), "it gave no preference")
             raise OracleError(
-                f"was judged for {len(known)} of {len(rows)} pairs; first: {first}",
+                f"was judged for {len(known)} of {len(pairs)} pairs; first: {first}",
                 field="oracle.data",
                 fix="repair oracle.base",
             )
@@ -213,21 +194,6 @@ def cells(verdict: Verdict) -> np.ndarray:
 def _symmetric(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Log-odds that the first beats the second, from either order or both; f64[n]."""
     return np.where(np.isnan(one), -other, np.where(np.isnan(other), one, (one - other) / 2))
-
-
-def _pair(row: Mapping[str, Any], number: int) -> Query:
-    said, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-    if not (isinstance(chosen, str) and isinstance(rejected, str) and 0 <= float(row.get("p", 1.0)) <= 1):
-        raise ValueError("`chosen` and `rejected` are texts, and `p` a probability")
-    messages = () if isinstance(said, str) else tuple(Message(role=each["role"], content=each["content"]) for each in said)
-    prompt = Prompt(
-        id=f"anchor-{number}",
-        text=said if isinstance(said, str) else "\n".join(each.content for each in messages),
-        token_ids=(),
-        messages=messages,
-        reference_answer=row.get("reference_answer"),
-    )
-    return Query(prompt=prompt, responses=(chosen, rejected))
 
 
 def _report(fit: Fit, method: str, before: np.ndarray, after: np.ndarray, outcomes: np.ndarray) -> str:

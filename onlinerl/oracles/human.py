@@ -10,21 +10,21 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import numpy as np
 from pydantic import Field, PrivateAttr, model_validator
 
 from onlinerl.budget import Account
 from onlinerl.errors import ConfigError, OracleError, StoreError
 from onlinerl.oracles._inner import Chooser, MaybeInner, Result, failed
-from onlinerl.oracles._verdicts import as_preferences, sure
-from onlinerl.people.agreement import agreement
+from onlinerl.oracles._known_pairs import KnownPair, located, read
+from onlinerl.oracles._verdicts import as_cells, as_preferences, sure
+from onlinerl.people.agreement import figures
 from onlinerl.people.queue import Answer, Question, Queue, identity
 from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.oracle import Figure
@@ -32,6 +32,7 @@ from onlinerl.types import Cost, Failure, Query, Verdict, derive_seed
 
 LOOK_S = 0.25
 """How often the answers are looked at while the run waits."""
+GOLD_SHARE = 0.02
 
 
 class Human(Chooser):
@@ -70,6 +71,11 @@ class Human(Chooser):
     """Who compares answers to the held-out prompts: by default `ai`, or nobody without one, which leaves the run without win rates."""
     expire_iterations: int = Field(3, ge=1)
     """A question that the run has gone on without is asked for so many iterations more."""
+    gold: Resumable[str | None] = Field(None, description="FILE.jsonl", examples=["known-pairs.jsonl"])
+    """JSON lines of pairs whose better response is known (`prompt`, `chosen`, `rejected`), about which people are asked too, without knowing it:
+    how often each is right shows who reads. Nothing is trained on them, the run does not wait for them, and no budget counts them."""
+    gold_share: Resumable[float | None] = Field(None, gt=0, le=1)
+    """Of `gold`: so many of them for each comparison of the run, 0.02 by default; each pair once, until there are no more."""
     undo_s: Resumable[Annotated[float, Field(ge=0, le=3600)]] = 5.0
     """How long an answer may be taken back before the run reads it."""
     seed: int = 0
@@ -83,6 +89,7 @@ class Human(Chooser):
     _due: dict[str, int] = PrivateAttr(default_factory=dict)
     """Answers that are waited for, by question."""
     _putting: Any = PrivateAttr(default_factory=threading.Lock)
+    _gold: list[KnownPair] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -99,6 +106,8 @@ class Human(Chooser):
             )
         if self.overlap is not None and self.n_annotators == 1:
             raise ConfigError("is read with several annotators only", field="oracle.overlap", fix="set oracle.n_annotators=3")
+        if self.gold_share is not None and self.gold is None:
+            raise ConfigError("is read with gold only", field="oracle.gold_share", fix="set oracle.gold=known-pairs.jsonl")
         if self.max_wait_s >= self.call_timeout_s:
             raise ConfigError(
                 "ends before max_wait_s", field="oracle.call_timeout_s", fix="leave it out: oracle.max_wait_s is the deadline"
@@ -137,7 +146,17 @@ class Human(Chooser):
     @property
     def version(self) -> str:
         """Hash of that of `ai` and of what is asked of whom. How long it waits and budgets are no part of it: each verdict says who gave it."""
-        resumable = {"max_wait_s", "per_iteration", "undo_s", "groups_per_call", "max_concurrent", "call_timeout_s", "retries"}
+        resumable = {
+            "max_wait_s",
+            "per_iteration",
+            "gold",
+            "gold_share",
+            "undo_s",
+            "groups_per_call",
+            "max_concurrent",
+            "call_timeout_s",
+            "retries",
+        }
         return self._version(**self.model_dump(exclude={"ai", "preference_temperature", "expire_iterations"} | resumable))
 
     @property
@@ -172,30 +191,34 @@ class Human(Chooser):
         return [*said, *super().remarks]
 
     def figures(self) -> Sequence[Figure]:
-        """How many questions people were asked, and how far they agree."""
+        """How many questions people were asked, how far they agree, and how often they are right where that is known."""
         if self._queue is None:
             return super().figures()
         with _explained():
             self._queue.look()
-        asked = [one.id for one in self._queue.questions()]
-        answers = [self._queue.answers(one) for one in asked]
-        found = [
-            Figure("people_questions", float(len(self._queue.open())), labels={"state": "open"}),
-            Figure("people_questions", float(sum(map(bool, answers))), labels={"state": "answered"}),
-        ]
-        agreed = agreement(answers)
-        if agreed.share is not None:
-            found.append(Figure("people_agreement", agreed.share, n=agreed.answers))
-        if agreed.kappa is not None:
-            found.append(Figure("people_kappa", agreed.kappa, n=agreed.answers))
-        return [*found, *super().figures()]
+        return [*figures(self._queue), *super().figures()]
 
     # --- its life ---
 
+    def located(self, folders: Sequence[Path]) -> Self:
+        """With the absolute path of `gold`."""
+        found = super().located(folders)
+        return found if self.gold is None else found.model_copy(update={"gold": located(self.gold, "oracle.gold", folders)})
+
     def open(self) -> None:
-        """Open `ai`. Idempotent."""
+        """Open `ai`. Idempotent.
+
+        Raises:
+            OracleError: if `gold` cannot be read, or names no better response.
+        """
         super().open()
         self._closed.clear()
+        if self.gold is not None and not self._gold:
+            pairs, _ = read(self.gold, "oracle.gold")
+            self._gold = [each for each in pairs if each.prob != 0.5 and each.chosen != each.rejected]
+            if not self._gold:
+                fix = "give pairs of which one response is known to be better"
+                raise OracleError(f"{self.gold} names no better response", field="oracle.gold", fix=fix)
 
     def close(self) -> None:
         """Wait for nobody any more."""
@@ -265,7 +288,7 @@ class Human(Chooser):
             if limited and len(known) + len(new) > (self.per_iteration or 0):
                 return []
             self._owe(questions)
-            self._queue.put(questions)
+            self._queue.put([*questions, *self._checks(new)])
         return [one.id for one in questions]
 
     def _owe(self, questions: Sequence[Question]) -> None:
@@ -313,6 +336,23 @@ class Human(Chooser):
             expires=self.expire_iterations,
         )
 
+    def _checks(self, new: Sequence[Question]) -> Iterator[Question]:
+        """Questions whose answer is known, to be put with these."""
+        assert self._queue is not None
+        put = set[str]()
+        for one in new:
+            if (derive_seed("gold", self.seed, one.id) + 0.5) / 2**31 >= (self.gold_share or GOLD_SHARE):
+                continue
+            first = derive_seed("which", self.seed, one.id)
+            for place in range(len(self._gold)):
+                pair = self._gold[(first + place) % len(self._gold)]
+                check = self._question(Query(prompt=pair.prompt, responses=()), one.iteration, pair.chosen, pair.rejected)
+                if self._queue.status(check.id) is None and check.id not in put:
+                    put.add(check.id)
+                    left = (check.left == pair.chosen) == (pair.prob > 0.5)
+                    yield replace(check, gold="left" if left else "right")
+                    break
+
     def _waited(self, questions: Sequence[str], until: float) -> list[Answer]:
         """What people have said about them, as soon as it is all, or what there is when the time is over."""
         while questions:
@@ -351,8 +391,8 @@ class Human(Chooser):
         return Verdict(
             annotator=f"human:{'+'.join(sorted({one.annotator for one in answers}))}",
             oracle_version=version,
-            preferences=_cells(query.responses, probs, equal=0.5),
-            strength=_cells(query.responses, strengths, equal=0.0) if self.answers == "strength" else None,
+            preferences=as_cells(query.responses, probs, equal=0.5),
+            strength=as_cells(query.responses, strengths, equal=0.0) if self.answers == "strength" else None,
             raw=json.dumps({"by": "people", "answers": said}),
             cost=cost,
         )
@@ -374,26 +414,12 @@ class Human(Chooser):
                 kind="timeout",
                 message=f"nobody has answered within {self.max_wait_s:g} s; the question stays open at `onlinerl people RUN`",
             )
-        nothing = _cells(query.responses, {}, equal=0.5)
+        nothing = as_cells(query.responses, {}, equal=0.5)
         return Verdict(annotator="human:nobody", oracle_version=version, preferences=nothing, raw='{"by": "nobody"}')
 
 
 def _strength(answer: Answer) -> float:
     return {"clear": 2.0, "slight": 1.0}.get(answer.strength or "clear", 2.0) if answer.choice in ("left", "right") else 0.0
-
-
-def _cells(
-    texts: Sequence[str], known: Mapping[tuple[str, str], Sequence[float]], *, equal: float
-) -> tuple[tuple[float, ...], ...]:
-    """[K][K]: the mean of what is known of two texts, the first shown on the left; `equal` of equal ones; NaN elsewhere and on the diagonal."""
-    cells = np.full((len(texts), len(texts)), np.nan)
-    for i, one in enumerate(texts):
-        for j, other in enumerate(texts):
-            if i != j and one == other:
-                cells[i, j] = equal
-            elif (one, other) in known:
-                cells[i, j] = np.mean(known[one, other])
-    return tuple(map(tuple, cells.tolist()))
 
 
 def _by_ai(said: Result, why: str, version: str) -> Verdict:

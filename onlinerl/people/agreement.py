@@ -1,4 +1,4 @@
-"""How far people who were asked the same agree."""
+"""How far people who were asked the same agree, and how often they are right where the answer is known."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from onlinerl.people.queue import Answer
+from onlinerl.people.queue import Answer, Queue
+from onlinerl.protocols.oracle import Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,3 +56,40 @@ def _kappa(both: Sequence[tuple[str, str]]) -> float | None:
     first, second = Counter(a for a, _ in both), Counter(b for _, b in both)
     chance = sum(first[category] * second[category] for category in first) / n**2
     return None if chance == 1 else (observed - chance) / (1 - chance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldAccuracy:
+    """Of answers to questions whose answer is known."""
+
+    share: float
+    """Of the answers, those that are right; a tie, or both bad, is half."""
+    answers: int
+
+
+def gold_accuracy(queue: Queue) -> dict[str, GoldAccuracy]:
+    """By person; a skip says nothing, and who has said nothing is not there."""
+    right: dict[str, list[float]] = defaultdict(list)
+    for question in queue.gold():
+        for answer in queue.answers(question.id):
+            if answer.choice != "skip":
+                category = _category(answer)
+                right[answer.annotator].append(0.5 if category == "neither" else float(category == question.gold))
+    return {who: GoldAccuracy(share=sum(found) / len(found), answers=len(found)) for who, found in sorted(right.items())}
+
+
+def figures(queue: Queue) -> list[Figure]:
+    """What an oracle that asks people says of them."""
+    answers = [queue.answers(one.id) for one in queue.questions()]
+    found = [
+        Figure("people_questions", float(len(queue.open())), labels={"state": "open"}),
+        Figure("people_questions", float(sum(map(bool, answers))), labels={"state": "answered"}),
+    ]
+    agreed, gold = agreement(answers), gold_accuracy(queue).values()
+    if agreed.share is not None:
+        found.append(Figure("people_agreement", agreed.share, n=agreed.answers))
+    if agreed.kappa is not None:
+        found.append(Figure("people_kappa", agreed.kappa, n=agreed.answers))
+    if n := sum(one.answers for one in gold):
+        found.append(Figure("people_gold_accuracy", sum(one.share * one.answers for one in gold) / n, n=n))
+    return found

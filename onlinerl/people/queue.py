@@ -49,6 +49,8 @@ class Question:
     """Whether they say how much better it is."""
     expires: int = 3
     """After so many further iterations nobody is asked any more."""
+    gold: Literal["left", "right"] | None = None
+    """Which one is known to be better, of a question that only shows who reads: nothing is trained on it, and no run waits for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,7 @@ class Queue:
             question = Question(**{**said, "messages": tuple(map(tuple, said["messages"]))})
             self._states[question.id] = _State(question)
             self._newest = max(self._newest, question.iteration)
-            if not question.heldout:
+            if not question.heldout and question.gold is None:
                 self._put_in.setdefault(question.iteration, set()).add(question.id)
         for status in ("waiting", "late", "taken"):
             for one in entry.get(status, ()):
@@ -139,9 +141,14 @@ class Queue:
             self._states[answer.question].answers[answer.annotator] = answer
 
     def questions(self) -> list[Question]:
-        """All that were ever put, in that order."""
+        """All that a run has put, in that order, without those whose answer is known."""
         with self._memory:
-            return [state.question for state in self._states.values()]
+            return [state.question for state in self._states.values() if state.question.gold is None]
+
+    def gold(self) -> list[Question]:
+        """Those whose answer is known, in the order in which they were put."""
+        with self._memory:
+            return [state.question for state in self._states.values() if state.question.gold is not None]
 
     def answers(self, question: str) -> list[Answer]:
         """Those that count, in the order in which they came."""
@@ -172,9 +179,14 @@ class Queue:
             )
 
     def open(self) -> list[Question]:
-        """Those that still need answers: first those that the run waits for, oldest first, then late ones, newest first."""
+        """Those that still need answers: first those that the run waits for, oldest first, then late ones, newest first. Those whose answer is
+        known are among the first during their iteration, and gone afterwards."""
         with self._memory:
-            waiting = [s for s in self._states.values() if s.status == "waiting" and not _complete(s)]
+            waiting = [
+                s
+                for s in self._states.values()
+                if s.status == "waiting" and not _complete(s) and not (s.question.gold and s.question.iteration < self._newest)
+            ]
             late = [
                 s
                 for s in self._states.values()

@@ -19,6 +19,8 @@ from onlinerl.controller.asking import answers as asked_for
 from onlinerl.errors import BudgetError, ConfigError, OracleError
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.oracles.human import Human
+from onlinerl.people.agreement import gold_accuracy
+from onlinerl.people.export import rows
 from onlinerl.people.queue import QUESTIONS, Queue
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Failure, Prompt, Query, Verdict
@@ -147,6 +149,116 @@ def test_its_figures_are_metrics_of_the_catalogue(tmp_path):
         ("people_agreement",): 0.667,
         ("people_kappa",): 0.4,
     }
+
+
+# --- questions whose answer is known ---
+
+
+def known_pairs(folder: Path, count: int, **more: Any) -> str:
+    rows = [{"prompt": f"known {n}", "chosen": f"{n} good", "rejected": f"{n} bad and longer", **more} for n in range(count)]
+    (folder / "known.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "known.jsonl")
+
+
+def test_who_does_not_read_is_found_out(tmp_path):
+    oracle = human(tmp_path / "queue", max_wait_s=60, n_annotators=2, gold=known_pairs(tmp_path, 8), gold_share=1.0)
+
+    def work(annotator: str) -> None:
+        queue = Queue(tmp_path / "queue")
+        while not over.wait(0.01):
+            queue.look()
+            for question in queue.open():
+                read = "left" if "good" in question.left else "right"
+                queue.answer(said(question, read if annotator == "reads" else "left", annotator))
+
+    over = threading.Event()
+    threads = [threading.Thread(target=work, args=(who,), daemon=True) for who in ("reads", "guesses")]
+    for thread in threads:
+        thread.start()
+    results = judged(oracle, [query(n) for n in range(20)])
+    queue = Queue(tmp_path / "queue")
+    until(lambda: (queue.look(), not queue.open())[1], "everything answered")
+    over.set()
+    for thread in threads:
+        thread.join(60)
+    assert all(isinstance(result, Verdict) for result in results)
+    assert len(queue.gold()) == 8, "each pair once"
+    assert len(queue.questions()) == 20
+    right = gold_accuracy(queue)
+    on_the_left = sum(one.gold == "left" for one in queue.gold())
+    assert (right["reads"].share, right["reads"].answers) == (1.0, 8)
+    assert right["guesses"].share == on_the_left / 8 < 1
+    figure = next(one for one in oracle.figures() if one.name == "people_gold_accuracy")
+    assert (figure.value, figure.n) == (pytest.approx((8 + on_the_left) / 16), 16)
+    assert not CATALOGUE.problem(CATALOGUE.record(figure.name, figure.value, n=figure.n))
+    for one in queue.gold():
+        assert "good" in getattr(one, one.gold or "")
+
+
+def test_known_answers_are_labels_of_nothing(tmp_path):
+    account = Account(Limits(calls=40))
+    oracle = human(tmp_path / "queue", max_wait_s=60, gold=known_pairs(tmp_path, 40), gold_share=1.0)
+    oracle.charge(account)
+    with answering(tmp_path / "queue"):
+        results = judged(oracle, [query(n) for n in range(40)])
+        queue = Queue(tmp_path / "queue")
+        until(lambda: (queue.look(), not queue.open())[1], "everything answered")
+    assert sum(result.cost.calls for result in results) == 40
+    assert len(queue.gold()) == 40
+    assert queue.put_in(1) == {one.id for one in queue.questions()}
+    assert len(rows(queue)) == 40
+    plain = human(None, max_wait_s=60)
+    assert oracle.version == plain.version, "what people are checked with is no part of what they say"
+
+
+def test_a_run_does_not_wait_for_answers_that_are_known(tmp_path):
+    oracle = human(tmp_path / "queue", max_wait_s=60, gold=known_pairs(tmp_path, 3), gold_share=1.0)
+    queue = Queue(tmp_path / "queue")
+
+    def no_gold(question: Any) -> Any:
+        return "left" if question.prompt.startswith("prompt") else "skip"
+
+    with answering(tmp_path / "queue", no_gold):
+        results = judged(oracle, [query(n) for n in range(3)])
+    assert all(isinstance(result, Verdict) for result in results)
+    queue.look()
+    assert gold_accuracy(queue) == {}, "a skip says nothing"
+    assert not [one for one in oracle.figures() if one.name == "people_gold_accuracy"]
+
+
+def test_a_known_answer_is_asked_for_in_its_iteration_only_and_one_in_fifty_by_default(tmp_path):
+    oracle = human(tmp_path / "queue", ai=AI, gold=known_pairs(tmp_path, 400, p=0.9))
+    judged(oracle, [query(n) for n in range(400)])
+    queue = Queue(tmp_path / "queue")
+    queue.look()
+    asked = queue.gold()
+    assert 2 <= len(asked) <= 20
+    assert {one.id for one in asked} < {one.id for one in queue.open()}
+    judged(oracle, [query(1000, iteration=2)])
+    queue.look()
+    assert not {one.id for one in asked} & {one.id for one in queue.open()}
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (None, "holds no pairs: FileNotFoundError"),
+        ("{}\n", "holds no pairs: KeyError 'prompt'"),
+        ('{"prompt": "x", "chosen": "a", "rejected": "b", "p": 0.5}\n', "names no better response"),
+    ],
+)
+def test_a_file_of_known_pairs_that_is_none_is_refused(tmp_path, content, cause):
+    path = tmp_path / "known.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(OracleError, match=cause) as caught:
+        human(None, ai=AI, gold=str(path))
+    assert caught.value.field == "oracle.gold"
+
+
+def test_a_share_of_known_pairs_needs_some():
+    with pytest.raises(ConfigError, match="is read with gold only"):
+        human(None, ai=AI, gold_share=0.1)
 
 
 def test_a_share_of_the_comparisons_is_for_several(tmp_path):

@@ -286,10 +286,21 @@ def test_a_question_that_somebody_has_left_goes_to_others(queue, monkeypatch):
     assert desk.state("bob")["question"]["id"] == "q1"
 
 
-def test_nobody_is_told_who_wrote_what(queue):
-    queue.put([question(1)])
+@pytest.mark.parametrize("gold", [None, "right"])
+def test_nobody_is_told_who_wrote_what_or_that_the_answer_is_known(queue, gold):
+    queue.put([question(1, gold=gold)])
     shown = Desk(queue).state("ann")["question"]
     assert set(shown) == {"id", "messages", "left", "right", "strength", "late"}
+
+
+def test_who_is_right_where_the_answer_is_known_is_in_the_summary_and_nowhere_else(queue):
+    queue.put([question(1), question(2, gold="right"), question(3, gold="left")])
+    for number, choice in ((1, "left"), (2, "right"), (3, "tie")):
+        assert queue.answer(said(question(number), choice)) == "saved"
+    assert queue.answer(said(question(2), "left", "bob")) == "closed"
+    found = annotation.summary(queue.folder)
+    assert found["gold_accuracy"] == {"ann": {"share": 0.75, "answers": 2}}
+    assert (found["questions"], found["answered"], len(rows(queue))) == (1, 1, 1)
 
 
 # --- the server ---

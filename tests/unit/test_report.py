@@ -145,7 +145,15 @@ def everything(report: Reporter, learner: dict[str, float], figures: dict[str, f
         Figure("people_questions", 3.0, labels={"state": "open"}),
         Figure("people_questions", 9.0, labels={"state": "answered"}),
     ]
-    report.oracle(1, [*asked, Figure("people_agreement", 0.8, n=5), Figure("people_kappa", 0.6, n=5)])
+    report.oracle(
+        1,
+        [
+            *asked,
+            Figure("people_agreement", 0.8, n=5),
+            Figure("people_kappa", 0.6, n=5),
+            Figure("people_gold_accuracy", 0.9, n=5),
+        ],
+    )
     report.skipped(1, 1)
     report.trained(1, steps(learner, learner), BUILT, None, 0, figures)
     sync = SyncReport(
