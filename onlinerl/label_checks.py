@@ -30,6 +30,54 @@ def check_labels(config: RunConfig, algorithm: Algorithm) -> None:
     fault = next((one for one in (*_twice(algorithm, knobs), *_unread(config, algorithm, knobs), *_impossible(knobs))), None)
     if fault is not None:
         raise ConfigError(fault.cause, field=f"algorithm.{fault.knob}", fix=fault.fix)
+    fault = next(_weights(config, algorithm), None)
+    if fault is not None:
+        raise ConfigError(fault.cause, field=f"training.{fault.knob}", fix=fault.fix)
+
+
+def _weights(config: RunConfig, algorithm: Algorithm) -> Iterator[_Fault]:
+    """Of items that are no pairs of the pair builder."""
+    kind, clip = config.training.sample_weights, config.training.sample_weight_clip
+    name, judged = config.algorithm["name"], config.sampling.samples_per_prompt + len(algorithm.needs.beside_samples)
+    if kind == "equal" and clip is not None:
+        yield _Fault("sample_weight_clip", f"is {clip}, and training.sample_weights is equal", "leave it out, or set that")
+    if kind == "equal":
+        return
+    if not algorithm.weighable:
+        own = "pair_weights" in type(algorithm).model_fields
+        yield _Fault(
+            "sample_weights",
+            f"is {kind}, and {name} " + ("has weights of its pairs" if own else "has no use for weights, or has its own"),
+            "leave it out, and set algorithm.pair_weights" if own else "leave it out",
+        )
+    if kind == "score_gap" and algorithm.unit not in ("pair", "list"):
+        yield _Fault(
+            "sample_weights",
+            f"is score_gap, and {name} trains single responses, which have no gap",
+            "set it to certainty: how far a response is from winning half of its comparisons",
+        )
+    if kind == "certainty" and judged == 1:
+        yield _Fault(
+            "sample_weights",
+            "is certainty, and with one response to each prompt there is nothing that it could win against",
+            "leave it out, or set sampling.samples_per_prompt to 2 or more",
+        )
+    if kind == "per_prompt" and algorithm.most_items(judged, 1) == 1:
+        yield _Fault(
+            "sample_weights",
+            f"is per_prompt, and {name} makes at most one item of each prompt, so all would count alike",
+            "leave it out",
+        )
+    if _is_no_clip(clip):
+        yield _Fault("sample_weight_clip", f"is {clip}: {_CLIP}", _CLIP_FIX)
+
+
+_CLIP = "it takes the lowest and the highest weight, and the mean weight, 1, is between the two"
+_CLIP_FIX = "set it to e.g. [0.1, 5.0]"
+
+
+def _is_no_clip(clip: list[float] | None) -> bool:
+    return clip is not None and not (len(clip) == 2 and 0.0 <= clip[0] <= 1.0 <= clip[1] and clip[0] < clip[1])
 
 
 def _twice(algorithm: Algorithm, knobs: dict[str, Any]) -> Iterator[_Fault]:
@@ -73,6 +121,7 @@ def _unread(config: RunConfig, algorithm: Algorithm, knobs: dict[str, Any]) -> I
             "leave it out, or set that",
         )
     readers = {
+        "importance_sampling_mode": (knobs.get("importance_sampling_cap") is not None, "importance_sampling_cap is null"),
         "online_kl_samples": (knobs.get("online_kl"), "online_kl is 0"),
         "strength_thresholds": (weights == "strength", "pair_weights is not strength"),
         "pair_age_decay": (weights == "age", "pair_weights is not age"),
@@ -118,12 +167,8 @@ def _impossible(knobs: dict[str, Any]) -> Iterator[_Fault]:
     if any(high <= low for low, high in pairwise(thresholds)):
         yield _Fault("strength_thresholds", f"is {thresholds}, which is not ascending", "sort it, each gap once")
     clip = knobs.get("pair_weight_clip")
-    if clip is not None and not (len(clip) == 2 and 0.0 <= clip[0] <= 1.0 <= clip[1] and clip[0] < clip[1]):
-        yield _Fault(
-            "pair_weight_clip",
-            f"is {clip}: it takes the lowest and the highest weight, and the mean weight, 1, is between the two",
-            "set it to e.g. [0.1, 5.0]",
-        )
+    if _is_no_clip(clip):
+        yield _Fault("pair_weight_clip", f"is {clip}: {_CLIP}", _CLIP_FIX)
     if knobs.get("token_weights") == "differing" and knobs.get("common_token_weight") == 1.0:
         yield _Fault(
             "common_token_weight",

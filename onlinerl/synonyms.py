@@ -145,9 +145,9 @@ KEYS: dict[str, str] = {
 
 MODIFIERS: dict[str, str] = {
     "algorithm.pair_filter": "filters the pairs of losses that are a function of the margin of a pair alone",
-    "algorithm.pair_weights": "says what a pair counts in losses on pairs",
+    "algorithm.pair_weights": "says what a pair counts in losses on pairs; for others there is training.sample_weights",
     "algorithm.token_weights": "weighs the tokens of the pairs of losses that are a function of the margin of a pair alone",
-    "algorithm.nll_coef": "is the price of the likelihood of the chosen response, or of the stored answer, in losses on pairs",
+    "algorithm.nll_coef": "is the price of the likelihood of chosen or better responses, in losses on pairs, on lists and of policy gradients",
     "algorithm.nll_target": "belongs to `nll_coef` of losses on pairs",
     "algorithm.online_kl": "is a term of losses of the margin of a pair and of policy gradients",
     "algorithm.online_kl_samples": "belongs to `online_kl` of losses of the margin of a pair",

@@ -13,7 +13,7 @@ from onlinerl.algorithms._labels import UncertainLabels
 from onlinerl.algorithms._modified import Modified
 from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.ops.logprobs import lengths, masked, token_log_ratios
-from onlinerl.ops.preference import beyond_the_shorter, by_pair
+from onlinerl.ops.preference import by_pair
 from onlinerl.protocols.algorithm import Needs, Reference, by_knobs
 from onlinerl.types.training import TrainItem
 
@@ -106,6 +106,8 @@ class Margin(UncertainLabels, Modified):
         if self.token_weights != "equal":
             values_BT = batch.need("token_weights_BT") * values_BT
         if self.ld_alpha is not None:
+            from onlinerl.ops.terms import beyond_the_shorter
+
             values_BT = torch.where(beyond_the_shorter(batch), self.ld_alpha * values_BT, values_BT)
         values_B = values_BT.sum(dim=1)
         chosen, rejected = by_pair(values_B / lengths(batch) if self.length_norm else values_B, batch)

@@ -13,7 +13,7 @@ from torch import Tensor
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.logprobs import lengths
 from onlinerl.ops.pairs import pair_items
-from onlinerl.ops.preference import closeness, pair_metrics, sequence_logprobs
+from onlinerl.ops.preference import pair_metrics, sequence_logprobs
 from onlinerl.protocols.algorithm import Algorithm, Needs, OffPolicy, Reference, by_knobs
 from onlinerl.types.training import TrainItem
 
@@ -25,6 +25,7 @@ class Pairwise(Algorithm):
     """Mean over pairs of weight * (`pair_loss` + nll_coef * NLL(`nll_target`)). An item is a pair, the chosen response first."""
 
     unit = "pair"
+    weighable = False
 
     pair_weights: Literal["equal", "score_gap", "certainty", "strength", "dcg", "per_prompt", "age", "wpo"] = "equal"
     """What a pair counts: as much as any other, the gap between its scores, 2 P(chosen beats rejected) - 1, the class of its score gap (see
@@ -122,6 +123,8 @@ class Pairwise(Algorithm):
         """Of each pair, [P], and what is reported about them."""
         if self.pair_weights != "wpo":
             return batch.weight_P, {}
+        from onlinerl.ops.terms import closeness
+
         close_P = closeness(outputs, batch)
         return batch.weight_P * close_P, {"pair_weight": Mean.of(close_P)}
 

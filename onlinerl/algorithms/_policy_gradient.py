@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
@@ -29,26 +29,23 @@ class PolicyGradient(Algorithm):
     kl_coef: float = Field(0.0, ge=0)
     """Price of one nat of KL to the reference; 0 needs no reference."""
     online_kl: float = Field(0.0, ge=0)
-    """Price of one nat of a KL to the reference that is differentiated through the probability of whole responses, sg[D] S, D being the log-ratio
-    of a response and S its log-prob: that is the gradient of the KL itself, which those of single tokens are not ("The Importance of Online
-    Data: Understanding Preference Fine-tuning via Coverage"). Each response counts by how much likelier it has become since training began.
-    A loss that is a mean over tokens divides it by their number, too."""
+    """Price of one nat of a KL to the reference that is differentiated through the probability of whole responses: the gradient of the KL itself,
+    which those of single tokens are not (see ops/terms.py). A loss that is a mean over tokens divides it by their number, too."""
+    nll_coef: float = Field(0.0, ge=0)
+    """Weight of the negative log-prob of tokens with a positive advantage, a mean over tokens or over responses as the loss is, all of them counted:
+    "VAPO: Efficient and Reliable Reinforcement Learning for Advanced Reasoning Tasks"."""
+    token_weight_alpha: float = Field(0.0, ge=0, le=1)
+    """A token counts 1 - alpha + alpha p in the policy's gradient, p its probability before training: "Do Not Let Low-Probability Tokens
+    Over-Dominate in RL for LLMs"."""
     importance_sampling_cap: float | None = Field(2.0, gt=0)
-    """Largest weight that corrects for a response being sampled with other probabilities than those that the learner gives it before
-    training: those of the engine's arithmetic, and with `schedule.max_lag: 1` of older weights. None applies no weight."""
+    """Largest weight for having been sampled with other probabilities than the learner gives before training: those of the engine's arithmetic,
+    and with `schedule.max_lag: 1` of older weights. None applies no weight."""
     importance_sampling_mode: Mode = "token_truncate"
     """Whether the ratio of probabilities is that of each token or of the whole response, and whether one above the cap counts as the cap
     (`truncate`) or not at all (`mask`)."""
     p_reset: float = Field(0.0, ge=0, le=1)
     """Share of prompts whose responses begin with a part of the stored answer, cut at random, which is no response token of theirs: "Dataset
     Reset Policy Optimization for RLHF". All responses to a prompt begin with the same tokens, and are judged whole."""
-
-    @field_validator("importance_sampling_mode")
-    @classmethod
-    def _is_read(cls, mode: Mode, info: ValidationInfo) -> Mode:
-        if mode != cls.model_fields["importance_sampling_mode"].default and info.data.get("importance_sampling_cap", 0) is None:
-            raise ValueError("importance_sampling_cap is null, so there is no weight")
-        return mode
 
     @by_knobs
     def needs(self) -> Needs:
@@ -63,18 +60,22 @@ class PolicyGradient(Algorithm):
         """The initial policy, if there is a KL term."""
         return "fixed" if self.kl_coef > 0 or self.online_kl > 0 else "none"
 
-    def with_online_kl(self, loss: LossOutput, outputs: Outputs, batch: Batch, share: float = 1.0) -> LossOutput:
-        """The loss with the price of the KL of whole responses, each of which counts `share`."""
-        if not self.online_kl:
+    def with_terms(self, loss: LossOutput, outputs: Outputs, batch: Batch, share: float = 1.0) -> LossOutput:
+        """The loss with the price of the KL of whole responses, each of which counts `share`, and the likelihood of better ones."""
+        from onlinerl.ops import terms  # not with the class: few ask for any
+
+        if self.online_kl:
+            loss = terms.online_kl(loss, outputs, batch, self.online_kl, self.importance_sampling_cap, share)
+        if not self.nll_coef:
             return loss
-        ratios_B, mask_BT = token_log_ratios(outputs, batch).sum(dim=1), batch.mask_BT
-        moved_BT = masked(outputs.logprobs_BT, mask_BT) - masked(batch.need("old_logprobs_BT"), mask_BT)
-        counts_B = bounded_exp(moved_BT.sum(dim=1)).detach()
-        if self.importance_sampling_cap is not None:
-            counts_B = counts_B.clamp(max=self.importance_sampling_cap)
-        kl_B = share * self.online_kl * counts_B * ratios_B.detach() * ratios_B
-        total = loss.total + (kl_B * batch.weight_B * batch.policy_weight_B).sum()
-        return LossOutput(total=total, metrics=loss.metrics | {"online_kl": Mean.of(ratios_B, mask_BT.any(dim=1))})
+        better_BT = batch.need("advantages_BT") > 0
+        return terms.positive_nll(loss, outputs, batch, self.nll_coef, better_BT, per_token=self.unit == "token")
+
+    def moving(self, logprobs_BT: Tensor, old_BT: Tensor) -> Tensor:
+        """The log-probs, through which the gradient flows as `token_weight_alpha` says."""
+        from onlinerl.ops import terms
+
+        return terms.reweighed(logprobs_BT, old_BT, self.token_weight_alpha) if self.token_weight_alpha else logprobs_BT
 
     def surrogate(
         self, outputs: Outputs, batch: Batch, bounds: tuple[float, float, float | None], of: Ratio = "token", kl: Estimator = k3
@@ -92,12 +93,13 @@ class PolicyGradient(Algorithm):
         mask, (low, high, dual) = batch.sampled_BT, bounds
         logprobs, old = masked(outputs.logprobs_BT, mask), masked(batch.need("old_logprobs_BT"), mask)
         advantages = masked(batch.need("advantages_BT"), mask)
-        log_ratio = logprobs - old
+        moving = self.moving(logprobs, old)
+        log_ratio = moving - old
         if of.startswith("response"):
             whole = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
             mean = (whole / lengths(batch)[:, None]).detach()
-            log_ratio = whole if of == "response" else mean + logprobs - logprobs.detach()
-        ratio = logprobs if of == "none" else bounded_exp(log_ratio)
+            log_ratio = whole if of == "response" else mean + moving - moving.detach()
+        ratio = moving if of == "none" else bounded_exp(log_ratio)
         loss = clipped_surrogate(ratio, advantages, low, high, dual)
         gap = old - masked(batch.need("behavior_logprobs_BT"), mask)
         metrics = {

@@ -30,6 +30,7 @@ class Aot(WholeStep):
     """
 
     unit = "pair"
+    weighable = False  # a pair has no place of its own once both sides are sorted
     needs = Needs(pairs=True, reference=True, min_samples=2, off_policy="valid")
     reference = "fixed"
 

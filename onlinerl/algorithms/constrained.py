@@ -237,7 +237,7 @@ def _knobs(of: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     if of["importance_sampling_mode"] != "token_truncate":
         given["importance_sampling_mode"] = of["importance_sampling_mode"]
     price = 0.0 if of["form"] == "cost" else of["kl_coef"]
-    given |= {name: of[name] for name in ("importance_sampling_cap", "online_kl")}
+    given |= {name: of[name] for name in ("importance_sampling_cap", "online_kl", "nll_coef", "token_weight_alpha")}
     return tuple((given | {"kl_coef": price}).items())
 
 

@@ -49,4 +49,4 @@ class DrGrpo(Clipped):
         """Sum over tokens, over `max_length`; see `surrogate` for what it raises."""
         loss_BT, metrics = self.surrogate(outputs, batch, (self.clip_range_low, self.clip_range_high, self.dual_clip))
         loss = LossOutput(total=(loss_BT.sum(dim=1) * batch.weight_B).sum() / self.max_length, metrics=metrics)
-        return self.with_online_kl(loss, outputs, batch)
+        return self.with_terms(loss, outputs, batch)

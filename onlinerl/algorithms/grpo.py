@@ -60,14 +60,10 @@ class Grpo(Clipped):
         return (with_sequence(i, s.with_(advantages=need(s, "advantages").astype(np.float32) * scale)) for i, s in sequences)
 
     def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
-        """Sum over tokens, or over responses of their token mean.
-
-        Raises:
-            ValueError: if a field named by `needs` is missing.
-        """
+        """Sum over tokens, or over responses of their token mean; see `surrogate` for what it raises."""
         loss_BT, metrics = self.surrogate(outputs, batch, (self.clip_range_low, self.clip_range_high, self.dual_clip))
         loss_B = loss_BT.sum(dim=1)
         if self.agg == "seq_mean_token_mean":
             loss_B = loss_B / lengths(batch)
         loss = LossOutput(total=(loss_B * batch.weight_B).sum(), metrics=metrics)
-        return self.with_online_kl(loss, outputs, batch)
+        return self.with_terms(loss, outputs, batch)

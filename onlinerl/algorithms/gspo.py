@@ -45,4 +45,4 @@ class Gspo(Clipped):
         bounds = (self.clip_range_low, self.clip_range_high, self.dual_clip)
         loss_BT, metrics = self.surrogate(outputs, batch, bounds, of="response_mean")
         loss = LossOutput(total=(loss_BT.sum(dim=1) / lengths(batch) * batch.weight_B).sum(), metrics=metrics)
-        return self.with_online_kl(loss, outputs, batch)
+        return self.with_terms(loss, outputs, batch)

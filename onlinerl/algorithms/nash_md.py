@@ -36,6 +36,8 @@ class NashMd(Algorithm):
     """Weight of the reference in the opponent: 0 is self-play, 1 looks for the best response to the reference. 0.125 to 0.375 in the paper."""
     tau: float = Field(0.1, ge=0)
     """Price of one nat of KL of a response to the reference, in win rates; about 0.008 in the paper's experiments."""
+    nll_coef: float = Field(0.0, ge=0)
+    """Weight of the negative log-prob per token of responses that beat the mixture more often than not."""
     mixture_samples: int = Field(1, ge=1)
     """Opponents for each prompt; P(y > y') is the mean over them."""
 
@@ -87,4 +89,9 @@ class NashMd(Algorithm):
             "win_rate_mixture": Mean.of(batch.win_rates_B, mask.any(dim=1)),
             "policy_loss": Mean.of(loss_B, mask.any(dim=1)),
         }
-        return LossOutput(total=(loss_B * batch.weight_B).sum(), metrics=metrics)
+        loss = LossOutput(total=(loss_B * batch.weight_B).sum(), metrics=metrics)
+        if not self.nll_coef:
+            return loss
+        from onlinerl.ops.terms import positive_nll  # not with the class: few ask for it
+
+        return positive_nll(loss, outputs, batch, self.nll_coef, batch.win_rates_B[:, None] > 0.5, per_token=False)

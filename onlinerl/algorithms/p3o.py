@@ -16,6 +16,7 @@ from onlinerl.batch import Batch, LossOutput, Outputs
 from onlinerl.ops.items import judged_sequences, need
 from onlinerl.ops.logprobs import lengths, masked
 from onlinerl.ops.ratios import bounded_exp, importance_weights
+from onlinerl.protocols.algorithm import by_knobs
 from onlinerl.types.training import TrainItem, TrainSequence
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ class P3o(PolicyGradient):
     unit = "pair"
     least = 2
     kl_in_reward = True
-    loss_at_reference = 0.0
 
     kl_coef: float = Field(0.05, ge=0)
     """Price of one nat of KL to the reference, in units of the score. It is paid inside the reward, by the policy that sampled."""
@@ -45,6 +45,11 @@ class P3o(PolicyGradient):
     """Whether the ratio of each response is clipped, or the difference of their log-ratios."""
     clip_range: float = Field(0.2, gt=0)
     """Ratios outside 1 +- clip_range, or differences outside +- clip_range, earn nothing more."""
+
+    @by_knobs
+    def loss_at_reference(self) -> float | None:
+        """What the two responses gain cancels; their likelihood does not."""
+        return None if self.nll_coef else 0.0
 
     def most_items(self, samples: int, pairs: int) -> int:
         """Pairs of a group."""
@@ -81,7 +86,7 @@ class P3o(PolicyGradient):
         other_B = torch.arange(len(mask), device=mask.device).scatter(0, first, second).scatter(0, second, first)
         gain_B = batch.scores_B - batch.scores_B[other_B]
         old_BT = masked(batch.need("old_logprobs_BT"), mask)
-        moved_B = (masked(outputs.logprobs_BT, mask) - old_BT).sum(dim=1)
+        moved_B = (self.moving(masked(outputs.logprobs_BT, mask), old_BT) - old_BT).sum(dim=1)
         counts_B = bounded_exp(moved_B).detach()
         if self.importance_sampling_cap is not None:
             gap_BT = old_BT - masked(batch.need("behavior_logprobs_BT"), mask)
@@ -90,11 +95,12 @@ class P3o(PolicyGradient):
         # A response's own ratio and weight enter in the surrogate, those of the other one as part of its advantage.
         advantages_BT = (gain_B * counts_B[other_B])[:, None].expand(mask.shape)
         bounds = (self.clip_range, self.clip_range, None)
-        loss_BT, metrics = self.surrogate(outputs, replace(batch, advantages_BT=advantages_BT), bounds, of="response")
+        batch = replace(batch, advantages_BT=advantages_BT)
+        loss_BT, metrics = self.surrogate(outputs, batch, bounds, of="response")
         loss_B = loss_BT.sum(dim=1) / lengths(batch)
         loss_P = loss_B[first] + loss_B[second]
         if self.clip_mode == "joint":
             apart_P, slope_P = moved_B[first] - moved_B[second], (gain_B * counts_B * counts_B[other_B])[first]
             loss_P = -torch.minimum(slope_P * apart_P, slope_P * apart_P.clamp(-self.clip_range, self.clip_range))
         loss = LossOutput(total=(0.5 * loss_P * batch.weight_P).sum(), metrics=metrics)
-        return self.with_online_kl(loss, outputs, batch, share=0.5)
+        return self.with_terms(loss, outputs, batch, share=0.5)

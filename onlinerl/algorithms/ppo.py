@@ -68,6 +68,10 @@ class Ppo(PolicyGradient):
     normalize_scores: bool = True
     """Shift and scale scores by mean and standard deviation of all scores so far, so that the critic, which starts at 0, has values of
     about 1 to learn whatever the oracle's units are."""
+    score_clip: float | None = Field(None, gt=0)
+    """Scores, as `normalize_scores` leaves them, count as at most this and at least minus this; 10 in public code."""
+    kl_clip: float | None = Field(None, gt=0)
+    """For `kl_in: reward`: most nats, up or down, that a token pays for; 10 in public code."""
     whiten_rewards: bool = False
     """Divide the rewards of all tokens of the iteration by their standard deviation, keeping their mean."""
     missing_eos_score: float | None = None
@@ -114,6 +118,13 @@ class Ppo(PolicyGradient):
         if target is not None and not info.data.get("kl_coef"):
             raise ValueError("there is no price to adapt: kl_coef is 0")
         return target
+
+    @field_validator("kl_clip")
+    @classmethod
+    def _is_paid(cls, most: float | None, info: ValidationInfo) -> float | None:
+        if most is not None and (info.data.get("kl_in") != "reward" or not info.data.get("kl_coef")):
+            raise ValueError("no token pays for a KL: that takes kl_in: reward, and a kl_coef")
+        return most
 
     @field_validator("critic_model", "critic_warmup")
     @classmethod
@@ -207,13 +218,15 @@ class Ppo(PolicyGradient):
         loss_BT = loss_BT * batch.policy_weight_B[:, None] + self.vf_coef * value_BT
         metrics |= {"value_loss": Mean.of(value_BT, mask), "value": Mean.of(values, mask), "return": Mean.of(returns, mask)}
         loss = LossOutput(total=(loss_BT.sum(dim=1) * batch.weight_B).sum(), metrics=metrics)
-        return self.with_online_kl(loss, outputs, batch)
+        return self.with_terms(loss, outputs, batch)
 
     def _targets(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]]) -> Callable[[], Iterator[_Targets]]:
         """What each response teaches, one after the other, as often as it is asked for: only scores are kept."""
         scores = np.array([self.score(item.sequences[0]) for item in items])
         if self.normalize_scores:
             scores = normalized(scores, [(f["responses"], f["score_mean"], f["score_std"]) for f in past if "score_std" in f])
+        if self.score_clip is not None:
+            scores = scores.clip(-self.score_clip, self.score_clip)
         price = self._price(past)
 
         def rewards() -> Iterator[tuple[TrainItem, np.ndarray]]:
@@ -238,7 +251,8 @@ class Ppo(PolicyGradient):
         """r[T]: minus the price of the KL at every token, plus the score at the last one."""
         rewards = np.zeros(len(sequence.response_ids))
         if self._pays_in_reward:
-            rewards -= price * (need(sequence, "old_logprobs") - need(sequence, "reference_logprobs"))
+            nats = need(sequence, "old_logprobs") - need(sequence, "reference_logprobs")
+            rewards -= price * (nats if self.kl_clip is None else nats.clip(-self.kl_clip, self.kl_clip))
         rewards[-1:] += score  # a slice, because an empty response has no last token
         return rewards
 

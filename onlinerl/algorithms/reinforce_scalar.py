@@ -67,4 +67,4 @@ class ReinforceScalar(PolicyGradient):
         loss_BT, metrics = self.surrogate(outputs, batch, (np.inf, np.inf, None), of="none")
         loss_B = loss_BT.sum(dim=1) / (lengths(batch) if self.agg == "seq_mean_token_mean" else 1.0)
         loss = LossOutput(total=(loss_B * batch.weight_B).sum(), metrics=metrics)
-        return self.with_online_kl(loss, outputs, batch)
+        return self.with_terms(loss, outputs, batch)

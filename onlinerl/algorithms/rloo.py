@@ -62,4 +62,4 @@ class Rloo(Clipped):
         bounds = (self.clip_range_low, self.clip_range_high, self.dual_clip)
         loss_BT, metrics = self.surrogate(outputs, batch, bounds, of="response")  # the same at every token of a response
         loss = LossOutput(total=(loss_BT.sum(dim=1) / lengths(batch) * batch.weight_B).sum(), metrics=metrics)
-        return self.with_online_kl(loss, outputs, batch)
+        return self.with_terms(loss, outputs, batch)

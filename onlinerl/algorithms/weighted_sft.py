@@ -27,6 +27,8 @@ class WeightedSft(Imitation):
     prompt that C-RLFT tells its classes apart by belongs into the prompts; there is none here.
     """
 
+    weighable = False
+
     per_sequence: bool = False
     beta: float = Field(1.0, gt=0)
     """w = exp(score / beta): small looks at the best responses of the iteration only."""

@@ -71,7 +71,10 @@ class RewardTraining(TrainingConfig):
     """Share of the steps with a rising learning rate."""
 
 
-OF_A_LOOP = {"target_kl", "iteration_decay", "optimizer_state", "online_merging", "max_idle_iterations", "on_truncated"}
+OF_A_LOOP = {
+    *("target_kl", "iteration_decay", "optimizer_state", "online_merging", "max_idle_iterations", "on_truncated"),
+    *("sample_weights", "sample_weight_clip"),
+}
 """Keys of `training` that say something about iterations or a policy."""
 
 

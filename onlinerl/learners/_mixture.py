@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from onlinerl.types import Draw, Drawn, Sampling
 
 if TYPE_CHECKING:  # policies are told of steps
-    from onlinerl.learners._loading import ModelReader
     from onlinerl.learners._policy import Policy
     from onlinerl.learners._reward import RewardNetwork
 
@@ -105,13 +105,11 @@ class MixtureSampling:
     """What a rank of a learner needs in order to draw from its policy and a saved model at once."""
 
     _policy: Policy | RewardNetwork
-    _reader: ModelReader
     device: torch.device
     world_size: int
 
-    @property
-    def _network(self) -> nn.Module:
-        """What a forward pass of the policy goes through."""
+    def _as(self, model: str) -> AbstractContextManager[nn.Module]:
+        """What a forward pass of "policy" or of a saved model goes through, inside."""
         raise NotImplementedError
 
     def sample_mixture(
@@ -119,13 +117,18 @@ class MixtureSampling:
     ) -> list[list[Drawn]]:
         """See `Learner.sample_mixture`. Collective; every rank takes as many steps as the one that takes most."""
 
-        def of(network: nn.Module) -> NextLogits:
-            return lambda step: network(None, temperature=sampling.temperature, step=step)
+        def of(model: str) -> NextLogits:
+            def said(step: Step) -> Tensor:
+                with self._as(model) as network:  # one network, where the two differ in their adapters only
+                    logits_BV: Tensor = network(None, temperature=sampling.temperature, step=step)
+                return logits_BV
 
-        other = None if reference == "policy" else of(self._reader.frozen(reference))
+            return said
+
+        other = None if reference == "policy" else of(reference)
         named: Any = self._policy.model.generation_config.eos_token_id
         stops = {*ends, *(named if isinstance(named, list) else [] if named is None else [named])}
-        drawn = partial(sample, of(self._network), other, weight=weight, ends=stops, device=self.device)
+        drawn = partial(sample, of("policy"), other, weight=weight, ends=stops, device=self.device)
         return [drawn(draws, sampling, any_rank=self._anywhere) for draws in micro]
 
     def _anywhere(self, own: bool) -> bool:

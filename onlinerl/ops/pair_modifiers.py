@@ -1,35 +1,64 @@
-"""What pairs count beside one another, what is imitated beside them, and what their tokens count. No torch."""
+"""What pairs and other items count beside one another, what is imitated beside pairs, and what their tokens count. No torch."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onlinerl.types.training import TrainItem, TrainSequence
+from onlinerl.types.training import TrainItem, TrainSequence, Unit
 
 if TYPE_CHECKING:
     from onlinerl.types.labels import Judged
 
 
-def normalized(weights: Iterable[float], clip: Sequence[float] | None = None) -> list[float]:
+def normalized(
+    weights: Iterable[float], clip: Sequence[float] | None = None, counts: Sequence[int] | None = None
+) -> list[float]:
     """Divided by their mean, so that it becomes 1; all 0 if that is 0.
 
     Args:
-        weights: one for each pair, not negative.
+        weights: one for each item, not negative.
         clip: the lowest and the highest weight, in units of the mean. What is cut off moves the mean, so it is divided by that once more.
+        counts: of how many units each item is, that the mean is over; one each by default.
     """
     given = list(weights)
     if clip is not None:
         lowest, highest = clip
-        given = [min(max(w, lowest), highest) for w in normalized(given)]
-    total = math.fsum(given)
-    return [w * len(given) / total for w in given] if total > 0 else [0.0] * len(given)
+        given = [min(max(w, lowest), highest) for w in normalized(given, counts=counts)]
+    units = [1] * len(given) if counts is None else counts
+    total = math.fsum(w * n for w, n in zip(given, units, strict=True))
+    return [w * sum(units) / total for w in given] if total > 0 else [0.0] * len(given)
+
+
+def weighed(items: Sequence[TrainItem], kind: str, clip: Sequence[float] | None, unit: Unit) -> Iterator[TrainItem]:
+    """Items of any loss with what they count beside one another, times what they count already.
+
+    The mean over all units of the iteration is 1, so weights do not depend on how it is cut into steps, ranks and micro-batches, and leave the
+    size of the loss as it is.
+
+    Args:
+        items: of an iteration.
+        kind: `certainty`, `score_gap` or `per_prompt`, see `training.sample_weights`.
+        clip: see `normalized`.
+        unit: what the loss is a mean over.
+    """
+    raw = by_prompt(items) if kind == "per_prompt" else [_gap(item, kind) for item in items]
+    scaled = normalized(raw, clip, [item.count(unit) for item in items])
+    return (replace(item, weight=item.weight * weight) for item, weight in zip(items, scaled, strict=True))
+
+
+def _gap(item: TrainItem, kind: str) -> float:
+    """Between the best and the worst response of an item; of a single one twice that to a win rate of 1/2."""
+    if len(item.sequences) == 1:
+        return abs(2.0 * item.sequences[0].win_rate - 1.0)
+    values = [s.score if kind == "score_gap" else s.win_rate for s in item.sequences]
+    return max(values) - min(values)
 
 
 def by_age(items: Iterable[TrainItem], decay: float) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -43,13 +42,6 @@ def margin(outputs: Outputs, batch: Batch, *, per_token: bool = False) -> Tensor
     return chosen - rejected
 
 
-def beyond_the_shorter(batch: Batch) -> Tensor:
-    """bool[B, T]: tokens of the longer response of a pair at positions that the shorter one does not have."""
-    shorter_P = torch.minimum(*by_pair(batch.lengths_B, batch))
-    shorter_B = batch.lengths_B.scatter(0, batch.pairs_P2.flatten(), shorter_P.repeat_interleave(2))
-    return torch.arange(batch.mask_BT.shape[1], device=shorter_B.device)[None, :] >= shorter_B[:, None]
-
-
 def logistic(z: Tensor, prob: Tensor | float) -> Tensor:
     """p f(z) + (1 - p) f(-z) per pair, f(z) = -log sigmoid(z); slope sigmoid(z) - p, so the optimum is z = logit(p).
 
@@ -62,21 +54,6 @@ def logistic(z: Tensor, prob: Tensor | float) -> Tensor:
 def smoothed(prob: Tensor, label_smoothing: float) -> Tensor:
     """(1 - ls) p + ls (1 - p): the probability that the label is right if it is flipped with probability ls."""
     return (1.0 - label_smoothing) * prob + label_smoothing * (1.0 - prob)
-
-
-def closeness(outputs: Outputs, batch: Batch) -> Tensor:
-    """w[P] = min(1, w(y_w) w(y_l)), w(y) = exp(mean over tokens of lp - log sum_v pi_v^2), of the policy of the moment, without gradient.
-
-    "WPO: Enhancing RLHF with Weighted Preference Optimization", whose weights make pairs of other policies count as if sampled from this
-    one. w(y) is 1 where tokens are about as probable as the policy's own samples are. As in the authors' code the product is cut off at 1, and
-    weights are not divided by their mean over the batch, so the loss gets smaller where pairs are far from the policy.
-
-    Raises:
-        ValueError: if the learner did not compute log sum_v pi_v^2.
-    """
-    excess_BT = masked(outputs.logprobs_BT - outputs.need("collision_BT"), batch.mask_BT).detach()
-    chosen, rejected = by_pair(excess_BT.sum(dim=1) / lengths(batch), batch)
-    return torch.exp(chosen + rejected).clamp(max=1.0)
 
 
 def online_kl(ratios_GK: Tensor, valid_GK: Tensor) -> Tensor:

@@ -153,6 +153,8 @@ class Algorithm(Component):
     """The reference schedule that its paper uses."""
     loss_at_reference: ClassVar[float | None] = None
     """The loss per unit when policy and reference are the same, if the formula fixes it; the step-0 self-test checks it."""
+    weighable: ClassVar[bool] = True
+    """Whether what an item counts may be multiplied (`training.sample_weights`)."""
 
     def objection(self, plan: Plan) -> Objection | None:
         """What makes it pointless to run this as planned; None if nothing does."""

@@ -28,6 +28,7 @@ from onlinerl.batch import LossOutput, Mean, Outputs
 from onlinerl.errors import LearnerError
 from onlinerl.metrics.catalogue import CATALOGUE, PAIRS, POLICY_GRADIENT
 from onlinerl.ops.batching import collate, plan_step
+from onlinerl.ops.pair_modifiers import weighed
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Pair, TrainItem, Verdict
 
@@ -123,6 +124,29 @@ def test_the_gradient_does_not_depend_on_micro_batches_ranks_order_or_padding(na
     for ranks, budget in ((2, 40), (3, 1), (len(items) + 2, 1000)):  # the last one leaves ranks with dummies only
         plan = plan_step(items, ranks, budget)
         assert_same(policy.gradient(algorithm, [micro for micros in plan for micro in micros]), whole)
+
+
+@pytest.mark.parametrize("kind", ["certainty", "score_gap", "per_prompt"])
+@pytest.mark.parametrize("name", [name for name in NAMES if build(name, {}).weighable])
+def test_weights_have_mean_1_whatever_micro_batches_and_ranks_they_are_cut_into(name, kind):
+    """`training.sample_weights`: of the whole iteration, so every item has its own before anything is cut."""
+    algorithm = build(name, {})
+    plain = training_items(algorithm)
+    if kind == "per_prompt":
+        plain = plain[1:]  # else all prompts are alike
+    items = list(weighed(plain, kind, None, algorithm.unit))
+    counts = [item.count(algorithm.unit) for item in items]
+    assert np.average([item.weight / before.weight for item, before in zip(items, plain, strict=True)], weights=counts) == (
+        pytest.approx(1.0)
+    )
+    policy = Policy(items)
+    whole = policy.gradient(algorithm, [items])
+    assert_same(policy.gradient(algorithm, [[item] for item in items]), whole)
+    for ranks, budget in ((2, 40), (3, 1), (len(items) + 2, 1000)):
+        plan = plan_step(items, ranks, budget)
+        assert_same(policy.gradient(algorithm, [micro for micros in plan for micro in micros]), whole)
+    doubled = [dataclasses.replace(item, weight=2 * item.weight) for item in items]
+    assert torch.allclose(policy.gradient(algorithm, [doubled])[1], 2 * whole[1], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("name", "knobs"), CASES)

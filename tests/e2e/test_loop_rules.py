@@ -22,12 +22,12 @@ from onlinerl.engines.toy import ToyEngine
 from onlinerl.errors import StoreError
 from onlinerl.learners.toy import ToyLearner
 from onlinerl.ops.batching import collate
-from onlinerl.ops.preference import closeness
+from onlinerl.ops.terms import closeness
 from onlinerl.stores import _files, _tables
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import summarise
 from onlinerl.trackers.jsonl import read_metrics
-from onlinerl.types import Prompt
+from onlinerl.types import Prompt, TrainItem
 
 FAILED, REFUSED = 1, 2
 
@@ -446,6 +446,32 @@ def test_pairs_are_weighed_by_the_policy_of_the_moment(toy_config, onlinerl, mon
     assert code == 0, message
     assert weights[0] == pytest.approx(1.0, abs=1e-6)
     assert 0 < min(weights[1:]) <= max(weights[1:]) < 1
+
+
+@pytest.mark.parametrize(("kind", "clip"), [("equal", None), ("certainty", None), ("certainty", [0.5, 1.5])])
+def test_responses_count_what_training_says(toy_config, onlinerl, monkeypatch, tmp_path, kind, clip):
+    """`training.sample_weights` and `sample_weight_clip`: mean 1 over each iteration, by how surely a response wins or loses."""
+    trained: list[list[TrainItem]] = []
+
+    def update(self, steps, rates, original=ToyLearner.update):
+        trained.append([item for items in steps for item in items])
+        return original(self, steps, rates)
+
+    monkeypatch.setattr(ToyLearner, "update", update)
+    keys = {"algorithm.name": "kto", "training.sample_weights": kind, "iterations": 2, "metrics.prometheus": False}
+    code, message = onlinerl(
+        "run", toy_config(tmp_path, keys | ({} if clip is None else {"training.sample_weight_clip": clip}))
+    )
+    assert code == 0, message
+    assert len(trained) == 2
+    for items in trained:
+        weights = np.array([item.weight for item in items])
+        gaps = np.array([abs(2 * item.sequences[0].win_rate - 1) for item in items])
+        expected = np.ones(len(items)) if kind == "equal" else gaps / gaps.mean()
+        if clip is not None:
+            expected = expected.clip(*clip) / expected.clip(*clip).mean()
+        assert weights == pytest.approx(expected)
+        assert np.ptp(gaps) > 0.01, "there is something to weigh by"
 
 
 def test_all_exports_are_kept_by_default(toy_config, onlinerl, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import rank_process
 import torch
-from rank_process import WEIGHTS, Ranks, array, innermost, scored, weights
+from rank_process import WEIGHTS, Ranks, array, innermost, moments, optimizer_tensors, scored, weights
 
 from onlinerl.learners._rank import Rank
 from onlinerl.types import TrainItem
@@ -39,6 +39,24 @@ def moved(ranks: Ranks, learner: Rank, items: list[TrainItem], budget: int = 60)
     for _ in range(2):
         ranks.step(learner, items, budget, lr=1e-2)
     return learner
+
+
+def given_away(learner: Rank, items: list[TrainItem], models: list[str]) -> dict[str, Any]:
+    """Memory that is given away and taken back."""
+
+    def scores() -> list[list[np.ndarray]]:
+        return [scored(learner, items, name, 1.0) for name in ("policy", *models)]
+
+    before, state = scores(), optimizer_tensors(learner)
+    found: dict[str, Any] = {"merged": weights(learner)}
+    learner.offload("optimizer")
+    found["merged without moments"] = weights(learner)
+    found["moments left"] = [tensor.untyped_storage().nbytes() for _, tensor in moments(learner)]
+    learner.offload("all")
+    found["kept"] = sum(tensor.numel() for tensor in learner._host_memory.contents())
+    learner.reload()
+    found["scores"] = dict(zip(("policy", *models), zip(before, scores(), strict=True), strict=True))
+    return found | {"state": [state, optimizer_tensors(learner)]}
 
 
 def lora(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
@@ -68,19 +86,30 @@ def lora(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, A
     learner.algorithm, learner.needs = job["algorithm"], job["algorithm"].needs
 
     here = Path(job["directory"]) / f"{ranks.world_size}-{case['stage']}-{case['dtype']}"
-    for folder in ("export", "checkpoint"):
-        (here / folder).mkdir(parents=True, exist_ok=True)
-    learner.export(str(here / "export"), model)
+    export, older, newer = (str(here / name) for name in ("export", "older", "newer"))
+    for folder in (export, older, newer, here / "checkpoint"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    learner.export(export, model)
+    learner.save(older)
     moved(ranks, learner, items)
     found["scores"]["later"] = scored(learner, items, "policy", 1.0)
-    found["scores"]["of the export"] = scored(learner, items, str(here / "export"), 1.0)
+    found["scores"]["of the export"] = scored(learner, items, export, 1.0)
     found["scores"]["still"] = scored(learner, items, "policy", 1.0)
     learner.algorithm = job["beside"]["algorithm"]
     learner.needs = learner.algorithm.needs
-    for name, where in (("base", model), ("export", str(here / "export"))):
+    for name, where in (("base", model), ("export", export)):
         learner.set_reference(where)
         found["beside", name] = learner.gradients(ranks.mine(job["beside"]["items"], 60), len(job["beside"]["items"]))
     found["later"] = adapters(learner)
+    draws, sampling, weight = job["mixture"]
+    for name, where in (("base", model), ("export", export)):
+        (found["mixed", name],) = learner.sample_mixture([draws], sampling, where, weight, [2])
+    learner.save(newer)
+    for name in (older, newer):
+        learner.load(name)
+        found[Path(name).name] = scored(learner, items, "policy", 1.0)
+    found["export beside the newer"] = scored(learner, items, export, 1.0)
+    found["away"] = given_away(learner, items, [model, export])
     found["second model"] = learner._reader.kept is not None
 
     # With dropout, which a resume repeats.

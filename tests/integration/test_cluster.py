@@ -308,7 +308,14 @@ def test_the_torch_learner_in_place_of_deepspeed(start: Callable[..., Controller
 
 
 @pytest.mark.long
-def test_adapters_killed_in_training_and_resumed(start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [[], ["schedule.max_lag=1"], ["algorithm.name=onpo", "algorithm.eta=1.0"]],
+    ids=["alone", "with lag", "with auxiliary weights"],
+)
+def test_adapters_killed_in_training_and_resumed(
+    start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path, more: list[str]
+) -> None:
     """Of two ranks that divide everything: pushed with proof, killed in the second iteration, and resumed to the same weights, dropout
     included. The base model is the policy without them, and no export is read as a second model."""
     import torch
@@ -322,6 +329,7 @@ def test_adapters_killed_in_training_and_resumed(start: Callable[..., Controller
         "learner.lora.rank=4",
         "learner.lora.dropout=0.1",
         "training.learning_rate=0.01",
+        *more,
     ]
     straight = start("run", config, *keys, "name=straight")
     assert straight.wait() == 0, straight.text

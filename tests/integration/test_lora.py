@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -15,7 +16,10 @@ from rank_processes import run_ranks
 from transformers import AutoModelForCausalLM
 
 from onlinerl.algorithms.dpo import Dpo
+from onlinerl.algorithms.grpo import Grpo
+from onlinerl.algorithms.inpo import Inpo
 from onlinerl.algorithms.kto import Kto
+from onlinerl.algorithms.lipo_lambda import LipoLambda
 from onlinerl.algorithms.ppo import Ppo
 from onlinerl.algorithms.tdpo2 import Tdpo2
 from onlinerl.batch import Outputs
@@ -23,7 +27,7 @@ from onlinerl.learners._policy import Policy
 from onlinerl.learners._vocabulary import FrozenStates
 from onlinerl.ops.batching import collate
 from onlinerl.protocols.algorithm import Algorithm
-from onlinerl.types import TrainItem, TrainSequence
+from onlinerl.types import Draw, Sampling, TrainItem, TrainSequence
 
 pytestmark = pytest.mark.engine
 
@@ -32,6 +36,8 @@ SCALING = 1.5
 TARGETS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 LAYERS = [f"layers.{i}.{name}" for i in range(2) for name in TARGETS]
 BOUND = {"float32": 1e-5, "bfloat16": 2e-2}
+MIXED, MIXTURE_WEIGHT = Sampling(temperature=0.7, max_new_tokens=6), 0.375
+DRAWS = [Draw(tuple(range(5, 6 + i % 4)), seed=i) for i in range(3)]
 WEIGHTS = dict[str, np.ndarray]
 
 
@@ -55,10 +61,25 @@ def samples(count: int, seed: int) -> list[TrainItem]:
     return [TrainItem(prompt_id=str(i), sequences=(one,)) for i, one in enumerate(made)]
 
 
+def lists(count: int, seed: int) -> list[TrainItem]:
+    rng = np.random.default_rng(seed)
+    made = lambda: (sequence(rng, reference_logprobs=-5.5).with_(win_rate=rate) for rate in (0.9, 0.5, 0.1))  # noqa: E731
+    return [TrainItem(prompt_id=str(i), sequences=tuple(made())) for i in range(count)]
+
+
+def anchored(items: list[TrainItem]) -> list[TrainItem]:
+    """With what a base model says that is not the reference."""
+    base = lambda s: s.with_(anchor_logprobs=s.reference_logprobs[::-1] - np.float32(0.5))  # noqa: E731
+    return [replace(item, sequences=tuple(map(base, item.sequences))) for item in items]
+
+
 ITEMS = pairs(7, seed=1)
 LOSSES: dict[str, tuple[Algorithm, list[TrainItem]]] = {
     "pairs": (Dpo(), ITEMS),
     "fewer items than ranks": (Dpo(), pairs(1, seed=2)),
+    "policy gradients": (Grpo(kl_coef=0.05), samples(8, seed=5)),
+    "lists": (LipoLambda(beta=0.5), lists(6, seed=6)),
+    "two references": (Inpo(eta=0.5), anchored(pairs(7, seed=7))),
     "the whole step at once": (Kto(threshold=0.0), samples(8, seed=3)),
 }
 BESIDE = Tdpo2(alpha=2.0)
@@ -104,6 +125,7 @@ def asked(ranks: int, cases: Sequence[tuple[Any, ...]], model: Path, directory: 
         "algorithm": Dpo(),
         "losses": {name: told(*what) for name, what in LOSSES.items()},
         "beside": told(BESIDE, ITEMS),
+        "mixture": (DRAWS, MIXED, MIXTURE_WEIGHT),
         "critic": told(*CRITIC),
         "cases": [CASES[case] for case in cases],
     }
@@ -238,6 +260,60 @@ def test_gradients_beside_a_reference(answers: Answers, tiny_llama: Path, ranks:
         expected = gradients(policy, written_out(policy, trained, OURS), trained, (BESIDE, ITEMS), reference=frozen)
         assert relative_error(answer["beside", name], expected) < BOUND[case[2]], name
     assert not answer["second model"]
+
+
+@lora
+def test_what_is_drawn_from_a_mixture_is_of_the_policy_and_its_base_or_an_older_iterate(
+    answers: Answers, tiny_llama: Path, ranks: int, case: tuple[Any, ...]
+) -> None:
+    """One network says the logits of both, in turns."""
+    answer, model = answers(ranks, case), plain(tiny_llama, case[2]).model
+    now, then = (
+        {
+            name.removeprefix("model."): weight
+            for name, weight in written_out(plain(tiny_llama, case[2]), leaves(as_ours(a)), OURS).items()
+        }
+        for a in (answer["later"], answer["adapters"])
+    )
+    for name, reference in (("base", {}), ("export", then)):
+        assert len(answer["mixed", name]) == len(DRAWS)
+        for draw, drawn in zip(DRAWS, answer["mixed", name], strict=True):
+            tokens = torch.tensor([[*draw.prompt_ids, *drawn.token_ids]])
+            with torch.no_grad():
+                ours, theirs = (
+                    torch.func.functional_call(model, weights, (tokens,)).logits[0, len(draw.prompt_ids) - 1 : -1]
+                    for weights in (now, reference)
+                )
+            mixed = (1 - MIXTURE_WEIGHT) * ours + MIXTURE_WEIGHT * theirs
+            expected, alone = (
+                torch.log_softmax(logits / MIXED.temperature, dim=-1)[torch.arange(len(tokens_T)), tokens_T].numpy()
+                for tokens_T, logits in ((torch.tensor(drawn.token_ids), each) for each in (mixed, ours))
+            )
+            assert np.abs(drawn.logprobs - expected).max() < (1e-4 if case[2] == "float32" else 0.3)
+            assert np.abs(alone - expected).max() > 1e-3
+    assert not answer["second model"]
+
+
+@lora
+def test_an_older_checkpoint_and_then_the_newer_one(answers: Answers, ranks: int, case: tuple[Any, ...]) -> None:
+    """As a resume with `schedule.max_lag: 1` takes them on: what the engine has sampled from, and then what is trained further."""
+    answer = answers(ranks, case)
+    assert same_scores(answer["older"], answer["scores"]["policy"])
+    assert same_scores(answer["newer"], answer["scores"]["later"])
+    assert same_scores(answer["export beside the newer"], answer["scores"]["policy"])
+
+
+@lora
+def test_what_is_given_away_comes_back_bit_for_bit(answers: Answers, ranks: int, case: tuple[Any, ...]) -> None:
+    """Memory that is shared with an engine: moments first, while weights can still be pushed, then all, an older iterate's adapter too."""
+    answer = answers(ranks, case)["away"]
+    assert answer["moments left"]
+    assert not any(answer["moments left"])
+    assert_equal(answer["merged without moments"], answer["merged"])
+    assert answer["kept"] > 10_000
+    for before, after in answer["scores"].values():
+        assert same_scores(before, after)
+    assert_equal(*answer["state"])
 
 
 @lora

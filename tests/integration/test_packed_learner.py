@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,22 @@ import torch
 from rank_processes import run_ranks
 from transformers import AutoModelForCausalLM
 
+from onlinerl.algorithms.aot import Aot
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.grpo import Grpo
 from onlinerl.algorithms.inpo import Inpo
 from onlinerl.algorithms.kto import Kto
 from onlinerl.algorithms.lipo_lambda import LipoLambda
 from onlinerl.algorithms.ppo import Ppo
+from onlinerl.algorithms.selm import Selm
+from onlinerl.algorithms.sppo import Sppo
 from onlinerl.algorithms.tdpo2 import Tdpo2
 from onlinerl.controller import self_test
 from onlinerl.learners._loading import ModelReader
 from onlinerl.learners._policy import Policy
 from onlinerl.learners._whole_step import first_pass
 from onlinerl.ops.batching import collate, packed_tokens
+from onlinerl.ops.pair_modifiers import weighed
 from onlinerl.ops.whole_step import WholeStep
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import TrainItem, TrainSequence
@@ -71,6 +76,16 @@ def items(seed: int, count: int, size: int) -> list[TrainItem]:
     return [TrainItem(prompt_id=str(i), sequences=tuple(map(sequence, row.tolist()))) for i, row in enumerate(scores)]
 
 
+def beside(algorithm: Algorithm, pairs: list[TrainItem]) -> list[TrainItem]:
+    """Pairs of four sequences: the third is explored, the fourth imitated, and two measure a KL; with weights of tokens."""
+    more = (replace(item, exploration=2, online=(0, 3), nll=3, prob=0.8) for item in pairs)
+    return list(algorithm.prepare(list(more)))
+
+
+MODIFIED = Selm(
+    optimism=0.3, online_kl=0.1, nll_coef=0.5, nll_target="reference_answer", token_weights="differing", common_token_weight=0.5
+)
+WEIGHED = Grpo(agg="token_mean", kl_coef=0.05, online_kl=0.05, nll_coef=0.1, token_weight_alpha=0.3)
 LOSSES: dict[str, tuple[Algorithm, list[TrainItem]]] = {
     "dpo": (Dpo(), items(1, 8, 2)),
     "grpo": (Grpo(agg="token_mean", kl_coef=0.05), items(2, 12, 1)),
@@ -78,6 +93,10 @@ LOSSES: dict[str, tuple[Algorithm, list[TrainItem]]] = {
     "the whole step at once": (Kto(threshold=0.0, undesirable_weight=2.0), items(4, 12, 1)),
     "two references": (Inpo(eta=0.5), items(5, 8, 2)),
     "beside a reference": (Tdpo2(alpha=2.0, pair_weights="wpo"), items(6, 8, 2)),
+    "two responses as one": (Sppo(), items(9, 8, 2)),
+    "pairs, the whole step at once": (Aot(beta=0.5, nll_coef=0.2), items(10, 8, 2)),
+    "pairs with what may be beside them": (MODIFIED, beside(MODIFIED, items(11, 6, 4))),
+    "weighed": (WEIGHED, list(weighed(items(12, 12, 1), "certainty", None, WEIGHED.unit))),
     "fewer items than ranks": (Dpo(), items(7, 1, 2)),
 }
 CRITIC: tuple[Algorithm, list[TrainItem]] = (

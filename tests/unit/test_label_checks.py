@@ -86,6 +86,11 @@ def test_weights_for_other_reasons_go_with_any(weights, policy):
         (["common_token_weight=0.5"], "common_token_weight", "token_weights is not differing"),
         (["token_weights=differing", "common_token_weight=1.0"], "common_token_weight", "count like all others"),
         (["score_margin_max=3.0"], "score_margin_max", "score_margin is 0"),
+        (
+            ["name=grpo", "importance_sampling_cap=null", "importance_sampling_mode=token_mask"],
+            "importance_sampling_mode",
+            "importance_sampling_cap is null",
+        ),
     ],
 )
 def test_what_nothing_would_read_or_means_nothing_is_refused(knobs, field, said):
@@ -126,3 +131,50 @@ def test_losses_of_another_kind_refuse_them_with_the_reason(name, key):
     with pytest.raises(ConfigError, match=r"losses on pairs|losses that are a function of the margin") as refused:
         check(f"name={name}", key)
     assert refused.value.field == f"algorithm.{key.split('=')[0]}"
+
+
+# --- what items count that are no pairs ---
+
+
+@pytest.mark.parametrize(
+    ("keys", "field", "said"),
+    [
+        (["name=dpo", "certainty"], "sample_weights", "has weights of its pairs"),
+        (["name=re_po", "certainty"], "sample_weights", "has weights of its pairs"),
+        (["name=aot", "certainty"], "sample_weights", "has no use for weights"),
+        (["name=aot_unpaired", "certainty"], "sample_weights", "has no use for weights"),
+        (["name=weighted_sft", "certainty"], "sample_weights", "has no use for weights, or has its own"),
+        (["name=kto", "score_gap"], "sample_weights", "single responses, which have no gap"),
+        (["name=grpo", "score_gap"], "sample_weights", "single responses, which have no gap"),
+        (["name=lipo_lambda", "per_prompt"], "sample_weights", "at most one item of each prompt"),
+        (["name=raft", "per_prompt"], "sample_weights", "at most one item of each prompt"),
+        (
+            ["name=reinforce_pp", "certainty", "sampling.samples_per_prompt=1"],
+            "sample_weights",
+            "nothing that it could win against",
+        ),
+        (["name=kto", "equal", "training.sample_weight_clip=[0.1, 5.0]"], "sample_weight_clip", "sample_weights is equal"),
+        (["name=kto", "certainty", "training.sample_weight_clip=[2.0, 5.0]"], "sample_weight_clip", "is between the two"),
+    ],
+)
+def test_weights_that_nothing_would_read_are_refused(keys, field, said):
+    name, kind, *more = keys
+    with pytest.raises(ConfigError) as refused:
+        check(name, f"training.sample_weights={kind}", *more)
+    assert refused.value.field == f"training.{field}"
+    assert said in refused.value.cause
+    assert refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, "certainty") for name in ("kto", "bco", "lipo_lambda", "list_mle", "pro", "hypo_online_kl", "triple_po")),
+        *((name, "certainty") for name in ("ppo", "grpo", "dapo", "p3o", "nash_md", "constrained", "sppo", "raft")),
+        *((name, "score_gap") for name in ("lipo_lambda", "list_mle", "pro", "p3o")),
+        *((name, "per_prompt") for name in ("kto", "bco", "grpo", "sppo")),
+    ],
+)
+def test_weights_that_are_read_are_accepted(name, kind):
+    more = {"constrained": ["form=linear"], "sppo": ["pairs=all"]}.get(name, [])
+    check(f"name={name}", f"training.sample_weights={kind}", "training.sample_weight_clip=[0.1, 5.0]", *more)

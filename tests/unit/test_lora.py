@@ -270,7 +270,7 @@ def test_what_is_computed_again_drops_the_same(tiny_model):
 # --- what is refused ---
 
 
-REAL = {"engine.name": "vllm", "learner.name": "torch", "learner.lora.rank": 4}
+REAL = {"engine.name": "vllm", "learner.name": "torch", "learner.dtype": "float32", "learner.lora.rank": 4}
 
 
 def checked(toy_config, folder: Path, **keys: object) -> preflight.Checked:

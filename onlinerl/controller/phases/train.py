@@ -12,6 +12,7 @@ from onlinerl.controller import health, items, replay, self_test
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.parts import batched, learning_rates
 from onlinerl.errors import LearnerError
+from onlinerl.ops import pair_modifiers
 from onlinerl.ops.schedule import staged
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.store import Scratch
@@ -118,7 +119,7 @@ def _against_itself(it: Iteration, annotated: Sequence[TrainItem]) -> Sequence[T
 def _pass(it: Iteration, annotated: Sequence[TrainItem], *, begun: bool) -> tuple[UpdateReport, Mapping[str, float]]:
     """The steps of one pass over the items, and what the algorithm says about them. `begun`: whether the run has taken a step before."""
     past = _past_figures(it)
-    prepared = _prepared(it.parts.algorithm, annotated, past, it.scratch)
+    prepared = _weighed(it, _prepared(it.parts.algorithm, annotated, past, it.scratch))
     figures = _figures(it.parts.algorithm, annotated, past)
     if not begun:
         _self_test(it, prepared)
@@ -156,6 +157,15 @@ def _prepared(
             algorithm, "prepare", "no item", f"what becomes of the {len(annotated)} that it was given"
         )
     return prepared
+
+
+def _weighed(it: Iteration, prepared: Sequence[TrainItem]) -> Sequence[TrainItem]:
+    """With what each item counts."""
+    training = it.parts.config.training
+    if training.sample_weights == "equal":
+        return prepared
+    made = pair_modifiers.weighed(prepared, training.sample_weights, training.sample_weight_clip, it.parts.algorithm.unit)
+    return it.scratch.keep(made)
 
 
 def _figures(algorithm: Algorithm, annotated: Sequence[TrainItem], past: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
@@ -256,6 +266,7 @@ def _self_test(it: Iteration, prepared: Sequence[TrainItem]) -> None:
     result = it.parts.learner.self_test(chosen, it.parts.base_model)
     largest = max(abs(s.score) for item in chosen for s in item.sequences)
     learner = it.parts.config.learner
-    expected = it.parts.algorithm.loss_at_reference
+    weighed = it.parts.config.training.sample_weights != "equal"  # those of the chosen items have another mean than 1
+    expected = None if weighed else it.parts.algorithm.loss_at_reference
     self_test.check(result, expected, learner.dtype, largest, padding_free=learner.padding_free)
     it.report.self_test(result)

@@ -16,8 +16,13 @@ from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Group, Judged, Pair, Prompt, Rollout, Sampling, TrainItem, TrainSequence, Verdict
 
 CAPPED = {"importance_sampling_cap": 0.9}
-IMPORTANCE_KNOBS = {
+RESPONSE_KNOBS = {
     "online_kl": [({}, 0.5)],
+    "nll_coef": [({}, 0.5)],
+    "token_weight_alpha": [({}, 0.3), ({"token_weight_alpha": 0.3}, 1.0)],
+}
+"""Of the terms that all policy gradients may have."""
+IMPORTANCE_KNOBS = RESPONSE_KNOBS | {
     "importance_sampling_cap": [({}, 0.9), ({}, None), (CAPPED, None)],
     "p_reset": [({}, 0.5)],
     "importance_sampling_mode": [(CAPPED, mode) for mode in ("token_mask", "sequence_truncate", "sequence_mask")],

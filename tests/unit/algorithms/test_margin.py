@@ -15,7 +15,7 @@ from onlinerl.algorithms._margin import Margin
 from onlinerl.algorithms._pairwise import Pairwise
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.ops.batching import collate
-from onlinerl.ops.preference import beyond_the_shorter
+from onlinerl.ops.terms import beyond_the_shorter
 from onlinerl.protocols.algorithm import Algorithm
 
 

@@ -11,8 +11,8 @@ from onlinerl.algorithms.nash_md import NashMd
 from onlinerl.batch import Outputs
 from onlinerl.ops.batching import collate
 
-VARIANTS = [{}, {"tau": 0.5, "mixture_coef": 0.4}]
-KNOBS = {"mixture_coef": [({}, 0.5)], "tau": [({}, 0.5)], "mixture_samples": [({}, 2)]}
+VARIANTS = [{}, {"tau": 0.5, "mixture_coef": 0.4, "nll_coef": 0.2}]
+KNOBS = {"mixture_coef": [({}, 0.5)], "tau": [({}, 0.5)], "nll_coef": [({}, 0.5)], "mixture_samples": [({}, 2)]}
 NAN = float("nan")
 
 
@@ -39,6 +39,14 @@ def test_value_by_hand():
     assert loss == pytest.approx(0.25, abs=1e-6)
     assert gradient[0].tolist() == pytest.approx([-0.15, -0.15], abs=1e-6)
     assert gradient[1, 0].item() == pytest.approx(0.05, abs=1e-6)
+
+
+def test_the_likelihood_of_responses_that_win_is_a_term():
+    """Of the first one, 2 nats over two tokens, over two responses."""
+    plain, priced = (evaluate(NashMd(nll_coef=c), ITEMS, ROWS) for c in (0.0, 3.0))
+    assert priced[0] - plain[0] == pytest.approx(3.0 * 1.0 / 2, abs=1e-6)
+    assert (priced[1] - plain[1]).tolist() == [pytest.approx([-0.75, -0.75], abs=1e-6), [0.0, 0.0]]
+    assert float(priced[2].metrics["chosen_nll"].total / priced[2].metrics["chosen_nll"].count) == pytest.approx(1.0)
 
 
 def test_its_gradient_is_that_of_win_rates_and_of_half_a_square_by_finite_differences():

@@ -5,7 +5,18 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from algorithm_batches import evaluate, finite_differences, judged, pair, place, response_gradients, sequence, trained, values
+from algorithm_batches import (
+    RESPONSE_KNOBS,
+    evaluate,
+    finite_differences,
+    judged,
+    pair,
+    place,
+    response_gradients,
+    sequence,
+    trained,
+    values,
+)
 from pydantic import ValidationError
 
 from onlinerl.algorithms.p3o import P3o
@@ -13,8 +24,7 @@ from onlinerl.algorithms.rloo import Rloo
 
 VARIANTS = [{}, {"pairs": "all", "clip_mode": "joint"}, {"kl_coef": 0.0, "importance_sampling_cap": None}]
 CAPPED = {"importance_sampling_cap": 0.9}
-KNOBS = {
-    "online_kl": [({}, 0.5)],
+KNOBS = RESPONSE_KNOBS | {
     "kl_coef": [({}, 0.5), ({}, 0.0)],
     "pairs": [({}, "all")],
     "clip_mode": [({}, "joint")],

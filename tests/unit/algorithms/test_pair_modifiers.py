@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from algorithm_batches import F_PLUS, ITEM, ROWS, evaluate, judged, pair, sequence, values
+from algorithm_batches import F_PLUS, ITEM, ROWS, evaluate, judged, pair, sequence, single, values
 
 from onlinerl import registry
 from onlinerl.algorithms._margin import Margin
@@ -16,7 +16,7 @@ from onlinerl.algorithms._pairwise import Pairwise
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.selm import Selm
 from onlinerl.ops.batching import collate
-from onlinerl.ops.pair_modifiers import apart, normalized
+from onlinerl.ops.pair_modifiers import apart, normalized, weighed
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Pair
 
@@ -117,6 +117,42 @@ def test_weights_are_cut_off_and_have_mean_1_again():
     assert normalized([0.0, 0.0]) == [0.0, 0.0]
     assert normalized([0.0, 0.0], [0.1, 5.0]) == [1.0, 1.0], "pairs that all count nothing are alike"
     assert normalized([]) == []
+
+
+def counted(items, kind, unit, clip=None) -> list[float]:
+    return [item.weight for item in weighed(items, kind, clip, unit)]
+
+
+def won(rate: float, length: int = 2, **changes):
+    return replace(single(sequence(length, win_rate=rate)), **changes)
+
+
+def test_single_responses_count_by_how_far_they_are_from_winning_half():
+    """abs(2 w - 1) = 0.8, 0.4 and 0, whose mean is 0.4; over tokens, of which there are 1, 2 and 5, it is 0.2."""
+    items = [won(0.9, 1), won(0.3, 2), won(0.5, 5)]
+    assert counted(items, "certainty", "sequence") == pytest.approx([2.0, 1.0, 0.0])
+    assert counted(items, "certainty", "token") == pytest.approx([4.0, 2.0, 0.0])
+    assert counted(items, "certainty", "sequence", [0.5, 1.5]) == pytest.approx([1.5, 1.0, 0.5])
+
+
+def test_lists_count_by_the_gap_between_best_and_worst():
+    lists = [
+        replace(with_gap(0), sequences=tuple(sequence(2, score=s, win_rate=w) for s, w in zip(scores, rates, strict=True)))
+        for scores, rates in (((3.0, 1.0, 0.0), (0.8, 0.5, 0.2)), ((0.0, 1.0), (0.4, 0.6)))
+    ]
+    assert counted(lists, "score_gap", "list") == pytest.approx([1.5, 0.5])
+    assert counted(lists, "certainty", "list") == pytest.approx([1.5, 0.5])
+
+
+def test_responses_to_one_prompt_count_as_much_as_those_to_another():
+    items = [won(0.9, prompt_id=prompt) for prompt in "ppq"]
+    assert counted(items, "per_prompt", "sequence") == pytest.approx([0.75, 0.75, 1.5])
+
+
+def test_equal_weights_change_nothing_and_others_multiply_what_an_item_counts():
+    items = [won(0.9, prompt_id=prompt, weight=weight) for prompt, weight in (("p", 1.0), ("q", 0.25))]
+    assert list(weighed(items, "per_prompt", None, "sequence")) == items
+    assert counted([won(0.5), won(0.5)], "certainty", "sequence") == [0.0, 0.0]
 
 
 # Beside the pair an answer of three tokens, 0.7 nats each.

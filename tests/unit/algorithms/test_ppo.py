@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from algorithm_batches import evaluate, items_of, judged, sequence, single, spread, values
+from algorithm_batches import RESPONSE_KNOBS, evaluate, items_of, judged, sequence, single, spread, values
+from pydantic import ValidationError
 from trl_losses import grpo_loss
 
 from onlinerl.algorithms.ppo import Ppo
@@ -20,8 +21,7 @@ VARIANTS = [
     {"kl_coef": 0.0},
 ]
 CAPPED = {"importance_sampling_cap": 0.9}
-KNOBS = {
-    "online_kl": [({}, 0.5)],
+KNOBS = RESPONSE_KNOBS | {
     "kl_coef": [({}, 0.5), (REWARD, 0.5), ({}, 0.0)],
     "kl_in": [({}, "reward")],
     "target_kl": [(REWARD, 1.0)],
@@ -31,6 +31,8 @@ KNOBS = {
     "clip_range": [({}, 0.05)],
     "dual_clip": [({}, 1.01)],
     "normalize_scores": [({}, False)],
+    "score_clip": [({}, 0.5)],
+    "kl_clip": [(REWARD, 0.05)],
     "whiten_rewards": [({}, True)],
     "missing_eos_score": [({}, -1.0)],
     "whiten_advantages": [({}, False)],
@@ -194,6 +196,25 @@ def test_the_price_in_the_reward_is_adapted_by_what_earlier_iterations_measured(
     assert algorithm.figures([single(s)], past)["kl_coef"] == pytest.approx(price)
     slower = raw(kl_coef=0.1, lam=1.0, target_kl=6.0, kl_horizon=2000)
     assert slower.figures([single(s)], past)["kl_coef"] == pytest.approx(0.1 * 1.025 * 1.1)
+
+
+def test_scores_and_what_a_token_pays_are_cut_off():
+    s = sequence(2, old_logprobs=-1.0, reference_logprobs=[-3.0, -0.5], score=7.0)
+    assert prepared(raw(kl_coef=0.1, lam=1.0), s)[0].returns.tolist() == pytest.approx([7 - 0.2 + 0.05, 7.05])
+    assert prepared(raw(kl_coef=0.1, lam=1.0, score_clip=4.0), s)[0].returns.tolist() == pytest.approx([4 - 0.2 + 0.05, 4.05])
+    paid = raw(kl_coef=0.1, lam=1.0, kl_clip=0.25)
+    assert prepared(paid, s)[0].returns.tolist() == pytest.approx([7.0, 7.025])
+    assert paid.figures([single(s)])["kl_rollouts"] == pytest.approx(1.5), "what is measured is not cut off"
+    # Of normalized scores: 7 and -7 are 1 and -1
+    two = [sequence(1, score=score) for score in (7.0, -7.0)]
+    cut = Ppo(kl_coef=0.0, lam=1.0, whiten_advantages=False, score_clip=0.5)
+    assert [p.returns[0] for p in prepared(cut, *two)] == pytest.approx([0.5, -0.5])
+
+
+@pytest.mark.parametrize("knobs", [{}, {"kl_in": "reward", "kl_coef": 0.0}])
+def test_a_limit_of_what_nobody_pays_is_refused(knobs):
+    with pytest.raises(ValidationError, match="no token pays"):
+        Ppo(kl_clip=10.0, **knobs)
 
 
 # --- the critic ---

@@ -7,6 +7,7 @@ import pytest
 import torch
 from algorithm_batches import (
     CLIP_KNOBS,
+    RESPONSE_KNOBS,
     evaluate,
     finite_differences,
     judged,
@@ -26,7 +27,7 @@ from onlinerl.algorithms.rloo import Rloo
 VARIANTS = [{}, {"kl_coef": 0.0, "importance_sampling_cap": None, "dual_clip": 3.0}]
 CAPPED = {"importance_sampling_cap": 0.9}
 KNOBS = CLIP_KNOBS | {
-    "online_kl": [({}, 0.5)],
+    **RESPONSE_KNOBS,
     "kl_coef": [({}, 0.5), ({}, 0.0)],
     "importance_sampling_cap": [({}, 0.9), ({}, None), (CAPPED, None)],
     "p_reset": [({}, 0.5)],

@@ -1,0 +1,86 @@
+"""What losses have only where a knob says so, and import only then. Axes: B rows, T response positions, P pairs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from onlinerl.batch import Batch, LossOutput, Mean, Outputs
+from onlinerl.ops.logprobs import lengths, masked, token_log_ratios
+from onlinerl.ops.preference import by_pair
+from onlinerl.ops.ratios import bounded_exp
+
+
+def closeness(outputs: Outputs, batch: Batch) -> Tensor:
+    """w[P] = min(1, w(y_w) w(y_l)), w(y) = exp(mean over tokens of lp - log sum_v pi_v^2), of the policy of the moment, without gradient.
+
+    "WPO: Enhancing RLHF with Weighted Preference Optimization", whose weights make pairs of other policies count as if sampled from this
+    one. w(y) is 1 where tokens are about as probable as the policy's own samples are. As in the authors' code the product is cut off at 1, and
+    weights are not divided by their mean over the batch, so the loss gets smaller where pairs are far from the policy.
+
+    Raises:
+        ValueError: if the learner did not compute log sum_v pi_v^2.
+    """
+    excess_BT = masked(outputs.logprobs_BT - outputs.need("collision_BT"), batch.mask_BT).detach()
+    chosen, rejected = by_pair(excess_BT.sum(dim=1) / lengths(batch), batch)
+    return torch.exp(chosen + rejected).clamp(max=1.0)
+
+
+def beyond_the_shorter(batch: Batch) -> Tensor:
+    """bool[B, T]: tokens of the longer response of a pair at positions that the shorter one does not have."""
+    shorter_P = torch.minimum(*by_pair(batch.lengths_B, batch))
+    shorter_B = batch.lengths_B.scatter(0, batch.pairs_P2.flatten(), shorter_P.repeat_interleave(2))
+    return torch.arange(batch.mask_BT.shape[1], device=shorter_B.device)[None, :] >= shorter_B[:, None]
+
+
+def reweighed(logprobs_BT: Tensor, old_BT: Tensor, alpha: float) -> Tensor:
+    """The log-probs with the same values, and gradients times 1 - alpha + alpha p, p the probability of the token before training.
+
+    "Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs" (arXiv 2505.12929), advantage reweighting. There the advantage of a token is
+    multiplied, which is the same gradient; here a ratio, of a token or of a whole response, is clipped as it would be without.
+    """
+    now_BT = logprobs_BT.detach()
+    return now_BT + (1.0 - alpha + alpha * old_BT.exp()) * (logprobs_BT - now_BT)
+
+
+def online_kl(loss: LossOutput, outputs: Outputs, batch: Batch, coef: float, cap: float | None, share: float) -> LossOutput:
+    """The loss plus coef times sg[min(rho, cap) D] D of each response, which counts `share`; D is its log-ratio to the reference, rho its ratio
+    to the weights that training starts from.
+
+    That is the gradient of KL(policy || reference): "The Importance of Online Data: Understanding Preference Fine-tuning via Coverage" (arXiv
+    2406.01462), equation 5, without its baseline.
+
+    Raises:
+        ValueError: if reference or old log-probs are missing.
+    """
+    ratios_B, mask_BT = token_log_ratios(outputs, batch).sum(dim=1), batch.mask_BT
+    moved_BT = masked(outputs.logprobs_BT, mask_BT) - masked(batch.need("old_logprobs_BT"), mask_BT)
+    counts_B = bounded_exp(moved_BT.sum(dim=1)).detach()
+    if cap is not None:
+        counts_B = counts_B.clamp(max=cap)
+    kl_B = share * coef * counts_B * ratios_B.detach() * ratios_B
+    total = loss.total + (kl_B * batch.weight_B * batch.policy_weight_B).sum()
+    return LossOutput(total=total, metrics=loss.metrics | {"online_kl": Mean.of(ratios_B, mask_BT.any(dim=1))})
+
+
+def positive_nll(
+    loss: LossOutput, outputs: Outputs, batch: Batch, coef: float, better_BT: Tensor, *, per_token: bool
+) -> LossOutput:
+    """The loss plus coef times the negative log-probs of the tokens that were better than expected.
+
+    "VAPO: Efficient and Reliable Reinforcement Learning for Advanced Reasoning Tasks" (arXiv 2504.05118), whose mean is over the tokens of right
+    responses only; here the learner divides by the count of all units.
+
+    Args:
+        loss: of the micro-batch, a sum.
+        outputs: of the policy.
+        batch: the micro-batch.
+        coef: price of a nat.
+        better_BT: bool, where they are; broadcast to all tokens from [B, 1].
+        per_token: whether the unit is a token; else it is a response, whose tokens are averaged.
+    """
+    mask_BT = batch.sampled_BT & better_BT
+    nll_BT = -masked(outputs.logprobs_BT, mask_BT)
+    nll_B = nll_BT.sum(dim=1) / (1.0 if per_token else lengths(batch))
+    total = loss.total + coef * (nll_B * batch.weight_B * batch.policy_weight_B).sum()
+    return LossOutput(total=total, metrics=loss.metrics | {"chosen_nll": Mean.of(nll_BT, mask_BT)})
