@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-dev fetch-model demo test test-long test-families test-algorithms realdata train-rm-hh bench-memory bench-vocabulary bench-packing gpu-check check clean
+.PHONY: help install install-dev fetch-model demo test test-long test-families test-algorithms realdata train-rm-hh rm-loop-hh bench-memory bench-vocabulary bench-packing gpu-check check clean
 
 BIN := .venv/bin
 CONFIG ?= configs/quickstart.yaml
@@ -41,7 +41,10 @@ realdata: install fetch-model  ## GSM8K and HH dialogues, tensor parallel 2, ZeR
 	$(BIN)/python benchmarks/realdata.py --data $(DATA)
 
 train-rm-hh: install fetch-model  ## reward models of HH dialogues, Bradley-Terry and general preference, held-out figures (needs the data, DATA=...)
-	$(BIN)/python benchmarks/reward_models.py --data $(DATA)
+	$(BIN)/python benchmarks/reward_models.py models --data $(DATA)
+
+rm-loop-hh: install fetch-model  ## online DPO against the first of them, while a reward model of other pairs watches (needs the data, DATA=...)
+	$(BIN)/python benchmarks/reward_models.py loop --data $(DATA)
 
 bench-memory: install  ## peak memory of learner ranks with half a billion parameters, beside what `check` says (16 GiB, 10 minutes)
 	$(BIN)/python benchmarks/zero3_memory.py --out runs/learner-memory.json

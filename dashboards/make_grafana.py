@@ -110,6 +110,7 @@ ROWS: list[tuple[str, list[Panel]]] = [
                 title="KL to the initial and the previous policy",
             ),
             figure("win_rate", "vs {{opponent}}", title="Win rate against base and previous"),
+            figure("component_win_rate", "{{component}}"),
             figure("length", "{{stat}}"),
             figure("truncated", matchers=('reason="length"',)),
             Panel(

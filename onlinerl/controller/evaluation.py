@@ -85,6 +85,44 @@ def _orders(verdict: Verdict) -> list[float]:
     return [verdict.preferences[0][1], 1.0 - verdict.preferences[1][0]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """What one of the scores says that an oracle keeps by name: of a member of `composite`, also of one that only watches."""
+
+    score: Estimate
+    """Mean over prompts."""
+    win_rate: Estimate | None
+    """Against the base model, by this score alone; None for the base model itself."""
+
+
+def components(now: Evaluated, base: Evaluated | None) -> dict[str, Component]:
+    """Of each score that the oracle gave the answers by name.
+
+    Args:
+        now: of an iterate.
+        base: of the base model; None if that is the iterate.
+    """
+    known = (verdict for verdict in now.verdicts.values() if isinstance(verdict, Verdict))
+    found = {}
+    for name in sorted({name for verdict in known for name in verdict.components or ()}):
+        own, then = _by(now, name), None if base is None else _by(base, name)
+        gaps = [] if then is None else [_gap(own, then, g.prompt.id) for g in now.groups]
+        wins = wilson([_outcome(gap) for gap in gaps if not math.isnan(gap)])
+        found[name] = Component(score=reward(own), win_rate=None if then is None else wins)
+    return found
+
+
+def _by(evaluated: Evaluated, name: str) -> Evaluated:
+    """The same answers with one of the scores that the oracle gave by name."""
+
+    def verdict(result: Verdict | Failure) -> Verdict | Failure:
+        if isinstance(result, Failure):
+            return result
+        return replace(result, scores=tuple((result.components or {}).get(name, (math.nan,))))
+
+    return replace(evaluated, verdicts={key: verdict(result) for key, result in evaluated.verdicts.items()})
+
+
 def _gap(now: Evaluated, then: Evaluated, prompt_id: str) -> float:
     """Between the two scores; NaN where one is missing, or where the oracle was changed in between and they mean different things."""
     versions = {v.oracle_version for v in (now.verdicts.get(prompt_id), then.verdicts.get(prompt_id)) if isinstance(v, Verdict)}
@@ -159,6 +197,8 @@ class Measured:
     entropy_seq: Estimate
     wins: Mapping[str, Estimate]
     """Win rate by opponent: `base` and `prev`; empty for the base model."""
+    components: Mapping[str, Component]
+    """Of each score that the oracle keeps by name."""
     mismatch: Mismatch
     oracle_versions: Mapping[str, int]
     """Verdicts and comparisons by the version of the oracle that gave them: several if it was changed in between."""

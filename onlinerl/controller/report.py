@@ -22,7 +22,7 @@ from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import per_iteration, per_step
 from onlinerl.protocols.oracle import Figure
 from onlinerl.protocols.tracker import Tracker
-from onlinerl.types import MeasureRecord, Metric, SelfTest, SyncReport, UpdateReport
+from onlinerl.types import Interval, MeasureRecord, Metric, SelfTest, SyncReport, UpdateReport
 
 _ECE = {"value": "ece", "floor": "floor", "floor_p95": "floor_95"}
 
@@ -249,6 +249,11 @@ class Reporter:
         for opponent, estimate in measured.wins.items():
             labels = {"opponent": opponent, "control": "raw"}
             metrics.append(self._estimate("win_rate", estimate, labels=labels, **common))
+        for name, one in measured.components.items():
+            labels = {"component": name}
+            metrics.append(self._estimate("component_score", one.score, labels=labels, **common))
+            if one.win_rate is not None:
+                metrics.append(self._estimate("component_win_rate", one.win_rate, labels=labels, **common))
         self._log(iteration, *metrics)
         self.tracker.note(_headline(reward, measured))
         base, kl = measured.wins.get("base"), measured.kl_ref
@@ -263,8 +268,12 @@ class Reporter:
             "kl_conflict": kl.conflict,
             "kl_forward": None if measured.kl_forward is None else measured.kl_forward.value,
             "entropy_token": measured.entropy_token.value,
-            "win_rate": None if base is None else {"value": base.value, "low": base.low, "high": base.high, "n": base.n},
+            "win_rate": None if base is None else _interval(base),
             "win_rate_prev": None if "prev" not in measured.wins else measured.wins["prev"].value,
+            "components": {
+                name: {"score": _interval(one.score), "win_rate": None if one.win_rate is None else _interval(one.win_rate)}
+                for name, one in measured.components.items()
+            },
             "length": length.value,
             "truncated": cut.value,
             "logp_mismatch": measured.mismatch.mean,
@@ -327,6 +336,10 @@ class Reporter:
         return self.catalogue.record(
             name, estimate.value, n=estimate.n, se=estimate.se, ci_low=estimate.low, ci_high=estimate.high, **more
         )
+
+
+def _interval(estimate: Estimate) -> Interval:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
 
 
 def _headline(reward: Estimate, measured: evaluation.Measured) -> str:

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import Column, Definition, Series
-from onlinerl.metrics.judging import JUDGING, ORACLE
+from onlinerl.metrics.judging import COMPONENTS, HELDOUT, JUDGING, ORACLE
 from onlinerl.metrics.training import PAIRS, POLICY_GRADIENT, TRAINING
 
 _KL = "KL divergence of the policy from an earlier one, per sequence"
-_HELDOUT = "Held-out evaluation"
 EVALUATION = (
     Definition(
         name="reward",
         help="Mean score that the training oracle gives the answers to the held-out prompts",
         unit="reward",
-        section=_HELDOUT,
+        section=HELDOUT,
         title="Reward on held-out prompts",
         estimators=("mean",),
         n_min=400,
@@ -30,7 +29,7 @@ EVALUATION = (
         name="kl_ref",
         help="KL divergence of the policy from the initial one, on the policy's own fresh samples at temperature 1",
         unit="nats/sequence",
-        section=_HELDOUT,
+        section=HELDOUT,
         title="KL to the initial policy",
         estimators=("k1", "k3"),
         n_min=256,
@@ -42,7 +41,7 @@ EVALUATION = (
         name="kl_prev",
         help="KL divergence of the policy from the iterate before, on the policy's own fresh samples at temperature 1",
         unit="nats/sequence",
-        section=_HELDOUT,
+        section=HELDOUT,
         title="KL to the previous policy",
         estimators=("k1", "k3"),
         n_min=256,
@@ -56,7 +55,7 @@ EVALUATION = (
         help="The one of the two estimates of a KL divergence to quote: k3, or k1 where k3 has more noise or more than 0.1 % of the "
         "tokens are clamped",
         unit="nats/sequence",
-        section=_HELDOUT,
+        section=HELDOUT,
         title="KL, the estimate to quote",
         estimators=("k1", "k3"),
         n_min=256,
@@ -66,7 +65,7 @@ EVALUATION = (
         name="kl_conflict",
         help="1 if the estimates k1 and k3 of a KL divergence differ by more than three standard errors of k1",
         unit="bool",
-        section=_HELDOUT,
+        section=HELDOUT,
         labels={"reference": ("initial", "prev_iter")},
         series=(Series(name="onlinerl_kl_conflict", labels={"reference": None}),),
     ),
@@ -74,7 +73,7 @@ EVALUATION = (
         name="kl_clamped",
         help="Share of tokens whose log-ratio was outside [-20, 20] and was clamped in a KL divergence",
         unit="ratio",
-        section=_HELDOUT,
+        section=HELDOUT,
         n_of="tokens",
         labels={"reference": ("initial", "prev_iter")},
         series=(Series(name="onlinerl_kl_clamped_ratio", labels={"reference": None}),),
@@ -83,7 +82,7 @@ EVALUATION = (
         name="kl_forward",
         help="KL divergence of the initial policy from the policy, on the initial policy's samples",
         unit="nats/sequence",
-        section=_HELDOUT,
+        section=HELDOUT,
         title="Forward KL",
         estimators=("mean",),
         n_min=512,
@@ -93,7 +92,7 @@ EVALUATION = (
         name="entropy_token",
         help="Entropy of the policy per token, from its own samples at temperature 1",
         unit="nats/token",
-        section=_HELDOUT,
+        section=HELDOUT,
         title="Entropy",
         estimators=("ratio",),
         n_min=20_000,
@@ -104,7 +103,7 @@ EVALUATION = (
         name="entropy_seq",
         help="Entropy of the policy per response, from its own samples at temperature 1",
         unit="nats/sequence",
-        section=_HELDOUT,
+        section=HELDOUT,
         title="Entropy per response",
         estimators=("mean",),
         n_min=256,
@@ -113,7 +112,7 @@ EVALUATION = (
         name="win_rate",
         help="Share of held-out prompts on which the oracle prefers the policy's answer to that of an earlier iterate; a tie is half",
         unit="ratio",
-        section=_HELDOUT,
+        section=HELDOUT,
         estimators=("wilson",),
         n_min=400,
         labels={"opponent": ("base", "prev"), "control": ("raw",)},
@@ -126,11 +125,12 @@ EVALUATION = (
         ),
         column=Column(header="win rate vs base", short="win rate", digits=2, interval=True),
     ),
+    *COMPONENTS,
     Definition(
         name="length",
         help="Tokens of an answer to a held-out prompt",
         unit="tokens",
-        section=_HELDOUT,
+        section=HELDOUT,
         title="Response length",
         estimators=("mean",),
         n_min=400,
@@ -141,7 +141,7 @@ EVALUATION = (
         name="truncated",
         help="Share of the answers to held-out prompts that hit the length limit",
         unit="ratio",
-        section=_HELDOUT,
+        section=HELDOUT,
         title="Truncated responses",
         estimators=("wilson",),
         n_min=400,
@@ -152,7 +152,7 @@ EVALUATION = (
         name="logp_mismatch",
         help="|log-prob difference| between learner and engine on the same tokens with the same weights",
         unit="nats/token",
-        section=_HELDOUT,
+        section=HELDOUT,
         n_of="tokens",
         labels={"stat": ("mean", "p99", "max")},
         series=(Series(name="onlinerl_logprob_mismatch_nats", labels={"stat": "mean"}),),
@@ -162,7 +162,7 @@ EVALUATION = (
         help="KL divergence of the learner from the engine with the same weights: mean of exp(e) - 1 - e, e the difference of a "
         "token's log-probs",
         unit="nats/token",
-        section=_HELDOUT,
+        section=HELDOUT,
         n_of="tokens",
         series=(Series(name="onlinerl_logprob_mismatch_k3_nats"),),
     ),

@@ -1,10 +1,41 @@
-"""Metrics of what an oracle costs, and of what one that compares goes by."""
+"""Metrics of what an oracle costs, of what one that compares goes by, and of the scores that it keeps by name."""
 
 from __future__ import annotations
 
 from onlinerl.metrics.definition import Definition, Series
 
-ORACLE = "Oracle and training data"
+HELDOUT, ORACLE = "Held-out evaluation", "Oracle and training data"
+COMPONENTS = (
+    Definition(
+        name="component_score",
+        help="Mean of a score that the oracle keeps by name, such as that of a member of composite, of the answers to the held-out prompts",
+        unit="reward",
+        section=HELDOUT,
+        title="Scores by name",
+        estimators=("mean",),
+        n_min=400,
+        labels={"component": ()},
+        series=(Series(name="onlinerl_component_score", labels={"component": None}, bounds="onlinerl_component_score_bound"),),
+    ),
+    Definition(
+        name="component_win_rate",
+        help="Share of held-out prompts on which that score prefers the policy's answer to the base model's; a tie is half",
+        unit="ratio",
+        section=HELDOUT,
+        title="Win rate against base, by score",
+        estimators=("wilson",),
+        n_min=400,
+        labels={"component": ()},
+        series=(
+            Series(
+                name="onlinerl_component_win_rate_ratio",
+                labels={"component": None},
+                bounds="onlinerl_component_win_rate_bound_ratio",
+            ),
+        ),
+    ),
+)
+"""Of the scores that an oracle keeps by name."""
 JUDGING = (
     Definition(
         name="oracle_requests",

@@ -31,6 +31,7 @@ def summarise(path: str | Path, *, extras: bool = False) -> dict[str, Any]:
     estimate `kl_ref` is (k3, or k1 where that has less noise), `kl_conflict` whether the two disagree, and `insufficient` which
     figures were measured on too few prompts to decide by. `oracle_versions` are those that judged what the finished phases used; figures
     of different ones cannot be compared. An iteration in which the oracle was examined by known pairs also has "examined": how it did.
+    Where the oracle keeps scores by name it has "components": {name: {"score", "win_rate"}}, as `win_rate` above, the latter None for the base model.
     With `extras`, each iteration also has "oracle_failures" and every other metric with a column in the table (see the catalogue).
 
     Raises:
@@ -235,6 +236,8 @@ def _iteration(number: int, phases: Mapping[str, Mapping[str, Any]], *, active: 
         "idle": phases.get("train", {}).get("idle"),
         "oracle_versions": list(label.get("oracle_versions", {}) | measure.get("oracle_versions", {})),
     }
+    if measure.get("components"):
+        row["components"] = measure["components"]
     if examine.get("figures") is not None:
         row["examined"] = {**examine["figures"], "agreement": examine.get("agreement")}
     if extras:

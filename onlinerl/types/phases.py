@@ -159,13 +159,21 @@ class AnswerRecord(PhaseRecord):
     tokens: int
 
 
-class WinRate(TypedDict):
-    """A win rate with its interval."""
+class Interval(TypedDict):
+    """A figure with its 95 % interval."""
 
     value: float
     low: float
     high: float
     n: int
+
+
+class ComponentRecord(TypedDict):
+    """Of a score that the oracle keeps by name, on the held-out prompts."""
+
+    score: Interval
+    win_rate: Interval | None
+    """Against the base model, by this score alone."""
 
 
 class MeasureRecord(PhaseRecord):
@@ -181,10 +189,12 @@ class MeasureRecord(PhaseRecord):
     kl_conflict: bool
     kl_forward: float | None
     entropy_token: float
-    win_rate: WinRate | None
+    win_rate: Interval | None
     """Against the base model."""
     win_rate_prev: float | None
     """Against the iterate before."""
+    components: Mapping[str, ComponentRecord]
+    """By name; empty where the oracle keeps none."""
     length: float
     truncated: float
     logp_mismatch: float

@@ -8,6 +8,8 @@ import pytest
 from toy_runs import COUNTED, PROBE, events, everything
 
 from onlinerl.stores.directory import RunDirectory
+from onlinerl.stores.summary import summarise
+from onlinerl.trackers.jsonl import read_metrics
 
 KILLED = -signal.SIGKILL
 MEMBERS = {
@@ -49,6 +51,39 @@ def test_every_score_is_kept_and_read_by_its_name(straight):
         assert row["scores"] == pytest.approx([a + 0.5 * b for a, b in zip(each["tone"], each["counted"], strict=True)])
     values = [value for each in named for value in each["tone"]]
     assert record["figures"]["mean_tone"] == pytest.approx(sum(values) / len(values))
+
+
+def test_a_member_without_weight_is_measured_on_the_heldout_prompts_all_the_same(straight):
+    """By what is stored: its mean score, and how often it prefers the answer of the iterate to that of the base model."""
+    rows = summarise(straight / "runs/toy")["iterations"]
+    with RunDirectory.open(straight / "runs/toy") as run:
+        for row in rows:
+            t = row["iteration"]
+            now, base = ({v["prompt_id"]: v["components"] for v in run.read(i, "evaluation_verdicts")} for i in (t, 0))
+            assert set(row["components"]) == {"tone", "counted", "short"}
+            for name, said in row["components"].items():
+                own, then = (
+                    {key: next(c["scores"][0] for c in each if c["name"] == name) for key, each in found.items()}
+                    for found in (now, base)
+                )
+                assert said["score"]["value"] == pytest.approx(sum(own.values()) / len(own))
+                assert said["score"]["low"] <= said["score"]["value"] <= said["score"]["high"]
+                wins = [0.5 if own[key] == then[key] else float(own[key] > then[key]) for key in own]
+                assert (said["win_rate"] is None) == (t == 0)
+                if t:
+                    assert said["win_rate"]["value"] == pytest.approx(sum(wins) / len(wins))
+                    assert said["win_rate"]["n"] == len(wins)
+    assert rows[-1]["reward"] == pytest.approx(
+        rows[-1]["components"]["tone"]["score"]["value"] + 0.5 * rows[-1]["components"]["counted"]["score"]["value"]
+    )
+    records = [r for r in read_metrics(straight / "runs/toy/metrics.jsonl") if r["name"].startswith("component_")]
+    assert {(r["name"], r["iteration"], r["labels"]["component"]) for r in records} == {
+        (f"component_{what}", t, name)
+        for t in range(len(rows))
+        for name in MEMBERS
+        for what in ("score", "win_rate")
+        if what == "score" or t
+    }
 
 
 def test_a_resume_goes_on_as_if_nothing_had_happened(straight, toy_config, warm_cli, tmp_path):

@@ -66,6 +66,8 @@ def iteration(number: int) -> list[Metric]:
         one("truncated", 0.05),
         *(one(name, 1.5, (1.0, 2.0), estimator=e) for name in ("kl_ref", "kl_prev") for e in ("k1", "k3")),
         *(one("win_rate", 0.6, (0.5, 0.7), opponent=o, control="raw") for o in ("base", "prev")),
+        one("component_score", 0.4, (0.3, 0.5), component="watch"),
+        one("component_win_rate", 0.55, (0.45, 0.65), component="watch"),
         *(one("logp_mismatch", 0.01, stat=s) for s in ("mean", "p99", "max")),
         one("logp_mismatch_k3", 1e-4),
     ]

@@ -73,6 +73,7 @@ def test_definitions_that_contradict_each_other_are_refused():
 def test_names_and_labels_follow_the_conventions_of_prometheus():
     allowed = {
         "tracker",
+        "component",
         "phase",
         "opponent",
         "control",

@@ -252,6 +252,27 @@ def test_scores_of_two_versions_of_the_oracle_are_not_compared():
     assert (rate.value, asked) == (1.0, 0)
 
 
+def test_scores_by_name_are_estimated_where_they_were_given():
+    """Not of a prompt that failed, not compared between two versions of the oracle, and nothing of a name that nobody gave."""
+
+    def named(watch: dict[str, float], version: str = "v") -> Evaluated:
+        one = evaluated(dict.fromkeys(watch, 1.0))
+        said = {
+            i: replace(one.verdicts[i], oracle_version=version, components={"watch": (value,)}) for i, value in watch.items()
+        }
+        return replace(one, verdicts=said)
+
+    now, base = named({"a": 0.1, "b": 0.7, "c": 0.3}), named({"a": 0.2, "b": 0.5, "c": 0.3})
+    now.verdicts["c"] = Failure(kind="timeout", message="")
+    (found,) = evaluation.components(now, base).values()
+    assert (found.score.value, found.score.n) == (pytest.approx(0.4), 2)
+    assert (found.win_rate.value, found.win_rate.n) == (0.5, 2)
+    (alone,) = evaluation.components(base, None).values()
+    assert (alone.win_rate, alone.score.n) == (None, 3)
+    assert evaluation.components(now, named({"a": 0.2, "b": 0.5}, "older"))["watch"].win_rate.n == 0
+    assert evaluation.components(evaluated({"a": 1.0}), base) == {}
+
+
 def test_mismatch():
     """Engine against learner, token by token."""
     one = group()

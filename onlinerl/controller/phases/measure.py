@@ -35,6 +35,7 @@ def measure(it: Iteration) -> MeasureRecord:
         entropy_token=evaluation.entropy_token(own),
         entropy_seq=evaluation.entropy_seq(own),
         wins=wins,
+        components=evaluation.components(now, None if it.number == 0 else _evaluated(it, 0)),
         mismatch=evaluation.mismatch(sample, own[: len(sample)]),
         oracle_versions=versions,
     )
