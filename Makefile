@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-dev fetch-model demo test test-long test-families test-algorithms realdata train-rm-hh rm-loop-hh bench-memory bench-vocabulary bench-packing gpu-check check clean
+.PHONY: help install install-dev fetch-model demo test test-long test-families test-algorithms realdata train-rm-hh rm-loop-hh bench-memory bench-vocabulary bench-packing bench-optune gpu-check check clean
 
 BIN := .venv/bin
 CONFIG ?= configs/quickstart.yaml
@@ -54,6 +54,9 @@ bench-vocabulary: install  ## peak memory of log-probs over a vocabulary of 150,
 
 bench-packing: install  ## time and memory of a training step without padding beside with it (5 minutes; lengths of real data with DATA=...)
 	$(BIN)/python benchmarks/padding_free.py --data $(DATA) --out runs/padding-free.json
+
+bench-optune: install fetch-model  ## responses that OPTune samples for the win rate of online DPO, three seeds (hours; goes on where it was stopped)
+	$(BIN)/python benchmarks/optune.py
 
 gpu-check: $(if $(PYTHON),,install-dev)  ## what works on this machine's GPUs, in at most 10 minutes (PYTHON=... of an environment with the gpu extra)
 	@$(or $(PYTHON),$(BIN)/python) tools/gpu_check.py

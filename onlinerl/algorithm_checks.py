@@ -82,12 +82,13 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
     _check_prefixes(config, algorithm)
     mixed = _mixtures(config, algorithm)
     _check_merging(config, algorithm)
+    _check_replay(config, algorithm)
     plan = planned(config, algorithm)
     check_labels(config, algorithm)
     objection = algorithm.objection(plan)
     if objection is not None:
         raise ConfigError(objection.cause, field=objection.field, fix=objection.fix)
-    paid = _kl_in_reward(algorithm, plan)
+    paid = _kl_in_reward(config, algorithm, plan)
     return [*_stale(config, algorithm), *mixed, *paid, *_dynamic(config, algorithm), *algorithm.remarks(plan)]
 
 
@@ -259,7 +260,22 @@ def _check_merging(config: RunConfig, algorithm: Algorithm) -> None:
         )
 
 
-def _kl_in_reward(algorithm: Algorithm, plan: Plan) -> list[str]:
+def _check_replay(config: RunConfig, algorithm: Algorithm) -> None:
+    """Refuse items that would be trained twice in an iteration.
+
+    Raises:
+        ConfigError: naming the selector.
+    """
+    if config.selection.reuses and algorithm.needs.replay:
+        raise ConfigError(
+            f"is {config.selection.name}, and {config.algorithm['name']} as configured trains items of earlier iterations once more itself: some "
+            "would come twice in an iteration",
+            field="selection.name",
+            fix="choose another selector" + (", or set algorithm.replay=0" * ("replay" in type(algorithm).model_fields)),
+        )
+
+
+def _kl_in_reward(config: RunConfig, algorithm: Algorithm, plan: Plan) -> list[str]:
     """From when on a KL in the reward acts. It does not change while the policy is trained on what was sampled.
 
     Raises:
@@ -283,9 +299,10 @@ def _kl_in_reward(algorithm: Algorithm, plan: Plan) -> list[str]:
             fix=("set algorithm.kl_in=loss, where it acts at every step" if movable else "set algorithm.kl_coef=0")
             + (", or reference.schedule=fixed" if moving else "" if movable else ", or raise iterations"),
         )
-    if plan.max_lag:
+    if plan.max_lag or config.selection.reuses:
+        older = "schedule.max_lag" if plan.max_lag else "selection.name"
         return [
-            "the KL in the reward is that of the policy which training starts from, on responses of an older one (schedule.max_lag): a "
+            f"the KL in the reward is that of the policy which training starts from, on responses of an older one ({older}): a "
             "biased estimate" + ("; algorithm.kl_in=loss does not depend on who sampled" if movable else "")
         ]
     return [
@@ -300,20 +317,24 @@ def _stale(config: RunConfig, algorithm: Algorithm) -> list[str]:
     Raises:
         ConfigError: if it would be wrong.
     """
-    name, declared = config.algorithm["name"], algorithm.needs.off_policy
-    if config.schedule.max_lag == 0 or declared in ("valid", "corrected"):
+    name, declared, selector = config.algorithm["name"], algorithm.needs.off_policy, config.selection
+    lags = config.schedule.max_lag > 0
+    if not (lags or selector.reuses) or declared in ("valid", "corrected"):
         return []
     if declared == "refused":
+        other = "set it to 0" if lags else "set it to shuffled"
         raise ConfigError(
-            f"is 1, and {name} as configured takes every response for one of the policy that training starts from",
-            field="schedule.max_lag",
-            fix="set algorithm.importance_sampling_cap, which corrects for older ones, or max_lag to 0"
+            ("is 1" if lags else f"is {selector.name}, which has responses of older policies trained on once more")
+            + f", and {name} as configured takes every response for one of the policy that training starts from",
+            field="schedule.max_lag" if lags else "selection.name",
+            fix=f"set algorithm.importance_sampling_cap, which corrects for older ones, or {other.removeprefix('set ')}"
             if "importance_sampling_cap" in type(algorithm).model_fields
-            else "set it to 0, or choose another algorithm",
+            else f"{other}, or choose another algorithm",
         )
+    why = " and ".join(["schedule.max_lag=1"] * lags + [f"selection.name={selector.name}"] * selector.reuses)
     return [
-        f"{name} is about responses, and win rates, of the policy that training starts from; with schedule.max_lag=1 they are those of the "
-        "policy before it, and nothing corrects for that"
+        f"{name} is about responses, and win rates, of the policy that training starts from; with {why} they are those of "
+        f"{'older policies' if selector.reuses else 'the policy before it'}, and nothing corrects for that"
     ]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from onlinerl import config as configuration
-from onlinerl import ledger_checks, oracle_checks, oracle_requests, preflight, resuming, wiring
+from onlinerl import ledger_checks, oracle_checks, oracle_requests, preflight, prompt_checks, resuming, wiring
 from onlinerl.budget import Account
 from onlinerl.config import RunConfig
 from onlinerl.controller import loop, time_limit
@@ -77,7 +77,12 @@ def check(
         verdict = tried(checked.oracle, account, lambda: wiring.probed(checked, checked.oracle))
         checked = checked.tried(verdict, paid)
         plan = oracle_requests.planned(
-            checked.config, checked.algorithm, len(checked.heldout), scores=checked.oracle_scores, anchors=len(checked.anchors)
+            checked.config,
+            checked.algorithm,
+            len(checked.heldout),
+            scores=checked.oracle_scores,
+            anchors=len(checked.anchors),
+            most_sampled=prompt_checks.most_sampled(config, checked.algorithm, list(checked.train or ())),
         )
         limit = checked.config.sampling.max_new_tokens
         told = oracle_requests.foretold(plan, checked.oracle, paid or Cost(), checked.train or (), limit)

@@ -134,11 +134,12 @@ def _unread(config: RunConfig, algorithm: Algorithm, knobs: dict[str, Any]) -> I
     for knob, (read, why) in readers.items():
         if not read and knob in knobs and knobs[knob] != defaults[knob]:
             yield _Fault(knob, f"is {knobs[knob]}, and nothing would read it: algorithm.{why}", "leave it out, or set that")
-    if weights == "age" and not algorithm.needs.replay:
+    if weights == "age" and not algorithm.needs.replay and not config.selection.reuses:
         yield _Fault(
             "pair_weights",
             "is age, and all pairs that are trained are of the same one: no pairs of earlier iterations come back",
-            "choose another, or an algorithm that trains earlier pairs once more, such as one with algorithm.replay above 0",
+            "choose another, selection.name=regenerate, or an algorithm that trains earlier pairs once more, such as one with "
+            "algorithm.replay above 0",
         )
     shares = [knobs.get("teacher_max_share"), knobs.get("teacher_decay")]
     if algorithm.needs.teacher and config.sampling.samples_per_prompt == 1 and None not in shares and shares != [1.0, 1.0]:

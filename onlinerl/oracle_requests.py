@@ -19,21 +19,31 @@ class Planned:
 
     start: tuple[int, int]
     label: tuple[int, int]
-    """Of each iteration."""
+    """Of each iteration, if it samples all of its prompts."""
+    labelled: int
+    """The groups of all iterations together that are sampled."""
     evaluation: tuple[int, int]
     """Of all iterations together."""
     anchors: tuple[int, int]
     """The same, of pairs whose better response is known."""
     iterations: int
     more: bool = False
-    """Whether an iteration may need more, because it samples dynamically."""
+    """Whether these are upper bounds, because what is sampled depends on verdicts."""
 
     def groups(self) -> list[tuple[int, int]]:
         """Of the whole run with one start."""
-        return [self.start, (self.label[0] * self.iterations, self.label[1]), self.evaluation, self.anchors]
+        return [self.start, (self.labelled, self.label[1]), self.evaluation, self.anchors]
 
 
-def planned(config: RunConfig, algorithm: Algorithm, heldout: int, *, scores: bool, anchors: int = 0) -> Planned:
+def planned(
+    config: RunConfig,
+    algorithm: Algorithm,
+    heldout: int,
+    *,
+    scores: bool,
+    anchors: int = 0,
+    most_sampled: int | None = None,
+) -> Planned:
     """What a run will ask, if no sample and no question fails.
 
     Args:
@@ -43,6 +53,7 @@ def planned(config: RunConfig, algorithm: Algorithm, heldout: int, *, scores: bo
         scores: whether the oracle scores single responses. One that only compares is asked about the answers of two iterates instead:
             the newest and the base model, and from iteration 2 on the one before too.
         anchors: pairs whose better response is known.
+        most_sampled: groups of all iterations that are sampled, where responses are reused, whose labels the ledger knows.
     """
     dynamic = samples_dynamically(config, algorithm)
     sampled = config.prompts.per_iteration * (config.sampling.max_rounds if dynamic else 1)
@@ -51,10 +62,11 @@ def planned(config: RunConfig, algorithm: Algorithm, heldout: int, *, scores: bo
     return Planned(
         start=(1, 2),
         label=(sampled, drawn),
+        labelled=sampled * config.iterations if most_sampled is None else most_sampled,
         evaluation=(heldout * iterates, 1 if scores else 2),
         anchors=(anchors * examinations(config), 2),
         iterations=config.iterations,
-        more=dynamic,
+        more=dynamic or config.selection.reuses,
     )
 
 
@@ -106,13 +118,14 @@ def foretold(plan: Planned, oracle: Oracle, tried: Cost, prompts: Iterable[Promp
     if per_group is None:
         return None
     start, label, evaluation, anchors = (groups * (oracle.requests(k) or 0) for groups, k in plan.groups())
+    each = per_group * plan.label[0]
     begun = oracle.opening_cost.plus(tried)
     start += begun.calls
     most = "at most " if plan.more else ""
     total = start + label + evaluation + anchors
     known = f", {anchors} for pairs whose better response is known" if anchors else ""
     text = (
-        f"oracle: {per_group} requests for {plan.label[1]} responses to a prompt, {most}{label // max(1, plan.iterations)} an iteration; "
+        f"oracle: {per_group} requests for {plan.label[1]} responses to a prompt, {most}{each} an iteration; "
         f"with {evaluation} for evaluation{known} and {start} at this start {most}{total} for the whole run, and more where some fail"
     )
     tokens = fmean(len(prompt.token_ids) for prompt in prompts)

@@ -61,9 +61,9 @@ def read_prompts(
         found = _tokenised(config, algorithm, local, needs_answers)
     rounds = config.sampling.max_rounds if samples_dynamically(config, algorithm) else 1
     _check_enough(config, found.total, resumed=kept is not None, rounds=rounds)
-    _check_selected(config, found.raw if found.train is None else list(found.train), rounds=rounds)
+    remarks = _check_selected(config, found.raw if found.train is None else list(found.train), rounds=rounds)
     _check_evaluated(config, found.heldout)
-    return replace(found, heldout=found.heldout[: config.evaluation.prompts])
+    return replace(found, heldout=found.heldout[: config.evaluation.prompts], remarks=[*found.remarks, *remarks])
 
 
 def _tokenised(config: RunConfig, algorithm: Algorithm, local: Path, needs_answers: bool) -> Read:
@@ -131,9 +131,9 @@ def _check_enough(config: RunConfig, total: int, *, resumed: bool, rounds: int =
         )
 
 
-def _check_selected(config: RunConfig, prompts: Sequence[Prompt] | Sequence[RawPrompt], *, rounds: int) -> None:
-    """Whether the selector can choose from these prompts."""
-    plan = SelectionPlan(
+def _planned(config: RunConfig, prompts: Sequence[Prompt] | Sequence[RawPrompt], rounds: int) -> SelectionPlan:
+    """What a selector is told of the run. `rounds`: how often an iteration samples at most."""
+    return SelectionPlan(
         prompts=prompts,
         iterations=config.iterations,
         seed=config.seed,
@@ -141,9 +141,29 @@ def _check_selected(config: RunConfig, prompts: Sequence[Prompt] | Sequence[RawP
         rounds=rounds,
         samples_per_prompt=config.sampling.samples_per_prompt,
         reuse=config.prompts.reuse,
+        max_lag=config.schedule.max_lag,
     )
-    if (objection := config.selection.objection(plan)) is not None:
+
+
+def _check_selected(config: RunConfig, prompts: Sequence[Prompt] | Sequence[RawPrompt], *, rounds: int) -> list[str]:
+    """Whether the selector can choose from these prompts, and how much is sampled where it reuses responses."""
+    plan, selector, sampling = _planned(config, prompts, rounds), config.selection, config.sampling
+    if (objection := selector.objection(plan)) is not None:
         raise ConfigError(objection.cause, field=objection.field, fix=objection.fix)
+    if not selector.reuses:
+        return []
+    wanted, most = plan.iterations * plan.rounds * plan.per_iteration, selector.most_sampled(plan)
+    responses = most * sampling.samples_per_prompt
+    return [
+        f"{selector.name}: responses of earlier iterations are trained on once more; of {wanted} prompts in {plan.iterations} iterations at most "
+        f"{most} are sampled: {responses} responses, up to {responses * sampling.max_new_tokens} tokens"
+    ]
+
+
+def most_sampled(config: RunConfig, algorithm: Algorithm, prompts: Sequence[Prompt]) -> int | None:
+    """How many of its prompts a run samples at most where responses are reused; None where each of them is sampled."""
+    rounds = config.sampling.max_rounds if samples_dynamically(config, algorithm) else 1
+    return config.selection.most_sampled(_planned(config, prompts, rounds)) if config.selection.reuses else None
 
 
 def _check_evaluated(config: RunConfig, heldout: Sequence[Prompt]) -> None:

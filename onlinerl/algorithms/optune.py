@@ -17,8 +17,8 @@ class Optune(Dpo):
     """DPO in which a pair counts the more, the further its scores are apart: w = sigmoid(gap_scale (r_w - r_l)), divided by its mean over
     the iteration.
 
-    Of the paper this is the weighting only, whose form there could not be verified: every iteration samples fresh responses to all of its
-    prompts, where OPTune asks again only for those whose answers earned least and reuses the rest.
+    Of the paper this is the weighting, whose form there could not be verified. The other half, sampling anew only for the prompts that are
+    answered worst and training on the others' stored responses once more, is `selection.name: regenerate`, which goes with other losses too.
     """
 
     gap_scale: float = Field(1.0, ge=0)

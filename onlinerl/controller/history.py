@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.replay import earlier
@@ -18,7 +18,8 @@ from onlinerl.types import Pool, Verdict, Visit
 def pool(it: Iteration) -> Pool:
     """What the prompts of an iteration are chosen from."""
     prompts, config = list(it.parts.train_prompts), it.parts.config
-    per_iteration = config.prompts.per_iteration
+    selector, per_iteration = config.selection, config.prompts.per_iteration
+    known = range(1, it.sampling_version + 1)  # up to the iteration that has trained the weights which sample now
     return Pool(
         prompts=prompts,
         iteration=it.number,
@@ -27,19 +28,20 @@ def pool(it: Iteration) -> Pool:
         most=min(it.most_rounds * per_iteration, len(prompts)),
         reuse=config.prompts.reuse,
         asked=Counter(i for t in range(1, it.number) for i in earlier(it, t).sampled_ids),
-        visits=_visits(it) if it.parts.config.selection.reads_scores else {},
+        visits=_visits(it, reversed(known)) if selector.reads_scores else {},
+        first_visits=_visits(it, known) if selector.reads_first_visits else {},
     )
 
 
-def _visits(it: Iteration) -> dict[str, Visit]:
-    """The last verdict on each prompt up to the iteration that has trained the weights which sample now."""
+def _visits(it: Iteration, iterations: Iterable[int]) -> dict[str, Visit]:
+    """The verdict on each prompt in the first of these iterations that has one."""
     found: dict[str, Visit] = {}
-    for t in range(it.sampling_version, 0, -1):
+    for t in iterations:
         then = earlier(it, t)
         left = [prompt_id for prompt_id in then.sampled_ids if prompt_id not in found]
         for prompt_id, scores in zip(left, _scores(then, left), strict=True):
             if scores:
-                found[prompt_id] = Visit(iteration=t, scores=scores)
+                found[prompt_id] = Visit(iteration=t, scores=scores, reused_from=then.reused.get(prompt_id))
     return found
 
 

@@ -192,7 +192,8 @@ class _Made:
         self.contradicted += made.contradicted
         self.truncated += made.truncated
         self.useful += bool(made.items)
-        for item in annotated(made.judged, made.items, known, self._it.number):
+        sampled_in = self._it.reused.get(made.prompt_id, self._it.number)
+        for item in annotated(made.judged, made.items, known, sampled_in):
             for sequence in item.sequences:
                 if sequence.policy_version is None:  # nobody sampled it
                     continue
@@ -222,7 +223,7 @@ def _trained(judged: Judged, pair: Pair) -> TrainedPair:
 
 
 def annotated(judged: Judged, made: Sequence[TrainItem], kept: LogProbs | None, iteration: int) -> list[TrainItem]:
-    """The items of a group with who judged them, in which iteration, and what was kept about their sequences.
+    """The items of a group with who judged them, of which iteration they are, and what was kept about their sequences.
 
     Raises:
         StoreError: if nothing was kept, or it was kept about others.

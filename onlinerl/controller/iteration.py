@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -23,6 +23,7 @@ from onlinerl.types import (
     Prompt,
     Request,
     SampleRecord,
+    Selected,
     SyncReport,
     TrainRecord,
     Verdict,
@@ -110,11 +111,16 @@ class Iteration:
         source, count = self.parts.train_prompts, rounds * self.parts.config.prompts.per_iteration
         if self.chosen is None:
             return source.take(min(count, len(source)), self.cursor)
-        taken = self.chosen[:count]
+        taken = [self.parts.prompts_by_id[one.prompt_id] for one in self.chosen[:count]]
         return taken, self.cursor + len(taken)
 
     @cached_property
-    def chosen(self) -> list[Prompt] | None:
+    def reused(self) -> Mapping[str, int]:
+        """The iteration from which responses to a prompt are trained on once more, for each prompt that is not sampled because of that."""
+        return {one.prompt_id: one.reused_from for one in self.chosen or () if one.reused_from is not None}
+
+    @cached_property
+    def chosen(self) -> list[Selected] | None:
         """All that `select` has chosen, in their order; None where nothing is chosen.
 
         Raises:
@@ -129,7 +135,7 @@ class Iteration:
                 field="runs",
                 fix="remove this iteration and all later ones from the run, then resume",
             )
-        return [self.parts.prompts_by_id[one.prompt_id] for one in table]
+        return list(table)
 
     @cached_property
     def prompt_ids(self) -> list[str]:

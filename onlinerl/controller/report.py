@@ -59,6 +59,14 @@ class Reporter:
             *([] if kept is None else [self._one("sampled_per_kept", len(groups) / max(1, kept), n=kept)]),
         )
 
+    def reused(self, iteration: int, by_age: Mapping[str, int], tokens: int) -> None:
+        """Prompts whose responses of earlier iterations are trained on once more, by their age in iterations, and the tokens of these."""
+        self._log(
+            iteration,
+            *(self._one("prompts_reused", float(count), labels={"age": age}) for age, count in by_age.items()),
+            self._one("tokens_saved", float(tokens), n=sum(by_age.values())),
+        )
+
     def labelled(
         self, iteration: int, *, ok: int, failed: int, spreads: Sequence[float], uncertainties: Sequence[float] = ()
     ) -> None:

@@ -218,6 +218,23 @@ SAMPLING = (
         n_of="prompts kept",
         series=(Series(name="onlinerl_sampled_per_kept_ratio"),),
     ),
+    Definition(
+        name="prompts_reused",
+        help="Prompts that were not sampled, because their responses of an earlier iteration are trained on once more (selection.name: "
+        "regenerate), by how many iterations ago these were sampled",
+        unit="prompts",
+        section=_SAMPLING,
+        labels={"age": ()},
+        series=(Series(name="onlinerl_prompts_reused_total", kind="counter", labels={"age": None}),),
+    ),
+    Definition(
+        name="tokens_saved",
+        help="Tokens of the responses to these prompts",
+        unit="tokens",
+        section=_SAMPLING,
+        title="Tokens not sampled",
+        series=(Series(name="onlinerl_tokens_saved_total", kind="counter"),),
+    ),
 )
 
 DATA = (
@@ -289,7 +306,8 @@ DATA = (
     ),
     Definition(
         name="staleness",
-        help="Version that training starts from less the one that sampled, over the responses trained on; 0 unless schedule.max_lag is 1",
+        help="Version that training starts from less the one that sampled, over the responses trained on; 0 unless schedule.max_lag is 1 "
+        "or responses are reused",
         unit="versions",
         section=ORACLE,
         title="Staleness of the responses",

@@ -57,7 +57,7 @@ class Needs(BaseModel):
     min_samples: int = 1
     """Fewest responses per prompt that make sense."""
     off_policy: OffPolicy = "approximate"
-    """What the loss makes of responses of an older policy than the one that training starts from (`schedule.max_lag: 1`): it is right for
+    """What the loss makes of responses of an older policy than the one that training starts from (`schedule.max_lag`, `selection`): it is right for
     them (`valid`), right by weighing them (`corrected`), near enough (`approximate`), or takes them for the newer one's (`refused`)."""
     preferences: bool = False
     """How probable it is that one response beats another (win rates, soft labels); scores alone only imply it."""

@@ -24,6 +24,16 @@ class Selector(Component):
         """Whether it goes by what the oracle has said, so that the oracle must score single responses."""
         return False
 
+    @property
+    def reads_first_visits(self) -> bool:
+        """Whether it reads what was said at the first visit to a prompt too."""
+        return False
+
+    @property
+    def reuses(self) -> bool:
+        """Whether responses of earlier iterations may be trained on once more (`Selected.reused_from`); it then `reads_scores`."""
+        return False
+
     def select(self, pool: Pool) -> Sequence[Selected]:
         """The prompts of an iteration in their order, none twice: `pool.most` of them, or fewer, but never less than `pool.per_iteration`.
 
@@ -34,3 +44,7 @@ class Selector(Component):
     def objection(self, plan: SelectionPlan) -> Objection | None:
         """Why a run cannot be selected for as planned, or None."""
         return None
+
+    def most_sampled(self, plan: SelectionPlan) -> int:
+        """How many prompts a run samples at most, all iterations together: without those whose responses are reused in any case."""
+        return plan.iterations * plan.rounds * plan.per_iteration

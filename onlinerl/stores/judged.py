@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from onlinerl.errors import StoreError
-from onlinerl.protocols.store import ROLLOUTS, VERDICTS
+from onlinerl.protocols.store import ROLLOUTS, SELECTION, VERDICTS
 from onlinerl.stores import rows, summary
 from onlinerl.stores._tables import TableFiles
 from onlinerl.stores.tables import StoredTable
@@ -14,7 +14,8 @@ from onlinerl.types import Group, Prompt, Verdict
 
 
 def judged(run: Path) -> Iterator[tuple[int, Group, Verdict]]:
-    """Iteration, group and verdict of every group that was judged, of iterations whose judging is finished.
+    """Iteration, group and verdict of every group that was judged, of iterations whose judging is finished. A group that later iterations have
+    reused is there once, in the iteration that sampled it.
 
     Raises:
         StoreError: if there is no run, or its tables are damaged.
@@ -28,7 +29,10 @@ def judged(run: Path) -> Iterator[tuple[int, Group, Verdict]]:
     prompts = {prompt.id: prompt for prompt in kept}
     for iteration in finished:
         folder = run / "iterations" / f"{iteration:04d}"
-        labels = list(StoredTable(TableFiles(folder, VERDICTS), rows.LABELS))
+        chosen = StoredTable(TableFiles(folder, SELECTION), rows.SELECTION)
+        reused = {one.prompt_id for one in chosen if one.reused_from is not None}
+        said = StoredTable(TableFiles(folder, VERDICTS), rows.LABELS)
+        labels = [label for label in said if label.prompt_id not in reused]
         groups = StoredTable(TableFiles(folder, ROLLOUTS), rows.groups_of(prompts)).select(label.prompt_id for label in labels)
         for label, group in zip(labels, groups, strict=True):
             if group is not None and isinstance(label.result, Verdict):

@@ -366,7 +366,9 @@ LOGPROBS = Codec(
     logprobs_from_row,
 )
 SELECTION = Codec(
-    pa.schema({"prompt_id": _TEXT, "probability": pa.float64(), "reason": _TEXT}), asdict, lambda row: Selected(**row)
+    pa.schema({"prompt_id": _TEXT, "probability": pa.float64(), "reason": _TEXT, "reused_from": _INT}),
+    asdict,
+    lambda row: Selected(**row),
 )
 PROMPTS = Codec(
     pa.schema(

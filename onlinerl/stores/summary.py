@@ -30,7 +30,8 @@ def summarise(path: str | Path, *, extras: bool = False) -> dict[str, Any]:
     and `idle` says why; before that "running", or "unfinished" if no process is working on the run. `kl_estimator` says which
     estimate `kl_ref` is (k3, or k1 where that has less noise), `kl_conflict` whether the two disagree, and `insufficient` which
     figures were measured on too few prompts to decide by. `oracle_versions` are those that judged what the finished phases used; figures
-    of different ones cannot be compared. An iteration in which the oracle was examined by known pairs also has "examined": how it did.
+    of different ones cannot be compared. An iteration in which the oracle was examined by known pairs also has "examined": how it did. One
+    in which responses of earlier iterations may be reused has "reused": {"prompts": by how many iterations ago they were sampled, "tokens"}.
     Where the oracle keeps scores by name it has "components": {name: {"score", "win_rate"}}, as `win_rate` above, the latter None for the base model.
     With `extras`, each iteration also has "oracle_failures" and every other metric with a column in the table (see the catalogue).
 
@@ -177,7 +178,11 @@ def samples(path: str | Path, iteration: int, limit: int, *, heldout: bool = Fal
         raise StoreError(f"{path} {cause}", field="iteration", fix=fix)
     labels = StoredTable(TableFiles(folder, verdicts), columns.LABELS).select(chosen)
     selection = [] if heldout else StoredTable(TableFiles(folder, SELECTION), columns.SELECTION).select(chosen)
-    reasons = {one.prompt_id: {"reason": one.reason, "probability": one.probability} for one in selection if one is not None}
+    reasons = {
+        one.prompt_id: {"reason": one.reason, "probability": one.probability, "reused_from": one.reused_from}
+        for one in selection
+        if one is not None
+    }
     pairs: dict[str, list[TrainedPair]] = {prompt_id: [] for prompt_id in chosen}
     for pair in () if heldout else StoredTable(TableFiles(folder, PAIRS), columns.PAIRS):
         if pair.prompt_id in pairs:
@@ -240,6 +245,8 @@ def _iteration(number: int, phases: Mapping[str, Mapping[str, Any]], *, active: 
         row["components"] = measure["components"]
     if examine.get("figures") is not None:
         row["examined"] = {**examine["figures"], "agreement": examine.get("agreement")}
+    if (reused := phases.get("sample", {}).get("reused")) is not None:
+        row["reused"] = {"prompts": reused, "tokens": phases["sample"].get("tokens_saved")}
     if extras:
         row |= {name: measure.get(name) for name in CATALOGUE.columns() if name not in row}
         row["oracle_failures"] = label.get("failures")

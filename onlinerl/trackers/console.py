@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, cast
@@ -236,12 +237,25 @@ def _remarks(rows: Sequence[Mapping[str, Any]], catalogue: Catalogue) -> list[st
                 f"not to be compared with what {first} judged alone: iteration{'s' * (len(others) > 1)} {', '.join(others)}, "
                 f"judged by another version of the oracle ({', '.join(later)})"
             )
+    remarks += _reused([row for row in rows if row.get("reused")])
     for row in rows:
         if row["status"] == "keep":
             remarks.append(f"iteration {row['iteration']} gave nothing to learn")
         elif row["status"] != "promoted":
             remarks.append(f"iteration {row['iteration']} is {row['status']}")
     return remarks
+
+
+def _reused(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many prompts were not sampled, how old their responses are, and what that has saved."""
+    ages = Counter[str]()
+    for row in rows:
+        ages.update(row["reused"]["prompts"])
+    if not ages:
+        return []
+    old = ", ".join(f"{ages[age]} from {age} iteration{'s' * (age != '1')} before" for age in sorted(ages, key=int))
+    saved = sum(row["reused"]["tokens"] or 0 for row in rows)
+    return [f"responses to {ages.total()} prompts were reused ({old}), {saved:,} tokens not sampled"]
 
 
 @dataclass(kw_only=True, slots=True)

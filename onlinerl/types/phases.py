@@ -29,6 +29,8 @@ class SelectRecord(PhaseRecord):
     """How many may be sampled."""
     visited: int
     """Those of them that the selector knew verdicts of."""
+    reused: int
+    """Those of them whose responses of an earlier iteration are trained on once more, instead of being sampled."""
     newest: int
     """The newest iteration whose verdicts it was told."""
 
@@ -52,6 +54,11 @@ class SampleRecord(PhaseRecord):
     useful: NotRequired[int]
     """With dynamic sampling: prompts whose responses the oracle told apart; those that are not kept are surplus."""
     rounds: NotRequired[int]
+    reused: NotRequired[Mapping[str, int]]
+    """Where responses of earlier iterations may be trained on once more: prompts whose responses are, by how many iterations ago these were
+    sampled. None of the other figures counts them, but for `kept` and `useful`."""
+    tokens_saved: NotRequired[int]
+    """Of those responses."""
 
 
 class SampleMixtureRecord(PhaseRecord):

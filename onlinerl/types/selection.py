@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from onlinerl.types.prompts import Prompt, RawPrompt
 
@@ -17,15 +17,25 @@ class Selected:
     """With which it was drawn at its turn, given those before it; 1 where nothing was drawn."""
     reason: str
     """Why, in a few words, for people."""
+    reused_from: int | None = None
+    """The iteration whose responses to the prompt are trained on once more, with what was said of them (`Visit.sampled_in`); None: it is
+    sampled now."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Visit:
-    """What the oracle said of the responses to a prompt when it was sampled last."""
+    """What the oracle said of the responses to a prompt when it was trained on."""
 
     iteration: int
     scores: tuple[float, ...]
     """Finite, one for each judged response of the policy; at least one."""
+    reused_from: int | None = None
+    """The iteration in which the responses were sampled, if that was an earlier one."""
+
+    @property
+    def sampled_in(self) -> int:
+        """The iteration in which the responses were sampled."""
+        return self.iteration if self.reused_from is None else self.reused_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +59,8 @@ class Pool:
     visits: Mapping[str, Visit]
     """The last time that each prompt was sampled and judged before the weights that sample now were trained: with `schedule.max_lag: 1` the
     iteration before is not in it. What was never judged is not there."""
+    first_visits: Mapping[str, Visit] = field(default_factory=dict)
+    """The first time, for selectors that say `reads_first_visits`."""
 
     @property
     def open(self) -> list[Prompt]:
@@ -69,6 +81,8 @@ class SelectionPlan:
     """How often so many are sampled in an iteration at most: more than once with dynamic sampling."""
     samples_per_prompt: int
     reuse: bool
+    max_lag: int = 0
+    """By how many iterations `Pool.visits` are behind the one before, at most."""
 
 
 def content(prompt: Prompt | RawPrompt) -> str:

@@ -22,6 +22,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "mix": [{"weights": {"math": 3.0, "code": 1.0}, "max_visits": 4}],
     "curriculum": [{}, {"by": "gap"}, {"by": "column"}],
     "variance": [{}, {"priority": "pass_rate"}, {"priority": "positive_variance"}],
+    "regenerate": [{}, {"rank": "raw"}],
 }
 CASES = [
     {"name": name, **knobs}
@@ -58,6 +59,7 @@ def pool(**changes: Any) -> Pool:
         reuse=True,
         asked=dict.fromkeys(seen, 1),
         visits=visits,
+        first_visits={i: Visit(iteration=1, scores=tuple(rng.random() for _ in range(4))) for i in seen},
     )
     return dataclasses.replace(base, **changes)
 
@@ -67,7 +69,7 @@ def ids(chosen: list[Selected]) -> list[str]:
 
 
 def test_what_is_there_is_found():
-    assert {case["name"] for case in CASES} == {"shards", "mix", "curriculum", "variance"}
+    assert {case["name"] for case in CASES} == {"shards", "mix", "curriculum", "variance", "regenerate"}
     assert "shuffled" in registry.names("selection")
 
 
@@ -165,8 +167,25 @@ def test_it_is_a_value(name):
 
 def test_it_says_what_it_reads(selector):
     """Who reads no scores chooses the same without them."""
-    without = selector.select(pool(visits={}))
-    assert (selector.select(pool()) == without) == (not selector.reads_scores)
+    without = selector.select(pool(most=60, visits={}))
+    assert (selector.select(pool(most=60)) == without) == (not selector.reads_scores)
+    if not selector.reads_first_visits:
+        assert selector.select(pool(most=60, first_visits={})) == selector.select(pool(most=60))
+
+
+def test_what_it_reuses_is_there_and_is_no_reason_to_take_others(selector):
+    """Responses of the last visit, in their place, by those who say so; with as many prompts as there are and with few."""
+    reused = 0
+    for most, seen in ((60, 10), (60, 60), (6, 60)):
+        known = [prompt.id for prompt in prompts()][:seen]
+        visits = {i: Visit(iteration=2, scores=(0.0, n / 60), reused_from=(1, None)[n % 2]) for n, i in enumerate(known)}
+        some = pool(most=most, per_iteration=most, asked=dict.fromkeys(known, 1), visits=visits, first_visits=visits)
+        chosen = selector.select(some)
+        for one in chosen:
+            assert one.reused_from in (None, visits[one.prompt_id].sampled_in if one.prompt_id in visits else None)
+        reused += sum(one.reused_from is not None for one in chosen)
+    assert (reused > 0) == selector.reuses
+    assert selector.reads_scores or not selector.reuses
 
 
 def plan(**changes: Any) -> SelectionPlan:
@@ -174,14 +193,40 @@ def plan(**changes: Any) -> SelectionPlan:
     return dataclasses.replace(base, **changes)
 
 
+def fitting(selector: Selector, **changes: Any) -> SelectionPlan:
+    """A plan that it goes with: responses are reused where prompts come again soon."""
+    return plan(**({"prompts": prompts(12)} if selector.reuses else {}), **changes)
+
+
 def test_what_works_is_not_objected_to(selector):
-    assert selector.objection(plan()) is None
+    assert selector.objection(fitting(selector)) is None
+
+
+def test_no_more_is_sampled_than_it_foretells(selector):
+    """Whatever the verdicts; those that do not reuse anything sample all."""
+    for seed in range(5):
+        rng = random.Random(seed)
+        planned = plan(prompts=prompts(12), iterations=6, per_iteration=12, seed=seed) if selector.reuses else plan()
+        asked, visits, first, sampled = Counter[str](), {}, {}, 0
+        for t in range(1, planned.iterations + 1):
+            some = pool(prompts=planned.prompts, seed=seed, iteration=t, per_iteration=planned.per_iteration)
+            some = dataclasses.replace(
+                some, most=planned.per_iteration, asked=dict(asked), visits=dict(visits), first_visits=first
+            )
+            for one in selector.select(some):
+                asked[one.prompt_id] += 1
+                sampled += one.reused_from is None
+                scores = tuple(rng.random() for _ in range(4)) if one.reused_from is None else visits[one.prompt_id].scores
+                visits[one.prompt_id] = Visit(iteration=t, scores=scores, reused_from=one.reused_from)
+                first.setdefault(one.prompt_id, visits[one.prompt_id])
+        assert sampled <= selector.most_sampled(planned) <= planned.iterations * planned.per_iteration
+        assert selector.reuses or sampled == selector.most_sampled(planned)
 
 
 def test_what_it_does_not_object_to_can_be_chosen(selector):
     """For as long as the run goes on, with as many iterations as were planned."""
     asked: Counter[str] = Counter()
-    planned = plan(iterations=9)
+    planned = fitting(selector, iterations=9)
     assert selector.objection(planned) is None
     for iteration in range(1, planned.iterations + 1):
         chosen = ids(selector.select(pool(iteration=iteration, asked=dict(asked), visits={}, most=6)))

@@ -73,6 +73,25 @@ def test_calls_and_money_are_those_that_check_foretells(config, warm_cli, tmp_pa
     assert total(found, "usd") == len(server.asked) / 4
 
 
+def test_labels_of_reused_responses_are_foretold_as_known_and_paid_once(config, warm_cli, tmp_path, server):
+    """Half of the prompts are sampled anew, so half as many questions follow in the second and third iteration."""
+    knobs = {"algorithm.name": "optune", "selection.name": "regenerate", "prompts.reuse": True, "prompts.per_iteration": 40}
+    file = config(**knobs, **{"oracle.name": "judge_score", "oracle.price_per_request": 0.25, "iterations": 3})
+    said = warm_cli("check", file)
+    foretold = re.search(r"(\d+) for the whole run.*about \$(\d+\.\d\d) at most", said.stdout)
+    assert foretold is not None, said.message
+    server.asked.clear()
+    done = warm_cli("run", file)
+    assert done.returncode == 0, done.message
+    found = ledger(warm_cli, tmp_path / "runs/toy")
+    assert total(found, "calls") == len(server.asked)
+    each, reused = 4, 2 * 20
+    equal = sum(row["saved_calls"] for row in found["costs"]) - each * reused
+    assert int(foretold[1]) == len(server.asked) + equal, "but for texts that were the same as before"
+    assert int(foretold[1]) == each * (40 + 2 * 20) + 4 * HELDOUT + 3, "three at the start"
+    assert float(foretold[2]) == int(foretold[1]) / 4
+
+
 def test_calls_and_money_of_oracles_that_ask_others_are_foretold_too(toy_config, warm_cli, tmp_path, server):
     judge = {"base_url": f"{server.url}/v1", "model": "judge", "price_per_request": 0.25}
     members = {

@@ -133,6 +133,40 @@ def test_a_kl_in_the_reward_is_biased_with_lag():
     assert "a biased estimate" in note
 
 
+REUSE = "selection.name=regenerate"
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "onpo"])
+def test_reused_responses_are_refused_where_a_loss_takes_them_for_new_ones(algorithm):
+    uncorrected = () if algorithm == "onpo" else ("algorithm.importance_sampling_cap=null",)
+    name = f"algorithm.name={algorithm}"
+    with pytest.raises(ConfigError, match="responses of older policies trained on once more, and") as caught:
+        notes(name, REUSE, *uncorrected)
+    assert caught.value.field == "selection.name"
+    assert ("algorithm.importance_sampling_cap" in caught.value.fix) == bool(uncorrected)
+    assert notes(name, REUSE, "selection.rho=1.0", *uncorrected) == [], "then nothing is"
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "said"),
+    [("dpo", 0), ("optune", 0), ("grpo", 0), ("raft", 0), ("xpo", 0), ("selm", 1), ("dno_prct", 1), ("sppo", 1)],
+)
+def test_what_reused_responses_mean_for_losses_on_preferences_is_said(algorithm, said):
+    found = notes(f"algorithm.name={algorithm}", REUSE)
+    assert sum("with selection.name=regenerate they are those of older policies" in note for note in found) == said
+
+
+def test_a_kl_in_the_reward_is_biased_with_reused_responses():
+    (note,) = notes("algorithm.kl_in=reward", REUSE)
+    assert "on responses of an older one (selection.name): a biased estimate" in note
+
+
+def test_items_that_an_algorithm_trains_once_more_itself_are_refused_beside_reused_responses():
+    with pytest.raises(ConfigError, match="some would come twice in an iteration") as caught:
+        notes("algorithm.name=dno_prct", "algorithm.replay=0.3", REUSE)
+    assert (caught.value.field, "algorithm.replay=0" in caught.value.fix) == ("selection.name", True)
+
+
 def sections(*overrides: str) -> None:
     config = configuration.load(QUICKSTART, list(overrides))
     check_sections(config, configuration.algorithm(config))

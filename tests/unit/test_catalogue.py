@@ -85,6 +85,7 @@ def test_names_and_labels_follow_the_conventions_of_prometheus():
         "stat",
         "reference",
         "estimator",
+        "age",
     }
     ends = {"s": "_seconds", "bytes": "_bytes", "nats/token": "_nats", "nats/sequence": "_nats", "ratio": "_ratio"}
     for metric, series in CATALOGUE.series():

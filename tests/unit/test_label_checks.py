@@ -105,6 +105,7 @@ def test_what_nothing_would_read_or_means_nothing_is_refused(knobs, field, said)
     "knobs",
     [
         ["pair_weights=age", "pair_age_decay=0.9", "name=dno_prct", "replay=0.3"],
+        ["pair_weights=age", "pair_age_decay=0.9", "selection.name=regenerate"],
         ["pair_weights=per_prompt", "pairing.name=all_pairs"],
         ["pair_weights=score_gap", "pair_weight_clip=[0.1, 5.0]"],
         ["nll_coef=1.0", "nll_target=reference_answer"],

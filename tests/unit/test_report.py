@@ -131,6 +131,7 @@ def everything(report: Reporter, learner: dict[str, float], figures: dict[str, f
     """All that can happen in an iteration."""
     report.phase(1, "sample", 1.0)
     report.sampled(1, [Sampled.of(group) for group in GROUPS], kept=2)
+    report.reused(1, {"1": 2, "2": 1}, 40)
     report.labelled(1, ok=2, failed=1, spreads=[0.5, 0.5], uncertainties=[0.1, 0.3])
     report.asked(1, "label", 1, 3)
     report.paid(1, "label", Paid(cost=Cost(calls=3, seconds=2.0, usd=0.5, tokens=10, tokens_out=4), saved=Cost(calls=7)))

@@ -12,6 +12,7 @@ import pytest
 
 from onlinerl.config.roles import build
 from onlinerl.errors import ConfigError
+from onlinerl.prompts._source import ShuffledPrompts
 from onlinerl.selection._draws import drawn, uniform
 from onlinerl.types import Message, Pool, Prompt, RawPrompt, SelectionPlan, Visit
 from onlinerl.types.selection import content
@@ -424,3 +425,159 @@ class TestCurriculum:
         assert made("curriculum", by="gap").objection(plan(given, samples_per_prompt=1)).field == "sampling.samples_per_prompt"
         assert made("curriculum").objection(plan(given, samples_per_prompt=1)) is None
         assert made("curriculum", by="column").objection(plan(self.GIVEN, reuse=False)) is None
+
+
+class TestRegenerate:
+    ALL = NAMES[:6]
+
+    def some(
+        self, latest: dict[str, tuple[float, ...]], first: dict[str, tuple[float, ...]] | None = None, **more: Any
+    ) -> Pool:
+        """Of iteration 3: all were sampled in iteration 1, and judged so, and trained on again in iteration 2 as `latest` has it."""
+        visits = {i: Visit(iteration=2, scores=scores) for i, scores in latest.items()}
+        begun = {i: Visit(iteration=1, scores=scores) for i, scores in (first or latest).items()}
+        base = pool(prompts(*self.ALL), iteration=3, per_iteration=6, most=6, asked=dict.fromkeys(latest, 2), visits=visits)
+        return dataclasses.replace(base, **{"first_visits": begun, **more})
+
+    def again(self, chosen: Any) -> set[str]:
+        return {one.prompt_id for one in chosen if one.reused_from is None}
+
+    def test_raw_takes_the_lowest_mean_scores(self):
+        latest = {name: (n / 6, n / 6 + 0.1) for n, name in enumerate(self.ALL)}
+        chosen = made("regenerate", rank="raw").select(self.some(latest))
+        assert self.again(chosen) == {"p00", "p01", "p02"}
+        assert {one.reused_from for one in chosen} == {None, 2}
+
+    def test_base_takes_those_that_have_come_least_far_for_their_own_prompt(self):
+        """p00 has low scores and has become better by two standard deviations of its first ones; p05 high ones, and worse."""
+        first = {name: (n - 1.0, n + 1.0) for n, name in enumerate(self.ALL)}  # mean n, standard deviation 1
+        moved = {"p00": 2.0, "p01": 1.0, "p02": 0.5, "p03": 0.0, "p04": -0.5, "p05": -1.0}
+        latest = {name: (first[name][0] + moved[name], first[name][1] + moved[name]) for name in self.ALL}
+        chosen = made("regenerate").select(self.some(latest, first))
+        assert self.again(chosen) == {"p03", "p04", "p05"}
+        (one,) = (each for each in chosen if each.prompt_id == "p00")
+        assert one.reason == "responses of iteration 2 once more: base rank 2"
+        raw = made("regenerate", rank="raw").select(self.some(latest, first))
+        assert self.again(raw) == {"p00", "p01", "p02"}
+
+    def test_first_scores_that_are_all_alike_have_the_usual_spread(self):
+        """The median of the others' standard deviations: 1 here."""
+        first = {name: (0.0, 2.0) for name in self.ALL} | {"p00": (1.0, 1.0)}
+        latest = {name: (2.0, 2.0) for name in self.ALL} | {"p00": (1.5, 1.5), "p01": (1.25, 1.25)}
+        chosen = {one.prompt_id: one.reason for one in made("regenerate", rho=0.3).select(self.some(latest, first))}
+        assert "rank 0.5," in chosen["p00"]
+        assert "rank 0.25," in chosen["p01"]
+        flat = {name: (1.0, 1.0) for name in self.ALL}
+        chosen = made("regenerate", rho=0.1).select(self.some(flat | {"p02": (0.5, 0.5)}, flat))
+        assert self.again(chosen) == {"p02"}
+
+    def test_of_equals_chance_decides(self):
+        """Each as often as any other, within 4.5 sigma."""
+        latest, seeds = dict.fromkeys(self.ALL, (0.0, 1.0)), 200
+        found = Counter(i for seed in range(seeds) for i in self.again(made("regenerate").select(self.some(latest, seed=seed))))
+        assert all(abs(found[i] - seeds / 2) < 4.5 * (seeds / 4) ** 0.5 for i in self.ALL), found
+
+    def test_what_is_too_old_comes_first_and_counts(self):
+        latest = {name: (n / 6, n / 6) for n, name in enumerate(self.ALL)}
+        old = {i: Visit(iteration=2, scores=scores, reused_from=1 if i >= "p04" else 2) for i, scores in latest.items()}
+        chosen = made("regenerate", rank="raw", max_age=1).select(self.some(latest, visits=old))
+        assert self.again(chosen) == {"p00", "p04", "p05"}, "two are two iterations old, and one has the lowest scores"
+        reasons = {one.prompt_id: one.reason for one in chosen}
+        assert reasons["p05"] == "sampled anew: its responses are 2 iterations old"
+        chosen = made("regenerate", rank="raw", max_age=1, rho=0.1).select(self.some(latest, visits=old))
+        assert self.again(chosen) == {"p04", "p05"}, "all of them, although they are more than a tenth"
+        chosen = made("regenerate", rank="raw").select(self.some(latest, visits=old))
+        assert self.again(chosen) == {"p00", "p01", "p02"}
+
+    @pytest.mark.parametrize(("rho", "count"), [(0.01, 1), (0.5, 3), (0.51, 4), (0.7, 5), (1.0, 6)])
+    def test_the_share_is_rounded_up(self, rho, count):
+        latest = {name: (n / 6, n / 6) for n, name in enumerate(self.ALL)}
+        assert len(self.again(made("regenerate", rho=rho).select(self.some(latest)))) == count
+
+    def test_what_nobody_has_judged_is_sampled(self):
+        latest = {name: (float(n), 0.0) for n, name in enumerate(self.ALL[:4])}
+        chosen = made("regenerate").select(self.some(latest, asked=dict.fromkeys(self.ALL[:5], 2)))
+        reasons = {one.prompt_id: one.reason for one in chosen}
+        assert reasons["p04"] == "sampled anew: no verdict is known yet"
+        assert reasons["p05"] == "sampled for the first time"
+        assert len(self.again(chosen)) == 2 + 2, "half of the four, and these"
+
+    def test_prompts_are_those_of_shuffled(self):
+        """Over four passes of four iterations each, and within each in the same order."""
+        given, asked, cursor = prompts(*NAMES), Counter[str](), 0
+        shuffled = ShuffledPrompts(given, seed=3, reuse=True)
+        for iteration in range(1, 17):
+            chosen = ids(
+                made("regenerate").select(pool(given, iteration=iteration, per_iteration=6, most=6, asked=dict(asked)))
+            )
+            expected, cursor = shuffled.take(6, cursor)
+            assert chosen == [prompt.id for prompt in expected]
+            asked.update(chosen)
+
+    def test_with_dynamic_sampling_each_round_has_its_share(self):
+        latest = {name: (n / 6, n / 6) for n, name in enumerate(self.ALL)}
+        chosen = made("regenerate").select(self.some(latest, per_iteration=2))
+        assert [len(self.again(chosen[start : start + 2])) for start in (0, 2, 4)] == [1, 1, 1]
+
+    @pytest.mark.parametrize(
+        ("knobs", "field"),
+        [
+            ({"rho": 0.0}, "selection.rho"),
+            ({"rho": 1.1}, "selection.rho"),
+            ({"max_age": 0}, "selection.max_age"),
+            ({"rank": "best"}, "selection.rank"),
+            ({"rho": 1.0, "max_age": 3}, "selection.max_age"),
+            ({"rho": 1.0, "rank": "raw"}, "selection.rank"),
+        ],
+    )
+    def test_keys_that_make_no_sense_are_refused(self, knobs, field):
+        with pytest.raises(ConfigError) as refused:
+            made("regenerate", **knobs)
+        assert refused.value.field == field
+
+    @pytest.mark.parametrize(
+        ("size", "changes", "knobs", "field", "said"),
+        [
+            (6, {"reuse": False}, {}, "prompts.reuse", "selection.rank=base goes by how it was judged the last time"),
+            (6, {"samples_per_prompt": 1}, {}, "sampling.samples_per_prompt", "is 1"),
+            (24, {}, {}, "selection.max_age", "is 2, and a prompt comes again after 6 iterations or more"),
+            (4, {"max_lag": 1}, {"max_age": 1}, "selection.max_age", "schedule.max_lag=1 responses are 2 iterations old"),
+            (4, {"iterations": 1}, {}, "iterations", "before iteration 2: 4 prompts of 4"),
+            (8, {"iterations": 2}, {}, "iterations", "before iteration 3: 4 prompts of 8"),
+            (4, {"iterations": 2, "max_lag": 1}, {}, "iterations", "before iteration 3"),
+        ],
+    )
+    def test_what_cannot_work(self, size, changes, knobs, field, said):
+        objection = made("regenerate", **knobs).objection(plan(prompts(*NAMES[:size]), **changes))
+        assert (objection.field, said in objection.cause) == (field, True), objection
+        assert objection.fix
+
+    @pytest.mark.parametrize(
+        ("size", "changes", "knobs"),
+        [
+            (4, {"iterations": 2}, {}),
+            (8, {}, {}),
+            (8, {"rounds": 2, "iterations": 2}, {}),
+            (24, {"iterations": 7}, {"max_age": 6}),
+            (4, {"max_lag": 1}, {}),
+            (4, {"samples_per_prompt": 1}, {"rank": "raw"}),
+            (4, {"reuse": False, "iterations": 1}, {"rho": 1.0}),
+        ],
+    )
+    def test_what_can(self, size, changes, knobs):
+        assert made("regenerate", **knobs).objection(plan(prompts(*NAMES[:size]), **changes)) is None
+
+    @pytest.mark.parametrize(
+        ("rho", "changes", "most"),
+        [
+            (0.5, {}, 4 + 2 + 2),
+            (0.5, {"iterations": 6}, 4 + 5 * 2),
+            (0.5, {"iterations": 6, "max_lag": 1}, 4 + 4 + 4 * 2),
+            (0.25, {"iterations": 5}, 4 + 1 + 1 + 3 + 3),
+            (0.5, {"rounds": 2}, 3 * 2 * 4),
+            (1.0, {}, 3 * 4),
+        ],
+    )
+    def test_how_much_is_sampled_at_most(self, rho, changes, most):
+        assert made("regenerate", rho=rho).most_sampled(plan(prompts(*NAMES[:4]), **changes)) == most
+        assert made("regenerate", rho=rho).most_sampled(plan(prompts(*NAMES[:5]))) == 3 * 4, "all, where some are left out"

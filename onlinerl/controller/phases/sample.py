@@ -1,4 +1,4 @@
-"""Fresh prompts, K responses each, and what the algorithm asks for beside them: the greedy one, those of the base model, of a mixture."""
+"""The prompts of the iteration, K responses each, and what the algorithm asks for beside them: the greedy one, those of the base model, of a mixture."""
 
 from __future__ import annotations
 
@@ -10,24 +10,29 @@ from dataclasses import replace
 from onlinerl.controller import collect
 from onlinerl.controller.dynamic import Rounds
 from onlinerl.controller.iteration import Iteration
+from onlinerl.controller.reuse import Reused
 from onlinerl.controller.tally import Sampled
 from onlinerl.errors import StoreError
 from onlinerl.types import Group, Prompt, Request, Rollout, SampleRecord, derive_seed
 
 
 def sample(it: Iteration) -> SampleRecord:
-    """Sample from the iterate before this one, or from the one before that (`schedule.max_lag`)."""
+    """Sample from the iterate before this one, or from the one before that (`schedule.max_lag`); take what is reused from where it is."""
     config = it.parts.config
     k = config.sampling.samples_per_prompt
     greedy = it.needs.greedy
     places = [*range(k), *(["greedy"] if greedy else [])]
-    rounds = Rounds(it)
+    rounds, reuse = Rounds(it), Reused(it)
 
     def requests(prompts: Sequence[Prompt]) -> list[Request]:
-        return [it.request(prompt, places, greedy=greedy) for prompt in prompts]
+        return [it.request(prompt, places, greedy=greedy) for prompt in prompts if prompt.id not in it.reused]
 
     def more(sampled: Mapping[str, Sampled]) -> list[Request]:
-        return requests(rounds.more(sampled)) if it.dynamic else []
+        while it.dynamic and (prompts := rounds.more({**sampled, **reuse.taken})):
+            it.rollouts.put(reuse.take(prompts))
+            if asked := requests(prompts):
+                return asked
+        return []
 
     def with_others(groups: Sequence[Group]) -> Sequence[Group]:
         """What the base model said to these prompts, a mixture of both, and the stored answer come last, in this order."""
@@ -41,6 +46,7 @@ def sample(it: Iteration) -> SampleRecord:
             return groups
         return [replace(group, rollouts=(*group.rollouts, _answer(it, group.prompt))) for group in groups]
 
+    reuse.take(rounds.prompts)  # `generate` hands on what is in the table before it samples
     sampled = collect.generate(
         it,
         requests(rounds.prompts),
@@ -56,12 +62,15 @@ def sample(it: Iteration) -> SampleRecord:
     record: SampleRecord = {
         "samples": sum(s.responses for s in sampled),
         "tokens": sum(s.tokens for s in sampled),
-        "prompts": len(sampled),
+        "prompts": len(rounds.prompts),
         "truncated": sum(s.cut for s in sampled),
         "rejected": dict(Counter(reason for s in sampled for reason in s.rejected)),
         "next_cursor": rounds.next_cursor,
         "policy_version": it.sampling_version,
     }
+    if config.selection.reuses:
+        it.report.reused(it.number, reuse.by_age, reuse.tokens)
+        record |= {"reused": reuse.by_age, "tokens_saved": reuse.tokens}
     if it.dynamic:
         if (shortage := rounds.shortage()) is not None:
             it.parts.tracker.note(shortage)

@@ -30,7 +30,7 @@ def sample_mixture(it: Iteration) -> SampleMixtureRecord:
         )
     config, table = it.parts.config, it.mixture_groups()
     places = [("mixture", i) for i in range(it.needs.mixture_samples)]
-    requests = [it.request(prompt, places, source="mixture") for prompt in it.prompts()[0]]
+    requests = [it.request(prompt, places, source="mixture") for prompt in it.prompts()[0] if prompt.id not in it.reused]
     it.parts.tracker.phase_started(it.number, "sample_mixture", len(requests), "groups")
     for chunk in batched(requests, AT_ONCE):
         missing = set(table.missing([request.prompt.id for request in chunk]))

@@ -17,7 +17,7 @@ def sample_reference(it: Iteration) -> SampleReferenceRecord:
     """
     config, table = it.parts.config, it.reference_groups()
     places = [("reference", i) for i in range(it.needs.reference_samples)]
-    requests = [it.request(prompt, places, source="reference") for prompt in it.prompts()[0]]
+    requests = [it.request(prompt, places, source="reference") for prompt in it.prompts()[0] if prompt.id not in it.reused]
     pushes = it.sampling_version > 0 and not table.sealed
     if pushes:
         it.push_base()

@@ -24,11 +24,17 @@ def select(it: Iteration) -> SelectRecord:
     if not table.sealed:
         chosen = _asked(it.parts.config.selection, pool)
         _require_possible(pool, chosen)
+        _require_reusable(it.parts.config.selection, pool, chosen)
         table.clear()
         table.append(chosen)
         table.seal()
-    ids = [one.prompt_id for one in table]
-    return {"prompts": len(ids), "visited": sum(i in pool.visits for i in ids), "newest": it.sampling_version}
+    chosen = list(table)
+    return {
+        "prompts": len(chosen),
+        "visited": sum(one.prompt_id in pool.visits for one in chosen),
+        "reused": sum(one.reused_from is not None for one in chosen),
+        "newest": it.sampling_version,
+    }
 
 
 def _asked(selector: Selector, pool: Pool) -> list[Selected]:
@@ -63,6 +69,21 @@ def _require_possible(pool: Pool, chosen: Sequence[Selected]) -> None:
         raise _wrong(f"{len(ids)} prompts, and {pool.per_iteration} to {pool.most} are wanted")
     if odd := [one for one in chosen if not (math.isfinite(one.probability) and 0 < one.probability <= 1)]:
         raise _wrong(f"prompt {odd[0].prompt_id!r} with probability {odd[0].probability}")
+
+
+def _require_reusable(selector: Selector, pool: Pool, chosen: Sequence[Selected]) -> None:
+    """Refuse responses that nobody has judged, that are not the last ones, or that `check` was told nothing of."""
+    for one in chosen:
+        if one.reused_from is None:
+            continue
+        if not selector.reuses:
+            raise _wrong(f"responses of iteration {one.reused_from} to prompt {one.prompt_id!r}, and its `reuses` is False")
+        visit = pool.visits.get(one.prompt_id)
+        if visit is None or visit.sampled_in != one.reused_from:
+            last = (
+                "there are none that were judged" if visit is None else f"the last that were judged are of {visit.sampled_in}"
+            )
+            raise _wrong(f"responses of iteration {one.reused_from} to prompt {one.prompt_id!r}, and {last}")
 
 
 def _wrong(what: str) -> PromptError:
