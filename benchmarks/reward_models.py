@@ -97,7 +97,7 @@ def run(data: Path, reports: Sequence[Mapping[str, Any]]) -> Path:
     config = CONFIGS / "rm_loop" / "hh.yaml"
     directory = ROOT / "runs" / load(config).name
     if (directory / "manifest.json").exists():
-        onlinerl("resume", directory)
+        onlinerl("resume", "--finished-ok", directory)
         return directory
     paths = zip(("trained", "watch"), reports, strict=True)
     oracles = [f"oracle.members.{member}.path={report['path']}" for member, report in paths]
