@@ -12,6 +12,10 @@ from onlinerl.config.reward_model import RewardConfig
 from onlinerl.errors import ClusterError, ConfigError
 from onlinerl.protocols.oracle import with_weights
 
+NOTHING = {"memory": 1.0}
+"""What is reserved for who needs nothing: Ray wants a positive amount of something. One byte is always there; any share of a core would be too
+much where the others have all of them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
@@ -31,7 +35,7 @@ def bundles(placements: Sequence[Placement]) -> list[dict[str, float]]:
     wanted: list[Counter[str]] = [Counter() for _ in range(1 + max(p.bundle for p in placements))]
     for p in placements:
         wanted[p.bundle].update({"CPU": p.cpus, "GPU": p.gpus, **p.resources})
-    return [{k: float(v) for k, v in one.items() if v > 0} or {"CPU": 0.001} for one in wanted]
+    return [{k: float(v) for k, v in one.items() if v > 0} or dict(NOTHING) for one in wanted]
 
 
 def plan(config: RunConfig | RewardConfig, device: str) -> list[Placement]:
@@ -84,16 +88,21 @@ def plan(config: RunConfig | RewardConfig, device: str) -> list[Placement]:
 def describe(placements: Sequence[Placement]) -> list[str]:
     """One line per bundle: who lives in it and what it holds."""
     return [
-        f"{' and '.join(p.role for p in placements if p.bundle == i)}: {', '.join(f'{v:g} {k}' for k, v in bundle.items())}"
+        f"{' and '.join(p.role for p in placements if p.bundle == i)}: {_amounts(bundle)}"
         for i, bundle in enumerate(bundles(placements))
     ]
+
+
+def _amounts(bundle: Mapping[str, float]) -> str:
+    return "nothing of its own" if bundle == NOTHING else ", ".join(f"{v:g} {k}" for k, v in bundle.items())
 
 
 def missing(placements: Sequence[Placement], available: Mapping[str, float]) -> dict[str, tuple[float, float]]:
     """Resource -> (needed, there) for everything there is too little of."""
     needed: Counter[str] = Counter()
     for bundle in bundles(placements):
-        needed.update(bundle)
+        if bundle != NOTHING:
+            needed.update(bundle)
     return {k: (v, available.get(k, 0.0)) for k, v in needed.items() if v > available.get(k, 0.0) + 1e-6}
 
 
@@ -119,7 +128,9 @@ def explain_unplaceable(placements: Sequence[Placement], nodes: Sequence[Mapping
         nodes: what each node has.
     """
     for line, bundle in zip(describe(placements), bundles(placements), strict=True):
-        if not any(all(node.get(name, 0.0) + 1e-6 >= amount for name, amount in bundle.items()) for node in nodes):
+        if bundle != NOTHING and not any(
+            all(node.get(name, 0.0) + 1e-6 >= amount for name, amount in bundle.items()) for node in nodes
+        ):
             return ClusterError(
                 f"no node has all of what must be on one: {line}",
                 field="cluster",

@@ -64,13 +64,25 @@ def _require_other_judge(run: Path, model: str) -> None:
     """Labels that a model gave itself teach it nothing but to be surer."""
     file = run / "config.yaml"
     asked = yaml_files.read(file, {}).get("oracle", {}) if file.is_file() else {}
-    path = asked.get("path") if isinstance(asked, Mapping) else None
-    if isinstance(path, str) and Path(path).resolve() == Path(model).resolve():
+    if any(Path(path).resolve() == Path(model).resolve() for path in _models(asked)):
         raise ConfigError(
             f"the labels of {run} are those of {model} itself: training on them would only make it surer",
             field=FIELD,
             fix="name a run whose oracle is another one, e.g. a judge or a larger reward model",
         )
+
+
+def _models(oracle: Any) -> Iterator[str]:
+    """Paths of the models that an oracle goes by, also inside another one; not of those that only watch (`weights` of 0)."""
+    if not isinstance(oracle, Mapping):
+        return
+    if isinstance(path := oracle.get("path"), str):
+        yield path
+    weights = oracle.get("weights")
+    for name, each in oracle.items():
+        if not (isinstance(weights, Mapping) and weights.get(name) == 0):
+            # Members stand beside the weights that name them.
+            yield from _models({**each, "weights": weights} if name == "members" and isinstance(each, Mapping) else each)
 
 
 def worse(before: Mapping[str, Any], after: Mapping[str, Any], most: float) -> str | None:

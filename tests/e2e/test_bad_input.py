@@ -832,6 +832,16 @@ def test_more_than_the_cluster_has():
     assert {p.gpus for p in placement.plan(config, "cpu")} == {0}
 
 
+def test_an_oracle_that_asks_for_no_cores_has_room_where_the_others_take_all_of_them():
+    oracle = {"name": "reward_model", "path": "org/judge", "device": "cpu"}
+    wanted = placement.plan(big(oracle=oracle, engine={"cpus": 1}, learner={"cpus": 1}), "cpu")
+    assert placement.describe(wanted)[-1] == "oracle 0: nothing of its own"
+    node = {"CPU": 2.0, "memory": 1e9}
+    assert placement.explain_missing(wanted, node) is None
+    assert placement.explain_unplaceable(wanted, [node]) is None
+    assert all(amount > 0 for bundle in placement.bundles(wanted) for amount in bundle.values())
+
+
 def test_a_split_replica_needs_one_node_with_all_its_gpus():
     """Eight GPUs in all are no room for four on one node."""
     wanted = placement.plan(big(engine={"tensor_parallel_size": 4, "cpus": 2}), "cuda")

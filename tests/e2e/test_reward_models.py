@@ -27,7 +27,7 @@ from onlinerl.learners._group import RankGroup
 from onlinerl.oracles.gpm import GeneralPreferenceModel
 from onlinerl.oracles.pair_model import PairModel
 from onlinerl.oracles.reward_model import RewardModel
-from onlinerl.reward_training import checks, running
+from onlinerl.reward_training import checks, refresh, running
 from onlinerl.reward_training.starting import started
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.trackers.jsonl import read_metrics
@@ -458,6 +458,37 @@ def test_labels_of_the_model_itself_are_refused(tasteful, toy_config, onlinerl, 
     with pytest.raises(ConfigError, match="would only make it surer") as error:
         checks.check(configuration.load(path))
     assert error.value.field == "preferences.runs"
+
+
+@pytest.mark.parametrize(
+    ("oracle", "refused"),
+    [
+        ({"name": "swapped", "base": {"name": "reward_model", "path": "MODEL"}}, True),
+        (
+            {
+                "name": "composite",
+                "members": {"own": {"name": "reward_model", "path": "MODEL"}, "other": {"name": "sentiment"}},
+            },
+            True,
+        ),
+        ({"name": "reward_model", "path": "another"}, False),
+        (
+            {
+                "name": "composite",
+                "members": {"own": {"name": "reward_model", "path": "MODEL"}, "other": {"name": "sentiment"}},
+                "weights": {"own": 0.0},
+            },
+            False,
+        ),
+    ],
+    ids=["inside another oracle", "a member", "of another model", "a member that only watches"],
+)
+def test_labels_of_the_model_inside_another_oracle_are_refused_too(tmp_path, oracle, refused):
+    model, run = tmp_path / "model", tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(json.dumps({"oracle": oracle}).replace("MODEL", str(model)))
+    with pytest.raises(ConfigError if refused else StoreError):
+        refresh.comparisons([str(run)], 1.0, str(model))
 
 
 def test_a_run_that_has_judged_nothing(tasteful, tmp_path):

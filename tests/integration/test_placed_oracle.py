@@ -77,8 +77,14 @@ def config(tiny_llama: Path) -> configuration.RunConfig:
 def cluster(config) -> Iterator[object]:
     from onlinerl.cluster.runtime import Cluster
 
-    small = config.model_copy(update={"oracle": {**config.oracle, "cpus": 0}})
-    with Cluster(small) as started:
+    # Engine and learner have all cores, as they do by default on a machine with two; the oracle asks for none, and there is room for it.
+    cores = len(os.sched_getaffinity(0))
+    update = {
+        "oracle": {**config.oracle, "cpus": 0},
+        "engine": config.engine.model_copy(update={"cpus": cores - 1}),
+        "learner": config.learner.model_copy(update={"cpus": 1}),
+    }
+    with Cluster(config.model_copy(update=update)) as started:
         yield started
 
 
