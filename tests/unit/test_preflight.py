@@ -480,7 +480,8 @@ def test_a_shared_critic_has_no_network_of_its_own(toy_config, reward_model, tmp
 
 
 def test_a_critic_that_begins_as_a_reward_model_counts_with_its_own_size(toy_config, reward_model, tmp_path):
-    path = toy_config(tmp_path, {"algorithm.name": "ppo", "learner.name": "deepspeed", "engine.name": "vllm"})
+    keys = {"algorithm.name": "ppo", "learner.name": "deepspeed", "learner.dtype": "float32", "engine.name": "vllm"}
+    path = toy_config(tmp_path, keys)
     sizes = []
     for critic in (None, reward_model(hidden_size=512, intermediate_size=2048, num_hidden_layers=24, num_attention_heads=8)):
         overrides = [f"algorithm.critic_model={critic}"] if critic else []
