@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, model_validator
 
+from onlinerl.errors import ConfigError
 from onlinerl.protocols.selection import Selector
 from onlinerl.selection import _last_visit
 from onlinerl.types import Objection, derive_seed
@@ -40,12 +41,17 @@ class Regenerate(Selector):
     reward model are not comparable across prompts. Of equals chance decides; with `base` all are equal until responses have been
     sampled twice."""
 
-    @field_validator("max_age", "rank")
-    @classmethod
-    def _is_read(cls, value: object, info: ValidationInfo) -> object:
-        if value != cls.model_fields[str(info.field_name)].default and info.data.get("rho") == 1:
-            raise ValueError("rho is 1, so everything is sampled anew, and nothing reads it")
-        return value
+    @model_validator(mode="after")
+    def _is_read(self) -> Self:
+        fields = type(self).model_fields
+        for key in ("max_age", "rank"):
+            if self.rho == 1 and (value := getattr(self, key)) != fields[key].default:
+                raise ConfigError(
+                    f"is {value}, and with rho=1 everything is sampled anew, and nothing reads it",
+                    field=f"selection.{key}",
+                    fix="leave it out, or set selection.rho below 1",
+                )
+        return self
 
     @property
     def reads_scores(self) -> bool:

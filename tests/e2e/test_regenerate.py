@@ -283,7 +283,7 @@ REFUSED = {
     "algorithm={name: grpo, importance_sampling_cap: null}": "selection.name: is regenerate, which has responses of older policies trained",
     "algorithm={name: onpo}": "selection.name: is regenerate, which has responses of older policies trained",
     "algorithm={name: dno_prct, replay: 0.3}": "selection.name: is regenerate, and dno_prct as configured trains items of earlier",
-    "selection={name: regenerate, rho: 1.0, max_age: 3}": "selection.max_age: rho is 1, so everything is sampled anew",
+    "selection={name: regenerate, rho: 1.0, max_age: 3}": "selection.max_age: is 3, and with rho=1 everything is sampled anew",
 }
 
 
