@@ -1,5 +1,5 @@
-"""Writes the prompts of the quickstart: neutral openings of film reviews, 8 to 14 words, cut in mid-sentence; and the first of them with
-reference answers that like the film, for algorithms that need some.
+"""Writes the prompts of the quickstart: neutral openings of film reviews, 8 to 14 words, cut in mid-sentence; and those to train on
+with reference answers that like the film, for algorithms that need some.
 
     python benchmarks/make_film_reviews.py [FOLDER]
 
@@ -20,8 +20,8 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 FOLDER = Path(__file__).parent.parent / "onlinerl" / "prompts" / "data"
 SIZES = {"film_reviews_train": 640, "film_reviews_heldout": 160}
-ANSWERED = ("film_reviews_answered", 320)
-"""As many prompts of film_reviews_train, with reference answers."""
+ANSWERED = "film_reviews_answered"
+"""The prompts of film_reviews_train, with reference answers."""
 SEED = 7
 
 FILMS = """film|movie|documentary|short film|silent film|western|drama|road movie|period piece|science fiction film|
@@ -151,9 +151,9 @@ def main(folder: Path) -> None:
     """Write the three files."""
     texts = openings(sum(SIZES.values()))
     random.Random(SEED).shuffle(texts)
-    name, size = ANSWERED
     rng = random.Random(SEED)
-    files = {name: [line(text, reference_answer=praised(text, rng)) for text in texts[:size]]}
+    train = texts[: SIZES["film_reviews_train"]]
+    files = {ANSWERED: [line(text, reference_answer=praised(text, rng)) for text in train]}
     for name, size in SIZES.items():
         part, texts = texts[:size], texts[size:]
         files[name] = [line(text) for text in part]

@@ -390,7 +390,7 @@ class TestFilmReviews:
 
     def test_the_generator_reproduces_the_files(self, generator, tmp_path):
         generator.main(tmp_path)
-        for name in (*generator.SIZES, generator.ANSWERED[0]):
+        for name in (*generator.SIZES, generator.ANSWERED):
             assert (tmp_path / f"{name}.jsonl").read_bytes() == (generator.FOLDER / f"{name}.jsonl").read_bytes()
 
     def test_the_files_are_fit_for_use(self):
@@ -417,12 +417,12 @@ class TestFilmReviews:
         queries = [Query(prompt=Prompt(id=p.id, text=p.text, token_ids=(1,)), responses=("",)) for p in raw]
         assert max(abs(verdict.scores[0]) for verdict in Sentiment().judge(queries)) < 0.05
 
-    def test_the_first_have_reference_answers_that_like_the_film(self):
+    def test_there_are_reference_answers_that_like_the_film(self):
         from onlinerl.oracles.sentiment import Sentiment
         from onlinerl.types import Query
 
         raw = read_prompts("package:film_reviews_answered")
-        assert [(p.id, p.text) for p in raw] == [(p.id, p.text) for p in read_prompts("package:film_reviews_train")[: len(raw)]]
+        assert [(p.id, p.text) for p in raw] == [(p.id, p.text) for p in read_prompts("package:film_reviews_train")]
         answers = [(Prompt(id=p.id, text=p.text, token_ids=(1,)), " " + p.reference_answer) for p in raw]
         verdicts = Sentiment().judge([Query(prompt=prompt, responses=(answer,)) for prompt, answer in answers])
         assert min(verdict.scores[0] for verdict in verdicts) > 0.5
