@@ -1,7 +1,7 @@
 """Write the figures of finished runs into docs/results.md and README.md, so that no number there is typed by hand.
 
 python benchmarks/readme_figures.py quickstart runs/seed0 runs/seed1 runs/seed2
-python benchmarks/readme_figures.py algorithms runs/ppo runs/grpo ...
+python benchmarks/readme_figures.py sweep runs/quickstart-all    (and its plot, docs/quickstart-all.svg)
 python benchmarks/readme_figures.py layouts runs/seed0 runs/two-by-two ...
 python benchmarks/readme_figures.py curves runs/dpo-lag0-seed0 runs/dpo-lag1-seed0 ...
 python benchmarks/readme_figures.py demo runs/quickstart     (the README's output of `make demo`)
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,10 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from onlinerl.stores import sweeps
 from onlinerl.stores.summary import summarise
 from onlinerl.trackers.console import ConsoleTracker, render_table
+from onlinerl.views import sweep as sweep_view
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,16 +46,38 @@ def quickstart(runs: list[Path]) -> list[str]:
     return lines
 
 
-def table(runs: list[Path], first: str, label: Any) -> list[str]:
+def sweep(folder: Path) -> list[str]:
+    """One line per run, the highest reward first: the last iterate beside the base model, and what it took."""
+    record = sweeps.read(folder)
+    if record is None:
+        sys.exit(f"{folder} is no sweep")
+    found = sweep_view.summarise(folder, record)
+    if unfinished := [run["name"] for run in found["runs"] if run["status"] != "finished"]:
+        sys.exit(f"not finished: {', '.join(unfinished)}")
+    shutil.copy(sweep_view.write_plot(folder, found), ROOT / f"docs/{record.name}.svg")
+    lines = [
+        "| run | reward, base | reward | KL to base (nats) | win rate vs base [95 %] | length (tokens) | tokens sampled | labels | minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run in sorted(found["runs"], key=lambda run: run["reward"], reverse=True):
+        kl = f"{run['kl_ref']:.1f}" + (" (k1)" if run["kl_estimator"] == "k1" else "")
+        lines.append(
+            f"| `{run['name']}` | {run['history'][0]['reward']:.2f} | {run['reward']:.2f} | {kl} | {cell(run)} | {run['length']:.1f} "
+            f"| {run['tokens']} | {run['labels']} | {run['seconds'] / 60:.1f} |"
+        )
+    return lines
+
+
+def layouts(runs: list[Path]) -> list[str]:
     """One line per run: the last iterate against the base."""
     lines = [
-        f"| {first} | reward, base | reward | KL to base (nats) | win rate vs base [95 %] |",
+        "| layout | reward, base | reward | KL to base (nats) | win rate vs base [95 %] |",
         "|---|---|---|---|---|",
     ]
     for run in runs:
         rows = summarise(run)["iterations"]
         base, last = rows[0], rows[-1]
-        lines.append(f"| {label(run)} | {base['reward']:.2f} | {last['reward']:.2f} | {last['kl_ref']:.1f} | {cell(last)} |")
+        lines.append(f"| {layout(run)} | {base['reward']:.2f} | {last['reward']:.2f} | {last['kl_ref']:.1f} | {cell(last)} |")
     return lines
 
 
@@ -120,9 +145,9 @@ def main(kind: str, *paths: str) -> None:
         write(kind, demo(runs[0]), ROOT / "README.md")
         return
     made = {
+        "sweep": lambda: sweep(runs[0]),
         "quickstart": lambda: quickstart(runs),
-        "algorithms": lambda: table(runs, "algorithm", lambda run: f"`{summarise(run)['algorithm']}`"),
-        "layouts": lambda: table(runs, "layout", layout),
+        "layouts": lambda: layouts(runs),
         "curves": lambda: curves(runs),
     }
     write(kind, made[kind](), ROOT / "docs/results.md")

@@ -1,7 +1,8 @@
 """What is asked about given tokens, from the states before them: output matrix, softmax and sums over the vocabulary, piece by piece.
 
-Nothing with a vocabulary axis outlives its piece. The backward pass computes the logits of a piece again, and makes the gradient by them
-in the memory that they are in. Axes: N response tokens, H hidden, V vocabulary, C tokens of a piece.
+Where all tokens are one piece, its log-probs are kept for the backward pass. Of several, nothing with a vocabulary axis outlives its piece: the
+backward pass computes the logits of each again. The gradient is made in the memory that they are in. Axes: N response tokens, H hidden, V
+vocabulary, C tokens of a piece.
 """
 
 from __future__ import annotations
@@ -36,16 +37,15 @@ def token_terms(hidden_NH: Tensor, targets_N: Tensor, weight_VH: Tensor, bias_V:
     """Of each token, from logits `hidden @ weight.T + bias` that are rescaled and divided by the temperature; fp32, or fp64 of fp64.
 
     Log-prob: log pi(target). Entropy: -sum_v pi_v log pi_v. Collision, without gradient: log sum_v pi_v^2. KL of the reference rho:
-    sum_v rho_v (log rho_v - log pi_v). Gradients reach states, output matrix and bias; there are no second ones.
+    sum_v rho_v (log rho_v - log pi_v). Gradients reach states, output matrix and bias, once: the backward pass uses up what it reads.
     """
     logprobs, entropy, collision, kl = _Terms.apply(hidden_NH, targets_N, weight_VH, bias_V, asked)  # type: ignore[no-untyped-call]
     return TokenTerms(logprobs, entropy, collision, kl)
 
 
-def _normalize(logits_CV: Tensor) -> Tensor:
-    """Log-probs, in place. The policy and the reference go the same way, so that equal logits give equal log-probs, to the last bit."""
-    logits_CV.sub_(logits_CV.amax(dim=-1, keepdim=True))
-    return logits_CV.sub_(logits_CV.exp().sum(dim=-1, keepdim=True).log_())
+def _logprobs(logits_CV: Tensor) -> Tensor:
+    """The policy and the reference go the same way, so that equal logits give equal log-probs, to the last bit."""
+    return torch.log_softmax(logits_CV, dim=-1)
 
 
 class _Terms(torch.autograd.Function):
@@ -54,9 +54,11 @@ class _Terms(torch.autograd.Function):
         ctx: Any, hidden_NH: Tensor, targets_N: Tensor, weight_VH: Tensor, bias_V: Tensor | None, asked: Asked
     ) -> tuple[Tensor | None, ...]:
         columns: list[list[Tensor]] = [[], [], [], []]
+        kept: Tensor | None = None
         for start, end in _pieces(len(targets_N), asked.size):
             logits_CV = fp32_logits(hidden_NH[start:end], weight_VH, bias_V)
-            logprobs_CV = _normalize(rescale(logits_CV, asked.rule, asked.temperature))
+            logprobs_CV = _logprobs(rescale(logits_CV, asked.rule, asked.temperature))
+            del logits_CV
             columns[0].append(logprobs_CV.gather(1, targets_N[start:end, None]).squeeze(1))
             if asked.entropy or asked.collision:
                 table_CV = logprobs_CV.exp()
@@ -67,9 +69,11 @@ class _Terms(torch.autograd.Function):
                 del table_CV
             if asked.reference is not None:
                 columns[3].append(_kl_from(asked.reference, start, end, asked.temperature, logprobs_CV))
-            del logits_CV, logprobs_CV
+            if len(targets_N) <= asked.size and asked.rule.cap is None:  # how steep a cap is cannot be read off log-probs
+                kept = logprobs_CV
+            del logprobs_CV
         found = tuple(torch.cat(column) if column else None for column in columns)
-        ctx.save_for_backward(hidden_NH, targets_N, weight_VH, bias_V, found[1])
+        ctx.save_for_backward(hidden_NH, targets_N, weight_VH, bias_V, found[1], kept)
         ctx.asked = asked
         ctx.set_materialize_grads(False)
         if found[2] is not None:
@@ -79,7 +83,7 @@ class _Terms(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden_NH, targets_N, weight_VH, bias_V, entropy_N = ctx.saved_tensors
+        hidden_NH, targets_N, weight_VH, bias_V, entropy_N, kept = ctx.saved_tensors
         needs_hidden, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
         of_hidden = torch.zeros_like(hidden_NH) if needs_hidden else None
         of_weight = torch.zeros_like(weight_VH) if needs_weight else None
@@ -87,14 +91,19 @@ class _Terms(torch.autograd.Function):
         of_logprobs, of_entropy, _, of_kl = gradients
         for start, end in _pieces(len(targets_N), ctx.asked.size):
             upstream = _Upstream(*(None if g is None else g[start:end, None] for g in (of_logprobs, of_entropy, of_kl)))
+            logprobs_CV, bend_CV = (
+                (kept, None) if kept is not None else _again(hidden_NH[start:end], weight_VH, bias_V, ctx.asked)
+            )
             slope_CV = _slope(
-                fp32_logits(hidden_NH[start:end], weight_VH, bias_V),
+                logprobs_CV,
+                bend_CV,
                 targets_N[start:end, None],
                 None if entropy_N is None else entropy_N[start:end, None],
                 upstream,
                 ctx.asked,
                 start,
             )
+            del logprobs_CV, bend_CV
             if of_bias is not None:
                 of_bias.add_(slope_CV.sum(dim=0))
             slope_CV = slope_CV.to(weight_VH.dtype)
@@ -120,45 +129,50 @@ def _pieces(count: int, size: int) -> Iterator[tuple[int, int]]:
 
 def _kl_from(reference: FrozenStates, start: int, end: int, temperature: float, logprobs_CV: Tensor) -> Tensor:
     """KL(reference || policy), [C]: exactly 0 where the two are equal."""
-    theirs_CV = _normalize(reference.logits(start, end, temperature))
+    theirs_CV = _logprobs(reference.logits(start, end, temperature))
     table_CV = theirs_CV.exp()
     return table_CV.mul_(theirs_CV.sub_(logprobs_CV)).sum(dim=-1)
 
 
+def _again(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, asked: Asked) -> tuple[Tensor, Tensor | None]:
+    """The log-probs of a piece, [C, V], and how steep the cap of the logits is, [C, V]: 1 - tanh^2; None without a cap."""
+    z_CV = rescale(fp32_logits(hidden_CH, weight_VH, bias_V), asked.rule, asked.temperature)
+    cap = None if asked.rule.cap is None else asked.rule.cap / asked.temperature
+    bend_CV = None if cap is None else z_CV.div(cap).square_().neg_().add_(1.0)
+    return _logprobs(z_CV), bend_CV
+
+
 def _slope(
-    logits_CV: Tensor,
+    logprobs_CV: Tensor,
+    bend_CV: Tensor | None,
     targets_C1: Tensor,
     entropy_C1: Tensor | None,
     upstream: _Upstream,
     asked: Asked,
     start: int,
 ) -> Tensor:
-    """The gradient by logits as the output matrix gives them, which are used up.
+    """The gradient by logits as the output matrix gives them, in the memory of `logprobs_CV`.
 
     By z, the logits that the softmax sees: of log pi(y) it is 1[v = y] - pi_v, of the entropy -pi_v (log pi_v + entropy), of the KL
     pi_v - rho_v.
     """
-    z_CV = rescale(logits_CV, asked.rule, asked.temperature)
-    cap = None if asked.rule.cap is None else asked.rule.cap / asked.temperature
-    bend_CV = None if cap is None else z_CV.div(cap).square_().neg_().add_(1.0)  # of the cap: 1 - tanh^2
-    factor_C1 = z_CV.new_zeros(len(z_CV), 1)
+    factor_C1 = logprobs_CV.new_zeros(len(logprobs_CV), 1)
     if upstream.logprobs is not None:
         factor_C1 -= upstream.logprobs
     if upstream.kl is not None:
         factor_C1 += upstream.kl
-    _normalize(z_CV)
     if upstream.entropy is None:
-        slope_CV = z_CV.exp_().mul_(factor_C1)
+        slope_CV = logprobs_CV.exp_().mul_(factor_C1)
     else:
         assert entropy_C1 is not None, "it has a gradient"
-        probs_CV = z_CV.exp()
-        slope_CV = z_CV.add_(entropy_C1).mul_(-upstream.entropy).add_(factor_C1).mul_(probs_CV)
+        probs_CV = logprobs_CV.exp()
+        slope_CV = logprobs_CV.add_(entropy_C1).mul_(-upstream.entropy).add_(factor_C1).mul_(probs_CV)
         del probs_CV
     if upstream.logprobs is not None:
         slope_CV.scatter_add_(1, targets_C1, upstream.logprobs.to(slope_CV.dtype))
     if upstream.kl is not None:
         assert asked.reference is not None, "it has a gradient"
-        theirs_CV = _normalize(asked.reference.logits(start, start + len(slope_CV), asked.temperature))
+        theirs_CV = _logprobs(asked.reference.logits(start, start + len(slope_CV), asked.temperature))
         slope_CV.sub_(theirs_CV.exp_().mul_(upstream.kl))
         del theirs_CV
     if bend_CV is not None:

@@ -161,12 +161,15 @@ PIECE = 64
     ],
 )
 @pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("pieces", ["many", "one"])
 def test_no_more_memory_than_a_piece_takes(
-    monkeypatch: pytest.MonkeyPatch, rule: str, asked: dict[str, bool], beside: bool, tables: float, trained: bool
+    monkeypatch: pytest.MonkeyPatch, rule: str, asked: dict[str, bool], beside: bool, tables: float, trained: bool, pieces: str
 ) -> None:
-    """1,000 tokens of a vocabulary of 20,000, in pieces of 64: all that the allocator has handed out at a time, forward and backward."""
+    """1,000 tokens of a vocabulary of 20,000, in pieces of 64, and as many as make one piece, whose log-probs are kept for the backward
+    pass: all that the allocator has handed out at a time, forward and backward."""
     monkeypatch.setattr(_policy, "CHUNK", PIECE)
-    it = case(rule=RULES[rule], beside=beside, **LARGE)
+    tokens = LARGE["tokens"] if pieces == "many" else PIECE // (2 if beside else 1)
+    it = case(rule=RULES[rule], beside=beside, **LARGE | {"tokens": tokens})
 
     def work() -> None:
         with torch.set_grad_enabled(trained):
