@@ -1,6 +1,7 @@
 """Write the figures of finished runs into docs/results.md and README.md, so that no number there is typed by hand.
 
 python benchmarks/readme_figures.py quickstart runs/seed0 runs/seed1 runs/seed2
+python benchmarks/readme_figures.py algorithms runs/ppo runs/grpo ...
 python benchmarks/readme_figures.py sweep runs/quickstart-all    (and its plot, docs/quickstart-all.svg)
 python benchmarks/readme_figures.py layouts runs/seed0 runs/two-by-two ...
 python benchmarks/readme_figures.py curves runs/dpo-lag0-seed0 runs/dpo-lag1-seed0 ...
@@ -68,16 +69,16 @@ def sweep(folder: Path) -> list[str]:
     return lines
 
 
-def layouts(runs: list[Path]) -> list[str]:
+def table(runs: list[Path], first: str, label: Any) -> list[str]:
     """One line per run: the last iterate against the base."""
     lines = [
-        "| layout | reward, base | reward | KL to base (nats) | win rate vs base [95 %] |",
+        f"| {first} | reward, base | reward | KL to base (nats) | win rate vs base [95 %] |",
         "|---|---|---|---|---|",
     ]
     for run in runs:
         rows = summarise(run)["iterations"]
         base, last = rows[0], rows[-1]
-        lines.append(f"| {layout(run)} | {base['reward']:.2f} | {last['reward']:.2f} | {last['kl_ref']:.1f} | {cell(last)} |")
+        lines.append(f"| {label(run)} | {base['reward']:.2f} | {last['reward']:.2f} | {last['kl_ref']:.1f} | {cell(last)} |")
     return lines
 
 
@@ -147,7 +148,8 @@ def main(kind: str, *paths: str) -> None:
     made = {
         "sweep": lambda: sweep(runs[0]),
         "quickstart": lambda: quickstart(runs),
-        "layouts": lambda: layouts(runs),
+        "algorithms": lambda: table(runs, "algorithm", lambda run: f"`{summarise(run)['algorithm']}`"),
+        "layouts": lambda: table(runs, "layout", layout),
         "curves": lambda: curves(runs),
     }
     write(kind, made[kind](), ROOT / "docs/results.md")

@@ -16,6 +16,7 @@ from onlinerl.learners.toy import ToySync
 from onlinerl.stores import labelled
 from onlinerl.stores.directory import RunDirectory
 
+ROOT = Path(__file__).parents[2]
 FAILED, REFUSED, REQUEUE = 1, 2, 75
 NAMES = ["dpo-seed0", "dpo-seed1", "grpo-seed0", "grpo-seed1"]
 SENTIMENT = {"oracle.name": "sentiment", "oracle.function": None, "oracle.groups_per_call": None}
@@ -75,7 +76,7 @@ def test_killed_and_stopped_in_the_middle_it_is_bit_for_bit_what_single_runs_giv
     assert sum(map(asked, logs[:3])) + len(known) == len(NAMES) * 2 * (PROMPTS + HELDOUT) + 2 * HELDOUT
 
 
-def test_its_table_and_its_plot(sweep_file, warm_cli, tmp_path):
+def test_its_table_and_its_plot(sweep_file, warm_cli, tmp_path, monkeypatch):
     done = warm_cli("sweep", sweep_file(), log=tmp_path / "log")
     assert done.returncode == 0, done.message
     folder = tmp_path / "runs/both"
@@ -102,6 +103,24 @@ def test_its_table_and_its_plot(sweep_file, warm_cli, tmp_path):
     ElementTree.fromstring(drawing)
     for word in ("dpo", "grpo", "frontier", "KL (nats)", "iteration", "win rate"):
         assert f">{word}<" in drawing
+    written_into_the_documents(folder, found["runs"], monkeypatch)
+
+
+def written_into_the_documents(folder: Path, runs: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import readme_figures
+
+    place = folder.parent
+    monkeypatch.setattr(readme_figures, "ROOT", place)
+    (place / "docs").mkdir()
+    (place / "docs/results.md").write_text((ROOT / "docs/results.md").read_text())
+    readme_figures.main("sweep", str(folder))
+    results = (place / "docs/results.md").read_text()
+    for run in runs:
+        assert (
+            f"| `{run['name']}` | {run['history'][0]['reward']:.2f} | {run['reward']:.2f} | {run['kl_ref']:.1f} | " in results
+        )
+    assert (place / "docs/both.svg").read_text() == (folder / "sweep.svg").read_text()
 
 
 def test_a_run_that_fails_is_recorded_and_tried_again(sweep_file, warm_cli, tmp_path):
