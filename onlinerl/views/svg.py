@@ -38,7 +38,7 @@ class Panel:
     y: str
     lines: Sequence[Line]
     frontier: Sequence[Point] = ()
-    """Points that are ringed and joined by steps."""
+    """Points that are ringed and joined by steps; each that is on one line only gets its name, where there is room."""
     whole_x: bool = False
     """Whether only whole numbers make sense on the x axis."""
 
@@ -103,6 +103,21 @@ def _panel(panel: Panel, styles: dict[str, tuple[str, str]]) -> list[str]:
         (x, y), *later = places
         parts.append(_path(f"M{x} {y}" + "".join(f"H{x}V{y}" for x, y in later), "black", "2 2"))
         parts += [f'<circle cx="{x}" cy="{y}" r="5.5" fill="none" stroke="black"/>' for x, y in places]
+        parts += _names(panel, places)
+    return parts
+
+
+def _names(panel: Panel, places: Sequence[Point]) -> list[str]:
+    """The names of the frontier's points, from the top, where there is room: to their upper left there is nothing else."""
+    parts: list[str] = []
+    written: list[tuple[float, float, float]] = []  # from where to where, and how low
+    for point, (x, y) in reversed(list(zip(panel.frontier, places, strict=True))):
+        names = [line.name for line in panel.lines if point in line.points]
+        left, right = x - 8 - LETTER * len(names[0]), x - 8
+        taken = any(left < end and begin < right and abs(y - low) < ROW - 6 for begin, end, low in written)
+        if len(names) == 1 and left >= LEFT and not taken:
+            parts.append(_text(right, y - 4, names[0], anchor="end", size=10))
+            written.append((left, right, y))
     return parts
 
 
