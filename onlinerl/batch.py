@@ -113,6 +113,8 @@ class Batch:
     """int64, row indices of the samples of the policy that go with each pair, -1 where it has fewer; None if no pair has any."""
     nll_P: Tensor | None = None
     """int64, row index of what is imitated beside each pair; filled only if all pairs have it."""
+    nll_tokens_G: Tensor | None = None
+    """`TrainItem.nll_tokens`; filled only if all items have it."""
     token_weights_BT: Tensor | None = None
     forced_B: Tensor | None = None
     """How many of the first response tokens nobody sampled; None: of no row any."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from math import inf
 from typing import Any, NamedTuple
 
 from onlinerl.config import RunConfig, pair_builder
@@ -27,7 +28,18 @@ def check_labels(config: RunConfig, algorithm: Algorithm) -> None:
         ConfigError: naming the knob, the cause and the fix.
     """
     knobs = algorithm.model_dump()
-    fault = next((one for one in (*_twice(algorithm, knobs), *_unread(config, algorithm, knobs), *_impossible(knobs))), None)
+    fault = next(
+        (
+            one
+            for one in (
+                *_twice(algorithm, knobs),
+                *_unread(config, algorithm, knobs),
+                *_sources(config, algorithm),
+                *_impossible(knobs),
+            )
+        ),
+        None,
+    )
     if fault is not None:
         raise ConfigError(fault.cause, field=f"algorithm.{fault.knob}", fix=fault.fix)
     fault = next(_weights(config, algorithm), None)
@@ -39,6 +51,11 @@ def _weights(config: RunConfig, algorithm: Algorithm) -> Iterator[_Fault]:
     """Of items that are no pairs of the pair builder."""
     kind, clip = config.training.sample_weights, config.training.sample_weight_clip
     name, judged = config.algorithm["name"], config.sampling.samples_per_prompt + len(algorithm.needs.beside_samples)
+    decay = config.training.sample_age_decay
+    if kind != "age" and decay != type(config.training).model_fields["sample_age_decay"].default:
+        yield _Fault(
+            "sample_age_decay", f"is {decay}, and training.sample_weights is {kind}", "leave it out, or set that to age"
+        )
     if kind == "equal" and clip is not None:
         yield _Fault("sample_weight_clip", f"is {clip}, and training.sample_weights is equal", "leave it out, or set that")
     if kind == "equal":
@@ -68,8 +85,19 @@ def _weights(config: RunConfig, algorithm: Algorithm) -> Iterator[_Fault]:
             f"is per_prompt, and {name} makes at most one item of each prompt, so all would count alike",
             "leave it out",
         )
+    if kind == "age" and not _comes_again(config, algorithm):
+        yield _Fault(
+            "sample_weights",
+            "is age, and all responses that are trained are of the same one: none of earlier iterations come back",
+            "choose another, or set selection.name=regenerate",
+        )
     if _is_no_clip(clip):
         yield _Fault("sample_weight_clip", f"is {clip}: {_CLIP}", _CLIP_FIX)
+
+
+def _comes_again(config: RunConfig, algorithm: Algorithm) -> bool:
+    """Whether responses of earlier iterations are trained once more."""
+    return bool(algorithm.needs.replay) or config.selection.reuses
 
 
 _CLIP = "it takes the lowest and the highest weight, and the mean weight, 1, is between the two"
@@ -125,6 +153,7 @@ def _unread(config: RunConfig, algorithm: Algorithm, knobs: dict[str, Any]) -> I
         "online_kl_samples": (knobs.get("online_kl"), "online_kl is 0"),
         "strength_thresholds": (weights == "strength", "pair_weights is not strength"),
         "pair_age_decay": (weights == "age", "pair_weights is not age"),
+        "source_weights": (weights == "source", "pair_weights is not source"),
         "pair_weight_clip": (weights not in ("equal", "wpo"), f"pair_weights is {weights}"),
         "nll_target": (knobs.get("nll_coef"), "nll_coef is 0"),
         "nll_norm": (knobs.get("nll_coef"), "nll_coef is 0"),
@@ -134,7 +163,7 @@ def _unread(config: RunConfig, algorithm: Algorithm, knobs: dict[str, Any]) -> I
     for knob, (read, why) in readers.items():
         if not read and knob in knobs and knobs[knob] != defaults[knob]:
             yield _Fault(knob, f"is {knobs[knob]}, and nothing would read it: algorithm.{why}", "leave it out, or set that")
-    if weights == "age" and not algorithm.needs.replay and not config.selection.reuses:
+    if weights == "age" and not _comes_again(config, algorithm):
         yield _Fault(
             "pair_weights",
             "is age, and all pairs that are trained are of the same one: no pairs of earlier iterations come back",
@@ -155,6 +184,33 @@ def _unread(config: RunConfig, algorithm: Algorithm, knobs: dict[str, Any]) -> I
             "is per_prompt, and the pair builder makes at most one pair of each prompt, so all would count alike",
             "leave it out, or set pairing.name=all_pairs",
         )
+
+
+def _sources(config: RunConfig, algorithm: Algorithm) -> Iterator[_Fault]:
+    """Of `pair_weights: source`."""
+    knobs = algorithm.model_dump()
+    if knobs.get("pair_weights") != "source":
+        return
+    counts, replayed = knobs["source_weights"], ["replay"] * _comes_again(config, algorithm)
+    known = [*dict.fromkeys(("policy", *algorithm.needs.beside_samples)), *replayed]
+    if len(known) == 1:
+        yield _Fault(
+            "pair_weights",
+            "is source, and all responses that are trained are samples of the policy of the same iteration, so all pairs would count alike",
+            "choose another, or what has others among them: an algorithm with a teacher, or selection.name=regenerate",
+        )
+    if not counts:
+        yield _Fault("source_weights", "is empty, so all pairs count alike", f"set it, e.g. {{{known[-1]}: 0.5}}")
+    strange = next((name for name in counts if name not in known), None)
+    if strange is not None:
+        yield _Fault(
+            "source_weights",
+            f"names {strange!r}, and what is trained here is from {', '.join(known)}",
+            "name some of these, or leave it out",
+        )
+    wrong = next((count for count in counts.values() if not 0.0 <= count < inf), None)
+    if wrong is not None:
+        yield _Fault("source_weights", f"has {wrong}, and a weight is a number from 0 on", "set it to e.g. 0.5")
 
 
 def _impossible(knobs: dict[str, Any]) -> Iterator[_Fault]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -36,6 +36,8 @@ class Labelled(WholeStep):
     undesirable_weight: float = Field(1.0, ge=0)
     nll_coef: float = Field(0.0, ge=0)
     """Weight of the negative log-prob per token of desirable responses."""
+    response_weights: Literal["equal", "wpo"] = "equal"
+    """What a response counts: as much as any other, or by how close it is to what the policy would say now (see `row_closeness`)."""
     threshold: float | None = None
     """Responses with this score or a higher one are desirable. None: those that win more than half of their comparisons within the group;
     those that win less are undesirable, and the others are left out."""
@@ -50,12 +52,13 @@ class Labelled(WholeStep):
     def needs(self) -> Needs:
         """Without a threshold, responses to compare with."""
         compares = self.threshold is None
-        return Needs(reference=True, min_samples=2 if compares else 1, preferences=compares, off_policy="valid")
+        plain = Needs(reference=True, min_samples=2 if compares else 1, preferences=compares, off_policy="valid")
+        return plain.model_copy(update={"collision": self.response_weights == "wpo"})
 
     @by_knobs
     def loss_at_reference(self) -> float | None:
         """That of D = z = 0, whatever the label."""
-        equal = self.desirable_weight == self.undesirable_weight
+        equal = self.desirable_weight == self.undesirable_weight and self.response_weights == "equal"
         return self.desirable_weight * self.labelled_loss(torch.zeros(1)).item() if equal and not self.nll_coef else None
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
@@ -81,6 +84,14 @@ class Labelled(WholeStep):
         """Which ones are desirable."""
         return {"desirable": batch.win_rates_B > 0.5 if self.threshold is None else batch.scores_B >= self.threshold}
 
+    def row_weights(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Times how close it is, if that is asked for."""
+        if self.response_weights == "equal":
+            return batch.weight_B
+        from onlinerl.ops.terms import row_closeness  # not with the class: few ask for it
+
+        return batch.weight_B * row_closeness(outputs, batch)
+
     def step_loss(self, rows: Rows) -> Tensor:
         """Of all responses of the step."""
         desirable_N = rows.facts["desirable"] > 0
@@ -91,7 +102,8 @@ class Labelled(WholeStep):
     def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
         """With the likelihood of desirable responses; see `WholeStep.loss` for what it raises."""
         rows_N = self.facts(batch)["desirable"].nonzero()[:, 0]
-        return with_nll(super().loss(outputs, batch), outputs, batch, self.nll_coef, rows_N, batch.weight_B[rows_N])
+        weight_N = self.row_weights(outputs, batch)[rows_N]
+        return with_nll(super().loss(outputs, batch), outputs, batch, self.nll_coef, rows_N, weight_N)
 
     def step_metrics(self, outputs: Outputs, batch: Batch, values_B: Tensor) -> dict[str, Mean]:
         """By class."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -119,7 +119,17 @@ class WithLikelihood(Listwise):
     """With the likelihood of the best response on top."""
 
     nll_coef: float = Field(0.0, ge=0)
-    """Weight of the negative log-prob per token of the best response."""
+    """Weight of the negative log-prob of the best response."""
+    nll_norm: Literal["per_token", "batch_tokens", "sum"] = "per_token"
+    """Mean over its tokens, or over those of the best responses of the iteration (`pooled` in ops/pair_modifiers.py), or their sum."""
+
+    def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Iterable[TrainItem]:
+        """With the mean length of the best responses, if it is asked for."""
+        if not self.nll_coef or self.nll_norm != "batch_tokens":
+            return items
+        from onlinerl.ops.pair_modifiers import pooled  # not with the class: few ask for it
+
+        return pooled(items, items)
 
     def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
         """Sum over lists.
@@ -127,7 +137,11 @@ class WithLikelihood(Listwise):
         Raises:
             ValueError: if reference log-probs are needed and missing.
         """
-        return with_nll(super().loss(outputs, batch), outputs, batch, self.nll_coef, batch.lists_GK[:, 0], batch.weight_G)
+        best_G, weight_G = batch.lists_GK[:, 0], batch.weight_G
+        if self.nll_coef and self.nll_norm != "per_token":
+            tokens_G = batch.need("nll_tokens_G") if self.nll_norm == "batch_tokens" else 1.0
+            weight_G = weight_G * lengths(batch)[best_G] / tokens_G
+        return with_nll(super().loss(outputs, batch), outputs, batch, self.nll_coef, best_G, weight_G)
 
 
 def logsumexp_of(values_GKK: Tensor, mask_GKK: Tensor) -> Tensor:

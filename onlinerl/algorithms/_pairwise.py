@@ -27,24 +27,28 @@ class Pairwise(Algorithm):
     unit = "pair"
     weighable = False
 
-    pair_weights: Literal["equal", "score_gap", "certainty", "strength", "dcg", "per_prompt", "age", "wpo"] = "equal"
+    pair_weights: Literal["equal", "score_gap", "certainty", "strength", "dcg", "per_prompt", "age", "source", "wpo"] = "equal"
     """What a pair counts: as much as any other, the gap between its scores, 2 P(chosen beats rejected) - 1, the class of its score gap (see
     `strength_thresholds`), what swapping the two changes in the group's DCG (see `with_dcg`), as much as the other pairs of its prompt
-    together do for theirs, the less the older it is (`pair_age_decay`), all of these divided by their mean over the iteration; or how close
-    both responses are to what the policy would say now (see `closeness`)."""
+    together do for theirs, the less the older it is (`pair_age_decay`), by who wrote the two (`source_weights`), all of these divided by their
+    mean over the iteration; or how close both responses are to what the policy would say now (see `closeness`)."""
     strength_thresholds: list[float] = Field([])
     """Score gaps at which a pair comes into the next class, ascending; pairs of the lowest class count 1, those of the next one 2, ...: the
     scaled loss of "HelpSteer2-Preference: Complementing Ratings with Preferences"."""
     pair_age_decay: float = Field(0.5, gt=0, le=1)
     """A pair that is older by an iteration counts so many times as much."""
+    source_weights: dict[str, float] = Field({})
+    """What a response counts by where it is from (`Rollout.source`: `policy`, `teacher`, ...), and `replay` a pair of an earlier iteration; what
+    is not named counts 1. A pair counts the product."""
     pair_weight_clip: list[float] | None = None
     """The lowest and the highest weight of a pair, in units of the mean weight."""
     nll_coef: float = Field(0.0, ge=0)
     """Weight of the negative log-prob of the chosen response: "Iterative Reasoning Preference Optimization", equation 1."""
     nll_target: Literal["chosen", "reference_answer"] = "chosen"
     """Or that of the stored answer to the prompt, whoever won."""
-    nll_norm: Literal["per_token", "sum"] = "per_token"
-    """Mean or sum over its tokens. The sum is that of "Provably Mitigating Overoptimization in RLHF", whose weights are far smaller."""
+    nll_norm: Literal["per_token", "batch_tokens", "sum"] = "per_token"
+    """Mean over its tokens, or over those of all targets of the iteration (see `pooled`), or their sum: that of "Provably Mitigating
+    Overoptimization in RLHF", whose weights are far smaller."""
 
     @by_knobs
     def needs(self) -> Needs:
@@ -77,12 +81,21 @@ class Pairwise(Algorithm):
 
     def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Iterable[TrainItem]:
         """The pairs with their weights, whose mean is 1; those of `wpo` are the policy's of the moment, and come in the loss."""
-        if self.pair_weights in ("equal", "wpo"):
+        pools = self.nll_coef > 0 and self.nll_norm == "batch_tokens"
+        if self.pair_weights in ("equal", "wpo") and not pools:
             return items
+        from onlinerl.ops import pair_modifiers
+
+        weighed = items if self.pair_weights in ("equal", "wpo") else self._weighed(items)
+        return pair_modifiers.pooled(items, weighed) if pools else weighed
+
+    def _weighed(self, items: Sequence[TrainItem]) -> Iterable[TrainItem]:
         from onlinerl.ops import pair_modifiers
 
         if self.pair_weights == "age":
             weights: Iterable[float] = pair_modifiers.by_age(items, self.pair_age_decay)
+        elif self.pair_weights == "source":
+            weights = pair_modifiers.by_source(items, self.source_weights)
         else:
             weights = pair_modifiers.by_prompt(items) if self.pair_weights == "per_prompt" else map(self._weight, items)
         scaled = pair_modifiers.normalized(weights, self.pair_weight_clip)
@@ -115,7 +128,8 @@ class Pairwise(Algorithm):
         nll_B, of_chosen = -sequence_logprobs(outputs, batch), self.nll_target == "chosen"
         rows_P = batch.pairs_P2[:, 0] if of_chosen else batch.need("nll_P")
         mean_P = (nll_B / lengths(batch))[rows_P]
-        nll_P = self.nll_coef * (mean_P if self.nll_norm == "per_token" else nll_B[rows_P])
+        nll_P = mean_P if self.nll_norm == "per_token" else nll_B[rows_P]
+        nll_P = self.nll_coef * (nll_P / batch.need("nll_tokens_G") if self.nll_norm == "batch_tokens" else nll_P)
         metrics = loss.metrics | {"chosen_nll" if of_chosen else "answer_nll": Mean.of(mean_P)}
         return LossOutput(total=loss.total + (nll_P * self._weights(outputs, batch)[0]).sum(), metrics=metrics)
 

@@ -10,8 +10,7 @@ from onlinerl.algorithms.dpo import Dpo
 class Cpo(Dpo):
     """f(beta (S_w - S_l)) - nll_coef * (log-prob per token of the chosen response), without a reference.
 
-    The public code takes the mean over all chosen tokens of a batch; here it is that of each response, so that the gradient does not
-    depend on what else is in the batch.
+    The public code takes the mean over all chosen tokens of a batch: `nll_norm: batch_tokens` is that over the iteration's.
     """
 
     reference_free: bool = True

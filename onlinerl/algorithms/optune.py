@@ -10,7 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.types.training import TrainItem
 
-Weights = Literal["sigmoid_gap", "equal", "score_gap", "certainty", "strength", "dcg", "per_prompt", "age"]
+Weights = Literal["sigmoid_gap", "equal", "score_gap", "certainty", "strength", "dcg", "per_prompt", "age", "source"]
 
 
 class Optune(Dpo):

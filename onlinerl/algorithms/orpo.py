@@ -20,7 +20,7 @@ CERTAIN = -1e-6
 class Orpo(UncertainLabels, Modified):
     """nll_coef * NLL(y_w) + lam f(o_w - o_l), o = log odds of the mean log-prob per token, without a reference.
 
-    The likelihood is that of the response; two public codes include the prompt.
+    The likelihood is that of the response; two public codes include the prompt. Over which tokens its mean is, says `nll_norm`.
     """
 
     nll_coef: float = Field(1.0, ge=0)

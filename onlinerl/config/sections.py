@@ -128,10 +128,12 @@ class TrainingConfig(Section):
     max_idle_iterations: Resumable[int] = Field(3, ge=1)
     """Iterations in a row that give nothing to learn (every response to a prompt judged the same, or no pair left) before the run
     stops. Each is committed without an optimizer step; a resume goes on with the next one."""
-    sample_weights: Literal["equal", "certainty", "score_gap", "per_prompt"] = "equal"
+    sample_weights: Literal["equal", "certainty", "score_gap", "per_prompt", "age"] = "equal"
     """What an item counts, a response or a list, of losses that are not on pairs (those have `algorithm.pair_weights`), with mean 1 over the
     iteration: as much as any other; abs(2 w - 1) of a response with the win rate w in its group, of several the gap between their win rates; the gap
-    between the scores of a list; as much as the other responses to its prompt together do for theirs."""
+    between the scores of a list; as much as the other responses to its prompt together do for theirs; the less the older it is."""
+    sample_age_decay: float = Field(0.5, gt=0, le=1)
+    """An item that is older by an iteration counts so many times as much."""
     sample_weight_clip: list[float] | None = None
     """The lowest and the highest of these weights, in units of their mean."""
     on_truncated: Literal["keep", "drop"] = "keep"

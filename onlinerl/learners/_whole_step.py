@@ -58,8 +58,10 @@ def _rows(algorithm: WholeStep, outputs: Outputs, batch: Batch) -> Rows:
         values_B: object = algorithm.values(outputs, batch)
     if not isinstance(values_B, Tensor) or values_B.shape != batch.weight_B.shape:
         raise users_code.wrong_result(algorithm, "values", shown(values_B), f"a number for each of {len(batch.weight_B)} rows")
+    with called(algorithm, "row_weights"):
+        weighed = replace(batch, weight_B=algorithm.row_weights(outputs, batch))
     with called(algorithm, "facts"):
-        return Rows.of(values_B, algorithm.facts(batch), batch)
+        return Rows.of(values_B, algorithm.facts(batch), weighed)
 
 
 def _next_state(algorithm: WholeStep, rows: Rows, *, usable: bool) -> State:

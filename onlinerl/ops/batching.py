@@ -46,6 +46,7 @@ def collate(items: Sequence[TrainItem]) -> Batch:
     pairs = [(item, start) for item, start in zip(items, starts, strict=False) if item.is_pair]
     explored = [start + item.exploration for item, start in pairs if item.exploration is not None]
     online = [[start + place for place in item.online] for item, start in pairs]
+    pooled = [item.nll_tokens for item in items if item.nll_tokens is not None]
     imitated = [start + item.nll for item, start in pairs if item.nll is not None]
     if not sequences:
         sequences, weights = [_DUMMY], [0.0]
@@ -80,6 +81,7 @@ def collate(items: Sequence[TrainItem]) -> Batch:
         exploration_P=torch.tensor(explored, dtype=torch.int64) if len(explored) == len(pairs) else None,
         online_PN=_ragged(online) if any(online) else None,
         nll_P=torch.tensor(imitated, dtype=torch.int64) if len(imitated) == len(pairs) else None,
+        nll_tokens_G=_floats(pooled) if len(pooled) == len(items) else None,
         annotators_G=torch.tensor([annotator_number(item.annotator) for item in items], dtype=torch.int64),
         **{f"{name}_BT": _per_token(sequences, name, T) for name in _PER_TOKEN},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING
@@ -36,7 +36,9 @@ def normalized(
     return [w * sum(units) / total for w in given] if total > 0 else [0.0] * len(given)
 
 
-def weighed(items: Sequence[TrainItem], kind: str, clip: Sequence[float] | None, unit: Unit) -> Iterator[TrainItem]:
+def weighed(
+    items: Sequence[TrainItem], kind: str, clip: Sequence[float] | None, unit: Unit, age_decay: float = 0.5
+) -> Iterator[TrainItem]:
     """Items of any loss with what they count beside one another, times what they count already.
 
     The mean over all units of the iteration is 1, so weights do not depend on how it is cut into steps, ranks and micro-batches, and leave the
@@ -44,11 +46,15 @@ def weighed(items: Sequence[TrainItem], kind: str, clip: Sequence[float] | None,
 
     Args:
         items: of an iteration.
-        kind: `certainty`, `score_gap` or `per_prompt`, see `training.sample_weights`.
+        kind: `certainty`, `score_gap`, `per_prompt` or `age`, see `training.sample_weights`.
         clip: see `normalized`.
         unit: what the loss is a mean over.
+        age_decay: see `by_age`.
     """
-    raw = by_prompt(items) if kind == "per_prompt" else [_gap(item, kind) for item in items]
+    if kind == "age":
+        raw = by_age(items, age_decay)
+    else:
+        raw = by_prompt(items) if kind == "per_prompt" else [_gap(item, kind) for item in items]
     scaled = normalized(raw, clip, [item.count(unit) for item in items])
     return (replace(item, weight=item.weight * weight) for item, weight in zip(items, scaled, strict=True))
 
@@ -62,9 +68,20 @@ def _gap(item: TrainItem, kind: str) -> float:
 
 
 def by_age(items: Iterable[TrainItem], decay: float) -> list[float]:
-    """decay^a, a by how many iterations a pair is older than the newest ones."""
+    """decay^a, a by how many iterations an item is older than the newest ones."""
     sampled = [item.iteration for item in items]
     return [decay ** (max(sampled) - t) for t in sampled]
+
+
+def by_source(items: Iterable[TrainItem], counts: Mapping[str, float]) -> list[float]:
+    """What both responses of a pair count by their source, times what `replay` counts if the pair is older than the newest ones; 1 each where
+    `counts` does not say."""
+    found = [(item.iteration, [sequence.source for sequence in item.sequences[:2]]) for item in items]
+    newest = max(iteration for iteration, _ in found)
+    return [
+        math.prod(counts.get(source, 1.0) for source in [*sources, *(["replay"] if iteration < newest else [])])
+        for iteration, sources in found
+    ]
 
 
 def by_prompt(items: Iterable[TrainItem]) -> list[float]:
@@ -108,6 +125,16 @@ def with_answer(item: TrainItem, judged: Judged) -> TrainItem:
     if same is not None:
         return replace(item, nll=same)
     return replace(item, sequences=(*item.sequences, answer), nll=len(item.sequences))
+
+
+def pooled(items: Iterable[TrainItem], prepared: Iterable[TrainItem]) -> Iterator[TrainItem]:
+    """`prepared` with the mean length of what is imitated, over `items`: divided by that, log-probs have the same mean as over all those tokens.
+
+    It is that of the whole iteration, as weights are, so that no item depends on which others are in its step.
+    """
+    lengths = [len(item.sequences[item.nll or 0].response_ids) for item in items]
+    mean = max(1.0, sum(lengths) / len(lengths))
+    return (replace(item, nll_tokens=mean) for item in prepared)
 
 
 def differing(item: TrainItem, common: float) -> TrainItem:

@@ -21,9 +21,22 @@ def closeness(outputs: Outputs, batch: Batch) -> Tensor:
     Raises:
         ValueError: if the learner did not compute log sum_v pi_v^2.
     """
-    excess_BT = masked(outputs.logprobs_BT - outputs.need("collision_BT"), batch.mask_BT).detach()
-    chosen, rejected = by_pair(excess_BT.sum(dim=1) / lengths(batch), batch)
+    chosen, rejected = by_pair(_excess(outputs, batch), batch)
     return torch.exp(chosen + rejected).clamp(max=1.0)
+
+
+def row_closeness(outputs: Outputs, batch: Batch) -> Tensor:
+    """min(1, w(y)) of each row, [B]: `closeness` for losses on single responses.
+
+    Raises:
+        ValueError: if the learner did not compute log sum_v pi_v^2.
+    """
+    return torch.exp(_excess(outputs, batch)).clamp(max=1.0)
+
+
+def _excess(outputs: Outputs, batch: Batch) -> Tensor:
+    excess_BT = masked(outputs.logprobs_BT - outputs.need("collision_BT"), batch.mask_BT).detach()
+    return excess_BT.sum(dim=1) / lengths(batch)
 
 
 def beyond_the_shorter(batch: Batch) -> Tensor:

@@ -74,6 +74,10 @@ class WholeStep(Algorithm):
         """What else it reads of each row, [B] each."""
         return {}
 
+    def row_weights(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """What each row counts, [B]; constants."""
+        return batch.weight_B
+
     def step_loss(self, rows: Rows) -> Tensor:
         """The loss of the whole step as a sum over its units; of weights that are 0 nothing may depend."""
         raise NotImplementedError
@@ -102,7 +106,7 @@ class WholeStep(Algorithm):
         """
         values_B = self.values(outputs, batch)
         if batch.slopes_B is None:
-            own = Rows.of(values_B, self.facts(batch), batch)
+            own = Rows.of(values_B, self.facts(batch), replace(batch, weight_B=self.row_weights(outputs, batch)))
             (batch,) = with_slopes([batch], [own], *differentiated(self, replace(own, state=self.initial_state() or {})))
         slopes_B, share = batch.need("slopes_B"), batch.need("step_loss")
         total = share + (slopes_B * (values_B - values_B.detach())).sum()

@@ -80,6 +80,8 @@ class TrainItem:
     """For a pair with samples of the policy for a KL: which of the sequences those are; one that was sampled twice is there twice."""
     nll: int | None = None
     """For a pair beside which another response than the chosen one is imitated: which of the sequences that is."""
+    nll_tokens: float | None = None
+    """By how many tokens the negative log-prob of what is imitated is divided, where it is not by its own."""
     iteration: int = 0
     """In which iteration its responses were sampled."""
 

@@ -474,6 +474,33 @@ def test_responses_count_what_training_says(toy_config, onlinerl, monkeypatch, t
         assert np.ptp(gaps) > 0.01, "there is something to weigh by"
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"algorithm.name": "kto", "training.sample_weights": "age", "training.sample_age_decay": 0.25},
+        {"algorithm.pair_weights": "source", "algorithm.source_weights": {"replay": 0.25}},
+    ],
+    ids=["responses", "pairs"],
+)
+def test_what_is_trained_once_more_counts_what_is_said(toy_config, onlinerl, monkeypatch, tmp_path, keys):
+    """A quarter of what is new, with mean 1 over the iteration."""
+    trained: list[list[TrainItem]] = []
+
+    def update(self, steps, rates, original=ToyLearner.update):
+        trained.append([item for items in steps for item in items])
+        return original(self, steps, rates)
+
+    monkeypatch.setattr(ToyLearner, "update", update)
+    again = {"selection.name": "regenerate", "prompts.reuse": True, "prompts.per_iteration": 40, "iterations": 2}
+    code, message = onlinerl("run", toy_config(tmp_path, again | keys | {"metrics.prometheus": False}))
+    assert code == 0, message
+    first, second = trained
+    assert {item.weight for item in first} == {1.0}
+    assert {item.iteration for item in second} == {1, 2}
+    counts = np.array([0.25 if item.iteration == 1 else 1.0 for item in second])
+    assert [item.weight for item in second] == pytest.approx((counts / counts.mean()).tolist())
+
+
 def test_all_exports_are_kept_by_default(toy_config, onlinerl, tmp_path):
     assert onlinerl("run", toy_config(tmp_path, {"metrics.prometheus": False}))[0] == 0
     assert {int(p.name) for p in (tmp_path / "runs/toy/exports").iterdir()} == {1, 2, 3}

@@ -28,6 +28,7 @@ POLICIES = {
     "margin": ["score_margin=0.5"],
     "strength": ["pair_weights=strength", "strength_thresholds=[1.0]"],
 }
+TAUGHT = ["name=dno_prct", "teacher=true"]
 TOGETHER = {frozenset(("flip", "strength"))}
 
 
@@ -77,6 +78,12 @@ def test_weights_for_other_reasons_go_with_any(weights, policy):
         (["pair_weights=age"], "pair_weights", "no pairs of earlier iterations come back"),
         (["pair_weights=per_prompt"], "pair_weights", "at most one pair of each prompt"),
         (["pair_weight_clip=[0.1, 5.0]"], "pair_weight_clip", "pair_weights is equal"),
+        (["source_weights={teacher: 0.5}"], "source_weights", "pair_weights is not source"),
+        (["pair_weights=source"], "pair_weights", "all pairs would count alike"),
+        ([*TAUGHT, "pair_weights=source"], "source_weights", "is empty"),
+        ([*TAUGHT, "pair_weights=source", "source_weights={mixture: 0.5}"], "source_weights", "is from policy, teacher"),
+        ([*TAUGHT, "pair_weights=source", "source_weights={replay: 0.5}"], "source_weights", "is from policy, teacher"),
+        ([*TAUGHT, "pair_weights=source", "source_weights={teacher: -0.5}"], "source_weights", "a number from 0 on"),
         (["pair_weights=wpo", "pair_weight_clip=[0.1, 5.0]"], "pair_weight_clip", "pair_weights is wpo"),
         (["pair_weights=score_gap", "pair_weight_clip=[2.0, 5.0]"], "pair_weight_clip", "is between the two"),
         (["pair_weights=score_gap", "pair_weight_clip=[0.1]"], "pair_weight_clip", "is between the two"),
@@ -106,6 +113,10 @@ def test_what_nothing_would_read_or_means_nothing_is_refused(knobs, field, said)
     [
         ["pair_weights=age", "pair_age_decay=0.9", "name=dno_prct", "replay=0.3"],
         ["pair_weights=age", "pair_age_decay=0.9", "selection.name=regenerate"],
+        [*TAUGHT, "pair_weights=source", "source_weights={teacher: 0.5}"],
+        [*TAUGHT, "pair_weights=source", "source_weights={teacher: 0.5, replay: 0.3}", "replay=0.3"],
+        ["pair_weights=source", "source_weights={replay: 0.3}", "selection.name=regenerate"],
+        ["name=xpo", "pair_weights=source", "source_weights={reference: 0.3}", "pair_weight_clip=[0.1, 5.0]"],
         ["pair_weights=per_prompt", "pairing.name=all_pairs"],
         ["pair_weights=score_gap", "pair_weight_clip=[0.1, 5.0]"],
         ["nll_coef=1.0", "nll_target=reference_answer"],
@@ -156,6 +167,9 @@ def test_losses_of_another_kind_refuse_them_with_the_reason(name, key):
         ),
         (["name=kto", "equal", "training.sample_weight_clip=[0.1, 5.0]"], "sample_weight_clip", "sample_weights is equal"),
         (["name=kto", "certainty", "training.sample_weight_clip=[2.0, 5.0]"], "sample_weight_clip", "is between the two"),
+        (["name=kto", "age"], "sample_weights", "none of earlier iterations come back"),
+        (["name=kto", "certainty", "training.sample_age_decay=0.9"], "sample_age_decay", "sample_weights is certainty"),
+        (["name=kto", "equal", "training.sample_age_decay=0.9"], "sample_age_decay", "sample_weights is equal"),
     ],
 )
 def test_weights_that_nothing_would_read_are_refused(keys, field, said):
@@ -179,3 +193,9 @@ def test_weights_that_nothing_would_read_are_refused(keys, field, said):
 def test_weights_that_are_read_are_accepted(name, kind):
     more = {"constrained": ["form=linear"], "sppo": ["pairs=all"]}.get(name, [])
     check(f"name={name}", f"training.sample_weights={kind}", "training.sample_weight_clip=[0.1, 5.0]", *more)
+
+
+@pytest.mark.parametrize("name", ["kto", "grpo", "lipo_lambda"])
+def test_older_items_may_count_less_where_some_come_again(name):
+    older = ["training.sample_weights=age", "training.sample_age_decay=0.9", "selection.name=regenerate"]
+    check(f"name={name}", *older, *(["importance_sampling_cap=2.0"] if name == "grpo" else []))

@@ -31,19 +31,23 @@ CLIP_KNOBS = {"clip_range_low": [({}, 0.05)], "clip_range_high": [({}, 0.05)], "
 PER_TOKEN = ("behavior_logprobs", "old_logprobs", "reference_logprobs", "anchor_logprobs", "values", "advantages", "returns")
 
 PAIR_KNOBS = {
-    # `per_prompt` and `age` change nothing here, where prompts have equally many pairs of one iteration: see test_pair_modifiers.py.
+    # `per_prompt`, `age` and `source` change nothing here, where prompts have equally many pairs of one iteration and of one source: see
+    # test_pair_modifiers.py.
     "pair_weights": [
         *(({}, how) for how in ("score_gap", "certainty", "dcg", "wpo")),
         ({"strength_thresholds": [0.5]}, "strength"),
     ],
     "strength_thresholds": [({"pair_weights": "strength", "strength_thresholds": [0.5]}, [0.5, 1.0])],
     "pair_age_decay": [],
+    "source_weights": [],
     "pair_weight_clip": [({"pair_weights": "score_gap"}, [0.5, 1.5])],
     "nll_coef": [({}, 0.5)],
     "nll_target": [({"nll_coef": 0.5}, "reference_answer")],
-    "nll_norm": [({"nll_coef": 0.5}, "sum")],
+    "nll_norm": [({"nll_coef": 0.5}, "sum"), ({"nll_coef": 0.5}, "batch_tokens")],
 }
 """How the knobs that all losses on pairs have are set, for `KNOBS` of a golden test."""
+LIST_KNOBS = {"nll_coef": [({}, 0.5)], "nll_norm": PAIR_KNOBS["nll_norm"]}
+"""Those of losses on lists that may have the likelihood of the best response."""
 FILTERS = ({"margin": 0.8}, {"floor": 0.5}, {"max_reference_margin": 0.1}, {"ches_share": 0.3})
 MODIFIER_KNOBS = PAIR_KNOBS | {
     "pair_filter": [

@@ -10,13 +10,18 @@ from trl_losses import dpo_loss
 from onlinerl.algorithms.bco import Bco
 from onlinerl.ops.whole_step import Rows
 
-VARIANTS = [{}, {"threshold": 0.0, "desirable_weight": 1.5, "undesirable_weight": 0.5, "baseline_decay": 0.9, "nll_coef": 0.3}]
+VARIANTS = [
+    {},
+    {"threshold": 0.0, "desirable_weight": 1.5, "undesirable_weight": 0.5, "baseline_decay": 0.9, "nll_coef": 0.3},
+    {"response_weights": "wpo"},
+]
 KNOBS = {
     "beta": [({}, 0.3)],
     "desirable_weight": [({}, 2.0)],
     "undesirable_weight": [({}, 2.0)],
     "threshold": [({}, 0.0), ({"threshold": 0.0}, 1.0)],
     "nll_coef": [({}, 0.5)],
+    "response_weights": [({}, "wpo")],
     "baseline_decay": [],  # the first step, which the contracts take, has nothing to decay: see below
 }
 

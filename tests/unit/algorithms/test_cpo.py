@@ -14,7 +14,7 @@ KNOBS = (
     | WITH_REFERENCE
     | {
         "reference_free": [({}, False)],
-        "nll_norm": [({}, "sum")],
+        "nll_norm": [({}, "sum"), ({}, "batch_tokens")],
         "dpop_lambda": [({"reference_free": False}, 2.0)],
     }
 )

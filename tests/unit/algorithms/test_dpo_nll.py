@@ -9,7 +9,7 @@ from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.dpo_nll import DpoNll
 
 VARIANTS = [{}, {"nll_norm": "sum", "nll_coef": 5e-5, "beta": 0.01}]
-KNOBS = MARGIN_KNOBS | {"nll_norm": [({}, "sum")]}
+KNOBS = MARGIN_KNOBS | {"nll_norm": [({}, "sum"), ({}, "batch_tokens")]}
 
 
 def at_reference(items):

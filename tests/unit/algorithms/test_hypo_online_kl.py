@@ -5,14 +5,14 @@ from itertools import product
 
 import pytest
 import torch
-from algorithm_batches import ITEM, LIST, LIST_ROWS, ROWS, evaluate
+from algorithm_batches import ITEM, LIST, LIST_KNOBS, LIST_ROWS, ROWS, evaluate
 
 from onlinerl.algorithms._listwise import Lists
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.hypo_online_kl import HypoOnlineKl
 
 VARIANTS = [{}, {"lam": 0.1, "beta": 0.5}]
-KNOBS = {"beta": [({}, 0.3)], "lam": [({}, 0.5)], "nll_coef": [({}, 0.5)]}
+KNOBS = {"beta": [({}, 0.3)], "lam": [({}, 0.5)]} | LIST_KNOBS
 
 
 def at_reference(items):

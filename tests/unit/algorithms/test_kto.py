@@ -6,13 +6,18 @@ from algorithm_batches import evaluate, items_of, judged, sequence, single, valu
 
 from onlinerl.algorithms.kto import Kto
 
-VARIANTS = [{}, {"threshold": 0.0, "desirable_weight": 1.5, "undesirable_weight": 0.5, "nll_coef": 0.3}]
+VARIANTS = [
+    {},
+    {"threshold": 0.0, "desirable_weight": 1.5, "undesirable_weight": 0.5, "nll_coef": 0.3},
+    {"response_weights": "wpo", "nll_coef": 0.3},
+]
 KNOBS = {
     "beta": [({}, 0.3)],
     "desirable_weight": [({}, 2.0)],
     "undesirable_weight": [({}, 2.0)],
     "threshold": [({}, 0.0), ({"threshold": 0.0}, 1.0)],
     "nll_coef": [({}, 0.5)],
+    "response_weights": [({}, "wpo")],
 }
 
 
@@ -44,6 +49,33 @@ def test_the_likelihood_of_desirable_responses_is_a_term():
     assert torch.equal(with_nll[1][1, :2], plain[1][1, :2])
     assert values(with_nll[2])["chosen_nll"] == pytest.approx(0.5)
     assert Kto(nll_coef=2.0).loss_at_reference is None
+
+
+def test_a_response_that_is_far_from_the_policy_counts_less():
+    """0.3 nats a token more probable than the policy's own, which is cut off at 1, and 1 nat less: exp(-1). So do their likelihoods."""
+    collision_BT = torch.tensor([[-0.8] * 4, [-1.5] * 4], dtype=torch.float64)
+    plain, weighed, with_nll = (
+        evaluate(Kto(**knobs), [GOOD, BAD], [-0.5, -2.5], collision_BT=collision_BT)
+        for knobs in ({}, {"response_weights": "wpo"}, {"response_weights": "wpo", "nll_coef": 2.0})
+    )
+    assert weighed[0] == pytest.approx(0.462570 * (1.0 + 0.367879) / 2, abs=1e-6)
+    assert torch.equal(weighed[1][0], plain[1][0])
+    assert weighed[1][1, :2].tolist() == pytest.approx((0.367879 * plain[1][1, :2]).tolist(), abs=1e-7)
+    assert with_nll[0] - weighed[0] == pytest.approx(2.0 * 0.5 / 2)
+    assert (Kto(response_weights="wpo").needs.collision, Kto().needs.collision) == (True, False)
+    assert Kto(response_weights="wpo").loss_at_reference is None
+    with pytest.raises(ValueError, match="collision_BT"):
+        evaluate(Kto(response_weights="wpo"), [GOOD, BAD], [-0.5, -2.5])
+
+
+def test_the_likelihood_of_a_response_that_is_far_from_the_policy_counts_less_too():
+    """Both are desirable: 0.5 and 2.5 nats a token, the second of which counts exp(-1)."""
+    collision_BT = torch.tensor([[-0.8] * 4, [-1.5] * 4], dtype=torch.float64)
+    items = [GOOD, single(sequence(2, 50, reference_logprobs=-2.0, win_rate=0.9))]
+    losses = [
+        evaluate(Kto(response_weights="wpo", nll_coef=c), items, [-0.5, -2.5], collision_BT=collision_BT)[0] for c in (0.0, 1.0)
+    ]
+    assert losses[1] - losses[0] == pytest.approx((0.5 + 0.367879 * 2.5) / 2, abs=1e-6)
 
 
 def test_a_negative_mean_counts_as_no_kl():

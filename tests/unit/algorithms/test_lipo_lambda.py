@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from algorithm_batches import F_PLUS, ITEM, LIST, LIST_ROWS, ROWS, evaluate, items_of, judged
+from algorithm_batches import F_PLUS, ITEM, LIST, LIST_KNOBS, LIST_ROWS, ROWS, evaluate, items_of, judged
 
 from onlinerl.algorithms.lipo_lambda import LipoLambda
 from onlinerl.types import TrainItem
 
 VARIANTS = [{}, {"list_reduce": "mean_pairs", "beta": 0.5, "nll_coef": 0.3}]
-KNOBS = {"beta": [({}, 0.3)], "list_reduce": [({}, "mean_pairs")], "nll_coef": [({}, 0.5)]}
+KNOBS = {"beta": [({}, 0.3)], "list_reduce": [({}, "mean_pairs")]} | LIST_KNOBS
 
 
 def at_reference(items):

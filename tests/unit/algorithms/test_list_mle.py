@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from algorithm_batches import ITEM, LIST, LIST_ROWS, ROWS, evaluate
+from algorithm_batches import ITEM, LIST, LIST_KNOBS, LIST_ROWS, ROWS, evaluate
 
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.list_mle import ListMle
 
 VARIANTS = [{}, {"nll_coef": 0.3}]
-KNOBS = {"beta": [({}, 0.3)], "nll_coef": [({}, 0.5)]}
+KNOBS = {"beta": [({}, 0.3)]} | LIST_KNOBS
 
 
 def at_reference(items):

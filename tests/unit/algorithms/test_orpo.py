@@ -15,7 +15,7 @@ VARIANTS = [{}, {"lam": 1.0, "nll_coef": 0.0}, {"nll_target": "reference_answer"
 KNOBS = MODIFIER_KNOBS | {
     "lam": [({}, 0.5)],
     **{knob: MARGIN_KNOBS[knob] for knob in ("soft_labels", "label_smoothing", "margin_cap", "flip_rate")},
-    "nll_norm": [({}, "sum")],
+    "nll_norm": [({}, "sum"), ({}, "batch_tokens")],
     "pair_filter": [({}, PairFilter(margin=0.8)), ({}, PairFilter(ches_share=0.3))],
     # Without a reference they are refused (test_modified.py).
     "online_kl": [],

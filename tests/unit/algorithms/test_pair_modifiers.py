@@ -16,7 +16,7 @@ from onlinerl.algorithms._pairwise import Pairwise
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.selm import Selm
 from onlinerl.ops.batching import collate
-from onlinerl.ops.pair_modifiers import apart, normalized, weighed
+from onlinerl.ops.pair_modifiers import apart, by_source, normalized, weighed
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Pair
 
@@ -63,6 +63,22 @@ def test_older_pairs_count_less():
     assert weights(items, pair_weights="age") == pytest.approx([12 / 7, 6 / 7, 3 / 7])
     assert weights(items, pair_weights="age", pair_age_decay=1.0) == [1.0, 1.0, 1.0]
     assert weights(items[1:], pair_weights="age") == pytest.approx([4 / 3, 2 / 3]), "beside the newest that there are"
+
+
+def test_pairs_count_by_who_wrote_the_two():
+    """Of the policy alone 1, beside a teacher 0.5, of an earlier iteration 0.25, and both: a mean of 1.875 / 4."""
+    taught = [with_gap(1.0), with_gap(1.0), with_gap(1.0, iteration=-1), with_gap(1.0, iteration=-1)]
+    for place, side in ((1, 0), (3, 1)):
+        two = list(taught[place].sequences)
+        two[side] = two[side].with_(source="teacher")
+        taught[place] = replace(taught[place], sequences=tuple(two))
+    found = weights(taught, pair_weights="source", source_weights={"teacher": 0.5, "replay": 0.25})
+    assert found == pytest.approx([w * 4 / 1.875 for w in (1.0, 0.5, 0.25, 0.125)])
+    assert weights(taught, pair_weights="source", source_weights={"greedy": 3.0}) == [1.0] * 4, "nobody wrote those"
+    assert weights(taught, pair_weights="source", source_weights={"policy": 0.0}) == [0.0] * 4
+    third = replace(taught[0], sequences=(*taught[0].sequences, taught[1].sequences[0]), nll=2)
+    assert by_source([third], {"teacher": 0.5}) == [1.0], "what is imitated beside a pair is not compared"
+    assert Dpo(pair_weights="source", source_weights={"teacher": 0.5}).loss_at_reference is None
 
 
 # Win rates of 5/6, 1/2 and 1/6.
@@ -149,6 +165,13 @@ def test_responses_to_one_prompt_count_as_much_as_those_to_another():
     assert counted(items, "per_prompt", "sequence") == pytest.approx([0.75, 0.75, 1.5])
 
 
+def test_older_responses_count_less():
+    items = [won(0.9, 1, iteration=3), won(0.9, 2, iteration=2), won(0.9, 5, iteration=2)]
+    assert counted(items, "age", "sequence") == pytest.approx([1.5, 0.75, 0.75])
+    assert counted(items, "age", "token") == pytest.approx([8 / 4.5, 4 / 4.5, 4 / 4.5])
+    assert [item.weight for item in weighed(items, "age", None, "sequence", 0.25)] == pytest.approx([2.0, 0.5, 0.5])
+
+
 def test_equal_weights_change_nothing_and_others_multiply_what_an_item_counts():
     items = [won(0.9, prompt_id=prompt, weight=weight) for prompt, weight in (("p", 1.0), ("q", 0.25))]
     assert list(weighed(items, "per_prompt", None, "sequence")) == items
@@ -171,6 +194,26 @@ def test_the_stored_answer_is_imitated_whoever_won(norm, nats):
     per_token = -2.0 / 3 if norm == "per_token" else -2.0
     assert gradient[2, :3].tolist() == pytest.approx([per_token] * 3)
     assert (batch.pairs_P2.tolist(), batch.nll_P.tolist(), ANSWERED.count("pair")) == ([[0, 1]], [2], 1)
+
+
+@pytest.mark.parametrize(("knobs", "nats"), [({}, 4.0 / 6), ({"nll_target": "reference_answer"}, (2.1 + 0.7) / 4)])
+def test_the_mean_over_the_tokens_of_all_targets_by_hand(knobs, nats):
+    """Chosen: 4 tokens with 0.5 nats and 2 with 1. Answers: 3 tokens with 0.7 nats and one."""
+    short = pair(ITEM.sequences[1], ITEM.sequences[0], sequence(1, 90), nll=2)
+    algorithm = Dpo(nll_coef=2.0, nll_norm="batch_tokens", **knobs)
+    rows = [*ANSWER_ROWS, -1.0, -0.5, -0.7]
+    items = [replace(item, **({} if knobs else {"nll": 0})) for item in (ANSWERED, short)]
+    made = list(algorithm.prepare(items))
+    loss, gradient, _, _ = evaluate(algorithm, made, rows)
+    plain = evaluate(Dpo(), items, rows)
+    assert loss - plain[0] == pytest.approx(2.0 * nats, rel=1e-6)
+    # Every token of every target has the same slope: 2 over their number.
+    target = slice(2, 6, 3) if knobs else slice(0, 6, 3)
+    more = (gradient - plain[1])[target].flatten()
+    assert more[more != 0].tolist() == pytest.approx([-2.0 / (4 if knobs else 6)] * (4 if knobs else 6))
+    weighed = Dpo(nll_coef=2.0, nll_norm="batch_tokens", pair_weights="per_prompt").prepare(items)
+    assert [(item.weight, item.nll_tokens) for item in weighed] == [(1.0, made[0].nll_tokens)] * 2
+    assert Dpo(nll_norm="batch_tokens").prepare(items) is items, "without a likelihood nothing is asked for"
 
 
 def test_its_likelihood_is_weighed_as_its_pair():
