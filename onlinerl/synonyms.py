@@ -175,8 +175,8 @@ def key(written: str) -> str | None:
 
 
 def name(written: str) -> str:
-    """What an implementation is probably called here: other letters, or another name."""
-    plain = _plain(written)
+    """What an implementation is probably called here: other letters, or another name. Everything here is online."""
+    plain = _plain(written).removeprefix("online_")
     return NAMES.get(plain, plain)
 
 

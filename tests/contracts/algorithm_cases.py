@@ -51,9 +51,9 @@ def variants(name: str) -> list[dict]:
     return golden(name).VARIANTS if (GOLDEN / f"test_{name}.py").is_file() else [{}]
 
 
-def source(algorithm: Algorithm) -> str:
-    """Where one response of each group is from: the policy, unless the algorithm asks for another one."""
-    return next(iter(algorithm.needs.beside_samples), "policy")
+def sources(algorithm: Algorithm) -> tuple[str, ...]:
+    """Where the last responses of each group are from: those that the algorithm asks for beside the policy's."""
+    return algorithm.needs.beside_samples
 
 
 def also_scored(verdict: Verdict, needs: Needs, K: int) -> Verdict:
@@ -63,10 +63,11 @@ def also_scored(verdict: Verdict, needs: Needs, K: int) -> Verdict:
 
 
 def group(
-    rng: np.random.Generator, number: int, kind: str, K: int = 4, source: str = "policy", needs: Needs | None = None
+    rng: np.random.Generator, number: int, kind: str, K: int = 4, sources: tuple[str, ...] = (), needs: Needs | None = None
 ) -> Judged:
     """A group of K random responses of 1 to 6 tokens, judged by scores only, by a matrix only (one order, both, gaps) or by an oracle
-    that compares and leaves one response out, and by the other scores that are asked for. The last response is from `source`."""
+    that compares and leaves one response out, and by the other scores that are asked for. The last responses are from `sources`."""
+    own = (*["policy"] * (K - len(sources)), *sources)
     rollouts = tuple(
         Rollout(
             token_ids=(k, *rng.integers(10, 99, rng.integers(0, 6)).tolist()),
@@ -76,7 +77,7 @@ def group(
             policy_version=1,
             sampler=Sampling(),
             seed=k,
-            source=source if k == K - 1 else "policy",
+            source=own[k],
         )
         for k in range(K)
     )
@@ -100,8 +101,9 @@ def group(
     return Judged(group=Group(prompt=prompt, rollouts=rollouts), verdict=verdict)
 
 
-def refereed(texts: list[str], source: str = "policy", needs: Needs | None = None) -> Judged:
-    """A group judged by an oracle that compares, and leaves some cells and some responses out. The response "b" is from `source`."""
+def refereed(texts: list[str], sources: tuple[str, ...] = (), needs: Needs | None = None) -> Judged:
+    """A group judged by an oracle that compares, and leaves some cells and some responses out. "b", and then "ba", are from `sources`."""
+    own = dict(zip(("b", "ba"), sources, strict=False))
     rollouts = tuple(
         Rollout(
             token_ids=tuple(text.encode()),
@@ -111,7 +113,7 @@ def refereed(texts: list[str], source: str = "policy", needs: Needs | None = Non
             policy_version=1,
             sampler=Sampling(),
             seed=k,
-            source=source if text == "b" else "policy",
+            source=own.get(text, "policy"),
         )
         for k, text in enumerate(texts)
     )
@@ -167,7 +169,7 @@ def annotated_items(algorithm: Algorithm, kind: str = "scores", *, at_reference:
             values=rng.standard_normal(len(s.response_ids)).astype(np.float32) if needs.values else None,
         )
 
-    judged = [group(rng, number, kind, source=source(algorithm), needs=needs) for number in range(5)]
+    judged = [group(rng, number, kind, sources=sources(algorithm), needs=needs) for number in range(5)]
     items = [item for j in judged for item in algorithm.items(j, pairs_of(j) if needs.pairs else [])[0]]
     filled = [dataclasses.replace(item, sequences=tuple(fill(s) for s in item.sequences)) for item in items]
     if not needs.ches:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from algorithm_cases import GOLDEN, Policy, annotated_items, build, golden, group, pairs_of, selected, source
+from algorithm_cases import GOLDEN, Policy, annotated_items, build, golden, group, pairs_of, selected, sources
 
 from onlinerl import registry
 from onlinerl.protocols.algorithm import Needs
@@ -35,7 +35,7 @@ def test_every_knob_is_here(name):
 def outcome(name: str, values: dict[str, Any]) -> tuple[Needs, float, list[float], list[int], list[str], list[list[int]]]:
     """What the learner is told, loss per unit, its gradient, items per group, what was left out, and the order of training."""
     algorithm = build(name, values)
-    asked = {"source": source(algorithm), "needs": algorithm.needs}
+    asked = {"sources": sources(algorithm), "needs": algorithm.needs}
     groups = [group(np.random.default_rng(number), number, "scores", **asked) for number in range(5)]
     built = [algorithm.items(one, pairs_of(one) if algorithm.needs.pairs else []) for one in groups]
     items = list(algorithm.prepare(selected(algorithm, annotated_items(algorithm)), PAST))

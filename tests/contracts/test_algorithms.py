@@ -17,7 +17,7 @@ from algorithm_cases import (
     pairs_of,
     refereed,
     selected,
-    source,
+    sources,
     trained,
     training_items,
     variants,
@@ -77,9 +77,9 @@ def test_a_response_that_nobody_judged_is_as_if_it_had_not_been_sampled(name, kn
     """It is not worth 0.5, beats nobody, is nobody's baseline and nobody's pair; and it is counted."""
     algorithm = build(name, knobs)
     texts = ["aaa b", "b", "ba"]
-    without = refereed(texts, source(algorithm), algorithm.needs)
+    without = refereed(texts, sources(algorithm), algorithm.needs)
     texts.insert(place, "dull")
-    judged = refereed(texts, source(algorithm), algorithm.needs)
+    judged = refereed(texts, sources(algorithm), algorithm.needs)
     clean = pairs_of(without)
     # The pairs of the judged ones by their places now, and one with the unjudged response that no builder should have made.
     moved = [

@@ -143,3 +143,29 @@ def test_where_the_learner_cannot_draw_them_it_is_refused(toy_config, warm_cli, 
     done = warm_cli("check", toy_config(tmp_path, NASH), *overrides)
     assert done.returncode != 0
     assert said in done.message
+
+
+def test_pairs_of_two_responses_of_the_mixture_are_trained(toy_config, warm_cli, tmp_path):
+    """`ipo_md`: those of the policy are judged with them and not trained, nor counted as left out where no pair is made of them alone."""
+    keys = {
+        **COUNTED,
+        "algorithm.name": "ipo_md",
+        "algorithm.mixture_coef": WEIGHT,
+        "sampling.samples_per_prompt": 1,
+        "iterations": 2,
+    }
+    done = warm_cli("run", toy_config(tmp_path, keys), log=tmp_path / "log")
+    assert done.returncode == 0, done.message
+    assert "8 prompts x (1 sample + 2 mixture responses) -> at most 8 pairs" in done.stdout
+    for t in (1, 2):
+        sources = {row["prompt_id"]: row["sources"] for row in rows(tmp_path / "runs/toy", t)}
+        assert {tuple(own) for own in sources.values()} == {("policy", "mixture", "mixture")}
+        made = rows(tmp_path / "runs/toy", t, "pairs")
+        mixed = [
+            row for row in made if {sources[row["prompt_id"]][row[side]] for side in ("chosen", "rejected")} == {"mixture"}
+        ]
+        with RunDirectory.open(tmp_path / "runs/toy") as opened:
+            record = opened.phases(t)["train"]
+        assert 0 < record["items"] == len(mixed) < len(made)
+        assert record["dropped"]["not_mixture"] == len(made) - len(mixed)
+        assert record["sampled_by"] == [t - 1]

@@ -118,6 +118,8 @@ def test_every_suggested_key_exists():
         ("sync.backend=glo", "sync.backend", "did you mean 'gloo'?"),
         ("sampling=greedy", "sampling", "write sampling.KEY=VALUE, KEY one of samples_per_prompt, temperature"),
         ("algorithm.name=GRPO", "algorithm.name", "did you mean 'grpo'?"),
+        ("algorithm.name=online_dpo", "algorithm.name", "did you mean 'dpo'?"),
+        ("algorithm.name=Online-IPO", "algorithm.name", "did you mean 'ipo'?"),
         ("oracle.name=math", "oracle.name", "did you mean 'math_verifier'?"),
         ("learner.zero_stage=4", "learner.zero_stage", "give one of 0, 1, 2, 3"),
         ("reference.schedule=always", "reference.schedule", "give one of default, fixed, previous, every_n, ema, none"),

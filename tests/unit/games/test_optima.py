@@ -90,6 +90,8 @@ OPTIMA: dict[str, list[Optimum]] = {
     "osp": [LOGIT._replace(once=True)],
     "dno_prct": [LOGIT],
     "curry_dpo": [LOGIT],
+    # a has a token less than b: z = 0.5 h - 0.2, whichever of the two is chosen.
+    "length_dpo": [Optimum(lambda p: (logit(p) + 0.2) / 0.5, {"beta": 0.5, "length_penalty": 0.2})],
     "rso": [LOGIT],
     # Labels of uncertainty B are turned round with probability B / (2 log 2): here an eighth of them.
     "upo": [Optimum(lambda p: logit(0.875 * p + 0.125 * (1 - p)) / 0.5, {"beta": 0.5, "nll_coef": 0.0, "mu": 0.0})],
@@ -153,6 +155,7 @@ WITHOUT = {
     "aot_unpaired": "it compares distributions over a step",
     "apo_zero": "it falls without end in r_a - r_b while a is likelier to win; see the test of its slope",
     "apo_down": "it falls without end in both rewards; see the test of its slope",
+    "ipo_md": "it is ipo, on pairs of responses of the mixture only",
     "re_po": "how far it trusts a label follows the policy, so it has an optimum for every estimate of the share of right labels",
     "reward_augmented": "it trains both labels of a pair, each where the prompt asks for it; of each prompt by itself it is its base",
     "optune": "it weighs the two labels by gaps of scores, which a share of labels does not fix; of equal gaps it is dpo",
