@@ -10,6 +10,7 @@ from onlinerl.errors import ConfigError
 from onlinerl.label_checks import check_labels
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.repeat_checks import check_repeats
 from onlinerl.types import Plan
 
 
@@ -53,6 +54,13 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
             field="algorithm.name",
             fix="declare one of the two in its `needs`",
         )
+    if needs.stage_reference and (not needs.reference or needs.reference_kl):
+        raise ConfigError(
+            f"{name} declares `stage_reference`, which is a policy of the moment, and "
+            + ("`reference_kl`, for which the reference is a saved model" if needs.reference_kl else "no `reference`"),
+            field="algorithm.name",
+            fix="correct its `needs`",
+        )
     if _is_nonstandard(config, algorithm) and not config.reference.allow_nonstandard:
         raise ConfigError(
             f"{name} is defined against the previous iterate, not {config.reference.schedule!r}",
@@ -82,7 +90,7 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
     _check_prefixes(config, algorithm)
     mixed = _mixtures(config, algorithm)
     _check_merging(config, algorithm)
-    _check_replay(config, algorithm)
+    check_repeats(config, algorithm)
     plan = planned(config, algorithm)
     check_labels(config, algorithm)
     objection = algorithm.objection(plan)
@@ -257,21 +265,6 @@ def _check_merging(config: RunConfig, algorithm: Algorithm) -> None:
             "is on, and while only the critic learns (algorithm.critic_warmup) there is nothing to merge",
             field=section,
             fix="set algorithm.critic_warmup=0, or leave it out",
-        )
-
-
-def _check_replay(config: RunConfig, algorithm: Algorithm) -> None:
-    """Refuse items that would be trained twice in an iteration.
-
-    Raises:
-        ConfigError: naming the selector.
-    """
-    if config.selection.reuses and algorithm.needs.replay:
-        raise ConfigError(
-            f"is {config.selection.name}, and {config.algorithm['name']} as configured trains items of earlier iterations once more itself: some "
-            "would come twice in an iteration",
-            field="selection.name",
-            fix="choose another selector" + (", or set algorithm.replay=0" * ("replay" in type(algorithm).model_fields)),
         )
 
 

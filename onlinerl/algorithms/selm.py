@@ -24,17 +24,21 @@ if TYPE_CHECKING:
 class Selm(Optimistic):
     """f(z) + optimism * beta * D(x), x the greedy response of the policy that sampled, the pair made of all judged responses of the group.
 
-    The paper ranks the greedy response with the chosen and the rejected one of its data set; prompts bring no pairs here, so the samples of
-    the group take their place. With `reference_free` D is the log-prob, whose gradient is the same.
+    The paper ranks the greedy response with the chosen and the rejected one of its data set, and goes on with the best and the worst of the
+    three. Prompts bring no pairs here, so the samples of the group take their place, and with `carry_over` what was trained of the prompt before
+    is among them. With `reference_free` D is the log-prob, whose gradient is the same.
     """
 
     beta: float = Field(0.01, gt=0)
     optimism: float = Field(1e-3, ge=0)
+    carry_over: bool = False
+    """Where a prompt comes again (`prompts.reuse`), the chosen and the rejected response of its last pair are judged with the new ones, as
+    `carried`, and may be chosen or rejected again."""
 
     @by_knobs
     def needs(self) -> Needs:
         """Of a pair loss, with the greedy response."""
-        return super().needs.model_copy(update={"greedy": True})
+        return super().needs.model_copy(update={"greedy": True, "carried": self.carry_over})
 
     @by_knobs
     def reference(self) -> Reference:

@@ -198,7 +198,7 @@ class _Made:
                 if sequence.policy_version is None:  # nobody sampled it
                     continue
                 self.earned.append(_score(self._it.parts.algorithm, sequence))
-                if sequence.source not in ("reference", "mixture"):
+                if sequence.source not in ("reference", "carried"):
                     self.sampled_by[sequence.policy_version] += 1
             yield item
 

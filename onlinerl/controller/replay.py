@@ -64,7 +64,9 @@ def joined(it: Iteration, built: Built, score: Score | None = None) -> Built:
         table.seal()
     made = it.scratch.keep(_filled(it, chosen))
     sequences = [s for item in made for s in item.sequences if s.policy_version is not None]
-    versions = Counter(s.policy_version for s in sequences if s.source != "reference" and s.policy_version is not None)
+    versions = Counter(
+        s.policy_version for s in sequences if s.source not in ("reference", "carried") and s.policy_version is not None
+    )
     return replace(
         built,
         items=it.scratch.keep(chain(built.items, made)),

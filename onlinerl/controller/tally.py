@@ -27,7 +27,7 @@ class Sampled:
     @classmethod
     def of(cls, group: Group) -> Sampled:
         """About one group."""
-        rollouts = [r for r in group.rollouts if r.source != "teacher"]  # nobody sampled it
+        rollouts = [r for r in group.rollouts if r.source not in ("teacher", "carried")]  # nobody sampled those here
         return cls(
             responses=len(rollouts),
             tokens=sum(len(r.token_ids) for r in rollouts),

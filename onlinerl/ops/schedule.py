@@ -26,8 +26,8 @@ def schedule(count: int, batch_size: int, epochs: int, seed: int) -> list[list[i
     return steps
 
 
-def staged(stages: Sequence[Sequence[int]], batch_size: int, epochs: int, seed: int) -> list[list[int]]:
-    """The same for items that are trained in stages, given by their indices. No step spans two stages; a single one is `schedule`.
+def staged(stages: Sequence[Sequence[int]], batch_size: int, epochs: int, seed: int) -> list[list[list[int]]]:
+    """The same, by stage, for items that are trained in stages, given by their indices. A single stage is `schedule`.
 
     Raises:
         ValueError: if `batch_size` is below 1.
@@ -35,5 +35,5 @@ def staged(stages: Sequence[Sequence[int]], batch_size: int, epochs: int, seed: 
     steps = []
     for number, stage in enumerate(stages):
         own = schedule(len(stage), batch_size, epochs, derive_seed("stage", seed, number) if number else seed)
-        steps += [[stage[place] for place in step] for step in own]
+        steps.append([[stage[place] for place in step] for step in own])
     return steps

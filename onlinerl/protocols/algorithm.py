@@ -76,6 +76,8 @@ class Needs(BaseModel):
     auxiliary: bool = False
     """Auxiliary weights beside the policy's: an iteration trains them first, from where the one before left them, and then the policy from
     them, on the same items. `reference_logprobs` are those of the weights that a pass starts from, so there is no `reference`."""
+    stage_reference: Literal["keep", "reset"] | None = None
+    """The reference of a stage (`order`) is the policy that the one before ended with, and the optimizer's moments go on or begin anew with each."""
     ches: bool = False
     """How alike the hidden states of the two responses of a pair are (`TrainSequence.ches`), of the policy that training starts from."""
     answers: bool = False
@@ -93,6 +95,8 @@ class Needs(BaseModel):
     """The greedy response (temperature 0) of the policy that samples. It joins the samples of its prompt, and is judged with them."""
     teacher: bool = False
     """The stored answer of each prompt joins the samples, and is judged with them. Such an algorithm needs `answers` too."""
+    carried: bool = False
+    """Both responses of the last pair that was trained of a prompt join the samples where it comes again, and are judged with them."""
     replay: tuple[float, ...] = ()
     """By how many iterations old they are, 1 first: at most how many items of earlier iterations are trained once more, as a share of the new
     ones. They are not sampled or judged again; log-probs are those of the present reference."""
@@ -110,7 +114,7 @@ class Needs(BaseModel):
     def beside_samples(self) -> tuple[str, ...]:
         """Sources of the responses of a group beside those that `sampling.samples_per_prompt` counts."""
         beside = ("greedy",) * self.greedy + ("reference",) * self.reference_samples
-        return beside + ("mixture",) * self.mixture_samples + ("teacher",) * self.teacher
+        return beside + ("mixture",) * self.mixture_samples + ("teacher",) * self.teacher + ("carried",) * (2 * self.carried)
 
     @property
     def reference_logprobs(self) -> bool:

@@ -10,9 +10,9 @@ from onlinerl.types.prompts import Prompt
 
 FinishReason = Literal["stop", "length", "abort"]
 RejectReason = Literal["logprob", "abort"]
-Source = Literal["policy", "greedy", "reference", "mixture", "teacher"]
+Source = Literal["policy", "greedy", "reference", "mixture", "teacher", "carried"]
 """Where a response is from: drawn from the policy, its most probable token taken at each position, drawn from the base model or from a
-mixture of policy and reference, or the stored answer to the prompt, which nobody sampled."""
+mixture of policy and reference, the stored answer to the prompt, which nobody sampled, or of the pair that was trained of the prompt before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,7 @@ from onlinerl.protocols.algorithm import Algorithm
 ROOT = Path(__file__).parents[2]
 NAMES = registry.names("algorithms")
 
-LIMIT = 867
+LIMIT = 875
 """Lines of our own that importing an algorithm may run through, blank ones and comments included, its own file among them. Half of them are
 the three files that say what can be declared and read: protocols/algorithm.py, batch.py, types/training.py."""
 FAMILY = 221

@@ -115,6 +115,64 @@ def test_a_pair_whose_exploration_response_was_cut_is_no_trained_pair(toy_config
     assert (record["items"], record["dropped"]["truncated"] > 0) == (0, True)
 
 
+# --- the last pair of a prompt that comes again ---
+
+
+CARRIED = {**SELM, "algorithm.carry_over": True, "prompts.reuse": True, "prompts.per_iteration": 20, "iterations": 4}
+"""40 prompts, so each comes in two iterations."""
+
+
+@pytest.fixture(scope="module")
+def carried(toy_config, warm_cli_in, tmp_path_factory):
+    """A folder with a run that takes pairs over, and that nothing happened to."""
+    folder = tmp_path_factory.mktemp("carried")
+    done = warm_cli_in(folder)("run", toy_config(folder, CARRIED), log=folder / "log")
+    assert done.returncode == 0, done.message
+    assert "(4 samples + 1 greedy response + 2 carried responses)" in done.stdout
+    return folder
+
+
+def test_the_pair_that_was_trained_of_a_prompt_joins_its_next_group(carried):
+    """Chosen and rejected, as they were sampled then; they are judged with the others, and are no samples of the iteration."""
+    run = carried / "runs/toy"
+    trained: dict[str, list] = {}
+    seen = found = again = 0
+    for t in range(1, 5):
+        with RunDirectory.open(run) as opened:
+            pairs = {row["prompt_id"]: row for row in opened.read(t, "pairs")}
+            record = opened.phases(t)
+        for row in rollouts(run, t):
+            before = trained.get(row["prompt_id"])
+            assert row["sources"] == ["policy"] * K + ["greedy"] + ["carried"] * (2 if before else 0)
+            if before:
+                seen += 1
+                columns = ("token_ids", "logprobs", "texts", "seeds", "policy_versions")
+                assert [[row[name][K + 1 + n] for name in columns] for n in (0, 1)] == before
+                assert all(version < t - 1 for version in row["policy_versions"][K + 1 :])
+            if pair := pairs.get(row["prompt_id"]):
+                again += pair["chosen"] > K
+                both = (pair["chosen"], pair["rejected"])
+                trained[row["prompt_id"]] = [
+                    [row[name][k] for name in ("token_ids", "logprobs", "texts", "seeds", "policy_versions")] for k in both
+                ]
+            found += 1
+        assert record["sample"]["samples"] == 20 * (K + 1)
+        assert record["train"]["sampled_by"] == [t - 1]
+    assert (found, seen > 20, again > 0) == (80, True, True)
+
+
+def test_killed_while_it_samples_a_run_takes_the_same_pairs_over(carried, toy_config, warm_cli_in, tmp_path):
+    cli = warm_cli_in(tmp_path)
+    killed = cli(
+        "run", toy_config(tmp_path, CARRIED), log=tmp_path / "log", kill=["generate", HELDOUT + 2 * (20 + HELDOUT) + 5]
+    )
+    assert killed.returncode == KILLED, "in the third iteration, the first in which prompts come again"
+    done = cli("resume", "runs/toy", log=tmp_path / "log")
+    assert done.returncode == 0, done.message
+    assert everything(tmp_path / "runs/toy", 4) == everything(carried / "runs/toy", 4)
+    assert rollouts(tmp_path / "runs/toy", 3) == rollouts(carried / "runs/toy", 3)
+
+
 # --- responses of the base model ---
 
 

@@ -167,6 +167,17 @@ def test_items_that_an_algorithm_trains_once_more_itself_are_refused_beside_reus
     assert (caught.value.field, "algorithm.replay=0" in caught.value.fix) == ("selection.name", True)
 
 
+def test_what_was_trained_before_is_taken_over_only_where_prompts_come_again():
+    carried = ["algorithm.name=selm", "algorithm.carry_over=true"]
+    assert notes(*carried, "prompts.reuse=true") == []
+    with pytest.raises(ConfigError, match="no prompt comes again") as caught:
+        notes(*carried, "prompts.reuse=false")
+    assert caught.value.field == "prompts.reuse"
+    with pytest.raises(ConfigError, match="takes whole groups over") as caught:
+        notes(*carried, REUSE)
+    assert caught.value.field == "selection.name"
+
+
 def sections(*overrides: str) -> None:
     config = configuration.load(QUICKSTART, list(overrides))
     check_sections(config, configuration.algorithm(config))
@@ -292,6 +303,28 @@ def test_a_kl_to_no_reference_is_refused():
     with pytest.raises(ConfigError, match="declares `reference_kl` and no `reference`") as caught:
         check_algorithm(config, Lost())
     assert caught.value.field == "algorithm.name"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"), [("dpo", {"reference": False}, "no `reference`"), ("tdpo1", {}, "is a saved model")]
+)
+def test_a_reference_of_each_stage_that_nothing_could_be_compared_with_is_refused(monkeypatch, name, changes, said):
+    config = configuration.load(QUICKSTART, [f"algorithm.name={name}"])
+    algorithm = configuration.algorithm(config)
+    monkeypatch.setattr(type(algorithm), "needs", algorithm.needs.model_copy(update={"stage_reference": "keep", **changes}))
+    with pytest.raises(ConfigError, match=f"declares `stage_reference`.*{said}") as caught:
+        check_algorithm(config, algorithm)
+    assert caught.value.field == "algorithm.name"
+
+
+def test_stages_have_references_of_their_own_only_where_the_first_one_has_the_policy():
+    curry = "algorithm.name=curry_dpo"
+    assert notes(curry) == []
+    fixed = ["reference.schedule=fixed", "reference.allow_nonstandard=true"]
+    with pytest.raises(ConfigError, match="is previous_stage") as caught:
+        notes(curry, *fixed)
+    assert caught.value.field == "algorithm.stage_reference"
+    assert notes(curry, *fixed, "algorithm.stage_reference=iteration") == []
 
 
 @pytest.mark.parametrize("name", ["tdpo1", "tdpo2"])

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from onlinerl.controller import collect
+from onlinerl.controller.carried import with_carried
 from onlinerl.controller.dynamic import Rounds
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.reuse import Reused
@@ -35,16 +36,16 @@ def sample(it: Iteration) -> SampleRecord:
         return []
 
     def with_others(groups: Sequence[Group]) -> Sequence[Group]:
-        """What the base model said to these prompts, a mixture of both, and the stored answer come last, in this order."""
+        """What the base model said to these prompts, a mixture of both, the stored answer, and what was trained before come last, in this order."""
         asked = ((it.needs.reference_samples, it.reference_groups), (it.needs.mixture_samples, it.mixture_groups))
         for others in (table().select([group.prompt.id for group in groups]) for count, table in asked if count):
             groups = [
                 group if other is None else replace(group, rollouts=(*group.rollouts, *other.rollouts))
                 for group, other in zip(groups, others, strict=True)
             ]
-        if not it.needs.teacher:
-            return groups
-        return [replace(group, rollouts=(*group.rollouts, _answer(it, group.prompt))) for group in groups]
+        if it.needs.teacher:
+            groups = [replace(group, rollouts=(*group.rollouts, _answer(it, group.prompt))) for group in groups]
+        return with_carried(it, groups) if it.needs.carried else groups
 
     reuse.take(rounds.prompts)  # `generate` hands on what is in the table before it samples
     sampled = collect.generate(

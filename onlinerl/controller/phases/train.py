@@ -94,17 +94,17 @@ def _steps(it: Iteration, annotated: Sequence[TrainItem]) -> tuple[UpdateReport,
         return _pass(it, annotated, begun=trained > 0)
     if trained:  # before that, the learner has the base model, and so have both
         learner.load(it.parts.store.require("auxiliary", trained))
-    first, figures = _pass(it, _against_itself(it, annotated), begun=trained > 0)
+    names = ["reference_logprobs", *(["old_logprobs"] if it.old_logprobs else [])]
+    first, figures = _pass(it, _against_itself(it, annotated, *names), begun=trained > 0)
     it.require_free()
     it.save("auxiliary")
-    second, _ = _pass(it, _against_itself(it, annotated), begun=True)
+    second, _ = _pass(it, _against_itself(it, annotated, *names), begun=True)
     return first.followed_by(second), figures
 
 
-def _against_itself(it: Iteration, annotated: Sequence[TrainItem]) -> Sequence[TrainItem]:
-    """The items, on the disk, with what the weights say of them from which the next pass starts."""
+def _against_itself(it: Iteration, annotated: Sequence[TrainItem], *names: str) -> Sequence[TrainItem]:
+    """The items, on the disk, with what the weights, as they are now, say of them under these names."""
     temperature = it.needs.temperature(it.parts.config.sampling.temperature)
-    names = ["reference_logprobs", *(["old_logprobs"] if it.old_logprobs else [])]
 
     def scored() -> Iterator[TrainItem]:
         for chunk in batched(annotated, AT_ONCE):
@@ -164,8 +164,8 @@ def _weighed(it: Iteration, prepared: Sequence[TrainItem]) -> Sequence[TrainItem
     training = it.parts.config.training
     if training.sample_weights == "equal":
         return prepared
-    made = pair_modifiers.weighed(prepared, training.sample_weights, training.sample_weight_clip, it.parts.algorithm.unit)
-    return it.scratch.keep(made)
+    kind, clip, unit = training.sample_weights, training.sample_weight_clip, it.parts.algorithm.unit
+    return it.scratch.keep(pair_modifiers.weighed(prepared, kind, clip, unit, training.sample_age_decay))
 
 
 def _figures(algorithm: Algorithm, annotated: Sequence[TrainItem], past: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
@@ -194,17 +194,15 @@ def _update(it: Iteration, prepared: Sequence[TrainItem]) -> UpdateReport:
     """
     training, learner = it.parts.config.training, it.parts.learner
     seed = derive_seed(it.parts.config.seed, "steps", it.number)
-    indices = staged(_stages(it.parts.algorithm, prepared), training.batch_size, training.epochs, seed)
+    stages = staged(_stages(it.parts.algorithm, prepared), training.batch_size, training.epochs, seed)
+    indices = [chosen for stage in stages for chosen in stage]
     rates = learning_rates(it.parts.config.training, it.number, len(indices))
     it.parts.tracker.phase_started(it.number, "train", sum(len(s) for s in indices), "items")
     metrics: list[Mapping[str, float]] = []
     tokens = skipped = stopped = 0
-    target = training.target_kl
-    # A learner that knows nothing of a target goes on as before where there is none.
-    asked = {} if target is None else {"target_kl": target}
     if training.online_merging is not None:
         learner.keep_weights()
-    for chosen, report in zip(indices, learner.update(_Steps(prepared, indices), rates, **asked), strict=True):
+    for chosen, report in zip(indices, _reports(it, prepared, stages, rates), strict=True):
         if report.stopped:
             stopped = len(indices) - len(metrics)
             it.report.stopped(it.number, stopped, len(indices), report.metrics[0]["kl_old"])
@@ -224,6 +222,33 @@ def _update(it: Iteration, prepared: Sequence[TrainItem]) -> UpdateReport:
     if training.online_merging is not None:
         learner.merge(derive_seed(it.parts.config.seed, "online_merging", it.number))
     return UpdateReport(steps=len(metrics), tokens=tokens, metrics=metrics, skipped=skipped, stopped=stopped)
+
+
+def _reports(
+    it: Iteration, prepared: Sequence[TrainItem], stages: Sequence[Sequence[Sequence[int]]], rates: Sequence[float]
+) -> Iterator[UpdateReport]:
+    """What the learner says of each step, the stages one after the other."""
+    learner, target = it.parts.learner, it.parts.config.training.target_kl
+    # A learner that knows nothing of a target goes on as before where there is none.
+    asked = {} if target is None else {"target_kl": target}
+    if it.needs.stage_reference is None:
+        yield from learner.update(_Steps(prepared, [chosen for stage in stages for chosen in stage]), rates, **asked)
+        return
+    taken = 0
+    for number, stage in enumerate(stages):
+        steps = _Steps(prepared, stage) if number == 0 else _moved(it, prepared, stage)
+        yield from learner.update(steps, rates[taken : taken + len(stage)], **asked)
+        taken += len(stage)
+
+
+def _moved(it: Iteration, prepared: Sequence[TrainItem], stage: Sequence[Sequence[int]]) -> _Steps:
+    """The steps of a stage, against the policy that the one before ended with."""
+    if it.needs.stage_reference == "reset":
+        it.parts.learner.reset_optimizer()
+    places = sorted({place for chosen in stage for place in chosen})
+    items = _against_itself(it, it.scratch.keep(prepared[place] for place in places), "reference_logprobs")
+    at = {place: number for number, place in enumerate(places)}
+    return _Steps(items, [[at[place] for place in chosen] for chosen in stage])
 
 
 def _stages(algorithm: Algorithm, prepared: Sequence[TrainItem]) -> Sequence[Sequence[int]]:

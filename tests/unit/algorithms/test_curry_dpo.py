@@ -8,15 +8,21 @@ from itertools import pairwise
 import pytest
 import torch
 from algorithm_batches import F_PLUS, ITEM, MARGIN_KNOBS, ROWS, evaluate, judged, pair, sequence
+from pydantic import ValidationError
 
 from onlinerl.algorithms.curry_dpo import CurryDpo
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.ops.schedule import schedule, staged
 from onlinerl.pairing.best_rest import BestRest
 from onlinerl.pairing.best_worst import BestWorst
+from onlinerl.types.plan import Plan
 
 VARIANTS = [{}, {"stages": 2}]
-KNOBS = MARGIN_KNOBS | {"stages": [({}, 1), ({}, 2)]}
+KNOBS = MARGIN_KNOBS | {
+    "stages": [({}, 1), ({}, 2)],
+    "stage_reference": [({}, "iteration")],
+    "stage_optimizer_state": [({}, "reset")],
+}
 
 
 def at_reference(items):
@@ -59,10 +65,11 @@ def test_the_gaps_of_a_prompt_do_not_grow_from_stage_to_stage(stages):
 
 
 def test_steps_keep_the_order_of_the_stages():
-    steps = staged([[4, 2, 0], [1], [3, 5]], 2, 2, seed=3)
-    assert [len(step) for step in steps] == [2, 1, 2, 1, 1, 1, 2, 2]
-    assert [{*step} <= own for step, own in zip(steps, [{0, 2, 4}] * 4 + [{1}] * 2 + [{3, 5}] * 2, strict=True)] == [True] * 8
-    assert staged([range(5)], 2, 3, seed=7) == schedule(5, 2, 3, seed=7), "a single stage is shuffled as everything else is"
+    stages = staged([[4, 2, 0], [1], [3, 5]], 2, 2, seed=3)
+    assert [[len(step) for step in steps] for steps in stages] == [[2, 1, 2, 1], [1, 1], [2, 2]]
+    for steps, own in zip(stages, ({0, 2, 4}, {1}, {3, 5}), strict=True):
+        assert all({*step} <= own for step in steps)
+    assert staged([range(5)], 2, 3, seed=7) == [schedule(5, 2, 3, seed=7)], "a single stage is shuffled as everything else is"
 
 
 def test_with_two_responses_it_is_dpo():
@@ -73,6 +80,25 @@ def test_with_two_responses_it_is_dpo():
     one, other = (evaluate(algorithm, [ITEM], ROWS) for algorithm in (CurryDpo(), Dpo()))
     assert one[0] == other[0]
     assert torch.equal(one[1], other[1])
+
+
+def test_whose_reference_a_stage_has():
+    def asked(**knobs):
+        return CurryDpo(**knobs).needs.stage_reference
+
+    assert (asked(), asked(stage_optimizer_state="reset"), asked(stages=2)) == ("keep", "reset", "keep")
+    assert (asked(stage_reference="iteration"), asked(stages=1), asked(reference_free=True)) == (None, None, None)
+    with pytest.raises(ValidationError, match="only stage_reference=previous_stage reads it"):
+        CurryDpo(stage_reference="iteration", stage_optimizer_state="reset")
+
+
+def test_a_reference_that_only_the_first_stage_would_have_is_refused():
+    found = CurryDpo().objection(Plan(iterations=3, references=(0, 0, 0)))
+    assert found is not None
+    assert (found.field, "previous_stage" in found.cause) == ("algorithm.stage_reference", True)
+    assert CurryDpo().objection(Plan(iterations=3, references=(0, 1, 2))) is None
+    for knobs in ({"stage_reference": "iteration"}, {"stages": 1}, {"reference_free": True}):
+        assert CurryDpo(**knobs).objection(Plan(iterations=3, references=(0, 0, 0))) is None
 
 
 def test_what_it_asks_for():

@@ -18,7 +18,7 @@ VARIANTS = [
     {"ld_alpha": 0.5, "beta_rejected": 0.05, "nll_coef": 0.1, "pair_weights": "score_gap"},
     {"token_weights": "differing", "nll_coef": 0.1, "nll_target": "reference_answer"},
 ]
-KNOBS = MARGIN_KNOBS | {"optimism": [({}, 0.1)]}
+KNOBS = MARGIN_KNOBS | {"optimism": [({}, 0.1)], "carry_over": [({}, True)]}
 
 # The pair of ITEM with a third response of one token, S = -1 and D = 0.5.
 EXPLORING = TrainItem(prompt_id="p", sequences=(*ITEM.sequences, LIST.sequences[2]), prob=ITEM.prob, exploration=2)
@@ -93,3 +93,12 @@ def test_what_it_needs():
     assert (Selm().reference, Selm(reference_free=True).reference) == ("previous", "none")
     assert (Selm().needs.beside_samples, Dpo().needs.beside_samples) == (("greedy",), ())
     assert Selm().needs.off_policy == "approximate"
+    assert Selm(carry_over=True).needs.beside_samples == ("greedy", "carried", "carried")
+
+
+def test_what_was_trained_before_may_be_chosen_and_rejected_again():
+    group = judged([1, 2, 3, 4], {1: "greedy", 2: "carried", 3: "carried"}, scores=(1.0, 0.5, 2.0, 0.0))
+    (item,), dropped = Selm(carry_over=True).items(group, [Pair(chosen=2, rejected=3, prob=0.9)])
+    assert not dropped
+    assert [(len(s.response_ids), s.source) for s in item.sequences] == [(3, "carried"), (4, "carried"), (2, "greedy")]
+    assert item.exploration == 2
