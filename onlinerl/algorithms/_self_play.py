@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
@@ -33,7 +33,7 @@ class SelfPlay(Algorithm):
     pairs: Literal["best_worst", "all"] = "best_worst"
     """Which responses of a group are trained: those with the highest and the lowest standing, or all K."""
 
-    metrics = (
+    metrics: ClassVar[tuple[Reported, ...]] = (
         Reported("winner_log_ratio", "log(policy / reference) of responses better than their group", "nats/sequence"),
         Reported("loser_log_ratio", "log(policy / reference) of responses worse than their group", "nats/sequence"),
         Reported("target", "How far log-ratios are asked to move, up or down", "nats/sequence"),

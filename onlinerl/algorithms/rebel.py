@@ -7,14 +7,17 @@ from torch import Tensor
 
 from onlinerl.algorithms._pairwise import Pairwise
 from onlinerl.batch import Batch, Mean, Outputs
+from onlinerl.ops.logprobs import masked
 from onlinerl.ops.preference import by_pair, margin
+from onlinerl.protocols.algorithm import Needs, by_knobs
+from onlinerl.types.plan import Objection, Plan
 
 
 class Rebel(Pairwise):
     """(h / eta - (r_1 - r_2))^2, h against the policy of the iteration's start: the margin is brought to the difference of the scores.
 
-    The paper's language runs take a share of the KL to the initial policy off the scores, which is not done here. Its code's loss is
-    eta^2 times this one.
+    r is the score, less `kl_coef` log(pi_t / base) of the response, pi_t the policy of the iteration's start. The authors' code has eta^2 times
+    this loss.
     """
 
     reference = "previous"
@@ -24,8 +27,28 @@ class Rebel(Pairwise):
     length_norm: bool = False
     """Means over tokens in the place of sums, so that long responses need not move further. `eta` is then in nats per token."""
 
+    kl_coef: float = Field(0.0, ge=0)
+    """What a nat costs by which a response is more probable than under the base model, in units of the score; 0.05 in the paper's language
+    runs."""
+
+    @by_knobs
+    def needs(self) -> Needs:
+        """Of a pair loss, with the base model beside the reference if the distance to it has a price."""
+        return super().needs.model_copy(update={"anchor": self.kl_coef > 0})
+
+    def objection(self, plan: Plan) -> Objection | None:
+        """A price of something that is always 0."""
+        if not self.kl_coef or any(plan.references):
+            return super().objection(plan)
+        cause = f"is {self.kl_coef}, and the reference is the base model in every iteration, to which it has no distance"
+        return Objection(field="algorithm.kl_coef", cause=cause, fix="set it to 0, or raise iterations")
+
     def pair_loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Mean]]:
         """A square per pair."""
         z_P = margin(outputs, batch, per_token=self.length_norm) / self.eta
-        better, worse = by_pair(batch.scores_B, batch)
+        rewards_B = batch.scores_B
+        if self.kl_coef:
+            moved_BT = masked(batch.need("reference_logprobs_BT") - batch.need("anchor_logprobs_BT"), batch.mask_BT)
+            rewards_B = rewards_B - self.kl_coef * moved_BT.sum(dim=1)
+        better, worse = by_pair(rewards_B, batch)
         return (z_P - (better - worse)).square(), z_P, {}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 from pydantic import Field
 from torch import Tensor
 
 from onlinerl.algorithms._self_play import SelfPlay
 from onlinerl.batch import Batch
+from onlinerl.types.training import TrainSequence
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from onlinerl.types.labels import Judged
 
 
@@ -24,6 +24,8 @@ class Sppo(SelfPlay):
 
     eta: float = Field(1000.0, gt=0)
     """Nats per unit of win rate; 1 / eta is the `beta` of the published configurations."""
+    winrate_includes_self: bool = True
+    """Whether a response is one of its own opponents, as in the paper: it draws against itself, so of K no win rate is above 1 - 1 / (2 K)."""
 
     @property
     def scale(self) -> float:
@@ -32,7 +34,16 @@ class Sppo(SelfPlay):
 
     def standings(self, judged: Judged) -> np.ndarray:
         """Win rates, centred."""
-        return judged.verdict.win_rates() - 0.5
+        centred = judged.verdict.win_rates() - 0.5
+        if self.winrate_includes_self:
+            return centred
+        known = (~np.isnan(judged.verdict.matrix())).sum(axis=1)
+        without: np.ndarray = centred * known / np.maximum(known - 1, 1)  # itself adds nothing but to the count
+        return without
+
+    def with_standing(self, sequence: TrainSequence, standing: float) -> TrainSequence:
+        """The win rate that it is trained with."""
+        return sequence if self.winrate_includes_self else sequence.with_(win_rate=0.5 + float(standing))
 
     def standings_of(self, batch: Batch) -> Tensor:
         """Every response carries its win rate."""

@@ -233,6 +233,28 @@ class Verdict:
         np.fill_diagonal(probs, 0.5)
         return probs
 
+    def odds(self) -> np.ndarray:
+        """Log-odds that i beats j, [K, K], skew-symmetric: those of `matrix`. Log-odds and scores as they were given lose nothing where
+        probabilities are nearly 0 or 1; certain probabilities are infinite ones. Unknown cells are NaN.
+
+        Raises:
+            ValueError: if the verdict holds neither scores nor preferences.
+        """
+        if self.preferences is None and self.scores is not None:
+            scores = np.asarray(self.scores, dtype=np.float64) / self.temperature
+            odds = scores[:, None] - scores[None, :]
+        elif self.log_odds is None:
+            probs = self.matrix()
+            with np.errstate(divide="ignore"):
+                odds = np.log(probs) - np.log1p(-probs)
+        else:
+            given = np.asarray(self.log_odds, dtype=np.float64)
+            odds = _both_orders(given, -given.T) / self.temperature
+            if self.on_disagree != "average":
+                odds[self.disagreements()] = 0.0 if self.on_disagree == "tie" else np.nan
+        np.fill_diagonal(odds, 0.0)
+        return odds
+
     def disagreements(self) -> np.ndarray:
         """bool[K, K]: pairs whose two orders name different winners, that is both times the response shown first, or the second."""
         raw = np.asarray(self.preferences, dtype=np.float64) - 0.5

@@ -128,6 +128,28 @@ def test_orders_that_name_different_winners(rule, expected):
     assert verdict.matrix()[1, 2] == pytest.approx(0.25), "a tie in one order contradicts nothing"
 
 
+def test_log_odds_are_those_of_the_probabilities_and_keep_what_those_lose():
+    """(2 - -1) / 2 = 1.5 of both orders over a temperature of 0.5; 100 nats, at which a probability is 1; a certain one is infinite."""
+    given = compared((NAN, 0.88), (0.27, NAN), log_odds=((NAN, 2.0), (-1.0, NAN)), temperature=0.5)
+    assert given.odds() == pytest.approx(np.array([[0.0, 3.0], [-3.0, 0.0]]))
+    assert scored(50.0, 0.0, temperature=0.5).odds()[0, 1] == pytest.approx(100.0)
+    assert compared((NAN, 1.0), (0.0, NAN)).odds().tolist() == [[0.0, math.inf], [-math.inf, 0.0]]
+    part = compared((NAN, 0.9, NAN), (NAN, NAN, NAN), (NAN, NAN, NAN)).odds()
+    assert (part[0, 1], part[1, 0]) == (pytest.approx(math.log(9)), pytest.approx(-math.log(9)))
+    assert np.isnan([part[0, 2], part[2, 1]]).all()
+    for verdict in (given, scored(0.7, -0.2, 0.1, temperature=2.0), compared((NAN, 0.9), (0.3, NAN))):
+        assert 1 / (1 + np.exp(-verdict.odds())) == pytest.approx(verdict.matrix())
+    with pytest.raises(ValueError, match="needs scores or preferences"):
+        Verdict(annotator="a", oracle_version="v").odds()
+
+
+@pytest.mark.parametrize(("rule", "expected"), [("average", 0.5), ("tie", 0.0), ("drop", NAN)])
+def test_log_odds_of_orders_that_name_different_winners(rule, expected):
+    """Log-odds of 2 and 1 for whoever is shown first: (2 - 1) / 2."""
+    odds = compared((NAN, 0.88), (0.73, NAN), log_odds=((NAN, 2.0), (1.0, NAN)), on_disagree=rule).odds()
+    assert odds[0, 1] == pytest.approx(expected, nan_ok=True)
+
+
 def test_a_response_without_a_score_is_said_to_be_so():
     fine = scored(1.0, NAN, unjudged=(1,))
     assert fine.problem(2) is None

@@ -10,7 +10,13 @@ from onlinerl.algorithms.gpo_preference import GpoPreference
 from onlinerl.algorithms.sppo import Sppo
 
 VARIANTS = [{}, {"pairs": "all"}]
-KNOBS = {"beta": [({}, 0.01)], "tau": [({}, 0.3)], "prob_clip": [({}, 0.4)], "pairs": [({}, "all")]}
+KNOBS = {
+    "beta": [({}, 0.01)],
+    "tau": [({}, 0.3)],
+    "prob_clip": [],  # of oracles that say probabilities only, see below
+    "score_clip": [({}, 0.05)],
+    "pairs": [({}, "all")],
+}
 NAN = float("nan")
 CYCLE = ((NAN, 0.9, 0.2), (0.1, NAN, 0.7), (0.8, 0.3, NAN))
 
@@ -91,6 +97,28 @@ def test_a_certain_preference_counts_as_far_as_the_clip():
     for clip in (0.02, 0.2):  # half of it, because of the self term
         expected = 0.05 * math.log((1 - clip) / clip)
         assert scores_of(GpoPreference(pairs="all", prob_clip=clip), group) == pytest.approx([expected, -expected], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        {"scores": (6.0, 0.0)},
+        {"preferences": ((NAN, 0.99999), (0.0001, NAN)), "log_odds": ((NAN, 7.0), (-5.0, NAN))},  # of both orders 6
+    ],
+    ids=["scores", "log-odds"],
+)
+def test_what_an_oracle_says_itself_is_not_bounded_by_its_probabilities(verdict):
+    """0.1 * 6, and half of it because of the self term, where 0.98 would be 0.1 * 3.89; `score_clip` is another bound."""
+    group = judged([1, 2], **verdict)
+    for clip, expected in ((1.0, 0.3), (0.4, 0.2), (0.05, 0.025)):
+        assert scores_of(GpoPreference(pairs="all", score_clip=clip), group) == pytest.approx([expected, -expected], rel=1e-6)
+    assert scores_of(GpoPreference(pairs="all", prob_clip=0.4), group) == pytest.approx([0.3, -0.3], rel=1e-6)
+
+
+def test_the_largest_score_of_an_iteration_is_reported():
+    items = [pair(sequence(3, advantages=0.2), sequence(2, 50, advantages=-0.3)), single(sequence(0))]
+    assert GpoPreference().figures(items) == {"preference_score_max": pytest.approx(0.3)}
+    assert GpoPreference().figures([]) == {"preference_score_max": 0.0}
 
 
 def test_a_response_that_was_not_judged_is_left_out():

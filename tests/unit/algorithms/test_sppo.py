@@ -11,7 +11,7 @@ from trl_losses import dpo_loss
 from onlinerl.algorithms.sppo import Sppo
 
 VARIANTS = [{}, {"pairs": "all"}]
-KNOBS = {"eta": [({}, 10.0)], "pairs": [({}, "all")]}
+KNOBS = {"eta": [({}, 10.0)], "pairs": [({}, "all")], "winrate_includes_self": [({}, False)]}
 NAN = float("nan")
 CYCLE = ((NAN, 0.9, 0.2), (0.1, NAN, 0.7), (0.8, 0.3, NAN))
 
@@ -61,6 +61,22 @@ def test_the_matrix_is_not_rebuilt_from_scores():
     items = items_of(Sppo(pairs="all"), judged([1, 2, 3], preferences=CYCLE, scores=(9.0, 0.0, -9.0)))
     assert [item.sequences[0].win_rate for item in items] == pytest.approx([1.6 / 3, 1.3 / 3, 1.6 / 3])
     assert [item.sequences[0].score for item in items] == [9.0, 0.0, -9.0]
+
+
+def test_without_itself_a_response_may_win_every_time():
+    """Means of the two others: 1.1 / 2, 0.8 / 2 and 1.1 / 2."""
+    apart = Sppo(pairs="all", winrate_includes_self=False)
+    rates = [item.sequences[0].win_rate for item in items_of(apart, judged([1, 2, 3], preferences=CYCLE))]
+    assert rates == pytest.approx([0.55, 0.4, 0.55])
+    sure = judged([1, 2], preferences=((NAN, 1.0), (0.0, NAN)))
+    (one,), (other,) = (items_of(Sppo(winrate_includes_self=own), sure) for own in (False, True))
+    assert [s.win_rate for s in one.sequences] == pytest.approx([1.0, 0.0])
+    assert [s.win_rate for s in other.sequences] == pytest.approx([0.75, 0.25])
+    # The second was compared with the first only: 0.2, while the first has (0.8 + 0.6) / 2.
+    some = judged([1, 2, 3], preferences=((NAN, 0.8, 0.6), (NAN, NAN, NAN), (NAN, NAN, NAN)))
+    rates = [item.sequences[0].win_rate for item in items_of(apart, some)]
+    assert rates == pytest.approx([0.7, 0.2, 0.4])
+    assert apart.items(judged([1, 2, 3], scores=(1.0, 0.0, NAN), unjudged=(2,)), [])[1] == {"unjudged": 1}
 
 
 def test_a_group_of_ties_still_holds_the_policy_to_the_reference():
