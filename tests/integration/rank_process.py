@@ -306,7 +306,7 @@ def critic_model(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dic
 
 def kept_state(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
     """What a loss keeps, by rank: after each step, after what must not advance it, and in a learner that has loaded it."""
-    kept = job["kept"]
+    kept = job["kept"][case["kept"]]
     steps, budget = kept["steps"], kept["budget"]
 
     def made() -> Rank:
@@ -321,14 +321,14 @@ def kept_state(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[
     found: dict[str, Any] = {"steps": []}
     for items in steps:
         metrics = ranks.step(learner, items, budget)
-        found["steps"].append((everywhere(learner), metrics["baseline"]))
+        found["steps"].append((everywhere(learner), metrics[case["kept"]]))
     learner.gradients(ranks.mine(steps[0], budget), len(steps[0]))
     found["after a gradient"] = everywhere(learner)
     learner.self_test(ranks.mine(steps[0], budget), job["model"])
     found["after a self-test"] = everywhere(learner)
     found["skipped"] = ranks.step(learner, kept["bad"], budget)["skipped"]
     found["after a step that was skipped"] = everywhere(learner)
-    here = Path(job["directory"]) / "kept-{}-{}".format(ranks.world_size, case["stage"])
+    here = Path(job["directory"]) / "kept-{}-{}-{}".format(case["kept"], ranks.world_size, case["stage"])
     here.mkdir(exist_ok=True)
     found["written"] = learner.save(str(here))
     fresh = made()

@@ -22,13 +22,14 @@ from onlinerl.algorithms.inpo import Inpo
 from onlinerl.algorithms.kto import Kto
 from onlinerl.algorithms.lipo_lambda import LipoLambda
 from onlinerl.algorithms.ppo import Ppo
+from onlinerl.algorithms.re_po import RePo
 from onlinerl.algorithms.tdpo2 import Tdpo2
 from onlinerl.batch import Batch, Outputs
 from onlinerl.controller import self_test
 from onlinerl.errors import LearnerError
 from onlinerl.learners import _policy
 from onlinerl.learners._policy import Policy
-from onlinerl.ops.batching import collate, plan_step
+from onlinerl.ops.batching import annotator_number, collate, plan_step
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Draw, Sampling, SelfTest, TrainItem, TrainSequence
 
@@ -66,6 +67,11 @@ def anchored(items: list[TrainItem]) -> list[TrainItem]:
     """With what a base model says that is not the reference."""
     base = lambda s: s.with_(anchor_logprobs=s.reference_logprobs[::-1] - np.float32(0.5))  # noqa: E731
     return [replace(item, sequences=tuple(map(base, item.sequences))) for item in items]
+
+
+def by_annotators(items: list[TrainItem], *names: str) -> list[TrainItem]:
+    """Judged by them in turn."""
+    return [replace(item, annotator=names[n % len(names)]) for n, item in enumerate(items)]
 
 
 def sample_items(count: int, seed: int) -> list[TrainItem]:
@@ -116,13 +122,23 @@ LOSSES: dict[str, tuple[Algorithm, list[TrainItem]]] = {
     "fewer items than ranks": (Dpo(), pair_items(1, seed=3)),
     "uneven": (Dpo(), pair_items(5, seed=4)),
     "two references": (Inpo(eta=0.5), anchored(pair_items(8, seed=13))),
+    "labels that may be wrong": (RePo(beta=0.5, eta0=0.8), by_annotators(pair_items(8, seed=14), "one", "other")),
 }
 CRITIC: tuple[Algorithm, list[TrainItem]] = (
     Ppo(critic="separate", critic_learning_rate=1e-3, entropy_coef=0.01, kl_in="loss"),
     sample_items(12, seed=5),
 )
-KEPT = Bco(beta=1.0, threshold=0.0, baseline_decay=0.75)
 KEPT_STEPS = [judged_items(12, seed=20 + i, size=1) for i in range(2)]
+LABELLED = RePo(beta=0.5, eta0=0.8, eta_rate=0.5)
+LABELLED_STEPS = [
+    by_annotators(pair_items(8, seed=30), "one", "other"),
+    by_annotators(pair_items(8, seed=31), "other", "third"),
+]
+KEPT: dict[str, tuple[Algorithm, list[list[TrainItem]]]] = {
+    "baseline": (Bco(beta=1.0, threshold=0.0, baseline_decay=0.75), KEPT_STEPS),
+    "eta": (LABELLED, LABELLED_STEPS),
+}
+"""Losses that keep a state from step to step, by the metric that says it."""
 LONG = pair_items(6, seed=6, response=120)
 """1,440 response tokens."""
 LONG_TEMPERATURE = 0.7
@@ -163,7 +179,10 @@ CASES: dict[tuple[Any, ...], dict[str, Any]] = {
         for s, m in product(EXPORTED, ("model", "untied"))
     },
     **{("critic model", s): {"kind": "critic_model", "stage": s, "dtype": "float32"} for s in EXPORTED},
-    **{("kept state", s): {"kind": "kept_state", "stage": s, "dtype": "float32"} for s in EXPORTED},
+    **{
+        ("kept state", s, kept): {"kind": "kept_state", "stage": s, "dtype": "float32", "kept": kept}
+        for s, kept in product(EXPORTED, ("baseline", "eta"))
+    },
     **{("target kl", s, d): {"kind": "target_kl", "stage": s, "dtype": d} for s, d in product(STAGES, DTYPES)},
     **{("rmsprop", s): {"kind": "other_optimizer", "stage": s, "dtype": "float32"} for s in OTHER},
     **{("offload", s, d): {"kind": "offload", "stage": s, "dtype": d} for s, d in product(STAGES, DTYPES)},
@@ -216,10 +235,13 @@ def asked(
         "long": {"algorithm": Dpo(), "items": LONG, "temperature": LONG_TEMPERATURE},
         "beside": {"algorithm": FULL, "items": BESIDE, "temperature": LONG_TEMPERATURE},
         "kept": {
-            "algorithm": KEPT,
-            "steps": KEPT_STEPS,
-            "budget": budgets(KEPT_STEPS[0], ranks)[4],
-            "bad": spoiled(KEPT_STEPS[0], sequences=with_reference(KEPT_STEPS[0][-1], [float("nan")])),
+            name: {
+                "algorithm": algorithm,
+                "steps": steps,
+                "budget": budgets(steps[0], ranks)[4],
+                "bad": spoiled(steps[0], sequences=with_reference(steps[0][-1], [float("nan")] * len(steps[0][-1].sequences))),
+            }
+            for name, (algorithm, steps) in KEPT.items()
         },
         "self_test_items": self_test_items(),
         "draws": [Draw(tuple(range(5, 6 + i % 4)), seed=i) for i in range(5)],
@@ -319,11 +341,9 @@ def test_gradient_equals_that_of_one_process(
 def test_what_a_loss_keeps_is_the_same_on_every_rank_and_goes_through_a_checkpoint(
     answers: Answers, tiny_llama: Path, ranks: int, stage: int | str
 ) -> None:
-    answer = answers(ranks, "kept state", stage)
+    answer = answers(ranks, "kept state", stage, "baseline")
     batch = collate(KEPT_STEPS[0])
-    with torch.no_grad():
-        logprobs = plain_policy(tiny_llama, "float32")(batch, temperature=1.0).logprobs_BT
-    rewards = ((logprobs - batch.reference_logprobs_BT) * batch.mask_BT).sum(dim=1).double()
+    rewards = plain_log_ratios(tiny_llama, batch)
     good = batch.scores_B >= 0
     assert 0 < good.sum() < len(good)
     expected = (rewards[good].mean() + rewards[~good].mean()).item() / 2
@@ -334,16 +354,55 @@ def test_what_a_loss_keeps_is_the_same_on_every_rank_and_goes_through_a_checkpoi
     assert reported == first[0]["baseline"]
     assert second == [second[0]] * ranks
     assert second[0]["steps"] == 2.0
-    assert second[0]["baseline"] == pytest.approx(answers(1, "kept state", "torch")["steps"][1][0][0]["baseline"], rel=1e-4)
+    single = answers(1, "kept state", "torch", "baseline")["steps"][1][0][0]
+    assert second[0]["baseline"] == pytest.approx(single["baseline"], rel=1e-4)
     assert second[0]["baseline"] != pytest.approx(expected, rel=1e-2)
+    assert assert_kept(answer)[0]["steps"] == 3.0
 
+
+def plain_log_ratios(model: Path, batch: Batch) -> torch.Tensor:
+    """D of each row, f64[B], of one process."""
+    with torch.no_grad():
+        logprobs = plain_policy(model, "float32")(batch, temperature=1.0).logprobs_BT
+    return ((logprobs - batch.reference_logprobs_BT) * batch.mask_BT).sum(dim=1).double()
+
+
+def assert_kept(answer: dict[str, Any]) -> list[dict[str, float]]:
+    """What a step leaves is changed by another one only, and is the same after a checkpoint. Returns the states a step later, by rank."""
+    second, _ = answer["steps"][1]
     assert answer["skipped"] == 1.0
     for when in ("after a gradient", "after a self-test", "after a step that was skipped", "loaded"):
         assert answer[when] == second, when
     assert "algorithm.json" in answer["written"]
     straight, resumed = answer["continued"]
     assert straight == resumed
-    assert straight[0]["steps"] == 3.0
+    return straight
+
+
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, EXPORTED)))
+def test_how_far_labels_are_right_is_estimated_from_the_pairs_of_all_ranks(
+    answers: Answers, tiny_llama: Path, ranks: int, stage: int | str
+) -> None:
+    """eta <- (1 - rate) eta + rate * mean w of the annotator's pairs, w = sigmoid(logit(eta) + beta h), wherever they were trained."""
+    answer = answers(ranks, "kept state", stage, "eta")
+    (first, reported), (second, _) = answer["steps"]
+    expected: dict[str, float] = {}
+    ratios = plain_log_ratios(tiny_llama, collate(LABELLED_STEPS[0]))
+    w = torch.sigmoid(torch.logit(torch.tensor(0.8).double()) + 0.5 * (ratios[0::2] - ratios[1::2]))
+    for name in ("one", "other"):
+        own = [n for n, item in enumerate(LABELLED_STEPS[0]) if item.annotator == name]
+        assert len(own) == 4
+        expected[f"eta_{annotator_number(name):012x}"] = 0.5 * 0.8 + 0.5 * w[own].mean().item()
+    assert len({round(eta, 3) for eta in expected.values()}) == 2
+    assert first == [first[0]] * ranks  # to the last bit
+    assert first[0] == pytest.approx(expected, rel=1e-5)
+    assert reported == pytest.approx(sum(expected.values()) / 2, rel=1e-5)
+    assert second == [second[0]] * ranks
+    assert second[0] == pytest.approx(answers(1, "kept state", "torch", "eta")["steps"][1][0][0], rel=1e-4)
+    assert len(second[0]) == 3
+    one = f"eta_{annotator_number('one'):012x}"
+    assert second[0][one] == first[0][one], "whoever has no pair in a step keeps what was estimated"
+    assert len(assert_kept(answer)[0]) == 3
 
 
 @configurations
