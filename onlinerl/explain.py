@@ -147,6 +147,8 @@ def _described(annotation: Any) -> tuple[list[str], list[str]]:
     if origin is list:
         kinds, bounds = _described(arguments[0])
         return [f"a list, each of it {' '.join([' or '.join(kinds), ' and '.join(bounds)]).strip()}"], []
+    if origin is tuple and arguments and Ellipsis not in arguments:
+        return [f"a list of {len(arguments)}, each of it {' or '.join(_described(arguments[0])[0])}"], []
     return [_KINDS[annotation]] if annotation in _KINDS else [], []
 
 

@@ -150,6 +150,11 @@ def _unread(config: RunConfig, algorithm: Algorithm, knobs: dict[str, Any]) -> I
         )
     readers = {
         "importance_sampling_mode": (knobs.get("importance_sampling_cap") is not None, "importance_sampling_cap is null"),
+        "importance_sampling_floor": (knobs.get("importance_sampling_cap") is not None, "importance_sampling_cap is null"),
+        "kl_clip": (
+            algorithm.needs.kl_in_reward or knobs.get("objective") == "kl",
+            "kl_coef is 0, or the KL is no part of a reward",
+        ),
         "online_kl_samples": (knobs.get("online_kl"), "online_kl is 0"),
         "strength_thresholds": (weights == "strength", "pair_weights is not strength"),
         "pair_age_decay": (weights == "age", "pair_weights is not age"),
@@ -226,6 +231,20 @@ def _impossible(knobs: dict[str, Any]) -> Iterator[_Fault]:
     clip = knobs.get("pair_weight_clip")
     if _is_no_clip(clip):
         yield _Fault("pair_weight_clip", f"is {clip}: {_CLIP}", _CLIP_FIX)
+    floor, cap = knobs.get("importance_sampling_floor"), knobs.get("importance_sampling_cap")
+    if floor is not None and cap is not None and floor >= cap:
+        yield _Fault(
+            "importance_sampling_floor",
+            f"is {floor}, and importance_sampling_cap is {cap}: no ratio is between the two",
+            "lower it, or raise that",
+        )
+    band = knobs.get("importance_sampling_filter")
+    if band is not None and not 0.0 < band[0] < 1.0 < band[1]:
+        yield _Fault(
+            "importance_sampling_filter",
+            f"is {list(band)}: it takes the lowest and the highest mean of ratios, and 1, where who sampled is who learns, is between the two",
+            "set it to e.g. [0.5, 2.0]",
+        )
     if knobs.get("token_weights") == "differing" and knobs.get("common_token_weight") == 1.0:
         yield _Fault(
             "common_token_weight",

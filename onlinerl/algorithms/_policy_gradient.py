@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -40,9 +41,14 @@ class PolicyGradient(Algorithm):
     importance_sampling_cap: float | None = Field(2.0, gt=0)
     """Largest weight for having been sampled with other probabilities than the learner gives before training: those of the engine's arithmetic,
     and with `schedule.max_lag: 1` of older weights. None applies no weight."""
+    importance_sampling_floor: float | None = Field(None, gt=0, lt=1)
+    """Smallest such weight. With `mask` this makes the band of IcePop; public bands are 0.5 to 2 and 0.5 to 5."""
     importance_sampling_mode: Mode = "token_truncate"
-    """Whether the ratio of probabilities is that of each token or of the whole response, and whether one above the cap counts as the cap
-    (`truncate`) or not at all (`mask`)."""
+    """Whether the ratio of probabilities is that of each token or of the whole response, and whether one outside of floor and cap counts as
+    that bound (`truncate`) or not at all (`mask`)."""
+    importance_sampling_filter: tuple[float, float] | None = None
+    """Lowest and highest geometric mean of the ratios of a response's tokens, e.g. [0.5, 2.0]: one outside teaches the policy nothing, whatever its weights
+    are. What it costs in KL stays, and so do the counts that the loss is divided by."""
     p_reset: float = Field(0.0, ge=0, le=1)
     """Share of prompts whose responses begin with a part of the stored answer, cut at random, which is no response token of theirs: "Dataset
     Reset Policy Optimization for RLHF". All responses to a prompt begin with the same tokens, and are judged whole."""
@@ -76,6 +82,21 @@ class PolicyGradient(Algorithm):
         from onlinerl.ops import terms
 
         return terms.reweighed(logprobs_BT, old_BT, self.token_weight_alpha) if self.token_weight_alpha else logprobs_BT
+
+    def correction(self, gap_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, dict[str, Mean]]:
+        """What each token counts for who sampled it, [B, T] without gradient, and how many are out of bounds. `gap_BT`: log-probs before
+        training minus the engine's, 0 where the mask is false."""
+        weights_BT, metrics = torch.ones_like(gap_BT), dict[str, Mean]()
+        if self.importance_sampling_cap is not None:
+            band = self.importance_sampling_floor or 0.0, self.importance_sampling_cap
+            weights_BT, below_BT, above_BT = importance_weights(gap_BT, self.importance_sampling_mode, band)
+            metrics = {"sampler_floored": Mean.of(below_BT, mask_BT), "sampler_capped": Mean.of(above_BT, mask_BT)}
+        if self.importance_sampling_filter is None:
+            return weights_BT, metrics
+        from onlinerl.ops.terms import near_the_sampler
+
+        near_B = near_the_sampler(gap_BT, mask_BT, self.importance_sampling_filter)
+        return weights_BT * near_B[:, None], metrics | {"sampler_filtered": Mean.of(~near_B, mask_BT.any(dim=1))}
 
     def surrogate(
         self, outputs: Outputs, batch: Batch, bounds: tuple[float, float, float | None], of: Ratio = "token", kl: Estimator = k3
@@ -114,11 +135,9 @@ class PolicyGradient(Algorithm):
             "zero_advantage": Mean.of((advantages == 0).all(dim=1), mask.any(dim=1)),  # rows that teach nothing
             "response_length": Mean.of(batch.sampled_lengths_B, mask.any(dim=1)),
         }
-        if self.importance_sampling_cap is not None:
-            weights, above = importance_weights(gap, self.importance_sampling_mode, self.importance_sampling_cap)
-            loss = loss * weights
-            metrics["sampler_capped"] = Mean.of(above, mask)
-        metrics["policy_loss"] = Mean.of(loss, mask)
+        weights, outside = self.correction(gap, mask)
+        loss = loss * weights
+        metrics |= outside | {"policy_loss": Mean.of(loss, mask)}
         if outputs.entropy_BT is not None:
             metrics["entropy"] = Mean.of(masked(outputs.entropy_BT, mask), mask)
         loss = masked(loss, mask)

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, StringConstraints, ValidationError, ValidationInfo, field_validator
 
+from onlinerl.algorithms._paid_kl import PaidKl
 from onlinerl.algorithms._policy_gradient import PolicyGradient
 from onlinerl.batch import Batch, LossOutput, Outputs
 from onlinerl.ops import multipliers
 from onlinerl.ops.advantages import group_advantages
-from onlinerl.ops.items import judged_sequences, need, sample_items, with_advantages, with_sequence
+from onlinerl.ops.items import judged_sequences, sample_items, with_advantages, with_sequence
 from onlinerl.protocols.algorithm import Algorithm, Needs, Reference, Reported, by_knobs
 from onlinerl.types.plan import Objection
 from onlinerl.types.training import TrainItem, TrainSequence, Unit
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 UNREAD = {
     "cost": ("momentum", "max_grad_norm"),
-    "maxmin": ("objective", "u0", "multiplier_lr", "momentum", "max_grad_norm", "window"),
+    "maxmin": ("objective", "u0", "u0_std", "kl_clip", "multiplier_lr", "momentum", "max_grad_norm", "window"),
 }
 """Knobs that a form has no use for; all others have none for `window`."""
 
 
-class Constrained(PolicyGradient):
+class Constrained(PaidKl):
     """The loss `base` with A made of several scores, each with advantages of its own against the group; Lagrange multipliers say how much each
     counts, and take one step of SGD per iteration: on sigmoid(u) (mean score - threshold) in the bounded form, so that u falls once a score
     is past its threshold.
@@ -55,7 +56,12 @@ class Constrained(PolicyGradient):
     std_norm: Literal["group", "none"] = "group"
     """Whether the advantages of each score are divided by their standard deviation in the group, so that no score counts more for its units."""
     u0: float = 0.0
-    """Where multipliers begin. The authors of the bounded form draw it from N(0, 0.01)."""
+    """Where multipliers begin."""
+    u0_std: float = Field(0.0, ge=0)
+    """Standard deviation of where each begins around `u0`, drawn by its name and `u0_seed`; 0: all of them there. The authors of the bounded form
+    draw from N(0, 0.01)."""
+    u0_seed: int = Field(0, ge=0)
+    """The same draw in every run, unless it is another number."""
     multiplier_lr: float = Field(0.01, ge=0)
     """Learning rate of the multipliers."""
     momentum: float = Field(0.1, ge=0, lt=1)
@@ -82,6 +88,8 @@ class Constrained(PolicyGradient):
             raise ValueError("thresholds has kl, which is no score: it is the objective, or has a price (kl_coef)")
         if form == "cost" and (info.data["objective"] == "kl" or info.data["objective"] in info.data["thresholds"]):
             raise ValueError("with form: cost the objective is a reward: set objective to score, or to a name that is no cost")
+        if info.data["u0_seed"] and not info.data["u0_std"]:
+            raise ValueError("nothing is drawn with u0_seed: u0_std is 0")
         _base(base, _knobs(info.data))
         return base
 
@@ -170,16 +178,16 @@ class Constrained(PolicyGradient):
         """A[K] of the responses of a group, with these weights of the constraints."""
         kl = np.zeros(len(sequences))
         if self._reads_kl:
-            kl = np.array([(need(s, "old_logprobs") - need(s, "reference_logprobs")).sum() for s in sequences])
+            kl = np.array([self.nats(s).sum() for s in sequences])
 
         def against(values: np.ndarray) -> np.ndarray:
             return group_advantages(values.tolist(), normalise=self.std_norm == "group") if len(values) > 1 else 0.0 * values
 
         price = self.kl_coef if self.form == "cost" else 0.0
-        constrained = sum(w * against(scores(sequences, name) + price * kl) for name, w in weights.items())
+        constrained = sum(w * against(self.clipped(scores(sequences, name)) + price * kl) for name, w in weights.items())
         if self.form == "maxmin":
             return np.asarray(constrained)
-        own = against(-kl if self.objective == "kl" else scores(sequences, self.objective) - price * kl)
+        own = against(-kl if self.objective == "kl" else self.clipped(scores(sequences, self.objective)) - price * kl)
         total = sum(weights.values())
         if self.form == "cost":
             return np.asarray((own - constrained) / (1.0 + total))
@@ -202,6 +210,12 @@ class Constrained(PolicyGradient):
     def _loss(self) -> PolicyGradient:
         return _base(self.base, _knobs(dict(self)))
 
+    @property
+    def _u0(self) -> dict[str, float]:
+        """Where each multiplier begins: by its name, so that others beside it change nothing."""
+        draws = {name: np.random.default_rng([self.u0_seed, *name.encode()]).standard_normal() for name in self.thresholds}
+        return {name: self.u0 + self.u0_std * float(drawn) for name, drawn in draws.items()}
+
     def _means(self, items: Sequence[TrainItem]) -> dict[str, float]:
         return {name: float(np.mean(scores([item.sequences[0] for item in items], name))) for name in self.thresholds}
 
@@ -214,7 +228,9 @@ class Constrained(PolicyGradient):
         wanted = {f"mean_{name}": name for name in self.thresholds}
         known = [{name: figures[key] for key, name in wanted.items()} for figures in past if wanted.keys() <= figures.keys()]
         sgd = {} if self.form == "cost" else {"momentum": self.momentum, "max_grad_norm": self.max_grad_norm}
-        u = multipliers.after(self.form, self.thresholds, known, u0=self.u0, rate=self.multiplier_lr, window=self.window, **sgd)
+        u = multipliers.after(
+            self.form, self.thresholds, known, u0=self._u0, rate=self.multiplier_lr, window=self.window, **sgd
+        )
         return {name: multipliers.weight(self.form, value) for name, value in u.items()}
 
 
@@ -237,7 +253,8 @@ def _knobs(of: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     if of["importance_sampling_mode"] != "token_truncate":
         given["importance_sampling_mode"] = of["importance_sampling_mode"]
     price = 0.0 if of["form"] == "cost" else of["kl_coef"]
-    given |= {name: of[name] for name in ("importance_sampling_cap", "online_kl", "nll_coef", "token_weight_alpha")}
+    same = ("importance_sampling_cap", "importance_sampling_floor", "importance_sampling_filter", "online_kl", "nll_coef")
+    given |= {name: of[name] for name in (*same, "token_weight_alpha")}
     return tuple((given | {"kl_coef": price}).items())
 
 

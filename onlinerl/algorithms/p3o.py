@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field
 
-from onlinerl.algorithms._policy_gradient import PolicyGradient
+from onlinerl.algorithms._paid_kl import PaidKl
 from onlinerl.batch import Batch, LossOutput, Outputs
-from onlinerl.ops.items import judged_sequences, need
+from onlinerl.ops.items import judged_sequences
 from onlinerl.ops.logprobs import lengths, masked
-from onlinerl.ops.ratios import bounded_exp, importance_weights
+from onlinerl.ops.ratios import bounded_exp
 from onlinerl.protocols.algorithm import by_knobs
 from onlinerl.types.training import TrainItem, TrainSequence
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from onlinerl.types.labels import Judged, Pair
 
 
-class P3o(PolicyGradient):
+class P3o(PaidKl):
     """Policy gradient on the difference of two rewards for one prompt, in which all that they have in common cancels.
 
     Per pair the gradient is -1/2 a rho_1 rho_2 (grad S_1 - grad S_2): a = r_1 - r_2, r = score - kl_coef * sum_t (old - reference), S the
@@ -33,12 +33,12 @@ class P3o(PolicyGradient):
 
     unit = "pair"
     least = 2
-    kl_in_reward = True
 
     kl_coef: float = Field(0.05, ge=0)
     """Price of one nat of KL to the reference, in units of the score. It is paid inside the reward, by the policy that sampled."""
     importance_sampling_mode: Literal["sequence_truncate", "sequence_mask"] = "sequence_truncate"
-    """Whether a response whose ratio is above the cap counts as the cap (`truncate`) or not at all (`mask`); a pair has the weights of both."""
+    """Whether a response whose ratio is outside of floor and cap counts as that bound (`truncate`) or not at all (`mask`); a pair has the
+    weights of both."""
     pairs: Literal["disjoint", "all"] = "disjoint"
     """The first response with the second, the third with the fourth, ..., or all pairs, K - 1 times the work."""
     clip_mode: Literal["separate", "joint"] = "separate"
@@ -74,11 +74,8 @@ class P3o(PolicyGradient):
 
     def reward(self, sequence: TrainSequence) -> float:
         """Score minus the price of the KL (k1, summed over tokens)."""
-        if self.kl_coef == 0:
-            return sequence.score
-        return sequence.score - self.kl_coef * float(
-            (need(sequence, "old_logprobs") - need(sequence, "reference_logprobs")).sum()
-        )
+        paid = self.kl_coef * float(self.nats(sequence).sum()) if self.kl_coef > 0 else 0.0
+        return self.score(sequence) - paid
 
     def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:
         """Sum over pairs; see `surrogate` for what it raises."""
@@ -88,10 +85,8 @@ class P3o(PolicyGradient):
         old_BT = masked(batch.need("old_logprobs_BT"), mask)
         moved_B = (self.moving(masked(outputs.logprobs_BT, mask), old_BT) - old_BT).sum(dim=1)
         counts_B = bounded_exp(moved_B).detach()
-        if self.importance_sampling_cap is not None:
-            gap_BT = old_BT - masked(batch.need("behavior_logprobs_BT"), mask)
-            weights_BT, _ = importance_weights(gap_BT, self.importance_sampling_mode, self.importance_sampling_cap)
-            counts_B = counts_B * weights_BT[:, 0]
+        weights_BT, _ = self.correction(old_BT - masked(batch.need("behavior_logprobs_BT"), mask), mask)
+        counts_B = counts_B * weights_BT[:, 0]
         # A response's own ratio and weight enter in the surrogate, those of the other one as part of its advantage.
         advantages_BT = (gain_B * counts_B[other_B])[:, None].expand(mask.shape)
         bounds = (self.clip_range, self.clip_range, None)

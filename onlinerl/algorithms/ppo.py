@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
-from onlinerl.algorithms._policy_gradient import PolicyGradient
+from onlinerl.algorithms._paid_kl import PaidKl
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.critic import clipped_value_loss, gae
 from onlinerl.ops.items import judged_sequences, need, sample_items, with_sequence
@@ -39,7 +39,7 @@ def _as_it_is(part: np.ndarray) -> np.ndarray:
     return part
 
 
-class Ppo(PolicyGradient):
+class Ppo(PaidKl):
     """Token mean of: clipped surrogate (equation 7) + vf_coef * value loss - entropy_coef * entropy (equation 9).
 
     The KL to the reference is a term of the loss (default) or paid per token inside the reward. In the reward it is that of the
@@ -69,9 +69,7 @@ class Ppo(PolicyGradient):
     """Shift and scale scores by mean and standard deviation of all scores so far, so that the critic, which starts at 0, has values of
     about 1 to learn whatever the oracle's units are."""
     score_clip: float | None = Field(None, gt=0)
-    """Scores, as `normalize_scores` leaves them, count as at most this and at least minus this; 10 in public code."""
-    kl_clip: float | None = Field(None, gt=0)
-    """For `kl_in: reward`: most nats, up or down, that a token pays for; 10 in public code."""
+    """A score, as `normalize_scores` leaves it, counts as at most this and at least minus this; 10 in public code."""
     whiten_rewards: bool = False
     """Divide the rewards of all tokens of the iteration by their standard deviation, keeping their mean."""
     missing_eos_score: float | None = None
@@ -118,13 +116,6 @@ class Ppo(PolicyGradient):
         if target is not None and not info.data.get("kl_coef"):
             raise ValueError("there is no price to adapt: kl_coef is 0")
         return target
-
-    @field_validator("kl_clip")
-    @classmethod
-    def _is_paid(cls, most: float | None, info: ValidationInfo) -> float | None:
-        if most is not None and (info.data.get("kl_in") != "reward" or not info.data.get("kl_coef")):
-            raise ValueError("no token pays for a KL: that takes kl_in: reward, and a kl_coef")
-        return most
 
     @field_validator("critic_model", "critic_warmup")
     @classmethod
@@ -225,9 +216,7 @@ class Ppo(PolicyGradient):
         scores = np.array([self.score(item.sequences[0]) for item in items])
         if self.normalize_scores:
             scores = normalized(scores, [(f["responses"], f["score_mean"], f["score_std"]) for f in past if "score_std" in f])
-        if self.score_clip is not None:
-            scores = scores.clip(-self.score_clip, self.score_clip)
-        price = self._price(past)
+        scores, price = self.clipped(scores), self._price(past)
 
         def rewards() -> Iterator[tuple[TrainItem, np.ndarray]]:
             return ((item, self.rewards(item.sequences[0], score, price)) for item, score in zip(items, scores, strict=True))
@@ -251,8 +240,7 @@ class Ppo(PolicyGradient):
         """r[T]: minus the price of the KL at every token, plus the score at the last one."""
         rewards = np.zeros(len(sequence.response_ids))
         if self._pays_in_reward:
-            nats = need(sequence, "old_logprobs") - need(sequence, "reference_logprobs")
-            rewards -= price * (nats if self.kl_clip is None else nats.clip(-self.kl_clip, self.kl_clip))
+            rewards -= price * self.nats(sequence)
         rewards[-1:] += score  # a slice, because an empty response has no last token
         return rewards
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import Field
 
+from onlinerl.algorithms._paid_kl import PaidKl
 from onlinerl.algorithms._policy_gradient import Clipped
 from onlinerl.batch import Batch, LossOutput, Outputs
-from onlinerl.ops.items import judged_sequences, need, sample_items, with_sequence
+from onlinerl.ops.items import judged_sequences, sample_items, with_sequence
 from onlinerl.ops.whitening import whitening
 
 if TYPE_CHECKING:
@@ -20,12 +21,11 @@ if TYPE_CHECKING:
     from onlinerl.types.training import TrainItem, TrainSequence
 
 
-class ReinforcePp(Clipped):
+class ReinforcePp(PaidKl, Clipped):
     """PPO without a critic: advantages are returns, whitened over all tokens of the iteration, of which long responses have more. Where all
     scores are nearly the same, that blows up what is left of the rewards, the KL. One response per prompt will do."""
 
     unit = "token"
-    kl_in_reward = True
 
     kl_coef: float = Field(0.01, ge=0)
     """Price of one nat of KL to the reference, in units of the score. It is paid inside the reward, by the policy that sampled."""
@@ -46,8 +46,8 @@ class ReinforcePp(Clipped):
         """G[T] = r_t + gamma G_{t+1}; a token's reward is minus the price of its KL (k1), and the last one's has the score as well."""
         rewards = np.zeros(len(sequence.response_ids))
         if self.kl_coef > 0:
-            rewards -= self.kl_coef * (need(sequence, "old_logprobs") - need(sequence, "reference_logprobs"))
-        rewards[-1:] += sequence.score  # a slice, because an empty response has no last token
+            rewards -= self.kl_coef * self.nats(sequence)
+        rewards[-1:] += self.score(sequence)  # a slice, because an empty response has no last token
         return np.array([*accumulate(rewards[::-1].tolist(), lambda later, now: now + self.gamma * later)][::-1], np.float64)
 
     def loss(self, outputs: Outputs, batch: Batch) -> LossOutput:

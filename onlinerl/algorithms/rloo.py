@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import Field
 
+from onlinerl.algorithms._paid_kl import PaidKl
 from onlinerl.algorithms._policy_gradient import Clipped
 from onlinerl.batch import Batch, LossOutput, Outputs
 from onlinerl.ops.advantages import leave_one_out
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from onlinerl.types.training import TrainItem
 
 
-class Rloo(Clipped):
+class Rloo(PaidKl, Clipped):
     """A response is one action: its reward is r = score - kl_coef * sum_t (old - reference), its baseline the mean reward of the other
     responses to the prompt, and one ratio, the product over its tokens, is clipped.
 
@@ -30,17 +31,16 @@ class Rloo(Clipped):
 
     unit = "sequence"
     least = 2
-    kl_in_reward = True
 
     kl_coef: float = Field(0.05, ge=0)
     """Price of one nat of KL to the reference, in units of the score. It is paid inside the reward, by the policy that sampled."""
     importance_sampling_mode: Literal["sequence_truncate", "sequence_mask"] = "sequence_truncate"
-    """Whether a response whose ratio is above the cap counts as the cap (`truncate`) or not at all (`mask`)."""
+    """Whether a response whose ratio is outside of floor and cap counts as that bound (`truncate`) or not at all (`mask`)."""
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
         """Each judged response by itself, with its score minus the mean score of the others on every token."""
         sequences, dropped = judged_sequences(judged, at_least=self.least)
-        return sample_items(judged, with_advantages(sequences, leave_one_out([s.score for s in sequences]))), dropped
+        return sample_items(judged, with_advantages(sequences, leave_one_out([self.score(s) for s in sequences]))), dropped
 
     def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Iterable[TrainItem]:
         """Takes off what the KL of a response costs more than that of the others, so that A = r_i - mean of r_j over j != i."""
@@ -51,7 +51,7 @@ class Rloo(Clipped):
     def _paid(self, items: Sequence[TrainItem]) -> Iterator[TrainItem]:
         for _, group in groupby(items, key=lambda item: item.prompt_id):
             members = list(group)
-            kls = [(need(i.sequences[0], "old_logprobs") - need(i.sequences[0], "reference_logprobs")).sum() for i in members]
+            kls = [self.nats(item.sequences[0]).sum() for item in members]
             more = leave_one_out(kls) if len(kls) > 1 else kls  # one that is left alone has nobody to be compared with
             for item, nats in zip(members, more, strict=True):
                 gain = need(item.sequences[0], "advantages") - self.kl_coef * nats

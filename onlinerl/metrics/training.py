@@ -100,7 +100,19 @@ POLICY_GRADIENT = (
         "nats/token",
         section=_GRADIENT,
     ),
-    per_step("sampler_capped", "Share of tokens whose importance weight was capped or masked", "ratio", section=_GRADIENT),
+    per_step(
+        "sampler_capped",
+        "Share of tokens whose importance weight was capped, or masked for being above the cap",
+        "ratio",
+        section=_GRADIENT,
+    ),
+    per_step(
+        "sampler_floored",
+        "Share of tokens whose importance weight was raised to the floor, or masked",
+        "ratio",
+        section=_GRADIENT,
+    ),
+    per_step("sampler_filtered", "Share of responses that `importance_sampling_filter` leaves out", "ratio", section=_GRADIENT),
     per_step("zero_advantage", "Share of responses without any advantage", "ratio", section=_GRADIENT),
     per_step("response_length", "Tokens of a response that is trained on", "tokens", section=_GRADIENT),
 )

@@ -36,7 +36,7 @@ def after(
     thresholds: Mapping[str, float],
     means: Sequence[Mapping[str, float]],
     *,
-    u0: float,
+    u0: Mapping[str, float],
     rate: float,
     momentum: float = 0.0,
     max_grad_norm: float = math.inf,
@@ -51,12 +51,12 @@ def after(
         form: of the weights.
         thresholds: by the name of the score.
         means: of each iteration that had something to learn, the mean of each score, by its name, oldest first.
-        u0: where all of them begin.
+        u0: where each of them begins.
         rate, momentum: as of torch.optim.SGD.
         max_grad_norm: longest gradient of all multipliers together.
         window: so many iterations are averaged, the latest among them.
     """
-    u = dict.fromkeys(thresholds, u0)
+    u = {name: u0[name] for name in thresholds}
     velocity = dict.fromkeys(thresholds, 0.0)
     for number in range(len(means)):
         recent = means[max(0, number + 1 - window) : number + 1]

@@ -40,26 +40,27 @@ def k3_plus(d: Tensor) -> Tensor:
     return square - square.detach() + k3(d).detach()
 
 
-def importance_weights(log_ratio_BT: Tensor, mode: Mode, cap: float) -> tuple[Tensor, Tensor]:
-    """w[B, T] without gradient, and where the ratio is above `cap`, bool[B, T].
+def importance_weights(log_ratio_BT: Tensor, mode: Mode, band: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
+    """w[B, T] without gradient, and where the ratio is below and above the band, bool[B, T].
 
     The ratio is that of a token, or the product of those of all tokens of a response (`sequence`): "Your Efficient RL Framework Secretly
-    Brings You Off-Policy RL Training". A larger one than `cap` counts as `cap` (`truncate`) or as 0 (`mask`): "Every Step Evolves:
+    Brings You Off-Policy RL Training". One outside of the band counts as the bound (`truncate`) or as 0 (`mask`): "Every Step Evolves:
     Scaling Reinforcement Learning for Trillion-Scale Thinking Model".
 
     Args:
         log_ratio_BT: log(learner / sampler) of each response token, 0 where there is none.
-        mode: which ratio, and what becomes of one that is too large.
-        cap: the largest ratio that is used as it is.
+        mode: which ratio, and what becomes of one outside of the band.
+        band: the smallest and the largest ratio that is used as it is; 0 is no lower bound.
     """
-    log_ratio_BT = log_ratio_BT.detach()
+    log_ratio_BT, (low, high) = log_ratio_BT.detach(), band
     if mode.startswith("sequence"):
         # In fp64: how far a batch is padded decides in which order single precision would round.
         log_ratio_BT = log_ratio_BT.double().sum(dim=1, keepdim=True).expand_as(log_ratio_BT)
     ratio_BT = bounded_exp(log_ratio_BT)
-    above_BT = ratio_BT > cap
-    limited_BT = ratio_BT.clamp(max=cap) if mode.endswith("truncate") else torch.where(above_BT, 0.0, ratio_BT)
-    return limited_BT, above_BT
+    below_BT, above_BT = ratio_BT < low, ratio_BT > high
+    if mode.endswith("truncate"):
+        return ratio_BT.clamp(low, high), below_BT, above_BT
+    return torch.where(below_BT | above_BT, 0.0, ratio_BT), below_BT, above_BT
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, low: float, high: float, dual_clip: float | None = None) -> Tensor:

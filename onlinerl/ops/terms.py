@@ -97,3 +97,19 @@ def positive_nll(
     nll_B = nll_BT.sum(dim=1) / (1.0 if per_token else lengths(batch))
     total = loss.total + coef * (nll_B * batch.weight_B * batch.policy_weight_B).sum()
     return LossOutput(total=total, metrics=loss.metrics | {"chosen_nll": Mean.of(nll_BT, mask_BT)})
+
+
+def near_the_sampler(log_ratio_BT: Tensor, mask_BT: Tensor, band: tuple[float, float]) -> Tensor:
+    """bool[B]: whether the geometric mean over its tokens of learner / sampler lies in the band, for each response.
+
+    It does not grow with the length as their product does, so that one band serves short and long responses: the filter of OpenRLHF's
+    `seq-mask-tis` and of verl's `rollout_rs: geometric`.
+
+    Args:
+        log_ratio_BT: log(learner / sampler) of each response token.
+        mask_BT: which tokens are meant; a response without any is in the band.
+        band: lowest and highest mean.
+    """
+    sums_B = masked(log_ratio_BT, mask_BT).double().sum(dim=1)
+    mean_B = bounded_exp(sums_B / mask_BT.sum(dim=1).clamp(min=1))
+    return (mean_B >= band[0]) & (mean_B <= band[1])

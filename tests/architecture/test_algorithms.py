@@ -31,10 +31,14 @@ CRITIC = 320
 """As many more where there is a critic: what it begins as, rewards per token, advantages from values, a loss of its own."""
 WRAPPER = 310
 """As many more where a loss wraps others, which are chosen by name: one of the whole step, or with goals in prompts, around losses on pairs."""
-MULTIPLIERS = 295
-"""As many more where a loss wraps those of another family and weighs several scores: how they are combined, and steps of multipliers."""
-OFF_POLICY = 105
-"""As many more where responses of other policies are weighed by how probable they are, and a KL of whole responses may have a price."""
+MULTIPLIERS = 313
+"""As many more where a loss wraps those of another family and weighs several scores: how they are combined, where multipliers begin, and their
+steps."""
+OFF_POLICY = 125
+"""As many more where responses of other policies are weighed by how probable they are, within bounds, and a KL of whole responses may have a
+price."""
+PAID = 44
+"""As many more where the KL may be paid inside the reward: what of it, and of the score, is cut off."""
 VARIANT = 120
 """As many more where an algorithm is another one with something added, whose file it then runs through too."""
 
@@ -82,6 +86,7 @@ def test_importing_a_loss_pulls_in_little(counted, name):
         (WRAPPER, "base" in type(algorithm).model_fields and "multiplier_lr" not in type(algorithm).model_fields),
         (MULTIPLIERS, "multiplier_lr" in type(algorithm).model_fields),
         (OFF_POLICY, needs.off_policy == "corrected"),
+        (PAID, "kl_clip" in type(algorithm).model_fields),
         (OTHERS, needs.beside_samples),
         (VARIANT, bases & set(NAMES)),
     )

@@ -52,7 +52,7 @@ def test_multipliers_follow_from_the_means_of_the_scores(straight):
             values = [value for one in named for value in one[name]]
             assert said[f"mean_{name}"] == pytest.approx(sum(values) / len(values))
         means = [{name: f[f"mean_{name}"] for name in LIMITS} for f in figures[:t]]
-        u = after("cost", LIMITS, means, u0=0.0, rate=0.05)
+        u = after("cost", LIMITS, means, u0=dict.fromkeys(LIMITS, 0.0), rate=0.05)
         assert {name: said[f"multiplier_{name}"] for name in LIMITS} == {n: weight("cost", each) for n, each in u.items()}
     assert figures[0]["multiplier_length"] == 1.0
     assert len({f["multiplier_length"] for f in figures}) == 3

@@ -43,6 +43,8 @@ def test_a_card_by_hand():
     assert "algorithm.length_norm: true  (true or false)" in page
     assert "algorithm.strength_thresholds: []  (a list, each of it a number)" in page
     assert "algorithm.pair_weight_clip: null  (a list, each of it a number, or null)" in page
+    band = "algorithm.importance_sampling_filter: null  (a list of 2, each of it a number, or null)"
+    assert band in cards.page(cards.card("grpo"))
 
 
 def test_on_the_command_line():

@@ -98,6 +98,24 @@ def test_weights_for_other_reasons_go_with_any(weights, policy):
             "importance_sampling_mode",
             "importance_sampling_cap is null",
         ),
+        (
+            ["name=grpo", "importance_sampling_cap=null", "importance_sampling_floor=0.5"],
+            "importance_sampling_floor",
+            "importance_sampling_cap is null",
+        ),
+        (
+            ["name=rloo", "importance_sampling_floor=0.9", "importance_sampling_cap=0.9"],
+            "importance_sampling_floor",
+            "no ratio",
+        ),
+        (["name=grpo", "importance_sampling_filter=[2.0, 0.5]"], "importance_sampling_filter", "between the two"),
+        (["name=grpo", "importance_sampling_filter=[0.0, 2.0]"], "importance_sampling_filter", "between the two"),
+        (["name=grpo", "importance_sampling_filter=[1.1, 2.0]"], "importance_sampling_filter", "between the two"),
+        (["name=grpo", "importance_sampling_filter=[0.5, 0.9]"], "importance_sampling_filter", "between the two"),
+        (["name=ppo", "kl_clip=10.0"], "kl_clip", "no part of a reward"),
+        (["name=ppo", "kl_clip=10.0", "kl_in=reward", "kl_coef=0.0"], "kl_clip", "kl_coef is 0"),
+        (["name=rloo", "kl_clip=10.0", "kl_coef=0.0"], "kl_clip", "kl_coef is 0"),
+        (["name=constrained", "kl_clip=10.0", "objective=score"], "kl_clip", "no part of a reward"),
     ],
 )
 def test_what_nothing_would_read_or_means_nothing_is_refused(knobs, field, said):
@@ -123,6 +141,16 @@ def test_what_nothing_would_read_or_means_nothing_is_refused(knobs, field, said)
         ["token_weights=differing", "common_token_weight=0.5"],
         ["score_margin=0.5", "score_margin_max=3.0"],
         ["name=dno_prct", "teacher=true"],
+        [
+            "name=grpo",
+            "importance_sampling_floor=0.5",
+            "importance_sampling_mode=token_mask",
+            "importance_sampling_filter=[0.5, 2.0]",
+        ],
+        ["name=grpo", "importance_sampling_cap=null", "importance_sampling_filter=[0.5, 2.0]"],
+        ["name=ppo", "kl_clip=10.0", "kl_in=reward"],
+        ["name=rloo", "kl_clip=10.0", "score_clip=10.0"],
+        ["name=constrained", "kl_clip=10.0"],
     ],
 )
 def test_what_is_read_is_accepted(knobs):

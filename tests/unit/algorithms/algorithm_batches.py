@@ -20,13 +20,17 @@ RESPONSE_KNOBS = {
     "online_kl": [({}, 0.5)],
     "nll_coef": [({}, 0.5)],
     "token_weight_alpha": [({}, 0.3), ({"token_weight_alpha": 0.3}, 1.0)],
+    "importance_sampling_floor": [({}, 0.95), ({"importance_sampling_floor": 0.95}, 0.8)],
+    "importance_sampling_filter": [({}, (0.95, 1.05)), ({"importance_sampling_filter": (0.95, 1.05)}, (0.5, 1.1))],
 }
-"""Of the terms that all policy gradients may have."""
+"""Of the terms that all policy gradients may have, and of bounds that they have by no default."""
 IMPORTANCE_KNOBS = RESPONSE_KNOBS | {
     "importance_sampling_cap": [({}, 0.9), ({}, None), (CAPPED, None)],
     "p_reset": [({}, 0.5)],
     "importance_sampling_mode": [(CAPPED, mode) for mode in ("token_mask", "sequence_truncate", "sequence_mask")],
 }
+PAID_KNOBS = {"score_clip": [({}, 0.5)], "kl_clip": [({}, 0.05)]}
+"""Where the KL is paid inside the reward."""
 CLIP_KNOBS = {"clip_range_low": [({}, 0.05)], "clip_range_high": [({}, 0.05)], "dual_clip": [({}, 1.01)]}
 PER_TOKEN = ("behavior_logprobs", "old_logprobs", "reference_logprobs", "anchor_logprobs", "values", "advantages", "returns")
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from algorithm_batches import IMPORTANCE_KNOBS, evaluate, judged, sequence, single, trained
+from algorithm_batches import IMPORTANCE_KNOBS, PAID_KNOBS, evaluate, judged, sequence, single, trained
 from pydantic import ValidationError
 
 from onlinerl.algorithms.constrained import Constrained
@@ -25,21 +25,28 @@ VARIANTS = [
     {**TWO, "form": "linear", "u0": -0.4, "std_norm": "none", "base": "gspo"},
     {**TWO, "form": "maxmin", "base": "reinforce_pp"},
 ]
-KNOBS = IMPORTANCE_KNOBS | {
-    "form": [(TWO | {"objective": "score"}, "equality"), (TWO | {"objective": "score"}, "linear"), (TWO, "maxmin")],
-    "thresholds": [({}, {"harm": 0.0})],
-    "objective": [(TWO, "score"), (TWO, "charm")],
-    "kl_coef": [({}, 0.5), (COST, 0.0)],
-    "std_norm": [(TWO, "none")],
-    "u0": [(TWO | {"objective": "score"}, 1.0)],
-    "multiplier_lr": [],  # from the second iteration on, as the next three: see below
-    "momentum": [],
-    "max_grad_norm": [],
-    "window": [],
-    "clip_range_low": [({}, 0.05)],
-    "clip_range_high": [({}, 0.05)],
-    "base": [({}, "dr_grpo"), ({}, "gspo")],
-}
+KNOBS = (
+    IMPORTANCE_KNOBS
+    | PAID_KNOBS
+    | {
+        "form": [(TWO | {"objective": "score"}, "equality"), (TWO | {"objective": "score"}, "linear"), (TWO, "maxmin")],
+        "thresholds": [({}, {"harm": 0.0})],
+        "objective": [(TWO, "score"), (TWO, "charm")],
+        "kl_coef": [({}, 0.5), (COST, 0.0)],
+        "std_norm": [(TWO, "none")],
+        "u0": [(TWO | {"objective": "score"}, 1.0)],
+        "u0_std": [(TWO | {"objective": "score"}, 1.0)],
+        "u0_seed": [(TWO | {"objective": "score", "u0_std": 1.0}, 1)],
+        "kl_clip": [({}, 0.05), (COST, 0.05)],
+        "multiplier_lr": [],  # from the second iteration on, as the next three: see below
+        "momentum": [],
+        "max_grad_norm": [],
+        "window": [],
+        "clip_range_low": [({}, 0.05)],
+        "clip_range_high": [({}, 0.05)],
+        "base": [({}, "dr_grpo"), ({}, "gspo")],
+    }
+)
 HALF = 0.5**0.5
 """Of a group of two whose values differ: the advantage of the larger one."""
 
@@ -140,6 +147,19 @@ def test_with_a_multiplier_of_nothing_it_is_the_base_on_the_objective(base):
         assert evaluate(algorithm, ours, rows)[0] == pytest.approx(evaluate(Grpo(), theirs, rows)[0], rel=1e-6)
 
 
+def test_scores_and_what_a_token_pays_may_be_cut_off():
+    """Costs of 5 and 1 are 2 and 1, and 4 and -4 nats are 3 and -3: as advantages see them, not as multipliers do."""
+    algorithm = Constrained(**COST | {"std_norm": "none", "score_clip": 2.0, "kl_clip": 3.0})
+    made, _ = algorithm.items(group((0.0, 0.0), harm=(5.0, 1.0)), [])
+    rows = [
+        replace(i, sequences=(i.sequences[0].with_(old_logprobs=np.full(1, -1.0), reference_logprobs=np.full(1, -1.0 - d)),))
+        for i, d in zip(made, (4.0, -4.0), strict=True)
+    ]
+    # (A_r - A_c) / 2 of rewards -0.3 and 0.3, and costs 2.3 and 0.7
+    assert [item.sequences[0].advantages[0] for item in algorithm.prepare(rows)] == pytest.approx([-0.55, 0.55])
+    assert algorithm.figures(rows)["mean_harm"] == 3.0
+
+
 def test_the_order_of_constraints_and_a_shift_per_prompt_change_nothing():
     knobs = {"objective": "score", "u0": 0.4}
     scores = {"charm": (0.3, 0.7, 0.1), "harm": (2.0, 1.0, 5.0)}
@@ -156,7 +176,7 @@ def test_the_order_of_constraints_and_a_shift_per_prompt_change_nothing():
 
 @pytest.mark.parametrize("form", ["bounded", "equality", "linear"])
 def test_a_multiplier_falls_beyond_its_threshold_and_rises_below_it(form):
-    sgd = {"u0": 0.2, "rate": 0.1, "momentum": 0.0}
+    sgd = {"u0": {"a": 0.2}, "rate": 0.1, "momentum": 0.0}
     assert weight(form, after(form, {"a": 1.0}, [{"a": 1.5}], **sgd)["a"]) < weight(form, 0.2)
     assert weight(form, after(form, {"a": 1.0}, [{"a": 0.5}], **sgd)["a"]) > weight(form, 0.2)
     assert after(form, {"a": 1.0}, [{"a": 1.0}] * 3, **sgd) == {"a": 0.2}
@@ -165,10 +185,25 @@ def test_a_multiplier_falls_beyond_its_threshold_and_rises_below_it(form):
 def test_the_multiplier_of_a_cost_by_hand():
     # log lambda: 0 + 0.5 * 1 * (0.6 - 0.2) = 0.2, then + 0.5 exp(0.2) ((0.6 + 0.1) / 2 - 0.2)
     means = [{"harm": 0.6}, {"harm": 0.1}]
-    found = after("cost", {"harm": 0.2}, means, u0=0.0, rate=0.5, window=2)
+    found = after("cost", {"harm": 0.2}, means, u0={"harm": 0.0}, rate=0.5, window=2)
     assert found["harm"] == pytest.approx(0.2 + 0.5 * math.exp(0.2) * 0.15)
-    assert after("cost", {"harm": 0.2}, means, u0=0.0, rate=0.5)["harm"] == pytest.approx(0.2 - 0.5 * math.exp(0.2) * 0.1)
-    assert math.isfinite(weight("cost", after("cost", {"harm": 0.0}, [{"harm": 1e6}] * 9, u0=0.0, rate=1.0)["harm"]))
+    assert after("cost", {"harm": 0.2}, means, u0={"harm": 0.0}, rate=0.5)["harm"] == pytest.approx(
+        0.2 - 0.5 * math.exp(0.2) * 0.1
+    )
+    assert math.isfinite(weight("cost", after("cost", {"harm": 0.0}, [{"harm": 1e6}] * 9, u0={"harm": 0.0}, rate=1.0)["harm"]))
+
+
+def test_where_multipliers_begin_may_be_drawn():
+    """Each by its own name, the same in every run; the spread is the one that was asked for."""
+    names = [f"r{n}" for n in range(400)]
+    drawn = Constrained(thresholds=dict.fromkeys(names, 0.0), u0=0.5, u0_std=0.1)
+    begins = np.array([math.log(w / (1 - w)) for w in drawn._weights([], []).values()])
+    assert begins.mean() == pytest.approx(0.5, abs=0.02)
+    assert begins.std() == pytest.approx(0.1, abs=0.015)
+    few = Constrained(thresholds=dict.fromkeys(names[3:5], 0.0), u0=0.5, u0_std=0.1)
+    assert few._weights([], []) == {name: drawn._weights([], [])[name] for name in names[3:5]}
+    other = Constrained(thresholds=dict.fromkeys(names, 0.0), u0=0.5, u0_std=0.1, u0_seed=1)
+    assert not set(other._weights([], []).values()) & set(drawn._weights([], []).values())
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 0.9])
@@ -185,7 +220,7 @@ def test_the_steps_are_those_of_torch(momentum):
         (torch.sigmoid(u) * gap).sum().backward()
         torch.nn.utils.clip_grad_norm_([u], 0.5)
         sgd.step()
-    ours = after("bounded", limits, means, u0=0.3, rate=0.7, momentum=momentum, max_grad_norm=0.5)
+    ours = after("bounded", limits, means, u0=dict.fromkeys(limits, 0.3), rate=0.7, momentum=momentum, max_grad_norm=0.5)
     assert list(ours.values()) == pytest.approx(u.tolist(), rel=1e-5)
 
 
@@ -235,6 +270,9 @@ def test_figures_say_the_weight_that_was_used_and_the_means_that_the_next_one_fo
         ({"form": "maxmin", "u0": 1.0}, "nothing would read u0"),
         ({"form": "cost", "objective": "score", "thresholds": {"harm": 0.1}, "momentum": 0.5}, "nothing would read momentum"),
         ({"window": 2}, "nothing would read window"),
+        ({"form": "maxmin", "u0_std": 0.1}, "nothing would read u0_std"),
+        ({"u0_seed": 1}, "u0_std is 0"),
+        ({"form": "maxmin", "kl_clip": 1.0}, "nothing would read kl_clip"),
         ({"thresholds": {}}, "at least 1"),
         ({"thresholds": {"kl": 1.0}}, "thresholds has kl"),
         ({"thresholds": {"Harm": 1.0}}, "pattern"),

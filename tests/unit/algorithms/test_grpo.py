@@ -16,6 +16,7 @@ from onlinerl.ops.batching import collate
 VARIANTS = [
     {"std_norm": "group", "agg": "seq_mean_token_mean"},
     {"std_norm": "batch", "agg": "token_mean", "kl_coef": 0.04, "clip_range_high": 0.28, "importance_sampling_cap": None},
+    {"importance_sampling_mode": "token_mask", "importance_sampling_floor": 0.5, "importance_sampling_filter": (0.5, 2.0)},
     {"std_norm": "none", "agg": "token_mean"},
 ]
 CAPPED = {"importance_sampling_cap": 0.9}

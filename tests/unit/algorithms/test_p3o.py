@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from algorithm_batches import (
+    PAID_KNOBS,
     RESPONSE_KNOBS,
     evaluate,
     finite_differences,
@@ -24,15 +25,19 @@ from onlinerl.algorithms.rloo import Rloo
 
 VARIANTS = [{}, {"pairs": "all", "clip_mode": "joint"}, {"kl_coef": 0.0, "importance_sampling_cap": None}]
 CAPPED = {"importance_sampling_cap": 0.9}
-KNOBS = RESPONSE_KNOBS | {
-    "kl_coef": [({}, 0.5), ({}, 0.0)],
-    "pairs": [({}, "all")],
-    "clip_mode": [({}, "joint")],
-    "clip_range": [({}, 0.05), ({"clip_mode": "joint"}, 0.05)],
-    "importance_sampling_cap": [({}, 0.9), ({}, None), (CAPPED, None)],
-    "p_reset": [({}, 0.5)],
-    "importance_sampling_mode": [(CAPPED, "sequence_mask")],
-}
+KNOBS = (
+    RESPONSE_KNOBS
+    | PAID_KNOBS
+    | {
+        "kl_coef": [({}, 0.5), ({}, 0.0)],
+        "pairs": [({}, "all")],
+        "clip_mode": [({}, "joint")],
+        "clip_range": [({}, 0.05), ({"clip_mode": "joint"}, 0.05)],
+        "importance_sampling_cap": [({}, 0.9), ({}, None), (CAPPED, None)],
+        "p_reset": [({}, 0.5)],
+        "importance_sampling_mode": [(CAPPED, "sequence_mask")],
+    }
+)
 CLIPS = ("separate", "joint")
 LOGPROBS = [[-1.0, -0.5, -2.0], [-0.3], [-1.5, -0.2]]
 SAMPLED = {"old_logprobs": LOGPROBS, "behavior_logprobs": LOGPROBS}
@@ -52,6 +57,15 @@ def moved(first, second, gain: float):
     old = [-1.0 - np.log(np.asarray(ratios)) for ratios in (first, second)]
     one, other = (sequence(len(o), 50 * k, old_logprobs=o, behavior_logprobs=o) for k, o in enumerate(old, 1))
     return pair(one.with_(score=gain), other)
+
+
+def test_scores_and_what_a_token_pays_may_be_cut_off():
+    # 0.5 and -1 nats, of which a token pays for at most 0.25 either way, at 0.1
+    s = sequence(2, old_logprobs=-1.0, reference_logprobs=[-1.5, 0.0], score=7.0)
+    assert P3o(kl_coef=0.1).reward(s) == pytest.approx(7.0 - 0.1 * (0.5 - 1.0))
+    assert P3o(kl_coef=0.1, score_clip=4.0).reward(s) == pytest.approx(4.0 + 0.05)
+    assert P3o(kl_coef=0.1, kl_clip=0.75).reward(s) == pytest.approx(7.0 - 0.1 * (0.5 - 0.75))
+    assert P3o(kl_coef=0.0, score_clip=4.0).reward(s.with_(reference_logprobs=None)) == 4.0
 
 
 def test_value_by_hand():

@@ -1,4 +1,5 @@
-"""What policy gradients may have beside their own formula: the likelihood of better responses, and tokens that count by their probability."""
+"""What policy gradients may have beside their own formula: the likelihood of better responses, tokens that count by their probability, and bounds
+of what responses of another policy count."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from algorithm_batches import evaluate, pair, sequence, single, values
+from pydantic import ValidationError
 
 from onlinerl import registry
 from onlinerl.algorithms._policy_gradient import PolicyGradient
@@ -53,7 +55,8 @@ ROWS = [[lp + 1e-5 * (t + 1) for t, lp in enumerate(old)] for old in OLD]
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_whole_family_has_them(name):
-    assert {"online_kl", "nll_coef", "token_weight_alpha"} <= set(ALL[name].model_fields)
+    common = {"online_kl", "nll_coef", "token_weight_alpha", "importance_sampling_floor", "importance_sampling_filter"}
+    assert common <= set(ALL[name].model_fields)
 
 
 # --- the likelihood of better responses ---
@@ -142,3 +145,109 @@ def test_a_token_that_is_out_of_bounds_is_clipped_as_without():
         assert gradient[0, 0] == 0
         assert gradient[0, 1] != 0
         assert values(out)["clip_high"] == 0.5
+
+
+# --- bounds of what responses of another policy count ---
+
+
+def stale(*ratios: float, first_token: int = 10, **more):
+    """A response whose tokens are so many times as probable before training as where they were sampled."""
+    behavior = [-1.0 - math.log(ratio) for ratio in ratios]
+    return sequence(len(ratios), first_token, old_logprobs=-1.0, behavior_logprobs=behavior, **more)
+
+
+@pytest.mark.parametrize(
+    ("mode", "ratios", "weights", "below", "above"),
+    [
+        ("token_truncate", (0.4, 1.5, 3.0), (0.5, 1.5, 2.0), 1 / 3, 1 / 3),
+        ("token_mask", (0.4, 1.5, 3.0), (0.0, 1.5, 0.0), 1 / 3, 1 / 3),
+        ("token_mask", (0.6, 1.5, 1.9), (0.6, 1.5, 1.9), 0.0, 0.0),
+        ("sequence_truncate", (0.4, 1.5, 3.0), (1.8, 1.8, 1.8), 0.0, 0.0),
+        ("sequence_truncate", (0.4, 0.5, 0.5), (0.5, 0.5, 0.5), 1.0, 0.0),
+        ("sequence_mask", (0.4, 0.5, 0.5), (0.0, 0.0, 0.0), 1.0, 0.0),
+        ("sequence_mask", (2.0, 1.5, 1.5), (0.0, 0.0, 0.0), 0.0, 1.0),
+    ],
+)
+def test_weights_outside_of_a_band_count_as_its_bound_or_not_at_all(mode, ratios, weights, below, above):
+    """The band is 0.5 to 2. The loss is divided by all tokens, whatever they count."""
+    algorithm = Grpo(importance_sampling_floor=0.5, importance_sampling_mode=mode)
+    loss, gradient, out, _ = evaluate(algorithm, [single(stale(*ratios, advantages=1.0))], [-1.0])
+    assert loss == pytest.approx(-sum(weights) / 3, rel=1e-6)
+    assert gradient[0].tolist() == pytest.approx([-w / 3 for w in weights], rel=1e-6)
+    assert (values(out)["sampler_floored"], values(out)["sampler_capped"]) == (pytest.approx(below), pytest.approx(above))
+
+
+def test_without_a_floor_small_weights_are_what_they_are():
+    loss, _, out, _ = evaluate(Grpo(), [single(stale(0.01, advantages=1.0))], [-1.0])
+    assert loss == pytest.approx(-0.01, rel=1e-6)
+    assert values(out)["sampler_floored"] == 0.0
+
+
+FILTER = {"importance_sampling_filter": (0.5, 1.9)}
+
+
+def test_a_response_whose_geometric_mean_is_outside_of_the_band_teaches_the_policy_nothing():
+    """Ratios 4 and 1: the mean is 2. The other response is in the band and keeps the weights that it has without the filter; both are counted."""
+    far, near = single(stale(4.0, 1.0, advantages=1.0)), single(stale(1.5, 0.8, first_token=50, advantages=1.0))
+    loss, gradient, out, _ = evaluate(Grpo(**FILTER), [far, near], [-1.0, -1.0])
+    assert loss == pytest.approx(-(1.5 + 0.8) / 2 / 2, rel=1e-6)
+    assert gradient[0].tolist() == [0.0, 0.0]
+    assert gradient[1].tolist() == pytest.approx([-1.5 / 4, -0.8 / 4], rel=1e-6)
+    assert values(out)["sampler_filtered"] == 0.5
+    assert "sampler_filtered" not in values(evaluate(Grpo(), [far, near], [-1.0, -1.0])[2])
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(1.95, False), (1.85, True), (0.55, True), (0.45, False)])
+def test_the_mean_does_not_grow_with_the_length(ratio, kept):
+    """Of a product of eight such ratios none would be in the band, and padding has no part in it."""
+    items = [single(stale(*[ratio] * 8, advantages=1.0)), single(stale(*[ratio] * 2, first_token=50, advantages=1.0))]
+    _, gradient, out, _ = evaluate(Grpo(**FILTER), items, [-1.0, -1.0])
+    assert ((gradient[0, 0] != 0).item(), (gradient[1, 0] != 0).item()) == (kept, kept)
+    assert values(out)["sampler_filtered"] == (0.0 if kept else 1.0)
+
+
+def test_it_goes_without_weights_too():
+    items = [single(stale(4.0, 1.0, advantages=1.0)), single(stale(1.5, 0.8, first_token=50, advantages=1.0))]
+    loss, _, out, _ = evaluate(Grpo(importance_sampling_cap=None, **FILTER), items, [-1.0, -1.0])
+    assert loss == pytest.approx(-0.5)
+    assert "sampler_capped" not in values(out)
+
+
+@pytest.mark.parametrize("bounds", [FILTER, {"importance_sampling_mode": "token_mask", "importance_sampling_floor": 0.5}])
+def test_what_a_response_costs_in_kl_stays(bounds):
+    item = single(stale(4.0, 4.0, advantages=1.0, reference_logprobs=-2.0))
+    loss, gradient, _, _ = evaluate(Grpo(kl_coef=0.5, **bounds), [item], [-1.0])
+    assert loss == pytest.approx(0.5 * math.exp(-1.0), rel=1e-6), "k3 of d = 1"
+    assert gradient.abs().min() > 0
+
+
+def test_forced_tokens_have_no_part_in_the_mean():
+    """Nobody sampled the first one, and no engine has a log-prob of it."""
+    item = single(dataclasses.replace(stale(1.0, 3.0, 1.0, advantages=1.0), forced=1))
+    item.sequences[0].behavior_logprobs.setflags(write=True)
+    item.sequences[0].behavior_logprobs[0] = np.nan
+    for band, kept in (((0.5, 1.7), False), ((0.5, 1.8), True)):  # the root of 3 is 1.73
+        _, gradient, _, _ = evaluate(Grpo(importance_sampling_filter=band), [item], [-1.0])
+        assert (gradient[0, 1] != 0).item() == kept
+        assert gradient[0, 0] == 0
+
+
+@pytest.mark.parametrize("clip_mode", ["separate", "joint"])
+@pytest.mark.parametrize("bounds", [FILTER, {"importance_sampling_mode": "sequence_mask", "importance_sampling_floor": 0.5}])
+def test_a_pair_of_which_one_response_is_outside_teaches_nothing(clip_mode, bounds):
+    ratios = (4.0, 1.0) if "importance_sampling_filter" in bounds else (0.4, 0.9)
+    outside = pair(stale(*ratios, score=1.0), stale(1.1, 1.0, first_token=50, score=3.0))
+    inside = pair(stale(1.1, 0.9, score=1.0), stale(1.1, 1.0, first_token=50, score=3.0))
+    algorithm = P3o(clip_mode=clip_mode, **PLAIN, **bounds)
+    assert evaluate(algorithm, [outside], [-1.0, -1.0])[1].abs().max() == 0
+    assert evaluate(algorithm, [inside], [-1.0, -1.0])[1].abs().max() > 0
+
+
+def test_a_filter_has_two_bounds_and_a_floor_is_below_1():
+    for knobs in (
+        {"importance_sampling_filter": (0.5,)},
+        {"importance_sampling_floor": 1.0},
+        {"importance_sampling_floor": 0.0},
+    ):
+        with pytest.raises(ValidationError, match=next(iter(knobs))):
+            Grpo(**knobs)

@@ -6,6 +6,7 @@ import torch
 from algorithm_batches import (
     CLIP_KNOBS,
     IMPORTANCE_KNOBS,
+    PAID_KNOBS,
     evaluate,
     finite_differences,
     judged,
@@ -20,7 +21,7 @@ from trl_losses import grpo_loss
 from onlinerl.algorithms.reinforce_pp import ReinforcePp
 
 VARIANTS = [{}, {"kl_coef": 0.0, "gamma": 0.9, "importance_sampling_cap": None}]
-KNOBS = CLIP_KNOBS | IMPORTANCE_KNOBS | {"kl_coef": [({}, 0.5), ({}, 0.0)], "gamma": [({}, 0.5)]}
+KNOBS = CLIP_KNOBS | IMPORTANCE_KNOBS | PAID_KNOBS | {"kl_coef": [({}, 0.5), ({}, 0.0)], "gamma": [({}, 0.5)]}
 LENGTHS = (3, 1, 2)
 LOGPROBS = [[-1.0, -0.5, -2.0], [-0.3], [-1.5, -0.2]]
 REFERENCE = [[-1.2, -0.5, -1.0], [-0.9], [-1.5, -0.1]]
@@ -52,6 +53,15 @@ def test_returns_by_hand():
     assert ReinforcePp(kl_coef=0.1).returns(s).tolist() == pytest.approx([1.9, 1.95, 1.9])
     assert ReinforcePp(kl_coef=0.1, gamma=0.5).returns(s).tolist() == pytest.approx([0.45, 1.0, 1.9])
     assert ReinforcePp(kl_coef=0.1).returns(sequence(0, score=2.0)).tolist() == []
+
+
+def test_scores_and_what_a_token_pays_may_be_cut_off():
+    # k1 = (0.5, -0.5, 1), of which each token pays for at most 0.3, at 0.1: r = (-0.03, 0.03, -0.03 + 1.5)
+    s = sequence(3, old_logprobs=-1.0, reference_logprobs=[-1.5, -0.5, -2.0], score=2.0)
+    clipped = ReinforcePp(kl_coef=0.1, score_clip=1.5, kl_clip=0.3)
+    assert clipped.returns(s).tolist() == pytest.approx([1.47, 1.5, 1.47])
+    assert clipped.returns(s.with_(score=-2.0)).tolist() == pytest.approx([-1.53, -1.5, -1.53])
+    assert (clipped.score(s), ReinforcePp().score(s)) == (1.5, 2.0), "what the loop takes for earned"
 
 
 def test_whitened_by_hand():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from algorithm_batches import (
     CLIP_KNOBS,
+    PAID_KNOBS,
     RESPONSE_KNOBS,
     evaluate,
     finite_differences,
@@ -28,6 +29,7 @@ VARIANTS = [{}, {"kl_coef": 0.0, "importance_sampling_cap": None, "dual_clip": 3
 CAPPED = {"importance_sampling_cap": 0.9}
 KNOBS = CLIP_KNOBS | {
     **RESPONSE_KNOBS,
+    **PAID_KNOBS,
     "kl_coef": [({}, 0.5), ({}, 0.0)],
     "importance_sampling_cap": [({}, 0.9), ({}, None), (CAPPED, None)],
     "p_reset": [({}, 0.5)],
@@ -73,6 +75,17 @@ def test_advantages_by_hand():
     rows = {"old_logprobs": old, "behavior_logprobs": old, "reference_logprobs": reference}
     items = trained(Rloo(kl_coef=0.1), [judged([2, 1, 1], scores=(1.0, 0.0, 2.0))], **rows)
     assert advantages(items) == pytest.approx([0.95 - 1.04, 0.1 - 1.465, 1.98 - 0.525], abs=1e-6)
+
+
+def test_scores_and_what_a_token_pays_may_be_cut_off():
+    # Scores 1, 0, 2 of which 2 counts 1.2; of the KL 0.2, 0.3, -1 and 0.2 nats each token pays for at most 0.25
+    old = [[-1.0, -1.0], [-1.0], [-1.0]]
+    rows = {"old_logprobs": old, "behavior_logprobs": old, "reference_logprobs": [[-1.2, -1.3], [0.0], [-1.2]]}
+    items = trained(Rloo(kl_coef=0.1, score_clip=1.2, kl_clip=0.25), [judged([2, 1, 1], scores=(1.0, 0.0, 2.0))], **rows)
+    r = [1.0 - 0.045, 0.0 + 0.025, 1.2 - 0.02]
+    assert advantages(items) == pytest.approx(
+        [r[0] - (r[1] + r[2]) / 2, r[1] - (r[0] + r[2]) / 2, r[2] - (r[0] + r[1]) / 2], abs=1e-6
+    )
 
 
 def test_of_two_responses_the_advantage_is_the_difference():
