@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.logprobs import lengths, masked
 from onlinerl.protocols.algorithm import Algorithm, Needs, Reported, by_knobs
@@ -13,7 +15,9 @@ class Imitation(Algorithm):
 
     needs = Needs(off_policy="valid")  # whoever wrote a response, it is what shall be imitated
     reference = "none"
-    metrics = (Reported("nll", "Negative log-prob of what is imitated, without weights", "nats/token"),)
+    metrics: ClassVar[tuple[Reported, ...]] = (
+        Reported("nll", "Negative log-prob of what is imitated, without weights", "nats/token"),
+    )
 
     per_sequence: bool = True
     """Mean over the tokens of a response and then over responses, or over all tokens."""

@@ -21,7 +21,8 @@ class DrPo(Ppo):
     """PPO on responses that begin with a part of a stored answer, so that the policy is trained from where good answers lead. `p_reset` is a
     knob of every loss on the policy's own responses: with any other, it is the same on top of that one.
 
-    The paper samples at temperature 0.7 (`sampling.temperature`).
+    The paper samples at temperature 0.7 (`sampling.temperature`). Which answer is the stored one the prompts say: of preference data the chosen one, of
+    data with several columns that of `prompts.columns.reference_answer`, e.g. a human's, which is the paper's other choice.
     """
 
     p_reset: float = Field(1.0, ge=0, le=1)

@@ -272,3 +272,19 @@ def test_where_the_learner_cannot_lend_the_base_model_it_is_refused(toy_config, 
     done = warm_cli("check", toy_config(tmp_path, XPO), *overrides)
     assert done.returncode != 0
     assert said in done.message
+
+
+def test_raft_trains_a_share_of_stored_answers(toy_config, onlinerl, tmp_path):
+    """Of 8 prompts one response each, and 2 answers: a quarter of the former, so that they are a fifth of what is trained."""
+    keys = {"algorithm.name": "raft", "algorithm.real_data_frac": 0.2, "iterations": 2, "metrics.prometheus": False}
+    code, message = onlinerl("run", toy_config(tmp_path / "without", keys))
+    assert code == 2
+    assert "have no reference answer" in message
+    code, message = onlinerl("run", toy_config(tmp_path, keys, answer="good great wonderful"))
+    assert code == 0, message
+    with RunDirectory.open(tmp_path / "runs/toy") as opened:
+        for t in (1, 2):
+            record = opened.phases(t)["train"]
+            assert record["items"] == 10
+            assert record["dropped"]["real_data"] == 6
+            assert record["figures"] == {"real_data": pytest.approx(0.2)}

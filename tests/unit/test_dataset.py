@@ -126,6 +126,13 @@ class TestForms:
         (found,) = dataset(row, heldout=({**row, "question": "3+1?"},), columns=columns).raw("train")
         assert (found.messages[0].content, found.reference_answer) == ("2+2?", "4")
 
+    def test_of_two_answers_the_columns_say_which_is_the_reference_answer(self, dataset):
+        """Of preferences the chosen one, unless another column is named: what `dr_po` resets to."""
+        row = {"prompt": "hi", "chosen": "so", "rejected": "no", "human": "well"}
+        for columns, answer in (({}, "so"), ({"reference_answer": "human"}, "well")):
+            (found,) = dataset(row, heldout=({**row, "prompt": "ho"},), columns=columns).raw("train")
+            assert found.reference_answer == answer
+
     def test_a_column_that_is_not_there(self, dataset):
         with pytest.raises(PromptError, match="no column 'queri'") as error:
             dataset({"query": "hi"}, columns={"prompt": "queri"}).raw("heldout")
