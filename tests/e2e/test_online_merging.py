@@ -52,6 +52,25 @@ def test_once_after_the_last_step_of_each_iteration(toy_config, onlinerl, mergin
     np.testing.assert_allclose(halved, plain / 2)
 
 
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [
+        (1, ["step", 1, "keep", "step", 2, "keep", "step", 3, "keep", "step", None]),
+        (2, ["step", "step", 2, "keep", "step", "step", None]),
+        (3, ["step", "step", "step", 3, "keep", "step", None]),
+        (9, ["step"] * 4 + [None]),
+    ],
+)
+def test_after_so_many_steps_and_the_rest_at_the_end(toy_config, onlinerl, merging, tmp_path, every, expected):
+    """Each merge of what has changed since the one before, with a seed of its own."""
+    asked, keys = merging
+    more = {"training.online_merging.every": every, "training.epochs": 2, "iterations": 1}
+    code, message = onlinerl("run", toy_config(tmp_path, KEYS | keys | more))
+    assert code == 0, message
+    at = {place: derive_seed(0, "online_merging", 1, *([place] if place else [])) for place in (None, 1, 2, 3)}
+    assert asked == ["keep", *(each if isinstance(each, str) else at[each] for each in expected)]
+
+
 def test_not_where_there_was_nothing_to_learn(toy_config, onlinerl, merging, oracle, tmp_path):
     asked, keys = merging
     tied = oracle("return [[0.0] * len(q['responses']) for q in queries]")

@@ -162,6 +162,23 @@ def test_the_change_of_an_iteration_is_merged(learner, base, tiny_model, method,
         assert torch.equal(parameter.detach(), found[name].to(parameter.dtype)), "what computes follows"
 
 
+def test_after_a_merge_training_goes_on_and_the_next_one_merges_what_has_changed_since(learner, base, tiny_model):
+    """As with `every`: nothing dropped, and 0.3 of the other change added each time."""
+    rank = learner(OnlineMergingConfig(base_model=str(base), density=1.0, alpha=0.3))
+    tuned, pretrained = (
+        dict(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).named_parameters()) for path in (tiny_model, base)
+    )
+    for seed in (11, 12):
+        before = masters(rank)
+        rank.keep_weights()
+        rank.step([items()], 4, 1e-2)
+        stepped = masters(rank)
+        rank.merge(seed)
+        for name, weight in masters(rank).items():
+            expected = before[name] + 0.7 * (stepped[name] - before[name]) + 0.3 * (tuned[name] - pretrained[name]).detach()
+            torch.testing.assert_close(weight, expected, atol=1e-6, rtol=1e-6)
+
+
 def test_nothing_dropped_and_nothing_added_is_plain_training(learner, base):
     plain = trained(learner())
     config = OnlineMergingConfig(base_model=str(base), method="ondare", density=1.0, alpha=0.0)

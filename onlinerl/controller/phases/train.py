@@ -200,7 +200,8 @@ def _update(it: Iteration, prepared: Sequence[TrainItem]) -> UpdateReport:
     it.parts.tracker.phase_started(it.number, "train", sum(len(s) for s in indices), "items")
     metrics: list[Mapping[str, float]] = []
     tokens = skipped = stopped = 0
-    if training.online_merging is not None:
+    merging, unmerged = training.online_merging, 0
+    if merging is not None:
         learner.keep_weights()
     for chosen, report in zip(indices, _reports(it, prepared, stages, rates), strict=True):
         if report.stopped:
@@ -219,7 +220,12 @@ def _update(it: Iteration, prepared: Sequence[TrainItem]) -> UpdateReport:
                 field="training.learning_rate",
                 fix="start a new run from the last export (model=...) with a lower learning rate; a resume would repeat this",
             )
-    if training.online_merging is not None:
+        unmerged += 1
+        if merging is not None and unmerged == merging.every and len(metrics) < len(indices):
+            learner.merge(derive_seed(it.parts.config.seed, "online_merging", it.number, len(metrics)))
+            learner.keep_weights()
+            unmerged = 0
+    if merging is not None and (unmerged or merging.every is None):
         learner.merge(derive_seed(it.parts.config.seed, "online_merging", it.number))
     return UpdateReport(steps=len(metrics), tokens=tokens, metrics=metrics, skipped=skipped, stopped=stopped)
 
