@@ -49,7 +49,7 @@ class PreferencesConfig(Comparisons):
     recency: float = Field(0.5, gt=0, le=1)
     """A label of a run counts this to the power of its age, in iterations before the run's newest."""
     max_accuracy_drop: float = Field(0.02, ge=0)
-    """A reward model that is trained further, and whose accuracy on what is held out falls by more than this, is rejected."""
+    """A reward model that is trained further, and whose accuracy on what is held out falls by more than this, and not by chance, is rejected."""
     columns: dict[Column, str] = Field(default_factory=dict)
     """Which column is what, where it has another name, e.g. `{chosen: answer_a, margin: score_gap}`."""
     max_length: int = Field(1024, ge=1)

@@ -75,7 +75,7 @@ class ReferenceConfig(Section):
 
 
 class OnlineMergingConfig(Section):
-    """What an iteration has trained is merged with what supervised fine-tuning had, once, after its last optimizer step: "Online Merging
+    """What an iteration has trained is merged with what supervised fine-tuning had, after its last optimizer step or more often: "Online Merging
     Optimizers for Boosting Rewards and Mitigating Tax in Alignment", whose optimizers merge at every step."""
 
     base_model: str
@@ -85,7 +85,10 @@ class OnlineMergingConfig(Section):
     density: float = Field(0.01, gt=0, le=1)
     """Share of the entries of each tensor that is kept."""
     alpha: float = Field(1e-7, ge=0, le=1)
-    """Weight of the change of supervised fine-tuning, which is added in every iteration anew."""
+    """Weight of the change of supervised fine-tuning, which is added anew at every merge."""
+    every: int | None = Field(None, ge=1)
+    """Optimizer steps after each of which their changes are merged together, the rest of an iteration at its end; 1 is the paper. None: once, at
+    its end. The optimizer's moments stay as they are. Each merge copies all weights to host memory."""
 
     @field_validator("base_model")
     @classmethod
@@ -255,8 +258,9 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1)
     """Resumable checkpoints kept; older ones are removed after a newer one is committed."""
     exports: Literal["all", "last", "best"] = "all"
-    """Hugging Face exports kept: every iterate, the last one, or the last and the best one, by reward on the held-out prompts, or by win rate
-    where the oracle gives no scores (the reference is always kept)."""
+    """Hugging Face exports kept: every iterate, the last one, or the last and the best one: that which has surely gained most over the base model,
+    by the lower bound of the 95 % interval, in reward on the same held-out prompts, or in win rate where the oracle gives no scores (the
+    reference is always kept)."""
     min_free_gib: float = Field(1.0, ge=0)
     """Refuse to write a checkpoint that would leave less than this free."""
 

@@ -40,6 +40,11 @@ class Scored:
         return 0.5 if self.prob == 0.5 else float(self.prob > 0.5)
 
 
+def outcomes(scored: Sequence[Scored]) -> list[float]:
+    """1, 1/2 or 0 for each comparison that has a winner, in their order: what to decide by."""
+    return [each.right for each in scored if each.label > 0.5]
+
+
 def measured(scored: Sequence[Scored]) -> dict[str, Any]:
     """Figures of comparisons, as plain data; ties are counted and left out, because nobody can name their winner."""
     known = [each for each in scored if each.label > 0.5]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from math import isnan, nan
 from typing import Any
 
-from onlinerl.controller.accuracy import Scored, measured, shown
+from onlinerl.controller.accuracy import Scored, measured, outcomes, shown
 from onlinerl.controller.comparing import Compared
-from onlinerl.controller.statistics import Estimate, ratio, wilson
+from onlinerl.controller.statistics import Estimate, decisive, ratio, wilson
 from onlinerl.errors import OracleError
 from onlinerl.types import Failure, Group, Verdict
 from onlinerl.types.preferences import CHOSEN
@@ -24,6 +24,8 @@ class Examined:
 
     figures: Mapping[str, Any]
     """See `accuracy.measured`; lengths are in characters."""
+    accuracy: Estimate
+    """Of `figures`, with the interval that is decided by."""
     first_place_wins: Estimate
     """Comparisons won by the response that was shown first, a tie being half."""
     agreement: Estimate | None
@@ -63,14 +65,14 @@ def examined(groups: Sequence[Group], now: Said, first: Said | None = None) -> E
     if first is not None:
         before = _probs(groups, first)
         agreement = wilson([float(_winner(p) == _winner(before[i])) for i, p in probs.items() if i in before])
+    scored = [
+        _scored(group, verdict, one, probs[group.prompt.id])
+        for (group, verdict), one in zip(judged, compared, strict=True)
+        if group.prompt.id in probs
+    ]
     return Examined(
-        figures=measured(
-            [
-                _scored(group, verdict, one, probs[group.prompt.id])
-                for (group, verdict), one in zip(judged, compared, strict=True)
-                if group.prompt.id in probs
-            ]
-        ),
+        figures=measured(scored),
+        accuracy=decisive(outcomes(scored)),
         first_place_wins=ratio([each.first_wins for each in compared], [each.comparisons for each in compared]),
         agreement=agreement,
     )
@@ -82,13 +84,13 @@ def require_accuracy(found: Examined, least: float) -> None:
     Raises:
         OracleError: if even the upper bound of its accuracy is below.
     """
-    accuracy = found.figures["accuracy"]
-    if accuracy["n"] and accuracy["high"] < least:
+    accuracy = found.accuracy
+    if accuracy.n and accuracy.high < least:
         raise OracleError(
-            f"the oracle is right about {shown(accuracy)} of {accuracy['n']:,} pairs whose better response is known",
+            f"the oracle is right about {shown(accuracy)} of {accuracy.n:,} pairs whose better response is known",
             field="anchors.min_accuracy",
             fix=f"repair the oracle, or choose another one, in a new run; look whether `chosen` and `rejected` have changed places in "
-            f"anchors.data; a resume with anchors.min_accuracy below {accuracy['high']:.2f} goes on all the same",
+            f"anchors.data; a resume with anchors.min_accuracy below {accuracy.high:.2f} goes on all the same",
         )
 
 

@@ -58,7 +58,13 @@ def truncated(evaluated: Evaluated) -> Estimate:
 
 
 def win_rate(now: Evaluated, then: Evaluated, judge: Judge) -> tuple[Estimate, int]:
-    """How often an iterate beats another one on the same prompts, and how many more oracle calls that took.
+    """How often an iterate beats another one on the same prompts, and how many more oracle calls that took; see `outcomes`."""
+    won, asked = outcomes(now, then, judge)
+    return wilson(won), asked
+
+
+def outcomes(now: Evaluated, then: Evaluated, judge: Judge) -> tuple[list[float], int]:
+    """1, 1/2 or 0 for each prompt on which an iterate beats, ties with or loses to another one, and how many more oracle calls that took.
 
     An oracle that scores has said it all already. One that compares is asked about each pair, in both orders if it does that:
     `judge` gets one group per prompt, the response of `now` and then that of `then`.
@@ -67,7 +73,7 @@ def win_rate(now: Evaluated, then: Evaluated, judge: Judge) -> tuple[Estimate, i
     common = [g for g in now.groups if g.prompt.id in opponents]
     gaps = [_gap(now, then, g.prompt.id) for g in common]
     if common and not all(math.isnan(gap) for gap in gaps):
-        return wilson([_outcome(gap) for gap in gaps if not math.isnan(gap)]), 0
+        return [_outcome(gap) for gap in gaps if not math.isnan(gap)], 0
     asked, results = judge([replace(g, rollouts=(g.rollouts[0], opponents[g.prompt.id].rollouts[0])) for g in common])
     wins = []
     for result in (results[g.prompt.id] for g in common):
@@ -76,7 +82,25 @@ def win_rate(now: Evaluated, then: Evaluated, judge: Judge) -> tuple[Estimate, i
             known = [_outcome(p - 0.5) for p in cells if not math.isnan(p)]
             if known:  # an oracle that compared neither order has not said anything
                 wins.append(float(np.mean(known)))
-    return wilson(wins), asked
+    return wins, asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gains:
+    """What an iterate is better by than the base model on the same prompts, to decide by: the interval is of a bootstrap over prompts of what each
+    prompt gained. Wilson's of a win rate takes a tie for half a coin flip, and is too wide where there are many."""
+
+    reward: Estimate
+    """Between the scores, mean over prompts; n is 0 where there are none, or the oracle was changed in between."""
+    win_rate: Estimate
+    """Above a half."""
+
+
+def gains(now: Evaluated, base: Evaluated, won: Sequence[float]) -> Gains:
+    """Of an iterate that has `won` against the base model (see `outcomes`)."""
+    return Gains(
+        reward=bootstrap([_gap(now, base, g.prompt.id) for g in now.groups]), win_rate=bootstrap([each - 0.5 for each in won])
+    )
 
 
 def _orders(verdict: Verdict) -> list[float]:
@@ -197,6 +221,8 @@ class Measured:
     entropy_seq: Estimate
     wins: Mapping[str, Estimate]
     """Win rate by opponent: `base` and `prev`; empty for the base model."""
+    gains: Gains | None
+    """Over the base model; None for the base model itself."""
     components: Mapping[str, Component]
     """Of each score that the oracle keeps by name."""
     mismatch: Mismatch

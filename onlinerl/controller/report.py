@@ -264,7 +264,7 @@ class Reporter:
                 metrics.append(self._estimate("component_win_rate", one.win_rate, labels=labels, **common))
         self._log(iteration, *metrics)
         self.tracker.note(_headline(reward, measured))
-        base, kl = measured.wins.get("base"), measured.kl_ref
+        base, kl, gains = measured.wins.get("base"), measured.kl_ref, measured.gains
         return {
             "reward": reward.value,
             "reward_interval": [reward.low, reward.high],
@@ -278,6 +278,7 @@ class Reporter:
             "entropy_token": measured.entropy_token.value,
             "win_rate": None if base is None else _interval(base),
             "win_rate_prev": None if "prev" not in measured.wins else measured.wins["prev"].value,
+            "gains": None if gains is None else {"reward": _interval(gains.reward), "win_rate": _interval(gains.win_rate)},
             "components": {
                 name: {"score": _interval(one.score), "win_rate": None if one.win_rate is None else _interval(one.win_rate)}
                 for name, one in measured.components.items()

@@ -48,7 +48,7 @@ def _drawn(size: int, draws: int, seed: int) -> Iterator[np.ndarray]:
 def wilson(wins: Sequence[float]) -> Estimate:
     """Mean of one result in [0, 1] per prompt (1 win, 0.5 tie, 0 loss) with the Wilson interval.
 
-    Conservative for ties: their variance is at most that of a coin with the same mean.
+    Conservative for ties: their variance is at most that of a coin with the same mean. To decide by, see `decisive`.
     """
     n = len(wins)
     if n == 0:
@@ -60,6 +60,19 @@ def wilson(wins: Sequence[float]) -> Estimate:
     return Estimate(
         value=p, low=max(0.0, min(p, centre - half)), high=min(1.0, max(p, centre + half)), se=math.sqrt(p * (1 - p) / n), n=n
     )
+
+
+FEWEST = 30
+"""Results of which a bootstrap says anything: all of a few may be equal by chance."""
+
+
+def decisive(results: Sequence[float]) -> Estimate:
+    """Mean of one result in [0, 1] each (1/2 for a tie), with the interval to decide by: Wilson's, or where there are ties that of a bootstrap.
+
+    Wilson's interval takes a tie for half a coin flip, and is about 40 % too wide where half of the results are ties.
+    """
+    tied = any(0.0 < each < 1.0 for each in results)
+    return bootstrap(results) if tied and len(results) >= FEWEST else wilson(results)
 
 
 def ratio(totals: Sequence[float], counts: Sequence[int], *, draws: int = 1000, seed: int = 0) -> Estimate:

@@ -14,12 +14,15 @@ from typing import Any
 
 from onlinerl import yaml_files
 from onlinerl.config.paths import at_home
+from onlinerl.controller.statistics import bootstrap
 from onlinerl.errors import ConfigError
 from onlinerl.stores import judged
 from onlinerl.types import Group, RawPrompt, Verdict
 from onlinerl.types.preferences import Comparison
 
 FIELD = "preferences.runs"
+OUTCOMES = "outcomes"
+"""In the figures of a model: 1, 1/2 or 0 for each held-out comparison. In no report."""
 
 
 def comparisons(runs: Sequence[str], recency: float, model: str) -> list[Comparison]:
@@ -86,8 +89,18 @@ def _models(oracle: Any) -> Iterator[str]:
 
 
 def worse(before: Mapping[str, Any], after: Mapping[str, Any], most: float) -> str | None:
-    """Why a model that was trained further is rejected, from its accuracies on the same held-out comparisons; None if it is not."""
+    """Why a model that was trained further is rejected; None if it is not: its accuracy on the same held-out comparisons has fallen by more than
+    `most`, and not by chance, by a paired bootstrap over the comparisons.
+
+    Args:
+        before, after: figures as `scoring.evaluate` gives them; older versions have kept none of single comparisons, and then any fall counts.
+        most: the largest fall that is no reason.
+    """
     was, now = before["accuracy"]["value"], after["accuracy"]["value"]
     if was is None or not was - now > most:
         return None
-    return f"its accuracy on held-out comparisons fell from {was:.3f} to {now:.3f}, by more than {most:g}"
+    said = f"its accuracy on held-out comparisons fell from {was:.3f} to {now:.3f}, by more than {most:g}"
+    if OUTCOMES not in before:
+        return said
+    fell = bootstrap([one - other for one, other in zip(before[OUTCOMES], after[OUTCOMES], strict=True)])
+    return f"{said}, and by {fell.low:.3f} at least" if fell.low > 0 else None

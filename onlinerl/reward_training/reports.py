@@ -39,10 +39,14 @@ def made(checked: Checked, figures: Mapping[str, Any], path: Path, before: Mappi
         "steps": checked.steps,
         "trained_comparisons": len(checked.train.comparisons),
         "notes": checked.notes,
-        "heldout": dict(figures),
-        "before": before,
+        "heldout": _reported(figures),
+        "before": None if before is None else _reported(before),
         "rejected": None if before is None else refresh.worse(before, figures, most),
     }
+
+
+def _reported(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: figure for name, figure in figures.items() if name != refresh.OUTCOMES}
 
 
 def write(folder: Path, report: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from onlinerl.controller import accuracy
 from onlinerl.controller.accuracy import Scored
 from onlinerl.protocols.objective import RewardLearner
+from onlinerl.reward_training import refresh
 from onlinerl.reward_training.comparisons import Fitting, Reader
 from onlinerl.types import RawPrompt
 from onlinerl.types.preferences import Comparison
@@ -41,7 +42,7 @@ def evaluate(learner: RewardLearner, reader: Reader, heldout: Fitting) -> dict[s
     figures = accuracy.measured(scored) | {"length_unit": "words" if reader.objective.compares else "tokens"}
     circles = _circles(learner, reader, heldout.comparisons)
     figures["cycles"] = circles
-    return figures | {"warnings": accuracy.warnings(figures)}
+    return figures | {"warnings": accuracy.warnings(figures), refresh.OUTCOMES: accuracy.outcomes(scored)}
 
 
 def _words(text: str) -> int:

@@ -200,6 +200,9 @@ class MeasureRecord(PhaseRecord):
     """Against the base model."""
     win_rate_prev: float | None
     """Against the iterate before."""
+    gains: Mapping[str, Interval] | None
+    """Over the base model on the same prompts, in `reward` and `win_rate` (above a half), with the interval that is decided by; None for the base
+    model, and in runs of older versions."""
     components: Mapping[str, ComponentRecord]
     """By name; empty where the oracle keeps none."""
     length: float

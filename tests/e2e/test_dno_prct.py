@@ -152,11 +152,18 @@ def test_killed_and_resumed_the_guards_leave_the_same_pairs(guarded, toy_config,
 
 
 def test_the_best_iterate_is_kept(whole):
-    rewards = [row["reward"] for row in summarise(whole / "runs/toy")["iterations"]]
-    best = int(np.argmax(rewards))
+    gained = [0.0, *(records(whole, t)["measure"]["gains"]["reward"]["low"] for t in range(1, ITERATIONS + 1))]
+    best = int(np.argmax(gained))
     assert records(whole, ITERATIONS)["commit"]["best"] == best
     kept = {int(path.name) for path in (whole / "runs/toy/exports").iterdir()}
     assert kept == {ITERATIONS - 1, ITERATIONS, best} - {0} | {ITERATIONS - 1}
+
+
+def gained(low: float, high: float, of: str = "reward") -> dict:
+    """As `measure` records it, with nothing known of the other figure."""
+    nothing = {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0}
+    known = {"value": (low + high) / 2, "low": low, "high": high, "n": 9}
+    return {"gains": {"reward": nothing, "win_rate": nothing} | {of: known}}
 
 
 @pytest.mark.parametrize(
@@ -168,6 +175,14 @@ def test_the_best_iterate_is_kept(whole):
         ({0: {"reward": math.nan}, 1: {"reward": math.nan, "win_rate": {"value": 0.3}}}, 0),
         ({0: {"reward": None}, 1: {"reward": None, "win_rate": {"value": None}}, 2: {"win_rate": {"value": math.nan}}}, 2),
         ({0: {"reward": None}, 1: {"reward": None, "win_rate": {"value": 0.4}}, 2: {"win_rate": {"value": None}}}, 0),
+        # What was surely gained, not what was gained on average; where nothing was, the base model.
+        ({0: {}, 1: gained(0.2, 0.4), 2: gained(0.1, 0.9)}, 1),
+        ({0: {}, 1: gained(-0.1, 0.4), 2: gained(-0.2, 0.9)}, 0),
+        ({0: {}, 1: gained(0.2, 0.4), 2: gained(0.2, 0.9)}, 1),
+        ({0: {}, 1: gained(0.2, 0.4, "win_rate"), 2: gained(0.3, 0.4, "win_rate")}, 2),
+        # The oracle was changed: rewards of 2 have another meaning, win rates have not.
+        ({0: {}, 1: gained(5.0, 6.0) | {}, 2: gained(0.1, 0.4, "win_rate")}, 2),
+        ({0: {}, 1: gained(math.nan, math.nan), 2: gained(math.nan, math.nan)}, 2),
     ],
 )
 def test_which_iterate_is_the_best(measured, best):

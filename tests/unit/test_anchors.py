@@ -150,6 +150,19 @@ def test_only_an_accuracy_that_is_surely_too_low_stops(groups, right, least, sto
         require_accuracy(found, least)
 
 
+def test_ties_are_no_half_coin_flips_where_it_is_decided(groups):
+    """100 ties, 60 right and 40 wrong: 0.550 [0.480, 0.617] as it is shown, and at most 0.60 as it is decided."""
+    verdicts = said(groups, 60)
+    for group in groups[100:]:
+        verdicts[group.prompt.id] = Verdict(annotator="a", oracle_version="v", scores=(0.5, 0.5))
+    found = examined(groups, verdicts)
+    assert found.figures["accuracy"]["high"] == pytest.approx(0.617, abs=0.001)
+    assert found.accuracy.high == pytest.approx(0.5985, abs=0.005)
+    require_accuracy(found, 0.59)
+    with pytest.raises(OracleError, match=r"right about 0\.550 \[0\.50"):
+        require_accuracy(found, 0.61)
+
+
 def test_an_oracle_that_is_wrong_about_one_source_is_named(groups):
     verdicts = {g.prompt.id: scores(g, right=g.prompt.source == "even") for g in groups}
     found = examined(groups, verdicts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onlinerl import config as configuration
-from onlinerl.controller import evaluation, health
+from onlinerl.controller import evaluation, health, statistics
 from onlinerl.controller.evaluation import Evaluated
 from onlinerl.controller.parts import batched, learning_rates, reference_iteration
+from onlinerl.controller.phases.commit import best_iterate
 from onlinerl.errors import EngineError, OracleError, StoreError
 from onlinerl.types import Failure, Group, Judged, Prompt, Request, Rollout, Sampling, Verdict
 
@@ -234,6 +235,39 @@ def test_win_rate_of_scores_asks_nobody():
     assert (rate.value, rate.n, calls) == (0.5, 3, 0)
     same, _ = evaluation.win_rate(now, now, judge=None)  # type: ignore[arg-type]
     assert same.value == 0.5
+
+
+def test_what_is_gained_is_estimated_from_what_each_prompt_has_gained():
+    """Scores far apart between prompts, and half a point gained on each: the two means differ surely, though their intervals overlap."""
+    base = {f"p{n}": float(n) for n in range(40)}
+    now, then = evaluated({name: score + 0.5 for name, score in base.items()}), evaluated(base)
+    won, _ = evaluation.outcomes(now, then, judge=None)  # type: ignore[arg-type]
+    found = evaluation.gains(now, then, won)
+    assert (found.reward.low, found.reward.value, found.reward.high) == (0.5, 0.5, 0.5)
+    assert (found.win_rate.value, found.win_rate.n) == (0.5, 40)
+    assert evaluation.reward(now).low < evaluation.reward(then).high
+    less = evaluation.gains(evaluated({"p0": 1.0}), then, [])
+    assert (less.reward.value, less.reward.n, less.win_rate.n) == (1.0, 1, 0)
+
+
+def test_half_ties_make_the_interval_narrower_than_wilson_s():
+    """Half of 400 prompts are ties, a quarter each is won and lost: a variance of 1/8, and not of 1/4."""
+    won = [0.5] * 200 + [1.0] * 100 + [0.0] * 100
+    found, shown = evaluation.gains(evaluated({}), evaluated({}), won).win_rate, statistics.wilson(won)
+    assert (shown.high - shown.low) / (found.high - found.low) == pytest.approx(2**0.5, rel=0.1)
+
+
+def test_of_iterates_that_only_differ_by_noise_the_base_model_stays_the_best():
+    """Three iterates with as many prompts won as lost, again and again: by the means it would be the base model once in four times."""
+    rng, kept = np.random.default_rng(4), 0
+    for _ in range(60):
+        measured: dict[int, dict] = {0: {}}
+        for t in (1, 2, 3):
+            won = rng.choice([0.0, 0.5, 1.0], p=[0.25, 0.5, 0.25], size=200).tolist()
+            found = evaluation.gains(evaluated({}), evaluated({}), won)
+            measured[t] = {"gains": {"reward": asdict(found.reward), "win_rate": asdict(found.win_rate)}}
+        kept += best_iterate(measured) == 0
+    assert kept >= 50
 
 
 def test_scores_of_two_versions_of_the_oracle_are_not_compared():

@@ -114,6 +114,7 @@ def measured() -> evaluation.Measured:
         entropy_token=evaluation.entropy_token(LOGPROBS),
         entropy_seq=evaluation.entropy_seq(LOGPROBS),
         wins={"base": wilson([1.0, 0.0]), "prev": wilson([0.5])},
+        gains=evaluation.Gains(reward=bootstrap([0.1, 0.2]), win_rate=bootstrap([0.5, -0.5])),
         components={"watch": evaluation.Component(score=bootstrap([0.1, 0.2]), win_rate=wilson([1.0, 0.5]))},
         mismatch=evaluation.mismatch(one, [np.array([-1.0])] * 3),
         oracle_versions={"1": 3},

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from onlinerl.controller import accuracy
-from onlinerl.controller.accuracy import Scored, calibration, cycle_rate, cycles, measured
+from onlinerl.controller.accuracy import Scored, calibration, cycle_rate, cycles, measured, outcomes
+from onlinerl.reward_training.refresh import worse
 
 
 def scored(prob: float, *, label: float = 1.0, chosen: int = 5, rejected: int = 5, source: str = "a", **more) -> Scored:
@@ -126,3 +127,38 @@ def test_nothing_to_measure():
     assert found["ties"] == 1
     assert math.isnan(found["accuracy"]["value"])
     assert found["accuracy_by_length"] == []
+
+
+# --- whether a model that was trained further is worse ---
+
+
+def asked(*right: float) -> dict:
+    rows = [scored({1.0: 0.9, 0.5: 0.5, 0.0: 0.1}[each]) for each in right]
+    return measured(rows) | {"outcomes": outcomes(rows)}
+
+
+def test_a_fall_that_chance_explains_is_no_reason_to_reject():
+    """12 lost and 8 won of 100, by 4 points; 12 lost and none won, by 12."""
+    before = asked(*[1.0] * 60, *[0.0] * 40)
+    chance, sure = asked(*[0.0] * 12, *[1.0] * 56, *[0.0] * 32), asked(*[0.0] * 12, *[1.0] * 48, *[0.0] * 40)
+    assert worse(before, chance, 0.02) is None
+    assert "fell from 0.600 to 0.480, by more than 0.02, and by 0.0" in worse(before, sure, 0.02)
+    assert worse(before, sure, 0.2) is None
+    assert worse(sure, before, 0.0) is None
+    assert worse(asked(), asked(), 0.0) is None
+
+
+def test_the_same_comparisons_are_compared():
+    """Both accuracies have wide intervals that overlap, and none of 200 comparisons was gained: what was lost was not lost by chance."""
+    before, after = asked(*[1.0] * 110, *[0.0] * 90), asked(*[1.0] * 100, *[0.5] * 10, *[0.0] * 90)
+    assert after["accuracy"]["high"] > before["accuracy"]["low"]
+    assert worse(before, after, 0.02) is not None
+
+
+def test_of_older_figures_any_fall_counts():
+    before = {"accuracy": asked(1.0, 1.0)["accuracy"]}
+    assert worse(before, asked(1.0, 0.5), 0.02).endswith("fell from 1.000 to 0.750, by more than 0.02")
+
+
+def test_ties_in_the_data_have_no_outcome():
+    assert outcomes([scored(0.9), scored(0.2, label=0.5), scored(0.5), scored(0.2)]) == [1.0, 0.5, 0.0]

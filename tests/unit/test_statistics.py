@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onlinerl.controller import statistics
-from onlinerl.controller.statistics import bootstrap, divergence, ratio, wilson
+from onlinerl.controller.statistics import bootstrap, decisive, divergence, ratio, wilson
 
 # Wilson, 95 %: from the formula worked by hand for 8 of 10, and published tables for the others.
 WILSON = [
@@ -38,6 +38,25 @@ def test_wilson_properties(wins):
     assert 0 <= found.low <= found.value <= found.high <= 1
     assert found.low < found.high
     assert (mirrored.low, mirrored.high) == pytest.approx((1 - found.high, 1 - found.low))
+
+
+def test_the_interval_to_decide_by_knows_what_a_tie_is():
+    """Of 400 results half of which are ties, Wilson's is 41 % too wide; without ties, and of a few, it is Wilson's."""
+    tied = [0.5] * 200 + [1.0] * 100 + [0.0] * 100
+    found, shown = decisive(tied), wilson(tied)
+    assert (found.value, found.n) == (shown.value, shown.n) == (0.5, 400)
+    assert (shown.high - shown.low) / (found.high - found.low) == pytest.approx(2**0.5, rel=0.08)
+    for few in ([1.0] * 60 + [0.0] * 40, [0.5] * 29, [0.5, 0.0], []):
+        assert repr(decisive(few)) == repr(wilson(few))
+
+
+def test_the_interval_to_decide_by_covers_the_mean():
+    """Of 300 at 95 %, between 91 % and 99 % hold the true win rate, where Wilson's holds it nearly always."""
+    rng = np.random.default_rng(6)
+    drawn = [rng.choice([0.0, 0.5, 1.0], p=[0.2, 0.6, 0.2], size=100).tolist() for _ in range(300)]
+    covers = [[found.low <= 0.5 <= found.high for found in map(of, drawn)] for of in (decisive, wilson)]
+    assert 0.91 < np.mean(covers[0]) < 0.99
+    assert np.mean(covers[1]) > 0.99
 
 
 def test_nothing_was_measured():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from onlinerl import graph
 from onlinerl.controller.iteration import Iteration
@@ -40,21 +40,29 @@ def _best(it: Iteration) -> int:
 
 
 def best_iterate(measured: Mapping[int, Mapping[str, Any]]) -> int:
-    """The iterate with the highest reward on the held-out prompts; where the oracle only compares, with the highest win rate against the base
-    model, of which the base model itself has a half. Of equals the earliest. Where no iterate has a win rate, because nobody compared
-    any, the newest.
+    """The iterate that has surely gained most over the base model on the held-out prompts: the one whose 95 % interval has the highest lower bound,
+    in reward, or where the oracle only compares in win rate. Of equals the earliest; the base model where no interval lies above 0. Where no
+    iterate has a win rate, because nobody compared any, the newest.
 
     Args:
         measured: what `measure` recorded, by iterate.
     """
-
-    rewards = {t: one.get("reward") for t, one in measured.items()}
-    rates = {t: (one.get("win_rate") or {"value": 0.5})["value"] for t, one in measured.items()}
-    scored = all(map(_known, rewards.values()))
-    worth: dict[int, Any] = {t: value for t, value in sorted((rewards if scored else rates).items()) if _known(value)}
+    later = [t for t in measured if t > 0]
+    scored = all(_known(_surely(measured, t, "reward")) for t in later)
+    gained = {t: _surely(measured, t, "reward" if scored else "win_rate") for t in sorted(later)}
+    worth: dict[int, Any] = {0: 0.0} | {t: value for t, value in gained.items() if _known(value)}
     if len(worth) == 1 and not scored:
         return max(measured)
     return max(worth, key=lambda t: float(worth[t]))
+
+
+def _surely(measured: Mapping[int, Mapping[str, Any]], iterate: int, of: Literal["reward", "win_rate"]) -> Any:
+    """What an iterate has gained at least; of runs of older versions, which did not record that, what it has gained on average."""
+    one, base = measured[iterate], measured.get(0, {})
+    if (gains := one.get("gains")) is not None:
+        return gains[of]["low"]
+    then, now = (0.5, (one.get("win_rate") or {}).get("value")) if of == "win_rate" else (base.get("reward"), one.get("reward"))
+    return float(now) - float(then) if now is not None and then is not None else None
 
 
 def _known(value: Any) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from onlinerl.controller import collect, evaluation, health
 from onlinerl.controller.feed import Feed
 from onlinerl.controller.iteration import Iteration
-from onlinerl.controller.statistics import Divergence, Estimate
+from onlinerl.controller.statistics import Divergence, Estimate, wilson
 from onlinerl.controller.tally import Paid
 from onlinerl.errors import EngineError
 from onlinerl.protocols.store import BASE_LOGPROBS, EVALUATION, EVALUATION_VERDICTS
@@ -23,7 +23,7 @@ def measure(it: Iteration) -> MeasureRecord:
     config, learner = it.parts.config, it.parts.learner
     now, calls = _scored(it)
     own = learner.logprobs(evaluation.sequences(now.groups), model=it.model_of(it.number), temperature=1.0)
-    wins, more = _win_rates(it, now)
+    wins, gains, more = _win_rates(it, now)
     kl_ref = _divergence(it, now, own, 0)
     sample = now.groups[: config.evaluation.mismatch_sample]
     versions, paid = _oracle_versions(it)
@@ -35,6 +35,7 @@ def measure(it: Iteration) -> MeasureRecord:
         entropy_token=evaluation.entropy_token(own),
         entropy_seq=evaluation.entropy_seq(own),
         wins=wins,
+        gains=gains,
         components=evaluation.components(now, None if it.number == 0 else _evaluated(it, 0)),
         mismatch=evaluation.mismatch(sample, own[: len(sample)]),
         oracle_versions=versions,
@@ -70,16 +71,17 @@ def _answered(groups: Sequence[Group]) -> list[Group]:
     return [g for g in groups if g.rollouts]
 
 
-def _win_rates(it: Iteration, now: evaluation.Evaluated) -> tuple[dict[str, Estimate], int]:
-    """Against the base model and the iterate before, and how many oracle calls that took."""
+def _win_rates(it: Iteration, now: evaluation.Evaluated) -> tuple[dict[str, Estimate], evaluation.Gains | None, int]:
+    """Against the base model and the iterate before, what is gained over the base model, and how many oracle calls that took."""
     if it.number == 0:
-        return {}, 0
-    rates, calls = {}, 0
+        return {}, None, 0
+    won, calls = {}, 0
     for iterate in sorted({0, it.number - 1}):
         judge = partial(_judged, it, table=_comparisons(iterate))
-        rates[iterate], more = evaluation.win_rate(now, _evaluated(it, iterate), judge)
+        won[iterate], more = evaluation.outcomes(now, _evaluated(it, iterate), judge)
         calls += more
-    return {"base": rates[0], "prev": rates[it.number - 1]}, calls
+    gains = evaluation.gains(now, _evaluated(it, 0), won[0])
+    return {"base": wilson(won[0]), "prev": wilson(won[it.number - 1])}, gains, calls
 
 
 def _comparisons(iterate: int) -> str:
