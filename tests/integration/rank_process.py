@@ -379,6 +379,18 @@ def target_kl(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[s
     return found
 
 
+def shared_critic(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
+    """Gradients of a policy whose critic is a head on its own trunk, after a step: a head that is still 0 asks nothing of the trunk."""
+    loss = job["shared_critic_loss"]
+    learner = ranks.learner(job["model"], loss["algorithm"], stage=case["stage"], dtype=case["dtype"])
+    ranks.step(learner, loss["items"], lr=1e-2)
+    count = sum(i.count(learner.algorithm.unit) for i in loss["items"])
+    found: dict[Any, Any] = {
+        cut: learner.gradients(ranks.mine(loss["items"], budget), count) for cut, budget in loss["budgets"].items()
+    }
+    return found | {"parameters": parameters(learner)}
+
+
 def parameters(learner: Rank) -> WEIGHTS:
     """All of them, the critic's too, whole. Collective."""
     import deepspeed
@@ -647,6 +659,7 @@ KINDS = {
     for f in (
         gradients,
         critic_gradients,
+        shared_critic,
         steps,
         export,
         offload,

@@ -21,9 +21,11 @@ from onlinerl.algorithms.grpo import Grpo
 from onlinerl.algorithms.inpo import Inpo
 from onlinerl.algorithms.kto import Kto
 from onlinerl.algorithms.lipo_lambda import LipoLambda
+from onlinerl.algorithms.p3o import P3o
 from onlinerl.algorithms.ppo import Ppo
 from onlinerl.algorithms.re_po import RePo
 from onlinerl.algorithms.tdpo2 import Tdpo2
+from onlinerl.algorithms.weighted_sft import WeightedSft
 from onlinerl.batch import Batch, Outputs
 from onlinerl.controller import self_test
 from onlinerl.errors import LearnerError
@@ -82,6 +84,19 @@ def sample_items(count: int, seed: int) -> list[TrainItem]:
     return [TrainItem(prompt_id=str(i), sequences=(sequence(rng, **extra),)) for i in range(count)]
 
 
+def sampled_pairs(count: int, seed: int) -> list[TrainItem]:
+    """Of responses that were sampled, with a reward each."""
+    rng = np.random.default_rng(seed)
+    made = iter([item.sequences[0].with_(score=float(rng.normal())) for item in sample_items(2 * count, seed)])
+    return [TrainItem(prompt_id=str(i), sequences=(next(made), next(made))) for i in range(count)]
+
+
+def weighted_items(count: int, seed: int) -> list[TrainItem]:
+    """Of which some count many times as much as others, whatever their length."""
+    weights = np.random.default_rng(seed).exponential(size=count)
+    return [replace(item, weight=float(weight)) for item, weight in zip(sample_items(count, seed), weights, strict=True)]
+
+
 def judged_items(count: int, seed: int, size: int) -> list[TrainItem]:
     """Of `size` responses each, the best first, which the policy finds more probable than the reference does."""
     rng = np.random.default_rng(seed)
@@ -121,6 +136,8 @@ LOSSES: dict[str, tuple[Algorithm, list[TrainItem]]] = {
     "the whole step at once": (Kto(threshold=0.0, undesirable_weight=2.0), judged_items(12, seed=9, size=1)),
     "fewer items than ranks": (Dpo(), pair_items(1, seed=3)),
     "uneven": (Dpo(), pair_items(5, seed=4)),
+    "pairs of a policy gradient": (P3o(), sampled_pairs(8, seed=14)),
+    "weighted samples": (WeightedSft(), weighted_items(12, seed=15)),
     "two references": (Inpo(eta=0.5), anchored(pair_items(8, seed=13))),
     "labels that may be wrong": (RePo(beta=0.5, eta0=0.8), by_annotators(pair_items(8, seed=14), "one", "other")),
 }
@@ -128,6 +145,8 @@ CRITIC: tuple[Algorithm, list[TrainItem]] = (
     Ppo(critic="separate", critic_learning_rate=1e-3, entropy_coef=0.01, kl_in="loss"),
     sample_items(12, seed=5),
 )
+SHARED: tuple[Algorithm, list[TrainItem]] = (Ppo(critic="shared", vf_coef=2.0), sample_items(12, seed=16))
+"""What the critic asks of the trunk is a part of the gradient that would be seen if it were missing."""
 KEPT_STEPS = [judged_items(12, seed=20 + i, size=1) for i in range(2)]
 LABELLED = RePo(beta=0.5, eta0=0.8, eta_rate=0.5)
 LABELLED_STEPS = [
@@ -173,6 +192,7 @@ CASES: dict[tuple[Any, ...], dict[str, Any]] = {
         ("critic", s, r): {"kind": "critic_gradients", "stage": s, "dtype": "float32", "recompute": r, "attention": a}
         for s, (r, a) in product(STAGES, ((False, "sdpa"), (True, "eager")))
     },
+    **{("shared critic", s): {"kind": "shared_critic", "stage": s, "dtype": "float32"} for s in STAGES},
     **{("steps", s, d): {"kind": "steps", "stage": s, "dtype": d} for s, d in product(STAGES, DTYPES)},
     **{
         ("export", s, m): {"kind": "export", "stage": s, "dtype": "float32", "model": m}
@@ -232,6 +252,7 @@ def asked(
         "directory": str(directory),
         "losses": {name: loss(*what) for name, what in LOSSES.items()},
         "critic_loss": loss(*CRITIC),
+        "shared_critic_loss": loss(*SHARED),
         "long": {"algorithm": Dpo(), "items": LONG, "temperature": LONG_TEMPERATURE},
         "beside": {"algorithm": FULL, "items": BESIDE, "temperature": LONG_TEMPERATURE},
         "kept": {
@@ -499,6 +520,26 @@ def test_gradient_with_a_critic_equals_that_of_one_process(
     for found in (answer, answer["loaded"]):
         for cut in MICRO_BATCHES:
             assert relative_error(found[cut], expected) < BOUND["float32"]
+
+
+@pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, STAGES)))
+def test_gradient_with_a_shared_critic_equals_that_of_one_process(
+    answers: Answers, tiny_llama: Path, ranks: int, stage: int | str
+) -> None:
+    """With weights as they are after a step, when the trunk hears of the critic's errors."""
+    answer = answers(ranks, "shared critic", stage)
+    algorithm, items = SHARED
+    policy = plain_policy(tiny_llama, "float32", "shared")
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            parameter.copy_(torch.from_numpy(answer["parameters"][name]))
+    expected = plain_gradients(policy, algorithm, items)
+    for cut in MICRO_BATCHES:
+        assert relative_error(answer[cut], expected) < BOUND["float32"]
+
+    deaf = plain_gradients(policy, algorithm.model_copy(update={"vf_coef": 0.0}), items)
+    trunk = [name for name in expected if not name.startswith("value_head.")]
+    assert relative_error({n: deaf[n] for n in trunk}, {n: expected[n] for n in trunk}) > 100 * BOUND["float32"]
 
 
 @pytest.mark.parametrize(("ranks", "stage"), list(product(WORLDS, STAGES)))
