@@ -70,6 +70,18 @@ def stored_config(directory: Path, overrides: Sequence[str]) -> RunConfig:
         raise
 
 
+def with_wish(directory: Path, overrides: Sequence[str]) -> Sequence[str]:
+    """What a resume changes, with the number of replicas that `scale` has asked for and nobody has seen before the run ended, unless this
+    resume says another one.
+
+    Raises:
+        StoreError: if the wish is damaged.
+    """
+    wish = scaling.wished(directory)
+    said = any(override.partition("=")[0].strip() in ("engine", "engine.replicas") for override in overrides)
+    return overrides if wish is None or said else [*overrides, f"engine.replicas={wish}"]
+
+
 def _require_same_place(file: Path, overrides: Sequence[str]) -> None:
     """A run is resumed where it lies, so `runs` may say that and nothing else."""
     if not any(override.partition("=")[0].strip() == "runs" for override in overrides):

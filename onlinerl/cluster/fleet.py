@@ -23,12 +23,9 @@ from onlinerl.errors import EngineError, OnlineRLError
 from onlinerl.protocols.engine import EngineConfig, EngineReplica
 from onlinerl.types import Request, Sampling
 
-RESTARTS = 3
-"""Unless the configuration says another number."""
-LOOK_S = 0.2
-"""How often whoever waits for a replica looks whether it can still come."""
-PING_S = 30.0
-"""A replica that is asked nothing but its process ids answers within this, or is lost."""
+RESTARTS = 3  # unless the configuration says another number
+LOOK_S = 0.2  # how often whoever waits for a replica looks whether it can still come
+PING_S = 30.0  # a replica that is asked nothing but its process ids answers within this, or is lost
 
 
 class Closed(Exception):
@@ -57,9 +54,9 @@ class Fleet:
         self._delivered: Delivered | None = None
         self._changed = threading.Condition(threading.RLock())
         self._updating = self._closing = False
-        self._starts_allowed = True
-        """False while a learner on the same GPUs has their memory."""
+        self._starts_allowed = True  # not while a learner on the same GPUs has their memory
         self._losses = self._restarts = 0
+        self._ending: set[int] = set()  # indices of those that were removed and whose room is not given back yet
         self._last: OnlineRLError | None = None
         self._failure: Exception | None = None
 
@@ -141,8 +138,7 @@ class Fleet:
             self._recover(replica, reason, error)
 
     def _recover(self, replica: Replica, reason: Reason, error: OnlineRLError) -> None:
-        self._losses += 1
-        self._last = error
+        self._losses, self._last = self._losses + 1, error
         replica.version, replica.coming_back = None, False
         if self.report is not None:
             self.report.lost(self._now, self._losses, replica.name, reason, error.cause)
@@ -172,6 +168,8 @@ class Fleet:
                 self._changed.wait(LOOK_S)
                 self._require_open()
             if replica.leaving:
+                if replica.actor is None:
+                    self._give_back(replica)
                 return
             self._starter.open(replica)
             self._moved()
@@ -239,8 +237,8 @@ class Fleet:
         except EngineError as error:
             self._note(f"{error.cause}; {error.fix}")
             return
-        if replica.leaving:
-            self._starter.release(replica.index)
+        if replica.leaving and replica.actor is not None:  # else `_start` sees it
+            self._give_back(replica)
 
     # --- pushes ---
 
@@ -343,10 +341,9 @@ class Fleet:
                 self._changed.wait(LOOK_S)
 
     def _unsettled(self, replica: Replica) -> bool:
-        if replica.state is ReplicaState.DEAD:
-            return not replica.ended
         waits_for_a_push = replica.state is ReplicaState.STALE and self._delivered is None
-        return replica.coming_back and not waits_for_a_push
+        dead = replica.state is ReplicaState.DEAD
+        return not replica.ended if dead else replica.coming_back and not waits_for_a_push
 
     def allow_starts(self) -> None:
         """The GPUs' memory is the replicas' again: those that were lost meanwhile come back."""
@@ -375,8 +372,11 @@ class Fleet:
             self._let_go()
 
     def _add(self) -> None:
-        taken = {r.index for r in self.replicas}
-        replica = Replica(next(i for i in range(len(taken) + 1) if i not in taken))
+        for gone in [r for r in self.replicas if r.state is ReplicaState.DEAD and r.ended and not r.coming_back]:
+            self.replicas = [r for r in self.replicas if r is not gone]  # for good: its place is free
+            self._starter.release(gone.index)
+        taken = {r.index for r in self.replicas} | self._ending
+        replica = Replica(min({*range(len(taken) + 1)} - taken))
         replica.coming_back = True
         self.replicas = [*self.replicas, replica]
         self._begin(self._join, replica)
@@ -387,13 +387,15 @@ class Fleet:
         except OnlineRLError as error:
             with self._changed:
                 self.replicas = [r for r in self.replicas if r is not replica]
+                self._ending.discard(replica.index)
                 self._note(f"no room for {replica.name}: {error.cause}; the run goes on with {len(self.replicas)}")
                 self._moved()
             return
         with self._changed:
-            there = sum(not r.leaving for r in self.replicas)
-            self._note(f"{replica.name} is started: {there} replicas from now on")
-            self.resized(there)
+            if not replica.leaving:  # since it waits for room
+                there = sum(not r.leaving for r in self.replicas)
+                self._note(f"{replica.name} is started: {there} replicas from now on")
+                self.resized(there)
         self._start(replica)
 
     def _let_go(self) -> None:
@@ -405,9 +407,14 @@ class Fleet:
                 replica.to(ReplicaState.DEAD)
             if replica.state is ReplicaState.DEAD:
                 self.replicas = [r for r in self.replicas if r is not replica]
+                self._ending.add(replica.index)
                 self._note(f"{replica.name} is removed")
                 self._begin(self._end, replica)
                 self._moved()
+
+    def _give_back(self, replica: Replica) -> None:
+        self._starter.release(replica.index)
+        self._ending.discard(replica.index)  # only now may another one have it
 
     # --- the end ---
 

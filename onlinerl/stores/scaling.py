@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from onlinerl.errors import StoreError
 from onlinerl.stores import _files, _lock
@@ -26,11 +25,31 @@ def ask(run: Path, replicas: int) -> None:
     _files.replace_json(run / _FILE, {"replicas": replicas})
 
 
+def wished(run: Path) -> int | None:
+    """The wish; None if there is none.
+
+    Raises:
+        StoreError: if it is damaged; it is gone then, and can be left again.
+    """
+    path = run / _FILE
+    try:
+        return int(_files.read_json(path)["replicas"])
+    except FileNotFoundError:
+        return None
+    except StoreError as error:
+        forget(run)
+        fix = f"it is removed: resume the run, and ask again with `onlinerl scale {run} --replicas N`"
+        raise StoreError(error.cause, field="RUN", fix=fix) from error
+
+
+def forget(run: Path) -> None:
+    """There is no wish any more."""
+    (run / _FILE).unlink(missing_ok=True)
+
+
 def take(run: Path) -> int | None:
     """The wish, once; None if there is none."""
-    path = run / _FILE
-    if not path.exists():
-        return None
-    wish: dict[str, Any] = _files.read_json(path)
-    path.unlink()
-    return int(wish["replicas"])
+    wish = wished(run)
+    if wish is not None:
+        forget(run)
+    return wish

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from onlinerl import app, cli, resuming
 from onlinerl import config as configuration
 from onlinerl.cli import starting
 from onlinerl.errors import ConfigError, EngineError, LearnerLost, OnlineRLError, StoreError
+from onlinerl.protocols.engine import EngineConfig
+from onlinerl.stores import scaling
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import summarise
 
@@ -28,8 +30,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import recorded
 import shared_gpu
 import toy_fleet
+from people import until
 from toy_fleet import GARBAGE, Replica, World
 from toy_runs import unpaid
+
+from onlinerl.cluster.fleet import Fleet
+from onlinerl.cluster.states import ReplicaState
 
 REPLICAS = 3
 FIRST_HELDOUT = 60
@@ -75,7 +81,7 @@ def run(monkeypatch: pytest.MonkeyPatch, toy_config: Any, tmp_path: Path) -> Ite
     """Runs, or resumes, one iteration with three replicas and these faults."""
     worlds: list[World] = []
 
-    def start(world: World | None = None, *, folder: str = "a", resume: bool = False, **more: Any) -> Done:
+    def start(world: World | None = None, *, folder: str = "a", resume: bool | Sequence[str] = False, **more: Any) -> Done:
         world = world or World()
         worlds.append(world)
         toy_fleet.install(monkeypatch, world)
@@ -93,8 +99,8 @@ def run(monkeypatch: pytest.MonkeyPatch, toy_config: Any, tmp_path: Path) -> Ite
         console = Console(file=out, width=400)
         error: OnlineRLError | None = None
         try:
-            if resume:
-                app.resume(path, [], console)
+            if resume is not False:
+                app.resume(path, () if resume is True else resume, console)
             else:
                 app.run(configuration.load(toy_config(tmp_path / folder, keys)), console)
         except OnlineRLError as raised:
@@ -391,6 +397,116 @@ def test_a_cluster_without_room_is_said_and_the_run_goes_on(run: Run, undisturbe
     assert done.tables() == undisturbed
     assert "no room for replica 3: one more needs a CPU; the run goes on with 3" in done.notes
     assert configuration.load(done.path / "config.yaml").engine.replicas == REPLICAS
+
+
+def test_a_wish_that_came_too_late_is_kept_for_the_resume_unless_that_says_another_number(
+    run: Run, undisturbed: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(self: shared_gpu.Rank, path: str) -> Any:
+        raise RuntimeError("planted")
+
+    for folder, more, replicas in (("a", [], 5), ("b", ["engine.replicas=2"], 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(shared_gpu.Rank, "do_save", fail)
+            assert run(folder=folder).error is not None
+        scaling._files.replace_json(tmp_path / folder / "runs/toy/scale.json", {"replicas": 5})
+
+        again = run(folder=folder, resume=more)
+
+        again.assert_healthy()
+        assert again.tables() == undisturbed
+        assert len(again.world.actors) == replicas
+        assert not (again.path / "scale.json").exists()
+        assert configuration.load(again.path / "config.yaml").engine.replicas == replicas
+
+
+def test_a_damaged_wish_is_named_and_stops_nothing_twice(tmp_path: Path) -> None:
+    (tmp_path / "scale.json").write_text('{"format": 6, "replicas": 5}')
+    with pytest.raises(StoreError, match=r"scale\.json is damaged") as caught:
+        scaling.take(tmp_path)
+    assert "onlinerl scale" in (caught.value.fix or "")
+    assert scaling.take(tmp_path) is None
+
+
+class Rooms:
+    """A starter of replicas without processes, and which rooms are reserved."""
+
+    def __init__(self) -> None:
+        self.rooms: dict[int, object] = {}
+        self.free, self.gone = threading.Event(), threading.Event()
+        self.free.set()
+        self.gone.set()
+
+    def reserve(self, index: int) -> None:
+        assert self.free.wait(30)
+        self.rooms[index] = object()
+
+    def release(self, index: int) -> None:
+        self.rooms.pop(index, None)
+
+    def open(self, replica: Any) -> None:
+        replica.to(ReplicaState.STARTING)
+        replica.actor = self
+
+    def load(self, replica: Any) -> None:
+        assert replica.actor is self
+
+
+@pytest.fixture
+def rooms(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Fleet, Rooms]]:
+    """A fleet of one replica that serves."""
+    starter = Rooms()
+    monkeypatch.setattr("onlinerl.cluster.fleet.LOOK_S", 0.01)
+    monkeypatch.setattr("onlinerl.cluster.replica.Replica.end", lambda replica: starter.gone.wait(30))
+    fleet = Fleet(EngineConfig(), starter)  # type: ignore[arg-type]
+    fleet.replicas[0].state = ReplicaState.SERVING
+    yield fleet, starter
+    starter.free.set()
+    starter.gone.set()
+    fleet.close()
+
+
+def up(fleet: Fleet) -> list[int]:
+    return [replica.index for replica in fleet.replicas if replica.state is not ReplicaState.DEAD]
+
+
+def test_one_that_is_ending_keeps_its_room_and_takes_no_other_s_with_it(rooms: tuple[Fleet, Rooms]) -> None:
+    fleet, starter = rooms
+    fleet.resize(2)
+    until(lambda: up(fleet) == [0, 1], "a second replica")
+    starter.gone.clear()
+    fleet.resize(1)
+    fleet.resize(2)
+    until(lambda: len(up(fleet)) == 2, "another one")
+    starter.gone.set()
+    until(lambda: not fleet._ending, "the room of the first one is given back")
+    assert set(starter.rooms) == set(up(fleet)) - {0} == {2}
+    fleet.resize(3)
+    until(lambda: up(fleet) == [0, 2, 1], "its place is free again")
+
+
+def test_the_place_of_one_that_is_gone_for_good_is_taken_first(rooms: tuple[Fleet, Rooms]) -> None:
+    """There may be no other room in the cluster."""
+    fleet, starter = rooms
+    fleet.resize(3)
+    until(lambda: up(fleet) == [0, 1, 2], "two more")
+    gone = fleet.replicas[1]
+    gone.state, gone.coming_back = ReplicaState.DEAD, False  # its restarts are used up
+    fleet.resize(3)
+    until(lambda: up(fleet) == [0, 2, 1], "another one")
+    assert sorted(starter.rooms) == [1, 2]
+
+
+def test_one_that_is_not_wanted_any_more_when_there_is_room_gives_it_back(rooms: tuple[Fleet, Rooms]) -> None:
+    fleet, starter = rooms
+    wanted: list[int] = []
+    fleet.resized = wanted.append
+    starter.free.clear()
+    fleet.resize(2)
+    fleet.resize(1)
+    starter.free.set()
+    until(lambda: not fleet._ending, "its index is free again")
+    assert (starter.rooms, up(fleet), wanted) == ({}, [0], [1])
 
 
 def test_scaling_is_refused_where_it_cannot_work(run: Run, tmp_path: Path) -> None:
