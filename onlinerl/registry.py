@@ -49,7 +49,7 @@ def load(role: str, name: str, base: type[T], field: str | None = None) -> type[
         return _checked(_dotted(name, field), name, base, field)
     for entry in _entry_points(role):
         if entry.name == name:
-            return _checked(entry.load(), entry.value, base, field)
+            return _checked(_dotted(entry.value.replace(":", ".").partition(" ")[0], field), entry.value, base, field)
     if name not in names(role):
         close = get_close_matches(synonyms.name(name), names(role), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
