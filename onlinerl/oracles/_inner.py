@@ -293,7 +293,7 @@ def keep(file: Path, said: Mapping[str, Any]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         new = file.with_suffix(".new")
         with new.open("w") as opened:
-            json.dump(said, opened, indent=1)
+            json.dump({"said": said, "sha256": _checksum(said)}, opened, indent=1)
             opened.flush()
             os.fsync(opened.fileno())
         os.replace(new, file)
@@ -305,12 +305,23 @@ def kept(file: Path) -> dict[str, Any] | None:
     """What `keep` has written; None if it has not.
 
     Raises:
-        OracleError: if it cannot be read.
+        OracleError: if it cannot be read, or does not agree with its checksum.
     """
     if not file.exists():
         return None
     try:
-        said: dict[str, Any] = json.loads(file.read_text())
+        found = json.loads(file.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it does not hold an object")
+        if found.keys() & {"said", "sha256"}:  # older versions wrote no checksum
+            if found.keys() != {"said", "sha256"} or found["sha256"] != _checksum(found["said"]):
+                raise ValueError("its content does not agree with its checksum")
+            found = found["said"]
     except (OSError, ValueError) as error:
-        raise OracleError(f"{file} cannot be read: {error}", field="runs", fix="restore or remove it") from error
+        raise OracleError(f"{file} is damaged or cannot be read: {error}", field="runs", fix="restore or remove it") from error
+    said: dict[str, Any] = found
     return said
+
+
+def _checksum(said: Any) -> str:
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()

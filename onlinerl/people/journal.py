@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onlinerl import durable
+from onlinerl.errors import StoreError
 
 Entry = Mapping[str, Any]
 
@@ -53,16 +54,21 @@ class Journal:
         except OSError as error:
             raise durable.damaged(self.path, str(error)) from error
         found: list[dict[str, Any]] = []
-        lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+        *lines, torn = data.split(b"\n")
         for number, line in enumerate(lines):
             entry = _entry(line)
             if entry is None:
-                if any(_entry(later) is not None for later in lines[number + 1 :]):
-                    raise durable.damaged(self.path, f"the line at byte {self._read} does not agree with its checksum")
+                if not _has_hole(line) or any(_entry(later) is not None for later in lines[number + 1 :]):
+                    raise self._damaged()
                 break
             found.append(entry)
-            self._read += len(line)
+            self._read += len(line) + 1
+        if _entry(torn[:-1]) is not None:  # all of a line, and then something else than its end
+            raise self._damaged()
         return found
+
+    def _damaged(self) -> StoreError:
+        return durable.damaged(self.path, f"the line at byte {self._read} does not agree with its checksum")
 
     def append(self, entries: Sequence[Entry]) -> None:
         """Add them; they are on the disk when this returns, and `news` gives them too. Everything in the file must have been read.
@@ -78,9 +84,14 @@ def _line(entry: Entry) -> bytes:
     return b"%08x " % zlib.crc32(said) + said + b"\n"
 
 
+def _has_hole(line: bytes) -> bool:
+    """Whether a block of the disk, as far as it belongs to a line, was never written. A flipped bit makes no more than one zero of it."""
+    return line.startswith(b"\0") or line.count(b"\0") > 1
+
+
 def _entry(line: bytes) -> dict[str, Any] | None:
     """None if it does not agree with its checksum."""
-    checksum, _, said = line.removesuffix(b"\n").partition(b" ")
+    checksum, _, said = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(said):
         return None
     entry: dict[str, Any] = json.loads(said)

@@ -476,6 +476,16 @@ def test_what_cannot_work_is_refused(knobs, field, fix):
     assert fix in (error.value.fix or "")
 
 
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_how_long_late_answers_are_asked_for(tmp_path, iterations):
+    oracle = human(tmp_path, ai=AI, expire_iterations=iterations)
+    judged(oracle, [query(1, iteration=1)])
+    judged(oracle, [query(2, iteration=2)])
+    queue = Queue(tmp_path)
+    queue.look()
+    assert ["prompt 1" in one.prompt for one in queue.open()] == ([False] if iterations == 1 else [False, True])
+
+
 def test_a_damaged_queue_stops_the_run(tmp_path):
     judged(human(tmp_path, ai=AI), [query(0), query(1)])
     path = tmp_path / QUESTIONS

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import threading
 import time
 from concurrent.futures import CancelledError
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -659,6 +661,39 @@ def test_what_is_kept_has_an_end(judge, server, tmp_path, monkeypatch):
     assert len(server.asked) == before + 12, "the first is gone"
 
 
+def test_a_reply_that_is_damaged_is_asked_for_again(judge, server, tmp_path):
+    first = judge()
+    first.remember(tmp_path)
+    verdict = one(first, "x", "y")
+    first.close()
+    file = tmp_path / "replies.jsonl"
+    whole, before = file.read_bytes(), len(server.asked)
+    line = whole.index(b"\n") + 1
+    for bit in range(0, 8 * line, 13):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        found = kept.Kept(tmp_path)
+        says = {reply.text for replies in found._replies.values() for reply in replies}
+        found.close()
+        assert says <= {reply.text for replies in _replies(whole, tmp_path / "whole") for reply in replies}, bit
+    file.write_bytes(whole.replace(b'"text": "', b'"text": "z', 1))
+    again = judge()
+    again.open()
+    again.remember(tmp_path)
+    asked = len(server.asked)
+    assert np.allclose(one(again, "x", "y").log_odds, verdict.log_odds, equal_nan=True)
+    assert (len(server.asked) - asked, asked > before) == (1, True), "of two replies one is good"
+
+
+def _replies(data: bytes, folder: Path) -> list[Any]:
+    folder.mkdir(exist_ok=True)
+    (folder / "replies.jsonl").write_bytes(data)
+    found = kept.Kept(folder)
+    found.close()
+    return list(found._replies.values())
+
+
 def test_half_a_surrogate_pair_is_judged_as_any_text(judge):
     for name in ("judge_pair", "judge_score"):
         assert isinstance(one(judge(name), "g \ud83d", "b"), Verdict)
@@ -737,7 +772,7 @@ def test_what_was_paid_for_and_is_no_label_yet_is_known_to_a_resume(judge, serve
     assert one(again, "x", "y").cost.calls == 2, "nothing is kept of a label"
     again.close()
     kept = tmp_path / "replies.jsonl"
-    kept.write_text(kept.read_text().replace(', "open": true', ""))
+    kept.write_text(re.sub(r'"crc": \d+, |, "open": true', "", kept.read_text()))
     older = judge()
     older.remember(tmp_path)
     assert older.unlabelled(tmp_path) == Cost(), "an older version has not said which replies are labels"

@@ -80,6 +80,22 @@ def test_a_flipped_bit_before_the_last_line_is_damage(tmp_path):
         Journal(path).news()
 
 
+def test_every_flipped_bit_of_the_last_line_is_damage_too(tmp_path):
+    """It was on the disk before anybody was told of it, so it is no torn tail."""
+    path = tmp_path / "j"
+    Journal(path).append([{"a": 1}])
+    (journal := Journal(path)).news()
+    journal.append([{"b": "two words"}])
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for bit in range(8 * first, 8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(StoreError, match=f"the line at byte {first} does not agree with its checksum"):
+            Journal(path).news()
+
+
 def test_blocks_that_a_power_cut_left_unwritten_are_ignored(tmp_path):
     path = tmp_path / "j"
     Journal(path).append([{"a": 1}])
@@ -141,6 +157,13 @@ def test_what_was_taken_back_is_asked_again_and_what_the_run_has_is_not(queue):
     assert queue.undo("ann", second.submission) == "taken"
     assert queue.answers("q1") == [second]
     assert queue.answer(said(question(1), "tie", "bob")) == "closed"
+
+
+def test_a_clock_that_is_set_back_makes_no_run_wait_for_it(queue):
+    queue.put([question(1)])
+    answer = said(question(1), "left", at=time.time() + 86400)
+    queue.answer(answer)
+    assert queue.take(["q1"], older_than_s=5) == [answer]
 
 
 def test_a_run_waits_until_an_answer_cannot_be_taken_back(queue):

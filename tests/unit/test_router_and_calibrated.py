@@ -13,6 +13,7 @@ import pytest
 from onlinerl.config import component
 from onlinerl.errors import ConfigError, OracleError
 from onlinerl.ops import calibration
+from onlinerl.oracles._inner import keep, kept
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Cost, Failure, Prompt, Query, Verdict
 
@@ -163,7 +164,7 @@ def test_a_trial_before_the_run_counts_too(tmp_path):
         sources(oracle, query("0 5", "0 1", name="trial"))  # as `check` and the start of a run do
         oracle.remember(tmp_path)
         sources(oracle, query("0 5", "0 1", name="first"))
-    assert json.loads((tmp_path / "spent.json").read_text())["groups"] == 4
+    assert kept(tmp_path / "spent.json")["groups"] == 4
     assert sources(oracle, query("0 5", "0 1")) == ["cheap"]
 
 
@@ -173,7 +174,7 @@ def test_what_a_group_may_cost_at_most_is_set_aside_first(tmp_path):
     oracle.remember(tmp_path)
     said = sources(oracle, query("0 5", "0 1", name="a"), query("0 5", "0 1", name="b"), query("0 5", "0 1", name="c"))
     assert said == ["expensive", "cheap", "cheap"], "together they might have cost 2.4"
-    assert json.loads((tmp_path / "spent.json").read_text())["usd"] == pytest.approx(0.1)
+    assert kept(tmp_path / "spent.json")["usd"] == pytest.approx(0.1)
     for name in "de":
         assert sources(oracle, query("0 5", "0 1", name=name)) == ["expensive"]
     assert sources(oracle, query("0 5", "0 1", name="f")) == ["cheap"], "0.3 is spent, and 0.8 more might be"
@@ -294,6 +295,23 @@ def test_what_check_has_found_is_kept_and_found_by_the_check_of_a_resume(tmp_pat
     assert ASKED == []
     assert again.opening_cost == Cost()
     assert again.base.version == first.version
+
+
+def test_every_flipped_bit_of_what_an_oracle_keeps_is_noticed(tmp_path):
+    file = tmp_path / "calibration.json"
+    said = {"of": {"base": "digits-0"}, "fit": {"slope": 1.25, "intercept": -0.5}, "report": "calibrated"}
+    keep(file, said)
+    assert kept(file) == said
+    whole = file.read_bytes()
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        with pytest.raises(OracleError, match="is damaged or cannot be read") as caught:
+            kept(file)
+        assert str(file) in caught.value.cause
+    file.write_text(json.dumps(said))
+    assert kept(file) == said, "an older version wrote no checksum"
 
 
 def test_a_resume_does_not_ask_about_the_pairs_again(tmp_path):

@@ -11,7 +11,8 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
@@ -65,9 +66,9 @@ class Kept:
 
     def _read(self, data: bytes) -> None:
         for line in data[: data.rfind(b"\n") + 1].splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:  # a block that a power cut left unwritten: that reply is asked for again
+            if (
+                entry := _entry(line)
+            ) is None:  # damaged, or a block that a power cut left unwritten: that reply is asked for again
                 continue
             if "counted" in entry:
                 for key in entry["counted"]:
@@ -132,7 +133,7 @@ class Kept:
         os.close(self._file)
 
     def _write(self, entry: dict[str, Any]) -> None:
-        line = json.dumps(entry).encode() + b"\n"
+        line = json.dumps({"crc": _crc(entry), **entry}).encode() + b"\n"
         with self._one_at_a_time:
             try:
                 if os.write(self._file, line) < len(line):
@@ -143,6 +144,22 @@ class Kept:
 
     def _unusable(self, error: OSError) -> OracleError:
         return OracleError(f"{self._path} cannot be written: {error.strerror}", field="runs", fix="make room, then resume")
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None if it is damaged. Older versions wrote no checksum."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(entry, dict):
+        return None
+    crc = entry.pop("crc", None)
+    return entry if crc in (None, _crc(entry)) else None
+
+
+def _crc(entry: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(entry).encode())
 
 
 def _from_entry(entry: dict[str, Any]) -> Reply:
