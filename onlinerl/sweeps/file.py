@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,8 @@ NAMED = frozenset(key.partition(".")[0] for key in CHOICES if key.endswith(".nam
 """Sections that choose by name: a text in their place is that name."""
 OWN = frozenset({"name", "runs"})
 """Keys of a run that the sweep itself sets."""
+LONGEST = 100
+"""Characters of a run's name."""
 
 
 class SweepFile(BaseModel):
@@ -112,6 +115,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     _require_apart(file, common)
     base = yaml_files.read(path.parent / file.base, CHOICES)
     folder = _folder(base, common) / file.name
+    if (folder / "manifest.json").exists():
+        raise ConfigError(f"is {file.name!r}, and {folder} is a run", field="name", fix="give the sweep a name of its own")
     found: list[Combination] = []
     wrong: dict[str, ConfigError] = {}
     for name, choices, values in _combinations(file):
@@ -146,7 +151,7 @@ def _require_apart(file: SweepFile, common: Mapping[str, Any]) -> None:
         if key == "name" or (key == "runs" and key in file.axes):
             raise ConfigError("is what the sweep calls its runs", field=key, fix="remove it; the name of the sweep is `name`")
     for axis in file.axes:
-        if axis in flat:
+        if axis in flat or (axis in NAMED and f"{axis}.name" in flat):
             raise ConfigError("is an axis of the sweep, and set for all runs too", field=axis, fix="remove one of the two")
     if file.token_budget is not None and "iterations" in {*file.axes, *flat}:
         raise ConfigError("follows from token_budget", field="iterations", fix="remove one of the two")
@@ -181,7 +186,7 @@ def _combinations(file: SweepFile) -> Iterator[tuple[str, dict[str, str], dict[s
             continue
         left += 1
         choices = {axis: label(axis, value) for axis, value in choice.items()}
-        yield "-".join(choices.values()), choices, choice
+        yield _named(choices), choices, choice
     for i, rule in enumerate(file.exclude):
         unknown = [axis for axis in rule if axis not in file.axes]
         if unknown or not fits[i]:
@@ -220,6 +225,12 @@ def label(axis: str, value: Any) -> str:
     if value is None:
         return f"{leaf}-none"
     return _plain(value) if axis in NAMED else f"{leaf}{_plain(value)}"
+
+
+def _named(choices: Mapping[str, str]) -> str:
+    """The name of a run that has these values: all of them, or as much as a name has room for, and a hash of the rest."""
+    name = "-".join(choices.values())
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _plain(value: Any) -> str:

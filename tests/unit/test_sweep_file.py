@@ -80,6 +80,21 @@ def test_sections_that_are_left_out_and_names_that_runs_may_have(load):
     assert sweep.combinations[-1].config.pairing is None
 
 
+def test_values_that_a_name_has_no_room_for_are_told_apart_all_the_same(load):
+    long = [f"models/{'a' * 90}/reward-{n}" for n in (1, 2)]
+    sweep = load(axes={"algorithm": ["dpo"], "model": long})
+    first, second = names(sweep)
+    assert first != second
+    assert all(len(name) == 100 and name.startswith("dpo-modelmodels-aaa") for name in (first, second))
+    assert [c.config.model for c in sweep.combinations] == long
+
+
+def test_a_sweep_does_not_go_into_a_run(load, tmp_path):
+    (tmp_path / "runs/s").mkdir(parents=True)
+    (tmp_path / "runs/s/manifest.json").write_text("{}")
+    assert "name: is 's', and" in refused(load, axes={"seed": [0]})
+
+
 def test_all_is_every_name_that_there_is(load):
     sweep = load(axes={"algorithm": "all"})
     assert names(sweep) == registry.names("algorithms")
@@ -151,6 +166,7 @@ def test_a_file_that_is_none(load, keys, words):
 
 def test_a_key_of_the_command_line_that_is_an_axis(load):
     assert "seed: is an axis of the sweep" in refused(load, "seed=3")
+    assert "algorithm: is an axis of the sweep" in refused(load, "algorithm.name=ipo", axes={"algorithm": ["dpo", "ipo"]})
 
 
 # --- those that come with onlinerl ---
