@@ -73,11 +73,11 @@ class _Loop:
         work.start()
 
     def work(self, task: Task, it: Iteration) -> None:
-        began = time.time()
+        began, since = time.time(), time.monotonic()  # the clock of the machine may be set meanwhile
         try:
             record = phases.function(self.parts.phases, task[1])(it)
-            busy = (ended := time.time()) - began - record.get("waited", 0.0)
-            self.ended.put((task, {"seconds": busy, "began": began, "ended": ended, **record}))
+            busy = (took := time.monotonic() - since) - record.get("waited", 0.0)
+            self.ended.put((task, {"seconds": busy, "began": began, "ended": began + took, **record}))
         except BaseException as error:  # noqa: BLE001  (raised again in the thread of the loop)
             self.ended.put((task, error))
 
