@@ -37,6 +37,8 @@ ROLE = "controller"
 STATES = ("running", "finished", "failed", "interrupted")
 PORTS = 100
 """How many ports to try, from the configured one on."""
+ANY = "0.0.0.0"
+"""What no host means."""
 
 
 _BUCKETS = (1, 3, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 36000)
@@ -53,24 +55,25 @@ class Prometheus(TrackerConfig):
 
     def check(self) -> None:
         """The address is one of this machine, and the port one that this user may open."""
-        if self.port == 0:
-            return
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((self.host, self.port))
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:  # another run has it: this one takes the next free port
-                    return
-                raise ConfigError(
-                    f"{self.host}:{self.port} cannot be listened on: {error.strerror}",
-                    field="metrics.prometheus_port",
-                    fix="choose another port, 0 for any free one, or set metrics.prometheus=false",
-                ) from None
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(self.host or ANY, self.port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:  # another run has it: this one takes the next free port
+                return
+            wrong_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+            raise ConfigError(
+                f"{self.host}:{self.port} cannot be listened on: {error.strerror}",
+                field="metrics.prometheus_host" if wrong_host else "metrics.prometheus_port",
+                fix=("give an address of this machine" if wrong_host else "choose another port, 0 for any free one")
+                + ", or set metrics.prometheus=false",
+            ) from None
 
     def open(self, run: Tracked) -> PrometheusTracker:
         """Serve, with counters that go on where an earlier attempt stopped, and say where."""
-        advertised = outside_address() if self.host in ("0.0.0.0", "::", "") else self.host
+        advertised = outside_address() if self.host in (ANY, "::", "") else self.host
         exporter = PrometheusTracker(
             run.name,
             host=self.host,
@@ -248,7 +251,7 @@ def _serve(host: str, port: int, registry: CollectorRegistry) -> tuple[Any, Any]
     """Listen on the port or, if other runs of this machine have it, on the next free one."""
     for candidate in range(port, min(port + PORTS, 65536)):
         try:
-            return start_http_server(candidate, host, registry)
+            return start_http_server(candidate, host or ANY, registry)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 continue

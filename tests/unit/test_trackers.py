@@ -26,7 +26,7 @@ from onlinerl.trackers import console as console_module
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import ConsoleTracker, render_table, sturdy_console
 from onlinerl.trackers.jsonl import JsonlTracker, caveats, read_metrics
-from onlinerl.trackers.prometheus import PrometheusTracker, totals
+from onlinerl.trackers.prometheus import Prometheus, PrometheusTracker, totals
 from onlinerl.trackers.tensorboard import TensorboardTracker
 from onlinerl.types import Metric
 
@@ -398,6 +398,13 @@ def test_a_foreign_address_is_explained():
     with pytest.raises(ConfigError, match="cannot listen") as caught:
         PrometheusTracker("demo", host="192.0.2.1", port=0)
     assert caught.value.field == "metrics.prometheus_host"
+
+
+def test_no_host_is_every_address_of_this_machine():
+    Prometheus(host="", port=0).check()
+    tracker = PrometheusTracker("demo", host="", port=0)
+    assert scrape(tracker)["onlinerl_run_state", (("state", "running"),)] == 1.0
+    tracker.close()
 
 
 def discovered(folder: Path) -> list:
