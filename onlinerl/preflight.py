@@ -16,7 +16,7 @@ from onlinerl import hardware, hub, memory_checks, placement, weight_files
 from onlinerl.algorithm_checks import check_algorithm, check_sections, most_items, most_steps
 from onlinerl.config import RunConfig, at_home
 from onlinerl.controller.asking import answers
-from onlinerl.errors import ConfigError, OracleError
+from onlinerl.errors import ConfigError, OracleError, StoreError
 from onlinerl.lora_checks import adapter_parameters, check_lora
 from onlinerl.model_checks import check_critic, check_description, check_tensors, check_weights, tokenizer
 from onlinerl.prompt_checks import read_prompts
@@ -27,6 +27,7 @@ from onlinerl.protocols.keys import decided
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.protocols.transport import Layout
+from onlinerl.stores._files import require_free
 from onlinerl.types import Cost, Failure, Group, Prompt, Query, Verdict
 
 
@@ -148,6 +149,8 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     if local is not None:
         _check_lengths(checked, local)
         _check_engine(checked, local)
+        if kept is None:  # one that is resumed may have its last checkpoint
+            _check_room(checked)
     return checked
 
 
@@ -297,11 +300,26 @@ def _precision(config: RunConfig) -> list[str]:
     return ["engine and learner compute in float32: this CPU has no instructions for bfloat16"]
 
 
-def check_writable(directory: Path) -> None:
-    """Raises ConfigError where the directory of a run cannot be made."""
+def _check_room(checked: Checked) -> None:
+    """Refuse a disk without room for the first checkpoint: a run would say so once it has sampled and trained."""
+    least = int(checked.config.checkpoints.min_free_gib * 2**30)
+    try:
+        require_free(_existing(checked.config.directory), checked.state_bytes, least)
+    except StoreError as error:
+        raise ConfigError(error.cause, field=error.field, fix=(error.fix or "").removesuffix(", then resume")) from None
+
+
+def _existing(directory: Path) -> Path:
+    """The folder in which a directory is going to be, or the nearest one above that is there."""
     folder = directory.parent.absolute()
     while not os.path.exists(folder):  # Path.exists raises where a folder may not be looked into
         folder = folder.parent
+    return folder
+
+
+def check_writable(directory: Path) -> None:
+    """Raises ConfigError where the directory of a run cannot be made."""
+    folder = _existing(directory)
     try:
         # A name of its own: of two runs that start at once, neither may take away the other's file.
         with tempfile.TemporaryFile(dir=folder, prefix=".onlinerl-write-test-") as probe:

@@ -85,7 +85,7 @@ class RewardCheckpoints(Section):
     """Optimizer steps between checkpoints: what a kill costs at most."""
     keep: Resumable[int] = Field(2, ge=1)
     """Checkpoints kept; older ones are removed after a newer one is complete."""
-    min_free_gib: Resumable[float] = Field(1.0, ge=0)
+    min_free_gib: Resumable[float] = Field(1.0, ge=0, le=1e9)
     """Refuse to write a checkpoint that would leave less than this free."""
 
 

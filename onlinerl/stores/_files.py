@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,10 @@ from onlinerl.durable import explained as explained
 from onlinerl.durable import is_full as is_full
 from onlinerl.durable import sync_directory as sync_directory
 from onlinerl.durable import write_all as write_all
+from onlinerl.errors import StoreError
 
 TEMPORARY = ".tmp"
+_GIB = 1 << 30
 FORMAT = 6
 """Of what is written; 1 had no checksums, up to 3 a table was one journal of JSON lines, or one Parquet file; up to 4 some keys of the
 configuration had other names (`onlinerl.synonyms.RENAMED`), and up to 5 some columns (`_arrow`)."""
@@ -97,6 +100,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(data)
     except FileNotFoundError:
         raise
+    except NotADirectoryError as error:  # what was named as a folder is a file
+        raise FileNotFoundError(*error.args) from error
     except (OSError, ValueError) as error:
         raise damaged(path, str(error)) from error
     if not isinstance(value, dict):
@@ -108,6 +113,23 @@ def read_json(path: Path) -> dict[str, Any]:
         raise damaged(path, "its content does not agree with its checksum")
     value.pop("sha256", None)
     return value
+
+
+def require_free(path: Path, bytes_needed: int, min_free_bytes: int) -> None:
+    """Refuse to write so much below an existing directory if that would leave less than `min_free_bytes` free.
+
+    Raises:
+        StoreError: with the numbers.
+    """
+    free = shutil.disk_usage(path).free
+    if free - bytes_needed < min_free_bytes:
+        raise StoreError(
+            f"{path} has {free / _GIB:.2f} GiB free; {bytes_needed / _GIB:.2f} GiB are about to be written and "
+            f"{min_free_bytes / _GIB:.2f} GiB must stay free",
+            field="checkpoints.min_free_gib",
+            fix="lower checkpoints.keep, set checkpoints.exports=last, free some space, or move the run to a larger disk "
+            "(`runs`), then resume",
+        )
 
 
 def sha256(data: bytes) -> str:

@@ -44,7 +44,6 @@ __all__ = ["RunDirectory"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _PROMPTS = "prompts"
-_GIB = 1 << 30
 _AT_ONCE = 1000
 """Prompts that are encoded together."""
 _REMEMBERED = 8
@@ -165,7 +164,8 @@ class RunDirectory:
 
     def write_config(self, config_yaml: str) -> None:
         """Replace the stored configuration, for a resume that changes what may be changed."""
-        _files.replace(self.path / _identity.CONFIG, config_yaml.encode())
+        with self._writing():
+            _files.replace(self.path / _identity.CONFIG, config_yaml.encode())
 
     def require_free(self, bytes_needed: int, min_free_bytes: int) -> None:
         """Refuse before anything is written if writing `bytes_needed` would leave less than `min_free_bytes` free.
@@ -173,15 +173,7 @@ class RunDirectory:
         Raises:
             StoreError: with the numbers.
         """
-        free = shutil.disk_usage(self.path).free
-        if free - bytes_needed < min_free_bytes:
-            raise StoreError(
-                f"{self.path} has {free / _GIB:.2f} GiB free; {bytes_needed / _GIB:.2f} GiB are about to be written and "
-                f"{min_free_bytes / _GIB:.2f} GiB must stay free",
-                field="checkpoints.min_free_gib",
-                fix="lower checkpoints.keep, set checkpoints.exports=last, free some space, or move the run to a larger disk "
-                "(`runs`), then resume",
-            )
+        _files.require_free(self.path, bytes_needed, min_free_bytes)
 
     # --- prompts ---
 
@@ -328,6 +320,8 @@ class RunDirectory:
         """
         with _artefacts.staged(self.path / kind, iteration) as path:
             yield path
+            with self._writing():
+                pass  # refuses where another process may have the run by now
 
     def require_files(self, path: Path, written: Mapping[str, int]) -> None:
         """Refuse a staged checkpoint that lacks anything of what the learner says it wrote: bytes of each file, by relative path.

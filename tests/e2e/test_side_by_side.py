@@ -159,7 +159,13 @@ def test_what_a_stopped_phase_still_says_is_not_written(tmp_path):
     run.close()
     from onlinerl.errors import StoreError
 
+    def checkpoint() -> None:
+        with run.staged("checkpoints", 1) as path:
+            (path / "weights").write_text("of a run that was stopped")
+
     for write in (
+        checkpoint,
+        lambda: run.write_config("name: other\n"),
         lambda: table.append([label(2, 1.0)]),
         table.seal,
         table.clear,
@@ -170,6 +176,7 @@ def test_what_a_stopped_phase_still_says_is_not_written(tmp_path):
             write()
     with RunDirectory.open(tmp_path / "r") as again:
         assert list(again.labels(1, "verdicts")) == [label(1, 1.0)]
+        assert (again.config_yaml, again.artefacts("checkpoints")) == ("", [])
 
 
 def test_a_group_that_the_oracle_failed_on_is_scored_after_the_repair(toy_config, onlinerl, oracle, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from values import label, pair
 
 from onlinerl.errors import StoreError
 from onlinerl.protocols.store import EVALUATION, ROLLOUTS
-from onlinerl.stores import oracle_versions
+from onlinerl.stores import oracle_versions, sweeps
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import samples, summarise
 from onlinerl.types import Group, Label, Prompt, Rollout, Sampling, Verdict
@@ -173,6 +173,10 @@ def test_a_run_without_iterations_and_no_run(run, tmp_path):
         summarise(tmp_path / "nothing")
     with pytest.raises(StoreError, match=f"there is no directory {tmp_path}/none"):
         summarise(tmp_path / "none/demo")
+    (tmp_path / "file").write_text("{}")
+    with pytest.raises(StoreError, match="file holds no run"):
+        summarise(tmp_path / "file")
+    assert sweeps.read(tmp_path / "file") is None
 
 
 def test_samples_before_there_are_any(run):
