@@ -28,7 +28,7 @@ from onlinerl.preflight import Checked
 from onlinerl.prompts._kept import Kept
 from onlinerl.protocols.oracle import ModelOracle, Oracle, leaves, moved, with_weights
 from onlinerl.standing import Standing
-from onlinerl.stores import base_answers, labels
+from onlinerl.stores import base_answers, labels, scaling
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import FAILURE, summarise
 from onlinerl.trackers import jsonl
@@ -56,6 +56,24 @@ def check(
     """
     ledger_checks.check_source(config)
     checked = preflight.check(config, kept)
+    with _closed_on_error(checked.oracle):
+        return _oracle_tried(checked, config, console, account, folder)
+
+
+@contextmanager
+def _closed_on_error(oracle: Oracle) -> Iterator[None]:
+    """What an oracle has started, processes maybe, must not outlive what it was opened for."""
+    try:
+        yield
+    except BaseException:
+        oracle.close()
+        raise
+
+
+def _oracle_tried(
+    checked: Checked, config: RunConfig, console: Console, account: Account | None, folder: Path | None
+) -> Checked:
+    """With what the oracle says to a trial question, as far as it can be asked here."""
     for note in checked.notes:
         console.print(note, highlight=False, soft_wrap=True)
     verdict: Verdict | None = None
@@ -195,11 +213,24 @@ def run(
         )
     account = ledger_checks.account(config.ledger, Cost())
     checked = check(config, console, account=account)
-    _require_startable(checked)
-    if fresh and (aside := RunDirectory.move_aside(config.directory)) is not None:
-        console.print(f"the older run is now {aside}", highlight=False)
+    with _closed_on_error(checked.oracle):
+        _require_startable(checked)
+        if fresh and (aside := RunDirectory.move_aside(config.directory)) is not None:
+            console.print(f"the older run is now {aside}", highlight=False)
+        store = RunDirectory.create(config.directory, config_yaml=configuration.dump(config), manifest=_identified(config))
+        if base_of is not None:
+            try:
+                base_answers.take_over(store, base_of, checked.oracle_version)
+            except BaseException:
+                store.close()
+                raise
+    return _execute(checked, store, account, console, standing)
+
+
+def _identified(config: RunConfig) -> dict[str, Any]:
+    """What a run is, for its manifest."""
     model = preflight.identity(config.model)
-    manifest = {
+    return {
         "name": config.name,
         "algorithm": config.algorithm["name"],
         "config_digest": configuration.digest(config),
@@ -208,14 +239,6 @@ def run(
         "reference": model,
         "packages": _versions(),
     }
-    store = RunDirectory.create(config.directory, config_yaml=configuration.dump(config), manifest=manifest)
-    if base_of is not None:
-        try:
-            base_answers.take_over(store, base_of, checked.oracle_version)
-        except BaseException:
-            store.close()
-            raise
-    return _execute(checked, store, account, console, standing)
 
 
 @signals()
@@ -234,10 +257,14 @@ def resume(directory: Path, overrides: Sequence[str], console: Console, *, stand
     directory = directory.absolute()
     store = RunDirectory.open(directory)
     try:
+        overrides = resuming.with_wish(directory, overrides)
         config = configuration.settled(resuming.stored_config(directory, overrides))
         resuming.require_unchanged(config, store)
         resuming.require_in_order(store, config.schedule.max_lag)
         if all(store.phase_done(number, "commit") for number in range(config.iterations + 1)):
+            if store.manifest["status"] != "finished":  # it was stopped behind its last phase, or is to end here
+                store.write_config(configuration.dump(config))
+                store.update_manifest(status="finished")
             store.close()
             return 0
         limit = time_limit.given()
@@ -247,9 +274,11 @@ def resume(directory: Path, overrides: Sequence[str], console: Console, *, stand
             console.print(note, highlight=False, soft_wrap=True)
         account = ledger_checks.account(config.ledger, ledger_checks.spent(directory, configuration.oracle(config)))
         checked = check(config, console, resuming.kept(store), account, directory / labels.KEPT)
-        _require_startable(checked)
-        store.write_config(configuration.dump(config))  # the next resume goes on with what was allowed to change
-        store.update_manifest(status="running", attempt=store.manifest.get("attempt", 0) + 1)
+        with _closed_on_error(checked.oracle):
+            _require_startable(checked)
+            store.write_config(configuration.dump(config))  # the next resume goes on with what was allowed to change
+            scaling.forget(directory)
+            store.update_manifest(status="running", attempt=store.manifest.get("attempt", 0) + 1)
     except BaseException:
         store.close()
         raise
@@ -297,20 +326,14 @@ def lacking(checked: Checked) -> list[ConfigError]:
 
 
 def _execute(checked: Checked, store: RunDirectory, account: Account, console: Console, standing: Standing | None) -> int:
-    if checked.trial is not None:
-        labels.record_trial(store, checked.trial)
-    if "prompts" not in store.manifest:
-        anchors = {"anchors": [group.prompt for group in checked.anchors]} if checked.anchors else {}
-        if anchors:
-            store.keep_anchors(checked.anchors)
-        store.keep_prompts(train=list(checked.train or ()), heldout=checked.heldout, **anchors)
-    (store.path / FAILURE).unlink(missing_ok=True)  # of an earlier attempt
-    clock = time_limit.PhaseClock(store)
-    tracker = FanoutTracker([clock, *wiring.trackers(checked, store.path, console)])
-    if store.caveat is not None:
-        tracker.note(store.caveat)
-    status = "failed"
-    try:
+    status, tracker = "failed", FanoutTracker([])
+    clock: time_limit.PhaseClock | None = None
+    try:  # from the first write on: whatever ends it, the run says how it stands, and its lock is free
+        _keep(checked, store)
+        clock = time_limit.PhaseClock(store)
+        tracker = FanoutTracker([clock, *wiring.trackers(checked, store.path, console)])
+        if store.caveat is not None:
+            tracker.note(store.caveat)
         checked.oracle.remember(store.path / labels.KEPT)
         with wiring.started(checked, store, account, tracker, standing) as parts, _loaded_for_good():
             done = loop.run(parts, attempt=store.manifest.get("attempt", 0))
@@ -329,13 +352,25 @@ def _execute(checked: Checked, store: RunDirectory, account: Account, console: C
     finally:
         if status != "finished":
             with suppress(StoreError):  # what ended the run is on its way to the user
-                stopped = {"stopped": clock.stopped()} if status == "interrupted" else {}
+                stopped = {"stopped": clock.stopped()} if clock is not None and status == "interrupted" else {}
                 store.update_manifest(status=status, **stopped)
         tracker.ended(status)
         tracker.close()
         checked.oracle.close()
         store.close()
         _say_how_it_went(store.path, status, console)
+
+
+def _keep(checked: Checked, store: RunDirectory) -> None:
+    """What the start has cost, and the prompts of the run, if they are not kept yet."""
+    if checked.trial is not None:
+        labels.record_trial(store, checked.trial)
+    if "prompts" not in store.manifest:
+        anchors = {"anchors": [group.prompt for group in checked.anchors]} if checked.anchors else {}
+        if anchors:
+            store.keep_anchors(checked.anchors)
+        store.keep_prompts(train=list(checked.train or ()), heldout=checked.heldout, **anchors)
+    (store.path / FAILURE).unlink(missing_ok=True)  # of an earlier attempt
 
 
 def _record_failure(store: RunDirectory, error: Exception) -> None:

@@ -40,7 +40,8 @@ def run(sweep: Sweep, console: Console) -> int:
         record = _recorded(sweep, check(sweep, console))
         open_ = [c for c in sweep.combinations if c.name in record.runs and not _finished(sweep, c)]
         record.write(sweep.folder)
-        failed = {name: reason for name, reason in record.failed.items() if name in record.runs}
+        # One that has failed may have been resumed by itself since.
+        failed = {c.name: record.failed[c.name] for c in open_ if c.name in record.failed}
         with Standing() as standing:
             for number, combination in enumerate(_in_order(open_), 1):
                 console.print(f"\n{combination.name}: run {number} of {len(open_)}", style="bold", highlight=False)
@@ -113,6 +114,7 @@ def check(sweep: Sweep, console: Console) -> dict[str, str]:
         except OnlineRLError as error:
             wrong[combination.name] = error
         else:
+            checked.oracle.close()
             if lacking := app.lacking(checked):
                 absent[combination.name] = lacking[0]
     serves = [_prompts(c) for c in sweep.combinations if c.name not in wrong]

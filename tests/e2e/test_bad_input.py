@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
+from onlinerl import app, mounts, placement, wiring
 from onlinerl import cli as command_line
 from onlinerl import config as configuration
-from onlinerl import mounts, placement, wiring
 from onlinerl.learners.toy import ToyLearner
-from onlinerl.stores import _files, directory
+from onlinerl.stores import _files, directory, summary
 from onlinerl.stores.summary import summarise
 
 FAILED, REFUSED = 1, 2
@@ -378,9 +379,43 @@ def test_a_tracker_that_is_not_installed(toy_config, refused, monkeypatch, tmp_p
     says(message, "config: metrics.tensorboard: TensorBoard is not installed", "onlinerl[tensorboard]")
 
 
-def test_an_address_of_another_machine(toy_config, refused, tmp_path):
-    message = refused(toy_config(tmp_path, {"metrics.prometheus_host": "192.0.2.1", "metrics.prometheus_port": 9470}))
-    says(message, "config: metrics.prometheus_port: 192.0.2.1:9470 cannot be listened on", "metrics.prometheus=false")
+UNOPENED = """
+from onlinerl.protocols.tracker import TrackerConfig
+
+class Unopened(TrackerConfig):
+    name: str = "unopened"
+
+    def open(self, run):
+        raise {error}
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "status"), [("ValueError('no server')", None, "failed"), ("KeyboardInterrupt", 75, "interrupted")]
+)
+def test_a_tracker_that_cannot_be_opened(toy_config, onlinerl, monkeypatch, tmp_path, error, code, status):
+    """The run says how it stands, and the same process can resume it."""
+    name = f"unopened_{status}"
+    (tmp_path / f"{name}.py").write_text(UNOPENED.format(error=error))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = toy_config(tmp_path, {"iterations": 1, "metrics.trackers": [{"name": f"{name}.Unopened"}]})
+    run = tmp_path / "runs/toy"
+    if code is None:
+        with pytest.raises(ValueError, match="no server"):
+            app.run(configuration.load(config), Console(quiet=True))
+    else:
+        ended, message = onlinerl("run", config)
+        assert ended == code
+        assert f"continue with `onlinerl resume {run}`" in message
+    assert summary.status(run) == status
+    assert onlinerl("resume", run, "metrics.trackers=[]")[0] == 0
+
+
+@pytest.mark.parametrize("port", [9470, 0])
+@pytest.mark.parametrize("host", ["192.0.2.1", "no such host"])
+def test_an_address_of_another_machine(toy_config, refused, tmp_path, host, port):
+    message = refused(toy_config(tmp_path, {"metrics.prometheus_host": host, "metrics.prometheus_port": port}))
+    says(message, f"config: metrics.prometheus_host: {host}:{port} cannot be listened on", "metrics.prometheus=false")
 
 
 def test_a_directory_that_holds_another_run(toy_config, onlinerl, tmp_path):
@@ -688,6 +723,47 @@ def test_an_oracle_that_cannot_judge(toy_config, refused, oracle, tmp_path, body
     says(refused(toy_config(tmp_path, oracle(body))), "error: oracle: oracle", *parts)
 
 
+OPENED = """
+from onlinerl.protocols.oracle import Oracle
+from onlinerl.types import Failure, Verdict
+
+OPEN = set()
+
+
+class Opened(Oracle):
+    fails: bool = False
+
+    def open(self):
+        OPEN.add(id(self))
+
+    def close(self):
+        OPEN.discard(id(self))
+
+    @property
+    def version(self):
+        return "1"
+
+    def judge(self, queries):
+        said = Failure(kind="error", message="no") if self.fails else None
+        return [said or Verdict(annotator="o", oracle_version="1", scores=(0.0,) * len(q.responses)) for q in queries]
+"""
+
+
+def test_an_oracle_is_closed_whatever_is_refused(toy_config, onlinerl, monkeypatch, tmp_path):
+    """A notebook, or a sweep, goes on; so would processes that it has started."""
+    (tmp_path / "opened.py").write_text(OPENED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    keys = {"oracle.name": "opened.Opened", "iterations": 1}
+    assert onlinerl("run", toy_config(tmp_path, {**keys, "oracle.fails": True}))[0] == REFUSED
+    (tmp_path / "runs/toy").mkdir(parents=True)
+    (tmp_path / "runs/toy/notes").write_text("")
+    assert onlinerl("run", toy_config(tmp_path, keys))[0] == REFUSED
+    sweep = {"base": "toy.yaml", "name": "both", "axes": {"seed": [0, 1], "oracle.groups_per_call": [1, 2]}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    assert onlinerl("sweep", tmp_path / "sweep.yaml", "--check")[0] == 0
+    assert sys.modules["opened"].OPEN == set()
+
+
 def test_an_oracle_that_is_not_there(toy_config, refused, tmp_path):
     overrides = {"oracle.name": "python", "oracle.function": "no_such_module_at_all.judge"}
     says(refused(toy_config(tmp_path, overrides)), "oracle.function: cannot import 'no_such_module_at_all'", "PYTHONPATH=.")
@@ -758,13 +834,22 @@ def test_too_little_space(toy_config, onlinerl, monkeypatch, tmp_path):
     """Refused before anything of the checkpoint is written, and the run goes on when there is room."""
     config = toy_config(tmp_path, {"iterations": 1, "checkpoints.min_free_gib": 2.0})
     with monkeypatch.context() as patch:
-        usage = shutil.disk_usage(tmp_path)._replace(free=2**30)
-        patch.setattr(directory.shutil, "disk_usage", lambda path: usage)
+        usage, at_the_start = shutil.disk_usage(tmp_path), iter([2**32])
+        patch.setattr(directory.shutil, "disk_usage", lambda path: usage._replace(free=next(at_the_start, 2**30)))
         code, message = onlinerl("run", config)
     assert code == FAILED
     says(message, "store: checkpoints.min_free_gib: ", "has 1.00 GiB free", "2.00 GiB must stay free", "then resume")
     assert not list((tmp_path / "runs/toy").glob("*ports/0*"))
     assert onlinerl("resume", tmp_path / "runs/toy", "checkpoints.min_free_gib=0.0")[0] == 0
+
+
+def test_too_little_space_for_the_first_checkpoint(toy_config, refused, monkeypatch, tmp_path):
+    """Before anything is sampled for it."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**30)
+    monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: usage)
+    message = refused(toy_config(tmp_path, {"checkpoints.min_free_gib": 2.0}))
+    says(message, "config: checkpoints.min_free_gib: ", "has 1.00 GiB free", "2.00 GiB must stay free", "free some space")
+    assert "resume" not in message
 
 
 def full(*_: object) -> int:

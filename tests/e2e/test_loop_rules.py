@@ -6,9 +6,11 @@ import gc
 import json
 import math
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import documents
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 from older import as_format_3, as_format_5
 
 from onlinerl import graph, wiring
-from onlinerl.controller import evaluation
+from onlinerl.controller import evaluation, loop
 from onlinerl.controller.phases import annotate as annotating
 from onlinerl.engines.toy import ToyEngine
 from onlinerl.errors import StoreError
@@ -25,11 +27,11 @@ from onlinerl.ops.batching import collate
 from onlinerl.ops.terms import closeness
 from onlinerl.stores import _files, _tables
 from onlinerl.stores.directory import RunDirectory
-from onlinerl.stores.summary import summarise
+from onlinerl.stores.summary import status, summarise
 from onlinerl.trackers.jsonl import read_metrics
 from onlinerl.types import Prompt, TrainItem
 
-FAILED, REFUSED = 1, 2
+FAILED, REFUSED, NOTHING_LEFT, REQUEUE = 1, 2, 4, 75
 
 
 def records(run: Path, phase: str) -> list[dict]:
@@ -47,6 +49,50 @@ def values(run: Path, name: str, **labels: str) -> list[float]:
     """One metric over the iterations."""
     found = [r for r in read_metrics(run / "metrics.jsonl") if r["name"] == name and labels.items() <= r["labels"].items()]
     return [r["value"] for r in sorted(found, key=lambda r: r["iteration"])]
+
+
+# --- time ---
+
+
+def test_a_clock_that_is_set_back_changes_no_duration(toy_config, onlinerl, monkeypatch, tmp_path):
+    clock = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(time=lambda: float(next(clock)), monotonic=time.monotonic))
+    assert onlinerl("run", toy_config(tmp_path, iterations=1))[0] == 0
+    with RunDirectory.open(tmp_path / "runs/toy") as run:
+        phases = [record for t in run.iterations() for record in run.phases(t).values()]
+    assert len(phases) == 13
+    assert all(0 <= record["seconds"] < 60 and 0 <= record["ended"] - record["began"] < 60 for record in phases)
+
+
+# --- the end ---
+
+
+def test_a_run_that_was_stopped_behind_its_last_phase_is_finished(toy_config, onlinerl, monkeypatch, tmp_path):
+    """As while engines and ranks are shut down."""
+    real, run = RunDirectory.update_manifest, tmp_path / "runs/toy"
+
+    def stopped(self: RunDirectory, **changes: object) -> None:
+        if changes.get("status") == "finished":
+            raise KeyboardInterrupt
+        real(self, **changes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "update_manifest", stopped)
+        assert onlinerl("run", toy_config(tmp_path, iterations=1))[0] == REQUEUE
+    assert status(run) == "interrupted"
+    assert onlinerl("resume", run)[0] == NOTHING_LEFT
+    assert status(run) == "finished"
+
+
+def test_a_run_may_end_earlier_than_it_was_to(toy_config, onlinerl, oracle, tmp_path):
+    run = tmp_path / "runs/toy"
+    body = "if calls > 4:\n    raise ValueError\nreturn [[len(r) for r in q['responses']] for q in queries]"
+    assert onlinerl("run", toy_config(tmp_path, oracle(body)))[0] == FAILED
+    done = [row["iteration"] for row in summarise(run)["iterations"] if row["status"] == "promoted"]
+    assert done == [0, 1]
+    assert onlinerl("resume", run, "iterations=1")[0] == NOTHING_LEFT
+    assert status(run) == "finished"
+    assert onlinerl("resume", run)[0] == NOTHING_LEFT
 
 
 # --- nothing to learn ---

@@ -138,6 +138,17 @@ def test_a_run_that_fails_is_recorded_and_tried_again(sweep_file, warm_cli, tmp_
     assert [run["status"] for run in json.loads(warm_cli("show", folder, "--json").stdout)["runs"]] == ["finished"] * 2
 
 
+def test_one_that_failed_and_was_resumed_by_itself_counts_as_failed_no_more(sweep_file, warm_cli, tmp_path):
+    file = sweep_file(axes={"algorithm": ["dpo", "grpo"]})
+    failed = warm_cli("sweep", file, log=tmp_path / "log0", down=["judge", 6])
+    assert failed.returncode == FAILED, failed.message
+    resumed = warm_cli("resume", tmp_path / "runs/both/dpo", log=tmp_path / "log1")
+    assert resumed.returncode == 0, resumed.message
+    again = warm_cli("sweep", file, log=tmp_path / "log2")
+    assert again.returncode == 0, again.message
+    assert not (tmp_path / "log2").exists(), "nothing was left to do"
+
+
 # --- what is refused before anything starts ---
 
 
