@@ -99,6 +99,16 @@ def test_floats_as_people_write_them(write, text):
     assert configuration.load(path).training.learning_rate == 1e-5
 
 
+@pytest.mark.parametrize("text", ["010", "0x10", "1:30", "-012"])
+def test_whole_numbers_are_decimal(write, text):
+    """YAML 1.1 takes 010 for 8 and 1:30 for 90."""
+    path = write("base.yaml", BASE)
+    with pytest.raises(ConfigError, match=f"iterations: input should be a valid integer, got '{text}'"):
+        configuration.load(path, [f"iterations={text}"])
+    assert configuration.load(path, ["name=007", "iterations=1_000", "seed=0"]).name == "007"
+    assert configuration.load(path, ["iterations=1_000"]).iterations == 1000
+
+
 def test_overrides_are_typed_and_nested(write):
     path = write("base.yaml", BASE)
     config = configuration.load(
