@@ -23,8 +23,12 @@ V = TypeVar("V")
 @contextlib.contextmanager
 def scratch(folder: Path) -> Iterator[Scratch]:
     """Files without names below `folder`: nobody else can change them, and they are gone with the process."""
-    with contextlib.ExitStack() as files:
+    files = contextlib.ExitStack()
+    try:
         yield Scratch(folder, files)
+    finally:
+        with contextlib.suppress(OSError):  # what a full disk has not taken nobody asks for any more
+            files.close()
 
 
 def _reduced(value: Any) -> Any:

@@ -761,7 +761,7 @@ def test_an_oracle_is_closed_whatever_is_refused(toy_config, onlinerl, monkeypat
     sweep = {"base": "toy.yaml", "name": "both", "axes": {"seed": [0, 1], "oracle.groups_per_call": [1, 2]}}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     assert onlinerl("sweep", tmp_path / "sweep.yaml", "--check")[0] == 0
-    assert sys.modules["opened"].OPEN == set()
+    assert set() == sys.modules["opened"].OPEN
 
 
 def test_an_oracle_that_is_not_there(toy_config, refused, tmp_path):

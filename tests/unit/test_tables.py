@@ -362,6 +362,12 @@ def test_scratch_is_a_sequence_on_the_disk(run):
     assert [p for p in run.path.iterdir() if p.name.startswith("tmp")] == []
 
 
+def test_a_full_disk_under_the_scratch_is_what_is_said_and_not_what_closing_it_says(run, monkeypatch):
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: open("/dev/full", "r+b"))  # noqa: SIM115
+    with pytest.raises(StoreError, match="the disk is full"), run.scratch() as scratch:
+        scratch.keep([1, 2, 3])
+
+
 def test_a_full_disk_under_the_scratch_is_said(run, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
