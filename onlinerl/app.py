@@ -27,6 +27,7 @@ from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, StoreError
 from onlinerl.preflight import Checked
 from onlinerl.prompts._kept import Kept
 from onlinerl.protocols.oracle import ModelOracle, Oracle, leaves, moved, with_weights
+from onlinerl.reward_training import run_checks
 from onlinerl.standing import Standing
 from onlinerl.stores import base_answers, labels, scaling
 from onlinerl.stores.directory import RunDirectory
@@ -79,6 +80,8 @@ def _oracle_tried(
     verdict: Verdict | None = None
     if folder is not None:
         checked.oracle.recall(folder)
+    for note in run_checks.check(checked.config, checked.algorithm, checked.oracle, list(checked.train or ())):
+        console.print(note, highlight=False, soft_wrap=True)
     notes, paid = _leaves_tried(checked, account)
     for note in notes:
         console.print(note, highlight=False, soft_wrap=True)

@@ -35,6 +35,11 @@ iterations up to the one whose weights sample, and what the ones before have sam
 
     select t             as sample t                   -            -                             selection t
 
+Where the oracle's reward model is trained further between iterations, that is a phase too; commit t waits for it, and whoever asks the oracle
+for iteration t+1, label and examine (the latter with lag for t+2: what samples beside the training waits for it):
+
+    refresh t            measure t                     -            oracle                        refresh_labels t, weights of the oracle
+
 With `max_lag: 1` iteration t is sampled while t-1 trains, so from the weights of t-2. Only these edges differ:
 
 (1) sample t waits for the same phase of t-2, and for sample t-1, which says where its prompts begin.
@@ -88,6 +93,7 @@ def phases(
     mixture_samples: bool = False,
     anchors: bool = False,
     select: bool = False,
+    refresh: bool = False,
 ) -> tuple[Phase, ...]:
     """The graph, in the order in which an iteration goes through it if nothing runs side by side.
 
@@ -100,12 +106,15 @@ def phases(
         mixture_samples: the learner samples too; the same holds.
         anchors: the oracle is examined by pairs whose better response is known.
         select: a selector chooses what is sampled, before anything is.
+        refresh: the oracle's reward model is trained further.
     """
     sampled_from = ("sync" if evaluate_beside else "commit", 1 + max_lag)
     lagging = max_lag > 0
     wanted = {"examine": anchors, "select": select, "sample_reference": reference_samples, "sample_mixture": mixture_samples}
-    before = [phase for phase in _before_sampling(sampled_from, lagging=lagging, select=select) if wanted[phase.name]]
+    possible = _before_sampling(sampled_from, lagging=lagging, select=select, refresh=refresh)
+    before = [phase for phase in possible if wanted[phase.name]]
     first = [(each.name, 0) for each in before]
+    renewed = (("refresh", 1),) if refresh else ()  # the oracle has the version that the iteration before has left
     graph = (
         *before,
         Phase(
@@ -114,7 +123,7 @@ def phases(
             shares=frozenset({"engine"}),
             keeps=True,
         ),
-        Phase(name="label", follows="sample", shares=frozenset({"oracle"}), keeps=True),
+        Phase(name="label", follows="sample", waits_for=renewed, shares=frozenset({"oracle"}), keeps=True),
         Phase(
             name="annotate",
             follows="label",
@@ -148,16 +157,27 @@ def phases(
             of_base=True,
             keeps=True,
         ),
-        Phase(name="commit", waits_for=(("measure", 0), ("commit", 1), *([("sync", 0)] if lagging else [])), of_base=True),
+        *([Phase(name="refresh", waits_for=(("measure", 0),), alone=frozenset({"oracle"}), keeps=True)] if refresh else []),
+        Phase(
+            name="commit",
+            waits_for=(
+                ("measure", 0),
+                ("commit", 1),
+                *([("sync", 0)] if lagging else []),
+                *([("refresh", 0)] if refresh else []),
+            ),
+            of_base=True,
+        ),
     )
     return tuple(_in_turn(phase) if not stream or (dynamic and phase.follows == "label") else phase for phase in graph)
 
 
-def _before_sampling(sampled_from: tuple[str, int], *, lagging: bool, select: bool) -> tuple[Phase, ...]:
+def _before_sampling(sampled_from: tuple[str, int], *, lagging: bool, select: bool, refresh: bool) -> tuple[Phase, ...]:
     """What some runs do before an iteration samples."""
     which = (("select", 0),) if select else ()
+    renewed = (("refresh", sampled_from[1]),) if refresh else ()
     return (
-        Phase(name="examine", waits_for=(sampled_from,), shares=frozenset({"oracle"}), of_base=True, keeps=True),
+        Phase(name="examine", waits_for=(sampled_from, *renewed), shares=frozenset({"oracle"}), of_base=True, keeps=True),
         Phase(name="select", waits_for=(sampled_from, *([("sample", 1)] if lagging else []))),
         Phase(name="sample_reference", waits_for=(sampled_from, *which), alone=frozenset({"learner", "engine"}), keeps=True),
         Phase(name="sample_mixture", waits_for=(sampled_from, *which), alone=frozenset({"learner"}), keeps=True),

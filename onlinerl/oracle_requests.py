@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -133,3 +133,30 @@ def foretold(plan: Planned, oracle: Oracle, tried: Cost, prompts: Iterable[Promp
     dollars = [groups * price for (groups, _), price in zip(plan.groups(), prices, strict=True) if price is not None]
     usd = sum(dollars) + begun.usd if dollars else None
     return Foretold(text=text if usd is None else f"{text}; about ${usd:.2f} at most", calls=total, usd=usd)
+
+
+def of_refresh(config: RunConfig, algorithm: Algorithm, oracle: Oracle, prompts: Sequence[Prompt]) -> Foretold | None:
+    """What the oracle is asked from which the reward model of a run learns; None where requests of it are nobody's concern, or none learns.
+
+    Args:
+        config, algorithm, oracle: of the run.
+        prompts: that it trains on.
+    """
+    plan = oracle.refreshing
+    if plan is None:
+        return None
+    drawn = config.sampling.samples_per_prompt + len(algorithm.needs.beside_samples)
+    per_group = plan.labels.requests(drawn)
+    if per_group is None:
+        return None
+    groups = min(plan.prompts, config.prompts.per_iteration)
+    each = groups * per_group
+    text = (
+        f"oracle.labels: {per_group} requests for {drawn} responses to a prompt, at most {each} an iteration and {each * config.iterations} for "
+        "the whole run"
+    )
+    tokens = fmean(len(prompt.token_ids) for prompt in prompts) if prompts else 0.0
+    price = plan.labels.most_usd(tokens, config.sampling.max_new_tokens, drawn)
+    usd = None if price is None else price * groups * config.iterations
+    text = text if usd is None else f"{text}; about ${usd:.2f} at most"
+    return Foretold(text=text, calls=each * config.iterations, usd=usd)

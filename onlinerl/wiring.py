@@ -14,6 +14,7 @@ from onlinerl import config as configuration
 from onlinerl import graph, model_checks, placement, preflight
 from onlinerl.budget import Account
 from onlinerl.config import RunConfig
+from onlinerl.controller import refreshing
 from onlinerl.controller.asking import Asker
 from onlinerl.controller.fleet import FleetReporter
 from onlinerl.controller.parts import Parts, samples_dynamically
@@ -26,8 +27,9 @@ from onlinerl.protocols.oracle import Oracle, with_weights
 from onlinerl.protocols.sync import WeightSync
 from onlinerl.protocols.tracker import Tracked, Tracker
 from onlinerl.protocols.transport import Layout
+from onlinerl.reward_training import in_a_run
 from onlinerl.standing import Standing
-from onlinerl.stores import oracle_versions, scaling
+from onlinerl.stores import labels, oracle_versions, scaling
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.labels import Ledger
 from onlinerl.trackers.console import OnConsole
@@ -73,6 +75,7 @@ def on_cluster(checked: Checked, store: RunDirectory, account: Account, tracker:
     from onlinerl.cluster.sync import WeightPush
 
     config, algorithm = checked.config, checked.algorithm
+    _take_on(checked, store)
     tracker.phase_started(0, "start", None, "")
     tracker.note("starting Ray, engine and learner: a minute or more, until the first phase begins")
     cluster = _cluster(checked, up)
@@ -198,6 +201,7 @@ def in_process(checked: Checked, store: RunDirectory, account: Account, tracker:
     config = checked.config
     assert isinstance(config.engine, InProcessEngine)
     assert isinstance(config.learner, InProcessLearner)
+    _take_on(checked, store)
     if with_weights(checked.oracle):
         checked = checked.tried(probed(checked, checked.oracle))
     tokenizer = model_checks.tokenizer(config.model)
@@ -207,6 +211,21 @@ def in_process(checked: Checked, store: RunDirectory, account: Account, tracker:
     sync = config.learner.connect(learner, engine)
     asking = asker(checked, store, account, checked.oracle, tracker)
     yield _wire(checked, store, tracker, asker=asking, engine=engine, learner=learner, sync=sync)
+
+
+def _take_on(checked: Checked, store: RunDirectory) -> None:
+    """The oracle goes on with the weights that the run has trained for it."""
+    plan, trainer = checked.oracle.refreshing, _trainer(checked, store)
+    taken = refreshing.in_use(store, max(store.iterations(), default=0) + 1)
+    if plan is not None and trainer is not None and taken:
+        plan.model.reload(str(trainer.path(taken[0])))
+
+
+def _trainer(checked: Checked, store: RunDirectory) -> in_a_run.Trainer | None:
+    """Who trains the oracle's reward model further; None where it stays as it is."""
+    plan = checked.oracle.refreshing
+    folder = store.path / labels.KEPT / in_a_run.FOLDER
+    return None if plan is None else in_a_run.Trainer(plan=plan, config=checked.config, folder=folder)
 
 
 def asker(checked: Checked, store: RunDirectory, account: Account, oracle: Oracle, tracker: Tracker) -> Asker:
@@ -237,8 +256,9 @@ def _wire(
     shared_hardware: bool = False,
 ) -> Parts:
     assert checked.train is not None
-    version = checked.oracle_version
-    if version is not None and (caveat := oracle_versions.caveat(store.path, version)) is not None:
+    version, plan = checked.oracle_version, asker.oracle.refreshing
+    own = refreshing.versions(store, max(store.iterations(), default=0) + 1)
+    if version is not None and (caveat := oracle_versions.caveat(store.path, version, own)) is not None:
         tracker.note(caveat)
     for remark in asker.oracle.remarks:
         tracker.note(remark)
@@ -255,6 +275,7 @@ def _wire(
             mixture_samples=checked.algorithm.needs.mixture_samples > 0,
             anchors=checked.config.anchors is not None,
             select=checked.config.selection.chooses,
+            refresh=plan is not None,
         ),
         config=checked.config,
         algorithm=checked.algorithm,
@@ -269,6 +290,8 @@ def _wire(
         tokenizer=model_checks.tokenizer(checked.config.model) if checked.algorithm.needs.mixture_samples else None,
         state_bytes=checked.state_bytes,
         asker=asker,
+        label_asker=None if plan is None else asker.beside(plan.labels),
+        reward_trainer=_trainer(checked, store),
         engine=engine,
         learner=learner,
         sync=sync,

@@ -31,6 +31,12 @@ class OracleActor:
         oracle.open()
         return oracle.version
 
+    def reload(self, path: str) -> str:
+        """Load other weights. Returns the oracle's version, which is another one."""
+        self._oracle.reload(path)
+        self._oracle.open()
+        return self._oracle.version
+
     def ask(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
         """Checked answers, one per query."""
         return list(self._oracle.ask(queries))
@@ -93,6 +99,15 @@ class PlacedOracle(Oracle):
             OracleError: with the replica's own error.
         """
         get(self._opened, timeout_s=self._start_timeout_s, error=OracleError, what="loading the oracle")
+
+    def reload(self, path: str) -> None:
+        """Return once every replica has loaded these weights. Nobody may ask meanwhile.
+
+        Raises:
+            OracleError: with the replica's own error.
+        """
+        self._opened = {name: actor.reload.remote(path) for name, actor in self._actors.items()}
+        self.open()
 
     @property
     def version(self) -> str:

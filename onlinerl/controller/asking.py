@@ -74,6 +74,14 @@ class Asker:
         if asked := [(query, label.result) for query, label in labels if label.reused_from is None]:
             self.oracle.recorded(asked)
 
+    def beside(self, oracle: Oracle) -> Asker:
+        """Who asks another oracle, with the same ledger and account."""
+        return Asker(oracle, self._ledger, self.account)
+
+    def renewed(self) -> None:
+        """The oracle has another version from now on: what the one before said is no answer any more."""
+        self.__dict__.pop("_version", None)
+
     @cached_property
     def _version(self) -> str:
         return self.oracle.version

@@ -8,10 +8,11 @@ from functools import partial, reduce
 from typing import Protocol
 
 from onlinerl.controller import health
+from onlinerl.controller.asking import Asker
 from onlinerl.controller.feed import Feed
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.tally import Paid, Sampled
-from onlinerl.protocols.store import VERDICTS, Table
+from onlinerl.protocols.store import REFRESH_LABELS, VERDICTS, Table
 from onlinerl.types import Failure, Group, Query, Request, Sampling, Verdict
 
 
@@ -99,6 +100,7 @@ def judge(
     wanted: Callable[[Group], bool] = lambda group: True,
     feed: Feed[str] | None = None,
     anew: bool = False,
+    asker: Asker | None = None,
 ) -> tuple[int, Paid]:
     """How many verdicts the table holds in the end, and what they and the failures have cost; only those that it does not hold yet, and
     that the ledger does not know, are asked for.
@@ -114,8 +116,9 @@ def judge(
         wanted: which groups are judged at all.
         feed: gets the id of every prompt whose group was dealt with, once what is known about it is on disk.
         anew: ask about those that the ledger knows, too.
+        asker: who asks; that of the run by default.
     """
-    tracker = it.parts.tracker
+    tracker, asker = it.parts.tracker, asker or it.parts.asker
     labels = it.parts.store.labels(it.number, table)
     complete = labels.sealed
     judged: set[str] = set()
@@ -127,12 +130,12 @@ def judge(
     expected = max(expected, len(judged))
     tracker.phase_started(it.number, phase, expected, "groups")
     tracker.phase_advanced(it.number, phase, len(judged))
-    about = partial(Query, iteration=it.number, heldout=table != VERDICTS)
+    about = partial(Query, iteration=it.number, heldout=table not in (VERDICTS, REFRESH_LABELS))
     unjudged = _Unjudged(groups, frozenset(judged), wanted, feed, about)
     failures: list[Failure] = []
-    for arrived in it.parts.asker.labels(unjudged, it.stop, anew=anew):
+    for arrived in asker.labels(unjudged, it.stop, anew=anew):
         labels.append([label for _, label in arrived])
-        it.parts.asker.recorded(it.number, table, arrived)
+        asker.recorded(it.number, table, arrived)
         judged.update(query.prompt.id for query, _ in arrived)
         paid = reduce(Paid.plus, (label for _, label in arrived), paid)
         if feed is not None:

@@ -16,6 +16,7 @@ from onlinerl.protocols.engine import RolloutEngine
 from onlinerl.protocols.learner import Learner
 from onlinerl.protocols.pairing import PairBuilder
 from onlinerl.protocols.prompts import PromptSource
+from onlinerl.protocols.refreshing import RewardTrainer
 from onlinerl.protocols.store import Store
 from onlinerl.protocols.sync import WeightSync
 from onlinerl.protocols.tracker import Tracker
@@ -30,6 +31,10 @@ class Parts:
     algorithm: Algorithm
     asker: Asker
     """The oracle."""
+    label_asker: Asker | None = None
+    """The oracle that the reward model of the run learns from; None where it stays as it is."""
+    reward_trainer: RewardTrainer | None = None
+    """Who trains that further."""
     pairing: PairBuilder
     train_prompts: PromptSource
     heldout: Sequence[Prompt]

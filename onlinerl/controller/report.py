@@ -21,6 +21,7 @@ from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import per_iteration, per_step
 from onlinerl.protocols.oracle import Figure
+from onlinerl.protocols.refreshing import Refreshed
 from onlinerl.protocols.tracker import Tracker
 from onlinerl.types import Interval, MeasureRecord, Metric, SelfTest, SyncReport, UpdateReport
 
@@ -147,6 +148,28 @@ class Reporter:
             ),
             *(self._estimate(name, one) for name, one in estimates.items() if one is not None and one.n),
         )
+
+    def refreshed(self, iteration: int, made: Refreshed, shift: Estimate | None, versions: tuple[str, str]) -> None:
+        """What came of training the reward model further; by how much the same answers score higher now; its version before and after."""
+        if made.reason is not None:
+            self.tracker.note(f"iteration {iteration}: the reward model stays as it is: {made.reason}")
+        if not made.trained:
+            return
+        counts = {"trained": made.trained, "heldout": made.heldout}
+        metrics = [self._one("refresh_comparisons", float(n), labels={"kind": kind}) for kind, n in counts.items()]
+        metrics.append(self._one("refresh_taken", float(made.weights is not None)))
+        # Of a training that is not taken nobody ever asks the version: it has none.
+        said = {"before": (made.before, versions[0]), "after": (made.after, versions[1] if made.weights is not None else None)}
+        metrics += [
+            self._of("refresh_accuracy", one, labels={"weights": name}, oracle_version=version)
+            for name, (one, version) in said.items()
+            if one is not None
+        ]
+        if made.change is not None:
+            metrics.append(self._of("refresh_accuracy_change", made.change))
+        if shift is not None and shift.n:
+            metrics.append(self._estimate("refresh_reward_shift", shift, oracle_version=versions[1]))
+        self._log(iteration, *metrics)
 
     def self_test(self, result: SelfTest) -> None:
         """What the step-0 self-test found."""
@@ -340,6 +363,11 @@ class Reporter:
 
     def _one(self, name: str, value: float, *, n: int = 1, labels: Mapping[str, str] | None = None) -> Metric:
         return self.catalogue.record(name, value, n=n, labels=labels)
+
+    def _of(self, name: str, interval: Interval, **more: Any) -> Metric:
+        """An estimate that was kept without its standard error."""
+        value, low, high = interval["value"], interval["low"], interval["high"]
+        return self.catalogue.record(name, value, n=interval["n"], ci_low=low, ci_high=high, **more)
 
     def _estimate(self, name: str, estimate: Estimate, **more: Any) -> Metric:
         return self.catalogue.record(

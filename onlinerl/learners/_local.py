@@ -31,6 +31,7 @@ class LocalGroup(RankGroup):
     def __init__(self, config: LearnerConfig, settings: RankSettings) -> None:
         super().__init__(config, settings.algorithm, settings.model)
         self.names = ["learner rank 0"]
+        self._found = dict(os.environ), torch.get_num_threads()
         threads = config.threads or len(os.sched_getaffinity(0))
         os.environ.update(config.environment(settings.device, threads))
         if settings.device == "cpu":
@@ -51,5 +52,10 @@ class LocalGroup(RankGroup):
         return [getattr(self._rank, method.__name__)(*arguments[0])]
 
     def shutdown(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, and the process as it was found: whatever else computes in it goes on as before."""
         self._rank.shutdown()
+        environment, threads = self._found
+        for key in os.environ.keys() - environment.keys():
+            del os.environ[key]
+        os.environ.update(environment)
+        torch.set_num_threads(threads)

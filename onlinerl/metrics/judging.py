@@ -243,4 +243,58 @@ JUDGING = (
         n_of="triples",
         series=(Series(name="onlinerl_preference_cycles_ratio"),),
     ),
+    Definition(
+        name="refresh_comparisons",
+        help="Pairs of responses that the reward model was trained on between two iterations, and those on which it was measured before and after",
+        unit="pairs",
+        section=ORACLE,
+        labels={"kind": ("trained", "heldout")},
+        series=(Series(name="onlinerl_refresh_comparisons", labels={"kind": None}),),
+    ),
+    Definition(
+        name="refresh_accuracy",
+        help="Share of the held-out pairs of which the reward model prefers the response that the oracle prefers from which it learns, a tie being "
+        "half: with the weights that a training between two iterations began with, and with those that it has made",
+        unit="ratio",
+        section=ORACLE,
+        title="Reward model, held-out accuracy",
+        estimators=("ratio",),
+        n_min=200,
+        n_of="pairs",
+        labels={"weights": ("before", "after")},
+        series=(
+            Series(
+                name="onlinerl_refresh_accuracy_ratio", labels={"weights": None}, bounds="onlinerl_refresh_accuracy_bound_ratio"
+            ),
+        ),
+    ),
+    Definition(
+        name="refresh_accuracy_change",
+        help="Difference of the two accuracies on the same pairs; weights whose whole interval lies below 0 are not taken",
+        unit="ratio",
+        section=ORACLE,
+        title="Reward model, change of the held-out accuracy",
+        estimators=("ratio",),
+        n_min=200,
+        n_of="pairs",
+        series=(Series(name="onlinerl_refresh_accuracy_change_ratio", bounds="onlinerl_refresh_accuracy_change_bound_ratio"),),
+    ),
+    Definition(
+        name="refresh_taken",
+        help="Whether the oracle judges with the weights of this training from now on",
+        unit="bool",
+        section=ORACLE,
+        series=(Series(name="onlinerl_refresh_taken"),),
+    ),
+    Definition(
+        name="refresh_reward_shift",
+        help="By how much the same answers to the held-out prompts score higher under the new version of the reward model than under the one before: "
+        "the part of the next step of the reward that no policy has earned",
+        unit="reward",
+        section=ORACLE,
+        title="Reward of the same answers, new version minus old",
+        estimators=("mean",),
+        n_min=400,
+        series=(Series(name="onlinerl_refresh_reward_shift", bounds="onlinerl_refresh_reward_shift_bound"),),
+    ),
 )

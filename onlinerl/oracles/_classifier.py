@@ -49,6 +49,8 @@ class SequenceClassifier(ModelOracle):
     _described: dict[str, Any] = PrivateAttr(default_factory=dict)
     _limit: int = PrivateAttr(0)
     _version: str = PrivateAttr("")
+    _weights: str | None = PrivateAttr(None)
+    """Directory of what has replaced `path`."""
 
     @field_validator("path")
     @classmethod
@@ -158,12 +160,17 @@ class SequenceClassifier(ModelOracle):
         """Forget the model and give its memory back."""
         self._model = self._tokenizer = None
 
+    def reload(self, path: str) -> None:
+        """Answer with these weights of the same kind from now on; they are read when they are needed. The version is another one."""
+        self.close()
+        self._weights, self._version = path, ""
+
     @property
     def version(self) -> str:
         """Hash of the model's and tokenizer's files, and of all keys that could change a verdict. Of a large file, evenly spread samples."""
         if not self._version:
             said = {"asked": self._identity()}
-            self._version = f"{Path(self.path).name}-{digest({'path': self.path}, said)}"
+            self._version = f"{Path(self.path).name}-{digest({'path': str(self._weights or self.path)}, said)}"
         return self._version
 
     # --- what it is asked ---
@@ -210,7 +217,7 @@ class SequenceClassifier(ModelOracle):
             raise OracleError(error.cause, field="oracle.path", fix=error.fix) from error
 
     def _folder(self) -> Path:
-        return folder_of("path", self.path)
+        return folder_of("path", self._weights or self.path)
 
     def _too_long(self, query: Query, rows: Sequence[Sequence[int]]) -> Failure | None:
         longest = max((len(row) for row in rows), default=0)

@@ -18,6 +18,7 @@ from onlinerl.oracles import _verdicts
 from onlinerl.oracles._classifier import SequenceClassifier
 from onlinerl.oracles._model_files import readable
 from onlinerl.preference_models import BRADLEY_TERRY, single
+from onlinerl.protocols.oracle import Trainable
 from onlinerl.types import Cost, Failure, Query, Verdict, derive_seed
 from onlinerl.types.labels import induced
 
@@ -53,6 +54,11 @@ class RewardModel(SequenceClassifier):
     def gives_uncertainty(self) -> bool:
         """Of passes with dropout."""
         return self.dropout_passes > 0
+
+    @property
+    def trainable(self) -> Trainable:
+        """As `onlinerl train-rm` trains them further."""
+        return Trainable(objective=self.objective, path=self.path, max_length=self.max_length)
 
     def _labels_problem(self, labels: int) -> str | None:
         return None if labels == 1 else "a reward model has one"

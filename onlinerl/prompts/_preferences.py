@@ -39,8 +39,8 @@ def read(config: PreferencesConfig, more: Sequence[Comparison] = ()) -> Preferen
     remarks: list[str] = []
     everything = _read(config, "train", remarks)
     if config.heldout is None:
-        train = [each for each in everything if not _held_out(each.prompt, config.heldout_share)]
-        heldout = [each for each in everything if _held_out(each.prompt, config.heldout_share)]
+        train = [each for each in everything if not held_out(each.prompt, config.heldout_share)]
+        heldout = [each for each in everything if held_out(each.prompt, config.heldout_share)]
         remarks.append(f"preferences: {len(heldout):,} comparisons are held out, by their prompts")
     else:
         heldout = _read(config, "heldout", remarks)
@@ -50,7 +50,7 @@ def read(config: PreferencesConfig, more: Sequence[Comparison] = ()) -> Preferen
             remarks.append(f"preferences.train: left out: {len(everything) - len(train):,} {HELD_OUT}")
     if more:
         asked = {question(each.prompt) for each in heldout}
-        new = [each for each in more if question(each.prompt) not in asked and not _held_out(each.prompt, _share(config))]
+        new = [each for each in more if question(each.prompt) not in asked and not held_out(each.prompt, _share(config))]
         remarks.append(
             f"preferences.runs: {len(new):,} comparisons"
             + (f"; left out: {len(more) - len(new):,} {HELD_OUT}" if len(new) < len(more) else "")
@@ -71,7 +71,7 @@ def _share(config: PreferencesConfig) -> float:
     return 0.0 if config.heldout is not None else config.heldout_share
 
 
-def _held_out(asked: RawPrompt, share: float) -> bool:
+def held_out(asked: RawPrompt, share: float) -> bool:
     """By a hash of what is asked: all comparisons of a prompt are on the same side, in whatever data it comes."""
     number = int.from_bytes(hashlib.sha256(question(asked).encode()).digest()[:8], "big")
     return number < share * 2**64

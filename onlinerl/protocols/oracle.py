@@ -16,6 +16,9 @@ from onlinerl.protocols.component import Component
 from onlinerl.protocols.keys import CustomResources, Resumable, Seconds
 from onlinerl.types import Cost, Failure, Query, Verdict
 
+if TYPE_CHECKING:
+    from onlinerl.protocols.refreshing import Refreshing
+
 
 class Figure(NamedTuple):
     """A metric of the catalogue."""
@@ -24,6 +27,17 @@ class Figure(NamedTuple):
     value: float
     n: int = 1
     labels: Mapping[str, str] | None = None
+
+
+class Trainable(NamedTuple):
+    """Weights of an oracle that a training can replace."""
+
+    objective: str
+    """What they are trained for, see `onlinerl.preference_models`."""
+    path: str
+    """Of those that it was configured with."""
+    max_length: int
+    """Of a sequence, in tokens."""
 
 
 class Oracle(Component):
@@ -122,6 +136,11 @@ class Oracle(Component):
     def needs_reference_answer(self) -> bool:
         """True if prompts must carry a reference answer."""
         return False
+
+    @property
+    def refreshing(self) -> Refreshing | None:
+        """How its reward model is trained further between iterations; None where it stays as it is."""
+        return None
 
     @property
     def components(self) -> tuple[str, ...] | None:
@@ -238,6 +257,15 @@ class ModelOracle(Oracle):
     def components(self) -> tuple[str, ...]:
         """Names of the scores that it gives beside the score (`Verdict.components`)."""
         return ()
+
+    @property
+    def trainable(self) -> Trainable | None:
+        """Of weights that `reload` can replace by what they were trained to; None where they stay."""
+        return None
+
+    def reload(self, path: str) -> None:
+        """Answer with these weights of the same kind from now on; they are read when they are needed. The version is another one."""
+        raise NotImplementedError
 
     def inspect(self) -> None:
         """Find out what is wrong without loading the weights.

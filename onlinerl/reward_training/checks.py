@@ -15,6 +15,7 @@ from onlinerl.lora_checks import adapter_parameters
 from onlinerl.model_checks import check_reward_model, check_vocabulary, check_weights
 from onlinerl.preference_models import RewardHead
 from onlinerl.prompts import _preferences
+from onlinerl.prompts._preferences import Preferences
 from onlinerl.protocols.keys import decided
 from onlinerl.protocols.objective import Objective
 from onlinerl.reward_training import refresh
@@ -51,8 +52,12 @@ class Checked:
         return ceil(len(self.train.comparisons) / training.batch_size) * training.epochs
 
 
-def check(config: RewardConfig) -> Checked:
+def check(config: RewardConfig, data: Preferences | None = None) -> Checked:
     """Validate everything that does not need the model in memory.
+
+    Args:
+        config: of the training.
+        data: what is trained and evaluated on; None: what `preferences` names.
 
     Raises:
         OnlineRLError: naming field, cause and fix.
@@ -66,10 +71,11 @@ def check(config: RewardConfig) -> Checked:
             f"{config.model} is not on this machine", field="model", fix=f"download it first: hf download {config.model}"
         )
     config = config.model_copy(update={"model": str(local)})
-    trained_before = _check_kind(config, local)
+    trained_before = check_kind(config, local)
     tokenizer = model_checks.tokenizer(config.model)
-    new = refresh.comparisons(config.preferences.runs, config.preferences.recency, config.model)
-    data = _preferences.read(config.preferences, new)
+    if data is None:
+        new = refresh.comparisons(config.preferences.runs, config.preferences.recency, config.model)
+        data = _preferences.read(config.preferences, new)
     if (objection := config.reward_model.objections(data.train)) is not None:
         raise ConfigError(
             objection,
@@ -126,7 +132,7 @@ def _check_learner(config: RewardConfig) -> None:
         )
 
 
-def _check_kind(config: RewardConfig, local: Path) -> bool:
+def check_kind(config: RewardConfig, local: Path) -> bool:
     """Whether the model is a reward model already; else it is a language model that can become one."""
     asked = config.reward_model.needs.reward_head
     assert asked is not None, "an objective says what is read at the last token"

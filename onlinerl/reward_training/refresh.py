@@ -44,11 +44,12 @@ def comparisons(runs: Sequence[str], recency: float, model: str) -> list[Compari
         rows = list(judged.judged(folder))
         newest = max((t for t, _, _ in rows), default=0)
         for iteration, group, verdict in rows:
-            found += _pairs(group, verdict, recency ** (newest - iteration), folder.name)
+            found += pairs(group, verdict, recency ** (newest - iteration), folder.name)
     return found
 
 
-def _pairs(group: Group, verdict: Verdict, weight: float, source: str) -> Iterator[Comparison]:
+def pairs(group: Group, verdict: Verdict, weight: float, source: str) -> Iterator[Comparison]:
+    """Of responses to a prompt that an oracle has compared or scored; those of equal responses are left out."""
     matrix, prompt = verdict.matrix(), group.prompt
     asked = RawPrompt(id=prompt.id, text="" if prompt.messages else prompt.text, messages=prompt.messages)
     texts = [rollout.text for rollout in group.rollouts]

@@ -47,14 +47,7 @@ def run(config: RewardConfig, console: Console, *, fresh: bool = False) -> Path:
         console.print(note, highlight=False, soft_wrap=True)
     if fresh and (aside := RunDirectory.move_aside(config.directory)) is not None:
         console.print(f"the older one is now {aside}", highlight=False)
-    manifest = {
-        "name": config.name,
-        "kind": reports.KIND,
-        "config_digest": configuration.digest(config),
-        "fingerprint": configuration.fingerprint(config),
-        "model": preflight.identity(checked.config.model),
-        "data": data_digests(checked),
-    }
+    manifest = identity(checked, config)
     store = RunDirectory.create(config.directory, config_yaml=configuration.dump(config), manifest=manifest)
     with store:
         require_unchanged(store, manifest)
@@ -68,6 +61,24 @@ def run(config: RewardConfig, console: Console, *, fresh: bool = False) -> Path:
         soft_wrap=True,
     )
     return Path(found["path"])
+
+
+def identity(checked: Checked, config: RewardConfig | None = None) -> dict[str, Any]:
+    """What a training is, for its manifest.
+
+    Args:
+        checked: what is trained.
+        config: as it was written, if `checked` has found its model somewhere else.
+    """
+    written = config or checked.config
+    return {
+        "name": written.name,
+        "kind": reports.KIND,
+        "config_digest": configuration.digest(written),
+        "fingerprint": configuration.fingerprint(written),
+        "model": preflight.identity(checked.config.model),
+        "data": data_digests(checked),
+    }
 
 
 def _finish(checked: Checked, store: RunDirectory, console: Console) -> dict[str, Any]:

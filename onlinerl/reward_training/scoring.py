@@ -25,10 +25,18 @@ MOST_RESPONSES = 16
 
 def evaluate(learner: RewardLearner, reader: Reader, heldout: Fitting) -> dict[str, Any]:
     """All figures, as plain data."""
+    each = scored(learner, reader, heldout)
+    figures = accuracy.measured(each) | {"length_unit": "words" if reader.objective.compares else "tokens"}
+    figures["cycles"] = _circles(learner, reader, heldout.comparisons)
+    return figures | {"warnings": accuracy.warnings(figures), refresh.OUTCOMES: accuracy.outcomes(each)}
+
+
+def scored(learner: RewardLearner, reader: Reader, heldout: Fitting) -> list[Scored]:
+    """What the model says of each comparison."""
     asked = [(each.prompt, each.chosen, each.rejected) for each in heldout.comparisons]
     odds, flips = _asked(learner, reader, asked)
     probs = _sigmoid(odds)
-    scored = [
+    return [
         Scored(
             prob=float(p),
             label=each.prob,
@@ -39,10 +47,6 @@ def evaluate(learner: RewardLearner, reader: Reader, heldout: Fitting) -> dict[s
         )
         for p, each, lengths, flip in zip(probs, heldout.comparisons, heldout.lengths, flips, strict=True)
     ]
-    figures = accuracy.measured(scored) | {"length_unit": "words" if reader.objective.compares else "tokens"}
-    circles = _circles(learner, reader, heldout.comparisons)
-    figures["cycles"] = circles
-    return figures | {"warnings": accuracy.warnings(figures), refresh.OUTCOMES: accuracy.outcomes(scored)}
 
 
 def _words(text: str) -> int:

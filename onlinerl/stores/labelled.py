@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from onlinerl.errors import StoreError
-from onlinerl.protocols.store import ANCHOR_VERDICTS, ANCHORS, EVALUATION, EVALUATION_VERDICTS, ROLLOUTS
+from onlinerl.protocols.store import ANCHOR_VERDICTS, ANCHORS, EVALUATION, EVALUATION_VERDICTS, REFRESHED_VERDICTS, ROLLOUTS
 from onlinerl.stores import _files, labels, summary
 from onlinerl.stores._arrow import to_batch
 from onlinerl.stores._tables import TableFiles
@@ -75,7 +75,7 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
 def _about(folder: Path, table: str, prompt_ids: Sequence[str]) -> Iterator[dict[str, Any]]:
     """What each of these labels of a table is about."""
     sources = [(folder, ROLLOUTS)]
-    if table == EVALUATION_VERDICTS or table.startswith(labels.COMPARISONS):
+    if table in (EVALUATION_VERDICTS, REFRESHED_VERDICTS) or table.startswith(labels.COMPARISONS):
         sources = [(folder, EVALUATION)]
     if table.startswith(labels.COMPARISONS):
         sources.append((folder.parent / table.removeprefix(labels.COMPARISONS), EVALUATION))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from onlinerl.errors import StoreError
-from onlinerl.protocols.store import ANCHOR_VERDICTS, EVALUATION_VERDICTS, VERDICTS
+from onlinerl.protocols.store import ANCHOR_VERDICTS, EVALUATION_VERDICTS, REFRESH_LABELS, REFRESHED_VERDICTS, VERDICTS
 from onlinerl.stores import _manifest, summary
 from onlinerl.stores._tables import TableFiles
 from onlinerl.stores.directory import RunDirectory
@@ -35,7 +35,7 @@ _OPENED = 16
 
 def tables(folder: Path) -> list[str]:
     """The tables of labels of an iteration, by its folder."""
-    own = (VERDICTS, EVALUATION_VERDICTS, ANCHOR_VERDICTS)
+    own = (VERDICTS, EVALUATION_VERDICTS, ANCHOR_VERDICTS, REFRESH_LABELS, REFRESHED_VERDICTS)
     return sorted(name for name in _manifest.tables(folder) if name in own or name.startswith((COMPARISONS, RELABELS)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,13 @@ def _read(folder: Path, tables: Iterable[str]) -> Counter[str]:
     return found
 
 
-def caveat(path: str | Path, now: str) -> str | None:
+def caveat(path: str | Path, now: str, own: Collection[str] = ()) -> str | None:
     """What to know before a run goes on with an oracle of version `now`; None if it has no verdicts of another one.
+
+    Args:
+        path: of the run.
+        now: of the oracle.
+        own: versions that the run has made itself, by training the oracle further, and the one that it began with.
 
     Raises:
         StoreError: if there is no run or it is damaged.
@@ -53,7 +58,7 @@ def caveat(path: str | Path, now: str) -> str | None:
     mixed = []
     for t, phases in summary.records(path).items():
         found = count(Path(path) / "iterations" / f"{t:04d}", phases)
-        other = {version: n for version, n in found.items() if version != now}
+        other = {version: n for version, n in found.items() if version != now and version not in own}
         others.update(other)
         if other and t > 0 and "label" not in phases:
             mixed.append(t)

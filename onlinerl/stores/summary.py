@@ -16,6 +16,8 @@ from onlinerl.stores._tables import TableFiles
 from onlinerl.stores.tables import StoredTable
 from onlinerl.types import Failure, Group, TrainedPair, Verdict
 
+REFRESHED = ("taken", "reason", "comparisons", "before", "after", "change", "reward_shift", "oracle_versions")
+"""What is shown of a training of the oracle."""
 FAILURE = "failure.json"
 """In the run directory: what the last attempt failed on."""
 
@@ -33,6 +35,8 @@ def summarise(path: str | Path, *, extras: bool = False) -> dict[str, Any]:
     of different ones cannot be compared. An iteration in which the oracle was examined by known pairs also has "examined": how it did. One
     in which responses of earlier iterations may be reused has "reused": {"prompts": by how many iterations ago they were sampled, "tokens"}.
     Where the oracle keeps scores by name it has "components": {name: {"score", "win_rate"}}, as `win_rate` above, the latter None for the base model.
+    One after which the reward model was trained further has "refreshed": whether the weights were "taken" or the "reason" why not, accuracies on what is held
+    out, and by how much the same answers score higher.
     With `extras`, each iteration also has "oracle_failures" and every other metric with a column in the table (see the catalogue).
 
     Raises:
@@ -245,6 +249,8 @@ def _iteration(number: int, phases: Mapping[str, Mapping[str, Any]], *, active: 
         row["components"] = measure["components"]
     if examine.get("figures") is not None:
         row["examined"] = {**examine["figures"], "agreement": examine.get("agreement")}
+    if (refresh := phases.get("refresh", {})).get("trained"):
+        row["refreshed"] = {name: refresh[name] for name in REFRESHED}
     if (reused := phases.get("sample", {}).get("reused")) is not None:
         row["reused"] = {"prompts": reused, "tokens": phases["sample"].get("tokens_saved")}
     if extras:

@@ -237,6 +237,7 @@ def _remarks(rows: Sequence[Mapping[str, Any]], catalogue: Catalogue) -> list[st
                 f"not to be compared with what {first} judged alone: iteration{'s' * (len(others) > 1)} {', '.join(others)}, "
                 f"judged by another version of the oracle ({', '.join(later)})"
             )
+    remarks += [_refreshed(row) for row in rows if row.get("refreshed")]
     remarks += _reused([row for row in rows if row.get("reused")])
     for row in rows:
         if row["status"] == "keep":
@@ -244,6 +245,17 @@ def _remarks(rows: Sequence[Mapping[str, Any]], catalogue: Catalogue) -> list[st
         elif row["status"] != "promoted":
             remarks.append(f"iteration {row['iteration']} is {row['status']}")
     return remarks
+
+
+def _refreshed(row: Mapping[str, Any]) -> str:
+    """What a training of the reward model has come to."""
+    said = row["refreshed"]
+    before, after = (_number(said[name]["value"], 3) for name in ("before", "after"))
+    became = f"was trained after iteration {row['iteration']}, held-out accuracy {before} -> {after}"
+    if not said["taken"]:
+        return f"the reward model {became}: not taken"
+    shift = (said["reward_shift"] or {}).get("value")
+    return f"the reward model {became}; the same answers score {_number(shift, 3)} higher"
 
 
 def _reused(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -100,6 +100,33 @@ class ExamineRecord(PhaseRecord):
     """Share of the pairs of which it says the same as at first."""
 
 
+class RefreshRecord(PhaseRecord):
+    """Of `refresh`."""
+
+    asked: int
+    """Groups that the oracle was asked about which the reward model learns from."""
+    failures: int
+    trained: bool
+    """Whether there was a training; where there was none `reason` says why."""
+    taken: bool
+    """Whether its weights are those of the oracle from now on."""
+    reason: str | None
+    """Why not; None where they are taken, or it was not their turn."""
+    weights: str | None
+    """Where those are that were taken: their directory, relative to that of the run."""
+    oracle_versions: Sequence[str]
+    """Of the oracle up to now, and from now on."""
+    comparisons: Mapping[str, int]
+    """`trained` and `heldout`."""
+    before: Interval | None
+    """Accuracy on the comparisons that are held out of the weights that the training began with."""
+    after: Interval | None
+    change: Interval | None
+    """The difference of both; a training whose whole interval is below 0 is not taken."""
+    reward_shift: Interval | None
+    """By how much the same answers to the held-out prompts score higher under the new version."""
+
+
 class LabelRecord(PhaseRecord):
     """Of `label`."""
 
@@ -239,4 +266,5 @@ class PhaseRecords(TypedDict, total=False):
     sync: SyncRecord
     answer: AnswerRecord
     measure: MeasureRecord
+    refresh: RefreshRecord
     commit: CommitRecord

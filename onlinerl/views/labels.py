@@ -14,7 +14,7 @@ from rich.table import Table
 
 from onlinerl.controller.comparing import Compared
 from onlinerl.controller.statistics import Estimate, ratio
-from onlinerl.protocols.store import ANCHOR_VERDICTS, VERDICTS
+from onlinerl.protocols.store import ANCHOR_VERDICTS, REFRESH_LABELS, REFRESHED_VERDICTS, VERDICTS
 from onlinerl.stores import labelled, labels, rows, summary
 from onlinerl.types import Verdict
 
@@ -55,7 +55,7 @@ def summarise(run: Path, iteration: int | None = None, oracle: str = "") -> dict
             version = said.oracle_version
             named[version] = said.annotator
             judged[version][row["prompt_id"]].append(Compared.of_texts(row["responses"], said))
-            if row["table"] == VERDICTS or row["table"].startswith(labels.RELABELS):
+            if row["table"] in (VERDICTS, REFRESH_LABELS) or row["table"].startswith(labels.RELABELS):
                 winners[version][row["iteration"], row["prompt_id"]] = _winners(said)
     stored = summary.manifest(run)
     starts = stored.get(labels.TRIALS, ())
@@ -75,7 +75,7 @@ def summarise(run: Path, iteration: int | None = None, oracle: str = "") -> dict
 
 
 def _add(costs: dict[tuple[int, str, str], dict[str, Any]], row: Mapping[str, Any]) -> None:
-    kinds = {VERDICTS: "label", ANCHOR_VERDICTS: "examine"}
+    kinds = {VERDICTS: "label", ANCHOR_VERDICTS: "examine", REFRESH_LABELS: "refresh", REFRESHED_VERDICTS: "refresh"}
     phase = "relabel" if row["table"].startswith(labels.RELABELS) else kinds.get(row["table"], "measure")
     version = row["oracle_version"] or ""  # a failure says none
     entry = costs.setdefault(

@@ -114,6 +114,10 @@ def oracle(request, tmp_path_factory, judge_server):
             **{"choose": "unsure", "unsure_below": 1.0, "pairs_per_group": 99, "max_wait_s": 600.0, "undo_s": 0.0},
         },
         "swapped": lambda: {"base": plain["tone"]},
+        "refreshed": lambda: {
+            "base": {"name": "reward_model", "path": tiny_classifier(tmp_path_factory.mktemp("trained")), "device": "cpu"},
+            "labels": plain["tone"],
+        },
         "format": lambda: {"pattern": r"a .*\d"},
         "judge_pair": lambda: {"base_url": f"{judge_server.url}/v1", "model": "judge"},
         "judge_score": lambda: {"base_url": f"{judge_server.url}/v1", "model": "judge"},

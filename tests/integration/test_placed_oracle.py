@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from pydantic import PrivateAttr
 
 from onlinerl import config as configuration
 from onlinerl import placement
@@ -35,6 +36,22 @@ class Moody(ModelOracle):
             if query.responses[0] == "die":
                 os._exit(1)
         return [Verdict(annotator=str(os.getpid()), oracle_version="1", scores=(1.0,)) for _ in queries]
+
+
+class Worn(Moody):
+    """Its version is that of the weights that it was given last."""
+
+    _weights: str = PrivateAttr("1")
+
+    def reload(self, path: str) -> None:
+        self._weights = path
+
+    @property
+    def version(self) -> str:
+        return self._weights
+
+    def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
+        return [Verdict(annotator=str(os.getpid()), oracle_version=self._weights, scores=(1.0,)) for _ in queries]
 
 
 def queries(*responses: str) -> list[Query]:
@@ -116,6 +133,22 @@ def test_both_replicas_judge(placed):
     assert processes[3:6] == [processes[3]] * 3
     assert placed.version == "1"
     assert {result.temperature for result in results} == {0.5}
+
+
+def test_every_replica_takes_on_other_weights_and_the_version_is_theirs(cluster, config):
+    from onlinerl.cluster.oracle import PlacedOracle
+
+    oracle = PlacedOracle.start(cluster, 2, Worn(replicas=2, groups_per_call=1, device="cpu"))
+    oracle.open()
+    try:
+        assert oracle.version == "1"
+        oracle.reload("2")
+        assert oracle.version == "2"
+        results = ask(oracle, queries(*"abcdefgh"))
+        assert {result.oracle_version for result in results} == {"2"}
+        assert len({result.annotator for result in results}) == 2
+    finally:
+        oracle.close()
 
 
 def test_an_oracle_inside_another_one_runs_where_it_was_placed(cluster, config):

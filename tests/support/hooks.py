@@ -186,6 +186,8 @@ def install():
         original(self, iteration, phase, record)
         event(f"after {iteration} {phase}")
 
+    if SPEC.get("refresh"):
+        _watch_refresh()
     if SPEC.get("slow_end"):
         _end_slowly()
     if SPEC.get("broken") == "state":
@@ -205,6 +207,47 @@ def _watch_pushes(sync):
         event(f"push: {what}")
 
     sync._all = ask_all
+
+
+def _watch_refresh():
+    """An event at each thing that a training of the reward model between iterations does; `turned`: it learns the opposite from then on."""
+    from onlinerl.learners._group import RankGroup
+    from onlinerl.oracles.reward_model import RewardModel
+    from onlinerl.reward_training import in_a_run, steps
+
+    def update(self, *arguments, original=RankGroup.update, **more):
+        yield from original(self, *arguments, **more)
+        event("reward step")
+
+    def save(checked, store, learner, step, original=steps.save):
+        event("reward save")
+        original(checked, store, learner, step)
+        event("reward saved")
+
+    def export(store, learner, step, original=steps.export):
+        event("reward export")
+        return original(store, learner, step)
+
+    def rights(checked, learner, original=in_a_run._rights):
+        event("reward measured")
+        return original(checked, learner)
+
+    def write(path, document, original=in_a_run.documents.write):
+        original(path, document)
+        event(f"reward {path.name}")
+
+    def reload(self, path, original=RewardModel.reload):
+        original(self, path)
+        event("reload")
+
+    def chosen(self, iteration, since, known, original=in_a_run.Trainer._chosen):
+        data, new = original(self, iteration, since, known)
+        if iteration >= SPEC.get("turned", 99):
+            data = data._replace(train=[replace(c, chosen=c.rejected, rejected=c.chosen) for c in data.train])
+        return data, new
+
+    RankGroup.update, RewardModel.reload, in_a_run.Trainer._chosen = update, reload, chosen
+    steps.save, steps.export, in_a_run._rights, in_a_run.documents.write = save, export, rights, write
 
 
 def _keep_half():

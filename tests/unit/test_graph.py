@@ -25,6 +25,7 @@ SECONDS = {
     "sync": 0.5,
     "answer": 2.0,
     "measure": 2.0,
+    "refresh": 2.5,
 }
 MODES = [(stream, beside, lag) for lag in (0, 1) for stream in (False, True) for beside in (False, True)]
 ITERATIONS = 4
@@ -243,6 +244,66 @@ def test_the_oracle_is_examined_before_anything_is_pushed_or_sampled(stream, bes
     made = killed_and_resumed(rows, seed=1)
     assert len(made) == len(set(made))
     check_weights(made, lag)
+
+
+# --- an oracle that is trained between iterations ---
+
+
+@pytest.mark.parametrize(("stream", "beside", "lag"), MODES)
+def test_who_asks_for_an_iteration_asks_the_version_that_the_one_before_has_left(stream, beside, lag):
+    """And nobody asks while the oracle is being trained, in any schedule."""
+    rows = graph.phases(stream=stream, evaluate_beside=beside, max_lag=lag, anchors=True, refresh=True)
+    asking = {row.name for row in rows if "oracle" in row.shares}
+    assert asking == {"examine", "label", "measure"}
+    for seed in range(20):
+        made = simulate(rows, nothing_done(), jitter=random.Random(seed))
+        assert len(made) == (ITERATIONS + 1) * len(rows) - len([row for row in rows if not row.of_base])
+        ends, starts = ({task: span[place] for *span, task in made} for place in (1, 0))
+        for t in range(1, ITERATIONS + 1):
+            assert ends[t, "measure"] <= starts[t, "refresh"]
+            assert ends[t, "refresh"] <= starts[t, "commit"]
+            for later in range(t + 1, ITERATIONS + 1):
+                assert all(ends[t, "refresh"] <= starts[later, name] for name in ("label", "measure"))
+                assert (ends[t, "refresh"] <= starts[later, "examine"]) == (later > t + lag), (
+                    "known before, whatever runs beside"
+                )
+        for start, end, (t, name) in made:
+            if name in asking:
+                beside_it = [s for s, e, (_, other) in made if other == "refresh" and s < end and start < e]
+                assert beside_it == [], (t, name)
+
+
+@pytest.mark.parametrize(("stream", "beside", "lag"), MODES)
+def test_killed_and_resumed_the_oracle_is_trained_once_an_iteration(stream, beside, lag):
+    rows = graph.phases(stream=stream, evaluate_beside=beside, max_lag=lag, refresh=True)
+    for seed in range(50):
+        made = killed_and_resumed(rows, seed)
+        assert len(made) == len(set(made)) == ITERATIONS * len(rows) + 4
+        check_weights(made, lag)
+        at = {task: i for i, task in enumerate(made)}
+        assert all(at[t - 1, "refresh"] < at[t, "label"] for t in range(2, ITERATIONS + 1))
+
+
+def test_who_did_not_wait_for_the_new_version_would_be_noticed():
+    """The fault that the row of `label` is there for: verdicts of an iteration by two versions."""
+    rows = tuple(
+        replace(row, waits_for=tuple(each for each in row.waits_for if each != ("refresh", 1)))
+        for row in graph.phases(stream=True, evaluate_beside=True, refresh=True)
+    )
+    early = []
+    for seed in range(20):
+        at = {task: i for i, task in enumerate(killed_and_resumed(rows, seed))}
+        early += [t for t in range(2, ITERATIONS + 1) if at[t, "label"] < at[t - 1, "refresh"]]
+    assert early
+
+
+def test_dynamic_sampling_beside_an_evaluation_gets_its_verdicts_from_the_new_version():
+    rows = graph.phases(stream=True, evaluate_beside=True, dynamic=True, refresh=True)
+    made = simulate(rows, nothing_done())
+    when = {task: (start, end) for start, end, task in made}
+    for t in range(2, ITERATIONS + 1):
+        assert when[t, "sample"][0] < when[t - 1, "refresh"][0], "the engine does not wait"
+        assert when[t - 1, "refresh"][1] <= when[t, "label"][0]
 
 
 # --- responses of the base model ---

@@ -22,11 +22,13 @@ from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import per_step
 from onlinerl.protocols.oracle import Figure
+from onlinerl.protocols.refreshing import Refreshed
 from onlinerl.protocols.tracker import Tracker
 from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.types import (
     Cost,
     Group,
+    Interval,
     Metric,
     Prompt,
     Rollout,
@@ -144,6 +146,11 @@ def everything(report: Reporter, learner: dict[str, float], figures: dict[str, f
     flips = replace(compares, preferences=((math.nan, 0.9), (0.8, math.nan)))
     said = {pair.prompt.id: flips for pair in pairs}
     report.examined(1, examined(pairs, said, said))
+    half: Interval = {"value": 0.6, "low": 0.5, "high": 0.7, "n": 40}
+    made = Refreshed(
+        weights="0001", reason=None, trained=90, heldout=40, before=half, after=half, change={**half, "value": 0.0}
+    )
+    report.refreshed(1, made, bootstrap([0.1, 0.3]), versions=("1", "2"))
     asked = [
         Figure("people_questions", 3.0, labels={"state": "open"}),
         Figure("people_questions", 9.0, labels={"state": "answered"}),

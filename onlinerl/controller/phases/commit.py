@@ -41,14 +41,15 @@ def _best(it: Iteration) -> int:
 
 def best_iterate(measured: Mapping[int, Mapping[str, Any]]) -> int:
     """The iterate that has surely gained most over the base model on the held-out prompts: the one whose 95 % interval has the highest lower bound,
-    in reward, or where the oracle only compares in win rate. Of equals the earliest; the base model where no interval lies above 0. Where no
-    iterate has a win rate, because nobody compared any, the newest.
+    in reward, or in win rate where the oracle only compares, or rewards are of several versions of it and so of several scales. Of equals
+    the earliest; the base model where no interval lies above 0. Where no iterate has a win rate, because nobody compared any, the newest.
 
     Args:
         measured: what `measure` recorded, by iterate.
     """
     later = [t for t in measured if t > 0]
-    scored = all(_known(_surely(measured, t, "reward")) for t in later)
+    judges = {version for one in measured.values() for version in one.get("oracle_versions") or ()}
+    scored = len(judges) < 2 and all(_known(_surely(measured, t, "reward")) for t in later)
     gained = {t: _surely(measured, t, "reward" if scored else "win_rate") for t in sorted(later)}
     worth: dict[int, Any] = {0: 0.0} | {t: value for t, value in gained.items() if _known(value)}
     if len(worth) == 1 and not scored:

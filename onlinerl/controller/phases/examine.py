@@ -10,14 +10,17 @@ from onlinerl.types import ExamineRecord, Failure
 
 
 def examine(it: Iteration) -> ExamineRecord:
-    """Ask the oracle about pairs whose better response is known: before anything is pushed, and again as often as configured.
+    """Ask the oracle about pairs whose better response is known: before anything is pushed, again as often as configured, and whenever its reward
+    model has been trained further.
 
     What it says again it is asked again, whatever the ledger knows: a model behind an endpoint may change, and keep its name.
     """
     config, groups = it.parts.config.anchors, it.parts.anchors
     assert config is not None
     first = it.number == 0
-    if not first and not (config.every and it.number % config.every == 0):
+    renewed = it.parts.store.phases(it.number - 1 - it.parts.config.schedule.max_lag).get("refresh", {}).get("taken", False)
+    due = first or renewed or (config.every and it.number % config.every == 0)
+    if not due:
         return {"asked": 0, "failures": 0, "figures": None, "agreement": None}
     feed = Feed.of(groups, it.stop)
     asked, paid = collect.judge(it, feed, len(groups), ANCHOR_VERDICTS, "examine", anew=not first)
