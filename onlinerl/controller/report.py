@@ -161,7 +161,7 @@ class Reporter:
         # Of a training that is not taken nobody ever asks the version: it has none.
         said = {"before": (made.before, versions[0]), "after": (made.after, versions[1] if made.weights is not None else None)}
         metrics += [
-            self._of("refresh_accuracy", one, labels={"weights": name}, oracle_version=version)
+            self._of("refresh_accuracy", one, labels={"kind": name}, oracle_version=version)
             for name, (one, version) in said.items()
             if one is not None
         ]

@@ -261,10 +261,10 @@ JUDGING = (
         estimators=("ratio",),
         n_min=200,
         n_of="pairs",
-        labels={"weights": ("before", "after")},
+        labels={"kind": ("before", "after")},
         series=(
             Series(
-                name="onlinerl_refresh_accuracy_ratio", labels={"weights": None}, bounds="onlinerl_refresh_accuracy_bound_ratio"
+                name="onlinerl_refresh_accuracy_ratio", labels={"kind": None}, bounds="onlinerl_refresh_accuracy_bound_ratio"
             ),
         ),
     ),

@@ -52,6 +52,7 @@ def keys(model):
         "oracle.every": 2,
         "oracle.prompts": 12,
         "prompts.per_iteration": 16,
+        "prompts.reuse": True,
         "sampling.max_new_tokens": 5,
         "oracle.min_new_labels": 20,
         "oracle.heldout_share": 0.3,
@@ -125,7 +126,7 @@ def test_it_learns_and_the_figures_say_of_which_version_they_are(straight):
     assert second["after"]["value"] > second["before"]["value"]
     assert second["change"]["value"] == pytest.approx(second["after"]["value"] - second["before"]["value"])
     before, after = second["oracle_versions"]
-    accuracy = {(r["iteration"], r["labels"]["weights"]): r for r in figures(run, "refresh_accuracy")}
+    accuracy = {(r["iteration"], r["labels"]["kind"]): r for r in figures(run, "refresh_accuracy")}
     assert accuracy.keys() == {(t, which) for t in (2, 4) for which in ("before", "after")}
     assert (accuracy[2, "before"]["oracle_version"], accuracy[2, "after"]["oracle_version"]) == (before, after)
     assert accuracy[2, "after"]["value"] == second["after"]["value"]
