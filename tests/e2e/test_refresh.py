@@ -200,7 +200,7 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: f"{moment[0]}, {moment[1]}".replace(" ", "-"))
+@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: "-".join(f"{moment[0]} {moment[1]}".split()))
 def test_killed_and_resumed_it_is_the_same_run(straight, toy_config, keys, warm_cli, tmp_path, moment):
     config, log = toy_config(tmp_path, keys), tmp_path / "log"
     stopped = warm_cli("run", config, log=log, refresh=True, kill=moment)
@@ -262,7 +262,7 @@ def test_weights_that_are_worse_are_not_taken(toy_config, keys, warm_cli, tmp_pa
     assert last["oracle_versions"] == [second["oracle_versions"][1]] * 2
     assert [r["value"] for r in figures(run, "refresh_taken")] == [1.0, 0.0]
     assert not list((run / "oracle/refresh/0004/exports").glob("[0-9]*"))
-    more = warm_cli("resume", run, "iterations=5")
+    more = warm_cli("resume", run, "iterations=5", log=tmp_path / "again")
     assert more.returncode == 0, more.message
     assert {row["oracle_version"] for row in rows(run, 5, "verdicts")} == {second["oracle_versions"][1]}
 
@@ -310,7 +310,7 @@ def test_what_is_trained_on_again(straight, toy_config, keys, warm_cli, tmp_path
 
 def test_a_run_that_gets_more_iterations_goes_on_with_the_newest_weights(straight, warm_cli, tmp_path):
     shutil.copytree(straight / "runs", tmp_path / "runs")
-    done = warm_cli("resume", tmp_path / "runs/toy", "iterations=5")
+    done = warm_cli("resume", tmp_path / "runs/toy", "iterations=5", log=tmp_path / "again")
     assert done.returncode == 0, done.message
     assert {row["oracle_version"] for row in rows(tmp_path / "runs/toy", 5, "verdicts")} == {
         records(straight / "runs/toy")[3]["oracle_versions"][1]
@@ -323,7 +323,7 @@ def test_weights_that_are_damaged_stop_the_run(straight, warm_cli, tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
     file.write_bytes(content)
-    done = warm_cli("resume", tmp_path / "runs/toy", "iterations=5")
+    done = warm_cli("resume", tmp_path / "runs/toy", "iterations=5", log=tmp_path / "again")
     assert done.returncode != 0
     assert "does not agree with its checksum" in done.stderr
 
@@ -335,7 +335,7 @@ def test_iterations_that_were_removed_are_computed_again_with_the_weights_of_the
     for kind in ("iterations", "exports", "checkpoints"):
         for t in (3, 4):
             shutil.rmtree(run / kind / f"{t:04d}")
-    done = warm_cli("resume", run)
+    done = warm_cli("resume", run, log=tmp_path / "again")
     assert done.returncode == 0, done.message
     found, wanted = of_run(run), of_run(straight / "runs/toy")
     assert found["tables"] == wanted["tables"]
