@@ -13,7 +13,7 @@ from typing import Any, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from onlinerl.errors import ConfigError
-from onlinerl.oracles._inner import Container, Inner
+from onlinerl.oracles._inner import Container, Inner, failed
 from onlinerl.preference_models import BRADLEY_TERRY
 from onlinerl.protocols.oracle import ModelOracle, Trainable, leaves
 from onlinerl.protocols.refreshing import Mode, Refreshing
@@ -142,7 +142,7 @@ class Refreshed(Container):
 
     def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
         """What `base` says."""
-        return self._ask("base", queries)
+        return [failed({"base": said}) or said for said in self._ask("base", queries)]
 
 
 _AS_THEY_ARE = {"every", "prompts", "min_new_labels", "mode", "heldout_share", "batch_size", "epochs", "learning_rate"}

@@ -4,6 +4,7 @@ in the run's own process."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 from toy_runs import COUNTED, events, everything, unpaid
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
+from onlinerl.errors import Interrupted
 from onlinerl.oracles.reward_model import RewardModel
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import summarise
@@ -229,6 +231,17 @@ def test_killed_and_resumed_it_is_the_same_run(straight, toy_config, keys, warm_
         assert steps == once, "what has a checkpoint is not trained again"
 
 
+def test_stopped_by_a_signal_in_a_training_it_goes_on(straight, toy_config, keys, warm_cli, tmp_path):
+    config = toy_config(tmp_path, keys)
+    stopped = warm_cli("run", config, log=tmp_path / "log", refresh=True, stop=["reward step", 3])
+    assert stopped.returncode == Interrupted.exit_code, stopped.message
+    done = warm_cli("resume", tmp_path / "runs/toy", log=tmp_path / "again", refresh=True)
+    assert done.returncode == 0, done.message
+    found, wanted = of_run(tmp_path / "runs/toy"), of_run(straight / "runs/toy")
+    for name in ("records", "tables", "weights", "reward_models"):
+        assert found[name] == wanted[name], name
+
+
 @pytest.mark.parametrize("schedule", [{"stream": True, "evaluate_beside": True}, {"evaluate_beside": True}])
 def test_other_schedules_make_the_same_run(straight, toy_config, keys, warm_cli, tmp_path, schedule):
     config = toy_config(tmp_path, keys | {f"schedule.{key}": value for key, value in schedule.items()})
@@ -347,3 +360,29 @@ def test_labels_and_their_cost_are_shown(straight, warm_cli):
     assert done.returncode == 0, done.message
     costs = [row for row in json.loads(done.stdout)["costs"] if row["phase"] == "refresh"]
     assert {row["iteration"] for row in costs} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("name", ["judge_score", "judge_pair"])
+def test_the_requests_that_check_foretells_are_those_that_a_judge_gets(toy_config, keys, warm_cli, tmp_path, name):
+    """Also one that only compares."""
+    pytest.importorskip("aiohttp")
+    from judges import judging
+
+    with judging() as server:
+        judge = {"name": name, "base_url": f"{server.url}/v1", "model": "judge", "price_per_request": 0.01}
+        config = toy_config(tmp_path, keys | {"oracle.labels": judge, "iterations": 2})
+        said = warm_cli("check", config)
+        assert said.returncode == 0, said.message
+        foretold = re.search(
+            r"oracle.labels: (\d+) requests for 4 responses to a prompt, at most (\d+) an iteration and (\d+) for the whole run; about \$(\S+)",
+            said.stdout,
+        )
+        assert foretold is not None, said.stdout
+        done = warm_cli("run", config, log=tmp_path / "log")
+        assert done.returncode == 0, done.message
+    run = tmp_path / "runs/toy"
+    cost = [row["cost"] for t in (1, 2) for row in rows(run, t, "refresh_labels")]
+    assert sum(each["calls"] for each in cost) == int(foretold[3])
+    assert sum(each["usd"] for each in cost) == pytest.approx(float(foretold[4]), abs=0.01)
+    with RunDirectory.open(run) as opened:
+        assert opened.phases(2)["refresh"]["trained"]
