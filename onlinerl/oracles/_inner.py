@@ -194,6 +194,28 @@ class Container(Oracle):
         return [{key: said[i] for key, said in answers.items()} for i in range(len(queries))]
 
 
+class OnBase(Container):
+    """Base of those that say what one oracle says, changed in some way: what is said, and about what, is as there."""
+
+    base: Inner
+    """The oracle that is asked."""
+
+    @property
+    def components(self) -> tuple[str, ...] | None:
+        """Those of `base`."""
+        return self.base.components
+
+    @property
+    def compares(self) -> bool | None:
+        """As `base`."""
+        return self.base.compares
+
+    @property
+    def gives_uncertainty(self) -> bool | None:
+        """As `base`."""
+        return self.base.gives_uncertainty
+
+
 class Chooser(Container):
     """Base of those of which a different one judges each group: their scores have no common scale, so its verdicts are preferences."""
 

@@ -17,7 +17,7 @@ from pydantic import Field, PrivateAttr
 from onlinerl.errors import OracleError
 from onlinerl.ops import calibration
 from onlinerl.ops.calibration import Fit
-from onlinerl.oracles._inner import Container, Inner, failed, keep, kept, total
+from onlinerl.oracles._inner import Inner, OnBase, failed, keep, kept, total
 from onlinerl.oracles._known_pairs import KnownPair, located, read
 from onlinerl.types import Cost, Failure, Query, Verdict
 
@@ -27,7 +27,7 @@ LEAST = 50
 FILE = "calibration.json"
 
 
-class Calibrated(Container):
+class Calibrated(OnBase):
     """What another oracle says, with preferences that are right as often as they say. Scores stay as they are, and so does their order.
 
     `base` is asked about all pairs of `data` when it is opened; the fit is kept with the run, so a resume does not ask again.
@@ -100,21 +100,6 @@ class Calibrated(Container):
     def opening_cost(self) -> Cost:
         """Of the verdicts about the pairs, and what `base` asks for itself."""
         return super().opening_cost.plus(self._paid)
-
-    @property
-    def components(self) -> tuple[str, ...] | None:
-        """Those of `base`."""
-        return self.base.components
-
-    @property
-    def compares(self) -> bool | None:
-        """As `base`."""
-        return self.base.compares
-
-    @property
-    def gives_uncertainty(self) -> bool | None:
-        """As `base`, whose uncertainty it is."""
-        return self.base.gives_uncertainty
 
     @property
     def version(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from onlinerl.errors import ConfigError
-from onlinerl.oracles._inner import Container, Inner, failed
+from onlinerl.oracles._inner import Inner, OnBase, failed
 from onlinerl.preference_models import BRADLEY_TERRY
 from onlinerl.protocols.oracle import ModelOracle, Trainable, leaves
 from onlinerl.protocols.refreshing import Mode, Refreshing
@@ -23,7 +23,7 @@ MODES = {"continue": ("replay", 0.5), "retrain": ("recency", 0.5)}
 """The key that only this mode reads, and its default."""
 
 
-class Refreshed(Container):
+class Refreshed(OnBase):
     """What `base` says. In each iteration `labels` judges some of the responses too, and every so many iterations `base` is trained on that. Its new
     weights are taken unless they are worse on what is held out; they are another version, whose labels are never mixed with those of the one
     before.
@@ -108,21 +108,6 @@ class Refreshed(Container):
     def version(self) -> str:
         """That of `base`, which is another one after each training: nothing else changes a verdict."""
         return self.base.version
-
-    @property
-    def components(self) -> tuple[str, ...] | None:
-        """Those of `base`."""
-        return self.base.components
-
-    @property
-    def compares(self) -> bool | None:
-        """As `base`."""
-        return self.base.compares
-
-    @property
-    def gives_uncertainty(self) -> bool | None:
-        """As `base`."""
-        return self.base.gives_uncertainty
 
     def requests(self, responses: int) -> int | None:
         """Of `base` alone: what `labels` is asked comes on top (see `oracle_requests.of_refresh`)."""

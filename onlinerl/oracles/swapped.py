@@ -10,11 +10,11 @@ from typing import cast
 import numpy as np
 
 from onlinerl.oracles import _verdicts
-from onlinerl.oracles._inner import Container, Inner, failed
+from onlinerl.oracles._inner import Inner, OnBase, failed
 from onlinerl.types import Failure, Query, Verdict
 
 
-class Swapped(Container):
+class Swapped(OnBase):
     """The mean of two verdicts of one oracle, about the responses as they stand and in the reverse order.
 
     For an oracle that may go by the place at which a response stands: one that sees all of them at once, or that is asked about each
@@ -25,19 +25,9 @@ class Swapped(Container):
     """The oracle that is asked: {name: judge_score, listwise: true, ...}."""
 
     @property
-    def compares(self) -> bool | None:
-        """As `base`."""
-        return self.base.compares
-
-    @property
     def gives_uncertainty(self) -> bool:
         """Of the two orders."""
         return True
-
-    @property
-    def components(self) -> tuple[str, ...] | None:
-        """Those of `base`."""
-        return self.base.components
 
     @property
     def version(self) -> str:
