@@ -219,6 +219,6 @@ def test_a_second_pass_against_the_first_s_start_would_be_noticed(learner, confi
     right, wrong = learner(config, Onpo(eta=ETA)), learner(config, Onpo(eta=ETA))
     train._steps(iteration(1, right), pairs(1))
     known = against(wrong, pairs(1))
-    monkeypatch.setattr(train, "_against_itself", lambda it, items: known)
+    monkeypatch.setattr(train, "_against_itself", lambda it, items, *names: known)
     train._steps(iteration(1, wrong), pairs(1))
     assert any(not np.array_equal(wrong.weights()[name], value) for name, value in right.weights().items())
