@@ -66,9 +66,8 @@ class Kept:
 
     def _read(self, data: bytes) -> None:
         for line in data[: data.rfind(b"\n") + 1].splitlines():
-            if (
-                entry := _entry(line)
-            ) is None:  # damaged, or a block that a power cut left unwritten: that reply is asked for again
+            entry = _entry(line)
+            if entry is None:  # damaged, or a block that a power cut left unwritten: that reply is asked for again
                 continue
             if "counted" in entry:
                 for key in entry["counted"]:
