@@ -9,7 +9,7 @@ from onlinerl.controller.parts import reference_iteration, samples_dynamically
 from onlinerl.errors import ConfigError
 from onlinerl.label_checks import check_labels
 from onlinerl.metrics.catalogue import CATALOGUE
-from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.algorithm import Algorithm, Needs
 from onlinerl.repeat_checks import check_repeats
 from onlinerl.types import Plan
 
@@ -22,6 +22,7 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
     """
     name, needs, k = config.algorithm["name"], algorithm.needs, config.sampling.samples_per_prompt
     CATALOGUE.including(algorithm.metrics, name)
+    _check_declarations(name, needs)
     least = needs.min_samples - len(needs.beside_samples)
     if k < least:
         raise ConfigError(
@@ -35,6 +36,45 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
             field="reference.schedule",
             fix=f"set it to {algorithm.reference}, or leave it out",
         )
+    if _is_nonstandard(config, algorithm) and not config.reference.allow_nonstandard:
+        raise ConfigError(
+            f"{name} is defined against the previous iterate, not {config.reference.schedule!r}",
+            field="reference.schedule",
+            fix="leave it out, or set reference.allow_nonstandard=true if you mean it",
+        )
+    sampling = config.sampling
+    if needs.sampling_temperature and (sampling.top_p < 1 or sampling.top_k > 0):
+        raise ConfigError(
+            f"{name} weighs samples by their probability, which top_p and top_k change in a way the learner cannot score",
+            field="sampling.top_p" if sampling.top_p < 1 else "sampling.top_k",
+            fix="set top_p to 1.0 and top_k to -1",
+        )
+    if needs.critic_warmup >= config.iterations:
+        raise ConfigError(
+            f"is {needs.critic_warmup}, and there are {config.iterations} iterations: the policy would never learn",
+            field="algorithm.critic_warmup",
+            fix=f"lower it below {config.iterations}, or raise iterations",
+        )
+    _check_reference_samples(config, algorithm)
+    _check_prefixes(config, algorithm)
+    mixed = _mixtures(config, algorithm)
+    _check_merging(config, algorithm)
+    check_repeats(config, algorithm)
+    plan = planned(config, algorithm)
+    check_labels(config, algorithm)
+    objection = algorithm.objection(plan)
+    if objection is not None:
+        raise ConfigError(objection.cause, field=objection.field, fix=objection.fix)
+    paid = _kl_in_reward(config, algorithm, plan)
+    return [*_stale(config, algorithm), *mixed, *paid, *_dynamic(config, algorithm), *algorithm.remarks(plan)]
+
+
+def _check_declarations(name: str, needs: Needs) -> None:
+    """Refuse needs that contradict each other.
+
+    Raises:
+        ConfigError: naming the algorithm.
+    """
     if needs.reference_kl and not needs.reference:
         raise ConfigError(
             f"{name} declares `reference_kl` and no `reference`, so there is no model that the KL could be from",
@@ -61,43 +101,12 @@ def check_algorithm(config: RunConfig, algorithm: Algorithm) -> list[str]:
             field="algorithm.name",
             fix="correct its `needs`",
         )
-    if _is_nonstandard(config, algorithm) and not config.reference.allow_nonstandard:
-        raise ConfigError(
-            f"{name} is defined against the previous iterate, not {config.reference.schedule!r}",
-            field="reference.schedule",
-            fix="leave it out, or set reference.allow_nonstandard=true if you mean it",
-        )
-    sampling = config.sampling
-    if needs.sampling_temperature and (sampling.top_p < 1 or sampling.top_k > 0):
-        raise ConfigError(
-            f"{name} weighs samples by their probability, which top_p and top_k change in a way the learner cannot score",
-            field="sampling.top_p" if sampling.top_p < 1 else "sampling.top_k",
-            fix="set top_p to 1.0 and top_k to -1",
-        )
     if needs.sampling_temperature and (needs.greedy or needs.reference_samples):
         raise ConfigError(
             f"{name} weighs samples by their probability, and asks for responses that were not drawn from the policy",
             field="algorithm.name",
             fix="correct its `needs`, or choose another algorithm",
         )
-    if needs.critic_warmup >= config.iterations:
-        raise ConfigError(
-            f"is {needs.critic_warmup}, and there are {config.iterations} iterations: the policy would never learn",
-            field="algorithm.critic_warmup",
-            fix=f"lower it below {config.iterations}, or raise iterations",
-        )
-    _check_reference_samples(config, algorithm)
-    _check_prefixes(config, algorithm)
-    mixed = _mixtures(config, algorithm)
-    _check_merging(config, algorithm)
-    check_repeats(config, algorithm)
-    plan = planned(config, algorithm)
-    check_labels(config, algorithm)
-    objection = algorithm.objection(plan)
-    if objection is not None:
-        raise ConfigError(objection.cause, field=objection.field, fix=objection.fix)
-    paid = _kl_in_reward(config, algorithm, plan)
-    return [*_stale(config, algorithm), *mixed, *paid, *_dynamic(config, algorithm), *algorithm.remarks(plan)]
 
 
 def _dynamic(config: RunConfig, algorithm: Algorithm) -> list[str]:
