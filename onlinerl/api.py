@@ -14,7 +14,7 @@ from rich.console import Console
 from onlinerl import config as configuration
 from onlinerl.config import RunConfig
 from onlinerl.errors import OnlineRLError, StoreError
-from onlinerl.stores import labelled, summary
+from onlinerl.stores import labelled, querying, summary
 from onlinerl.trackers.console import sturdy_console
 from onlinerl.trackers.jsonl import read_metrics
 from onlinerl.types import Metric
@@ -224,6 +224,19 @@ class Run:
             format: see the class.
         """
         return tables.converted(list(labelled.rows(self.path, iteration, oracle)), format, labelled.SCHEMA.names)
+
+    def query(self, statement: str, *, format: Format = "pandas") -> Frame:
+        """What SQL finds in the table `labels`, which has the rows of `labels()`, as `onlinerl labels RUN --query` does.
+
+        Args:
+            statement: in DuckDB's SQL, e.g. `SELECT oracle_version, sum(usd) FROM labels GROUP BY ALL`.
+            format: see the class.
+
+        Raises:
+            StoreError: if the run is damaged or the statement cannot be answered.
+        """
+        found = querying.query(self.path, statement)
+        return tables.converted(found.to_pylist(), format, found.column_names)
 
     def samples(self, iteration: int | None = None, *, limit: int = 5, heldout: bool = False) -> list[dict[str, Any]]:
         """Prompts of an iteration with responses, scores and trained pairs: the same as `onlinerl show RUN --samples --json`.

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from onlinerl.cli._app import KEYS_FOLLOW, AsJson, Run, err, out, print_json, print_lines, print_whole
+from onlinerl.errors import OnlineRLError
 
 commands = typer.Typer()
 
@@ -21,13 +22,30 @@ def labels(
         Path | None,
         typer.Option("--export", help="A Parquet file of all labels with what they are about, for DuckDB or pandas."),
     ] = None,
+    query: Annotated[
+        str | None,
+        typer.Option(
+            help="What SQL finds in these labels, the table `labels`: 'SELECT iteration, sum(usd) FROM labels GROUP BY ALL'."
+        ),
+    ] = None,
     iteration: Annotated[int | None, typer.Option(help="Only of this iteration.")] = None,
     oracle: Annotated[str, typer.Option(help="Only of annotators and versions that contain this.")] = "",
 ) -> None:
     """What the oracle has said and cost: by iteration, whether oracles agree, and whether they go by place or length."""
-    from onlinerl.stores import labelled
+    from onlinerl.stores import labelled, querying
     from onlinerl.views import labels as view
 
+    if export is not None and query is not None:
+        raise OnlineRLError(
+            "is given with --query", field="--export", fix="ask for one at a time; COPY (...) TO 'FILE' writes from a query"
+        )
+    if query is not None:
+        found = querying.query(run, query, iteration, oracle)
+        if as_json:
+            print_json({"rows": querying.plain(found)})
+        else:
+            print_whole(view.queried(found.column_names, querying.plain(found)))
+        return
     if export is not None:
         count = labelled.export(run, export, iteration, oracle)
         err.print(f"{count} labels are in {export}", highlight=False, soft_wrap=True)

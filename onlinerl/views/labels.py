@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from onlinerl.controller.comparing import Compared
 from onlinerl.controller.statistics import Estimate, ratio
@@ -152,6 +153,17 @@ def table(found: Mapping[str, Any]) -> Table:
         numbers = [row[name] for name in ("labels", "failed", "reused", "calls", "saved_calls", "tokens")]
         money = [f"{row['usd']:.4f}" if row["usd"] else "-", f"{row['seconds']:.1f}"]
         table.add_row(str(row["iteration"]), row["phase"], row["oracle_version"] or "-", *map(str, numbers), *money)
+    return table
+
+
+def queried(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What a query has found, for people."""
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        numbers = all(isinstance(row[name], int | float | None) for row in rows)
+        table.add_column(Text(name), justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("-" if row[name] is None else str(row[name])) for name in columns))
     return table
 
 

@@ -281,6 +281,51 @@ def test_all_labels_with_what_they_are_about_as_one_file(config, warm_cli, tmp_p
     assert "flip rate 100.0%" in shown.stdout, shown.message
 
 
+def test_sql_finds_what_was_asked_of_the_labels(config, warm_cli, tmp_path, server):
+    assert warm_cli("run", config()).returncode == 0
+    run = tmp_path / "runs/toy"
+    costs = 'SELECT iteration, "table", count(*) AS labels, sum(calls) AS calls FROM labels GROUP BY ALL ORDER BY ALL'
+    done = warm_cli("labels", run, "--query", costs, "--json")
+    assert done.returncode == 0, done.message
+    rows = json.loads(done.stdout)["rows"]
+    assert sum(row["labels"] for row in rows) == 2 * PROMPTS + 3 * HELDOUT
+    assert sum(row["calls"] for row in rows) == sum(row["calls"] for row in ledger(warm_cli, run)["costs"])
+    assert {"iteration": 2, "table": "verdicts", "labels": PROMPTS, "calls": 12 * PROMPTS} in rows
+    assert Run.open(run).query(costs, format="arrow").to_pylist() == rows
+    chosen = "SELECT count(*) FILTER (raw[1] IS NOT NULL) AS words FROM labels"
+    assert warm_cli("labels", run, "--query", chosen, "--iteration", 7).stdout.split() == ["words", "0"]
+    shown = warm_cli(
+        "labels",
+        run,
+        "--query",
+        "SELECT '[1/0]' AS word, 0.5 AS half, 1.0 / 0 AS none, DATE '2026-01-02' AS day, 10 ** 25 AS many",
+    )
+    assert shown.stdout.split() == ["word", "half", "none", "day", "many", "[1/0]", "0.5", "-", "2026-01-02", "1e+25"]
+    written = tmp_path / "pairs.csv"
+    done = warm_cli("labels", run, "--query", f"COPY (SELECT prompt_id FROM labels) TO '{written}'")
+    assert done.returncode == 0, done.message
+    assert len(written.read_text().splitlines()) == 2 * PROMPTS + 3 * HELDOUT + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--query", "SELEC 1"], ["query: DuckDB cannot answer it: Parser Error", "DESCRIBE labels"]),
+        (["--query", "SELECT nothing FROM labels"], ["not found in FROM clause", "DESCRIBE labels"]),
+        (["--query", "SELECT list_max(calls) FROM labels"], ["query: DuckDB cannot answer it"]),
+        (["--query", "SELECT prompt::INT FROM labels"], ["Conversion Error"]),
+        (["--query", ""], ["query: the statement finds no rows"]),
+        (["--query", "SELECT 1", "--export", "x.parquet"], ["--export: is given with --query"]),
+    ],
+)
+def test_what_is_no_question_is_refused(toy_config, warm_cli, tmp_path, options, says):
+    assert warm_cli("run", toy_config(tmp_path, {"iterations": 1, "metrics.prometheus": False})).returncode == 0
+    done = warm_cli("labels", tmp_path / "runs/toy", *options)
+    assert done.returncode == 2, done.message
+    for word in says:
+        assert word in done.message
+
+
 def test_a_run_of_the_version_before_goes_on_and_is_shown(config, warm_cli, tmp_path, server):
     file, run = config(**{"oracle.max_requests": 1}), tmp_path / "runs/toy"
     assert warm_cli("run", file).returncode == 0
