@@ -101,27 +101,41 @@ class SequenceClassifier(ModelOracle):
         """
         if self._model is not None:
             return
+        device, dtype = device_and_dtype(self.device, self.dtype)
+        tokenizer = self._read_tokenizer()
+        model = self._load(dtype).to(device=device, dtype=dtype)
+        self._tokenizer = tokenizer
+        self._model = model.eval()
+        self._limit = min(self.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", self.max_length))
+
+    def _load(self, dtype: Any) -> Any:
+        """The model with its weights, on the CPU."""
+        return self._load_one("path", dtype)
+
+    def _load_one(self, key: str, dtype: Any) -> Any:
         from transformers import AutoModelForSequenceClassification
 
-        device, dtype = device_and_dtype(self.device, self.dtype)
-        folder, tokenizer = self._folder(), self._read_tokenizer()
-        with readable("path", self.path, "sequence classifier"):
+        path = self._paths()[key]
+        folder = folder_of(key, path)
+        with readable(key, path, "sequence classifier"):
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **self._options(folder)
             )
         if report["missing_keys"]:  # transformers would make them up at random
             raise OracleError(
-                f"{self.path} lacks trained weights for {', '.join(sorted(report['missing_keys']))}",
-                field="oracle.path",
+                f"{path} lacks trained weights for {', '.join(sorted(report['missing_keys']))}",
+                field=f"oracle.{key}",
                 fix=f"give a trained {self.kind}; a language model has no such head",
             )
-        self._tokenizer = tokenizer
-        self._model = model.to(device).eval()
-        self._limit = min(self.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", self.max_length))
+        return model
+
+    def _paths(self) -> dict[str, str]:
+        """Directories or hub ids of what it is made of, by the keys that name them."""
+        return {"path": self._weights or self.path}
 
     def absent(self) -> str | None:
-        """`path`, if it is a hub id that has not been downloaded."""
-        return absent({"path": self.path})
+        """The first hub id that has not been downloaded."""
+        return absent(self._paths())
 
     def inspect(self) -> None:
         """Read configuration and tokenizer.
@@ -133,28 +147,33 @@ class SequenceClassifier(ModelOracle):
 
     def _read_tokenizer(self) -> Any:
         """The tokenizer of a model that its configuration says is of this kind."""
+        tokenizer, self._described = self._read_one("path")
+        return tokenizer
+
+    def _read_one(self, key: str) -> tuple[Any, dict[str, Any]]:
+        """The tokenizer of a model of this kind, and what training has written down of it."""
         from transformers import AutoConfig, AutoTokenizer
 
-        folder = self._folder()
+        path = self._paths()[key]
+        folder = folder_of(key, path)
         self._options(folder)
-        with readable("path", self.path, "sequence classifier"):
+        with readable(key, path, "sequence classifier"):
             config = AutoConfig.from_pretrained(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder)
         said = config.to_dict()
         if (found := objective_of(said)) != self.objective:
             raise OracleError(
-                f"{self.path} was trained with the objective {found}, and this oracle asks models of {self.objective}",
-                field="oracle.path",
+                f"{path} was trained with the objective {found}, and this oracle asks models of {self.objective}",
+                field=f"oracle.{key}",
                 fix="give another model, or the oracle of that objective in oracle.name (reward_model, gpm, pair_model)",
             )
         if (problem := self._labels_problem(config.num_labels)) is not None:
             raise OracleError(
-                f"{self.path} has {config.num_labels} label{'s' if config.num_labels != 1 else ''}; {problem}",
-                field="oracle.path",
+                f"{path} has {config.num_labels} label{'s' if config.num_labels != 1 else ''}; {problem}",
+                field=f"oracle.{key}",
                 fix=f"give a {self.kind}, as `onlinerl train-rm` makes one",
             )
-        self._described = dict(said.get(KEY) or {})
-        return tokenizer
+        return tokenizer, dict(said.get(KEY) or {})
 
     def close(self) -> None:
         """Forget the model and give its memory back."""
@@ -170,7 +189,7 @@ class SequenceClassifier(ModelOracle):
         """Hash of the model's and tokenizer's files, and of all keys that could change a verdict. Of a large file, evenly spread samples."""
         if not self._version:
             said = {"asked": self._identity()}
-            self._version = f"{Path(self.path).name}-{digest({'path': str(self._weights or self.path)}, said)}"
+            self._version = f"{Path(self.path).name}-{digest(self._paths(), said)}"
         return self._version
 
     # --- what it is asked ---
@@ -215,9 +234,6 @@ class SequenceClassifier(ModelOracle):
             return self._rows(query)
         except Unreadable as error:
             raise OracleError(error.cause, field="oracle.path", fix=error.fix) from error
-
-    def _folder(self) -> Path:
-        return folder_of("path", self._weights or self.path)
 
     def _too_long(self, query: Query, rows: Sequence[Sequence[int]]) -> Failure | None:
         longest = max((len(row) for row in rows), default=0)

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from onlinerl.errors import OracleError
 from onlinerl.oracles import _verdicts
 from onlinerl.oracles._classifier import SequenceClassifier
-from onlinerl.oracles._model_files import readable
+from onlinerl.oracles._model_files import absolute, readable
 from onlinerl.preference_models import BRADLEY_TERRY, single
 from onlinerl.protocols.oracle import Trainable
 from onlinerl.types import Cost, Failure, Query, Verdict, derive_seed
@@ -35,6 +35,14 @@ class RewardModel(SequenceClassifier):
     substitute for several."""
     dropout: float | None = Field(None, gt=0, lt=1)
     """Rate of those passes; None is what the model was trained with."""
+    average_with: list[str] = Field(default_factory=list)
+    """Further reward models: the mean of all their weights is asked, at the cost of one model. They go together if each was trained from the
+    same model and the same head ("WARM: On the Benefits of Weight Averaged Reward Models", arXiv 2401.12187, section 3)."""
+
+    @field_validator("average_with")
+    @classmethod
+    def _absolutes(cls, paths: list[str]) -> list[str]:
+        return [absolute(path, f"average_with[{i}]") for i, path in enumerate(paths)]
 
     @field_validator("dropout_passes")
     @classmethod
@@ -56,9 +64,9 @@ class RewardModel(SequenceClassifier):
         return self.dropout_passes > 0
 
     @property
-    def trainable(self) -> Trainable:
-        """As `onlinerl train-rm` trains them further."""
-        return Trainable(objective=self.objective, path=self.path, max_length=self.max_length)
+    def trainable(self) -> Trainable | None:
+        """As `onlinerl train-rm` trains them further; an average is no model that was trained."""
+        return None if self.average_with else Trainable(objective=self.objective, path=self.path, max_length=self.max_length)
 
     def _labels_problem(self, labels: int) -> str | None:
         return None if labels == 1 else "a reward model has one"
@@ -66,6 +74,44 @@ class RewardModel(SequenceClassifier):
     def _identity(self) -> str:
         passes = f"\0{self.dropout_passes}\0{self.dropout}" if self.dropout_passes else ""
         return super()._identity() + passes
+
+    def _paths(self) -> dict[str, str]:
+        return super()._paths() | {f"average_with[{i}]": path for i, path in enumerate(self.average_with)}
+
+    def _read_tokenizer(self) -> Any:
+        """Those that are averaged read the same tokens, or their weights mean different things."""
+        tokenizer = super()._read_tokenizer()
+        for key, path in [*self._paths().items()][1:]:
+            other, _ = self._read_one(key)
+            if other.get_vocab() != tokenizer.get_vocab() or other.chat_template != tokenizer.chat_template:
+                raise OracleError(
+                    f"{path} has another tokenizer or chat template than {self.path}",
+                    field=f"oracle.{key}",
+                    fix="average reward models that were trained from the same model; others go together in oracle.name=ensemble",
+                )
+        return tokenizer
+
+    def _load(self, dtype: Any) -> Any:
+        """The mean in float32, taken one model at a time."""
+        if not self.average_with:
+            return super()._load(dtype)
+        import torch
+
+        keys = list(self._paths())
+        model = self._load_one(keys[0], torch.float32)
+        means = dict(model.named_parameters())
+        for number, key in enumerate(keys[1:], 2):
+            parameters = dict(self._load_one(key, torch.float32).named_parameters())
+            if {name: one.shape for name, one in parameters.items()} != {name: one.shape for name, one in means.items()}:
+                raise OracleError(
+                    f"{self._paths()[key]} has not the same weights as {self.path}: names or shapes differ",
+                    field=f"oracle.{key}",
+                    fix="average reward models that were trained from the same model; others go together in oracle.name=ensemble",
+                )
+            with torch.no_grad():
+                for name, mean in means.items():
+                    mean += (parameters[name] - mean) / number
+        return model
 
     def _rows(self, query: Query) -> list[list[int]]:
         """One of each response."""

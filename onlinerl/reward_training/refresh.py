@@ -82,6 +82,7 @@ def _models(oracle: Any) -> Iterator[str]:
         return
     if isinstance(path := oracle.get("path"), str):
         yield path
+    yield from (path for path in oracle.get("average_with") or () if isinstance(path, str))
     weights = oracle.get("weights")
     for name, each in oracle.items():
         if not (isinstance(weights, Mapping) and weights.get(name) == 0):

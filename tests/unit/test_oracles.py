@@ -446,6 +446,58 @@ class TestRewardModel:
             with pytest.raises(ValueError, match=said):
                 RewardModel(path="x", **knobs)
 
+    def test_weights_that_are_averaged_answer_as_one_model(self, tmp_path):
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        paths = [save_reward_model(tmp_path / name) for name in ("one", "two", "three")]
+        models = [AutoModelForSequenceClassification.from_pretrained(path) for path in paths]
+        for i, model in enumerate(models):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += 0.05 * i * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+            model.save_pretrained(paths[i])
+        mean = save_reward_model(tmp_path / "mean")
+        with torch.no_grad():
+            for together in zip(*(model.parameters() for model in models), strict=True):
+                together[0].copy_(torch.stack(together).double().mean(0))
+        models[0].save_pretrained(mean)
+        asked = [query(" good", " not good it is dull", "", text="the film was")]
+        oracle = RewardModel(path=paths[0], average_with=paths[1:], device="cpu")
+        (verdict,) = oracle.judge(asked)
+        assert verdict.scores == pytest.approx(RewardModel(path=mean, device="cpu").judge(asked)[0].scores, abs=1e-4)
+        assert verdict.cost.calls == 3, "the price of one"
+        singles = [RewardModel(path=path, device="cpu").judge(asked)[0].scores for path in paths]
+        assert all(verdict.scores != pytest.approx(scores, abs=1e-3) for scores in singles)
+        same = RewardModel(path=paths[0], average_with=paths[:1], device="cpu").judge(asked)[0]
+        assert same.scores == pytest.approx(singles[0], abs=1e-6)
+        assert (
+            len(
+                {
+                    one.version
+                    for one in (oracle, RewardModel(path=paths[0]), RewardModel(path=paths[0], average_with=paths[1:2]))
+                }
+            )
+            == 3
+        )
+        assert (oracle.trainable, RewardModel(path=paths[0], average_with=["some/where"]).absent()) == (None, "some/where")
+
+    def test_weights_that_do_not_go_together_are_not_averaged(self, tmp_path):
+        one, other = save_reward_model(tmp_path / "one"), save_reward_model(tmp_path / "other", template=False)
+        with pytest.raises(OracleError, match="another tokenizer or chat template") as refused:
+            RewardModel(path=one, average_with=[one, other], device="cpu").inspect()
+        assert refused.value.field == "oracle.average_with[1]"
+        with pytest.raises(OracleError, match="has 2 labels") as refused:
+            RewardModel(path=one, average_with=[save_reward_model(tmp_path / "two", labels=2)], device="cpu").inspect()
+        assert refused.value.field == "oracle.average_with[0]"
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        deeper = save_reward_model(tmp_path / "deeper")
+        config = AutoConfig.from_pretrained(deeper, num_hidden_layers=3)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(deeper)
+        with pytest.raises(OracleError, match="names or shapes differ"):
+            RewardModel(path=one, average_with=[deeper], device="cpu").open()
+
     def test_score_is_the_head_at_the_true_last_token(self, tmp_path):
         """Against the model's own layers, end-of-sequence included although it is also the pad token."""
         import torch
