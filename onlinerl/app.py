@@ -267,9 +267,10 @@ def resume(directory: Path, overrides: Sequence[str], console: Console, *, stand
         if all(store.phase_done(number, "commit") for number in range(config.iterations + 1)):
             if store.manifest["status"] != "finished":  # it was stopped behind its last phase, or is to end here
                 store.write_config(configuration.dump(config))
-                store.update_manifest(status="finished")
+            resuming.finish(store, config)
             store.close()
             return 0
+        resuming.require_checkpoint(store)
         limit = time_limit.given()
         for note in () if limit is None else time_limit.check(store, limit):
             console.print(note, highlight=False, soft_wrap=True)
@@ -340,7 +341,7 @@ def _execute(checked: Checked, store: RunDirectory, account: Account, console: C
         checked.oracle.remember(store.path / labels.KEPT)
         with wiring.started(checked, store, account, tracker, standing) as parts, _loaded_for_good():
             done = loop.run(parts, attempt=store.manifest.get("attempt", 0))
-        store.update_manifest(status="finished")
+        resuming.finish(store, checked.config)
         status = "finished"
         return done
     except KeyboardInterrupt:

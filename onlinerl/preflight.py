@@ -81,9 +81,22 @@ class Checked:
         in fp32. Of adapters, the checkpoint holds nothing else, and the export has them beside it."""
         averaged = self.algorithm.needs.reference and self.config.reference.schedule == "ema"
         trained = self.parameters if self.adapters is None else self.adapters
-        beside = 0 if self.adapters is None else self.adapters * self.bytes_per_weight
-        of_all = self.bytes_per_weight + 4 * averaged
-        return int((self.parameters or 0) * of_all + (trained or 0) * (12 + self.bytes_per_weight) + beside)
+        average = 4 * averaged * (self.parameters or 0)
+        return int(self.export_bytes + average + (trained or 0) * (12 + self.bytes_per_weight))
+
+    @property
+    def export_bytes(self) -> int:
+        """Size of one export: the weights as trained, and adapters beside them."""
+        return int(((self.parameters or 0) + (self.adapters or 0)) * self.bytes_per_weight)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the run leaves on the disk when it is finished, without its tables."""
+        said, trained = self.config.checkpoints, self.config.iterations
+        removed = said.when_finished == "remove"
+        exports = {"all": trained, "last": 1 if removed else 2, "best": 2 if removed else 3}[said.exports]
+        checkpoints = 0 if removed else min(said.keep, trained) * (self.state_bytes - self.export_bytes)
+        return checkpoints + min(exports, trained) * self.export_bytes
 
     @property
     def bytes_per_weight(self) -> int:
@@ -304,12 +317,12 @@ def _check_room(checked: Checked) -> None:
     """Refuse a disk without room for the first checkpoint: a run would say so once it has sampled and trained."""
     least = int(checked.config.checkpoints.min_free_gib * 2**30)
     try:
-        require_free(_existing(checked.config.directory), checked.state_bytes, least)
+        require_free(existing(checked.config.directory), checked.state_bytes, least)
     except StoreError as error:
         raise ConfigError(error.cause, field=error.field, fix=(error.fix or "").removesuffix(", then resume")) from None
 
 
-def _existing(directory: Path) -> Path:
+def existing(directory: Path) -> Path:
     """The folder in which a directory is going to be, or the nearest one above that is there."""
     folder = directory.parent.absolute()
     while not os.path.exists(folder):  # Path.exists raises where a folder may not be looked into
@@ -319,7 +332,7 @@ def _existing(directory: Path) -> Path:
 
 def check_writable(directory: Path) -> None:
     """Raises ConfigError where the directory of a run cannot be made."""
-    folder = _existing(directory)
+    folder = existing(directory)
     try:
         # A name of its own: of two runs that start at once, neither may take away the other's file.
         with tempfile.TemporaryFile(dir=folder, prefix=".onlinerl-write-test-") as probe:

@@ -120,6 +120,34 @@ def require_in_order(store: RunDirectory, max_lag: int) -> None:
         )
 
 
+def finish(store: RunDirectory, config: RunConfig) -> None:
+    """Say that a run is finished, and remove what only a resume would read where the configuration says so."""
+    if store.manifest["status"] != "finished":
+        store.update_manifest(status="finished")
+    if config.checkpoints.when_finished == "remove":
+        for kind in ("checkpoints", "auxiliary", "references"):
+            store.retain(kind, set())
+        if config.checkpoints.exports != "all":
+            last = max(t for t in store.iterations() if store.phase_done(t, "commit"))
+            best = store.phases(last)["commit"]["best"]
+            store.retain("exports", {last, best} if config.checkpoints.exports == "best" else {last})
+
+
+def require_checkpoint(store: RunDirectory) -> None:
+    """Refuse more iterations of a finished run that has kept no checkpoint to train them from.
+
+    Raises:
+        ConfigError: with what can be done instead.
+    """
+    last = max((t for t in store.iterations() if store.phase_done(t, "checkpoint")), default=0)
+    if last and store.manifest["status"] == "finished" and not store.artefacts("checkpoints"):
+        raise ConfigError(
+            f"the run was finished after iteration {last} and has kept no checkpoint to go on from (checkpoints.when_finished)",
+            field="iterations",
+            fix=f"start a new run with more of them; it may begin with the model of this one: model={store.path}/exports/{last:04d}",
+        )
+
+
 def scale(directory: Path, replicas: int) -> None:
     """Ask a run that is under way for another number of replicas; it answers on its console, and a resume goes on with it.
 

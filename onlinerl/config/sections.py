@@ -261,6 +261,9 @@ class CheckpointConfig(Section):
     """Hugging Face exports kept: every iterate, the last one, or the last and the best one: that which has surely gained most over the base model,
     by the lower bound of the 95 % interval, in reward on the same held-out prompts, or in win rate where the oracle gives no scores (the
     reference is always kept)."""
+    when_finished: Literal["keep", "remove"] = "keep"
+    """`remove`: a run that is finished keeps no checkpoints, and of its exports those of the last and the best iterate at most (`exports`). It
+    cannot be continued with more iterations then. For sweeps, whose runs would fill a disk."""
     min_free_gib: float = Field(1.0, ge=0, le=1e9)
     """Refuse to write a checkpoint that would leave less than this free."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +104,7 @@ def check(sweep: Sweep, console: Console) -> dict[str, str]:
     new = [c for c in sweep.combinations if not (sweep.folder / c.name / "manifest.json").exists()]
     tried: list[tuple[dict[str, Any], int]] = []
     wrong: dict[str, OnlineRLError] = {}
+    kept = 0
     for combination in new:
         config = configuration.settled(combination.config)
         asked = (config.oracle, min(2, config.sampling.samples_per_prompt))
@@ -115,6 +117,7 @@ def check(sweep: Sweep, console: Console) -> dict[str, str]:
             wrong[combination.name] = error
         else:
             checked.oracle.close()
+            kept += checked.kept_bytes
             if lacking := app.lacking(checked):
                 absent[combination.name] = lacking[0]
     serves = [_prompts(c) for c in sweep.combinations if c.name not in wrong]
@@ -124,6 +127,7 @@ def check(sweep: Sweep, console: Console) -> dict[str, str]:
     }
     if broken or (wrong and not sweep.exclude_refused) or len(wrong) == len(sweep.combinations):
         raise all_at_once(wrong | broken, len(sweep.combinations))
+    _require_room(sweep, kept)
     refused = {name: f"{error.field}: {error.cause}" for name, error in wrong.items()}
     for name, reason in refused.items():
         console.print(f"{name} is left out: {reason}", highlight=False, markup=False, soft_wrap=True)
@@ -132,6 +136,20 @@ def check(sweep: Sweep, console: Console) -> dict[str, str]:
     for amount in dict.fromkeys(map(_amount, left)):
         console.print(f"  {amount}", highlight=False, soft_wrap=True)
     return refused
+
+
+def _require_room(sweep: Sweep, kept: int) -> None:
+    """Refuse a disk that would be full before the last run: `kept` is what those that have not been started will leave there."""
+    free = shutil.disk_usage(preflight.existing(sweep.folder / "run")).free
+    least = max(int(c.config.checkpoints.min_free_gib * 2**30) for c in sweep.combinations)
+    if kept > free - least:
+        raise ConfigError(
+            f"the runs that are left will keep {kept / 2**30:.1f} GiB of checkpoints and models, and {free / 2**30:.1f} GiB are free in "
+            f"{sweep.folder}, of which {least / 2**30:.1f} GiB have to stay free (checkpoints.min_free_gib)",
+            field="checkpoints.when_finished",
+            fix="set it to remove and checkpoints.exports to last, so that a run keeps its last model alone; free some space; or choose "
+            "another disk (runs)",
+        )
 
 
 def _prompts(combination: Combination) -> tuple[object, ...]:

@@ -34,6 +34,11 @@ from onlinerl.types import Prompt, TrainItem
 FAILED, REFUSED, NOTHING_LEFT, REQUEUE = 1, 2, 4, 75
 
 
+def numbers(folder: Path) -> set[int]:
+    """Of the checkpoints or exports in it."""
+    return {int(path.name) for path in folder.iterdir()}
+
+
 def records(run: Path, phase: str) -> list[dict]:
     """What a phase recorded, from iteration 1 on."""
     with RunDirectory.open(run) as opened:
@@ -388,6 +393,33 @@ def test_which_weights_the_reference_logprobs_come_from(toy_config, onlinerl, mo
     kept = {int(p.name) for p in (run / "exports").iterdir()}
     assert kept == {3, 4, expected[-1]} - {0}
     assert {int(p.name) for p in (run / "checkpoints").iterdir()} == {2, 3, 4}
+
+
+@pytest.mark.parametrize("exports", ["all", "last", "best"])
+def test_a_finished_run_keeps_its_model_alone_if_it_is_asked_to(toy_config, onlinerl, tmp_path, exports):
+    run, asked = tmp_path / "runs/toy", {"checkpoints.when_finished": "remove", "checkpoints.exports": exports}
+    assert onlinerl("run", toy_config(tmp_path, {**asked, "iterations": 3, "metrics.prometheus": False}))[0] == 0
+    best = records(run, "commit")[-1]["best"]
+    assert numbers(run / "exports") == {"all": {1, 2, 3}, "last": {3}, "best": {best, 3} - {0}}[exports]
+    assert numbers(run / "checkpoints") == set()
+    assert onlinerl("resume", run)[0] == NOTHING_LEFT
+    before = sorted(path for path in run.rglob("*"))
+    code, message = onlinerl("resume", run, "iterations=4")
+    assert code == REFUSED
+    assert "iterations: the run was finished after iteration 3 and has kept no checkpoint to go on from" in message
+    assert f"model={run}/exports/0003" in message
+    assert sorted(path for path in run.rglob("*")) == before
+    assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
+
+
+def test_what_a_finished_run_has_kept_can_be_removed_later(toy_config, onlinerl, tmp_path):
+    run = tmp_path / "runs/toy"
+    assert onlinerl("run", toy_config(tmp_path, {"iterations": 2, "metrics.prometheus": False}))[0] == 0
+    assert numbers(run / "checkpoints") == {1, 2}
+    assert onlinerl("resume", run, "iterations=3")[0] == 0
+    assert numbers(run / "checkpoints") == {2, 3}
+    assert onlinerl("resume", run, "checkpoints.when_finished=remove")[0] == NOTHING_LEFT
+    assert numbers(run / "checkpoints") == set()
 
 
 def test_the_garbage_collector_is_left_as_it_was(toy_config, onlinerl, tmp_path):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 import yaml
 from toy_runs import COUNTED, HELDOUT, PROMPTS, events, everything
 
+from onlinerl import preflight
+from onlinerl.config import CheckpointConfig
 from onlinerl.engines.toy import Toy
 from onlinerl.learners.toy import ToySync
 from onlinerl.stores import labelled
@@ -180,6 +184,36 @@ def test_prompts_that_serve_nobody_are_never_left_out(sweep_file, warm_cli):
     assert done.returncode == REFUSED, done.message
     assert "1 of 2 combinations cannot run" in done.stderr
     assert "gone.jsonl" in done.stderr
+
+
+def test_a_disk_that_would_be_full_before_the_last_run_is_said_before_the_first(sweep_file, onlinerl, tmp_path, monkeypatch):
+    half = shutil.disk_usage(tmp_path).free // 2
+    monkeypatch.setattr(preflight.Checked, "kept_bytes", property(lambda self: half))
+    code, message = onlinerl("sweep", sweep_file({**SENTIMENT, "iterations": 1}, axes={"algorithm": ["dpo", "grpo"]}))
+    assert code == REFUSED
+    assert "checkpoints.when_finished: the runs that are left will keep" in message
+    assert not list((tmp_path / "runs/both").glob("*/manifest.json"))
+    assert onlinerl("sweep", sweep_file({**SENTIMENT, "iterations": 1}, axes={"algorithm": ["dpo"]}))[0] == 0
+    assert onlinerl("sweep", sweep_file({**SENTIMENT, "iterations": 1}, axes={"algorithm": ["dpo", "grpo"]}))[0] == 0, (
+        "one is left"
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "kept"),
+    [
+        ({}, 2 * 20 + 4 * 3),
+        ({"exports": "last"}, 2 * 20 + 2 * 3),
+        ({"keep": 9, "exports": "best"}, 4 * 20 + 3 * 3),
+        ({"when_finished": "remove"}, 4 * 3),
+        ({"when_finished": "remove", "exports": "last"}, 3),
+        ({"when_finished": "remove", "exports": "best"}, 2 * 3),
+    ],
+)
+def test_what_a_run_leaves_on_the_disk_is_known_before(keys, kept):
+    config = SimpleNamespace(checkpoints=CheckpointConfig(**keys), iterations=4)
+    checked = SimpleNamespace(config=config, state_bytes=23, export_bytes=3)
+    assert preflight.Checked.kept_bytes.fget(checked) == kept
 
 
 def test_what_was_left_out_is_in_the_table(sweep_file, warm_cli, tmp_path):
