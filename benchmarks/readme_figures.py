@@ -48,25 +48,28 @@ def quickstart(runs: list[Path]) -> list[str]:
 
 
 def sweep(folder: Path) -> list[str]:
-    """One line per run, the highest reward first: the last iterate beside the base model, and what it took."""
+    """One line per finished run, the highest reward first: the last iterate beside the base model, and what it took. Those that are not finished are
+    named below."""
     record = sweeps.read(folder)
     if record is None:
         sys.exit(f"{folder} is no sweep")
     found = sweep_view.summarise(folder, record)
-    if unfinished := [run["name"] for run in found["runs"] if run["status"] != "finished"]:
-        sys.exit(f"not finished: {', '.join(unfinished)}")
+    finished = [run for run in found["runs"] if run["status"] == "finished"]
+    unfinished = [f"`{run['name']}`" for run in found["runs"] if run["status"] != "finished"]
+    if not finished:
+        sys.exit(f"no run of {folder} is finished")
     shutil.copy(sweep_view.write_plot(folder, found), ROOT / f"docs/{record.name}.svg")
     lines = [
         "| run | reward, base | reward | KL to base (nats) | win rate vs base [95 %] | length (tokens) | tokens sampled | labels | minutes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for run in sorted(found["runs"], key=lambda run: run["reward"], reverse=True):
+    for run in sorted(finished, key=lambda run: run["reward"], reverse=True):
         kl = f"{run['kl_ref']:.1f}" + (" (k1)" if run["kl_estimator"] == "k1" else "")
         lines.append(
             f"| `{run['name']}` | {run['history'][0]['reward']:.2f} | {run['reward']:.2f} | {kl} | {cell(run)} | {run['length']:.1f} "
             f"| {run['tokens']} | {run['labels']} | {run['seconds'] / 60:.1f} |"
         )
-    return lines
+    return [*lines, "", f"Not measured yet: {', '.join(unfinished)}."] if unfinished else lines
 
 
 def table(runs: list[Path], first: str, label: Any) -> list[str]:
