@@ -129,8 +129,8 @@ def finish(store: RunDirectory, config: RunConfig) -> None:
             store.retain(kind, set())
         if config.checkpoints.exports != "all":
             last = max(t for t in store.iterations() if store.phase_done(t, "commit"))
-            best = store.phases(last)["commit"]["best"]
-            store.retain("exports", {last, best} if config.checkpoints.exports == "best" else {last})
+            best = {store.phases(last)["commit"]["best"]} if config.checkpoints.exports == "best" else set()
+            store.retain("exports", {last, *best})
 
 
 def require_checkpoint(store: RunDirectory) -> None:

@@ -81,7 +81,8 @@ class RewardModel(SequenceClassifier):
     def _read_tokenizer(self) -> Any:
         """Those that are averaged read the same tokens, or their weights mean different things."""
         tokenizer = super()._read_tokenizer()
-        for key, path in [*self._paths().items()][1:]:
+        for i, path in enumerate(self.average_with):
+            key = f"average_with[{i}]"
             other, _ = self._read_one(key)
             if other.get_vocab() != tokenizer.get_vocab() or other.chat_template != tokenizer.chat_template:
                 raise OracleError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import duckdb
 import pyarrow as pa
 
 from onlinerl.errors import StoreError
-from onlinerl.stores import labelled
+from onlinerl.stores import _files, labelled
 
 TABLE = "labels"
 """What a query calls them."""
@@ -66,19 +66,5 @@ def _ordinary(found: pa.Table) -> pa.Table:
 
 def plain(found: pa.Table) -> list[dict[str, Any]]:
     """The rows as JSON knows them: a number that is not finite is None, and what is neither number, text, list nor mapping is text."""
-    columns = {name: [_plain(value) for value in found.column(i).to_pylist()] for i, name in enumerate(found.column_names)}
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def _plain(value: Any) -> Any:
-    match value:
-        case None | bool() | int() | str():
-            return value
-        case float():
-            return value if math.isfinite(value) else None
-        case list() | tuple():
-            return [_plain(each) for each in value]
-        case dict():
-            return {str(key): _plain(each) for key, each in value.items()}
-        case _:
-            return str(value)
+    rows: list[dict[str, Any]] = json.loads(json.dumps(_files.finite(found.to_pylist()), default=str))
+    return rows

@@ -471,15 +471,8 @@ class TestRewardModel:
         assert all(verdict.scores != pytest.approx(scores, abs=1e-3) for scores in singles)
         same = RewardModel(path=paths[0], average_with=paths[:1], device="cpu").judge(asked)[0]
         assert same.scores == pytest.approx(singles[0], abs=1e-6)
-        assert (
-            len(
-                {
-                    one.version
-                    for one in (oracle, RewardModel(path=paths[0]), RewardModel(path=paths[0], average_with=paths[1:2]))
-                }
-            )
-            == 3
-        )
+        pair = RewardModel(path=paths[0], average_with=paths[1:2])
+        assert len({one.version for one in (oracle, pair, RewardModel(path=paths[0]))}) == 3
         assert (oracle.trainable, RewardModel(path=paths[0], average_with=["some/where"]).absent()) == (None, "some/where")
 
     def test_weights_that_do_not_go_together_are_not_averaged(self, tmp_path):
