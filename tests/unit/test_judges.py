@@ -642,20 +642,25 @@ def test_killed_within_a_group_a_resume_asks_only_for_what_has_no_answer(judge, 
 
 
 def test_what_is_kept_has_an_end(judge, server, tmp_path, monkeypatch):
-    """Two files of bounded size; the newest replies are in them."""
-    monkeypatch.setattr(kept, "FULL_BYTES", 4000)
+    """Two files of bounded size; the newest replies are in them.
+
+    How many lines a file has when it is found full depends on how many replies wait for the disk together: at most a group.
+    """
     first = judge()
     first.remember(tmp_path)
-    for n in range(5):
+    one(first, name="p0", reference_answer="0")
+    a_group = (tmp_path / "replies.jsonl").stat().st_size
+    monkeypatch.setattr(kept, "FULL_BYTES", 2 * a_group)
+    for n in range(1, 9):
         one(first, name=f"p{n}", reference_answer=str(n))
     first.close()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["replies.jsonl", "replies.older.jsonl"]
-    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 4 * 4000
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 7 * a_group
     again = judge()
     again.open()
     again.remember(tmp_path)
     before = len(server.asked)
-    one(again, name="p4", reference_answer="4")
+    one(again, name="p8", reference_answer="8")
     assert len(server.asked) == before, "the last group is there"
     one(again, name="p0", reference_answer="0")
     assert len(server.asked) == before + 12, "the first is gone"
