@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -43,8 +44,14 @@ def load_config(path: str | Path, overrides: Overrides = ()) -> RunConfig:
 
 
 def list_runs(folder: str | Path = "runs") -> list[Run]:
-    """The runs in a folder, by name."""
-    return [Run.open(path) for path in summary.runs(folder)]
+    """The runs in a folder, by name. One that is damaged is left out with a warning that says what is wrong with it."""
+    found = []
+    for path in summary.runs(folder):
+        try:
+            found.append(Run.open(path))
+        except StoreError as error:
+            warnings.warn(f"{path} is left out: {error.cause}; {error.fix}", stacklevel=2)
+    return found
 
 
 class Run:

@@ -115,7 +115,7 @@ class SequenceClassifier(ModelOracle):
     def _load_one(self, key: str, dtype: Any) -> Any:
         from transformers import AutoModelForSequenceClassification
 
-        path = self._paths()[key]
+        path = self.paths()[key]
         folder = folder_of(key, path)
         with readable(key, path, "sequence classifier"):
             model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -129,13 +129,13 @@ class SequenceClassifier(ModelOracle):
             )
         return model
 
-    def _paths(self) -> dict[str, str]:
-        """Directories or hub ids of what it is made of, by the keys that name them."""
+    def paths(self) -> dict[str, str]:
+        """One model."""
         return {"path": self._weights or self.path}
 
     def absent(self) -> str | None:
         """The first hub id that has not been downloaded."""
-        return absent(self._paths())
+        return absent(self.paths())
 
     def inspect(self) -> None:
         """Read configuration and tokenizer.
@@ -154,7 +154,7 @@ class SequenceClassifier(ModelOracle):
         """The tokenizer of a model of this kind, and what training has written down of it."""
         from transformers import AutoConfig, AutoTokenizer
 
-        path = self._paths()[key]
+        path = self.paths()[key]
         folder = folder_of(key, path)
         self._options(folder)
         with readable(key, path, "sequence classifier"):
@@ -189,7 +189,7 @@ class SequenceClassifier(ModelOracle):
         """Hash of the model's and tokenizer's files, and of all keys that could change a verdict. Of a large file, evenly spread samples."""
         if not self._version:
             said = {"asked": self._identity()}
-            self._version = f"{Path(self.path).name}-{digest(self._paths(), said)}"
+            self._version = f"{Path(self.path).name}-{digest(self.paths(), said)}"
         return self._version
 
     # --- what it is asked ---

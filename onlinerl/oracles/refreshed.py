@@ -67,11 +67,11 @@ class Refreshed(OnBase):
                 fix="choose oracle.base.name=reward_model, whose model is trained for the objective bradley_terry",
             )
         for section, each in leaves(self.labels, "oracle.labels").items():
-            other = each.trainable if isinstance(each, ModelOracle) else None
-            if other is not None and Path(other.path).resolve() == Path(found.path).resolve():
+            paths = each.paths() if isinstance(each, ModelOracle) else {}
+            for key in (key for key, path in paths.items() if Path(path).resolve() == Path(found.path).resolve()):
                 raise ConfigError(
-                    f"is {other.path}, the model that is to learn from it: its own labels would only make it surer",
-                    field=f"{section}.path",
+                    f"is {found.path}, the model that is to learn from it: its own labels would only make it surer",
+                    field=f"{section}.{key}",
                     fix="choose another oracle for oracle.labels, e.g. a judge, people, or a larger reward model",
                 )
         for mode, (key, _) in MODES.items():

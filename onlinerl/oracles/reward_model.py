@@ -75,8 +75,9 @@ class RewardModel(SequenceClassifier):
         passes = f"\0{self.dropout_passes}\0{self.dropout}" if self.dropout_passes else ""
         return super()._identity() + passes
 
-    def _paths(self) -> dict[str, str]:
-        return super()._paths() | {f"average_with[{i}]": path for i, path in enumerate(self.average_with)}
+    def paths(self) -> dict[str, str]:
+        """Of all whose weights are averaged."""
+        return super().paths() | {f"average_with[{i}]": path for i, path in enumerate(self.average_with)}
 
     def _read_tokenizer(self) -> Any:
         """Those that are averaged read the same tokens, or their weights mean different things."""
@@ -98,14 +99,14 @@ class RewardModel(SequenceClassifier):
             return super()._load(dtype)
         import torch
 
-        keys = list(self._paths())
+        keys = list(self.paths())
         model = self._load_one(keys[0], torch.float32)
         means = dict(model.named_parameters())
         for number, key in enumerate(keys[1:], 2):
             parameters = dict(self._load_one(key, torch.float32).named_parameters())
             if {name: one.shape for name, one in parameters.items()} != {name: one.shape for name, one in means.items()}:
                 raise OracleError(
-                    f"{self._paths()[key]} has not the same weights as {self.path}: names or shapes differ",
+                    f"{self.paths()[key]} has not the same weights as {self.path}: names or shapes differ",
                     field=f"oracle.{key}",
                     fix="average reward models that were trained from the same model; others go together in oracle.name=ensemble",
                 )

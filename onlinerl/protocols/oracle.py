@@ -249,6 +249,10 @@ class ModelOracle(Oracle):
     """Extra Ray resources per replica, e.g. {oracle_node: 1} to choose a node."""
     start_timeout_s: Resumable[Seconds] = 900.0
 
+    def paths(self) -> dict[str, str]:
+        """Directories or hub ids of what it is made of, by the keys that name them, where it is made of models alone."""
+        return {}
+
     def absent(self) -> str | None:
         """The hub id of its weights if they are not on this machine: a run fetches them, a check goes on without them."""
         return None

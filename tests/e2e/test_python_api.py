@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import threading
 
@@ -43,6 +44,14 @@ def test_what_was_started_is_what_was_configured(run, folder):
     assert (run.config.algorithm["name"], run.config.algorithm["beta"]) == ("dpo", 0.2)
     assert repr(run) == f"Run({str(folder / 'runs/toy')!r}: finished, iterations 0, 1, 2)"
     assert [each.path for each in list_runs(folder / "runs")] == [run.path]
+
+
+def test_a_damaged_run_does_not_hide_the_others(run, tmp_path):
+    for name in ("damaged", "sound"):
+        shutil.copytree(run.path, tmp_path / name)
+    (tmp_path / "damaged/manifest.json").write_text("{")
+    with pytest.warns(UserWarning, match="damaged is left out: .*manifest.json"):
+        assert [each.name for each in list_runs(tmp_path)] == ["sound"]
 
 
 def test_figures(run):

@@ -132,12 +132,14 @@ def test_what_one_version_has_said_is_no_answer_of_the_next(models, tmp_path):
         ({"recency": 0.5}, "oracle.recency", "belongs to mode=retrain"),
         ({"heldout_share": 1.0}, "oracle.heldout_share", "less than 1"),
         ({"labels": "itself"}, "oracle.labels.path", "only make it surer"),
+        ({"labels": "averaged"}, "oracle.labels.average_with[0]", "only make it surer"),
         ({"labels": "within"}, "oracle.labels.members.a.path", "only make it surer"),
     ],
 )
 def test_what_it_cannot_be_is_refused(models, keys, field, said):
     itself = {"name": "reward_model", "path": models[0]}
-    labels = {"itself": itself, "within": {"name": "composite", "members": {"a": itself, "b": JUDGE}}}
+    averaged = {"name": "reward_model", "path": models[1], "average_with": [models[0]]}
+    labels = {"itself": itself, "averaged": averaged, "within": {"name": "composite", "members": {"a": itself, "b": JUDGE}}}
     if isinstance(keys.get("labels"), str):
         keys = {"labels": labels[keys["labels"]]}
     with pytest.raises(ConfigError, match=said) as error:
