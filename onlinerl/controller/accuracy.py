@@ -54,7 +54,7 @@ def measured(scored: Sequence[Scored]) -> dict[str, Any]:
         "accuracy": _of(known),
         "calibration": calibration([each.prob for each in known], [each.right for each in known]),
         "accuracy_by_length": by_length(known),
-        "accuracy_by_source": {name: _of(rows) for name, rows in sorted(_grouped(known).items())},
+        "accuracy_by_source": {name: _of(rows) for name, rows in sorted(grouped(known).items())},
         "length_bias": length_bias(known),
     }
     flips = [float(each.disagrees) for each in scored if each.disagrees is not None]
@@ -65,7 +65,8 @@ def _of(rows: Sequence[Scored]) -> dict[str, float]:
     return asdict(wilson([each.right for each in rows]))
 
 
-def _grouped(rows: Sequence[Scored]) -> Mapping[str, list[Scored]]:
+def grouped(rows: Sequence[Scored]) -> Mapping[str, list[Scored]]:
+    """By their source."""
     groups: defaultdict[str, list[Scored]] = defaultdict(list)
     for each in rows:
         groups[each.source].append(each)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import isnan, nan
 from typing import Any
 
-from onlinerl.controller.accuracy import Scored, measured, outcomes, shown
+from onlinerl.controller.accuracy import Scored, grouped, measured, outcomes, shown
 from onlinerl.controller.comparing import Compared
 from onlinerl.controller.statistics import Estimate, decisive, ratio, wilson
 from onlinerl.errors import OracleError
@@ -26,6 +26,8 @@ class Examined:
     """See `accuracy.measured`; lengths are in characters."""
     accuracy: Estimate
     """Of `figures`, with the interval that is decided by."""
+    by_source: Mapping[str, Estimate]
+    """The same of the pairs of each source."""
     first_place_wins: Estimate
     """Comparisons won by the response that was shown first, a tie being half."""
     agreement: Estimate | None
@@ -42,8 +44,8 @@ class Examined:
             f"one {shown(bias['shorter_is_better'])}, the longer one {shown(bias['longer_is_better'])}; calibration error {error['ece']:.3f}, "
             f"by chance up to {error['floor_95']:.3f}"
         ]
-        for name, found in figures["accuracy_by_source"].items():
-            if found["high"] < 0.5:
+        for name, found in self.by_source.items():
+            if found.high < 0.5:
                 said.append(f"of the pairs of {name} it is wrong more often than right: {shown(found)}")
         if self.agreement is not None:
             said.append(f"it says the same as at first of {shown(self.agreement)} of them")
@@ -73,24 +75,40 @@ def examined(groups: Sequence[Group], now: Said, first: Said | None = None) -> E
     return Examined(
         figures=measured(scored),
         accuracy=decisive(outcomes(scored)),
+        by_source={name: decisive(outcomes(rows)) for name, rows in grouped(scored).items()},
         first_place_wins=ratio([each.first_wins for each in compared], [each.comparisons for each in compared]),
         agreement=agreement,
     )
 
 
-def require_accuracy(found: Examined, least: float) -> None:
+def require_accuracy(found: Examined, least: float, least_by_source: float) -> None:
     """Refuse to train on what an oracle says that is wrong too often, and surely so.
 
+    Args:
+        found: how it has done.
+        least: that its accuracy may be.
+        least_by_source: the same of the pairs of each source.
+
     Raises:
-        OracleError: if even the upper bound of its accuracy is below.
+        OracleError: if even the upper bound of one of them is below.
     """
-    accuracy = found.accuracy
+    _require(found.accuracy, least, "min_accuracy", "pairs whose better response is known")
+    for name, accuracy in found.by_source.items():
+        _require(
+            accuracy,
+            least_by_source,
+            "min_accuracy_by_source",
+            f"pairs of the source {name}, of which the better response is known",
+        )
+
+
+def _require(accuracy: Estimate, least: float, key: str, pairs: str) -> None:
     if accuracy.n and accuracy.high < least:
         raise OracleError(
-            f"the oracle is right about {shown(accuracy)} of {accuracy.n:,} pairs whose better response is known",
-            field="anchors.min_accuracy",
+            f"the oracle is right about {shown(accuracy)} of {accuracy.n:,} {pairs}",
+            field=f"anchors.{key}",
             fix=f"repair the oracle, or choose another one, in a new run; look whether `chosen` and `rejected` have changed places in "
-            f"anchors.data; a resume with anchors.min_accuracy below {accuracy.high:.2f} goes on all the same",
+            f"anchors.data; a resume with anchors.{key} below {accuracy.high:.2f} goes on all the same",
         )
 
 

@@ -138,6 +138,21 @@ def test_one_that_is_wrong_stops_the_run_before_anything_is_sampled_and_is_repai
     assert len(asked(tmp_path)) == PAIRS, "what it has said is kept"
 
 
+def test_one_that_is_wrong_about_a_source_stops_the_run(run, tmp_path):
+    """Right about half of all, which 60 % may be; wrong about all of one source."""
+    rows = taste(PAIRS)
+    for row in rows:
+        if row["source"] == "odd":
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    data = write_rows(tmp_path / "half.jsonl", rows)
+    done = run("run", keys={"anchors.data": data, "anchors.min_accuracy": 0.6})
+    assert done.returncode == 1
+    assert "anchors.min_accuracy_by_source" in done.stderr
+    assert "of 20 pairs of the source odd" in re.sub(r"\s+", " ", done.stderr)
+    again = run("resume", "anchors.min_accuracy_by_source=0")
+    assert again.returncode == 0, again.message
+
+
 def test_what_changes_while_the_version_stays_is_seen(run, tmp_path):
     """A judge behind the same name that turns round after the first examination."""
     spec = {"keys": {"anchors.every": 1, "anchors.min_accuracy": 0.0}}

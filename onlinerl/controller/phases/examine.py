@@ -30,7 +30,8 @@ def examine(it: Iteration) -> ExamineRecord:
     it.report.paid(it.number, "examine", paid)
     it.report.budget(it.number, it.parts.asker.account)
     it.report.examined(it.number, found)
-    anchors.require_accuracy(found, config.min_accuracy)
+    of_each = config.min_accuracy_by_source
+    anchors.require_accuracy(found, config.min_accuracy, min(0.5, config.min_accuracy) if of_each is None else of_each)
     return {
         "asked": asked,
         "failures": sum(isinstance(each, Failure) for each in said.values()),
