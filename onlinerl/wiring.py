@@ -19,7 +19,7 @@ from onlinerl.controller.asking import Asker
 from onlinerl.controller.fleet import FleetReporter
 from onlinerl.controller.parts import Parts, samples_dynamically
 from onlinerl.metrics.catalogue import CATALOGUE
-from onlinerl.oracle_checks import check_comparable, check_scored, check_uncertainty
+from onlinerl.oracle_checks import check_verdict
 from onlinerl.preflight import Checked
 from onlinerl.protocols.engine import InProcessEngine, ReplicaSettings, RolloutEngine
 from onlinerl.protocols.learner import InProcessLearner, Learner
@@ -320,8 +320,5 @@ def probed(checked: Checked, oracle: Oracle) -> Verdict:
         ConfigError: if it only compares, and there is nothing to compare.
     """
     verdict = preflight.probe_oracle(oracle, checked.heldout[0])
-    check_uncertainty(checked.config, checked.algorithm, verdict.uncertainty is not None)
-    check_scored(checked.config, verdict.scores is not None)
-    if verdict.scores is None:
-        check_comparable(checked.config, checked.algorithm)
+    check_verdict(checked.config, checked.algorithm, verdict)
     return verdict

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,11 @@ from rich.console import Console
 
 from onlinerl import app, preflight, resuming
 from onlinerl import config as configuration
+from onlinerl.app import Asked
+from onlinerl.budget import Account
 from onlinerl.config import RunConfig
 from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, PromptError, StoreError
+from onlinerl.preflight import Checked
 from onlinerl.standing import Standing
 from onlinerl.stores import _files, base_answers, summary, sweeps
 from onlinerl.stores._lock import Lock
@@ -102,17 +105,13 @@ def check(sweep: Sweep, console: Console) -> dict[str, str]:
     """
     absent: dict[str, OnlineRLError] = {}
     new = [c for c in sweep.combinations if not (sweep.folder / c.name / "manifest.json").exists()]
-    tried: list[tuple[dict[str, Any], int]] = []
+    ask = _once()
     wrong: dict[str, OnlineRLError] = {}
     kept = 0
     for combination in new:
         config = configuration.settled(combination.config)
-        asked = (config.oracle, min(2, config.sampling.samples_per_prompt))
         try:
-            # An oracle is asked once: a question may cost money.
-            known = asked in tried
-            tried.append(asked)
-            checked = preflight.check(config) if known else app.check(config, Console(quiet=True))
+            checked = app.check(config, Console(quiet=True), ask=ask)
         except OnlineRLError as error:
             wrong[combination.name] = error
         else:
@@ -136,6 +135,22 @@ def check(sweep: Sweep, console: Console) -> dict[str, str]:
     for amount in dict.fromkeys(map(_amount, left)):
         console.print(f"  {amount}", highlight=False, soft_wrap=True)
     return refused
+
+
+def _once() -> Callable[[Checked, Account | None], Asked]:
+    """`app.asked`, but each oracle once, also one that does not work: a question may cost money."""
+    known: list[tuple[dict[str, Any], Asked]] = []
+
+    def ask(checked: Checked, account: Account | None) -> Asked:
+        oracle = checked.config.oracle
+        for other, said in known:
+            if other == oracle:
+                return said
+        known.append((oracle, Asked()))
+        known[-1] = (oracle, app.asked(checked, account))
+        return known[-1][1]
+
+    return ask
 
 
 def _require_room(sweep: Sweep, kept: int) -> None:

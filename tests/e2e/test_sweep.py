@@ -178,6 +178,22 @@ def test_prompts_without_what_one_algorithm_needs_are_left_out_for_it_alone(swee
     assert "both: 1 runs in" in left.stdout
 
 
+@pytest.mark.parametrize("first", ["dpo", "upo"])
+def test_what_an_oracle_does_not_give_is_found_before_the_first_run(sweep_file, warm_cli, first):
+    """It is asked once, and its answer is held against every algorithm."""
+    algorithms = [first, "upo" if first == "dpo" else "dpo", "constrained"]
+    file = sweep_file(SENTIMENT, axes={"algorithm": algorithms}, exclude_refused=True)
+    left = warm_cli("sweep", file, "--check")
+    assert left.returncode == 0, left.message
+    assert "upo is left out: oracle.name: sentiment as configured judges each pair once" in left.stdout
+
+
+def test_an_oracle_is_asked_once_about_all_runs(sweep_file, warm_cli, tmp_path):
+    assert warm_cli("sweep", sweep_file(), "--check", log=tmp_path / "log").returncode == 0
+    questions = [event for event in events(tmp_path / "log") if event["kind"] == "judge"]
+    assert len(questions) == 1, "a question may cost money"
+
+
 def test_prompts_that_serve_nobody_are_never_left_out(sweep_file, warm_cli):
     file = sweep_file(SENTIMENT, axes={"prompts.heldout": ["heldout.jsonl", "gone.jsonl"]}, exclude_refused=True)
     done = warm_cli("sweep", file, "--check")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,67 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from digits import count_in_digits
+from every import ITERATIONS, write_sweep
 
 from onlinerl import registry
 from onlinerl.stores.summary import summarise
 
 NAMES = registry.names("algorithms")
 REQUEUE = 75
-NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-ITERATIONS = 2
-
-pytestmark = [pytest.mark.engine, pytest.mark.algorithms, pytest.mark.timeout(4 * 3600)]
 
 
-def write_sweep(folder: Path, model: Path) -> Path:
-    """A small run of the real parts with an oracle that tells any two texts apart: a model of random weights says little else."""
-    (folder / "separates.py").write_text(
-        "import zlib\n\n\ndef judge(groups):\n    return [[zlib.crc32(r.encode()) / 2**32 for r in g['responses']] for g in groups]\n"
-    )
-    words = ["old", "new", "long", "short", "slow", "fast", "dark", "light", "good", "bad", "fine", "sad"]
-    answer = "the actor was nice and the plot was superb"
-    openings = [{"text": f"the film was {word} and the story", "reference_answer": answer} for word in words]
-    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, openings)))
-    (folder / "heldout.jsonl").write_text("\n".join(json.dumps({"text": f"the music {w} the camera"}) for w in ("of", "and")))
-    counting = folder / "model"  # prompts with goals say them in digits
-    shutil.copytree(model, counting)
-    count_in_digits(counting, NUMBERS)
-    base = {
-        "name": "base",
-        "runs": str(folder / "runs"),
-        "model": str(counting),
-        "iterations": ITERATIONS,
-        "algorithm": {"name": "dpo"},
-        "oracle": {"name": "python", "function": "separates.judge"},
-        "prompts": {
-            "train": str(folder / "train.jsonl"),
-            "heldout": str(folder / "heldout.jsonl"),
-            "per_iteration": 4,
-            "reuse": True,  # dynamic sampling could need more than there are
-        },
-        "sampling": {"samples_per_prompt": 4, "max_new_tokens": 10},
-        "training": {"batch_size": 2, "learning_rate": 1e-3},
-        "engine": {"kv_cache_gib": 0.1, "dtype": "float32", "max_num_seqs": 8},
-        "learner": {"dtype": "float32"},
-        "cluster": {"device": "cpu"},
-        "metrics": {"prometheus": False},
-        "checkpoints": {"min_free_gib": 0, "keep": 1, "exports": "last"},
-    }
-    (folder / "base.yaml").write_text(yaml.safe_dump(base))
-    sweep = folder / "sweep.yaml"
-    sweep.write_text(yaml.safe_dump({"base": "base.yaml", "name": "every", "axes": {"algorithm": "all"}}))
-    return sweep
-
-
-def start(folder: Path, sweep: Path, log: Path) -> subprocess.Popen[bytes]:
+def start(folder: Path, sweep: Path, log: Path, *options: str) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
-    command = [sys.executable, "-m", "onlinerl.cli", "sweep", str(sweep)]
+    command = [sys.executable, "-m", "onlinerl.cli", "sweep", str(sweep), *options]
     with log.open("ab") as file:
         return subprocess.Popen(
             command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, stdout=file, stderr=file, start_new_session=True
         )
+
+
+def test_the_sweep_is_accepted(tiny_llama: Path, tmp_path: Path) -> None:
+    """All of it, so that what is run seldom does not go out of date."""
+    process = start(tmp_path, write_sweep(tmp_path, tiny_llama), tmp_path / "log", "--check")
+    assert process.wait() == 0, (tmp_path / "log").read_text()
+    assert f"every: {len(NAMES)} runs" in (tmp_path / "log").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +60,9 @@ def runs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     print(log.read_text()[-3000:])
 
 
+@pytest.mark.engine
+@pytest.mark.algorithms
+@pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_on_real_parts(runs: Path, name: str) -> None:
     run = runs / name
