@@ -1,7 +1,6 @@
 """Write the figures of finished runs into docs/results.md and README.md, so that no number there is typed by hand.
 
 python benchmarks/readme_figures.py quickstart runs/seed0 runs/seed1 runs/seed2
-python benchmarks/readme_figures.py algorithms runs/ppo runs/grpo ...
 python benchmarks/readme_figures.py sweep runs/quickstart-all    (and its plot, docs/quickstart-all.svg)
 python benchmarks/readme_figures.py layouts runs/seed0 runs/two-by-two ...
 python benchmarks/readme_figures.py curves runs/dpo-lag0-seed0 runs/dpo-lag1-seed0 ...
@@ -48,8 +47,8 @@ def quickstart(runs: list[Path]) -> list[str]:
 
 
 def sweep(folder: Path) -> list[str]:
-    """One line per finished run, the highest reward first: the last iterate beside the base model, and what it took. Those that are not finished are
-    named below."""
+    """One line per finished run, the highest reward first: the last iterate beside the base model, and what it took. Those that are not finished or
+    left out are named below."""
     record = sweeps.read(folder)
     if record is None:
         sys.exit(f"{folder} is no sweep")
@@ -69,19 +68,21 @@ def sweep(folder: Path) -> list[str]:
             f"| `{run['name']}` | {run['history'][0]['reward']:.2f} | {run['reward']:.2f} | {kl} | {cell(run)} | {run['length']:.1f} "
             f"| {run['tokens']} | {run['labels']} | {run['seconds'] / 60:.1f} |"
         )
-    return [*lines, "", f"Not measured yet: {', '.join(unfinished)}."] if unfinished else lines
+    if unfinished:
+        lines += ["", f"Not measured yet: {', '.join(unfinished)}."]
+    return lines + [text for name, reason in found["refused"].items() for text in ("", f"`{name}` is left out: {reason}.")]
 
 
-def table(runs: list[Path], first: str, label: Any) -> list[str]:
+def layouts(runs: list[Path]) -> list[str]:
     """One line per run: the last iterate against the base."""
     lines = [
-        f"| {first} | reward, base | reward | KL to base (nats) | win rate vs base [95 %] |",
+        "| layout | reward, base | reward | KL to base (nats) | win rate vs base [95 %] |",
         "|---|---|---|---|---|",
     ]
     for run in runs:
         rows = summarise(run)["iterations"]
         base, last = rows[0], rows[-1]
-        lines.append(f"| {label(run)} | {base['reward']:.2f} | {last['reward']:.2f} | {last['kl_ref']:.1f} | {cell(last)} |")
+        lines.append(f"| {layout(run)} | {base['reward']:.2f} | {last['reward']:.2f} | {last['kl_ref']:.1f} | {cell(last)} |")
     return lines
 
 
@@ -151,8 +152,7 @@ def main(kind: str, *paths: str) -> None:
     made = {
         "sweep": lambda: sweep(runs[0]),
         "quickstart": lambda: quickstart(runs),
-        "algorithms": lambda: table(runs, "algorithm", lambda run: f"`{summarise(run)['algorithm']}`"),
-        "layouts": lambda: table(runs, "layout", layout),
+        "layouts": lambda: layouts(runs),
         "curves": lambda: curves(runs),
     }
     write(kind, made[kind](), ROOT / "docs/results.md")

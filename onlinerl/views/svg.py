@@ -41,6 +41,8 @@ class Panel:
     """Points that are ringed and joined by steps; each that is on one line only gets its name, where there is room."""
     whole_x: bool = False
     """Whether only whole numbers make sense on the x axis."""
+    root_x: bool = False
+    """Whether the x axis is spaced by square roots, so that a point far out does not crowd the others."""
 
 
 def render(title: str, panels: Sequence[Panel]) -> str:
@@ -70,18 +72,20 @@ def render(title: str, panels: Sequence[Panel]) -> str:
 
 def _panel(panel: Panel, styles: dict[str, tuple[str, str]]) -> list[str]:
     points = [point for line in panel.lines for point in line.points]
-    xs, ys = ticks([x for x, _ in points], whole=panel.whole_x), ticks([y for _, y in points])
+    spaced = _root if panel.root_x else float
+    xs, ys = ticks([spaced(x) for x, _ in points], whole=panel.whole_x), ticks([y for _, y in points])
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def at(point: Point) -> tuple[float, float]:
-        x = LEFT + (point[0] - xs[0]) / (xs[-1] - xs[0]) * (right - LEFT)
+        x = LEFT + (spaced(point[0]) - xs[0]) / (xs[-1] - xs[0]) * (right - LEFT)
         y = bottom - (point[1] - ys[0]) / (ys[-1] - ys[0]) * (bottom - TOP)
         return round(x, 1), round(y, 1)
 
     parts = [_text(WIDTH / 2, TOP - 14, panel.title, anchor="middle", size=14)]
     for tick in xs:
-        x, _ = at((tick, ys[0]))
-        parts += [_path(f"M{x} {TOP}V{bottom + 5}", "#dddddd"), _text(x, bottom + 18, f"{tick:g}", anchor="middle")]
+        value = tick * abs(tick) if panel.root_x else tick
+        x, _ = at((value, ys[0]))
+        parts += [_path(f"M{x} {TOP}V{bottom + 5}", "#dddddd"), _text(x, bottom + 18, f"{value:.6g}", anchor="middle")]
     for tick in ys:
         _, y = at((xs[0], tick))
         parts += [_path(f"M{LEFT - 5} {y}H{right}", "#dddddd"), _text(LEFT - 8, y + 4, f"{tick:g}", anchor="end")]
@@ -135,6 +139,10 @@ def ticks(values: Sequence[float], most: int = 7, *, whole: bool = False) -> lis
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _root(value: float) -> float:
+    return math.copysign(math.sqrt(abs(value)), value)
 
 
 def _path(shape: str, colour: str, dashes: str = "", width: float = 1) -> str:

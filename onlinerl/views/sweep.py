@@ -149,7 +149,10 @@ def _rate(rate: Mapping[str, Any] | None) -> str:
 
 
 def plot(found: Mapping[str, Any]) -> str:
-    """The same as a picture (SVG): reward against KL, and reward and win rate by iteration; a line is the mean over seeds."""
+    """The same as a picture (SVG): reward against KL, and reward and win rate by iteration; a line is the mean over seeds.
+
+    KL is spaced by its square root, as in "Scaling Laws for Reward Model Overoptimization" (arXiv 2210.10760).
+    """
     groups: dict[str, list[Sequence[Mapping[str, Any]]]] = {}
     for run in found["runs"]:
         if run["history"]:
@@ -161,7 +164,8 @@ def plot(found: Mapping[str, Any]) -> str:
     panels = [
         Panel(
             title="reward against KL to the base model",
-            x="KL (nats)",
+            x="KL (nats), spaced by its square root",
+            root_x=True,
             y="reward",
             lines=against_kl,
             frontier=frontier([point for line in against_kl for point in line.points]),

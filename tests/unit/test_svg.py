@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 from onlinerl.views.svg import Line, Panel, render
 
@@ -25,3 +26,17 @@ def test_no_name_is_written_over_another_one_or_over_the_axis() -> None:
         "two",
         "one",
     ]  # level, with room between
+
+
+def test_an_axis_spaced_by_roots_says_values() -> None:
+    panel = Panel(
+        title="t", x="x", y="y", lines=[Line(name="n", points=[(-1.0, 0.0), (0, 0.2), (4, 0.5), (64, 1.0)])], root_x=True
+    )
+    plot = render("plot", [panel])
+    places = {
+        float(value): float(x)
+        for x, value in re.findall(r'<text x="([\d.]+)" y="308" text-anchor="middle" [^>]*>([^<]+)<', plot)
+    }
+    assert list(places) == [-4, 0, 4, 16, 36, 64]
+    assert all(abs(b - a - (places[0] - places[-4])) < 0.11 for a, b in pairwise(places.values())), "equally far apart"
+    assert f'<circle cx="{places[4]:g}"' in plot
