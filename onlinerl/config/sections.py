@@ -195,7 +195,8 @@ class AnchorsConfig(Comparisons):
     min_accuracy: Resumable[float] = Field(0.65, ge=0, le=1)
     """The run stops where the oracle is right about fewer, so surely that the 95 % interval lies below."""
     min_accuracy_by_source: Resumable[float | None] = Field(None, ge=0, le=1)
-    """The same of the pairs of each `source`: a good average hides one that fails. 0.5 by default, or `min_accuracy` where that is lower."""
+    """The same of the pairs of each `source` that has 30 of them: a good average hides one that fails. 0.5 by default, or `min_accuracy` where
+    that is lower."""
     every: Resumable[int] = Field(0, ge=0)
     """After so many iterations the oracle is asked about all of them again, and pays again: what changes while its version stays, as a model
     behind an endpoint may, shows only then. 0: once, before anything is pushed or sampled."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from onlinerl.controller.accuracy import Scored, grouped, measured, outcomes, shown
 from onlinerl.controller.comparing import Compared
-from onlinerl.controller.statistics import Estimate, decisive, ratio, wilson
+from onlinerl.controller.statistics import FEWEST, Estimate, decisive, ratio, wilson
 from onlinerl.errors import OracleError
 from onlinerl.types import Failure, Group, Verdict
 from onlinerl.types.preferences import CHOSEN
@@ -87,13 +87,15 @@ def require_accuracy(found: Examined, least: float, least_by_source: float) -> N
     Args:
         found: how it has done.
         least: that its accuracy may be.
-        least_by_source: the same of the pairs of each source.
+        least_by_source: the same of the pairs of each source that has 30.
 
     Raises:
         OracleError: if even the upper bound of one of them is below.
     """
     _require(found.accuracy, least, "min_accuracy", "pairs whose better response is known")
-    for name, accuracy in found.by_source.items():
+    # Of many sources with a few pairs each, one looks bad by chance.
+    large = {name: accuracy for name, accuracy in found.by_source.items() if accuracy.n >= FEWEST}
+    for name, accuracy in large.items():
         _require(
             accuracy,
             least_by_source,

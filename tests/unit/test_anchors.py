@@ -178,3 +178,5 @@ def test_a_good_average_does_not_hide_a_source_that_it_is_wrong_about(groups):
     with pytest.raises(OracleError, match=r"right about 0\.800 .* of 100 pairs of the source odd") as stopped:
         require_accuracy(found, 0.9, 0.88)
     assert stopped.value.field == "anchors.min_accuracy_by_source"
+    few = [g for g in groups if g.prompt.source == "even"] + [g for g in groups if g.prompt.id in wrong]
+    require_accuracy(examined(few, {g.prompt.id: scores(g, right=g.prompt.id not in wrong) for g in few}), 0.65, 0.9)
