@@ -105,7 +105,7 @@ def test_its_table_and_its_plot(sweep_file, warm_cli, tmp_path, monkeypatch):
     assert str(folder / "sweep.svg") in shown.stdout
     drawing = (folder / "sweep.svg").read_text()
     ElementTree.fromstring(drawing)
-    for word in ("dpo", "grpo", "frontier", "KL (nats)", "iteration", "win rate"):
+    for word in ("dpo", "grpo", "frontier", "KL (nats), spaced by its square root", "iteration", "win rate"):
         assert f">{word}<" in drawing
     written_into_the_documents(folder, found["runs"], monkeypatch)
 

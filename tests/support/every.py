@@ -9,6 +9,8 @@ from pathlib import Path
 import yaml
 from digits import count_in_digits
 
+from onlinerl import registry
+
 ITERATIONS = 2
 WORDS = [f"w{i}" for i in range(10)]
 """Of the tiny model, that stand for nothing else."""
@@ -23,6 +25,10 @@ def said(scores):
     return {"scores": scores, "members": members}
 """
 """Two members, because some weigh pairs by how far they disagree."""
+
+
+KNOBS = {"dr_po": {"missing_eos_score": None}}
+"""Other than the defaults: a model of random weights hardly ever ends a response, and scores that are all the same train nothing."""
 
 
 def write_sweep(folder: Path, model: Path) -> Path:
@@ -59,5 +65,6 @@ def write_sweep(folder: Path, model: Path) -> Path:
     }
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
     sweep = folder / "sweep.yaml"
-    sweep.write_text(yaml.safe_dump({"base": "base.yaml", "name": "every", "axes": {"algorithm": "all"}}))
+    algorithms = [{"name": name, **KNOBS[name]} if name in KNOBS else name for name in registry.names("algorithms")]
+    sweep.write_text(yaml.safe_dump({"base": "base.yaml", "name": "every", "axes": {"algorithm": algorithms}}))
     return sweep
