@@ -300,6 +300,7 @@ def resume(directory: Path, overrides: Sequence[str], console: Console, *, stand
         if all(store.phase_done(number, "commit") for number in range(config.iterations + 1)):
             if store.manifest["status"] != "finished":  # it was stopped behind its last phase, or is to end here
                 store.write_config(configuration.dump(config))
+                wiring.tell_finished(config, directory, console)
             resuming.finish(store, config)
             store.close()
             return 0
@@ -368,7 +369,7 @@ def _execute(checked: Checked, store: RunDirectory, account: Account, console: C
     try:  # from the first write on: whatever ends it, the run says how it stands, and its lock is free
         _keep(checked, store)
         clock = time_limit.PhaseClock(store)
-        tracker = FanoutTracker([clock, *wiring.trackers(checked, store.path, console)])
+        tracker = FanoutTracker([clock, *wiring.trackers(checked.config, store.path, console)])
         if store.caveat is not None:
             tracker.note(store.caveat)
         checked.oracle.remember(store.path / labels.KEPT)

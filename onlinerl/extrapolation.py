@@ -94,6 +94,12 @@ def _targets(run: Path, folder: Path, alphas: Sequence[float]) -> dict[float, Pa
     if folder.resolve().is_relative_to(run.resolve()):
         raise ConfigError(f"{folder} is in the run", field="folder", fix="choose another one: only the run itself writes there")
     models = {alpha: folder / f"alpha-{alpha:g}" for alpha in alphas}
+    if len(set(models.values())) < len(models):
+        raise ConfigError(
+            f"has values that are the same to six digits: {', '.join(map(repr, models))}",
+            field="alpha",
+            fix="leave one of them out: models are named by these digits",
+        )
     for model in models.values():
         if model.exists():
             raise ConfigError(f"{model} is there already", field="folder", fix="remove it, or choose another folder")

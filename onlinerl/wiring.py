@@ -32,6 +32,7 @@ from onlinerl.standing import Standing
 from onlinerl.stores import labels, oracle_versions, scaling
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.labels import Ledger
+from onlinerl.trackers._fanout import FanoutTracker
 from onlinerl.trackers.console import OnConsole
 from onlinerl.trackers.jsonl import Jsonl, read_metrics
 from onlinerl.types import Prompt, Verdict
@@ -299,17 +300,28 @@ def _wire(
     )
 
 
-def trackers(checked: Checked, directory: Path, console: Console) -> list[Tracker]:
+def trackers(config: RunConfig, directory: Path, console: Console) -> list[Tracker]:
     """Who is told what happens in a run."""
-    config = checked.config
-    run = Tracked(
+    run = _tracked(config, directory, console)
+    return [each.open(run) for each in (OnConsole(), Jsonl(), *config.metrics.all())]
+
+
+def tell_finished(config: RunConfig, directory: Path, console: Console) -> None:
+    """Of a run that was stopped behind its last phase and has nothing left to do: Prometheus and the like know it as stopped."""
+    run = _tracked(config, directory, console)
+    tracker = FanoutTracker([each.open(run) for each in config.metrics.all()])
+    tracker.ended("finished")
+    tracker.close()
+
+
+def _tracked(config: RunConfig, directory: Path, console: Console) -> Tracked:
+    return Tracked(
         name=config.name,
         directory=directory,
-        catalogue=CATALOGUE.including(checked.algorithm.metrics, config.algorithm["name"]),
+        catalogue=CATALOGUE.including(configuration.algorithm(config).metrics, config.algorithm["name"]),
         earlier=read_metrics(directory / "metrics.jsonl"),
         console=console,
     )
-    return [each.open(run) for each in (OnConsole(), Jsonl(), *config.metrics.all())]
 
 
 def probed(checked: Checked, oracle: Oracle) -> Verdict:

@@ -86,7 +86,7 @@ class Ppo(PaidKl):
     """Directory or hub id of a reward model that a separate critic begins with ("The N+ Implementation Details of RLHF with PPO"): one
     label, the policy's family and tokenizer. Its head is taken too if scores are as the oracle gives them (`normalize_scores: false`).
     None: the critic begins as a copy of the policy's backbone."""
-    critic_learning_rate: float | None = Field(None, gt=0)
+    critic_learning_rate: float | None = Field(None, gt=0, le=1)
     """The policy's learning rate if None; ten times that is common, because the critic's head starts at 0."""
     critic_warmup: int = Field(0, ge=0)
     """Iterations at the start in which only the critic learns; it must be separate."""

@@ -63,7 +63,7 @@ class RewardTraining(TrainingConfig):
     """Comparisons per optimizer step, over all ranks."""
     epochs: int = Field(1, ge=1)
     """Passes over the comparisons. Reward models overfit in the second one."""
-    learning_rate: float = Field(5e-6, gt=0)
+    learning_rate: float = Field(5e-6, gt=0, le=1)
     """At its peak. The default suits all weights of a model of 7B; adapters need about 1e-4, a model of 135M 2e-5."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
     """Shape of the learning rate."""

@@ -109,7 +109,7 @@ class TrainingConfig(Section):
     optimizer step of the iteration is taken. It is estimated (k3) on the response tokens of each step, before that step. None never stops.
     Where there are two passes with auxiliary weights, each is stopped by itself.
     `algorithm.target_kl` of ppo is another one: it changes the price of the KL in the reward."""
-    learning_rate: float = Field(5e-7, ge=0)
+    learning_rate: float = Field(5e-7, ge=0, le=1)
     """At its peak. The default suits a model of 7B; one of 135M needs 5e-5 to move at all."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the learning rate within one iteration."""

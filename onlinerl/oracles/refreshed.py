@@ -51,7 +51,7 @@ class Refreshed(OnBase):
     """Comparisons per optimizer step of a training."""
     epochs: int = Field(1, ge=1)
     """Passes over the comparisons. Reward models overfit in the second one."""
-    learning_rate: float = Field(5e-6, gt=0)
+    learning_rate: float = Field(5e-6, gt=0, le=1)
     """At its peak; it rises and falls as in `onlinerl train-rm`. The default suits a model of 7B; one of 135M needs 2e-5."""
 
     _trainable: Trainable | None = PrivateAttr(None)

@@ -113,6 +113,7 @@ def test_while_the_run_goes_on(run, tmp_path):
         ({"alphas": []}, "alpha", "is missing"),
         ({"alphas": [-1.5]}, "alpha", "is -1.5"),
         ({"alphas": [float("nan")]}, "alpha", "is nan"),
+        ({"alphas": [0.3, 0.3000001]}, "alpha", "the same to six digits: 0.3, 0.3000001"),
         ({"start": 2}, "start", "is 2, which is not before the other iterate, 2"),
         ({"start": -1}, "start", "is -1"),
         ({"start": 2, "end": 1}, "start", "is 2"),

@@ -83,10 +83,14 @@ def test_a_run_that_was_stopped_behind_its_last_phase_is_finished(toy_config, on
 
     with monkeypatch.context() as patch:
         patch.setattr(RunDirectory, "update_manifest", stopped)
-        assert onlinerl("run", toy_config(tmp_path, iterations=1))[0] == REQUEUE
-    assert status(run) == "interrupted"
+        served = ("metrics.prometheus=true", "metrics.prometheus_port=0")
+        assert onlinerl("run", toy_config(tmp_path, iterations=1), *served)[0] == REQUEUE
+    found, figures = (tmp_path / "runs/.prometheus" / name for name in ("toy.json", "toy.prom"))
+    assert status(run) == "interrupted" and '"interrupted"' in found.read_text()
     assert onlinerl("resume", run)[0] == NOTHING_LEFT
     assert status(run) == "finished"
+    assert not found.exists(), "an alert about it would never go away"
+    assert 'state="finished"} 1' in figures.read_text()
 
 
 def test_a_run_may_end_earlier_than_it_was_to(toy_config, onlinerl, oracle, tmp_path):

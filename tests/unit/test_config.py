@@ -236,6 +236,7 @@ def test_what_an_older_version_filled_in_for_every_engine_and_learner_changes_no
         ("algorithm", "dpo"),
         ("training", 5),
         ("training.learning_rate", float("nan")),
+        ("training.learning_rate", 1e300),
     ],
 )
 def test_types_are_strict(write, key, value):
