@@ -137,6 +137,27 @@ def phases(
             alone=frozenset({"learner"}),
         ),
         Phase(name="checkpoint", waits_for=(("train", 0),), alone=frozenset({"learner"})),
+        *_of_new_weights(max_lag=max_lag, anchors=anchors, refresh=refresh),
+    )
+    return tuple(_in_turn(phase) if not stream or (dynamic and phase.follows == "label") else phase for phase in graph)
+
+
+def _before_sampling(sampled_from: tuple[str, int], *, lagging: bool, select: bool, refresh: bool) -> tuple[Phase, ...]:
+    """What some runs do before an iteration samples."""
+    which = (("select", 0),) if select else ()
+    renewed = (("refresh", sampled_from[1]),) if refresh else ()
+    return (
+        Phase(name="examine", waits_for=(sampled_from, *renewed), shares=frozenset({"oracle"}), of_base=True, keeps=True),
+        Phase(name="select", waits_for=(sampled_from, *([("sample", 1)] if lagging else []))),
+        Phase(name="sample_reference", waits_for=(sampled_from, *which), alone=frozenset({"learner", "engine"}), keeps=True),
+        Phase(name="sample_mixture", waits_for=(sampled_from, *which), alone=frozenset({"learner"}), keeps=True),
+    )
+
+
+def _of_new_weights(*, max_lag: int, anchors: bool, refresh: bool) -> tuple[Phase, ...]:
+    """Engines get them, and they are evaluated."""
+    lagging = max_lag > 0
+    return (
         Phase(
             name="sync",
             waits_for=(
@@ -168,19 +189,6 @@ def phases(
             ),
             of_base=True,
         ),
-    )
-    return tuple(_in_turn(phase) if not stream or (dynamic and phase.follows == "label") else phase for phase in graph)
-
-
-def _before_sampling(sampled_from: tuple[str, int], *, lagging: bool, select: bool, refresh: bool) -> tuple[Phase, ...]:
-    """What some runs do before an iteration samples."""
-    which = (("select", 0),) if select else ()
-    renewed = (("refresh", sampled_from[1]),) if refresh else ()
-    return (
-        Phase(name="examine", waits_for=(sampled_from, *renewed), shares=frozenset({"oracle"}), of_base=True, keeps=True),
-        Phase(name="select", waits_for=(sampled_from, *([("sample", 1)] if lagging else []))),
-        Phase(name="sample_reference", waits_for=(sampled_from, *which), alone=frozenset({"learner", "engine"}), keeps=True),
-        Phase(name="sample_mixture", waits_for=(sampled_from, *which), alone=frozenset({"learner"}), keeps=True),
     )
 
 

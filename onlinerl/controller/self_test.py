@@ -79,18 +79,7 @@ def check(
     Raises:
         LearnerError: saying what does not hold.
     """
-    if padding_free and not result.noise <= MOST_NOISE:
-        raise LearnerError(
-            f"what the policy says about a response changes by {result.noise:.4f} nats per token with the order of the responses in a row",
-            field="learner.padding_free",
-            fix="this model's attention sees other sequences of the row: set learner.padding_free=false",
-        )
-    if not result.noise <= MOST_NOISE:
-        raise LearnerError(
-            f"what the policy says about a response changes by {result.noise:.4f} nats per token if its batch is padded further",
-            field="learner.attn_implementation",
-            fix="padding is seen by this model's attention: try learner.attn_implementation=eager, or another version of transformers",
-        )
+    _require_separate(result.noise, padding_free=padding_free)
     limit = max(GAP[dtype], TIMES_NOISE * result.noise)
     if not abs(result.repeat_kl) <= FORMULA:
         raise LearnerError(
@@ -113,6 +102,41 @@ def check(
             field="algorithm",
             fix="this is a bug of the algorithm: its loss is not what it says in `loss_at_reference`",
         )
+    _require_own(result, limit, dtype)
+    _require_finite(result.stored_loss, "the stored log-probs", largest_score)
+    slack = formula + limit * result.stored_loss_slope
+    if expected_loss is not None and not abs(result.stored_loss - expected_loss) <= slack:
+        raise LearnerError(
+            f"with the stored reference the loss is {result.stored_loss:.6f} instead of {expected_loss:.6f} (give or take {slack:.6f})",
+            field="learner",
+            fix="the stored log-probs do not belong to this policy",
+        )
+    if not result.base_gap <= limit:
+        raise LearnerError(
+            f"before the first step, policy and base model differ by {result.base_gap:.4f} nats per token (limit {limit:g})",
+            field="model",
+            fix="the model on disk is not the one that training started from; was it replaced?",
+        )
+
+
+def _require_separate(noise: float, *, padding_free: bool) -> None:
+    """That what the policy says about a response does not depend on what is beside it in a batch."""
+    if padding_free and not noise <= MOST_NOISE:
+        raise LearnerError(
+            f"what the policy says about a response changes by {noise:.4f} nats per token with the order of the responses in a row",
+            field="learner.padding_free",
+            fix="this model's attention sees other sequences of the row: set learner.padding_free=false",
+        )
+    if not noise <= MOST_NOISE:
+        raise LearnerError(
+            f"what the policy says about a response changes by {noise:.4f} nats per token if its batch is padded further",
+            field="learner.attn_implementation",
+            fix="padding is seen by this model's attention: try learner.attn_implementation=eager, or another version of transformers",
+        )
+
+
+def _require_own(result: SelfTest, limit: float, dtype: str) -> None:
+    """That stored log-probs are this policy's."""
     for name, gap in result.stored_gaps.items():
         if not gap <= limit:
             raise LearnerError(
@@ -129,20 +153,6 @@ def check(
                 field="learner",
                 fix="they were computed at another temperature or with other weights: training on it would go wrong",
             )
-    _require_finite(result.stored_loss, "the stored log-probs", largest_score)
-    slack = formula + limit * result.stored_loss_slope
-    if expected_loss is not None and not abs(result.stored_loss - expected_loss) <= slack:
-        raise LearnerError(
-            f"with the stored reference the loss is {result.stored_loss:.6f} instead of {expected_loss:.6f} (give or take {slack:.6f})",
-            field="learner",
-            fix="the stored log-probs do not belong to this policy",
-        )
-    if not result.base_gap <= limit:
-        raise LearnerError(
-            f"before the first step, policy and base model differ by {result.base_gap:.4f} nats per token (limit {limit:g})",
-            field="model",
-            fix="the model on disk is not the one that training started from; was it replaced?",
-        )
 
 
 def _require_finite(loss: float, what: str, largest_score: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -47,8 +46,3 @@ def require_gpus(layout: Layout) -> None:
     """
     if layout.device == "cpu":
         raise ConfigError("needs GPUs, and the run is on CPUs", field="sync.backend", fix="leave it out on CPUs")
-
-
-def nbytes(meta: TensorMeta) -> int:
-    """Size of one tensor on the wire."""
-    return prod(meta.shape) * meta.dtype.itemsize

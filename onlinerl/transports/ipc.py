@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 from onlinerl.errors import ConfigError
 from onlinerl.protocols.learner import TensorMeta
 from onlinerl.protocols.transport import Layout, Meeting
-from onlinerl.transports._stream import Stream, nbytes, require_gpus
+from onlinerl.transports._sizes import nbytes
+from onlinerl.transports._stream import Stream, require_gpus
 
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo

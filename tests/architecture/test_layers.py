@@ -6,6 +6,8 @@ import ast
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -200,6 +202,17 @@ def test_the_loop_is_one_screen():
                 assert node.end_lineno - node.lineno < 80, f"{file.name}: {node.name}"
 
 
+def test_no_function_is_too_long():
+    longest = {
+        f"{file}: {node.name}": node.end_lineno - node.lineno + 1
+        for file in (ROOT / "onlinerl").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None
+    }
+    assert len(longest) > 1000
+    assert {where: lines for where, lines in longest.items() if lines > LONGEST_FUNCTION} == {}
+
+
 def test_no_file_is_too_long():
     files = list((ROOT / "onlinerl").rglob("*.py"))
     assert len(files) > 100
@@ -208,3 +221,50 @@ def test_no_file_is_too_long():
 
 LONGEST_FILE = 450
 """Lines; what is longer is more than one thing."""
+LONGEST_FUNCTION = 67
+"""Lines, with its docstring."""
+
+
+# --- no module imports itself, over whatever others ---
+
+
+def imported(package: Path) -> dict[str, set[str]]:
+    """What each module of a package imports of it when it runs, at once or later; not what only a type checker reads."""
+    names = {file: ".".join(file.relative_to(package.parent).with_suffix("").parts) for file in package.rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): file for file, name in names.items()}
+    return {name: set(_imports(ast.parse(file.read_text()), modules)) - {name} for name, file in modules.items()}
+
+
+def _imports(node: ast.AST, modules: Collection[str]) -> Iterator[str]:
+    match node:
+        case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+            return
+        case ast.ImportFrom(module=str(source), names=taken):
+            yield from (
+                name
+                for one in taken
+                if (name := f"{source}.{one.name}" if f"{source}.{one.name}" in modules else source) in modules
+            )
+        case ast.Import(names=taken):
+            yield from (one.name for one in taken if one.name in modules)
+    for child in ast.iter_child_nodes(node):
+        yield from _imports(child, modules)
+
+
+def test_no_module_imports_itself():
+    graph = imported(ROOT / "onlinerl")
+    assert "onlinerl.config" in graph["onlinerl.app"]
+    TopologicalSorter(graph).prepare()
+
+
+def test_a_circle_of_imports_is_noticed(tmp_path):
+    package = tmp_path / "mine"
+    (package / "deep").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "deep" / "__init__.py").write_text("from mine import one\n")
+    (package / "one.py").write_text("from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    from mine.two import Two\n")
+    (package / "two.py").write_text("def load():\n    from mine.deep import one\n")
+    TopologicalSorter(imported(package)).prepare()
+    (package / "one.py").write_text("import mine.two\n")
+    with pytest.raises(CycleError):
+        TopologicalSorter(imported(package)).prepare()

@@ -86,7 +86,8 @@ def test_a_run_that_was_stopped_behind_its_last_phase_is_finished(toy_config, on
         served = ("metrics.prometheus=true", "metrics.prometheus_port=0")
         assert onlinerl("run", toy_config(tmp_path, iterations=1), *served)[0] == REQUEUE
     found, figures = (tmp_path / "runs/.prometheus" / name for name in ("toy.json", "toy.prom"))
-    assert status(run) == "interrupted" and '"interrupted"' in found.read_text()
+    assert status(run) == "interrupted"
+    assert '"interrupted"' in found.read_text()
     assert onlinerl("resume", run)[0] == NOTHING_LEFT
     assert status(run) == "finished"
     assert not found.exists(), "an alert about it would never go away"

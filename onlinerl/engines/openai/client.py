@@ -117,7 +117,9 @@ class Client:
                 fix="give the address of an OpenAI-compatible server, usually ending in /v1",
             )
         refused = Refused(
-            f"{self.root}{path} answered {trouble.status}: {trouble.said}", field="engine.base_url", fix="look at the server's log"
+            f"{self.root}{path} answered {trouble.status}: {trouble.said}",
+            field="engine.base_url",
+            fix="look at the server's log",
         )
         refused.status, refused.said = trouble.status, trouble.said
         return refused

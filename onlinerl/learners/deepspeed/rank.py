@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from onlinerl.errors import LearnerError
 from onlinerl.learners._optimizer import build_optimizer, parameter_groups
 from onlinerl.learners._rank import Rank
-from onlinerl.learners.deepspeed import DeepSpeed
 from onlinerl.learners.deepspeed.extensions import use_own_folder, without_abandoned_locks
 from onlinerl.learners.deepspeed.loading import ShardedReader
 from onlinerl.learners.deepspeed.memory import BUCKET
 from onlinerl.learners.deepspeed.weights import ShardedSource, gathered
 from onlinerl.types import TrainItem
+
+if TYPE_CHECKING:
+    from onlinerl.learners.deepspeed import DeepSpeed
 
 __all__ = ["DeepSpeedRank"]
 

@@ -31,7 +31,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from onlinerl.network import local_address
 from onlinerl.processes import die_with_parent
 from onlinerl.transports import _reload as reload
-from onlinerl.transports._stream import nbytes
+from onlinerl.transports._sizes import nbytes
 
 BACKEND = "gloo"
 
