@@ -502,18 +502,19 @@ def test_two_of_three_replicas_are_killed_and_stopped_twice_and_the_run_ends_as_
 
 
 @pytest.mark.long
-def test_a_rank_that_hangs_ends_the_attempt_and_a_resume_goes_on(
-    start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path
+@pytest.mark.parametrize(("how", "said"), [("SIGSTOP", "did not finish within 60 s"), ("SIGKILL", "its process died during")])
+def test_one_of_two_ranks_that_is_lost_ends_the_attempt_and_a_resume_goes_on(
+    start: Callable[..., Controller], tiny_llama: Path, tmp_path: Path, how: str, said: str
 ) -> None:
-    """One of two, stopped in training: the other one waits for it. The attempt ends with the code that means "requeue"."""
+    """In training: the other one waits for it, or fails first because it is gone. The attempt ends with the code that means "requeue"."""
     learner = {"ranks": 2, "step_timeout_s": 60}
     config = write_config(tmp_path, tiny_llama, engine={"replicas": 1}, learner=learner)
     run, log = tmp_path / "runs" / "run", tmp_path / "events"
 
-    controller = start("run", config, log=str(log), parts="real", strikes=[("RankActor", "update", 1, "SIGSTOP")])
+    controller = start("run", config, log=str(log), parts="real", strikes=[("RankActor", "update", 1, how)])
 
     assert controller.wait(timeout_s=600) == RESUMABLE, controller.text
-    assert "did not finish within 60 s" in controller.log.read_text()
+    assert said in controller.log.read_text()
     controller.assert_nothing_survives()
     again = start("resume", run, "learner.step_timeout_s=3600")
     assert again.wait(timeout_s=600) == 0, again.text

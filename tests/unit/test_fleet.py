@@ -196,6 +196,7 @@ def test_several_faults(run: Run, undisturbed: Any, name: str) -> None:
 
     done.assert_healthy()
     assert done.tables() == undisturbed
+    assert all(done.world.calls[index, method] >= call for index, method, call in CHAINS[name]), "each of them was to happen"
     assert 1 <= len(done.deaths()) <= len(CHAINS[name])
 
 
