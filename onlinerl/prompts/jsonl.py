@@ -82,6 +82,11 @@ def read_prompts(path: str, field: str = "prompts.train") -> list[RawPrompt]:
     return prompts
 
 
+_BINARY = (b"\x1f\x8b", b"PAR1")
+"""How compressed files and Parquet begin."""
+_OTHER_KIND = "write one JSON object per line; prompts.name=dataset reads CSV, Parquet and compressed files"
+
+
 def _find(path: str, field: str) -> Any:
     """An object with `name` and `read_bytes`: a file on disk, or one that ships with onlinerl."""
     if not path.startswith("package:"):
@@ -106,9 +111,10 @@ def _parse(raw: bytes, where: Place, source: str) -> RawPrompt:
         row = json.loads(raw.decode("utf-8-sig"))
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
-        where.fail(f"is not UTF-8: {error}", "save the file as UTF-8")
+        where.fail(f"is not UTF-8: {error}", _OTHER_KIND if raw.startswith(_BINARY) else "save the file as UTF-8")
     except json.JSONDecodeError as error:
-        where.fail(f"is not JSON: {error.msg} at column {error.colno}", "write one JSON object per line")
+        fix = "write one JSON object per line" if raw.lstrip().startswith(b"{") else _OTHER_KIND
+        where.fail(f"is not JSON: {error.msg} at column {error.colno}", fix)
     except UnicodeEncodeError:
         where.fail("holds half of a surrogate pair, which is no text", "remove the \\ud8.. to \\udf.. that stands alone")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or lists in lists in lists

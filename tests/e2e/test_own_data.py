@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import datasets
 import pytest
 
+ROOT = Path(__file__).parents[2]
+REFUSED = 2
 QUESTIONS = [{"question": f"What is {i} plus {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"} for i in range(30)]
+
+
+def ask(what):
+    return {"role": "user", "content": what}
+
+
+def answer(what):
+    return {"role": "assistant", "content": what}
 
 
 @pytest.fixture
@@ -19,6 +30,46 @@ def files(tmp_path, monkeypatch):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     keys = {"prompts.name": "dataset", "prompts.train": "train.jsonl", "prompts.heldout": "test.jsonl"}
     return {**keys, "prompts.max_tokens": 128, "prompts.per_iteration": 8, "evaluation.prompts": None}
+
+
+FOREIGN = {
+    "trl.jsonl": (
+        [
+            json.dumps({"prompt": [ask(what)], "chosen": [answer("Yes.")], "rejected": [answer("No.")]})
+            for what in ("Is the sky blue?", "Is grass green?")
+        ],
+        "preferences (TRL)",
+    ),
+    "openrlhf.jsonl": ([json.dumps({"context_messages": [ask(what)]}) for what in ("Is it?", "Why?")], "OpenRLHF, as messages"),
+    "own.csv": (["question,answer", "What is 2+2?,4", "What is 3+5?,8"], "questions"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_formats_are_known_from_five_lines(warm_cli, name, monkeypatch, tmp_path):
+    """A newcomer's way: the quickstart's configuration, and one's own file; what is missing is said."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows, form = FOREIGN[name]
+    (tmp_path / name).write_text("\n".join(rows) + "\n")
+    five = [
+        f"extends: {ROOT}/configs/quickstart.yaml",
+        "name: mine",
+        f"prompts: {{train: {tmp_path / name}, heldout: {tmp_path / name}}}",
+    ]
+    (tmp_path / "mine.yaml").write_text("\n".join(five))
+    refused = warm_cli("data", tmp_path / "mine.yaml")
+    assert refused.returncode == REFUSED
+    assert "prompts.name=dataset reads" in refused.stderr
+    five[2:] = [
+        f"prompts: {{name: dataset, train: {tmp_path / name}, heldout: {tmp_path / name},",
+        '  train_split: "train[:1]", heldout_split: "train[1:]"}',
+    ]
+    assert len(five) <= 5
+    (tmp_path / "mine.yaml").write_text("\n".join(five))
+    shown = warm_cli("data", tmp_path / "mine.yaml")
+    assert shown.returncode == 0, shown.stderr
+    assert f"prompts.train: 1 prompts of {tmp_path / name}, read as {form}" in shown.stdout
+    assert "overlap: none" in shown.stdout
 
 
 def test_data_shows_what_the_model_sees(toy_config, warm_cli, files, tmp_path):
