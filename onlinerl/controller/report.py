@@ -15,7 +15,7 @@ from onlinerl.controller import evaluation
 from onlinerl.controller.anchors import Examined
 from onlinerl.controller.comparing import Compared
 from onlinerl.controller.parts import Built, Parts
-from onlinerl.controller.statistics import Divergence, Estimate, bootstrap, ratio, wilson
+from onlinerl.controller.statistics import Divergence, Estimate, Z, bootstrap, ratio, wilson
 from onlinerl.controller.tally import Paid, Sampled
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
@@ -108,7 +108,7 @@ class Reporter:
 
     def oracle(self, iteration: int, figures: Sequence[Figure]) -> None:
         """What the oracle says of itself."""
-        self._log(iteration, *(self._one(one.name, one.value, n=one.n, labels=one.labels) for one in figures))
+        self._log(iteration, *map(self._figure, figures))
 
     def compared(self, iteration: int, found: Sequence[Compared]) -> None:
         """How an oracle that compares decides, by the order in which it is shown the two and by their lengths; one entry per group."""
@@ -363,6 +363,17 @@ class Reporter:
 
     def _one(self, name: str, value: float, *, n: int = 1, labels: Mapping[str, str] | None = None) -> Metric:
         return self.catalogue.record(name, value, n=n, labels=labels)
+
+    def _figure(self, figure: Figure) -> Metric:
+        """With its interval: Wilson's of a share, 1.96 standard errors where one is given."""
+        name, value, n, labels, se = figure
+        if se is not None:
+            return self._estimate(
+                name, Estimate(value=value, low=value - Z * se, high=value + Z * se, se=se, n=n), labels=labels
+            )
+        if n > 1 and self.catalogue[name].unit == "ratio":
+            return self._estimate(name, wilson([value] * n), labels=labels)
+        return self._one(name, value, n=n, labels=labels)
 
     def _of(self, name: str, interval: Interval, **more: Any) -> Metric:
         """An estimate that was kept without its standard error."""

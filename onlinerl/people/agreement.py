@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ class Agreement:
     kappa: float | None
     """Cohen's kappa, the mean over pairs of people, each weighted by the questions that both have answered. None without any, and where
     chance alone would make them agree."""
+    kappa_se: float | None
+    """Its standard error."""
     answers: int
     """Pairs of answers to the same question."""
 
@@ -28,7 +31,7 @@ def agreement(questions: Iterable[Sequence[Answer]]) -> Agreement:
     """Of left, right and neither (a tie, or both bad); a skip says nothing.
 
     Cohen, "A coefficient of agreement for nominal scales", 1960: kappa = (p_o - p_e) / (1 - p_e), with p_e from the shares of each person's
-    own answers.
+    own answers, and se = sqrt(p_o (1 - p_o) / n) / (1 - p_e).
     """
     pairs: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for answers in questions:
@@ -37,11 +40,12 @@ def agreement(questions: Iterable[Sequence[Answer]]) -> Agreement:
             pairs[one, other].append((said[one], said[other]))
     total = sum(map(len, pairs.values()))
     same = sum(a == b for both in pairs.values() for a, b in both)
-    kappas = [(len(both), kappa) for both in pairs.values() if (kappa := _kappa(both)) is not None]
-    weight = sum(n for n, _ in kappas)
+    kappas = [(len(both), *kappa) for both in pairs.values() if (kappa := _kappa(both)) is not None]
+    weight = sum(n for n, _, _ in kappas)
     return Agreement(
         share=same / total if total else None,
-        kappa=sum(n * kappa for n, kappa in kappas) / weight if weight else None,
+        kappa=sum(n * kappa for n, kappa, _ in kappas) / weight if weight else None,
+        kappa_se=math.hypot(*(n * se for n, _, se in kappas)) / weight if weight else None,
         answers=total,
     )
 
@@ -50,12 +54,15 @@ def _category(answer: Answer) -> str:
     return answer.choice if answer.choice in ("left", "right") else "neither"
 
 
-def _kappa(both: Sequence[tuple[str, str]]) -> float | None:
+def _kappa(both: Sequence[tuple[str, str]]) -> tuple[float, float] | None:
+    """And its standard error."""
     n = len(both)
     observed = sum(a == b for a, b in both) / n
     first, second = Counter(a for a, _ in both), Counter(b for _, b in both)
     chance = sum(first[category] * second[category] for category in first) / n**2
-    return None if chance == 1 else (observed - chance) / (1 - chance)
+    if chance == 1:
+        return None
+    return (observed - chance) / (1 - chance), math.sqrt(observed * (1 - observed) / n) / (1 - chance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +96,7 @@ def figures(queue: Queue) -> list[Figure]:
     if agreed.share is not None:
         found.append(Figure("people_agreement", agreed.share, n=agreed.answers))
     if agreed.kappa is not None:
-        found.append(Figure("people_kappa", agreed.kappa, n=agreed.answers))
+        found.append(Figure("people_kappa", agreed.kappa, n=agreed.answers, se=agreed.kappa_se))
     if n := sum(one.answers for one in gold):
         found.append(Figure("people_gold_accuracy", sum(one.share * one.answers for one in gold) / n, n=n))
     return found

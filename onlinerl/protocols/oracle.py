@@ -26,7 +26,10 @@ class Figure(NamedTuple):
     name: str
     value: float
     n: int = 1
+    """Answers that it was counted in; the interval of a share (unit `ratio`) follows from them."""
     labels: Mapping[str, str] | None = None
+    se: float | None = None
+    """Standard error, of what is no share."""
 
 
 class Trainable(NamedTuple):

@@ -260,6 +260,7 @@ def test_kappa_against_a_table_computed_by_hand():
     found = agreement([*both, [said(question(0), "left")], [said(question(0), "left"), said(question(0), "skip", "bob")]])
     assert (found.share, found.answers) == (0.7, 50)
     assert found.kappa == pytest.approx(0.4)
+    assert found.kappa_se == pytest.approx((0.7 * 0.3 / 50) ** 0.5 / 0.5)
 
 
 def test_a_tie_and_both_bad_are_the_same_and_one_answer_for_all_has_no_kappa():

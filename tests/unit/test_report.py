@@ -160,7 +160,7 @@ def everything(report: Reporter, learner: dict[str, float], figures: dict[str, f
         [
             *asked,
             Figure("people_agreement", 0.8, n=5),
-            Figure("people_kappa", 0.6, n=5),
+            Figure("people_kappa", 0.6, n=5, se=0.1),
             Figure("people_gold_accuracy", 0.9, n=5),
         ],
     )
@@ -178,6 +178,21 @@ def everything(report: Reporter, learner: dict[str, float], figures: dict[str, f
     fleet.states(1, {"serving": 1, "dead": 1}, least=1)
     fleet.lost(1, 1, "replica 1", "died", "its process ended")
     fleet.restarted(1, 1, 3, "replica 1", "died")
+
+
+def test_what_an_oracle_says_of_itself_has_its_interval():
+    recorder = Recorder()
+    asked = [
+        Figure("people_agreement", 0.8, n=50),
+        Figure("people_kappa", 0.6, n=50, se=0.1),
+        Figure("people_questions", 3.0, labels={"state": "open"}),
+    ]
+    Reporter(FanoutTracker([recorder])).oracle(1, asked)
+    share, kappa, count = recorder.records
+    wins = wilson([1.0] * 40 + [0.0] * 10)
+    assert (share.ci_low, share.ci_high, share.n) == pytest.approx((wins.low, wins.high, 50))
+    assert (kappa.ci_low, kappa.ci_high, kappa.se) == pytest.approx((0.404, 0.796, 0.1), abs=1e-4)
+    assert count.ci_low is None
 
 
 def test_staleness_counts_versions_from_the_one_that_training_starts_from():
