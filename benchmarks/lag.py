@@ -46,8 +46,8 @@ case = CASES[0]
 LIMIT = 1.2
 REAL = {
     "iterations": 4,
-    "prompts.per_iteration": 32,
-    "evaluation.prompts": 24,
+    "prompts.per_iteration": 24,
+    "evaluation.prompts": 16,
     "engine.threads": 1,
     "learner.threads": 1,
     "metrics.prometheus": "false",
