@@ -58,7 +58,7 @@ class Rank(Models, MixtureSampling):
         store, address: where the ranks meet; rank 0 hosts the store.
 
     Raises:
-        ConfigError: if it is not decided which dtype it computes in.
+        ConfigError: if it is not decided which dtype it computes in, or what is installed here computes wrongly.
     """
 
     _state: State | None = None
@@ -67,6 +67,7 @@ class Rank(Models, MixtureSampling):
     """What it keeps once the step is taken whose gradient was made last."""
 
     def __init__(self, config: LearnerConfig, settings: RankSettings, *, rank: int, store: dist.TCPStore, address: str) -> None:
+        config.check()  # what is installed here counts, whatever the machine has on which the run was checked
         self.dtype: torch.dtype = getattr(torch, decided(config.dtype, "learner.dtype"))
         self.algorithm, self.config, self.training = settings.algorithm, config, settings.training
         self.rank, self.world_size, self.temperature = rank, settings.world_size, settings.temperature
