@@ -21,6 +21,7 @@ class Orpo(UncertainLabels, Modified):
     """nll_coef * NLL(y_w) + lam f(o_w - o_l), o = log odds of the mean log-prob per token, without a reference.
 
     The likelihood is that of the response; two public codes include the prompt. Over which tokens its mean is, says `nll_norm`.
+    Not the paper's: `nll_norm`, batch_tokens in its code; with it a long chosen response counts for more than a short one.
     """
 
     nll_coef: float = Field(1.0, ge=0)

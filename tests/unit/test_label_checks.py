@@ -82,7 +82,11 @@ def test_weights_for_other_reasons_go_with_any(weights, policy):
         (["pair_weights=source"], "pair_weights", "all pairs would count alike"),
         ([*TAUGHT, "pair_weights=source"], "source_weights", "is empty"),
         ([*TAUGHT, "pair_weights=source", "source_weights={mixture: 0.5}"], "source_weights", "is from policy, teacher"),
-        ([*TAUGHT, "pair_weights=source", "source_weights={replay: 0.5}"], "source_weights", "is from policy, teacher"),
+        (
+            [*TAUGHT, "replay=0.0", "pair_weights=source", "source_weights={replay: 0.5}"],
+            "source_weights",
+            "is from policy, teacher",
+        ),
         ([*TAUGHT, "pair_weights=source", "source_weights={teacher: -0.5}"], "source_weights", "a number from 0 on"),
         (["pair_weights=wpo", "pair_weight_clip=[0.1, 5.0]"], "pair_weight_clip", "pair_weights is wpo"),
         (["pair_weights=score_gap", "pair_weight_clip=[2.0, 5.0]"], "pair_weight_clip", "is between the two"),
