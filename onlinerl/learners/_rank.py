@@ -113,7 +113,7 @@ class Rank(Models, MixtureSampling):
         """Sum the gradient over ranks, clip it, and take the step unless it is not finite. Returns its norm, and whether it did."""
         raise NotImplementedError
 
-    def gradients(self, micro: Sequence[Sequence[TrainItem]], count: int) -> dict[str, np.ndarray]:
+    def gradients(self, micro: Sequence[Sequence[TrainItem]], count: float) -> dict[str, np.ndarray]:
         """The gradient that `step` would use, by parameter name, and no step: for parity tests."""
         raise NotImplementedError
 
@@ -177,7 +177,7 @@ class Rank(Models, MixtureSampling):
     # --- training ---
 
     def step(
-        self, micro: Sequence[Sequence[TrainItem]], count: int, learning_rate: float, target_kl: float | None = None
+        self, micro: Sequence[Sequence[TrainItem]], count: float, learning_rate: float, target_kl: float | None = None
     ) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches.
 
@@ -208,7 +208,7 @@ class Rank(Models, MixtureSampling):
         return metrics if target_kl is None else metrics | {"stopped": float(stopped)}
 
     def _backward(
-        self, micro: Sequence[Sequence[TrainItem]], count: int, target_kl: float | None = None
+        self, micro: Sequence[Sequence[TrainItem]], count: float, target_kl: float | None = None
     ) -> tuple[dict[str, Tensor], bool]:
         """Accumulate the gradient of this rank's share; returns sum and count of each metric, and whether `target_kl` is exceeded.
 
@@ -264,7 +264,7 @@ class Rank(Models, MixtureSampling):
         )
         return outputs
 
-    def _reduce(self, totals: dict[str, Tensor], count: int) -> dict[str, float]:
+    def _reduce(self, totals: dict[str, Tensor], count: float) -> dict[str, float]:
         """Sums and counts of all ranks -> means."""
         return means(totals, count, self.world_size, self.device)
 

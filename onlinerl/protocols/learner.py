@@ -176,7 +176,7 @@ class LearnerRank(Protocol):
         ...
 
     def step(
-        self, micro: Sequence[Sequence[TrainItem]], count: int, learning_rate: float, target_kl: float | None = None
+        self, micro: Sequence[Sequence[TrainItem]], count: float, learning_rate: float, target_kl: float | None = None
     ) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches.
 
