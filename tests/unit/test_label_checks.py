@@ -94,6 +94,7 @@ def test_weights_for_other_reasons_go_with_any(weights, policy):
         (["pair_weights=score_gap", "pair_weight_clip=[-1.0, 5.0]"], "pair_weight_clip", "is between the two"),
         (["nll_target=reference_answer"], "nll_target", "nll_coef is 0"),
         (["nll_norm=sum"], "nll_norm", "nll_coef is 0"),
+        (["name=orpo", "nll_coef=0.0", "nll_on=sequence"], "nll_on", "nll_coef is 0"),
         (["common_token_weight=0.5"], "common_token_weight", "token_weights is not differing"),
         (["token_weights=differing", "common_token_weight=1.0"], "common_token_weight", "count like all others"),
         (["score_margin_max=3.0"], "score_margin_max", "score_margin is 0"),
