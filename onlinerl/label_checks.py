@@ -162,6 +162,7 @@ def _unread(config: RunConfig, algorithm: Algorithm, knobs: dict[str, Any]) -> I
         "pair_weight_clip": (weights not in ("equal", "wpo"), f"pair_weights is {weights}"),
         "nll_target": (knobs.get("nll_coef"), "nll_coef is 0"),
         "nll_norm": (knobs.get("nll_coef"), "nll_coef is 0"),
+        "nll_on": (knobs.get("nll_coef"), "nll_coef is 0"),
         "common_token_weight": (knobs.get("token_weights") == "differing", "token_weights is not differing"),
         "score_margin_max": (knobs.get("score_margin"), "score_margin is 0"),
     }

@@ -116,6 +116,7 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     """
     decided(config.engine.dtype, "engine.dtype")
     decided(config.learner.dtype, "learner.dtype")
+    config.learner.check()
     algorithm, oracle, pairing = (
         configuration.algorithm(config),
         configuration.oracle(config),

@@ -126,7 +126,7 @@ class Pairwise(Algorithm):
         if not self.nll_coef:
             return loss
         nll_B, of_chosen = -sequence_logprobs(outputs, batch), self.nll_target == "chosen"
-        rows_P = batch.pairs_P2[:, 0] if of_chosen else batch.need("nll_P")
+        rows_P = batch.pairs_P2[:, 0] if of_chosen and batch.nll_P is None else batch.need("nll_P")
         mean_P = (nll_B / lengths(batch))[rows_P]
         nll_P = mean_P if self.nll_norm == "per_token" else nll_B[rows_P]
         nll_P = self.nll_coef * (nll_P / batch.need("nll_tokens_G") if self.nll_norm == "batch_tokens" else nll_P)

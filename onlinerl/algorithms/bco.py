@@ -16,11 +16,10 @@ class Bco(Labelled):
 
     d is the running mean of (mean of r of the desirable + mean of r of the others) / 2, of which a step's own value is part before it is
     used. Steps with responses of one kind only leave it as it is. The paper's density-ratio weights, for prompts of which one kind is
-    rare, are not here.
+    rare, are not here. Not the paper's: `beta`, 0.01 there; 0.1 is that of TRL and of `kto`, and holds the policy closer to the reference.
     """
 
     beta: float = Field(0.1, gt=0)
-    """0.01 in the paper."""
     baseline_decay: float | None = Field(None, ge=0, lt=1)
     """Share of the old d in the new one, so that early steps are forgotten. None: all steps so far count the same."""
 

@@ -43,6 +43,7 @@ class Constrained(PaidKl):
     `equality`: the same with w = tanh(u), which does. `linear`: A_0 + sum of u A_c, u of either sign. `cost`: (A_0 - sum of lambda
     A_c) / (1 + sum of lambda) of costs, lambda = exp(u), log lambda += lr lambda (mean cost - limit). `maxmin`: the advantages of
     the score whose mean is lowest above its threshold. The equality form, and how `maxmin` estimates which is lowest, could not be checked.
+    Not the paper's: `base`, ppo there; a critic is of one score. Not the paper's: `u0_std`, 0.01 there; with 0 all constraints begin alike.
     """
 
     form: Literal["bounded", "equality", "linear", "cost", "maxmin"] = "bounded"
@@ -58,8 +59,7 @@ class Constrained(PaidKl):
     u0: float = 0.0
     """Where multipliers begin."""
     u0_std: float = Field(0.0, ge=0)
-    """Standard deviation of where each begins around `u0`, drawn by its name and `u0_seed`; 0: all of them there. The authors of the bounded form
-    draw from N(0, 0.01)."""
+    """Standard deviation of where each begins around `u0`, drawn by its name and `u0_seed`; 0: all of them there."""
     u0_seed: int = Field(0, ge=0)
     """The same draw in every run, unless it is another number."""
     multiplier_lr: float = Field(0.01, ge=0)

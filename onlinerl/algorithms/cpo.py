@@ -10,7 +10,7 @@ from onlinerl.algorithms.dpo import Dpo
 class Cpo(Dpo):
     """f(beta (S_w - S_l)) - nll_coef * (log-prob per token of the chosen response), without a reference.
 
-    The public code takes the mean over all chosen tokens of a batch: `nll_norm: batch_tokens` is that over the iteration's.
+    Not the paper's: `nll_norm`, batch_tokens in its code; with it a long chosen response counts for more than a short one.
     """
 
     reference_free: bool = True

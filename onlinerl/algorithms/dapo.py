@@ -22,6 +22,9 @@ class Dapo(Grpo):
     response first, dynamic sampling (`sampling.dynamic`), and a score that falls with the length of a response that is nearly too long
     (`overlong_buffer_len`; dynamic sampling looks at scores before).
 
+    Not the paper's: `max_length`, 20480 there; it is a length of the task (`sampling.max_new_tokens`). Not the paper's: `overlong_buffer_len`,
+    4096 there; it is counted from `max_length`.
+
     The printed objective divides by the tokens of one group, the authors' code by those of the step, as here. `training.on_truncated: drop`
     leaves out responses that were cut.
     """

@@ -21,7 +21,8 @@ class DnoPrct(Dpo):
     """DPO against the policy of the iteration's start, on all pairs (`pairing.name: all_pairs` by default) whose winner is good and clearly
     better than the loser. The stored answers of a teacher may be among the responses, and pairs of earlier iterations come back, if it is told so.
 
-    `checkpoints.exports: best` keeps the best iterate, which the paper returns.
+    `checkpoints.exports: best` keeps the best iterate, which the paper returns. Not the paper's: `floor`, 5 there (of 6); it is in units of the
+    oracle's score, so no number suits all. Not the paper's: `margin`, 2 there (of 6); it is in the same units.
     """
 
     metrics = (
@@ -31,11 +32,11 @@ class DnoPrct(Dpo):
     )
 
     floor: float | None = None
-    """Lowest score of a winner; None accepts any. In units of the oracle's score (win rates, if it gives none); the paper: 5 of 6."""
+    """Lowest score of a winner; None accepts any. In units of the oracle's score (win rates, if it gives none)."""
     margin: float | None = None
-    """Smallest score gap between winner and loser; None accepts any. The paper: 2 of 6."""
+    """Smallest score gap between winner and loser; None accepts any."""
     margin_student: float | None = None
-    """The same where the winner is the policy's own response; None is `margin`. The paper: 1."""
+    """The same where the winner is the policy's own response; None is half of `margin`, as in the paper."""
     teacher: bool = False
     """The stored answer of each prompt (`reference_answer`) is judged with the samples, and may win or lose."""
     teacher_max_share: float = Field(0.3, ge=0, le=1)
@@ -49,8 +50,8 @@ class DnoPrct(Dpo):
     """A sample in which some `ngram_size` tokens come so often is degenerate: it never wins, and loses to any response above the floor, whatever
     the oracle says; None looks for none. The paper has such a rule and does not say its numbers."""
     ngram_size: int = Field(8, ge=1)
-    replay: float = Field(0.0, ge=0, lt=1)
-    """At most so many pairs of the iteration before are trained once more, as a share of the new ones. The paper: 0.3."""
+    replay: float = Field(0.3, ge=0, lt=1)
+    """At most so many pairs of the iteration before are trained once more, as a share of the new ones."""
     replay_decay: float = Field(0.5, gt=0, le=1)
     """Times the share of one iteration is that of the one before it: 0.3, 0.15, ... in the paper."""
     replay_max_age: int = Field(3, ge=1)
@@ -144,8 +145,9 @@ class DnoPrct(Dpo):
 
     def rejects(self, winner: TrainSequence, loser: TrainSequence, *, forced: bool = False) -> str | None:
         """Why a pair does not pass: `gap` (below the margin), `floor` (the winner is too bad); None if it passes. `forced`: no gap is asked of it."""
-        students = winner.source != "teacher" and self.margin_student is not None
-        margin = self.margin_student if students else self.margin
+        half = None if self.margin is None else self.margin / 2
+        of_student = half if self.margin_student is None else self.margin_student
+        margin = self.margin if winner.source == "teacher" else of_student
         if not forced and margin is not None and winner.score - loser.score < margin:
             return "gap"
         return "floor" if self.floor is not None and winner.score < self.floor else None

@@ -21,6 +21,9 @@ class DrPo(Ppo):
     """PPO on responses that begin with a part of a stored answer, so that the policy is trained from where good answers lead. `p_reset` is a
     knob of every loss on the policy's own responses: with any other, it is the same on top of that one.
 
+    Not the paper's: `mask_value`, false in its code; a forced token is no action and earns nothing. Not the paper's: `kl_in`, reward there; see
+    `ppo`.
+
     The paper samples at temperature 0.7 (`sampling.temperature`). Which answer is the stored one the prompts say: of preference data the chosen one, of
     data with several columns that of `prompts.columns.reference_answer`, e.g. a human's, which is the paper's other choice.
     """

@@ -24,8 +24,8 @@ class Grpo(Clipped):
     """Clipped surrogate (equation 3) plus `kl_coef` times the KL to the reference (k3, equation 4), without a critic: the mean score of a
     prompt's own responses is the baseline.
 
-    The published variants differ in `std_norm` and `agg`, and neither choice is neutral: the defaults are the paper's, and a run's
-    stored configuration always states them.
+    The published variants differ in `std_norm` and `agg`, and neither choice is neutral: a run's stored configuration always states them.
+    Not the paper's: `kl_coef`, 0.04 there; a reference is a second model in memory, and later recipes do without.
     """
 
     least = 2

@@ -21,8 +21,8 @@ class Kto(Labelled):
     """The paper keeps desirable_weight * desirable responses over undesirable_weight * undesirable ones between 1 and 1.5."""
 
     def shift(self, rows: Rows) -> Tensor:
-        """The mean over all responses."""
-        ratios_N = rows.values_N.detach()
+        """The mean over all responses that count."""
+        ratios_N = rows.values_N.detach()[rows.weight_N > 0]
         return self.beta * (ratios_N.sum() / max(1, len(ratios_N))).clamp(min=0.0)
 
     def labelled_loss(self, z_N: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ class NashMd(Algorithm):
 
     The mixture is of logits at each token, (1 - mixture_coef) policy + mixture_coef reference. On exact games it is the mixture, not the
     policy, that becomes the Nash policy of the game in which a nat of KL to the reference costs tau / (1 - mixture_coef) (proposition 5.2).
+
+    Not the paper's: `tau`, 0.008 there; 0.1 is that of TRL, and nothing else holds the policy to the reference.
     """
 
     unit = "sequence"
@@ -35,7 +37,7 @@ class NashMd(Algorithm):
     mixture_coef: float = Field(0.125, ge=0, le=1)
     """Weight of the reference in the opponent: 0 is self-play, 1 looks for the best response to the reference. 0.125 to 0.375 in the paper."""
     tau: float = Field(0.1, ge=0)
-    """Price of one nat of KL of a response to the reference, in win rates; about 0.008 in the paper's experiments."""
+    """Price of one nat of KL of a response to the reference, in win rates."""
     nll_coef: float = Field(0.0, ge=0)
     """Weight of the negative log-prob per token of responses that beat the mixture more often than not."""
     mixture_samples: int = Field(1, ge=1)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from onlinerl.algorithms.dpo import Dpo
+from onlinerl.protocols.algorithm import Needs, by_knobs
 
 
 class Osp(Dpo):
     """DPO on how strong a preference is: p f(z) + (1 - p) f(-z), whose optimum is z = logit(p).
 
-    The paper's oracle is the policy itself, asked in both orders; any oracle that gives probabilities will do. Which pairs it is asked
-    about is `pairing`'s business.
+    The paper's oracle is the policy itself, asked in both orders; any oracle that gives probabilities will do. The pairs are those of the upper half
+    of a group against the lower half, rank by rank (`pairing.name: ranked` by default), so that preferences of any strength are among them.
     """
 
     soft_labels: bool = True
+
+    @by_knobs
+    def needs(self) -> Needs:
+        """Of DPO, with its own pairs."""
+        return super().needs.model_copy(update={"pairing": "ranked"})

@@ -45,6 +45,9 @@ class Ppo(PaidKl):
     The KL to the reference is a term of the loss (default) or paid per token inside the reward. In the reward it is that of the
     policy which sampled the responses, and does not change while the policy is trained on them: it is 0 as long as that policy is the
     reference (in the first iteration, and always with `reference.schedule: previous`). In the loss it acts at every step.
+
+    Not the paper's: `kl_in`, reward there; iterations are few and large here, and for the whole first one it would be no price at all.
+    Not the paper's: `missing_eos_score`, -1 there; what is low depends on the oracle's units, and short limits cut most responses.
     """
 
     unit = "token"  # policy and value loss are both means over tokens
@@ -67,7 +70,7 @@ class Ppo(PaidKl):
     """A token with a negative advantage loses at most this many times it, however large its ratio."""
     normalize_scores: bool = True
     """Shift and scale scores by mean and standard deviation of all scores so far, so that the critic, which starts at 0, has values of
-    about 1 to learn whatever the oracle's units are."""
+    about 1 to learn whatever the oracle's units are. "Fine-Tuning Language Models from Human Preferences" does so with its reward model."""
     score_clip: float | None = Field(None, gt=0)
     """A score, as `normalize_scores` leaves it, counts as at most this and at least minus this; 10 in public code."""
     whiten_rewards: bool = False
@@ -75,9 +78,9 @@ class Ppo(PaidKl):
     missing_eos_score: float | None = None
     """Score of a response that ran into the length limit, instead of the oracle's."""
     whiten_advantages: bool = True
-    clip_range_value: float | None = Field(None, gt=0)
+    clip_range_value: float | None = Field(0.2, gt=0)
     """How far a value may move from the old one before it earns nothing more, in units of the (normalized) score. Old values are
-    computed once per iteration, so this is also the most that the critic can learn in one; None sets no limit."""
+    computed once per iteration: with scores that are not normalized it may hold the critic back for many. None sets no limit."""
     vf_coef: float = Field(0.1, ge=0)
     entropy_coef: float = Field(0.0, ge=0)
     critic: Literal["separate", "shared"] = "separate"

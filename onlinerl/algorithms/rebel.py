@@ -17,7 +17,8 @@ class Rebel(Pairwise):
     """(h / eta - (r_1 - r_2))^2, h against the policy of the iteration's start: the margin is brought to the difference of the scores.
 
     r is the score, less `kl_coef` log(pi_t / base) of the response, pi_t the policy of the iteration's start. The authors' code has eta^2 times
-    this loss.
+    this loss. Not the paper's: `kl_coef`, 0.05 there; it takes the base model's log-probs beside the reference's, and in a run of
+    one iteration, where it is always 0, would be refused.
     """
 
     reference = "previous"
@@ -28,8 +29,7 @@ class Rebel(Pairwise):
     """Means over tokens in the place of sums, so that long responses need not move further. `eta` is then in nats per token."""
 
     kl_coef: float = Field(0.0, ge=0)
-    """What a nat costs by which a response is more probable than under the base model, in units of the score; 0.05 in the paper's language
-    runs."""
+    """What a nat costs by which a response is more probable than under the base model, in units of the score."""
 
     @by_knobs
     def needs(self) -> Needs:

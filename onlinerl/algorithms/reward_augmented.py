@@ -29,6 +29,9 @@ class RewardAugmented(Margin):
 
     A score is a goal from 1 to `goal_scale`, which the prompt tells the model. Responses are sampled with the highest goal, and evaluated with it;
     the oracle sees prompts without goals. A response earns -(goal - its own)^2 then, which is what `pair_weights` and `score_margin` read.
+
+    Not the paper's: `goals`, score there; the scale of an oracle's scores is known to who runs it (`score_min`, `score_max`), ranks need none.
+    Not the paper's: `ties`, keep in its script; a tie gives two records that say the opposite of each other.
     """
 
     base: str = "dpo"

@@ -10,7 +10,7 @@ from onlinerl.algorithms.dpo import Dpo
 class RobustDpo(Dpo):
     """[(1 - e) f(z) - e f(-z)] / (1 - 2e): what DPO's loss is on average over labels of which a share e = flip_rate was flipped.
 
-    It falls without end as z grows, which `margin_cap` stops; the paper has none.
+    Not the paper's: `margin_cap`, null there; the loss falls without end as z grows.
     """
 
     margin_cap: float | None = Field(10.0, gt=0)

@@ -26,7 +26,8 @@ class Selm(Optimistic):
 
     The paper ranks the greedy response with the chosen and the rejected one of its data set, and goes on with the best and the worst of the
     three. Prompts bring no pairs here, so the samples of the group take their place, and with `carry_over` what was trained of the prompt before
-    is among them. With `reference_free` D is the log-prob, whose gradient is the same.
+    is among them. Not the paper's: `carry_over`, true there; it does something only where prompts come again.
+    With `reference_free` D is the log-prob, whose gradient is the same.
     """
 
     beta: float = Field(0.01, gt=0)

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class TriplePo(WithLikelihood):
-    """f(beta (S_w - S_l)) + nll_coef NLL(gold), without a reference: gold, w and l are the best, the second and the worst of a group."""
+    """f(beta (S_w - S_l)) + nll_coef NLL(gold), without a reference: gold, w and l are the best, the second and the worst of a group.
+
+    Not the paper's: `nll_norm`, batch_tokens in its code; with it a long response counts for more than a short one.
+    """
 
     needs = Needs(min_samples=3, off_policy="valid")
 

@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from onlinerl.types.training import TrainItem
 
 
-class WeightedSft(Imitation):
-    """Sum of w * cross-entropy over tokens, over the sum of w over tokens.
+LEAST = 1e-30
+"""Weights are in single precision, which holds smaller ones badly or not at all."""
 
-    The normaliser is the iteration's, not the optimizer step's: weights are scaled so that their mean over all tokens of the iteration is 1,
-    and a step divides by its tokens. So steps differ in what they weigh, and a step of bad responses only is a small one. The tag in the
-    prompt that C-RLFT tells its classes apart by belongs into the prompts; there is none here.
+
+class WeightedSft(Imitation):
+    """Sum of w * cross-entropy over tokens, over the sum of w over the tokens of the optimizer step; with `per_sequence` over responses.
+
+    So every step moves the policy as far, also one of bad responses only. The tag in the prompt that C-RLFT tells its classes apart by
+    belongs into the prompts; there is none here.
     """
 
     weighable = False
@@ -49,13 +52,12 @@ class WeightedSft(Imitation):
         return sample_items(judged, sequences), dropped
 
     def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Iterator[TrainItem]:
-        """Weights whose mean over the units of the iteration is 1."""
-        known = np.array([(item.sequences[0].score, item.count(self.unit)) for item in items]).reshape(-1, 2)
-        scores, units = known[:, 0], known[:, 1]
+        """With their weights, of which the highest of the iteration is 1, and as so many units as they weigh."""
+        scores = np.array([item.sequences[0].score for item in items])
         if self.threshold is None:
             weights = np.exp((scores - scores.max(initial=-np.inf)) / self.beta)
+            weights[weights < LEAST] = 0.0
         else:
             weights = np.where(scores >= self.threshold, 1.0, self.low_weight)
-        total = float(weights @ units)
-        for item, weight in zip(items, weights * (units.sum() / total if total > 0 else 0.0), strict=True):
-            yield replace(item, weight=float(weight))
+        for item, weight in zip(items, weights.tolist(), strict=True):
+            yield replace(item, weight=weight, units=weight * item.count(self.unit))

@@ -25,7 +25,7 @@ def every(own: Any, ranks: int) -> list[Any]:
     return parts
 
 
-def means(totals: Mapping[str, Tensor], count: int, ranks: int, device: torch.device) -> dict[str, float]:
+def means(totals: Mapping[str, Tensor], count: float, ranks: int, device: torch.device) -> dict[str, float]:
     """Sums and counts of all ranks -> means. Ranks without items know no metric names, so the names travel first."""
     union = sorted({name for part in every(sorted(totals), ranks) for name in part})
     table = torch.stack([totals.get(n, torch.zeros(2)) for n in union]).double()

@@ -10,7 +10,7 @@ import numpy as np
 
 from onlinerl.errors import LearnerError
 from onlinerl.learners._self_test import combine
-from onlinerl.ops.batching import plan_step
+from onlinerl.ops.batching import plan_step, step_units
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.learner import LearnerConfig, LearnerRank
 from onlinerl.types import Draw, Drawn, Sampling, SelfTest, TrainItem, TrainSequence, UpdateReport
@@ -123,7 +123,7 @@ class RankGroup:
         target = () if target_kl is None else (target_kl,)  # ranks that know nothing of one go on as before
         for items, learning_rate in zip(steps, learning_rates, strict=True):
             work = self._plan(list(items))
-            count = sum(item.count(self._algorithm.unit) for item in items)
+            count = step_units(items, self._algorithm.unit)
             metrics = self.scatter(LearnerRank.step, [(rank, count, learning_rate, *target) for rank in work])[0]
             if metrics.pop("stopped", 0):
                 yield UpdateReport(steps=0, tokens=0, metrics=(metrics,), stopped=1)

@@ -58,7 +58,7 @@ class Rank(Models, MixtureSampling):
         store, address: where the ranks meet; rank 0 hosts the store.
 
     Raises:
-        ConfigError: if it is not decided which dtype it computes in.
+        ConfigError: if it is not decided which dtype it computes in, or what is installed here computes wrongly.
     """
 
     _state: State | None = None
@@ -67,6 +67,7 @@ class Rank(Models, MixtureSampling):
     """What it keeps once the step is taken whose gradient was made last."""
 
     def __init__(self, config: LearnerConfig, settings: RankSettings, *, rank: int, store: dist.TCPStore, address: str) -> None:
+        config.check()  # what is installed here counts, whatever the machine has on which the run was checked
         self.dtype: torch.dtype = getattr(torch, decided(config.dtype, "learner.dtype"))
         self.algorithm, self.config, self.training = settings.algorithm, config, settings.training
         self.rank, self.world_size, self.temperature = rank, settings.world_size, settings.temperature
@@ -112,7 +113,7 @@ class Rank(Models, MixtureSampling):
         """Sum the gradient over ranks, clip it, and take the step unless it is not finite. Returns its norm, and whether it did."""
         raise NotImplementedError
 
-    def gradients(self, micro: Sequence[Sequence[TrainItem]], count: int) -> dict[str, np.ndarray]:
+    def gradients(self, micro: Sequence[Sequence[TrainItem]], count: float) -> dict[str, np.ndarray]:
         """The gradient that `step` would use, by parameter name, and no step: for parity tests."""
         raise NotImplementedError
 
@@ -176,7 +177,7 @@ class Rank(Models, MixtureSampling):
     # --- training ---
 
     def step(
-        self, micro: Sequence[Sequence[TrainItem]], count: int, learning_rate: float, target_kl: float | None = None
+        self, micro: Sequence[Sequence[TrainItem]], count: float, learning_rate: float, target_kl: float | None = None
     ) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches.
 
@@ -207,7 +208,7 @@ class Rank(Models, MixtureSampling):
         return metrics if target_kl is None else metrics | {"stopped": float(stopped)}
 
     def _backward(
-        self, micro: Sequence[Sequence[TrainItem]], count: int, target_kl: float | None = None
+        self, micro: Sequence[Sequence[TrainItem]], count: float, target_kl: float | None = None
     ) -> tuple[dict[str, Tensor], bool]:
         """Accumulate the gradient of this rank's share; returns sum and count of each metric, and whether `target_kl` is exceeded.
 
@@ -263,7 +264,7 @@ class Rank(Models, MixtureSampling):
         )
         return outputs
 
-    def _reduce(self, totals: dict[str, Tensor], count: int) -> dict[str, float]:
+    def _reduce(self, totals: dict[str, Tensor], count: float) -> dict[str, float]:
         """Sums and counts of all ranks -> means."""
         return means(totals, count, self.world_size, self.device)
 

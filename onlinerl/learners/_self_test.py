@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onlinerl.batch import Batch, Outputs
 from onlinerl.learners._loss import loss_of
-from onlinerl.ops.batching import collate
+from onlinerl.ops.batching import collate, step_units
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import SelfTest, TrainItem
 
@@ -102,7 +102,7 @@ def compare(
 
 def combine(parts: Sequence[Sums], items: Sequence[TrainItem], algorithm: Algorithm) -> SelfTest:
     """What all ranks found, of all items."""
-    units = sum(item.count(algorithm.unit) for item in items)
+    units = step_units(items, algorithm.unit)
     sequences = sum(len(item.sequences) for item in items)
     names = sorted({name for part in parts for name in part.gaps})
     noise = _worst([part.noise for part in parts])

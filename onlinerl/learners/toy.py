@@ -18,7 +18,7 @@ from onlinerl.learners._plain import load_plain
 from onlinerl.learners._self_test import combine, compare
 from onlinerl.learners._vocabulary import collision, kl_from
 from onlinerl.learners._whole_step import first_pass, initial_state, load_state, save_state, state_metrics
-from onlinerl.ops.batching import collate
+from onlinerl.ops.batching import collate, step_units
 from onlinerl.ops.whole_step import WholeStep
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.engine import RolloutEngine
@@ -135,7 +135,7 @@ class ToyLearner:
                 yield UpdateReport(steps=0, tokens=0, metrics=(kl,), stopped=1)
                 return
             loss = loss_of(self._algorithm, outputs, batch, trained=True)
-            mean = loss.total / sum(i.count(self._algorithm.unit) for i in items)
+            mean = loss.total / step_units(items, self._algorithm.unit)
             self._optimizer.param_groups[0]["lr"] = learning_rate
             self._optimizer.zero_grad()
             mean.backward()

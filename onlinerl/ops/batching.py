@@ -14,8 +14,9 @@ from torch import Tensor
 from onlinerl.batch import Batch
 from onlinerl.ops.schedule import schedule
 from onlinerl.types import TrainItem, TrainSequence
+from onlinerl.types.training import Unit
 
-__all__ = ["annotator_number", "collate", "packed_tokens", "padded_tokens", "plan_step", "schedule"]
+__all__ = ["annotator_number", "collate", "packed_tokens", "padded_tokens", "plan_step", "schedule", "step_units"]
 
 _PER_TOKEN = (
     "reference_logprobs",
@@ -28,6 +29,11 @@ _PER_TOKEN = (
     "token_weights",
 )
 _DUMMY = TrainSequence(prompt_ids=(0,), response_ids=()).with_(**{name: np.zeros(0, np.float32) for name in _PER_TOKEN})
+
+
+def step_units(items: Iterable[TrainItem], unit: Unit) -> float:
+    """What the summed loss of an optimizer step is divided by; 1 where nothing counts, so that the loss is 0."""
+    return sum(item.count(unit) for item in items) or 1.0
 
 
 def collate(items: Sequence[TrainItem]) -> Batch:

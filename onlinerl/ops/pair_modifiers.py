@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def normalized(
-    weights: Iterable[float], clip: Sequence[float] | None = None, counts: Sequence[int] | None = None
+    weights: Iterable[float], clip: Sequence[float] | None = None, counts: Sequence[float] | None = None
 ) -> list[float]:
     """Divided by their mean, so that it becomes 1; all 0 if that is 0.
 

@@ -176,7 +176,7 @@ class LearnerRank(Protocol):
         ...
 
     def step(
-        self, micro: Sequence[Sequence[TrainItem]], count: int, learning_rate: float, target_kl: float | None = None
+        self, micro: Sequence[Sequence[TrainItem]], count: float, learning_rate: float, target_kl: float | None = None
     ) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches.
 
@@ -314,6 +314,13 @@ class LearnerConfig(Component):
     def layout(self) -> str:
         """In a word or two, how ranks share the work."""
         return self.dtype
+
+    def check(self) -> None:
+        """Refuse what is known to compute wrongly as installed here: before a run starts, and once more where each rank runs.
+
+        Raises:
+            ConfigError: naming field, cause and fix.
+        """
 
     def memory(self, parameters: float, *, critic: float = 0, adapters: float | None = None) -> Mapping[str, float]:
         """Bytes that one rank holds when it holds most, without activations, by what they are for.

@@ -120,6 +120,7 @@ def _check_learner(config: RewardConfig) -> None:
     learner = config.learner
     if not learner.trains_rewards:
         raise ConfigError(f"{learner.name!r} trains no reward models", field="learner.name", fix="set it to torch or deepspeed")
+    learner.check()
     if learner.lora is not None and not learner.adapts:
         raise ConfigError(
             f"is on, and the learner {learner.name!r} trains all weights", field="learner.lora", fix="leave it out"

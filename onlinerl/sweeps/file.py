@@ -64,8 +64,10 @@ class SweepFile(BaseModel):
     exclude: list[dict[str, Any]] = Field(default_factory=list)
     """Combinations that are left out: all that have these values on these axes."""
     token_budget: int | None = Field(None, ge=1)
-    """Tokens that a run may sample to train on. Each gets as many iterations as stay within it even if every response has
-    max_new_tokens; then `iterations` is not read."""
+    """Tokens that a run may draw from its policy to train on: prompts x `sampling.samples_per_prompt` x `sampling.max_new_tokens` an iteration. Each
+    run gets as many iterations as stay within it even if every response is that long; then `iterations` is not read. Not counted are responses that
+    an algorithm has beside those samples (of the base model, of a mixture, greedy ones), what dynamic sampling draws anew, and answers to held-out
+    prompts."""
     exclude_refused: bool = False
     """Leave out what `check` refuses, and say why, instead of refusing the whole sweep."""
 

@@ -64,8 +64,7 @@ class TrainSequence:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainItem:
-    """What is trained as one: a sample (1 sequence), a pair (2, chosen first; perhaps a third one, to explore) or a list. Never split
-    across micro-batches."""
+    """What is trained as one: a sample, a pair (chosen first, perhaps a third one to explore) or a list. Never split across micro-batches."""
 
     prompt_id: str
     sequences: tuple[TrainSequence, ...]
@@ -82,6 +81,8 @@ class TrainItem:
     """For a pair beside which another response than the chosen one is imitated: which of the sequences that is."""
     nll_tokens: float | None = None
     """By how many tokens the negative log-prob of what is imitated is divided, where it is not by its own."""
+    units: float | None = None
+    """As how many units of the loss it counts, where not as many as it holds: a step is divided by the sum."""
     iteration: int = 0
     """In which iteration its responses were sampled."""
 
@@ -102,8 +103,8 @@ class TrainItem:
         """Prompt and response tokens of all sequences: the cost of one forward pass."""
         return sum(len(s.prompt_ids) + len(s.response_ids) for s in self.sequences)
 
-    def count(self, unit: Unit) -> int:
-        """How many units of the loss this item holds."""
-        if unit == "token":
-            return sum(len(s.response_ids) - s.forced for s in self.sequences)
-        return len(self.sequences) if unit == "sequence" else 1
+    def count(self, unit: Unit) -> float:
+        """How many units of the loss this item holds, or counts as."""
+        tokens = sum(len(s.response_ids) - s.forced for s in self.sequences)
+        own = tokens if unit == "token" else len(self.sequences) if unit == "sequence" else 1
+        return own if self.units is None else self.units

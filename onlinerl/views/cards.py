@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,10 @@ OFF_POLICY = {
     "refused": "responses of an older policy (schedule.max_lag) would be wrong, and are refused",
 }
 _INDENT = "    "
+_DEPARTURE = re.compile(
+    r"Not the paper's: `(?P<knob>\w+)`, (?P<value>\S+) (?:there|in its (?:code|script))(?: \([^)]*\))?; (?P<why>[^;]+?[.](?= [A-Z`]|$))"
+)
+"""What the docstring of an algorithm says of a knob whose default is another one than its paper's: the paper's value, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,10 @@ class Knob:
     takes: str
     """In words, which values."""
     about: str
+    paper: str | None = None
+    """The value of the paper, as it is written in a configuration, where the default is known to be another one."""
+    why: str | None = None
+    """Then the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +63,11 @@ class Card:
     loss_at_reference: float | None
     knobs: tuple[Knob, ...]
 
+    @property
+    def departures(self) -> tuple[Knob, ...]:
+        """Knobs whose defaults are not the paper's."""
+        return tuple(knob for knob in self.knobs if knob.paper is not None)
+
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
@@ -70,7 +84,11 @@ def card(name: str) -> Card:
     """
     kind = registry.load("algorithms", name, Algorithm)
     algorithm, docs = kind(), _docs(kind)
-    defaults = algorithm.model_dump()
+    defaults, elsewhere = algorithm.model_dump(), departures(_plain(kind.__doc__))
+    if unknown := elsewhere.keys() - defaults.keys():
+        raise ValueError(
+            f"the docstring of {kind.__name__} says of {', '.join(sorted(unknown))} what the paper has, which is no knob"
+        )
     return Card(
         name=name,
         source=_plain(sys.modules[kind.__module__].__doc__),
@@ -81,10 +99,25 @@ def card(name: str) -> Card:
         off_policy=OFF_POLICY[algorithm.needs.off_policy],
         loss_at_reference=algorithm.loss_at_reference,
         knobs=tuple(
-            Knob(name=field, default=defaults[field], takes=allowed(info), about=docs.get(field, ""))
+            Knob(
+                name=field, default=defaults[field], takes=allowed(info), about=docs.get(field, ""), **elsewhere.get(field, {})
+            )
             for field, info in kind.model_fields.items()
         ),
     )
+
+
+def departures(about: str) -> dict[str, dict[str, str]]:
+    """By knob, the value of the paper and why it is not the default, from what an algorithm says of itself: "Not the paper's: `beta`, 0.01
+    there; ...".
+
+    Raises:
+        ValueError: if something of that kind is said in another form.
+    """
+    found = {one["knob"]: {"paper": one["value"], "why": one["why"]} for one in _DEPARTURE.finditer(about)}
+    if len(found) != about.count("Not the paper's"):
+        raise ValueError(f"write: Not the paper's: `knob`, VALUE there; reason. {about!r}")
+    return found
 
 
 def cards() -> list[Card]:
@@ -114,7 +147,8 @@ def page(one: Card, width: int = 100) -> Iterator[str]:
         yield f"loss where policy and reference agree: {one.loss_at_reference:.6g}"
     yield ""
     for knob in one.knobs:
-        yield f"algorithm.{knob.name}: {_value(knob.default)}" + (f"  ({knob.takes})" if knob.takes else "")
+        said = [*([knob.takes] if knob.takes else []), *([f"{knob.paper} in the paper"] if knob.paper else [])]
+        yield f"algorithm.{knob.name}: {_value(knob.default)}" + (f"  ({'; '.join(said)})" if said else "")
         yield from textwrap.wrap(knob.about, width, initial_indent=_INDENT, subsequent_indent=_INDENT)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import json
 import os
 import shutil
@@ -256,6 +257,55 @@ def test_a_missing_key(toy_config, refused, tmp_path):
 )
 def test_what_does_not_fit_together(toy_config, refused, tmp_path, overrides, parts):
     says(refused(toy_config(tmp_path, overrides)), "config: ", *parts)
+
+
+@pytest.fixture
+def deepspeed(monkeypatch):
+    """Has another release of DeepSpeed installed, or none."""
+    found = importlib.metadata.version
+
+    def install(release: str | None) -> None:
+        def version(package: str) -> str:
+            if package == "deepspeed" and release is None:
+                raise importlib.metadata.PackageNotFoundError(package)
+            return release if package == "deepspeed" else found(package)
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+
+    return install
+
+
+@pytest.mark.parametrize("release", ["0.17.6", "0.18.2", "0.19.3", "0.19.3+cu128"])
+def test_a_release_of_deepspeed_that_computes_wrong_gradients(toy_config, refused, onlinerl, deepspeed, tmp_path, release):
+    """By `run`, by `check`, and by a sweep before its first run."""
+    deepspeed(release)
+    path = toy_config(tmp_path, {**REAL, "learner.zero_stage": 2})
+    wrong = (
+        "config: learner.zero_stage: is 2, and ZeRO-2 of DeepSpeed 0.17.6 to 0.19.3 can compute wrong gradients",
+        f"issues 7718 and 8224); {release} is installed on ",
+        "make install",
+        "or set it to 1 or 3",
+    )
+    says(refused(path), *wrong)
+    code, message = onlinerl("check", path)
+    assert code == REFUSED
+    says(message, *wrong)
+    (tmp_path / "sweep.yaml").write_text(
+        yaml.safe_dump({"base": path.name, "name": "both", "axes": {"algorithm": ["dpo", "ipo"]}})
+    )
+    code, message = onlinerl("sweep", tmp_path / "sweep.yaml")
+    assert code == REFUSED
+    assert "wrong gradients" in message
+
+
+@pytest.mark.parametrize(
+    ("release", "stage"),
+    [("0.19.3", 0), ("0.19.3", 1), ("0.19.3", 3), ("0.17.5", 2), ("0.19.4", 2), ("0.19.8", 2), ("0.20", 2), (None, 2)],
+)
+def test_other_stages_and_releases_of_deepspeed_are_accepted(toy_config, onlinerl, deepspeed, tmp_path, release, stage):
+    deepspeed(release)
+    code, message = onlinerl("check", toy_config(tmp_path, {**REAL, "learner.zero_stage": stage}))
+    assert code == 0, message
 
 
 # --- prompts ---

@@ -499,7 +499,7 @@ def counted_in_metrics(run: Path, name: str) -> dict[str | None, float]:
 
 
 def test_pairs_that_an_algorithm_leaves_out_are_counted(toy_config, warm_cli, tmp_path):
-    knobs = {"algorithm.name": "dno_prct", "algorithm.margin": 1.4, "pairing.name": "best_worst", "iterations": 1}
+    knobs = {"algorithm.name": "dno_prct", "algorithm.margin_student": 1.4, "pairing.name": "best_worst", "iterations": 1}
     assert warm_cli("run", toy_config(tmp_path, knobs)).returncode == 0
     record = trained(tmp_path / "runs/toy", 1)
     assert 0 < record["items"] < PROMPTS

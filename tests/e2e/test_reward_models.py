@@ -19,6 +19,7 @@ from preference_rows import circles, games, taste, write_config, write_rows
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
+from onlinerl import releases
 from onlinerl.config import reward_model as configuration
 from onlinerl.config.roles import build
 from onlinerl.controller.accuracy import cycle_rate
@@ -590,6 +591,13 @@ def test_the_command_line(tasteful, onlinerl):
     assert (code, "learner.name" in said) == (2, True)
     code, said = onlinerl("resume", folder)
     assert (code, "train-rm" in said) == (2, True), said
+
+
+def test_a_release_of_deepspeed_that_computes_wrong_gradients(refused, monkeypatch):
+    monkeypatch.setattr(releases, "installed", lambda package: "0.19.3")
+    error = refused("learner.name=deepspeed", "learner.zero_stage=2")
+    assert error.field == "learner.zero_stage"
+    assert "wrong gradients" in error.cause
 
 
 def test_the_learner_of_a_loop_has_no_head(tiny_model):

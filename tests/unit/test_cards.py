@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import yaml
+from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
 from onlinerl import registry
@@ -45,6 +49,76 @@ def test_a_card_by_hand():
     assert "algorithm.pair_weight_clip: null  (a list, each of it a number, or null)" in page
     band = "algorithm.importance_sampling_filter: null  (a list of 2, each of it a number, or null)"
     assert band in cards.page(cards.card("grpo"))
+
+
+AGREED = {
+    "bco": {"beta": 0.01},
+    "constrained": {"u0_std": 0.01, "base": "ppo"},
+    "cpo": {"nll_norm": "batch_tokens"},
+    "dapo": {"max_length": 20480, "overlong_buffer_len": 4096},
+    "dno_prct": {"floor": 5, "margin": 2},
+    "dr_po": {"kl_in": "reward", "mask_value": False},
+    "grpo": {"kl_coef": 0.04},
+    "nash_md": {"tau": 0.008},
+    "orpo": {"nll_norm": "batch_tokens"},
+    "ppo": {"kl_in": "reward", "missing_eos_score": -1},
+    "rebel": {"kl_coef": 0.05},
+    "reward_augmented": {"goals": "score", "ties": "keep"},
+    "robust_dpo": {"margin_cap": None},
+    "selm": {"carry_over": True},
+    "triple_po": {"nll_norm": "batch_tokens"},
+}
+"""Knobs whose defaults are not the paper's, and what it has."""
+
+
+def faults(one: cards.Card) -> list[str]:
+    """What is wrong with what a card says of the paper's values."""
+    fields = registry.load("algorithms", one.name, Algorithm).model_fields if one.name in NAMES else {}
+    found = ["too many"] if len(one.departures) > 2 else []
+    for knob in one.departures:
+        value = yaml.safe_load(knob.paper)
+        if value == knob.default:
+            found.append(f"{knob.name} is the paper's")
+        if knob.name in fields:  # of a kind that the knob may have
+            TypeAdapter(Annotated[fields[knob.name].annotation, *fields[knob.name].metadata]).validate_python(value)
+        if len(knob.why) < 10:
+            found.append(f"{knob.name}: no reason")
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_at_most_two_knobs_differ_from_the_papers_each_with_its_reason(name):
+    one = cards.card(name)
+    assert faults(one) == []
+    assert {knob.name: yaml.safe_load(knob.paper) for knob in one.departures} == AGREED.get(name, {})
+    page = "\n".join(cards.page(one))
+    assert all(f"{knob.paper} in the paper)" in page for knob in one.departures)
+
+
+def said(value: str, why: str = "of all that there are, none.", knob: str = "a") -> str:
+    return f"Not the paper's: `{knob}`, {value} there; {why}"
+
+
+def test_more_than_two_or_the_papers_own_value_would_be_noticed():
+    def card(*departures: str) -> cards.Card:
+        about, plain = " ".join(departures), cards.card("dpo")
+        found = cards.departures(about)
+        knobs = tuple(cards.Knob(name=name, default=0.1, takes="", about="", **one) for name, one in found.items())
+        return replace(plain, name="of my own", about=about, knobs=knobs)
+
+    assert faults(card(said("0.2"), said("0.3 (of 6)", knob="b"))) == []
+    assert faults(card(said("0.2"), said("0.2", knob="b"), said("0.2", knob="c"))) == ["too many"]
+    assert faults(card(said("0.1"))) == ["a is the paper's"]
+    assert faults(card(said("0.2", "so."))) == ["a: no reason"]
+    with pytest.raises(ValueError, match="write: Not the paper's"):
+        card("Not the paper's: a, which is 3.")
+
+
+def test_a_knob_that_there_is_not_would_be_noticed(monkeypatch):
+    kind = registry.load("algorithms", "dpo", Algorithm)
+    monkeypatch.setattr(kind, "__doc__", said("0.2", knob="betta"))
+    with pytest.raises(ValueError, match="says of betta what the paper has, which is no knob"):
+        cards.card("dpo")
 
 
 def test_on_the_command_line():

@@ -4,7 +4,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from onlinerl import doctor
+from onlinerl import doctor, releases
 from onlinerl.doctor import Part
 
 
@@ -13,7 +13,7 @@ from onlinerl.doctor import Part
     [("0.17.5", False), ("0.17.6", True), ("0.18.2", True), ("0.19.3", True), ("0.19.3+cpu", True), ("0.19.8", False)],
 )
 def test_deepspeed_releases_with_wrong_gradients(version, bad):
-    fault = doctor._deepspeed_fault(doctor._release(version))
+    fault = releases.deepspeed_fault(releases.release(version))
     assert bool(fault) == bad
 
 
@@ -21,7 +21,7 @@ def test_deepspeed_releases_with_wrong_gradients(version, bad):
     ("version", "bad"), [("0.32.0", False), ("0.32.9", False), ("0.31.2", True), ("0.33.0", True), ("1.0", True)]
 )
 def test_vllm_series(version, bad):
-    assert bool(doctor._not_of("vllm", 0, 32)(doctor._release(version))) == bad
+    assert bool(doctor._not_of("vllm", 0, 32)(releases.release(version))) == bad
 
 
 def test_a_missing_package_says_how_to_get_it():
@@ -31,7 +31,7 @@ def test_a_missing_package_says_how_to_get_it():
 
 
 def test_a_part_that_crashes_is_a_verdict(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda name: "1.0")
+    monkeypatch.setattr(doctor, "installed", lambda name: "1.0")
     raised = doctor._package("x", lambda version: None, module="no_such_module_xyz")
     assert raised.verdict == "broken"
     assert "no_such_module_xyz" in raised.detail
@@ -63,7 +63,7 @@ def test_a_program_that_fails_is_a_verdict(monkeypatch, tmp_path, script, fault)
 
 
 def test_both_builds_of_vllm_are_broken(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda name: "0.32.0")
+    monkeypatch.setattr(doctor, "installed", lambda name: "0.32.0")
     part = doctor._vllm()
     assert part.verdict == "broken"
     assert "uninstall both" in part.detail

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from onlinerl import config as configuration
-from onlinerl import hardware, memory_checks, preflight
+from onlinerl import hardware, memory_checks, preflight, releases
 from onlinerl.config import RunConfig, TrainingConfig
 from onlinerl.config.roles import build
 from onlinerl.engines import _vllm
@@ -139,11 +139,9 @@ def test_a_dtype_that_nobody_has_decided_is_not_taken_for_one(toy_config, tmp_pa
     assert "settle the whole configuration" in str(error.value.fix)
 
 
-@pytest.mark.parametrize("learner", ["torch", "deepspeed"])
-def test_a_learner_does_not_decide_its_dtype(tiny_model, learner):
-    """Before it meets the others: each rank could decide for another one."""
-    settings = RankSettings(
-        model=str(tiny_model),
+def rank_settings(model: Path) -> RankSettings:
+    return RankSettings(
+        model=str(model),
         algorithm=build({"name": "dpo"}, "algorithm"),
         training=TrainingConfig(),
         world_size=1,
@@ -151,9 +149,25 @@ def test_a_learner_does_not_decide_its_dtype(tiny_model, learner):
         temperature=1.0,
         seed=0,
     )
+
+
+@pytest.mark.parametrize("learner", ["torch", "deepspeed"])
+def test_a_learner_does_not_decide_its_dtype(tiny_model, learner):
+    """Before it meets the others: each rank could decide for another one."""
     with pytest.raises(ConfigError, match="is auto, and nothing has decided") as error:
-        build({"name": learner}, "learner").rank(settings, rank=0, store=None, address="")
+        build({"name": learner}, "learner").rank(rank_settings(tiny_model), rank=0, store=None, address="")
     assert error.value.field == "learner.dtype"
+
+
+@pytest.mark.parametrize("release", ["0.18.2", "0.19.8"])
+def test_a_rank_looks_at_the_release_of_its_own_machine(tiny_model, monkeypatch, release):
+    """Where the run was checked another one may be installed. The rank says so before it meets the others."""
+    monkeypatch.setattr(releases, "installed", lambda package: release)
+    learner = build({"name": "deepspeed", "zero_stage": 2}, "learner")
+    with pytest.raises(ConfigError) as error:
+        learner.rank(rank_settings(tiny_model), rank=0, store=None, address="")
+    # With a good release it comes as far as the next thing that is wrong here.
+    assert error.value.field == ("learner.zero_stage" if release == "0.18.2" else "learner.dtype")
 
 
 @pytest.mark.parametrize("engine", ["vllm", "openai"])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from onlinerl import releases
+from onlinerl.errors import ConfigError
 from onlinerl.learners.deepspeed.memory import learner_rank
 from onlinerl.protocols.learner import LearnerConfig, RankSettings
 
@@ -29,6 +32,17 @@ class DeepSpeed(LearnerConfig):
     def layout(self) -> str:
         """Stage and dtype."""
         return f"ZeRO-{self.zero_stage}, {self.dtype}"
+
+    def check(self) -> None:
+        """Refuse ZeRO-2 of a release that is known to compute wrong gradients with it; see `LearnerConfig.check`."""
+        version = releases.installed("deepspeed")
+        fault = None if version is None or self.zero_stage != 2 else releases.deepspeed_fault(releases.release(version))
+        if fault is not None:
+            raise ConfigError(
+                f"is 2, and {fault}; {version} is installed on {socket.gethostname()}",
+                field="learner.zero_stage",
+                fix="install the release that onlinerl is tested with (`make install`) on every machine, or set it to 1 or 3",
+            )
 
     def memory(self, parameters: float, *, critic: float = 0, adapters: float | None = None) -> Mapping[str, float]:
         """Bytes that one rank holds when it holds most, without activations, by what they are for."""

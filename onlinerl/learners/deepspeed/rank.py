@@ -112,7 +112,7 @@ class DeepSpeedRank(Rank):
         self._engine.step()
         return float(self._engine.get_global_grad_norm()), self._engine.was_step_applied()
 
-    def gradients(self, micro: Sequence[Sequence[TrainItem]], count: int) -> dict[str, np.ndarray]:
+    def gradients(self, micro: Sequence[Sequence[TrainItem]], count: float) -> dict[str, np.ndarray]:
         """The gradient that `step` would use, by parameter name, and no step: for parity tests."""
         from deepspeed.utils import safe_get_full_grad
 

@@ -91,7 +91,7 @@ class TorchRank(Rank):
             if stepped is not parameter:
                 parameter.copy_(stepped)
 
-    def gradients(self, micro: Sequence[Sequence[TrainItem]], count: int) -> dict[str, np.ndarray]:
+    def gradients(self, micro: Sequence[Sequence[TrainItem]], count: float) -> dict[str, np.ndarray]:
         """The gradient that `step` would use, by parameter name, and no step: for parity tests."""
         self._backward(micro, count)
         self._sum_over_ranks()

@@ -20,9 +20,9 @@ KNOBS = MARGIN_KNOBS | {
     "teacher_max_share": [({"teacher": True}, 0.0)],
     "teacher_decay": [],  # acts from the second iteration on: see test_fewer_from_one_iteration_to_the_next
     "teacher_min_percentile": [({"teacher": True, "teacher_max_share": 1.0}, 0.9)],
-    "replay": [({}, 0.3)],
-    "replay_decay": [({"replay": 0.3}, 1.0)],
-    "replay_max_age": [({"replay": 0.3}, 1)],
+    "replay": [({}, 0.0)],
+    "replay_decay": [({}, 1.0)],
+    "replay_max_age": [({}, 1)],
     # Responses of the contracts repeat nothing: see the tests of degenerate ones.
     "ngram_repeats": [],
     "ngram_size": [],
@@ -104,6 +104,15 @@ def test_a_student_wins_by_less_than_the_teacher_must():
     behind, _ = algorithm.items(of_teacher([4.0, 5.0]), ranked([4.0, 5.0]))
     assert places(behind) == [(1, 0)], "a student may win against the teacher"
     assert algorithm.figures([*items, *behind]) == {"teacher_won": 2.0, "teacher_lost": 1.0, "among_students": 2.0}
+
+
+@pytest.mark.parametrize(("margin", "asked"), [(2.0, 1.0), (3.0, 1.5), (None, None)])
+def test_of_a_student_half_of_the_margin_is_asked_as_in_the_paper(margin, asked):
+    scores = [6.0, 5.0, 4.0, 2.0]
+    ours, theirs = (
+        DnoPrct(margin=margin, margin_student=student).items(of_teacher(scores), ranked(scores)) for student in (None, asked)
+    )
+    assert (places(ours[0]), ours[1]) == (places(theirs[0]), theirs[1])
 
 
 def test_an_answer_of_the_teacher_was_sampled_by_nobody():

@@ -42,6 +42,17 @@ def test_value_by_hand(knobs):
     assert values(out) == pytest.approx({"desirable": 0.5, "desirable_log_ratio": 2.0, "undesirable_log_ratio": -1.0})
 
 
+@pytest.mark.parametrize("ratio", [-3.0, 3.0, 300.0])
+def test_a_response_of_weight_zero_is_not_part_of_the_mean(ratio):
+    """D = 2 and -1 count, so z = 0.5 as without the third one, and that one has no gradient."""
+    nobody = single(sequence(1, 90, reference_logprobs=-1.0, win_rate=0.9), weight=0.0)
+    alone = evaluate(Kto(), [GOOD, BAD], [-0.5, -2.5])
+    beside = evaluate(Kto(), [GOOD, BAD, nobody], [-0.5, -2.5, ratio - 1.0])
+    assert beside[0] * 3 == pytest.approx(alone[0] * 2)
+    assert (beside[1][:2] * 3).flatten().tolist() == pytest.approx((alone[1] * 2).flatten().tolist())
+    assert beside[1][2].abs().max() == 0.0
+
+
 def test_the_likelihood_of_desirable_responses_is_a_term():
     plain, with_nll = (evaluate(Kto(nll_coef=c), [GOOD, BAD], [-0.5, -2.5]) for c in (0.0, 2.0))
     assert with_nll[0] - plain[0] == pytest.approx(2.0 * 0.5 / 2)  # over two responses

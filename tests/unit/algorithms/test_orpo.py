@@ -5,16 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from algorithm_batches import ITEM, MARGIN_KNOBS, MODIFIER_KNOBS, ROWS, evaluate, pair, sequence
+from algorithm_batches import ITEM, MARGIN_KNOBS, MODIFIER_KNOBS, ROWS, evaluate, judged, pair, sequence
 from trl_losses import assert_agrees, odds_ratio_loss
 
 from onlinerl.algorithms._modified import PairFilter
 from onlinerl.algorithms.orpo import Orpo
+from onlinerl.types import Pair
 
-VARIANTS = [{}, {"lam": 1.0, "nll_coef": 0.0}, {"nll_target": "reference_answer", "soft_labels": True}]
+VARIANTS = [{}, {"lam": 1.0, "nll_coef": 0.0}, {"nll_target": "reference_answer", "soft_labels": True}, {"nll_on": "sequence"}]
 KNOBS = MODIFIER_KNOBS | {
     "lam": [({}, 0.5)],
     **{knob: MARGIN_KNOBS[knob] for knob in ("soft_labels", "label_smoothing", "margin_cap", "flip_rate")},
+    "nll_on": [({}, "sequence")],
     "nll_norm": [({}, "sum"), ({}, "batch_tokens")],
     "pair_filter": [({}, PairFilter(margin=0.8)), ({}, PairFilter(ches_share=0.3))],
     # Without a reference they are refused (test_modified.py).
@@ -49,6 +51,29 @@ def test_value_by_hand():
 def test_labels_that_may_be_wrong_by_hand(knobs, right):
     expected = 0.5 + 0.1 * (right * 0.056382 + (1 - right) * (0.056382 + 2.847102))  # f(-z) = f(z) + z
     assert evaluate(Orpo(**knobs), [ITEM], ROWS)[0] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "text", "nats"),
+    [
+        ({}, (2, 10, 11), 3.0 / 3),
+        ({"nll_norm": "sum"}, (2, 10, 11), 3.0),
+        ({"nll_target": "reference_answer"}, (2, 90, 91, 0), 4.0 / 4),
+    ],
+)
+def test_the_likelihood_of_the_prompt_by_hand(knobs, text, nats):
+    """The prompt is (1, 2), the chosen response (10, 11): of three tokens the likelihood is, 1 nat each; the answer (90, 91, 0) gives four."""
+    with_prompt, group = Orpo(nll_on="sequence", **knobs), judged([2, 3], scores=(1.0, 0.0))
+    (item,), _ = with_prompt.items(group, [Pair(chosen=0, rejected=1, prob=1.0)])
+    whole = item.sequences[-1]
+    assert (whole.prompt_ids, whole.response_ids, item.nll) == ((1,), text, len(item.sequences) - 1)
+    rows = [-0.5, -2.5, *([-9.0] if knobs.get("nll_target") else []), -1.0]
+    loss, gradient, _, _ = evaluate(with_prompt, [item], rows)
+    assert loss == pytest.approx(nats + 0.1 * 0.056382, abs=1e-6)
+    per_token = -1.0 if knobs.get("nll_norm") == "sum" else -1.0 / len(text)
+    assert gradient[-1][: len(text)].tolist() == pytest.approx([per_token] * len(text))
+    odds = evaluate(Orpo(nll_coef=0.0), [pair(*item.sequences[:2])], rows[:2])[1]
+    assert gradient[0, :2].tolist() == pytest.approx(odds[0, :2].tolist()), "the response itself has the odds' gradient only"
 
 
 def test_at_equal_log_probs_per_token_the_odds_say_log_2():

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from algorithm_batches import F_MINUS, F_PLUS, ITEM, MARGIN_KNOBS, ROWS, evaluate, pair
+from algorithm_batches import F_MINUS, F_PLUS, ITEM, MARGIN_KNOBS, ROWS, evaluate, judged, pair
 
+from onlinerl import config as configuration
 from onlinerl.algorithms.dno import Dno
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.osp import Osp
 
+QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
 VARIANTS = [{}]
 KNOBS = MARGIN_KNOBS | {"soft_labels": [({}, False)]}
 
@@ -20,6 +23,17 @@ def at_reference(items):
 
 def test_value_by_hand():
     assert evaluate(Osp(), [ITEM], ROWS)[0] == pytest.approx(0.8 * F_PLUS + 0.2 * F_MINUS, rel=1e-7)
+
+
+def test_its_pairs_are_those_of_rank_r_and_r_plus_half():
+    """Four responses with win rates .9, .7, .4 and 0, in another order; whoever wants other pairs says so."""
+    config = configuration.load(QUICKSTART, ["algorithm.name=osp"])
+    group = judged([1, 2, 3, 4], scores=(0.4, 0.9, 0.0, 0.7))
+    pairs, _ = configuration.pair_builder(config).build(group)
+    assert [(p.chosen, p.rejected) for p in pairs] == [(1, 0), (3, 2)]
+    assert (Osp().needs.pairing, Osp().needs.preferences, Dpo().needs.pairing) == ("ranked", True, None)
+    other = configuration.load(QUICKSTART, ["algorithm.name=osp", "pairing.name=best_worst"])
+    assert [(p.chosen, p.rejected) for p in configuration.pair_builder(other).build(group)[0]] == [(1, 2)]
 
 
 def test_a_certain_pair_is_that_of_dpo():
