@@ -65,8 +65,9 @@ def test_without_filters_is_dpo_against_the_previous_policy():
     ("knobs", "kept", "counted"),
     [
         ({"floor": 5.0}, [0.9, 0.8], {"floor": 1}),  # the winner of the third pair scores 4
-        ({"margin": 2.0}, [0.9, 0.7], {"gap": 1}),  # gaps are 3, 1 and 2
-        ({"floor": 5.0, "margin": 2.0}, [0.9], {"floor": 1, "gap": 1}),
+        ({"margin": 2.0, "margin_student": 2.0}, [0.9, 0.7], {"gap": 1}),  # gaps are 3, 1 and 2
+        ({"margin": 4.0}, [0.9, 0.7], {"gap": 1}),  # half of it is asked of a student
+        ({"floor": 5.0, "margin": 4.0}, [0.9], {"floor": 1, "gap": 1}),
         ({"floor": 5.5}, [], {"floor": 3}),
     ],
 )
