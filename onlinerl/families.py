@@ -74,6 +74,28 @@ def logit_rule(config: Mapping[str, Any]) -> LogitRule:
     return LogitRule(scale=float(value) if family in _MULTIPLIED else 1.0 / float(value))
 
 
+ROUTED = frozenset(["granitemoe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"])
+"""By `model_type`: mixtures of experts of which a test has shown that the auxiliary loss of their routers is that of transformers."""
+
+
+def check_experts(config: Mapping[str, Any]) -> None:
+    """Refuse an auxiliary loss of routers where there are none, or where another one is not known to be theirs.
+
+    Args:
+        config: of the model.
+
+    Raises:
+        ConfigError: if the family is none of `ROUTED`.
+    """
+    family = str(config.get("model_type"))
+    if family not in ROUTED:
+        raise ConfigError(
+            f"models of the family {family!r} have no routers, or none whose auxiliary loss is known here",
+            field="training.aux_loss_coef",
+            fix=f"leave it out, or use a mixture of experts of the families {', '.join(sorted(ROUTED))}",
+        )
+
+
 def check_attention(config: Mapping[str, Any], attention: str) -> None:
     """Refuse an implementation of attention that would leave out a part of the model.
 

@@ -17,6 +17,7 @@ from onlinerl.algorithm_checks import check_algorithm, check_sections, most_item
 from onlinerl.config import RunConfig, at_home
 from onlinerl.controller.asking import answers
 from onlinerl.errors import ConfigError, OracleError, StoreError
+from onlinerl.families import check_experts
 from onlinerl.lora_checks import adapter_parameters, check_lora
 from onlinerl.model_checks import check_critic, check_description, check_tensors, check_weights, tokenizer
 from onlinerl.prompt_checks import read_prompts
@@ -143,6 +144,7 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
     if local is not None:
         check_weights(local)
     _check_merging(config, local)
+    _check_experts(config, local)
     prompts = read_prompts(config, algorithm, local, kept, needs_answers=oracle.needs_reference_answer)
     notes += prompts.remarks
     critic, folder = _critic(config, algorithm, local, parameters)
@@ -246,6 +248,20 @@ def _check_merging(config: RunConfig, local: Path | None) -> None:
         raise ConfigError(f"{merging.base_model} is not on this machine", field=field, fix=fix)
     if local is not None:
         check_tensors(local, folder, field)
+
+
+def _check_experts(config: RunConfig, local: Path | None) -> None:
+    """Whether there are routers to balance, and a learner that does."""
+    if not config.training.aux_loss_coef:
+        return
+    if not config.learner.balances_experts:
+        raise ConfigError(
+            f"is {config.training.aux_loss_coef:g}, and the learner {config.learner.name!r} has no experts to balance",
+            field="training.aux_loss_coef",
+            fix="leave it out, or set learner.name to deepspeed or torch",
+        )
+    if local is not None:
+        check_experts(json.loads((local / "config.json").read_text()))
 
 
 def _adapters(config: RunConfig, networks: Sequence[Path | None]) -> float | None:

@@ -142,6 +142,7 @@ KEYS: dict[str, str] = {
     "async_level": "schedule.max_lag",
     "max_async_level": "schedule.max_lag",
     "staleness_threshold": "schedule.max_lag",
+    "router_aux_loss_coef": "training.aux_loss_coef",
     "save_total_limit": "checkpoints.keep",
     "max_ckpt_num": "checkpoints.keep",
 }

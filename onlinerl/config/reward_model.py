@@ -73,7 +73,7 @@ class RewardTraining(TrainingConfig):
 
 OF_A_LOOP = {
     *("target_kl", "iteration_decay", "optimizer_state", "online_merging", "max_idle_iterations", "on_truncated"),
-    *("sample_weights", "sample_weight_clip", "sample_age_decay"),
+    *("sample_weights", "sample_weight_clip", "sample_age_decay", "aux_loss_coef"),
 }
 """Keys of `training` that say something about iterations or a policy."""
 

@@ -123,6 +123,9 @@ class TrainingConfig(Section):
     """What happens to the moments between iterations."""
     online_merging: OnlineMergingConfig | None = None
     """Off by default; needs a learner that lets its weights be replaced (`learner.name: torch`)."""
+    aux_loss_coef: float = Field(0.0, ge=0)
+    """Of mixtures of experts: weight of the auxiliary loss that keeps their routers in balance, over all tokens of a step, prompts included; 0: none.
+    `config.json` says what the model was trained with (`router_aux_loss_coef`). A step then takes one more forward pass."""
     weight_decay: float = Field(0.0, ge=0)
     """Of matrices; biases and the weights of norms do not decay."""
     max_grad_norm: float = Field(1.0, gt=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from onlinerl.batch import Batch, Outputs
 from onlinerl.errors import LearnerError
 from onlinerl.families import LogitRule, check_packing, logit_rule
+from onlinerl.learners._experts import Routed, routed
 from onlinerl.learners._logits import logits as fp32_logits
 from onlinerl.learners._mixture import Step
 from onlinerl.learners._packing import PackedRow, prepare
@@ -98,6 +99,9 @@ class Network(nn.Module):
         self._recompute = False
         self._padding_free = padding_free
         self.model: PreTrainedModel = model
+        self.experts: int | None = None
+        """How many experts a token of a mixture goes to, if what routers do is to be kept."""
+        self._routed: Routed | None = None
         self.critic: PreTrainedModel | None = None
         self.value_head: nn.Linear | None = None
 
@@ -111,6 +115,12 @@ class Network(nn.Module):
             for network in filter(None, (self.model, self.critic)):
                 check_packing(network.config.to_dict())
                 prepare(network)
+
+    def take_routed(self) -> Routed:
+        """What the routers of the model did in the last pass. It is not kept any longer, for its gradient holds on to that pass."""
+        assert self._routed is not None, "nobody has set `experts`, or there was no pass"
+        found, self._routed = self._routed, None
+        return found
 
     def recompute_activations(self) -> None:
         """Keep only the inputs of each layer for the backward pass, of all backbones, from now on."""
@@ -139,18 +149,24 @@ class Network(nn.Module):
 
     def _states(self, backbone: PreTrainedModel, batch: Batch, rows: Tensor, positions: Tensor) -> Tensor:
         """The last layer's states [N, hidden] at these positions of these rows."""
+        keeps = self.experts is not None and backbone is self.model.base_model
+        asked: dict[str, Any] = {"use_cache": False, **({"output_router_logits": True} if keeps else {})}
+        mask_BS = batch.sequence_mask_BS
         if self._padding_free:
             row = PackedRow.of(batch)
-            attention = backbone.config._attn_implementation
-            state_1LH: Tensor = backbone(**row.arguments(attention), use_cache=False).last_hidden_state
-            return state_1LH[0, row.starts_B[rows] + positions]
-        mask_BS = batch.sequence_mask_BS
-        # Without padding no mask is needed, and attention kernels are faster without one.
-        attention_mask = None if bool(mask_BS.all()) else mask_BS.long()
-        state_BSH: Tensor = backbone(
-            input_ids=batch.tokens_BS, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
-        return state_BSH[rows, positions]
+            found = backbone(**row.arguments(backbone.config._attn_implementation), **asked)
+            states: Tensor = found.last_hidden_state[0, row.starts_B[rows] + positions]
+            counts_N = mask_BS[mask_BS]
+        else:
+            # Without padding no mask is needed, and attention kernels are faster without one.
+            attention_mask = None if bool(mask_BS.all()) else mask_BS.long()
+            found = backbone(input_ids=batch.tokens_BS, attention_mask=attention_mask, **asked)
+            states, counts_N = found.last_hidden_state[rows, positions], mask_BS.flatten()
+        if keeps:
+            assert self.experts is not None
+            # Nothing of the dummy of a rank without data counts.
+            self._routed = routed(found.router_logits, self.experts, counts_N * (len(batch.lists_GK) > 0))
+        return states
 
 
 class Policy(Network):

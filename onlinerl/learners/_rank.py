@@ -23,7 +23,9 @@ from torch import Tensor
 
 from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.errors import LearnerError
+from onlinerl.families import check_experts
 from onlinerl.learners._collectives import bound_collectives, every, mean_of_ranks, means
+from onlinerl.learners._experts import Balance, Routed
 from onlinerl.learners._loading import give_back
 from onlinerl.learners._loss import kl_old, loss_of
 from onlinerl.learners._mixture import MixtureSampling
@@ -88,6 +90,10 @@ class Rank(Models, MixtureSampling):
             timeout=timedelta(seconds=config.start_timeout_s),
         )
         self._build(settings.model)
+        if self.training.aux_loss_coef:
+            description = self._policy.model.config.to_dict()
+            check_experts(description)
+            self._policy.experts = description["num_experts_per_tok"]
         bound_collectives(timedelta(seconds=config.step_timeout_s + AFTER_CONTROLLER_S))
         self._sender: Sender | None = None
         self._host_memory = HostMemory(self.device)
@@ -216,7 +222,7 @@ class Rank(Models, MixtureSampling):
         whole step, on all ranks. So it is made to where the policy has moved too far, which is known with the last micro-batch.
         """
         totals: dict[str, Tensor] = {}
-        stopped = False
+        stopped, balance = False, self._balance(micro)
         forward = self._dropout.numbered(self._forward)
         for number, (items, batch) in enumerate(zip(micro, self._batches(micro), strict=True), start=1):
             outputs = forward(batch)
@@ -229,10 +235,26 @@ class Rank(Models, MixtureSampling):
             metrics = loss.metrics if loss else {}
             for name, mean in (metrics if target_kl is None else metrics | kl_old(outputs, batch)).items():
                 _add(totals, name, mean)
+            if balance is not None:
+                aux = balance.loss(self._policy.take_routed())
+                _add(totals, "aux_loss", Mean(total=aux, count=torch.tensor(float(self.rank == 0 and number == 1))))
+                total = total + self.training.aux_loss_coef * count * aux
             if target_kl is not None and number == len(micro):
                 stopped = mean_of_ranks(totals["kl_old"], self.world_size) > target_kl
             self._accumulate(total, count if total.isfinite() and not stopped else float("nan"))
         return totals, stopped
+
+    def _balance(self, micro: Sequence[Sequence[TrainItem]]) -> Balance | None:
+        """What the routers choose in the whole step, if they are to be kept in balance; a forward pass of its own."""
+        if not self.training.aux_loss_coef:
+            return None
+        own: list[Routed] = []
+        forward = self._dropout.numbered(lambda batch: self._network(batch, states_only=True))
+        with torch.no_grad():
+            for items in micro:
+                forward(collate(items).to(self.device))
+                own.append(Routed(*(part.detach().double().cpu() for part in self._policy.take_routed())))
+        return Balance.of([part for parts in every(own, self.world_size) for part in parts])
 
     def _batches(self, micro: Sequence[Sequence[TrainItem]]) -> Iterator[Batch]:
         """One after the other, unless the loss looks at all of them first."""

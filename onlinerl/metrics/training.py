@@ -43,6 +43,9 @@ TRAINING = (
         title="Gradient norm",
         series=(Series(name="onlinerl_grad_norm"),),
     ),
+    per_step(
+        "aux_loss", "Auxiliary loss of the routers of a mixture of experts, without its weight", "loss", section=_TRAINING
+    ),
     per_step("learning_rate", "Learning rate", "1", section=_TRAINING, series=(Series(name="onlinerl_learning_rate"),)),
     per_step("skipped", "Share of the steps that were skipped", "ratio", section=_TRAINING),
 )

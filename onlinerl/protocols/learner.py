@@ -301,6 +301,8 @@ class LearnerConfig(Component):
 
     merges: ClassVar[bool] = False
     """Whether it has `keep_weights` and `merge`, for `training.online_merging`."""
+    balances_experts: ClassVar[bool] = False
+    """Whether it adds the auxiliary loss of routers, `training.aux_loss_coef`."""
     adapts: ClassVar[bool] = False
     """Whether it trains adapters, `lora`; its `memory` then takes how many parameters they have."""
     samples_mixtures: ClassVar[bool] = False

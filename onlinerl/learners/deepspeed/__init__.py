@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class DeepSpeed(LearnerConfig):
     """Any number of ranks, which divide as much of the learner's state among them as `zero_stage` says."""
 
+    balances_experts: ClassVar[bool] = True
     adapts: ClassVar[bool] = True
     trains_rewards: ClassVar[bool] = True
     samples_mixtures: ClassVar[bool] = True

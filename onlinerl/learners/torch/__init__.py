@@ -17,6 +17,7 @@ class Torch(LearnerConfig):
     """One rank, or several that each hold the whole model: the learner with the fewest parts, for models that fit."""
 
     merges: ClassVar[bool] = True
+    balances_experts: ClassVar[bool] = True
     adapts: ClassVar[bool] = True
     trains_rewards: ClassVar[bool] = True
     samples_mixtures: ClassVar[bool] = True
