@@ -42,9 +42,23 @@ def check_labels(config: RunConfig, algorithm: Algorithm) -> None:
     )
     if fault is not None:
         raise ConfigError(fault.cause, field=f"algorithm.{fault.knob}", fix=fault.fix)
-    fault = next(_weights(config, algorithm), None)
-    if fault is not None:
-        raise ConfigError(fault.cause, field=f"training.{fault.knob}", fix=fault.fix)
+    for section, faults in (("training", _weights(config, algorithm)), ("pairing", _pairing(config, algorithm))):
+        fault = next(faults, None)
+        if fault is not None:
+            raise ConfigError(fault.cause, field=f"{section}.{fault.knob}", fix=fault.fix)
+
+
+def _pairing(config: RunConfig, algorithm: Algorithm) -> Iterator[_Fault]:
+    """What becomes of the pairs of the pair builder."""
+    if not algorithm.needs.pairs:
+        return
+    builder = pair_builder(config)
+    if algorithm.needs.uncertainty and builder.uncertainty_filter.mu:
+        yield _Fault(
+            "uncertainty_filter.mu",
+            f"is {builder.uncertainty_filter.mu}, and {config.algorithm['name']} goes by the uncertainty of each label itself",
+            "leave it out",
+        )
 
 
 def _weights(config: RunConfig, algorithm: Algorithm) -> Iterator[_Fault]:

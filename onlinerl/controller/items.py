@@ -58,7 +58,7 @@ def of_group(it: Iteration, group: Group, answer: Answer) -> GroupItems:
     dropped: Counter[str] = Counter()
     pairs: Sequence[Pair] = []
     if it.needs.pairs:
-        pairs, reasons = it.parts.pairing.build(judged)
+        pairs, reasons = it.parts.pairing.pairs(judged)
         dropped.update(reasons)
     contradicted = sum(pair.prob < 0.5 for pair in pairs)
     items, left_out = _items(it, judged, pairs)

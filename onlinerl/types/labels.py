@@ -15,6 +15,7 @@ import numpy as np
 
 from onlinerl.types.prompts import Prompt
 from onlinerl.types.rollouts import Group
+from onlinerl.types.seeds import derive_seed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -299,6 +300,17 @@ class Judged:
 
     group: Group
     verdict: Verdict
+
+    def uncertainty(self, pair: Pair) -> float | None:
+        """How uncertain the label of a pair is, in nats, within [0, log 2] (`Verdict.uncertainty`); None if nobody says."""
+        said = self.verdict.uncertainty
+        nats = math.nan if said is None else said[pair.chosen][pair.rejected]
+        return None if math.isnan(nats) else min(max(nats, 0.0), math.log(2))
+
+    def chance(self, pair: Pair) -> float:
+        """Uniform on [0, 1), from the seeds of both responses: from the run's seed, iteration and prompt, not from their order."""
+        chosen, rejected = (self.group.rollouts[i] for i in (pair.chosen, pair.rejected))
+        return derive_seed("certainty", self.group.prompt.id, chosen.seed, chosen.text, rejected.seed, rejected.text) / 2**31
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

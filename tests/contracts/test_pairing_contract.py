@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from math import comb
+from collections import Counter
+from math import comb, log
 
 import pytest
 from matrix_oracle import Referee
 
 from onlinerl import registry
 from onlinerl.config import component
-from onlinerl.protocols.pairing import PairBuilder
+from onlinerl.protocols.pairing import PairBuilder, UncertaintyFilter
 from onlinerl.types import Group, Judged, Prompt, Query, Rollout, Sampling, Verdict
 
 # Knobs that let a builder accept pairs on a scale from 0 to 9.
@@ -118,3 +119,44 @@ def test_what_was_not_judged_is_in_no_pair(builder, place):
 
 def test_a_single_response_yields_nothing(builder):
     assert builder.build(judged(["alone"], [5.0]))[0] == []
+
+
+def doubted(group: Judged, nats: float) -> Judged:
+    """The same group, about each pair of which several judgements disagree by so much."""
+    count = len(group.group.rollouts)
+    return dataclasses.replace(group, verdict=dataclasses.replace(group.verdict, uncertainty=((nats,) * count,) * count))
+
+
+def filtering(builder: PairBuilder, **knobs: float) -> PairBuilder:
+    return builder.model_copy(update={"uncertainty_filter": UncertaintyFilter(**knobs)})
+
+
+def many() -> Judged:
+    return judged([f"text {i}" for i in range(9)], [float(i) for i in range(9)])
+
+
+def test_nothing_is_filtered_by_default(builder):
+    built, dropped = builder.build(many())
+    assert builder.pairs(many()) == (built, Counter(dropped))
+    assert builder.pairs(doubted(many(), log(2))) == (built, Counter(dropped))
+
+
+def test_the_uncertainty_filter_keeps_what_is_certain_and_counts_the_others(builder):
+    built, dropped = builder.build(many())
+    strict = filtering(builder, mu=1.0, unfiltered=0.0)
+    assert strict.pairs(doubted(many(), 0.0)) == (built, Counter(dropped))
+    assert strict.pairs(doubted(many(), log(2))) == ([], Counter(dropped) + Counter(uncertain=len(built)))
+    assert strict.pairs(many()) == ([], Counter(dropped) + Counter(no_uncertainty=len(built)))
+    assert filtering(builder, mu=1.0, unfiltered=1.0).pairs(doubted(many(), log(2))) == (built, Counter(dropped))
+
+
+def test_what_the_filter_keeps_does_not_depend_on_the_order_of_responses(builder):
+    texts, scores, rng = [f"text {i}" for i in range(9)], [float(i) for i in range(9)], random.Random(0)
+    half = filtering(builder, mu=1.0)
+
+    def kept(order: list[int]) -> set[tuple[str, str]]:
+        group = doubted(judged([texts[i] for i in order], [scores[i] for i in order]), log(2) / 2)
+        return {(texts[order[pair.chosen]], texts[order[pair.rejected]]) for pair in half.pairs(group)[0]}
+
+    expected = kept(list(range(9)))
+    assert all(kept(rng.sample(range(9), 9)) == expected for _ in range(5))

@@ -268,6 +268,17 @@ def test_an_oracle_that_judges_once_cannot_say_how_uncertain_it_is(name, given, 
         check_uncertainty(config, configuration.algorithm(config), given)
 
 
+def test_a_filter_by_uncertainty_needs_an_oracle_that_gives_it():
+    config = configuration.load(QUICKSTART, ["algorithm.name=sppo_hard", "pairing.uncertainty_filter.mu=1.0"])
+    for given in (True, None):
+        check_uncertainty(config, configuration.algorithm(config), given)
+    with pytest.raises(ConfigError, match=r"judges each pair once, and pairing\.uncertainty_filter\.mu filters") as refused:
+        check_uncertainty(config, configuration.algorithm(config), given=False)
+    assert "leave pairing.uncertainty_filter.mu out" in refused.value.fix
+    by_probability = configuration.load(QUICKSTART, ["algorithm.name=sppo_hard", "pairing.uncertainty_filter.within=0.1"])
+    check_uncertainty(by_probability, configuration.algorithm(by_probability), given=False)
+
+
 def test_an_algorithm_that_declares_a_metric_of_others_is_refused():
     config = configuration.load(QUICKSTART)
     algorithm = configuration.algorithm(config)

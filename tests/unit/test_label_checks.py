@@ -227,3 +227,11 @@ def test_weights_that_are_read_are_accepted(name, kind):
 def test_older_items_may_count_less_where_some_come_again(name):
     older = ["training.sample_weights=age", "training.sample_age_decay=0.9", "selection.name=regenerate"]
     check(f"name={name}", *older, *(["importance_sampling_cap=2.0"] if name == "grpo" else []))
+
+
+def test_uncertain_pairs_are_left_out_in_one_place():
+    check("pairing.uncertainty_filter.mu=1.0")
+    check("name=upo", "pairing.uncertainty_filter.within=0.1")
+    with pytest.raises(ConfigError, match="goes by the uncertainty of each label itself") as refused:
+        check("name=upo", "pairing.uncertainty_filter.mu=1.0")
+    assert refused.value.field == "pairing.uncertainty_filter.mu"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from math import comb
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from onlinerl.errors import OracleError
 from onlinerl.pairing.all_pairs import AllPairs
@@ -15,6 +17,7 @@ from onlinerl.pairing.best_worst import BestWorst
 from onlinerl.pairing.floor_margin import FloorMargin
 from onlinerl.pairing.ranked import Ranked
 from onlinerl.pairing.rso import Rso
+from onlinerl.protocols.pairing import UncertaintyFilter
 from onlinerl.types import Group, Judged, Prompt, Rollout, Sampling, Verdict
 
 NAN = math.nan
@@ -261,3 +264,45 @@ class TestRso:
         few, many = (self.accepted(accept=n, beta=0.5) for n in (2, 4))
         assert (len(few), len(many)) == (2, 4)
         assert self.accepted(accept=4, beta=1e-9) != self.accepted(accept=4, beta=1e9)
+
+
+class TestUncertaintyFilter:
+    """E9."""
+
+    K = 40
+    SCORES = tuple(float(k) for k in range(K))
+
+    def group(self, nats: float) -> Judged:
+        group = judged(scores=self.SCORES)
+        return replace(group, verdict=replace(group.verdict, uncertainty=((nats,) * self.K,) * self.K))
+
+    @pytest.mark.parametrize(
+        ("knobs", "share"),
+        [({"mu": 1.0}, 0.1 + 0.9 * 0.75), ({"mu": 2.0, "unfiltered": 0.0}, 0.5625), ({"mu": 0.0}, 1.0), ({"within": 0.4}, None)],
+    )
+    def test_pairs_are_kept_as_often_as_the_formula_says(self, knobs, share):
+        """B / log 2 is a quarter: of 780 pairs within three standard deviations. A tenth is kept in any case, by default."""
+        group = self.group(math.log(2) / 4)
+        built = AllPairs().build(group)[0]
+        kept, dropped = AllPairs(uncertainty_filter=UncertaintyFilter(**knobs)).pairs(group)
+        assert len(kept) + dropped["uncertain"] == len(built) == comb(self.K, 2)
+        if share is None:  # nearer than 0.4 to 1/2: gaps of up to 2
+            clear = [pair for pair in built if pair.gap > 2]
+            assert [pair for pair in kept if pair.gap > 2] == clear
+            share = (len(clear) + 0.1 * (len(built) - len(clear))) / len(built)
+        assert len(kept) / len(built) == pytest.approx(share, abs=3 * math.sqrt(share * (1 - share) / len(built)))
+
+    def test_other_iterations_and_prompts_draw_others(self):
+        """Chance is that of the seeds of the responses."""
+        half = AllPairs(uncertainty_filter=UncertaintyFilter(mu=1.0))
+        group = self.group(math.log(2) / 2)
+        later = tuple(replace(rollout, seed=rollout.seed + 1000) for rollout in group.group.rollouts)
+        elsewhere = replace(group.group.prompt, id="another")
+        others = (replace(group.group, rollouts=later), replace(group.group, prompt=elsewhere))
+        kept = [indices(half.pairs(one)[0]) for one in (group, *(replace(group, group=other) for other in others))]
+        assert kept[0] == indices(half.pairs(group)[0])
+        assert kept[0] != kept[1] != kept[2] != kept[0]
+
+    def test_a_share_of_no_filter_is_refused(self):
+        with pytest.raises(ValidationError, match="nothing is filtered"):
+            UncertaintyFilter(unfiltered=0.5)
