@@ -53,6 +53,20 @@ def _pairing(config: RunConfig, algorithm: Algorithm) -> Iterator[_Fault]:
     if not algorithm.needs.pairs:
         return
     builder = pair_builder(config)
+    labels = type(algorithm).model_fields.get("soft_labels")
+    if builder.soft is not None and not (
+        algorithm.needs.preferences if labels is None else algorithm.model_dump()["soft_labels"]
+    ):
+        own = labels is not None and labels.annotation is bool
+        yield _Fault(
+            builder.soft,
+            f"is {getattr(builder, builder.soft)}, and {config.algorithm['name']} as configured takes every label for certain: it would train a "
+            "pair that is even as if one of the two had won",
+            "leave it out, or "
+            + (
+                "set algorithm.soft_labels=true" if own else "choose a loss that reads probabilities, e.g. dpo with soft_labels"
+            ),
+        )
     if algorithm.needs.uncertainty and builder.uncertainty_filter.mu:
         yield _Fault(
             "uncertainty_filter.mu",

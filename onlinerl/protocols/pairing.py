@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -51,6 +53,12 @@ class UncertaintyFilter(BaseModel):
 class PairBuilder(Component):
     """Turns one judged group into pairs."""
 
+    tie_within: float = Field(0.02, ge=0, lt=0.5)
+    """Of an oracle that compares: two responses are tied if P(one beats the other) is nearer than this to 1/2. Scores tie only if they are equal,
+    because their units are the oracle's own: for them there is `min_gap`."""
+    ties: Literal["drop", "soft"] = "drop"
+    """What becomes of two responses that are tied: no pair (`tie`), or a pair with the probability 1/2, for losses that read it. It must exceed
+    `min_gap` all the same."""
     uncertainty_filter: UncertaintyFilter = UncertaintyFilter()
     """Which pairs are left out because nobody knows well which response is better."""
 
@@ -62,9 +70,25 @@ class PairBuilder(Component):
         """Pairs, and how many candidates were dropped for which reason."""
         raise NotImplementedError
 
+    @property
+    def soft(self) -> str | None:
+        """The key by which a pair may be as even as 1/2, which only a loss that reads its probability can make sense of; None if there is none."""
+        return "ties" if self.ties == "soft" else None
+
     def pairs(self, judged: Judged) -> tuple[list[Pair], Mapping[str, int]]:
-        """The same without those that are filtered, which are counted too."""
-        built, dropped = self.build(judged)
-        reasons = [self.uncertainty_filter.rejects(judged, pair) for pair in built]
-        kept = [pair for pair, reason in zip(built, reasons, strict=True) if reason is None]
-        return kept, Counter(dropped) + Counter(reason for reason in reasons if reason is not None)
+        """The same without near ties and those that are filtered, which are counted too."""
+        built, left_out = self.build(judged)
+        dropped = Counter(left_out)
+        kept: list[Pair] = []
+        for pair in built:
+            tied = self.is_near_tie(judged, pair)
+            reason = "tie" if tied and self.ties == "drop" else self.uncertainty_filter.rejects(judged, pair)
+            if reason is None:
+                kept.append(replace(pair, prob=0.5) if tied else pair)
+            else:
+                dropped[reason] += 1
+        return kept, dropped
+
+    def is_near_tie(self, judged: Judged, pair: Pair) -> bool:
+        """Whether an oracle that compares has hardly said which one is better. Rounded: a mean of both orders may miss a bound by its last bits."""
+        return judged.verdict.preferences is not None and round(abs(pair.prob - 0.5), 9) < self.tie_within

@@ -17,12 +17,22 @@ from onlinerl.types import Group, Judged, Prompt, Query, Rollout, Sampling, Verd
 
 # Knobs that let a builder accept pairs on a scale from 0 to 9.
 KNOBS = {"floor_margin": {"floor": 2.0, "margin": 1.0}}
+# Other ways of those that have some.
+MORE = [
+    {"name": "best_worst", "against": "second"},
+    {"name": "best_worst", "against": "random"},
+    {"name": "halves", "draws": 3},
+    {"name": "shared_prefix", "choose": "second", "min_prefix": 0},
+]
 
 
-@pytest.fixture(params=registry.names("pairing"))
+@pytest.fixture(
+    params=[*({"name": name, **KNOBS.get(name, {})} for name in registry.names("pairing")), *MORE],
+    ids=lambda spec: "-".join(str(value) for value in spec.values() if isinstance(value, str)),
+)
 def builder(request):
     """Every pair builder."""
-    return component({"name": request.param, **KNOBS.get(request.param, {})}, "pairing", "pairing", PairBuilder)
+    return component(request.param, "pairing", "pairing", PairBuilder)
 
 
 def judged(texts: list[str], scores: list[float]) -> Judged:
@@ -119,6 +129,53 @@ def test_what_was_not_judged_is_in_no_pair(builder, place):
 
 def test_a_single_response_yields_nothing(builder):
     assert builder.build(judged(["alone"], [5.0]))[0] == []
+
+
+def nearly_even(count: int, prob: float) -> Judged:
+    """Judged by an oracle that prefers each response to those before it, and is so sure of it; with scores for the builders that need them."""
+    group = judged([f"text {i}" for i in range(count)], [float(i) for i in range(count)])
+    said = tuple(tuple(0.5 if i == j else prob if i > j else 1 - prob for j in range(count)) for i in range(count))
+    return Judged(group=group.group, verdict=dataclasses.replace(group.verdict, preferences=said))
+
+
+@pytest.mark.parametrize("count", range(3, 10))
+def test_a_near_tie_of_an_oracle_that_compares_is_a_tie(builder, count):
+    built, dropped = builder.build(nearly_even(count, 0.519))
+    assert built
+    assert builder.pairs(nearly_even(count, 0.519)) == ([], Counter(dropped) + Counter(tie=len(built)))
+    assert len(builder.pairs(nearly_even(count, 0.52))[0]) == len(built), (
+        "as near as the bound is near enough to be one of the two"
+    )
+    finer = builder.model_copy(update={"tie_within": 0.01})
+    assert finer.pairs(nearly_even(count, 0.519)) == (built, Counter(dropped))
+
+
+def test_scores_that_are_near_each_other_are_no_tie(builder):
+    """They have units of their own."""
+    group = judged([f"text {i}" for i in range(9)], [4.0 + i / 100 for i in range(9)])
+    group = dataclasses.replace(group, verdict=dataclasses.replace(group.verdict, temperature=10.0))
+    if type(builder).__name__ == "FloorMargin":
+        builder = builder.model_copy(update={"margin": 0.001})
+    pairs, _ = builder.pairs(group)
+    assert pairs
+    assert all(pair.prob < 0.51 for pair in pairs)
+
+
+def test_soft_ties_are_pairs_that_are_even(builder):
+    soft = builder.model_copy(update={"ties": "soft"})
+    pairs, dropped = soft.pairs(nearly_even(9, 0.51))
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [
+        (pair.chosen, pair.rejected) for pair in builder.build(nearly_even(9, 0.51))[0]
+    ]
+    assert {pair.prob for pair in pairs} == {0.5}
+    assert dropped["tie"] == 0
+    equal = judged([f"text {i}" for i in range(9)], [5.0] * 9)
+    if hasattr(builder, "margin"):  # which a tie does not have
+        assert soft.pairs(equal)[0] == []
+        return
+    assert {(pair.prob, pair.gap) for pair in soft.pairs(equal)[0]} == {(0.5, 0.0)}
+    if hasattr(builder, "min_gap"):
+        assert soft.model_copy(update={"min_gap": 0.1}).pairs(equal)[0] == [], "nor does it exceed a gap"
 
 
 def doubted(group: Judged, nats: float) -> Judged:

@@ -48,7 +48,11 @@ def test_an_oracle_that_judges_once_is_refused(toy_config, warm_cli, tmp_path):
 
 def test_the_filter_of_the_pair_builder_leaves_out_the_same_pairs_for_another_loss(doubted, toy_config, warm_cli, tmp_path):
     """Of the same responses, which are the base model's."""
-    knobs = {"algorithm.name": "sppo_hard", "pairing.name": "halves", "pairing.uncertainty_filter": {"mu": 1.0, "unfiltered": 0.0}}
+    knobs = {
+        "algorithm.name": "sppo_hard",
+        "pairing.name": "halves",
+        "pairing.uncertainty_filter": {"mu": 1.0, "unfiltered": 0.0},
+    }
     done = warm_cli("run", toy_config(tmp_path, {**UPO, **knobs, "iterations": 1}), log=tmp_path / "log")
     assert done.returncode == 0, done.message
     records = []
