@@ -68,8 +68,7 @@ def of_group(it: Iteration, group: Group, answer: Answer) -> GroupItems:
     if it.parts.config.training.on_truncated == "drop":
         dropped["truncated"] += truncated
         items = whole
-        rollouts = group.rollouts
-        pairs = [p for p in pairs if "length" not in {rollouts[i].finish_reason for i in (p.chosen, p.rejected)}]
+        pairs = [pair for pair in pairs if not judged.is_cut(pair)]
         pairs = pairs if items else []  # an item may have a third response, which was cut
     return GroupItems(
         prompt_id=group.prompt.id,
