@@ -433,6 +433,26 @@ def test_an_oracle_that_does_not_give_all_scores_is_refused(given, missing):
     check_components(config, built, oracle, None)  # there was nothing to ask about
 
 
+def test_a_selector_that_reads_other_scores_needs_an_oracle_that_gives_them():
+    config = configuration.load(QUICKSTART, ["selection.name=borda", "prompts.reuse=true"])
+    built, oracle = configuration.algorithm(config), configuration.oracle(config)
+    for given in (None, {"length": (0.0, 1.0)}):
+        with pytest.raises(ConfigError, match="and borda reads std") as refused:
+            check_components(config, built, oracle, dataclasses.replace(SCORED, components=given))
+        assert refused.value.field == "selection.name"
+        assert "oracle.name=ensemble" in refused.value.fix
+    check_components(config, built, oracle, dataclasses.replace(SCORED, components={"std": (0.0, 1.0)}))
+    many = configuration.load(
+        QUICKSTART,
+        [
+            "selection.name=borda",
+            "prompts.reuse=true",
+            "oracle={name: ensemble, members: {one: {name: reward_model, path: a}, two: {name: reward_model, path: b}}}",
+        ],
+    )
+    check_components(many, configuration.algorithm(many), configuration.oracle(many), None)
+
+
 def test_a_reward_model_which_is_not_asked_says_what_it_gives():
     config = configuration.load(QUICKSTART, [*SEVERAL, "oracle={name: reward_model, path: x}"])
     built, oracle = configuration.algorithm(config), configuration.oracle(config)
