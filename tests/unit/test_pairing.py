@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from math import comb
 
@@ -15,6 +16,7 @@ from onlinerl.pairing.all_pairs import AllPairs
 from onlinerl.pairing.best_rest import BestRest
 from onlinerl.pairing.best_worst import BestWorst
 from onlinerl.pairing.floor_margin import FloorMargin
+from onlinerl.pairing.halves import Halves
 from onlinerl.pairing.ranked import Ranked
 from onlinerl.pairing.rso import Rso
 from onlinerl.protocols.pairing import UncertaintyFilter
@@ -85,6 +87,20 @@ class TestBestWorst:
         group = judged(scores=(0.0, 1.0))
         assert BestWorst(min_gap=1.0).build(group) == ([], {"gap": 1})
         assert indices(BestWorst(min_gap=0.99).build(group)[0]) == [(1, 0)]
+
+    def test_the_best_may_meet_another_one_than_the_worst(self):
+        scores = (0.0, 2.0, -1.0, 1.0)
+        assert indices(BestWorst(against="second").build(judged(scores=scores))[0]) == [(1, 3)]
+        assert BestWorst(against="second").build(judged(scores=(0.0, 2.0, 2.0)))[1] == {"tie": 1}
+        found = Counter(
+            pair
+            for n in range(600)
+            for pair in indices(
+                BestWorst(against="random").build(judged(scores=scores, texts=[f"{n} {i}" for i in range(4)]))[0]
+            )
+        )
+        assert {*found} == {(1, 0), (1, 2), (1, 3)}
+        assert all(abs(times - 200) < 4 * math.sqrt(200 * 2 / 3) for times in found.values()), found
 
     def test_reasons_for_nothing(self):
         assert BestWorst().build(judged(scores=(1.0, 1.0))) == ([], {"tie": 1})
@@ -161,6 +177,33 @@ class TestRanked:
     def test_by_win_rate(self):
         pairs, _ = Ranked().build(judged(preferences=MATRIX))
         assert indices(pairs) == [(2, 1), (3, 0)]
+
+
+class TestHalves:
+    """E3: the winner is of the upper half, the loser of the lower one."""
+
+    @pytest.mark.parametrize("count", range(2, 10))
+    def test_both_are_drawn_from_their_halves(self, count):
+        """Of all that may be drawn nothing is left out and nothing else is among it: not the median, nor two of one half."""
+        scores = tuple(float((7 * i) % count if count % 7 else i) for i in range(count))  # in no order
+        ranking = sorted(range(count), key=lambda i: -scores[i])
+        half = count // 2
+        possible = {(better, worse) for better in ranking[:half] for worse in ranking[-half:]}
+        group = judged(scores=scores)
+        assert set(indices(Halves(draws=half * half).build(group)[0])) == possible
+        assert Halves(draws=1000).build(group)[0] == Halves(draws=half * half).build(group)[0]
+
+    def test_one_draw_is_any_of_them_as_often_as_any_other(self):
+        """Of 9 pairs, over 900 groups, each within 4 standard deviations of 100: not the first of them, nor always the best against the worst."""
+        found = Counter(
+            pair
+            for n in range(900)
+            for pair in indices(
+                Halves().build(judged(scores=(0.0, 1.0, 2.0, 3.0, 4.0, 5.0), texts=[f"{n} {i}" for i in range(6)]))[0]
+            )
+        )
+        assert {*found} == {(better, worse) for better in (3, 4, 5) for worse in (0, 1, 2)}
+        assert all(abs(times - 100) < 4 * math.sqrt(100 * 8 / 9) for times in found.values()), found
 
 
 class TestFloorMargin:
@@ -278,7 +321,12 @@ class TestUncertaintyFilter:
 
     @pytest.mark.parametrize(
         ("knobs", "share"),
-        [({"mu": 1.0}, 0.1 + 0.9 * 0.75), ({"mu": 2.0, "unfiltered": 0.0}, 0.5625), ({"mu": 0.0}, 1.0), ({"within": 0.4}, None)],
+        [
+            ({"mu": 1.0}, 0.1 + 0.9 * 0.75),
+            ({"mu": 2.0, "unfiltered": 0.0}, 0.5625),
+            ({"mu": 0.0}, 1.0),
+            ({"within": 0.4}, None),
+        ],
     )
     def test_pairs_are_kept_as_often_as_the_formula_says(self, knobs, share):
         """B / log 2 is a quarter: of 780 pairs within three standard deviations. A tenth is kept in any case, by default."""
