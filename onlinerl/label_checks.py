@@ -42,9 +42,37 @@ def check_labels(config: RunConfig, algorithm: Algorithm) -> None:
     )
     if fault is not None:
         raise ConfigError(fault.cause, field=f"algorithm.{fault.knob}", fix=fault.fix)
-    fault = next(_weights(config, algorithm), None)
-    if fault is not None:
-        raise ConfigError(fault.cause, field=f"training.{fault.knob}", fix=fault.fix)
+    for section, faults in (("training", _weights(config, algorithm)), ("pairing", _pairing(config, algorithm))):
+        fault = next(faults, None)
+        if fault is not None:
+            raise ConfigError(fault.cause, field=f"{section}.{fault.knob}", fix=fault.fix)
+
+
+def _pairing(config: RunConfig, algorithm: Algorithm) -> Iterator[_Fault]:
+    """What becomes of the pairs of the pair builder."""
+    if not algorithm.needs.pairs:
+        return
+    builder = pair_builder(config)
+    labels = type(algorithm).model_fields.get("soft_labels")
+    if builder.soft is not None and not (
+        algorithm.needs.preferences if labels is None else algorithm.model_dump()["soft_labels"]
+    ):
+        own = labels is not None and labels.annotation is bool
+        yield _Fault(
+            builder.soft,
+            f"is {getattr(builder, builder.soft)}, and {config.algorithm['name']} as configured takes every label for certain: it would train a "
+            "pair that is even as if one of the two had won",
+            "leave it out, or "
+            + (
+                "set algorithm.soft_labels=true" if own else "choose a loss that reads probabilities, e.g. dpo with soft_labels"
+            ),
+        )
+    if algorithm.needs.uncertainty and builder.uncertainty_filter.mu:
+        yield _Fault(
+            "uncertainty_filter.mu",
+            f"is {builder.uncertainty_filter.mu}, and {config.algorithm['name']} goes by the uncertainty of each label itself",
+            "leave it out",
+        )
 
 
 def _weights(config: RunConfig, algorithm: Algorithm) -> Iterator[_Fault]:

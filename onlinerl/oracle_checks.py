@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onlinerl.config import RunConfig
+from onlinerl.config import RunConfig, pair_builder
 from onlinerl.errors import ConfigError
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.oracle import Oracle
@@ -10,7 +10,7 @@ from onlinerl.types import Verdict
 
 
 def check_uncertainty(config: RunConfig, algorithm: Algorithm, given: bool | None) -> None:
-    """Refuse an oracle that judges each pair once where an algorithm asks how far several judgements disagree.
+    """Refuse an oracle that judges each pair once where an algorithm, or a filter of pairs, asks how far several judgements disagree.
 
     Args:
         config: the run's.
@@ -20,12 +20,16 @@ def check_uncertainty(config: RunConfig, algorithm: Algorithm, given: bool | Non
     Raises:
         ConfigError: if they do not.
     """
-    if algorithm.needs.uncertainty and given is False:
+    if given is not False:
+        return
+    filtered = algorithm.needs.pairs and pair_builder(config).uncertainty_filter.mu > 0
+    if algorithm.needs.uncertainty or filtered:
+        who = f"{config.algorithm['name']} weighs" if algorithm.needs.uncertainty else "pairing.uncertainty_filter.mu filters"
         raise ConfigError(
-            f"{config.oracle['name']} as configured judges each pair once, and {config.algorithm['name']} weighs pairs by how far several "
-            "judgements of them disagree",
+            f"{config.oracle['name']} as configured judges each pair once, and {who} pairs by how far several judgements of them disagree",
             field="oracle.name",
-            fix="choose oracle.name=ensemble, set oracle.dropout_passes=10 of a reward model, or let a function (oracle.name=python) return "
+            fix=("" if algorithm.needs.uncertainty else "leave pairing.uncertainty_filter.mu out, ")
+            + "choose oracle.name=ensemble, set oracle.dropout_passes=10 of a reward model, or let a function (oracle.name=python) return "
             "one matrix for each member",
         )
 
@@ -75,7 +79,7 @@ def check_scored(config: RunConfig, given: bool | None) -> None:
 
 
 def check_components(config: RunConfig, algorithm: Algorithm, oracle: Oracle, verdict: Verdict | None) -> None:
-    """Refuse an oracle that does not give all the scores that an algorithm reads.
+    """Refuse an oracle that does not give all the scores that an algorithm or a selector reads.
 
     Args:
         config: the run's.
@@ -92,9 +96,17 @@ def check_components(config: RunConfig, algorithm: Algorithm, oracle: Oracle, ve
     else:  # there was nothing to ask about
         return
     missing = [name for name in algorithm.needs.components if name not in given]
-    if not missing:
+    unknown = [name for name in config.selection.components if name not in given]
+    if not missing and not unknown:
         return
     has = f"gives {', '.join(sorted(given))} beside the score" if given else "gives one score only"
+    if not missing:
+        raise ConfigError(
+            f"{config.oracle['name']} {has}, and {config.selection.name} reads {', '.join(unknown)}",
+            field="selection.name",
+            fix="choose oracle.name=ensemble, whose `std` is how far its members are apart about each response, or oracle.name=python and a function "
+            f"that returns, for each group, a dict of lists by name: {{'score': [...], '{unknown[0]}': [...]}}; or another selector",
+        )
     raise ConfigError(
         f"{config.oracle['name']} {has}, and {config.algorithm['name']} as configured reads {', '.join(missing)}",
         field="oracle.name",

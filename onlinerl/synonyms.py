@@ -19,6 +19,9 @@ RENAMED: dict[str, str] = {
 """Keys of earlier versions -> what to write, in the same section. Refused where somebody writes one, and read as the new key where a run
 stored it; a class of the user's own may have a key of that name."""
 
+EARLIER: dict[str, float] = {"pairing.tie_within": 0.0}
+"""Keys that came with a later version and change what is computed -> the value that means what earlier versions did: a run of theirs goes on so."""
+
 KEYS: dict[str, str] = {
     "model_name_or_path": "model",
     "pretrain": "model",

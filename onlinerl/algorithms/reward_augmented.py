@@ -132,5 +132,6 @@ class RewardAugmented(Margin):
 
 
 def _told(sequence: TrainSequence, prompt_ids: tuple[int, ...], goal: int, own: int) -> TrainSequence:
-    """The response to the prompt that asks for `goal`, which earns how near it comes."""
-    return sequence.with_(prompt_ids=prompt_ids, score=-float((goal - own) ** 2))
+    """The response to the prompt that asks for `goal`, which earns how near it comes; with what it begins with as context."""
+    begun = sequence.prompt_ids[len(sequence.prompt_ids) - sequence.prefix :]
+    return sequence.with_(prompt_ids=(*prompt_ids, *begun), score=-float((goal - own) ** 2))

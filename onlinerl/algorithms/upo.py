@@ -15,7 +15,6 @@ from onlinerl.algorithms.dpo import Dpo
 from onlinerl.batch import Batch
 from onlinerl.ops.preference import smoothed
 from onlinerl.protocols.algorithm import Needs, Reference, by_knobs
-from onlinerl.types.seeds import derive_seed
 from onlinerl.types.training import TrainItem
 
 if TYPE_CHECKING:
@@ -55,11 +54,11 @@ class Upo(Dpo):
         for pair in pairs:
             made, dropped = super().items(judged, [pair])
             left_out += dropped
-            nats = _nats(judged, pair)
+            nats = judged.uncertainty(pair)
             for item in made:
                 if nats is None:
                     left_out["no_uncertainty"] += 1
-                elif _chance(judged, pair) < self.unfiltered + (1.0 - self.unfiltered) * (1.0 - nats / math.log(2)) ** self.mu:
+                elif judged.chance(pair) < self.unfiltered + (1.0 - self.unfiltered) * (1.0 - nats / math.log(2)) ** self.mu:
                     kept.append(replace(item, prob=1.0 - 0.5 * nats / math.log(2)))
                 else:
                     left_out["uncertain"] += 1
@@ -68,16 +67,3 @@ class Upo(Dpo):
     def label_probs(self, batch: Batch) -> Tensor:
         """1 - a, with what else is assumed about wrong labels."""
         return (smoothed(batch.prob_P, self.label_smoothing) - self.flip_rate) / (1.0 - 2.0 * self.flip_rate)
-
-
-def _nats(judged: Judged, pair: Pair) -> float | None:
-    """B, within [0, log 2]; None if nobody says."""
-    said = judged.verdict.uncertainty
-    nats = math.nan if said is None else said[pair.chosen][pair.rejected]
-    return None if math.isnan(nats) else min(max(nats, 0.0), math.log(2))
-
-
-def _chance(judged: Judged, pair: Pair) -> float:
-    """Uniform on [0, 1), from the seeds of both responses."""
-    chosen, rejected = (judged.group.rollouts[i] for i in (pair.chosen, pair.rejected))
-    return derive_seed("certainty", judged.group.prompt.id, chosen.seed, chosen.text, rejected.seed, rejected.text) / 2**31

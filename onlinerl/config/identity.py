@@ -69,7 +69,7 @@ def _is_marked(model: type, name: str) -> bool:
 def changes(stored: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
     """What differs between the fingerprint that a run was started with and a configuration, in words, by key.
 
-    A key that the stored one lacks came with a later version: it counts as set to its default.
+    A key that the stored one lacks came with a later version: it counts as set to its default, or to what means the same as before.
     """
     now, defaults = fingerprint(config), flatten(_defaults(config))
     stored = {key if key in now else synonyms.RENAMED.get(key, key): value for key, value in stored.items()}
@@ -79,6 +79,8 @@ def changes(stored: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
         spec = {k.removeprefix(f"{section}."): v for k, v in stored.items() if k.startswith(f"{section}.")}
         unread = {f"{section}.{key}" for key in foreign(section, spec)}
         stored = {k: v for k, v in stored.items() if k not in unread}
+    sections = {key.partition(".")[0] for key in stored}
+    defaults |= {key: value for key, value in synonyms.EARLIER.items() if key.partition(".")[0] in sections}
     before = {**{k: _as_json(defaults[k]) for k in now.keys() - stored.keys() if k in defaults}, **stored}
     gone = {
         k: f"was {before[k]!r} when the run started, "

@@ -102,6 +102,10 @@ def _as_now(tree: Mapping[str, Any]) -> dict[str, Any]:
         values = now.get(section)
         if isinstance(values, Mapping) and key in values and key not in _class_of(section, values).model_fields:
             now[section] = {new.partition(".")[2] if k == key else k: value for k, value in values.items()}
+    for key, before in synonyms.EARLIER.items():
+        section, _, leaf = key.partition(".")
+        if isinstance(values := now.get(section), Mapping):
+            now[section] = {**values, leaf: values.get(leaf, before)}
     return now
 
 

@@ -39,21 +39,31 @@ def _visits(it: Iteration, iterations: Iterable[int]) -> dict[str, Visit]:
     for t in iterations:
         then = earlier(it, t)
         left = [prompt_id for prompt_id in then.sampled_ids if prompt_id not in found]
-        for prompt_id, scores in zip(left, _scores(then, left), strict=True):
-            if scores:
-                found[prompt_id] = Visit(iteration=t, scores=scores, reused_from=then.reused.get(prompt_id))
+        for prompt_id, said in zip(left, _said(then, left), strict=True):
+            if scores := tuple(score for score, _ in said):
+                names = [name for name in it.parts.config.selection.components if name in said[0][1]]
+                others = {name: tuple(components[name] for _, components in said) for name in names}
+                reused_from = then.reused.get(prompt_id)
+                found[prompt_id] = Visit(iteration=t, scores=scores, components=others, reused_from=reused_from)
     return found
 
 
-def _scores(then: Iteration, prompt_ids: Sequence[str]) -> Iterator[tuple[float, ...]]:
-    """Of the policy's own responses to each prompt; empty where nobody has judged them."""
+def _said(then: Iteration, prompt_ids: Sequence[str]) -> Iterator[list[tuple[float, dict[str, float]]]]:
+    """The score of each of the policy's own responses to each prompt, and its other scores; empty where nobody has judged them."""
     labels = then.labels().select(prompt_ids)
     # A group is read only where it holds responses of others, because its tokens are read with it.
     groups = then.groups().select(prompt_ids) if then.needs.beside_samples else None
     for label in labels:
         group = next(groups) if groups is not None else None
         result = None if label is None else label.result
-        said = result.scores if isinstance(result, Verdict) and result.scores is not None else ()
+        if not isinstance(result, Verdict) or result.scores is None:
+            yield []
+            continue
+        others = result.components or {}
         drawn = None if group is None else [r.source == "policy" and r.sampler.temperature > 0 for r in group.rollouts]
-        own = said if drawn is None else [score for score, ours in zip(said, drawn, strict=False) if ours]
-        yield tuple(score for score in own if math.isfinite(score))
+        ours = range(len(result.scores)) if drawn is None else [k for k, own in enumerate(drawn) if own]
+        yield [
+            (result.scores[k], {name: values[k] for name, values in others.items()})
+            for k in ours
+            if k < len(result.scores) and math.isfinite(result.scores[k])
+        ]

@@ -58,7 +58,7 @@ def of_group(it: Iteration, group: Group, answer: Answer) -> GroupItems:
     dropped: Counter[str] = Counter()
     pairs: Sequence[Pair] = []
     if it.needs.pairs:
-        pairs, reasons = it.parts.pairing.build(judged)
+        pairs, reasons = it.parts.pairing.pairs(judged)
         dropped.update(reasons)
     contradicted = sum(pair.prob < 0.5 for pair in pairs)
     items, left_out = _items(it, judged, pairs)
@@ -68,8 +68,7 @@ def of_group(it: Iteration, group: Group, answer: Answer) -> GroupItems:
     if it.parts.config.training.on_truncated == "drop":
         dropped["truncated"] += truncated
         items = whole
-        rollouts = group.rollouts
-        pairs = [p for p in pairs if "length" not in {rollouts[i].finish_reason for i in (p.chosen, p.rejected)}]
+        pairs = [pair for pair in pairs if not judged.is_cut(pair)]
         pairs = pairs if items else []  # an item may have a third response, which was cut
     return GroupItems(
         prompt_id=group.prompt.id,

@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 
 
 def pair_items(judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
-    """One item of two sequences per pair, chosen first, and how many pairs were left out for which reason.
-
-    Reasons: `unjudged`, and `identical` for two equal token sequences, whose margin is always 0.
-    """
+    """One item of two sequences per pair, chosen first, and how many were left out: `unjudged`, and `identical` ones, whose margin is always 0."""
     sequences = train_sequences(judged, {index for pair in pairs for index in (pair.chosen, pair.rejected)})
     items: list[TrainItem] = []
     dropped: Counter[str] = Counter()
     for pair in pairs:
         chosen, rejected = sequences.get(pair.chosen), sequences.get(pair.rejected)
+        if pair.steps is not None:
+            from onlinerl.ops.steps import step_sequence  # few pairs are of steps
+
+            chosen, rejected = (step_sequence(judged, step) for step in pair.steps)
         if chosen is None or rejected is None:
             dropped["unjudged"] += 1
         elif chosen.response_ids == rejected.response_ids:

@@ -82,18 +82,21 @@ def by_score(judged: Judged) -> Candidates:
 
 
 def select(
-    candidates: Candidates, proposals: Sequence[tuple[int, int]], min_gap: float = 0.0
+    candidates: Candidates, proposals: Sequence[tuple[int, int]], min_gap: float = 0.0, *, ties: str = "drop"
 ) -> tuple[list[Pair], Counter[str]]:
     """Turn (better, worse) index pairs into pairs whose gap exceeds `min_gap`; count the others by reason.
 
-    Reasons: `tie` (no gap at all), `gap` (a gap, but not above `min_gap`), `unknown` (no probability for this pair).
+    Reasons: `tie` (no gap at all), `gap` (a gap, but not above `min_gap`), `unknown` (no probability for this pair). With `ties: soft`, and no
+    `min_gap`, responses without a gap are a pair with the probability 1/2.
     """
     pairs: list[Pair] = []
     dropped: Counter[str] = Counter()
     for better, worse in proposals:
         gap = float(candidates.quality[better] - candidates.quality[worse])
         prob = float(candidates.matrix[better, worse])
-        if gap <= 0:
+        if gap <= 0 and ties == "soft" and min_gap == 0:
+            pairs.append(Pair(chosen=better, rejected=worse, prob=0.5, gap=0.0))
+        elif gap <= 0:
             dropped["tie"] += 1
         elif gap <= min_gap:
             dropped["gap"] += 1

@@ -23,7 +23,7 @@ class AllPairs(PairBuilder):
     def build(self, judged: Judged) -> tuple[list[Pair], Mapping[str, int]]:
         """Pairs with the largest gap first, and how many of the K(K-1)/2 were dropped for which reason."""
         candidates = _candidates.by_preference(judged)
-        pairs, dropped = _candidates.select(candidates, list(combinations(candidates.order, 2)), self.min_gap)
+        pairs, dropped = _candidates.select(candidates, list(combinations(candidates.order, 2)), self.min_gap, ties=self.ties)
         dropped += candidates.lost()
         pairs.sort(key=lambda pair: -pair.gap)  # stable: equal gaps keep the order of the ranking
         if self.max_pairs is not None and len(pairs) > self.max_pairs:

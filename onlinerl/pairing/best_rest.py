@@ -30,4 +30,4 @@ class BestRest(PairBuilder):
         if reason := candidates.none():
             return [], reason
         best, *others = candidates.order
-        return _candidates.select(candidates, [(best, other) for other in reversed(others)], self.min_gap)
+        return _candidates.select(candidates, [(best, other) for other in reversed(others)], self.min_gap, ties=self.ties)

@@ -42,4 +42,4 @@ class Halves(PairBuilder):
             (a, b) = (rollouts[i] for i in two)
             return derive_seed("halves", prompt, a.seed, a.text, b.seed, b.text), a.text, b.text
 
-        return _candidates.select(candidates, sorted(possible, key=chance)[: self.draws], self.min_gap)
+        return _candidates.select(candidates, sorted(possible, key=chance)[: self.draws], self.min_gap, ties=self.ties)

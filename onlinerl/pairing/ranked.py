@@ -30,4 +30,4 @@ class Ranked(PairBuilder):
         if reason := candidates.none():
             return [], reason
         order, half = candidates.order, len(candidates.order) // 2
-        return _candidates.select(candidates, list(zip(order[:half], order[-half:], strict=True)), self.min_gap)
+        return _candidates.select(candidates, list(zip(order[:half], order[-half:], strict=True)), self.min_gap, ties=self.ties)

@@ -42,7 +42,7 @@ class Rso(PairBuilder):
         accepted = self.accepted(judged, candidates.order, rewards)
         rank = {index: place for place, index in enumerate(candidates.order)}
         couples = [sorted(two, key=rank.__getitem__) for two in zip(accepted[::2], accepted[1::2], strict=False)]
-        return _candidates.select(candidates, [(better, worse) for better, worse in couples])
+        return _candidates.select(candidates, [(better, worse) for better, worse in couples], ties=self.ties)
 
     def accepted(self, judged: Judged, order: Sequence[int], rewards: Sequence[float] | np.ndarray) -> list[int]:
         """Which of the responses `order` are accepted, in the order in which they are.

@@ -25,6 +25,11 @@ class Selector(Component):
         return False
 
     @property
+    def components(self) -> tuple[str, ...]:
+        """Other scores that it reads, by name (`Visit.components`), so that the oracle must give them; it then `reads_scores`."""
+        return ()
+
+    @property
     def reads_first_visits(self) -> bool:
         """Whether it reads what was said at the first visit to a prompt too."""
         return False

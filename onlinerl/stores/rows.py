@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
@@ -30,6 +30,7 @@ from onlinerl.types import (
     Rollout,
     Sampling,
     Selected,
+    Step,
     TrainedPair,
     Verdict,
 )
@@ -207,12 +208,16 @@ def pair_row(trained: TrainedPair) -> Row:
         "chosen_text": trained.chosen_text,
         "rejected_text": trained.rejected_text,
         "policy_version": trained.policy_version,
+        "steps": None if pair.steps is None else [asdict(step) for step in pair.steps],
     }
 
 
 def pair_from_row(row: Mapping[str, Any]) -> TrainedPair:
     """The reverse of `pair_row`."""
     pair = Pair(chosen=row["chosen"], rejected=row["rejected"], prob=row["prob"], gap=row["gap"])
+    if row.get("steps"):
+        better, worse = (Step(**{**step, "leaves": tuple(step["leaves"])}) for step in row["steps"])
+        pair = replace(pair, steps=(better, worse))
     texts = {name: row[name] for name in ("prompt_id", "chosen_text", "rejected_text", "policy_version")}
     return TrainedPair(pair=pair, **texts)
 
@@ -350,6 +355,7 @@ PAIRS = Codec(
             "chosen_text": _TEXT,
             "rejected_text": _TEXT,
             "policy_version": _INT,
+            "steps": pa.list_(pa.struct({"start": _INT, "end": _INT, "leaves": pa.list_(_INT)})),
         }
     ),
     pair_row,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from onlinerl.stores import _files, _lock, _manifest
 from onlinerl.stores import rows as columns
 from onlinerl.stores._tables import TableFiles
 from onlinerl.stores.tables import StoredTable
-from onlinerl.types import Failure, Group, TrainedPair, Verdict
+from onlinerl.types import Failure, Group, Pair, TrainedPair, Verdict
 
 REFRESHED = ("taken", "reason", "comparisons", "before", "after", "change", "reward_shift", "oracle_versions")
 """What is shown of a training of the oracle."""
@@ -280,5 +281,10 @@ def _sample(group: Group, result: Verdict | Failure | None, pairs: Sequence[Trai
         "oracle": verdict.annotator if verdict else None,
         "failure": f"{result.kind}: {result.message}" if isinstance(result, Failure) else None,
         "raw": verdict.raw if verdict else None,
-        "pairs": [{name: getattr(trained.pair, name) for name in ("chosen", "rejected", "prob", "gap")} for trained in pairs],
+        "pairs": [_pair(trained.pair) for trained in pairs],
     }
+
+
+def _pair(pair: Pair) -> dict[str, Any]:
+    plain = {name: getattr(pair, name) for name in ("chosen", "rejected", "prob", "gap")}
+    return plain if pair.steps is None else plain | {"steps": [asdict(step) for step in pair.steps]}

@@ -15,6 +15,7 @@ import numpy as np
 
 from onlinerl.types.prompts import Prompt
 from onlinerl.types.rollouts import Group
+from onlinerl.types.seeds import derive_seed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -300,6 +301,34 @@ class Judged:
     group: Group
     verdict: Verdict
 
+    def uncertainty(self, pair: Pair) -> float | None:
+        """How uncertain the label of a pair is, in nats, within [0, log 2] (`Verdict.uncertainty`); None if nobody says."""
+        said = self.verdict.uncertainty
+        nats = math.nan if said is None else said[pair.chosen][pair.rejected]
+        return None if math.isnan(nats) else min(max(nats, 0.0), math.log(2))
+
+    def is_cut(self, pair: Pair) -> bool:
+        """Whether what is trained of one of the two ends where the limit on tokens has cut it: steps of several responses end before."""
+        ends = [(i,) for i in (pair.chosen, pair.rejected)] if pair.steps is None else [step.leaves for step in pair.steps]
+        return any(len(leaves) == 1 and self.group.rollouts[leaves[0]].finish_reason == "length" for leaves in ends)
+
+    def chance(self, pair: Pair) -> float:
+        """Uniform on [0, 1), from the seeds of both responses: from the run's seed, iteration and prompt, not from their order."""
+        chosen, rejected = (self.group.rollouts[i] for i in (pair.chosen, pair.rejected))
+        return derive_seed("certainty", self.group.prompt.id, chosen.seed, chosen.text, rejected.seed, rejected.text) / 2**31
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """A part of some responses, that which they have in common behind the place where they part from others."""
+
+    start: int
+    """How many tokens come before it, of `Rollout.prefix_ids` and `token_ids` together: context of the step, like the prompt."""
+    end: int
+    """How many tokens end with it."""
+    leaves: tuple[int, ...]
+    """The responses of the group that it is part of; what it is worth is the mean over them."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
@@ -311,3 +340,5 @@ class Pair:
     """P(chosen beats rejected), within [0, 1]."""
     gap: float = 0.0
     """By how much it was chosen, in the units the builder selects by."""
+    steps: tuple[Step, Step] | None = None
+    """What of the two is trained, the better one first, where it is not all of them: `chosen` and `rejected` are then one of the leaves each."""

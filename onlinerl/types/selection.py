@@ -29,6 +29,8 @@ class Visit:
     iteration: int
     scores: tuple[float, ...]
     """Finite, one for each judged response of the policy; at least one."""
+    components: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Other scores of the same responses that the selector reads, by name; what the oracle did not give is not there."""
     reused_from: int | None = None
     """The iteration in which the responses were sampled, if that was an earlier one."""
 

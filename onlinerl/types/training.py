@@ -22,7 +22,7 @@ class TrainSequence:
     response_ids: Sequence[int]
     """Length T."""
     prefix: int = 0
-    """How many tokens at the end of `prompt_ids` are those that the response was made to begin with."""
+    """How many tokens at the end of `prompt_ids` are those that the response was made to begin with, or that are before the step of a pair."""
     forced: int = 0
     """How many tokens at the start of `response_ids` nobody sampled. They have log-probs and values, and the policy is not asked for them."""
     score: float = 0.0

@@ -84,8 +84,8 @@ def _head(k: int, answer: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]])
         facts.append("truncated")
     elif answer["finish_reason"] != "stop":
         facts.append(visible(answer["finish_reason"]))
-    beaten = [pair["rejected"] for pair in pairs if pair["chosen"] == k]
-    lost_to = [pair["chosen"] for pair in pairs if pair["rejected"] == k]
+    beaten = [_opponent(pair, "rejected") for pair in pairs if pair["chosen"] == k]
+    lost_to = [_opponent(pair, "chosen") for pair in pairs if pair["rejected"] == k]
     head = Text("  ".join(facts))
     for role, others, style in (("chosen over", beaten, "green"), ("rejected for", lost_to, "red")):
         if others:
@@ -93,9 +93,15 @@ def _head(k: int, answer: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]])
     return head
 
 
-def _numbered(others: Sequence[int]) -> str:
+def _opponent(pair: Mapping[str, Any], role: str) -> str:
+    """The other response, and which of its tokens the pair is about where those are not all."""
+    steps = pair.get("steps")
+    return f"#{pair[role]}" + (f" from token {steps[0]['start'] + 1}" if steps else "")
+
+
+def _numbered(others: Sequence[str]) -> str:
     more = f" and {len(others) - OPPONENTS} more" if len(others) > OPPONENTS else ""
-    return ", ".join(f"#{k}" for k in others[:OPPONENTS]) + more
+    return ", ".join(others[:OPPONENTS]) + more
 
 
 def _body(text: str, width: int, lines: int | None, *, tail: bool) -> Iterator[Text]:

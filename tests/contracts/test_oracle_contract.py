@@ -14,6 +14,7 @@ from people import answering
 from onlinerl import registry
 from onlinerl.config import component
 from onlinerl.errors import ConfigError, OracleError
+from onlinerl.oracles.router import Router
 from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Cost, Failure, Prompt, Query, Verdict
 
@@ -104,7 +105,8 @@ def oracle(request, tmp_path_factory, judge_server):
         "composite": lambda: {"members": plain, "weights": {"tone": 3.0}},
         "ensemble": lambda: {"members": plain, "combine": "lcb", "lcb_coef": 1.0, "stds": {"lengths": 4.0}},
         "calibrated": lambda: {"base": plain["lengths"], "data": pairs_of_lengths(tmp_path_factory.mktemp("pairs"))},
-        "router": lambda: {"cheap": plain["lengths"], "expensive": plain["tone"], "expensive_below": 1.0},
+        # Of the responses below `cheap` is surer about three than about two or five.
+        "router": lambda: {"cheap": plain["lengths"], "expensive": plain["tone"], "expensive_below": 0.68, "audit": 0.0},
         "synthetic": lambda: {
             "population": {"most": {"share": 0.75, "per_word": 1.0}, "few": {"share": 0.25, "words": {"bad": 1.0}}}
         },
@@ -149,6 +151,8 @@ def test_one_result_per_query_in_order(oracle):
     queries = [query(*RESPONSES[:k], name=str(k)) for k in (2, 5, 1, 3)]
     together = list(oracle.judge(queries))
     assert [len(verdict.matrix()) for verdict in together] == [2, 5, 1, 3]
+    if isinstance(oracle, Router):
+        assert [verdict.annotator.split(":")[1] for verdict in together] == ["expensive", "expensive", "cheap", "cheap"]
     for one, verdict in zip(queries, together, strict=True):
         (alone,) = oracle.judge([one])
         np.testing.assert_allclose(verdict.matrix(), alone.matrix(), atol=1e-5)

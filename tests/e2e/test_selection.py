@@ -21,6 +21,7 @@ SELECTORS = {
     "mix": {"selection.weights": {"films": 2.0, "books": 1.0}, "selection.max_visits": 4},
     "curriculum": {"selection.by": "gap"},
     "variance": {"algorithm.name": "optune"},
+    "borda": {"oracle.function": "hooks.spread", "selection.pool_mult": 2},
 }
 BASE = COUNTED | {"prompts.reuse": True, "iterations": ITERATIONS}
 
@@ -74,6 +75,8 @@ def test_killed_while_it_chooses_and_samples_it_is_the_same_run(command_in, tmp_
     assert sum(generated.values()) <= len(generated) + len(kills), "at a kill one prompt may be in the works"
     for chosen, asked in zip(expected["selection"], expected["sampled"], strict=True):
         assert sorted(row["prompt_id"] for row in chosen) == asked
+    read = [row["reason"].startswith("acquisition") for chosen in expected["selection"] for row in chosen]
+    assert any(read) == (name == "borda")
 
 
 @pytest.fixture(scope="module")

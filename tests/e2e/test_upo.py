@@ -44,3 +44,26 @@ def test_an_oracle_that_judges_once_is_refused(toy_config, warm_cli, tmp_path):
     assert done.returncode == 2
     assert "sentiment as configured judges each pair once" in done.message
     assert "oracle.dropout_passes=10" in done.message
+
+
+def test_the_filter_of_the_pair_builder_leaves_out_the_same_pairs_for_another_loss(doubted, toy_config, warm_cli, tmp_path):
+    """Of the same responses, which are the base model's."""
+    knobs = {
+        "algorithm.name": "sppo_hard",
+        "pairing.name": "halves",
+        "pairing.uncertainty_filter": {"mu": 1.0, "unfiltered": 0.0},
+    }
+    done = warm_cli("run", toy_config(tmp_path, {**UPO, **knobs, "iterations": 1}), log=tmp_path / "log")
+    assert done.returncode == 0, done.message
+    records = []
+    for folder in (doubted, tmp_path):
+        with RunDirectory.open(folder / "runs/toy") as run:
+            records.append(run.phases(1)["train"])
+    assert [record["items"] for record in records] == [records[0]["items"]] * 2
+    assert records[1]["dropped"]["uncertain"] == records[0]["dropped"]["uncertain"] > 0
+
+
+def test_the_filter_is_refused_with_an_oracle_that_judges_once(toy_config, warm_cli, tmp_path):
+    done = warm_cli("check", toy_config(tmp_path, {"pairing.uncertainty_filter": {"mu": 1.0}}))
+    assert done.returncode == 2
+    assert "pairing.uncertainty_filter.mu filters pairs" in done.message

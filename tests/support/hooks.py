@@ -88,6 +88,14 @@ def doubt(queries):
     return [{"scores": scores, "members": three} for scores, three in zip(scored, members, strict=True)]
 
 
+def spread(queries):
+    """The same oracle, and that longer responses are judged less alike."""
+    return [
+        {"score": scores, "std": [len(r) / 100 for r in q["responses"]]}
+        for q, scores in zip(queries, judge(queries), strict=True)
+    ]
+
+
 def named(queries):
     """The same oracle with other scores beside its own: how long a response is, and how many vowels it has."""
     scores = zip(queries, judge(queries), strict=True)

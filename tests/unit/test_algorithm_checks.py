@@ -269,6 +269,17 @@ def test_an_oracle_that_judges_once_cannot_say_how_uncertain_it_is(name, given, 
         check_uncertainty(config, configuration.algorithm(config), given)
 
 
+def test_a_filter_by_uncertainty_needs_an_oracle_that_gives_it():
+    config = configuration.load(QUICKSTART, ["algorithm.name=sppo_hard", "pairing.uncertainty_filter.mu=1.0"])
+    for given in (True, None):
+        check_uncertainty(config, configuration.algorithm(config), given)
+    with pytest.raises(ConfigError, match=r"judges each pair once, and pairing\.uncertainty_filter\.mu filters") as refused:
+        check_uncertainty(config, configuration.algorithm(config), given=False)
+    assert "leave pairing.uncertainty_filter.mu out" in refused.value.fix
+    by_probability = configuration.load(QUICKSTART, ["algorithm.name=sppo_hard", "pairing.uncertainty_filter.within=0.1"])
+    check_uncertainty(by_probability, configuration.algorithm(by_probability), given=False)
+
+
 def test_an_algorithm_that_declares_a_metric_of_others_is_refused():
     config = configuration.load(QUICKSTART)
     algorithm = configuration.algorithm(config)
@@ -421,6 +432,26 @@ def test_an_oracle_that_does_not_give_all_scores_is_refused(given, missing):
         config, built, oracle, dataclasses.replace(SCORED, components=dict.fromkeys(("harm", "charm"), (0.0, 1.0)))
     )
     check_components(config, built, oracle, None)  # there was nothing to ask about
+
+
+def test_a_selector_that_reads_other_scores_needs_an_oracle_that_gives_them():
+    config = configuration.load(QUICKSTART, ["selection.name=borda", "prompts.reuse=true"])
+    built, oracle = configuration.algorithm(config), configuration.oracle(config)
+    for given in (None, {"length": (0.0, 1.0)}):
+        with pytest.raises(ConfigError, match="and borda reads std") as refused:
+            check_components(config, built, oracle, dataclasses.replace(SCORED, components=given))
+        assert refused.value.field == "selection.name"
+        assert "oracle.name=ensemble" in refused.value.fix
+    check_components(config, built, oracle, dataclasses.replace(SCORED, components={"std": (0.0, 1.0)}))
+    many = configuration.load(
+        QUICKSTART,
+        [
+            "selection.name=borda",
+            "prompts.reuse=true",
+            "oracle={name: ensemble, members: {one: {name: reward_model, path: a}, two: {name: reward_model, path: b}}}",
+        ],
+    )
+    check_components(many, configuration.algorithm(many), configuration.oracle(many), None)
 
 
 def test_a_reward_model_which_is_not_asked_says_what_it_gives():

@@ -567,7 +567,9 @@ def test_a_pairing_that_was_left_out_is_the_default_where_pairs_are_trained():
     config = changed()
     assert config.pairing is None
     assert configuration.fingerprint(config)["pairing.name"] == "best_worst"
-    assert configuration.parse(yaml.safe_load(configuration.dump(config))).pairing == {"name": "best_worst", "min_gap": 0.0}
+    common = {"tie_within": 0.02, "ties": "drop", "uncertainty_filter": {"mu": 0.0, "within": 0.0, "unfiltered": 0.1}}
+    stored = configuration.parse(yaml.safe_load(configuration.dump(config))).pairing
+    assert stored == {"name": "best_worst", "against": "worst", "min_gap": 0.0, **common}
     assert configuration.digest(changed(pairing={"name": "best_worst"})) == configuration.digest(config)
     assert configuration.digest(changed(pairing={"name": "ranked"})) != configuration.digest(config)
 

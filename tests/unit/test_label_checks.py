@@ -232,3 +232,42 @@ def test_weights_that_are_read_are_accepted(name, kind):
 def test_older_items_may_count_less_where_some_come_again(name):
     older = ["training.sample_weights=age", "training.sample_age_decay=0.9", "selection.name=regenerate"]
     check(f"name={name}", *older, *(["importance_sampling_cap=2.0"] if name == "grpo" else []))
+
+
+def test_uncertain_pairs_are_left_out_in_one_place():
+    check("pairing.uncertainty_filter.mu=1.0")
+    check("name=upo", "pairing.uncertainty_filter.within=0.1")
+    with pytest.raises(ConfigError, match="goes by the uncertainty of each label itself") as refused:
+        check("name=upo", "pairing.uncertainty_filter.mu=1.0")
+    assert refused.value.field == "pairing.uncertainty_filter.mu"
+
+
+def test_counts_of_leaves_are_for_losses_that_read_them():
+    check("soft_labels=true", "pairing.name=shared_prefix", "pairing.prob=leaf_counts")
+    check("pairing.name=shared_prefix")
+    with pytest.raises(ConfigError, match="is leaf_counts, and dpo as configured takes every label for certain") as refused:
+        check("pairing.name=shared_prefix", "pairing.prob=leaf_counts")
+    assert refused.value.field == "pairing.prob"
+
+
+@pytest.mark.parametrize(
+    "knobs", [["soft_labels=true"], ["name=irepo"], ["name=dno"], ["name=sppo_single"], ["name=tdpo1", "soft_labels=true"]]
+)
+def test_a_tie_may_be_a_pair_where_its_probability_is_read(knobs):
+    check(*knobs, "pairing.ties=soft")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "fix"),
+    [
+        ([], "set algorithm.soft_labels=true"),
+        (["pair_weights=dcg"], "set algorithm.soft_labels=true"),
+        (["name=sppo_hard"], "choose a loss that reads probabilities"),
+        (["name=upo"], "choose a loss that reads probabilities"),
+    ],
+)
+def test_a_tie_is_no_pair_of_a_loss_that_takes_labels_for_certain(knobs, fix):
+    with pytest.raises(ConfigError, match="takes every label for certain") as refused:
+        check(*knobs, "pairing.ties=soft")
+    assert refused.value.field == "pairing.ties"
+    assert fix in refused.value.fix

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import replace
 from math import comb
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from onlinerl.errors import OracleError
 from onlinerl.pairing.all_pairs import AllPairs
 from onlinerl.pairing.best_rest import BestRest
 from onlinerl.pairing.best_worst import BestWorst
 from onlinerl.pairing.floor_margin import FloorMargin
+from onlinerl.pairing.halves import Halves
 from onlinerl.pairing.ranked import Ranked
 from onlinerl.pairing.rso import Rso
+from onlinerl.protocols.pairing import UncertaintyFilter
 from onlinerl.types import Group, Judged, Prompt, Rollout, Sampling, Verdict
 
 NAN = math.nan
@@ -82,6 +87,20 @@ class TestBestWorst:
         group = judged(scores=(0.0, 1.0))
         assert BestWorst(min_gap=1.0).build(group) == ([], {"gap": 1})
         assert indices(BestWorst(min_gap=0.99).build(group)[0]) == [(1, 0)]
+
+    def test_the_best_may_meet_another_one_than_the_worst(self):
+        scores = (0.0, 2.0, -1.0, 1.0)
+        assert indices(BestWorst(against="second").build(judged(scores=scores))[0]) == [(1, 3)]
+        assert BestWorst(against="second").build(judged(scores=(0.0, 2.0, 2.0)))[1] == {"tie": 1}
+        found = Counter(
+            pair
+            for n in range(600)
+            for pair in indices(
+                BestWorst(against="random").build(judged(scores=scores, texts=[f"{n} {i}" for i in range(4)]))[0]
+            )
+        )
+        assert {*found} == {(1, 0), (1, 2), (1, 3)}
+        assert all(abs(times - 200) < 4 * math.sqrt(200 * 2 / 3) for times in found.values()), found
 
     def test_reasons_for_nothing(self):
         assert BestWorst().build(judged(scores=(1.0, 1.0))) == ([], {"tie": 1})
@@ -158,6 +177,33 @@ class TestRanked:
     def test_by_win_rate(self):
         pairs, _ = Ranked().build(judged(preferences=MATRIX))
         assert indices(pairs) == [(2, 1), (3, 0)]
+
+
+class TestHalves:
+    """E3: the winner is of the upper half, the loser of the lower one."""
+
+    @pytest.mark.parametrize("count", range(2, 10))
+    def test_both_are_drawn_from_their_halves(self, count):
+        """Of all that may be drawn nothing is left out and nothing else is among it: not the median, nor two of one half."""
+        scores = tuple(float((7 * i) % count if count % 7 else i) for i in range(count))  # in no order
+        ranking = sorted(range(count), key=lambda i: -scores[i])
+        half = count // 2
+        possible = {(better, worse) for better in ranking[:half] for worse in ranking[-half:]}
+        group = judged(scores=scores)
+        assert set(indices(Halves(draws=half * half).build(group)[0])) == possible
+        assert Halves(draws=1000).build(group)[0] == Halves(draws=half * half).build(group)[0]
+
+    def test_one_draw_is_any_of_them_as_often_as_any_other(self):
+        """Of 9 pairs, over 900 groups, each within 4 standard deviations of 100: not the first of them, nor always the best against the worst."""
+        found = Counter(
+            pair
+            for n in range(900)
+            for pair in indices(
+                Halves().build(judged(scores=(0.0, 1.0, 2.0, 3.0, 4.0, 5.0), texts=[f"{n} {i}" for i in range(6)]))[0]
+            )
+        )
+        assert {*found} == {(better, worse) for better in (3, 4, 5) for worse in (0, 1, 2)}
+        assert all(abs(times - 100) < 4 * math.sqrt(100 * 8 / 9) for times in found.values()), found
 
 
 class TestFloorMargin:
@@ -261,3 +307,50 @@ class TestRso:
         few, many = (self.accepted(accept=n, beta=0.5) for n in (2, 4))
         assert (len(few), len(many)) == (2, 4)
         assert self.accepted(accept=4, beta=1e-9) != self.accepted(accept=4, beta=1e9)
+
+
+class TestUncertaintyFilter:
+    """E9."""
+
+    K = 40
+    SCORES = tuple(float(k) for k in range(K))
+
+    def group(self, nats: float) -> Judged:
+        group = judged(scores=self.SCORES)
+        return replace(group, verdict=replace(group.verdict, uncertainty=((nats,) * self.K,) * self.K))
+
+    @pytest.mark.parametrize(
+        ("knobs", "share"),
+        [
+            ({"mu": 1.0}, 0.1 + 0.9 * 0.75),
+            ({"mu": 2.0, "unfiltered": 0.0}, 0.5625),
+            ({"mu": 0.0}, 1.0),
+            ({"within": 0.4}, None),
+        ],
+    )
+    def test_pairs_are_kept_as_often_as_the_formula_says(self, knobs, share):
+        """B / log 2 is a quarter: of 780 pairs within three standard deviations. A tenth is kept in any case, by default."""
+        group = self.group(math.log(2) / 4)
+        built = AllPairs().build(group)[0]
+        kept, dropped = AllPairs(uncertainty_filter=UncertaintyFilter(**knobs)).pairs(group)
+        assert len(kept) + dropped["uncertain"] == len(built) == comb(self.K, 2)
+        if share is None:  # nearer than 0.4 to 1/2: gaps of up to 2
+            clear = [pair for pair in built if pair.gap > 2]
+            assert [pair for pair in kept if pair.gap > 2] == clear
+            share = (len(clear) + 0.1 * (len(built) - len(clear))) / len(built)
+        assert len(kept) / len(built) == pytest.approx(share, abs=3 * math.sqrt(share * (1 - share) / len(built)))
+
+    def test_other_iterations_and_prompts_draw_others(self):
+        """Chance is that of the seeds of the responses."""
+        half = AllPairs(uncertainty_filter=UncertaintyFilter(mu=1.0))
+        group = self.group(math.log(2) / 2)
+        later = tuple(replace(rollout, seed=rollout.seed + 1000) for rollout in group.group.rollouts)
+        elsewhere = replace(group.group.prompt, id="another")
+        others = (replace(group.group, rollouts=later), replace(group.group, prompt=elsewhere))
+        kept = [indices(half.pairs(one)[0]) for one in (group, *(replace(group, group=other) for other in others))]
+        assert kept[0] == indices(half.pairs(group)[0])
+        assert kept[0] != kept[1] != kept[2] != kept[0]
+
+    def test_a_share_of_no_filter_is_refused(self):
+        with pytest.raises(ValidationError, match="nothing is filtered"):
+            UncertaintyFilter(unfiltered=0.5)

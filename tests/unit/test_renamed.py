@@ -129,3 +129,19 @@ def test_both_keys_at_once_are_refused(tmp_path):
     both["algorithm"]["kl_coef"] = 0.1
     with pytest.raises(ConfigError, match="was renamed"):
         configuration.load(write(tmp_path, both))
+
+
+@pytest.mark.parametrize("key", synonyms.EARLIER)
+def test_a_run_of_before_a_key_goes_on_as_it_was(tmp_path, key):
+    """What a run has stored without the key means what it meant, and a resume that says otherwise is another run."""
+    section, _, leaf = key.partition(".")
+    file = write(tmp_path, tree("dpo") | {section: {"name": "best_worst"}})
+    older = configuration.load(file, stored=True)
+    assert getattr(older, section)[leaf] == synonyms.EARLIER[key]
+    new = configuration.load(file)
+    assert configuration.resolved(new)[section][leaf] != synonyms.EARLIER[key]
+    fingerprint = {k: v for k, v in configuration.fingerprint(new).items() if k != key}
+    assert configuration.changes(fingerprint, older) == {}
+    assert list(configuration.changes(fingerprint, new)) == [key]
+    said = write(tmp_path, tree("dpo") | {section: {"name": "best_worst", leaf: 0.1}}, "said.yaml")
+    assert getattr(configuration.load(said, stored=True), section)[leaf] == 0.1

@@ -22,10 +22,13 @@ from onlinerl.stores._tables import TableFiles
 from onlinerl.stores.rows import (
     LABELS,
     LOGPROBS,
+    PAIRS,
     PROMPTS,
     group_from_row,
     group_row,
     groups_of,
+    pair_from_row,
+    pair_row,
     prompt_row,
     result_from_row,
     result_row,
@@ -40,10 +43,13 @@ from onlinerl.types import (
     LogProbs,
     Message,
     Numbers,
+    Pair,
     Prompt,
     RejectReason,
     Rollout,
     Sampling,
+    Step,
+    TrainedPair,
     Verdict,
 )
 
@@ -265,6 +271,19 @@ def test_half_a_surrogate_pair_is_written_out():
     label = Label(prompt_id="p", result=Failure(kind="error", message="\ud83d!"))
     for (found,) in through_disk([label], LABELS):
         assert found.result.message == "\\ud83d!"
+
+
+def test_pairs_survive_with_their_steps():
+    whole = Pair(chosen=1, rejected=0, prob=0.75, gap=0.5)
+    of_steps = dataclasses.replace(whole, steps=(Step(start=2, end=5, leaves=(1, 3)), Step(start=2, end=4, leaves=(0,))))
+    pairs = [
+        TrainedPair(prompt_id=f"p{n}", pair=each, chosen_text="a", rejected_text="b", policy_version=0)
+        for n, each in enumerate((whole, of_steps))
+    ]
+    for found in through_disk(pairs, PAIRS):
+        assert found == pairs
+    older = {name: cell for name, cell in pair_row(pairs[0]).items() if name != "steps"}
+    assert pair_from_row(older) == pairs[0]
 
 
 def test_what_does_not_fit_its_column_is_an_error_that_names_it():

@@ -14,7 +14,7 @@ from rich.console import Console
 from onlinerl.stores import summary
 from onlinerl.stores._tables import TableFiles
 from onlinerl.stores.directory import RunDirectory
-from onlinerl.types import Failure, Group, Label, Pair, Prompt, Rollout, Sampling, TrainedPair, Verdict
+from onlinerl.types import Failure, Group, Label, Pair, Prompt, Rollout, Sampling, Step, TrainedPair, Verdict
 from onlinerl.views import samples
 
 HARMFUL = [
@@ -162,6 +162,16 @@ def test_an_answer_in_many_pairs_names_a_few(run):
     pairs = trained(own, [Pair(chosen=0, rejected=k, prob=0.9, gap=1.0) for k in range(1, 8)])
     keep(run, [own], [Verdict(annotator="j", oracle_version="1", scores=tuple(map(float, range(8, 0, -1))))], pairs)
     assert any(line.endswith("chosen over #1, #2, #3, #4 and 3 more") for line in shown(run))
+
+
+def test_a_pair_of_steps_says_where_they_begin(run):
+    own = group("p", "x", ["abcd", "abef"])
+    steps = (Step(start=2, end=4, leaves=(1,)), Step(start=2, end=4, leaves=(0,)))
+    pairs = trained(own, [Pair(chosen=1, rejected=0, prob=0.9, gap=1.0, steps=steps)])
+    keep(run, [own], [Verdict(annotator="j", oracle_version="1", scores=(0.0, 1.0))], pairs)
+    page = shown(run)
+    assert any(line.endswith("chosen over #0 from token 3") for line in page)
+    assert any(line.endswith("rejected for #1 from token 3") for line in page)
 
 
 @pytest.mark.parametrize("text", HARMFUL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -122,6 +123,28 @@ def test_what_a_selector_is_told(store, iteration):
     assert (pool.iteration, pool.seed, pool.per_iteration, pool.most, pool.reuse) == (3, 5, 4, 4, True)
     assert {prompt.id for prompt in pool.prompts} == {prompt.id for prompt in PROMPTS}
     assert not history.pool(iteration(3, told(scores=False), each=4)).visits, "nobody reads them"
+
+
+class Wide(Told):
+    """Reads how far an ensemble is apart, too."""
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return ("std",)
+
+
+def test_it_is_told_the_other_scores_that_it_reads(store, iteration):
+    """Of the same responses, in their order; where the oracle gave none there are none."""
+    several = replace(
+        verdict(0.0, float("nan"), 2.0, unjudged=(1,)), components={"std": (0.1, float("nan"), 0.3), "length": (1.0, 2.0, 3.0)}
+    )
+    sampled(store, 1, {"p0": several, "p1": verdict(0.0, 1.0)})
+    pool = history.pool(iteration(2, Wide()))
+    assert {i: (v.scores, dict(v.components)) for i, v in pool.visits.items()} == {
+        "p0": ((0.0, 2.0), {"std": (0.1, 0.3)}),
+        "p1": ((0.0, 1.0), {}),
+    }
+    assert not any(visit.components for visit in history.pool(iteration(2, told())).visits.values()), "nobody reads them"
 
 
 def test_it_is_told_where_responses_are_from_and_what_was_said_first(store, iteration):

@@ -581,3 +581,82 @@ class TestRegenerate:
     def test_how_much_is_sampled_at_most(self, rho, changes, most):
         assert made("regenerate", rho=rho).most_sampled(plan(prompts(*NAMES[:4]), **changes)) == most
         assert made("regenerate", rho=rho).most_sampled(plan(prompts(*NAMES[:5]))) == 3 * 4, "all, where some are left out"
+
+
+class TestBorda:
+    @staticmethod
+    def visit(scores: tuple[float, ...], std: tuple[float, ...]) -> Visit:
+        return Visit(iteration=1, scores=scores, components={"std": std})
+
+    def test_acquisition_by_hand(self):
+        """Means 1 and 0, the first within 2 * 0.5: at best it is 2 and wins with sigmoid(2), at worst 0 and wins half."""
+        one = self.visit((1.0, 0.0), (0.5, 0.0))
+        assert made("borda").acquisition(one) == pytest.approx(1 / (1 + math.exp(-2)) - 0.5)
+        assert made("borda", k=1.0).acquisition(one) == pytest.approx(1 / (1 + math.exp(-1.5)) - 1 / (1 + math.exp(-0.5)))
+        assert made("borda", beta=0.1).acquisition(one) == pytest.approx(1 / (1 + math.exp(-0.2)) - 0.5)
+
+    def test_with_three_the_score_is_the_mean_over_the_others(self):
+        def sigmoid(x: float) -> float:
+            return 1 / (1 + math.exp(-x))
+
+        high, low = (2.0, 1.0, 0.5), (0.0, -1.0, -0.5)  # of means 1, 0, 0 and spreads 0.5, 0.5, 0.25
+        borda = [[(sigmoid(ours[a] - theirs[b]) + sigmoid(ours[a] - theirs[c])) / 2 for a, b, c in ((0, 1, 2), (1, 0, 2), (2, 0, 1))]
+                 for ours, theirs in ((high, low), (low, high))]  # fmt: skip
+        found = made("borda").acquisition(self.visit((1.0, 0.0, 0.0), (0.5, 0.5, 0.25)))
+        assert found == pytest.approx(max(borda[0]) - max(borda[1]))
+
+    @pytest.mark.parametrize("scores", [(0.0, 1.0), (3.0, -1.0, 1e6), (0.5, 0.5, 0.5, 0.5), (1.0,)])
+    def test_where_nothing_is_spread_it_is_0(self, scores):
+        assert made("borda").acquisition(self.visit(scores, (0.0,) * len(scores))) == 0.0
+
+    def test_it_grows_with_the_spread_and_with_how_many_deviations_count(self):
+        def of(std: float, **knobs: float) -> float:
+            return made("borda", **knobs).acquisition(self.visit((1.0, 0.0, -1.0), (std,) * 3))
+
+        assert 0 < of(0.1) < of(0.5) < of(5.0) <= 1
+        assert of(0.5, k=1.0) < of(0.5)
+
+    def spread(self, given: list[Prompt]) -> dict[str, Visit]:
+        """The later in the list, the wider."""
+        return {prompt.id: self.visit((0.0, 1.0), (n / 10, n / 10)) for n, prompt in enumerate(given)}
+
+    def test_of_a_pool_that_holds_all_the_widest_are_taken(self):
+        given = prompts(*NAMES)
+        chosen = made("borda", pool_mult=6).select(pool(given, iteration=2, visits=self.spread(given)))
+        assert ids(chosen) == NAMES[:-5:-1]
+        assert all(one.reason.startswith("acquisition ") and one.reason.endswith("judged in iteration 1") for one in chosen)
+
+    def test_a_pool_of_fewer_is_drawn_first(self):
+        """So any prompt may be sampled, and of each pool those are that are among its widest."""
+        given, found = prompts(*NAMES), Counter()
+        for seed in range(200):
+            chosen = made("borda", pool_mult=2).select(pool(given, seed=seed, iteration=2, visits=self.spread(given)))
+            found.update(ids(chosen))
+            assert len(chosen) == 4
+        assert {*found} >= {*NAMES[12:]}
+        assert not {*found} & {*NAMES[:4]}, "none of the four narrowest is in the upper half of eight"
+        assert found[NAMES[23]] == pytest.approx(200 * 8 / 24, abs=3 * math.sqrt(200 * 2 / 9))
+        assert found[NAMES[23]] > found[NAMES[12]] > found[NAMES[5]]
+
+    def test_what_was_never_judged_comes_first(self):
+        given = prompts(*NAMES, "new", "other")
+        visits = self.spread(given[:-2]) | {"other": Visit(iteration=1, scores=(0.0, 1.0))}  # of which nobody knows the spread
+        chosen = made("borda", pool_mult=7).select(pool(given, iteration=2, visits=visits))
+        assert {*ids(chosen[:2])} == {"new", "other"}
+        assert ids(chosen[2:]) == [NAMES[-1], NAMES[-2]]
+        assert {one.reason for one in chosen[:2]} == {"new"}
+
+    @pytest.mark.parametrize("key", ["pool_mult", "k", "beta"])
+    def test_knobs_that_would_choose_nothing_are_refused(self, key):
+        with pytest.raises(ConfigError, match=f"selection.{key}"):
+            made("borda", **{key: 1 if key == "pool_mult" else 0.0})
+
+    def test_objections(self):
+        borda = made("borda")
+        assert borda.objection(plan(prompts(*NAMES))) is None
+        for changes, field in (
+            ({"reuse": False}, "prompts.reuse"),
+            ({"samples_per_prompt": 1}, "sampling.samples_per_prompt"),
+            ({"per_iteration": 24}, "prompts.per_iteration"),
+        ):
+            assert borda.objection(plan(prompts(*NAMES), **changes)).field == field
