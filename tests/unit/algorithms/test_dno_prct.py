@@ -78,7 +78,7 @@ def test_filters_by_the_oracles_scores_and_counts(knobs, kept, counted):
 
 def test_filters_by_win_rates_where_the_oracle_gives_no_scores():
     even = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.1), (0.5, 0.9, 0.5))
-    items, _ = DnoPrct(margin=0.2).items(judged([1, 2, 3], preferences=even), PAIRS)
+    items, _ = DnoPrct(margin=0.2, margin_student=0.2).items(judged([1, 2, 3], preferences=even), PAIRS)
     assert [i.prob for i in items] == [0.8]  # win rates 0.5, 0.3667 and 0.6333
 
 
@@ -168,8 +168,8 @@ def test_what_is_degenerate(knobs, degenerate):
 
 
 def test_shares_of_earlier_pairs_fall_with_their_age():
-    assert DnoPrct(replay=0.3).needs.replay == (0.3, 0.15, 0.075)
-    assert DnoPrct().needs.replay == ()
+    assert DnoPrct().needs.replay == DnoPrct(replay=0.3).needs.replay == (0.3, 0.15, 0.075)
+    assert DnoPrct(replay=0.0).needs.replay == ()
     assert (DnoPrct().needs.answers, DnoPrct(teacher=True).needs.beside_samples) == (False, ("teacher",))
 
 
