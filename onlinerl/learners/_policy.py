@@ -151,19 +151,20 @@ class Network(nn.Module):
         """The last layer's states [N, hidden] at these positions of these rows."""
         keeps = self.experts is not None and backbone is self.model.base_model
         asked: dict[str, Any] = {"use_cache": False, **({"output_router_logits": True} if keeps else {})}
-        mask_BS = batch.sequence_mask_BS
         if self._padding_free:
             row = PackedRow.of(batch)
             found = backbone(**row.arguments(backbone.config._attn_implementation), **asked)
             states: Tensor = found.last_hidden_state[0, row.starts_B[rows] + positions]
-            counts_N = mask_BS[mask_BS]
         else:
+            mask_BS = batch.sequence_mask_BS
             # Without padding no mask is needed, and attention kernels are faster without one.
             attention_mask = None if bool(mask_BS.all()) else mask_BS.long()
             found = backbone(input_ids=batch.tokens_BS, attention_mask=attention_mask, **asked)
-            states, counts_N = found.last_hidden_state[rows, positions], mask_BS.flatten()
+            states = found.last_hidden_state[rows, positions]
         if keeps:
             assert self.experts is not None
+            mask_BS = batch.sequence_mask_BS
+            counts_N = mask_BS[mask_BS] if self._padding_free else mask_BS.flatten()
             # Nothing of the dummy of a rank without data counts.
             self._routed = routed(found.router_logits, self.experts, counts_N * (len(batch.lists_GK) > 0))
         return states

@@ -6,7 +6,6 @@ import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import pytest
 import yaml
@@ -80,7 +79,7 @@ def faults(one: cards.Card) -> list[str]:
         if value == knob.default:
             found.append(f"{knob.name} is the paper's")
         if knob.name in fields:  # of a kind that the knob may have
-            TypeAdapter(Annotated[fields[knob.name].annotation, *fields[knob.name].metadata]).validate_python(value)
+            TypeAdapter(fields[knob.name].annotation).validate_python(value)
         if len(knob.why) < 10:
             found.append(f"{knob.name}: no reason")
     return found
