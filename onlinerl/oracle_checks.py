@@ -42,8 +42,21 @@ def check_verdict(config: RunConfig, algorithm: Algorithm, verdict: Verdict) -> 
     """
     check_uncertainty(config, algorithm, verdict.uncertainty is not None)
     check_scored(config, verdict.scores is not None)
+    if algorithm.needs.pairs and verdict.preferences is None:
+        _check_ties(config)
     if verdict.scores is None:
         check_comparable(config, algorithm)
+
+
+def _check_ties(config: RunConfig) -> None:
+    """Refuse a bound that scores are not held against. 0 is what every run of an earlier version has."""
+    builder = pair_builder(config)
+    if builder.tie_within not in (0.0, type(builder).model_fields["tie_within"].default):
+        raise ConfigError(
+            f"is {builder.tie_within:g}, and nothing would read it: {config.oracle['name']} gives scores, which tie if they are equal",
+            field="pairing.tie_within",
+            fix="leave it out, or set pairing.min_gap, in units of the score",
+        )
 
 
 def check_comparable(config: RunConfig, algorithm: Algorithm) -> None:

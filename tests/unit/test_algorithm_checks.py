@@ -14,7 +14,7 @@ from onlinerl.algorithm_checks import check_algorithm, check_sections, most_item
 from onlinerl.algorithms.onpo import Onpo
 from onlinerl.algorithms.tdpo1 import Tdpo1
 from onlinerl.errors import ConfigError
-from onlinerl.oracle_checks import check_components, check_uncertainty, implied_preferences
+from onlinerl.oracle_checks import check_components, check_uncertainty, check_verdict, implied_preferences
 from onlinerl.preflight import derived
 from onlinerl.protocols.algorithm import Reported, by_knobs
 from onlinerl.types import Verdict
@@ -432,6 +432,21 @@ def test_an_oracle_that_does_not_give_all_scores_is_refused(given, missing):
         config, built, oracle, dataclasses.replace(SCORED, components=dict.fromkeys(("harm", "charm"), (0.0, 1.0)))
     )
     check_components(config, built, oracle, None)  # there was nothing to ask about
+
+
+def test_a_bound_of_ties_is_of_oracles_that_compare():
+    for value, refused in ((0.1, True), (0.02, False), (0.0, False)):
+        config = configuration.load(QUICKSTART, [f"pairing.tie_within={value}"])
+        check_verdict(config, configuration.algorithm(config), COMPARED)
+        with (
+            pytest.raises(ConfigError, match="nothing would read it: sentiment gives scores")
+            if refused
+            else nullcontext() as caught
+        ):
+            check_verdict(config, configuration.algorithm(config), SCORED)
+        assert not refused or caught.value.field == "pairing.tie_within"
+    unread = configuration.load(QUICKSTART, ["algorithm.name=grpo"])
+    check_verdict(unread, configuration.algorithm(unread), SCORED)
 
 
 def test_a_selector_that_reads_other_scores_needs_an_oracle_that_gives_them():
