@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -137,6 +138,66 @@ def test_no_failure_of_the_judge_reaches_training(config, warm_cli, tmp_path, se
     failed = sum(line.split(": ")[1] == "parse_fail" for row in rows for line in row["raw"].splitlines())
     assert 0 < unknown == failed
     assert figure(tmp_path / "runs/toy", "oracle_requests", 1, phase="label")["value"] > PROMPTS * 12
+
+
+def test_a_judge_that_loses_its_replies_stops_the_run_which_goes_on_when_it_is_repaired(config, warm_cli, tmp_path, server):
+    """Each group keeps enough replies for a verdict, so not one of them is a failure. What was answered is not paid for again."""
+
+    gone: list[str] = []
+
+    def lossy(n: int, body: Any) -> Any:
+        if n <= 5 or n % 4:
+            return None
+        gone.append(body["messages"][0]["content"])
+        return GARBAGE
+
+    file = config(**{"oracle.retries": 0, "oracle.max_requests": 1, "iterations": 1})
+    server.instead = lossy
+    stopped = warm_cli("run", file)
+    run = tmp_path / "runs/toy"
+    assert stopped.returncode == 1, stopped.message
+    assert re.search(r"(\d+) of (\d+) replies failed \(\1 parse_fail\); first parse_fail: prompt '", stopped.stderr), (
+        stopped.stderr
+    )
+    assert "max_failed_labels" in stopped.stderr
+    with RunDirectory.open(run) as store:
+        rows = {row["prompt_id"]: row for row in store.read(1, "verdicts")}
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    lost = sum(one["count"] for row in rows.values() for one in row["failed_replies"])
+    share = figure(run, "oracle_replies_failed", 1, phase="label", kind="all")
+    assert (share["value"], share["n"]) == (lost / (12 * len(rows)), 12 * len(rows))
+    assert share["value"] > 0.1
+    assert figure(run, "oracle_replies_failed", 1, phase="label", kind="parse_fail")["value"] == share["value"]
+    server.instead = lambda n, body: None
+    done = warm_cli("resume", run)
+    assert done.returncode == 0, done.message
+    answered = Counter(asked(server)) - Counter(gone)
+    assert sum(n - 1 for n in answered.values()) <= 1, "but for the one that was under way when the run stopped"
+    with RunDirectory.open(run) as store:
+        latest = {row["prompt_id"]: row for row in store.read(1, "verdicts")}
+    assert len(latest) == PROMPTS
+    for row in latest.values():
+        assert (row["questions"], row["failed_replies"]) == (12, [])
+        assert sum(cell is not None for line in row["preferences"] for cell in line) == 12
+    assert figure(run, "oracle_replies_failed", 1, phase="label", kind="all")["value"] == 0
+    found = warm_cli("labels", run, "--json")
+    costs = json.loads(found.stdout)["costs"]
+    assert sum(row["failed_replies"] for row in costs) == lost
+
+
+def test_with_a_limit_of_its_own_a_run_goes_on_with_what_a_judge_still_says(config, warm_cli, tmp_path, server):
+    def lossy(n: int, body: Any) -> Any:
+        return GARBAGE if n > 5 and n % 4 == 0 else None
+
+    server.instead = lossy
+    keys = {"oracle.retries": 0, "iterations": 1, "max_failed_labels": 0.5, "schedule.stream": True}
+    done = warm_cli("run", config(**keys))
+    assert done.returncode == 0, done.message
+    run = tmp_path / "runs/toy"
+    assert 0.1 < figure(run, "oracle_replies_failed", 1, phase="label", kind="all")["value"] < 0.5
+    with RunDirectory.open(run) as store:
+        assert len(store.read(1, "verdicts")) == PROMPTS
+        assert store.read(1, "pairs")
 
 
 def test_a_judge_that_always_names_the_first_teaches_nothing(config, warm_cli, tmp_path, server):

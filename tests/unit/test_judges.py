@@ -28,7 +28,7 @@ from onlinerl.errors import BudgetError, ConfigError, OracleError
 from onlinerl.oracles._judge import endpoint, kept, plans, templates
 from onlinerl.oracles._judge.base import Judge
 from onlinerl.protocols.oracle import Oracle
-from onlinerl.types import Cost, Failure, Message, Prompt, Query, Verdict
+from onlinerl.types import Cost, Failure, Message, Prompt, Query, Replies, Verdict
 
 RESPONSES = ("a good 72", "a bad 71", "a dull film", "egg")
 
@@ -466,15 +466,21 @@ def test_a_failure_is_never_a_score(judge, server, fault, kind, calls):
     assert verdict.matrix()[0].tolist() == [0.5, 0.0, 1.0], "from the order in which x is shown second"
     assert verdict.cost.calls == 4 + 2 * calls
     assert kind in verdict.raw
+    assert verdict.replies == Replies(asked=6, failed={kind: 2}), (
+        "each once that stayed without a verdict, however often it was tried"
+    )
     faulty(server, fault, times=100, about="<prompt>")
     failure = one(oracle, "x", "yg")
     assert isinstance(failure, Failure)
     assert failure.kind == kind
     assert failure.cost.calls == 2 * calls
     assert "2 of 2 replies are no verdict" in failure.message
+    assert failure.replies == Replies(asked=2, failed={kind: 2})
     scoring = judge("judge_score", read_from="text", response_format="text", **patience)
     faulty(server, fault, times=100, about="<response>\nx\n")
-    assert np.isnan(one(scoring, "x", "yg", "zb").scores).tolist() == [True, False, False]
+    scored = one(scoring, "x", "yg", "zb")
+    assert np.isnan(scored.scores).tolist() == [True, False, False]
+    assert scored.replies == Replies(asked=3, failed={kind: 1})
     failure = one(scoring, "x", "yg")
     assert isinstance(failure, Failure), "one usable response is nobody's better"
     assert failure.kind == kind
@@ -748,6 +754,28 @@ def test_a_full_disk_stops_and_says_so(judge, server, tmp_path, monkeypatch):
         list(asking.answers(oracle, [query()]))
     assert error.value.field == "runs"
     monkeypatch.undo()
+def test_a_verdict_with_replies_that_failed_is_asked_for_again_at_the_price_of_those_alone(judge, server, tmp_path):
+    faulty(server, GARBAGE, times=100, about="<response_a>\nx\n")
+    first = judge(read_from="text")
+    first.remember(tmp_path)
+    partly = one(first, "x", "yg", "zb")
+    assert (partly.replies.asked, partly.replies.lost) == (6, 2)
+    first.recorded([(query("x", "yg", "zb"), partly)])
+    first.close()
+    server.instead = lambda n, body: None
+    before = len(server.asked)
+    again = judge(read_from="text")
+    again.open()
+    again.remember(tmp_path)
+    opening = len(server.asked) - before
+    whole = one(again, "x", "yg", "zb")
+    assert len(server.asked) - before - opening == 2
+    assert (whole.cost.calls, whole.replies) == (2, Replies(asked=6)), "what was paid with the first verdict is not said again"
+    again.recorded([(query("x", "yg", "zb"), whole)])
+    assert again.unlabelled(tmp_path).calls == 0
+    assert whole.raw == one(judge(read_from="text"), "x", "yg", "zb").raw
+
+
 
 
 def test_costs_add_up():

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -27,7 +28,7 @@ from onlinerl.oracles._judge.questions import Price, Question, Said
 from onlinerl.oracles._judge.reading import Form
 from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.oracle import Oracle
-from onlinerl.types import Cost, Failure, Message, Prompt, Query, Verdict, derive_seed
+from onlinerl.types import Cost, Failure, Message, Prompt, Query, Replies, Verdict, derive_seed
 
 SHOWN = 300
 """Characters of each rationale that are kept."""
@@ -249,11 +250,12 @@ class Judge(Oracle):
         return kept.paid(folder)
 
     def recorded(self, answers: Sequence[tuple[Query, Verdict | Failure]]) -> None:
-        """Their replies need not be kept; those of a failure are, and have been paid for."""
+        """Their replies need not be kept. Those of a failure are, and of a verdict of which some are missing, and have been paid for."""
         for query, result in answers:
             keys = self._keys.pop((query.prompt.id, query.responses), [])
             if self._kept is not None:
-                (self._kept.done if isinstance(result, Verdict) else self._kept.counted)(keys)
+                whole = isinstance(result, Verdict) and not result.replies.lost
+                (self._kept.done if whole else self._kept.counted)(keys)
 
     @property
     def version(self) -> str:
@@ -341,14 +343,16 @@ class Judge(Oracle):
         said = {about: [task.result() for task in asked] for about, asked in tasks.items()}
         cost = reduce(Cost.plus, (task.result().cost for task in everything), Cost())
         given = [one.key for votes in said.values() for one in votes if one.status == "ok"]
+        lost = Counter(task.result().status for task in everything if task.result().status != "ok")
+        replies = Replies(asked=len(everything), failed=dict(lost))
         self._keys[query.prompt.id, query.responses] = given
         verdict = self._verdict(query, said)
         if verdict is None:
-            return self._nothing(query, said, cost)
+            return replace(self._nothing(query, said), cost=cost, replies=replies)
         raw = "\n".join(_line(about, one) for about, votes in said.items() for one in votes)
-        return replace(verdict, cost=cost, raw=raw or None, oracle_version=self.version)
+        return replace(verdict, cost=cost, replies=replies, raw=raw or None, oracle_version=self.version)
 
-    def _nothing(self, query: Query, said: Mapping[Any, Sequence[Said]], cost: Cost) -> Failure:
+    def _nothing(self, query: Query, said: Mapping[Any, Sequence[Said]]) -> Failure:
         """Of a group of which too little was judged."""
         every = [one for votes in said.values() for one in votes]
         failed = [one for one in every if one.status != "ok"]
@@ -358,7 +362,7 @@ class Judge(Oracle):
         message = (
             f"prompt {query.prompt.id!r}: {len(failed)} of {len(every)} replies are no verdict; first {kind}: {first.words}"
         )
-        return Failure(kind=kind, message=message, cost=cost)
+        return Failure(kind=kind, message=message)
 
     async def _ask(self, question: Question, k: int) -> Said:
         body = self._body(question, k)
