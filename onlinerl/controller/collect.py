@@ -133,6 +133,7 @@ def judge(
             lost.add(label)
         else:
             again.add(label.prompt_id)
+            lost.kinds |= label.result.replies.failed.keys()
     expected = max(expected, len(judged))
     tracker.phase_started(it.number, phase, expected, "groups")
     tracker.phase_advanced(it.number, phase, len(judged))

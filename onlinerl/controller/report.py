@@ -242,7 +242,8 @@ class Reporter:
     def replies(self, iteration: int, phase: str, lost: Lost) -> None:
         """How many of the replies failed that the verdicts of a phase are made of, together and by kind; nothing where each is one answer."""
         replies = lost.replies
-        for kind, count in {"all": replies.lost, **replies.failed}.items() if replies.asked else ():
+        counts = {"all": replies.lost} | {kind: replies.failed.get(kind, 0) for kind in sorted(lost.kinds)}
+        for kind, count in counts.items() if replies.asked else ():
             share = count / replies.asked
             self._log(
                 iteration,

@@ -56,24 +56,33 @@ class Paid:
 
 
 class Lost:
-    """What came of the questions of labels that were asked for, where a label is made of several."""
+    """What came of the questions of labels that were asked for, where a label is made of several; of each group the latest."""
 
     def __init__(self) -> None:
-        self.groups = 0
-        """Those that are made of several."""
         self.replies = Replies()
+        """Of all groups together."""
+        self.kinds: set[str] = set()
+        """Kinds of failure that there were, also of labels that were replaced."""
+        self._groups: dict[str, Replies] = {}
         self._first: dict[str, str] = {}
         """What an oracle said of the first of each kind."""
 
+    @property
+    def groups(self) -> int:
+        """Those that are made of several questions."""
+        return len(self._groups)
+
     def add(self, label: Label) -> None:
-        """And one more; what the ledger knew was not asked for."""
-        result = label.result
-        if label.reused_from is not None or not result.replies.asked:
-            return
-        self.groups += 1
-        self.replies = self.replies.plus(result.replies)
-        words = (result.raw or "") if isinstance(result, Verdict) else result.message
-        for kind in result.replies.failed:
+        """And one more, in the place of an earlier one of this group; what the ledger knew was not asked for."""
+        before = self._groups.pop(label.prompt_id, Replies())
+        now = Replies() if label.reused_from is not None else label.result.replies
+        failed = Counter(self.replies.failed) - Counter(before.failed) + Counter(now.failed)
+        self.replies = Replies(asked=self.replies.asked - before.asked + now.asked, failed=dict(failed))
+        if now.asked:
+            self._groups[label.prompt_id] = now
+        self.kinds |= now.failed.keys()
+        words = (label.result.raw or "") if isinstance(label.result, Verdict) else label.result.message
+        for kind in now.failed:
             said = next((line for line in words.splitlines() if kind in line), "")
             self._first.setdefault(kind, f"prompt {label.prompt_id!r}" + (f", {said[:SHOWN]}" if said else ""))
 

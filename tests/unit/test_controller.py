@@ -208,6 +208,14 @@ def test_replies_of_labels_that_were_not_asked_for_and_of_failures():
         health.check_replies(found, 2, 0.4)
 
 
+def test_of_a_group_that_was_asked_about_again_the_latest_counts():
+    found = Lost()
+    for replies in (Replies(asked=4, failed={"timeout": 3}), Replies(asked=4, failed={"refused": 1}), Replies(asked=4)):
+        found.add(Label(prompt_id="p", result=replace(verdict(0.0), replies=replies)))
+        assert (found.groups, found.replies) == (1, replies)
+    assert found.kinds == {"timeout", "refused"}, "whose shares are 0 now, and were not"
+
+
 @pytest.mark.parametrize("wrong", [Replies(asked=1, failed={"error": 2}), Replies(asked=9, failed={"lost": 1}), 3])
 def test_replies_that_cannot_be_are_no_verdict(wrong):
     assert replace(verdict(1.0), replies=Replies(asked=2, failed={"error": 2})).problem(1) is None
