@@ -612,6 +612,22 @@ def test_a_reply_that_is_cut_is_no_verdict(judge, server):
 # --- what is kept ---
 
 
+@pytest.mark.parametrize("schema", [True, False])
+def test_the_judge_s_words_are_kept_word_for_word(judge, schema):
+    with judging(schema=schema) as server:
+        server.words = (
+            "First, both answer.\n\n" + " ".join(f"Point {n}: the one is better." for n in range(500)) + "\nThat is all."
+        )
+        verdict = one(judge(at=server), "x", "yg")
+        for which in ("0 before 1: ", "1 before 0: "):
+            (begun,) = (part for part in re.split(r"\n(?! )", verdict.raw) if part.startswith(which))
+            assert begun.split(": ", 2)[2].replace("\n  ", "\n") == server.words
+        server.instead = lambda n, body: (200, completion(server.words), {})
+        failure = one(judge("judge_score", at=server, read_from="text", response_format="text"), "x", "yg")
+        assert "That is all." in failure.message
+        assert len(failure.message) < 500
+
+
 def test_killed_within_a_group_a_resume_asks_only_for_what_has_no_answer(judge, server, tmp_path):
     knobs = {"max_requests": 1, "request_timeout_s": 60.0}
     first = judge(**knobs)
@@ -738,22 +754,6 @@ def test_what_a_failure_has_cost_is_said_once(judge, server, tmp_path):
     assert len(server.asked) == 3
 
 
-def test_a_full_disk_stops_and_says_so(judge, server, tmp_path, monkeypatch):
-    import errno
-    import os
-
-    oracle = judge()
-    oracle.remember(tmp_path)
-    oracle.open()
-
-    def full(*args: Any) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("onlinerl.oracles._judge.kept.os.write", full)
-    with pytest.raises(OracleError, match="cannot be written") as error:
-        list(asking.answers(oracle, [query()]))
-    assert error.value.field == "runs"
-    monkeypatch.undo()
 def test_a_verdict_with_replies_that_failed_is_asked_for_again_at_the_price_of_those_alone(judge, server, tmp_path):
     faulty(server, GARBAGE, times=100, about="<response_a>\nx\n")
     first = judge(read_from="text")
@@ -776,6 +776,22 @@ def test_a_verdict_with_replies_that_failed_is_asked_for_again_at_the_price_of_t
     assert whole.raw == one(judge(read_from="text"), "x", "yg", "zb").raw
 
 
+def test_a_full_disk_stops_and_says_so(judge, server, tmp_path, monkeypatch):
+    import errno
+    import os
+
+    oracle = judge()
+    oracle.remember(tmp_path)
+    oracle.open()
+
+    def full(*args: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("onlinerl.oracles._judge.kept.os.write", full)
+    with pytest.raises(OracleError, match="cannot be written") as error:
+        list(asking.answers(oracle, [query()]))
+    assert error.value.field == "runs"
+    monkeypatch.undo()
 
 
 def test_costs_add_up():

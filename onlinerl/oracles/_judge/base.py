@@ -31,7 +31,7 @@ from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Cost, Failure, Message, Prompt, Query, Replies, Verdict, derive_seed
 
 SHOWN = 300
-"""Characters of each rationale that are kept."""
+"""Characters of a reply that the message of a failure shows."""
 SHORT_ANSWER = 16
 """Tokens that a verdict without rationale may take."""
 CHARACTERS_PER_TOKEN = 3
@@ -60,7 +60,7 @@ class Judge(Oracle):
     votes: int = Field(1, ge=1)
     """How often each question is asked; the mean counts. More than one needs a temperature."""
     rationale: bool = True
-    """Whether the judge gives reasons before its verdict. They are kept, shortened."""
+    """Whether the judge gives reasons before its verdict. They are kept with the verdict, word for word."""
     rubric: str | None = None
     """What to judge by: a text, or a file. The default is `COMPARE` or `RUBRICS` in onlinerl/oracles/_judge/templates.py."""
     template: str | None = None
@@ -359,9 +359,7 @@ class Judge(Oracle):
         kinds = [one.status for one in failed]
         kind: Any = max(sorted(set(kinds)), key=kinds.count)
         first = next(one for one in failed if one.status == kind)
-        message = (
-            f"prompt {query.prompt.id!r}: {len(failed)} of {len(every)} replies are no verdict; first {kind}: {first.words}"
-        )
+        message = f"prompt {query.prompt.id!r}: {len(failed)} of {len(every)} replies are no verdict; first {kind}: {_shortened(first.words)}"
         return Failure(kind=kind, message=message)
 
     async def _ask(self, question: Question, k: int) -> Said:
@@ -376,11 +374,11 @@ class Judge(Oracle):
         found = None if reply.cut and not self._may_be_cut else question.read(reply)
         if found is None:
             why = "cut at max_tokens" if reply.cut else "no verdict"
-            return Said(status="parse_fail", words=f"{why}: {reply.text[-SHOWN:]!r}", cost=reply.cost)
+            return Said(status="parse_fail", words=f"{why}: {reply.text!r}", cost=reply.cost)
         if fresh and self._kept is not None:
             await self._kept.put(key, reading.pruned(question.form, reply))
         values, log_odds, words = found
-        return Said(status="ok", values=values, log_odds=log_odds, words=words[:SHOWN], cost=reply.cost, key=key)
+        return Said(status="ok", values=values, log_odds=log_odds, words=words, cost=reply.cost, key=key)
 
     def _body(self, question: Question, k: int) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -433,4 +431,10 @@ def _line(about: Any, said: Said) -> str:
     """For people: what was asked, and what came of it."""
     what = " before ".join(str(i) for i in about) if isinstance(about, tuple) else str(about)
     found = " ".join(f"{value:g}" for value in said.values) if said.status == "ok" else said.status
-    return f"{what}: {found}" + (f": {' '.join(said.words.split())}" if said.words else "")
+    words = said.words.strip().replace("\n", "\n  ")
+    return f"{what}: {found}" + (f": {words}" if words else "")
+
+
+def _shortened(words: str) -> str:
+    """The beginning, which says what is wrong, and the end, where the verdict should be."""
+    return words if len(words) <= SHOWN else f"{words[: SHOWN // 3]} ... {words[-2 * SHOWN // 3 :]}"
