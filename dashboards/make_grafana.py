@@ -161,6 +161,7 @@ ROWS: list[tuple[str, list[Panel]]] = [
                 matchers=('status!="ok"',),
             ),
             figure("oracle_failed", "{{phase}}"),
+            figure("oracle_replies_failed", "{{phase}} {{kind}}"),
             figures(("pair_yield", "pair yield"), ("zero_spread", "zero spread"), title="Pair yield and groups without spread"),
             figure("pairs_dropped", "{{reason}}"),
         ],

@@ -130,7 +130,7 @@ def imported(module_name: str, field: str, error: type[OnlineRLError] = ConfigEr
     """A module of the user's own: a dotted name, or the path of a Python file.
 
     Raises:
-        OnlineRLError: of type `error`, if it is not there or cannot be imported, with the line that is to blame.
+        OnlineRLError: of type `error`, if it is not there or cannot be imported, with the lines that are to blame (see `users_code.on_import`).
     """
     try:
         return _from_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
@@ -140,12 +140,12 @@ def imported(module_name: str, field: str, error: type[OnlineRLError] = ConfigEr
         if isinstance(problem, ModuleNotFoundError) and problem.name and f"{module_name}.".startswith(f"{problem.name}."):
             fix = "put the package on the Python path, e.g. PYTHONPATH=. onlinerl ..., or correct the name"
             raise error(f"cannot import {module_name!r}: {said}", field=field, fix=fix) from None
-        where, fix = users_code.line(problem), "correct the error"
+        trace, fix = users_code.on_import(problem), "correct the error"
         if untyped := re.search(r"non-annotated attribute was detected: `(\w+) = (.*?)`", said):
             knob, value = untyped.groups()
-            said = f"`{knob} = {value}` has no type"
+            trace = f"`{knob} = {value}` has no type{users_code.line(problem)}"
             fix = f"write `{knob}: {_type_of(value)} = {value}` for a knob, `_{knob}: Any = PrivateAttr(None)` for other state"
-        raise error(f"cannot import {module_name!r}: {said}{where}", field=field, fix=fix) from problem
+        raise error(f"cannot import {module_name!r}: {trace}", field=field, fix=fix) from problem
 
 
 def _from_file(path: str) -> ModuleType:

@@ -17,6 +17,7 @@ from onlinerl.budget import Account
 from onlinerl.config import RunConfig
 from onlinerl.controller import health
 from onlinerl.controller.asking import Asker
+from onlinerl.controller.tally import Lost, is_final
 from onlinerl.errors import ConfigError, OnlineRLError, StoreError
 from onlinerl.protocols.oracle import Oracle, with_weights
 from onlinerl.protocols.store import ROLLOUTS, VERDICTS
@@ -135,7 +136,9 @@ def _judge(
         found = store.labels(number, table)
         if found.sealed:
             continue
-        known = {label.prompt_id for label in found if isinstance(label.result, Verdict)}
+        stored = {label.prompt_id: label for label in found}
+        known = {name for name, label in stored.items() if is_final(label)}
+        again = stored.keys() - known
         asked = [label.prompt_id for label in store.labels(number, VERDICTS) if label.prompt_id not in known]
         groups = store.groups(number, ROLLOUTS, by_id).select(dict.fromkeys(asked))
         queries = (
@@ -144,15 +147,23 @@ def _judge(
             if group is not None and len(group.rollouts) > compares_only
         )
         failures: list[Failure] = []
-        for arrived in asker.labels(_Stored(queries), threading.Event()):
+        lost = Lost()
+        for name in known:
+            lost.add(stored[name])
+        for arrived in asker.labels(_Stored(queries), threading.Event(), anew=lambda query: query.prompt.id in again):  # noqa: B023  (used in this round only)
             found.append([label for _, label in arrived])
             asker.recorded(number, table, arrived)
             failures += [label.result for _, label in arrived if isinstance(label.result, Failure)]
-            health.check_failures(failures, len(asked) + len(known), config.max_failed_labels)
+            for _, label in arrived:
+                lost.add(label)
+            expected = len(asked) + len(known)
+            health.check_failures(failures, expected, config.max_failed_labels)
+            health.check_replies(lost, expected, config.max_failed_labels)
         if not failures:
             found.seal()
         failed = f", {len(failures)} failed: the same call asks about them again" if failures else ""
-        console.print(f"iteration {number}: {len(asked)} groups{failed}", highlight=False)
+        incomplete = f"; {lost}" if lost.replies.lost else ""
+        console.print(f"iteration {number}: {len(asked)} groups{failed}{incomplete}", highlight=False)
 
 
 class _Stored:

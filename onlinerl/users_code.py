@@ -12,6 +12,8 @@ from onlinerl.errors import LearnerError, OnlineRLError
 
 T = TypeVar("T")
 
+LINES = 3
+"""Of a traceback, at most."""
 FIELD = "algorithm.name"
 FIX = "correct it, then `onlinerl resume`; the traceback is in failure.json of the run"
 
@@ -60,6 +62,20 @@ def line(problem: BaseException) -> str:
     """Where in the user's code it was raised; empty if in none of it. A SyntaxError says so itself."""
     own = [frame for frame in traceback.extract_tb(problem.__traceback__) if not _is_library(frame.filename)]
     return f"\n  in {own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else ""
+
+
+def on_import(problem: BaseException) -> str:
+    """What an import raised, and where: type and message, then at most three lines, each a file, a line and its statement. The first is that of
+    the module that was asked for, the last the one to blame."""
+    frames = [
+        (f.filename, f.lineno, f.line) for f in traceback.extract_tb(problem.__traceback__) if not _is_library(f.filename)
+    ]
+    words = said(problem)
+    if isinstance(problem, SyntaxError) and problem.filename:  # raised by the compiler, which has no frame in that file
+        words = f"{type(problem).__name__}: {problem.msg}"
+        frames.append((problem.filename, problem.lineno, problem.text))
+    shown = frames if len(frames) <= LINES else [frames[0], *frames[1 - LINES :]]
+    return words + "".join(f"\n  in {file}, line {number}: {(text or '').strip()}" for file, number, text in shown)
 
 
 def _is_library(file: str) -> bool:

@@ -333,7 +333,8 @@ class RunConfig(Section):
     checkpoints: Resumable[CheckpointConfig] = CheckpointConfig()
     ledger: Resumable[LedgerConfig] = LedgerConfig()
     max_failed_labels: Resumable[float] = Field(0.1, ge=0, le=1)
-    """Largest share of groups that the oracle may fail on before the run stops."""
+    """Largest share of groups that the oracle may fail on before the run stops; also of the replies of a judge, and of the responses of a
+    verifier, that may be missing in the verdicts on the others."""
 
     @property
     def directory(self) -> Path:

@@ -56,7 +56,9 @@ class Asker:
         """Of whoever pays for the answers."""
         return self._caller.account
 
-    def labels(self, questions: Questions, stop: threading.Event, *, anew: bool = False) -> Iterator[Labels]:
+    def labels(
+        self, questions: Questions, stop: threading.Event, *, anew: Callable[[Query], bool] = lambda query: False
+    ) -> Iterator[Labels]:
         """As `answers`, but what the ledger knows is not asked, unless `anew`, and nothing is asked that the account cannot pay.
 
         Raises:
@@ -86,9 +88,12 @@ class Asker:
     def _version(self) -> str:
         return self.oracle.version
 
-    def _labelled(self, batch: Sequence[Query], over: Callable[[], bool], anew: bool) -> Iterator[Labels]:
+    def _labelled(self, batch: Sequence[Query], over: Callable[[], bool], anew: Callable[[Query], bool]) -> Iterator[Labels]:
         keys = [label_key(query, self._version) if self._ledger is not None else "" for query in batch]
-        known = [None if self._ledger is None or anew else self._ledger.find(key) for key in keys]
+        known = [
+            None if self._ledger is None or anew(query) else self._ledger.find(key)
+            for query, key in zip(batch, keys, strict=True)
+        ]
         if found := [(query, self._as_now(label)) for query, label in zip(batch, known, strict=True) if label is not None]:
             yield found
         asked = [(query, key) for query, key, label in zip(batch, keys, known, strict=True) if label is None]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Protocol
 
 from onlinerl.controller import health
 from onlinerl.controller.asking import Asker
 from onlinerl.controller.feed import Feed
 from onlinerl.controller.iteration import Iteration
-from onlinerl.controller.tally import Paid, Sampled
+from onlinerl.controller.tally import Lost, Paid, Sampled, is_final
 from onlinerl.protocols.store import REFRESH_LABELS, VERDICTS, Table
-from onlinerl.types import Failure, Group, Query, Request, Sampling, Verdict
+from onlinerl.types import Failure, Group, Label, Query, Request, Sampling, Verdict
 
 
 class Groups(Protocol):
@@ -105,7 +105,9 @@ def judge(
     """How many verdicts the table holds in the end, and what they and the failures have cost; only those that it does not hold yet, and
     that the ledger does not know, are asked for.
 
-    A failure is no answer: until the table is complete it is asked for again, so a repaired oracle gets its chance.
+    A failure is no answer: until the table is complete it is asked for again, so a repaired oracle gets its chance. So is a verdict of which
+    replies have failed; an oracle that keeps its replies asks for those alone. Nobody works on such a one while it can still change, but for
+    dynamic sampling, which cannot wait.
 
     Args:
         it: the iteration.
@@ -118,39 +120,63 @@ def judge(
         anew: ask about those that the ledger knows, too.
         asker: who asks; that of the run by default.
     """
-    tracker, asker = it.parts.tracker, asker or it.parts.asker
+    tracker, asker, limit = it.parts.tracker, asker or it.parts.asker, it.parts.config.max_failed_labels
     labels = it.parts.store.labels(it.number, table)
     complete = labels.sealed
     judged: set[str] = set()
-    paid = Paid()
+    paid, lost = Paid(), Lost()
+    again: set[str] = set()
     for label in labels:
         paid = paid.plus(label)
-        if complete or isinstance(label.result, Verdict):
+        if complete or is_final(label):
             judged.add(label.prompt_id)
+            lost.add(label)
+        else:
+            again.add(label.prompt_id)
+            lost.kinds |= label.result.replies.failed.keys()
     expected = max(expected, len(judged))
     tracker.phase_started(it.number, phase, expected, "groups")
     tracker.phase_advanced(it.number, phase, len(judged))
     about = partial(Query, iteration=it.number, heldout=table not in (VERDICTS, REFRESH_LABELS))
     unjudged = _Unjudged(groups, frozenset(judged), wanted, feed, about)
     failures: list[Failure] = []
-    for arrived in asker.labels(unjudged, it.stop, anew=anew):
-        labels.append([label for _, label in arrived])
-        asker.recorded(it.number, table, arrived)
-        judged.update(query.prompt.id for query, _ in arrived)
-        paid = reduce(Paid.plus, (label for _, label in arrived), paid)
-        if feed is not None:
-            feed.put(query.prompt.id for query, _ in arrived)
-        tracker.phase_advanced(it.number, phase, len(arrived))
-        expected = max(expected, len(judged))
-        new = [label.result for _, label in arrived if isinstance(label.result, Failure)]
-        failures += new
-        if new:
-            it.report.asked(it.number, phase, len(failures), expected)
-        health.check_failures(failures, expected, it.parts.config.max_failed_labels)
+    held: list[str] = []
+    try:
+        for arrived in asker.labels(unjudged, it.stop, anew=lambda query: anew or query.prompt.id in again):
+            labels.append([label for _, label in arrived])
+            asker.recorded(it.number, table, arrived)
+            judged.update(query.prompt.id for query, _ in arrived)
+            for _, label in arrived:
+                paid = paid.plus(label)
+                lost.add(label)
+            if feed is not None:
+                changing = {label.prompt_id for _, label in arrived if _may_change(label)} if not it.dynamic else set()
+                held += changing
+                feed.put(query.prompt.id for query, _ in arrived if query.prompt.id not in changing)
+            tracker.phase_advanced(it.number, phase, len(arrived))
+            expected = max(expected, len(judged))
+            new = [label.result for _, label in arrived if isinstance(label.result, Failure)]
+            failures += new
+            if new:
+                it.report.asked(it.number, phase, len(failures), expected)
+            health.check_failures(failures, expected, limit)
+            health.check_replies(lost, expected, limit)
+        # There may have been fewer than expected. Once the table is complete nothing could be asked again.
+        health.check_failures(failures, len(judged), limit)
+        health.check_replies(lost, lost.groups, limit)
+    finally:
+        it.report.replies(it.number, phase, lost)
     if not failures:
         it.report.asked(it.number, phase, 0, expected)
     labels.seal()
+    if feed is not None:
+        feed.put(held)
     return len(judged), paid
+
+
+def _may_change(label: Label) -> bool:
+    """Whether it says something now, and a resume may ask again."""
+    return isinstance(label.result, Verdict) and not is_final(label)
 
 
 class _Unjudged:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
+from onlinerl.controller.tally import Lost
 from onlinerl.errors import EngineError, OracleError, StoreError
 from onlinerl.types import Failure, Group, RejectReason, Request, Sampling, TrainRecord, Verdict
 
@@ -110,6 +111,21 @@ def check_failures(failures: Sequence[Failure], groups: int, limit: float) -> No
             f"first {top}: {message}",
             field="oracle",
             fix="repair the oracle and `onlinerl resume`; verdicts already given are kept. max_failed_labels sets the limit",
+        )
+
+
+def check_replies(lost: Lost, groups: int, limit: float) -> None:
+    """Stop when more than `limit` of the replies have failed that the verdicts on so many groups are made of.
+
+    Raises:
+        OracleError: with the kinds of failure and what was said of the first one of the commonest.
+    """
+    if lost.replies.lost > limit * lost.expected(groups):
+        raise OracleError(
+            f"the oracle got no verdict from too many of its questions, while it still judges groups by the others: {lost}",
+            field="oracle",
+            fix="repair the oracle and `onlinerl resume`, which asks again for what has failed and for nothing else. max_failed_labels sets "
+            "the limit",
         )
 
 

@@ -16,7 +16,7 @@ from onlinerl.controller.anchors import Examined
 from onlinerl.controller.comparing import Compared
 from onlinerl.controller.parts import Built, Parts
 from onlinerl.controller.statistics import Divergence, Estimate, Z, bootstrap, ratio, wilson
-from onlinerl.controller.tally import Paid, Sampled
+from onlinerl.controller.tally import Lost, Paid, Sampled
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import per_iteration, per_step
@@ -238,6 +238,17 @@ class Reporter:
     def asked(self, iteration: int, phase: str, failed: int, groups: int) -> None:
         """How many groups of a phase the oracle could not judge so far."""
         self._log(iteration, self._one("oracle_failed", failed / max(1, groups), n=groups, labels={"phase": phase}))
+
+    def replies(self, iteration: int, phase: str, lost: Lost) -> None:
+        """How many of the replies failed that the verdicts of a phase are made of, together and by kind; nothing where each is one answer."""
+        replies = lost.replies
+        counts = {"all": replies.lost} | {kind: replies.failed.get(kind, 0) for kind in sorted(lost.kinds)}
+        for kind, count in counts.items() if replies.asked else ():
+            share = count / replies.asked
+            self._log(
+                iteration,
+                self._one("oracle_replies_failed", share, n=replies.asked, labels={"phase": phase, "kind": kind}),
+            )
 
     def skipped(self, iteration: int, steps: int) -> None:
         """How many optimizer steps of the iteration were skipped so far."""

@@ -9,6 +9,7 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
@@ -21,7 +22,7 @@ from onlinerl.errors import ConfigError, OnlineRLError, OracleError
 from onlinerl.oracle_calls import Caller
 from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.oracle import Oracle, moved
-from onlinerl.types import Cost, Failure, Query, Verdict
+from onlinerl.types import Cost, Failure, Query, Replies, Verdict
 from onlinerl.types.labels import COMPONENT, RESERVED
 
 Result = Verdict | Failure
@@ -287,11 +288,16 @@ def cost_of(results: Mapping[str, Result]) -> Cost:
     return total(each.cost for each in results.values())
 
 
+def replies_of(results: Mapping[str, Result]) -> Replies:
+    """Of all of them together."""
+    return reduce(Replies.plus, (each.replies for each in results.values()), Replies())
+
+
 def failed(results: Mapping[str, Result]) -> Failure | None:
     """The first failure among the results of one group, with what all have cost; None if there is none."""
     for key, each in results.items():
         if isinstance(each, Failure):
-            return Failure(kind=each.kind, message=f"{key}: {each.message}", cost=cost_of(results))
+            return replace(each, message=f"{key}: {each.message}", cost=cost_of(results), replies=replies_of(results))
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from onlinerl.errors import OracleError
-from onlinerl.types import Cost, Failure, Prompt, Verdict
+from onlinerl.types import Cost, Failure, Prompt, Replies, Verdict
 from onlinerl.types.labels import disagreement
 
 
@@ -30,6 +31,39 @@ def from_scores(
     if isinstance(values, Failure):
         return values
     return Verdict(annotator=annotator, oracle_version=oracle_version, scores=values, cost=cost or Cost(), raw=raw)
+
+
+def from_each(
+    found: Sequence[float | Failure],
+    *,
+    annotator: str,
+    oracle_version: str,
+    cost: Cost,
+) -> Verdict | Failure:
+    """A Verdict of responses that are judged one by one, with a Failure in place of the score of each that could not be: it is not judged, and
+    is counted. A Failure where so few are left that nothing can be compared.
+
+    Args:
+        found: of each response, in order.
+        annotator, oracle_version, cost: copied into the Verdict.
+    """
+    failures = {i: one for i, one in enumerate(found) if isinstance(one, Failure)}
+    replies = Replies(asked=len(found), failed=dict(Counter(one.kind for one in failures.values())))
+    words = "\n".join(f"response {i}: {one.kind}: {one.message}" for i, one in failures.items()) or None
+    if len(found) - len(failures) < min(2, len(found)):
+        kind = max(replies.failed, key=lambda kind: replies.failed[kind])
+        first = next(one for one in failures.values() if one.kind == kind)
+        message = f"{len(failures)} of {len(found)} responses could not be judged; first {kind}: {first.message}"
+        return Failure(kind=first.kind, message=message, cost=cost, replies=replies)
+    return Verdict(
+        annotator=annotator,
+        oracle_version=oracle_version,
+        scores=tuple(math.nan if isinstance(one, Failure) else float(one) for one in found),
+        unjudged=tuple(failures),
+        raw=words,
+        cost=cost,
+        replies=replies,
+    )
 
 
 def from_components(

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from onlinerl.errors import ConfigError
 from onlinerl.oracles._combining import Combined, unjudged, votes
-from onlinerl.oracles._inner import cost_of, failed, verdicts, words
+from onlinerl.oracles._inner import cost_of, failed, replies_of, verdicts, words
 from onlinerl.types import Failure, Query, Verdict
 
 Combine = Literal["sum", "product", "min", "softmin", "hierarchical", "vote"]
@@ -110,7 +110,8 @@ class Composite(Combined):
         return [failed(said) or self._verdict(verdicts(said), version) for said in self._ask_all(queries)]
 
     def _verdict(self, said: Mapping[str, Verdict], version: str) -> Verdict:
-        known: dict[str, Any] = {"annotator": "composite", "oracle_version": version, "raw": words(said), "cost": cost_of(said)}
+        known: dict[str, Any] = {"annotator": "composite", "oracle_version": version, "raw": words(said)}
+        known |= {"cost": cost_of(said), "replies": replies_of(said)}
         components = self._components(said)
         if self.combine == "vote":
             shares = votes({name: verdict.matrix() for name, verdict in said.items()}, self.weights)

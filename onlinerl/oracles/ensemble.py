@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from onlinerl.errors import ConfigError
 from onlinerl.oracles import _verdicts
 from onlinerl.oracles._combining import Combined, unjudged, votes
-from onlinerl.oracles._inner import cost_of, failed, verdicts, words
+from onlinerl.oracles._inner import cost_of, failed, replies_of, verdicts, words
 from onlinerl.types import Failure, Query, Verdict
 from onlinerl.types.labels import induced
 
@@ -88,6 +88,7 @@ class Ensemble(Combined):
             "uncertainty": _verdicts.nats_of(list(matrices.values())),
             "raw": words(said),
             "cost": cost_of(said),
+            "replies": replies_of(said),
         }
         components = self._components(said)
         compares = any(verdict.scores is None for verdict in said.values())

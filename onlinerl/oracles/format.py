@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -33,7 +34,8 @@ class Format(Oracle):
     max_length: int | None = Field(None, ge=0)
     """Longest one."""
     timeout_s: Seconds = 1.0
-    """Longest search in one response. An expression may take for ever on a text that was made for it: such a response gets 0."""
+    """Longest search in one response, which is tried twice. An expression may take for ever on a text that was made for it: such a response is
+    not judged, and counts towards `max_failed_labels`."""
 
     preference_temperature: float = Field(0.2, gt=0)
     """As for every oracle. 1 against 0 is no matter of taste: 0.2 makes that a probability of 0.993."""
@@ -61,6 +63,7 @@ class Format(Oracle):
     def version(self) -> str:
         """Hash of the form."""
         said = self.model_dump(include={"pattern", "match", "ignore_case", "negate", "min_length", "max_length", "timeout_s"})
+        said["late"] = "not judged"  # older versions gave 0
         return f"format-{hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]}"
 
     def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
@@ -69,25 +72,17 @@ class Format(Oracle):
 
     def _judge(self, query: Query) -> Verdict | Failure:
         started = time.perf_counter()
-        late: list[int] = []
-        scores = [self._score(index, response, late) for index, response in enumerate(query.responses)]
-        return _verdicts.from_scores(
-            scores,
-            len(query.responses),
-            annotator="format",
-            oracle_version=self.version,
-            cost=Cost(calls=len(scores), seconds=time.perf_counter() - started),
-            raw=f"not searched within {self.timeout_s:g} s: responses {late}" if late else None,
-        )
+        found = [self._score(response) for response in query.responses]
+        cost = Cost(calls=len(found), seconds=time.perf_counter() - started)
+        return _verdicts.from_each(found, annotator="format", oracle_version=self.version, cost=cost)
 
-    def _score(self, index: int, response: str, late: list[int]) -> float:
+    def _score(self, response: str) -> float | Failure:
         if len(response) < (self.min_length or 0) or len(response) > (
             len(response) if self.max_length is None else self.max_length
         ):
             return 0.0
-        try:
-            found = self._compiled(response, timeout=self.timeout_s, concurrent=True)
-        except TimeoutError:
-            late.append(index)
-            return 0.0
-        return float((found is None) == self.negate)
+        for _ in range(2):  # the machine may have been busy
+            with contextlib.suppress(TimeoutError):
+                found = self._compiled(response, timeout=self.timeout_s, concurrent=True)
+                return float((found is None) == self.negate)
+        return Failure(kind="timeout", message=f"not searched within {self.timeout_s:g} s, twice")

@@ -28,7 +28,7 @@ from onlinerl.people.agreement import figures
 from onlinerl.people.queue import Answer, Question, Queue, identity
 from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.oracle import Figure
-from onlinerl.types import Cost, Failure, Query, Verdict, derive_seed
+from onlinerl.types import Cost, Failure, Query, Replies, Verdict, derive_seed
 
 LOOK_S = 0.25
 """How often the answers are looked at while the run waits."""
@@ -261,7 +261,7 @@ class Human(Chooser):
         for i, query in enumerate(queries):
             if i not in taken:
                 taken[i] = self._waited(asked[i], until)
-            verdict = self._verdict(query, taken[i], version)
+            verdict = self._verdict(query, taken[i], version, said.get(i))
             if verdict is None and i not in said:
                 others = range(i + 1, len(queries)) if time.monotonic() >= until else ()  # their time is over too
                 taken |= {j: self._waited(asked[j], until) for j in others if j not in taken}
@@ -371,9 +371,9 @@ class Human(Chooser):
                 raise OracleError("was closed while the run waited for people", field="oracle", fix="resume the run")
         return []
 
-    def _verdict(self, query: Query, answers: Sequence[Answer], version: str) -> Verdict | None:
+    def _verdict(self, query: Query, answers: Sequence[Answer], version: str, asked: Result | None = None) -> Verdict | None:
         """What people have said as preferences, the response on the left first; None if it is for `ai` to say: they have not answered, or
-        have skipped every pair."""
+        have skipped every pair. What `ai` was asked for before is paid too."""
         if not answers or (self.ai is not None and all(answer.choice == "skip" for answer in answers)):
             return None
         assert self._queue is not None
@@ -394,7 +394,8 @@ class Human(Chooser):
             preferences=as_cells(query.responses, probs, equal=0.5),
             strength=as_cells(query.responses, strengths, equal=0.0) if self.answers == "strength" else None,
             raw=json.dumps({"by": "people", "answers": said}),
-            cost=cost,
+            cost=cost if asked is None else cost.plus(asked.cost),
+            replies=Replies() if asked is None else asked.replies,
         )
 
     def _prob(self, answer: Answer) -> float:

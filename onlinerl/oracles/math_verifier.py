@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -31,15 +32,16 @@ _END_TIMEOUT_S = 5.0
 
 
 class MathVerifier(Oracle):
-    """Scores 1 for the right answer, 0 for a wrong one or none."""
+    """Scores 1 for the right answer, 0 for a wrong one or none. A response that cannot be compared is not judged, and counts towards
+    `max_failed_labels`."""
 
     call_timeout_s: Seconds = 3600.0  # each comparison has a deadline of its own
     max_concurrent: Literal[1] = 1  # there is one process that compares
     timeout_s: Seconds = 5.0
-    """Longest comparison of one response with the reference answer, in seconds."""
-    uncomparable_score: float | None = 0.0
-    """Score of a response that cannot be compared within that time, or within the memory of the process that compares, such as a
-    tower of powers. None: its whole group is a failure instead."""
+    """Longest comparison of one response with the reference answer, in seconds. One that takes longer is tried once more, in a fresh process."""
+    uncomparable_score: float | None = None
+    """Score of a response that has taken too long twice, such as a tower of powers, for those who are sure that the machine is never too busy.
+    None: it is not judged. One at which the process dies that compares is never judged."""
 
     preference_temperature: float = Field(0.2, gt=0)
     """As for every oracle. Right beats wrong by one point and is not a matter of taste: 0.2 makes that a probability of 0.993, where 1
@@ -93,7 +95,8 @@ class MathVerifier(Oracle):
     @property
     def version(self) -> str:
         """Version of math-verify, and how what it cannot compare is scored."""
-        return f"math-verify-{_verdicts.version_of('math-verify')}-uncomparable={self.uncomparable_score}"
+        # 2: a process that dies gives no score, and what is late is tried twice.
+        return f"math-verify-{_verdicts.version_of('math-verify')}-2-uncomparable={self.uncomparable_score}"
 
     @property
     def needs_reference_answer(self) -> bool:
@@ -101,7 +104,8 @@ class MathVerifier(Oracle):
         return True
 
     def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
-        """One Verdict with K scores of 0 or 1 per query, in order.
+        """One Verdict with K scores of 0 or 1 per query, in order, NaN for a response that could not be compared; a Failure where the reference
+        answer cannot be read, or fewer than two responses are judged.
 
         A call that missed its deadline is left to itself and may still be at work when the next one comes: it then gives up.
 
@@ -115,29 +119,22 @@ class MathVerifier(Oracle):
 
     def _judge(self, query: Query, call: int) -> Verdict | Failure:
         started = time.perf_counter()
-        scores: list[float] = []
-        remarks: list[str] = []
-        for index, response in enumerate(query.responses):
-            with self._turn:  # one question at a time: answers do not say whose they are
-                if call != self._calls:
-                    return Failure(kind="timeout", message=f"prompt {query.prompt.id!r}: nobody waits for this answer any more")
-                score = self._compare(str(query.prompt.reference_answer), response)
-            if isinstance(score, Failure):
-                message = f"response {index}: {score.message}"
-                if score.kind == "parse_fail" or self.uncomparable_score is None:
-                    return Failure(kind=score.kind, message=f"prompt {query.prompt.id!r}, {message}")
-                remarks.append(message)
-                score = self.uncomparable_score
-            scores.append(score)
-        cost = Cost(calls=len(scores), seconds=time.perf_counter() - started)
-        return _verdicts.from_scores(
-            scores,
-            len(query.responses),
-            annotator="math_verify",
-            oracle_version=self.version,
-            cost=cost,
-            raw="; ".join(remarks) or None,
-        )
+        found: list[float | Failure] = []
+        for response in query.responses:
+            for _ in range(2):  # the machine may have been busy
+                with self._turn:  # one question at a time: answers do not say whose they are
+                    if call != self._calls:
+                        message = f"prompt {query.prompt.id!r}: nobody waits for this answer any more"
+                        return Failure(kind="timeout", message=message)
+                    score = self._compare(str(query.prompt.reference_answer), response)
+                late = isinstance(score, Failure) and score.kind == "timeout"
+                if not late:
+                    break
+            if isinstance(score, Failure) and score.kind == "parse_fail":
+                return replace(score, message=f"prompt {query.prompt.id!r}: {score.message}")
+            found.append(self.uncomparable_score if late and self.uncomparable_score is not None else score)
+        cost = Cost(calls=len(found), seconds=time.perf_counter() - started)
+        return _verdicts.from_each(found, annotator="math_verify", oracle_version=self.version, cost=cost)
 
     def _compare(self, reference: str, response: str) -> float | Failure:
         self.open()
@@ -150,7 +147,7 @@ class MathVerifier(Oracle):
             self.close()  # the next comparison starts a fresh process
             if crashed:
                 return Failure(kind="error", message="the process that compares answers died, perhaps out of memory")
-            return Failure(kind="timeout", message=f"not compared within {self.timeout_s:g} s")
+            return Failure(kind="timeout", message=f"not compared within {self.timeout_s:g} s, twice")
         if "unreadable" in answer:
             return Failure(kind="parse_fail", message=f"the reference answer {reference!r} is not a mathematical expression")
         return float(answer["score"])

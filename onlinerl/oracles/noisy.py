@@ -106,7 +106,8 @@ class Noisy(Container):
         if self._of_pairs:
             cells = self._cells(query, said.matrix())
             said = replace(said, scores=None, unjudged=(), preferences=cells, log_odds=None, on_disagree="average")
-        return replace(said, raw=json.dumps({"without_noise": np.round(clean.matrix(), 4).tolist()}))
+        note = json.dumps({"without_noise": np.round(clean.matrix(), 4).tolist()})
+        return replace(said, raw="\n".join(filter(None, (note, clean.raw))))
 
     def _cells(self, query: Query, clean: np.ndarray) -> tuple[tuple[float, ...], ...]:
         """[K][K], each cell with the first response shown first."""

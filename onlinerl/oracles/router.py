@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, PrivateAttr, model_validator
 
 from onlinerl.errors import ConfigError
-from onlinerl.oracles._inner import Chooser, Inner, failed, keep, kept
+from onlinerl.oracles._inner import Chooser, Inner, cost_of, failed, keep, kept, replies_of
 from onlinerl.oracles._verdicts import as_preferences, sure
 from onlinerl.protocols.keys import Resumable
 from onlinerl.types import Failure, Query, Verdict, derive_seed
@@ -148,13 +148,13 @@ def _decided(said: dict[str, Verdict], why: Why, version: str) -> Verdict:
     note: dict[str, Any] = {"by": source, "because": why, "cheap_is_sure": round(sure(said["cheap"].matrix()), 4)}
     if source == "expensive":
         note["same_winners"] = _agreement(said["cheap"].matrix(), verdict.matrix())
-    cost = said["cheap"].cost if source == "cheap" else said["cheap"].cost.plus(verdict.cost)
     return replace(
         as_preferences(verdict),
         annotator=f"router:{source}:{verdict.annotator}",
         oracle_version=version,
         raw="\n".join(filter(None, (json.dumps(note), verdict.raw))),
-        cost=cost,
+        cost=cost_of(said),
+        replies=replies_of(said),
     )
 
 

@@ -68,8 +68,9 @@ def _turned(query: Query) -> Query:
 
 def _mean(first: Verdict, second: Verdict, version: str) -> Verdict:
     """Of a verdict and of one about the same responses in the reverse order."""
-    cost = first.cost if second is first else first.cost.plus(second.cost)
+    cost, replies = first.cost, first.replies
     if second is not first:
+        cost, replies = cost.plus(second.cost), replies.plus(second.replies)
         second = _verdicts.turned(second)
     scores = _middle(first.scores, second.scores)
     unknown = () if scores is None else tuple(np.flatnonzero(np.isnan(scores)).tolist())
@@ -92,6 +93,7 @@ def _mean(first: Verdict, second: Verdict, version: str) -> Verdict:
         components=components or None,
         raw="\n".join(filter(None, (first.raw, second.raw))) or None,
         cost=cost,
+        replies=replies,
     )
 
 

@@ -32,7 +32,8 @@ def judged(run: Path) -> Iterator[tuple[int, Group, Verdict]]:
         chosen = StoredTable(TableFiles(folder, SELECTION), rows.SELECTION)
         reused = {one.prompt_id for one in chosen if one.reused_from is not None}
         said = StoredTable(TableFiles(folder, VERDICTS), rows.LABELS)
-        labels = [label for label in said if label.prompt_id not in reused]
+        # The latest: one of which replies had failed may have been asked for again.
+        labels = list({label.prompt_id: label for label in said if label.prompt_id not in reused}.values())
         groups = StoredTable(TableFiles(folder, ROLLOUTS), rows.groups_of(prompts)).select(label.prompt_id for label in labels)
         for label, group in zip(labels, groups, strict=True):
             if group is not None and isinstance(label.result, Verdict):

@@ -27,6 +27,7 @@ from onlinerl.types import (
     Numbers,
     Pair,
     Prompt,
+    Replies,
     Rollout,
     Sampling,
     Selected,
@@ -135,8 +136,8 @@ def prompt_from_row(row: Mapping[str, Any]) -> Prompt:
 def result_row(prompt_id: str, result: Verdict | Failure) -> dict[str, Any]:
     """What the oracle said about a group as one row of the verdicts table; `status` is "ok" or the kind of failure."""
     if isinstance(result, Failure):
-        failed = dict.fromkeys(set(LABELS.schema.names) - {"prompt_id", "status", "message", "cost", *_ORIGIN})
-        return {"prompt_id": prompt_id, "status": result.kind, "message": result.message, **failed, "cost": _cost(result.cost)}
+        known = {"prompt_id": prompt_id, "status": result.kind, "message": result.message, "cost": _cost(result.cost)}
+        return {**dict.fromkeys(set(LABELS.schema.names) - {*_ORIGIN}), **known, **_replies(result.replies)}
     return {
         "prompt_id": prompt_id,
         "status": "ok",
@@ -153,13 +154,15 @@ def result_row(prompt_id: str, result: Verdict | Failure) -> dict[str, Any]:
         "temperature": float(result.temperature),
         "raw": result.raw,
         "cost": _cost(result.cost),
+        **_replies(result.replies),
     }
 
 
 def result_from_row(row: Mapping[str, Any]) -> tuple[str, Verdict | Failure]:
     """The reverse of `result_row`: the prompt's id, and what the oracle said."""
     if row["status"] != "ok":
-        return row["prompt_id"], Failure(kind=row["status"], message=row["message"], cost=cost_from_row(row.get("cost")))
+        cost, replies = cost_from_row(row.get("cost")), _replies_from_row(row)
+        return row["prompt_id"], Failure(kind=row["status"], message=row["message"], cost=cost, replies=replies)
     verdict = Verdict(
         annotator=row["annotator"],
         oracle_version=row["oracle_version"],
@@ -174,6 +177,7 @@ def result_from_row(row: Mapping[str, Any]) -> tuple[str, Verdict | Failure]:
         temperature=1.0 if row.get("temperature") is None else row["temperature"],  # older runs did not store it
         raw=row["raw"],
         cost=Cost(**row["cost"]),
+        replies=_replies_from_row(row),
     )
     return row["prompt_id"], verdict
 
@@ -284,6 +288,17 @@ def cost_from_row(cells: Mapping[str, Any] | None) -> Cost:
     return Cost(**(cells or {}))
 
 
+def _replies(replies: Replies) -> Row:
+    failed = [{"kind": kind, "count": count} for kind, count in replies.failed.items()]
+    return {"questions": replies.asked, "failed_replies": failed}
+
+
+def _replies_from_row(row: Mapping[str, Any]) -> Replies:
+    """Older runs did not store them."""
+    failed = {one["kind"]: one["count"] for one in row.get("failed_replies") or ()}
+    return Replies(asked=row.get("questions") or 0, failed=failed)
+
+
 def _floats(cells: Sequence[float | None]) -> tuple[float, ...]:
     return tuple(math.nan if cell is None else cell for cell in cells)
 
@@ -336,6 +351,8 @@ LABELS = Codec(
             "temperature": pa.float64(),
             "raw": _TEXT,
             "cost": COST,
+            "questions": _INT,
+            "failed_replies": pa.list_(pa.struct({"kind": _TEXT, "count": _INT})),
             "key": _TEXT,
             "reused_from": _TEXT,
             "saved": COST,

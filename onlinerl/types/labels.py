@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -73,6 +74,33 @@ class Cost:
             tokens=self.tokens + other.tokens,
             tokens_out=self.tokens_out + other.tokens_out,
         )
+
+
+FailureKind = Literal["error", "timeout", "refused", "parse_fail", "non_finite", "wrong_length", "budget"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replies:
+    """What came of the questions that a judgement is made of, where these are several: one for each response, or for each comparison."""
+
+    asked: int = 0
+    """Questions, each with one reply, however often it was tried. 0 where the group is one question."""
+    failed: Mapping[str, int] = field(default_factory=dict)
+    """How many of them have no usable reply, by `FailureKind`. What they were about is unknown."""
+
+    @property
+    def lost(self) -> int:
+        """Of all kinds."""
+        return sum(self.failed.values())
+
+    def possible(self) -> bool:
+        """Whether these numbers can be true."""
+        counts = self.failed.values()
+        return {*self.failed} <= {*get_args(FailureKind)} and all(n >= 0 for n in counts) and self.lost <= self.asked
+
+    def plus(self, other: Replies) -> Replies:
+        """Of both together."""
+        return Replies(asked=self.asked + other.asked, failed=dict(Counter(self.failed) + Counter(other.failed)))
 
 
 COMPONENT = re.compile(r"[a-z][a-z0-9_]*")
@@ -145,6 +173,8 @@ class Verdict:
     raw: str | None = None
     """The judge's own words, for people."""
     cost: Cost = field(default_factory=Cost)
+    replies: Replies = field(default_factory=Replies)
+    """How many of its questions have failed, and how: they count towards `max_failed_labels`, as failed groups do."""
 
     def problem(self, count: int) -> Failure | None:
         """What is wrong with this as a judgement of `count` responses, or None."""
@@ -178,6 +208,11 @@ class Verdict:
         texts = (self.annotator, self.oracle_version, self.raw or "")
         if not all(isinstance(text, str) for text in texts) or not isinstance(self.cost, Cost):
             return Failure(kind="parse_fail", message="annotator, oracle_version and raw must be texts, and cost a Cost")
+        if not isinstance(self.replies, Replies) or not self.replies.possible():
+            said = (
+                f"replies must be Replies, at most as many failed as asked, by kinds out of {', '.join(get_args(FailureKind))}"
+            )
+            return Failure(kind="parse_fail", message=said)
         return None
 
     def _wrong_component(self, count: int) -> Failure | None:
@@ -288,10 +323,12 @@ class Verdict:
 class Failure:
     """The oracle could not judge. Never a score, never a tie."""
 
-    kind: Literal["error", "timeout", "refused", "parse_fail", "non_finite", "wrong_length", "budget"]
+    kind: FailureKind
     message: str
     cost: Cost = field(default_factory=Cost)
     """What was paid all the same."""
+    replies: Replies = field(default_factory=Replies)
+    """Of its questions, where it had several."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

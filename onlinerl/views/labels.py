@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ def summarise(run: Path, iteration: int | None = None, oracle: str = "") -> dict
         StoreError: if there is no run or it is damaged.
     """
     costs: dict[tuple[int, str, str], dict[str, Any]] = {}
-    judged: dict[str, dict[str, list[Compared]]] = defaultdict(lambda: defaultdict(list))
+    # By version, prompt, and where it stands: of a label that was asked for again, the latest.
+    judged: dict[str, dict[str, dict[tuple[int, str], Compared]]] = defaultdict(lambda: defaultdict(dict))
     named: dict[str, str] = {}
     winners: dict[str, dict[tuple[int, str], np.ndarray]] = defaultdict(dict)
     for row in labelled.rows(run, iteration, oracle):
@@ -55,7 +56,7 @@ def summarise(run: Path, iteration: int | None = None, oracle: str = "") -> dict
         if isinstance(said, Verdict) and len(row["responses"]) > 1:
             version = said.oracle_version
             named[version] = said.annotator
-            judged[version][row["prompt_id"]].append(Compared.of_texts(row["responses"], said))
+            judged[version][row["prompt_id"]][row["iteration"], row["table"]] = Compared.of_texts(row["responses"], said)
             if row["table"] in (VERDICTS, REFRESH_LABELS) or row["table"].startswith(labels.RELABELS):
                 winners[version][row["iteration"], row["prompt_id"]] = _winners(said)
     stored = summary.manifest(run)
@@ -88,19 +89,24 @@ def _add(costs: dict[tuple[int, str, str], dict[str, Any]], row: Mapping[str, An
             "labels": 0,
             "failed": 0,
             "reused": 0,
+            "questions": 0,
+            "failed_replies": 0,
         }
         | dict.fromkeys(_SUMS, 0),
     )
     entry["labels"] += row["status"] == "ok"
     entry["failed"] += row["status"] != "ok"
     entry["reused"] += row.get("reused_from") is not None
+    if row.get("reused_from") is None:
+        entry["questions"] += row.get("questions") or 0
+        entry["failed_replies"] += sum(one["count"] for one in row.get("failed_replies") or ())
     for name in _SUMS:
         entry[name] += row[name]
 
 
-def _audit(found: Mapping[str, Iterable[Compared]]) -> dict[str, Any]:
+def _audit(found: Mapping[str, Mapping[Any, Compared]]) -> dict[str, Any]:
     """Shares over all pairs that a version has judged; those of one prompt are drawn together."""
-    prompts = [list(found[prompt_id]) for prompt_id in sorted(found)]  # whatever was judged first
+    prompts = [list(found[prompt_id].values()) for prompt_id in sorted(found)]  # whatever was judged first
     audit: dict[str, Any] = {"groups": sum(map(len, prompts)), "prompts": len(prompts)}
     for name, (part, whole) in _RATES.items():
         tops = [sum(getattr(one, part) for one in every) for every in prompts]
@@ -172,6 +178,9 @@ def remarks(found: Mapping[str, Any]) -> Iterator[str]:
     starts, calls = found["starts"], sum(row["calls"] for row in found["costs"])
     usd = starts["usd"] + sum(row["usd"] for row in found["costs"])
     yield f"{calls + starts['calls']} calls in all, {starts['calls']} of them at starts" + (f"; ${usd:.4f}" if usd else "")
+    questions, lost = (sum(row[name] for row in found["costs"]) for name in ("questions", "failed_replies"))
+    if lost:
+        yield f"{lost} of {questions} replies failed ({lost / questions:.1%}); what they were about is judged by the others, or not at all"
     for one in found["audit"]:
         shares = (f"{name.replace('_', ' ')} {_shown(one[name])}" for name in _RATES if one[name] is not None)
         yield f"{one['oracle_version']}: " + ("; ".join(shares) or "nothing was compared")

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import signal
+import time
+import zlib
 from collections import Counter
+from itertools import permutations
 from typing import Any
 
 import pytest
 
 pytest.importorskip("aiohttp")
 
-from judges import CLOSED, GARBAGE, HALF_A_REPLY, JudgeServer, completion, judging
+from judges import CLOSED, GARBAGE, HALF_A_REPLY, JudgeServer, completion, judging, quality, shown
 from toy_runs import PROMPTS, everything
 
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.trackers.jsonl import read_metrics
+from onlinerl.types import Verdict
 
 TRIAL = ("What is 2 + 2?", "It was bad, the answer is 7.", "It was good.")
 """What is asked at every start."""
@@ -110,33 +116,158 @@ def test_killed_in_the_middle_of_a_group_nothing_is_paid_for_twice(config, warm_
     assert figure(tmp_path / "runs/toy", "oracle_requests", 1, phase="label")["value"] == PROMPTS * 12
 
 
+PATIENCE_S = 4.0
+
+
+def hang() -> Any:
+    time.sleep(PATIENCE_S + 2)
+    return CLOSED
+
+
+LASTING: list[tuple[Any, str]] = [
+    (GARBAGE, "parse_fail"),
+    ((200, completion('{"rationale": "", "verdict": "C"}'), {}), "parse_fail"),
+    ((200, completion("both are fine"), {}), "parse_fail"),
+    ((400, {"error": {"message": "too long"}}, {}), "refused"),
+    (hang, "timeout"),
+]
+"""What a question gets at every try, and as what its reply counts."""
+PASSING: list[Any] = [(429, "", {"Retry-After": "0"}), (500, "oops", {}), CLOSED, HALF_A_REPLY, hang]
+"""What a question gets at its first try only."""
+
+
+def way(first: str, second: str) -> int:
+    """In which way the question about these two goes wrong, by the texts alone; from len(LASTING + PASSING) on in none."""
+    return zlib.crc32(f"{first} before {second}".encode()) % 40
+
+
+def said_of(texts: list[str]) -> tuple[Any, Counter[str]]:
+    """[K][K]: what a judge says with whom nothing goes wrong, None where it is not to be heard; and how many are not, by kind."""
+    cells: list[list[float | None]] = [[None] * len(texts) for _ in texts]
+    lost: Counter[str] = Counter()
+    for (i, first), (j, second) in permutations(enumerate(texts), 2):
+        if (how := way(first, second)) < len(LASTING):
+            lost[LASTING[how][1]] += 1
+        else:
+            gap = quality(first) - quality(second)
+            cells[i][j] = 0.5 if gap == 0 else float(gap > 0)
+    return cells, lost
+
+
 def test_no_failure_of_the_judge_reaches_training(config, warm_cli, tmp_path, server):
-    """A fifth of the answers goes wrong in every way there is; what may pass is asked again, the rest is unknown and nowhere a number."""
-    ways: list[Any] = [
-        (429, "", {"Retry-After": "0"}),
-        (500, "oops", {}),
-        GARBAGE,
-        HALF_A_REPLY,
-        CLOSED,
-        (200, completion('{"rationale": "", "verdict": "C"}'), {}),
-        (200, completion("both are fine"), {}),
-    ]
+    """A quarter of the questions goes wrong in every way there is, also by an answer that never comes. What may pass is asked again; the rest is
+    unknown, nowhere a number, and all that is known is what a judge says with whom nothing goes wrong."""
+    met: Counter[int] = Counter()
+    tried: Counter[str] = Counter()
 
     def chaos(n: int, body: Any) -> Any:
-        return ways[n // 5 % len(ways)] if n > 5 and n % 5 == 0 else None
+        text = body["messages"][0]["content"]
+        how = way(shown(text, "response_a"), shown(text, "response_b"))
+        if any(trial in text for trial in TRIAL) or how >= len(LASTING) + len(PASSING):
+            return None
+        tried[text] += 1
+        if how >= len(LASTING) and tried[text] > 1:
+            return None
+        met[how] += 1
+        fault = LASTING[how][0] if how < len(LASTING) else PASSING[how - len(LASTING)]
+        return fault() if callable(fault) else fault
 
     server.instead = chaos
-    done = warm_cli("run", config(**{"oracle.read_from": "text", "oracle.retries": 5}))
+    keys = {"oracle.read_from": "text", "oracle.request_timeout_s": PATIENCE_S, "max_failed_labels": 0.4}
+    done = warm_cli("run", config(**keys))
     assert done.returncode == 0, done.message
+    assert set(met) == set(range(len(LASTING) + len(PASSING))), "each way was met"
+    run = tmp_path / "runs/toy"
+    with RunDirectory.open(run) as store:
+        tables = {t: [store.read(t, name) for name in ("rollouts", "verdicts", "pairs")] for t in (1, 2)}
+        compared = [
+            row for t in (1, 2) for name in {"comparisons_0000", f"comparisons_{t - 1:04d}"} for row in store.read(t, name)
+        ]
+    for t, (rollouts, verdicts, pairs) in tables.items():
+        clean = {row["prompt_id"]: said_of(row["texts"]) for row in rollouts}
+        matrices = {}
+        for row in verdicts:
+            cells, lost = clean[row["prompt_id"]]
+            assert (row["status"], row["preferences"]) == ("ok", cells)
+            assert {one["kind"]: one["count"] for one in row["failed_replies"]} == lost
+            known = tuple(tuple(math.nan if cell is None else cell for cell in line) for line in cells)
+            matrices[row["prompt_id"]] = Verdict(annotator="", oracle_version="", preferences=known).matrix()
+        assert len(matrices) == PROMPTS
+        assert pairs
+        for pair in pairs:
+            prob = matrices[pair["prompt_id"]][pair["chosen"], pair["rejected"]]
+            assert pair["prob"] == prob > 0.5, "what is trained on was said by the judge"
+        share = figure(run, "oracle_replies_failed", t, phase="label", kind="all")
+        assert share["n"] == 12 * PROMPTS
+        assert share["value"] == sum(lost.total() for _, lost in clean.values()) / share["n"] > 0
+    for row in compared:
+        cells = [cell for line in row["preferences"] or [] for cell in line]
+        lost = sum(one["count"] for one in row["failed_replies"])
+        assert set(cells) <= {None, 0.0, 0.5, 1.0}
+        assert row["status"] != "ok" or row["reused_from"] or cells.count(None) == 2 + lost
+    found = json.loads(warm_cli("labels", run, "--json").stdout)
+    paid = found["starts"]["calls"] + sum(row["calls"] for row in found["costs"])
+    assert paid == len(server.asked), "every try is counted, and none twice"
+
+
+def test_a_judge_that_loses_its_replies_stops_the_run_which_goes_on_when_it_is_repaired(config, warm_cli, tmp_path, server):
+    """Each group keeps enough replies for a verdict, so not one of them is a failure. What was answered is not paid for again."""
+    gone: list[str] = []
+
+    def lossy(n: int, body: Any) -> Any:
+        if n <= 5 or n % 4:
+            return None
+        gone.append(body["messages"][0]["content"])
+        return GARBAGE
+
+    file = config(**{"oracle.retries": 0, "oracle.max_requests": 1, "iterations": 1})
+    server.instead = lossy
+    stopped = warm_cli("run", file)
+    run = tmp_path / "runs/toy"
+    assert stopped.returncode == 1, stopped.message
+    assert re.search(r"(\d+) of (\d+) replies failed \(\1 parse_fail\); first parse_fail: prompt '", stopped.stderr), (
+        stopped.stderr
+    )
+    assert "max_failed_labels" in stopped.stderr
+    with RunDirectory.open(run) as store:
+        rows = {row["prompt_id"]: row for row in store.read(1, "verdicts")}
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    lost = sum(one["count"] for row in rows.values() for one in row["failed_replies"])
+    share = figure(run, "oracle_replies_failed", 1, phase="label", kind="all")
+    assert (share["value"], share["n"]) == (lost / (12 * len(rows)), 12 * len(rows))
+    assert share["value"] > 0.1
+    assert figure(run, "oracle_replies_failed", 1, phase="label", kind="parse_fail")["value"] == share["value"]
     server.instead = lambda n, body: None
-    with RunDirectory.open(tmp_path / "runs/toy") as store:
-        rows = store.read(1, "verdicts")
-    cells = [cell for row in rows for line in row["preferences"] for cell in line]
-    assert set(cells) <= {None, 0.0, 0.5, 1.0}
-    unknown = cells.count(None) - 4 * len(rows)
-    failed = sum(line.split(": ")[1] == "parse_fail" for row in rows for line in row["raw"].splitlines())
-    assert 0 < unknown == failed
-    assert figure(tmp_path / "runs/toy", "oracle_requests", 1, phase="label")["value"] > PROMPTS * 12
+    done = warm_cli("resume", run)
+    assert done.returncode == 0, done.message
+    answered = Counter(asked(server)) - Counter(gone)
+    assert sum(n - 1 for n in answered.values()) <= 1, "but for the one that was under way when the run stopped"
+    with RunDirectory.open(run) as store:
+        latest = {row["prompt_id"]: row for row in store.read(1, "verdicts")}
+    assert len(latest) == PROMPTS
+    for row in latest.values():
+        assert (row["questions"], row["failed_replies"]) == (12, [])
+        assert sum(cell is not None for line in row["preferences"] for cell in line) == 12
+    for kind in ("all", "parse_fail"):
+        assert figure(run, "oracle_replies_failed", 1, phase="label", kind=kind)["value"] == 0
+    found = warm_cli("labels", run, "--json")
+    costs = json.loads(found.stdout)["costs"]
+    assert sum(row["failed_replies"] for row in costs) == lost
+
+
+def test_with_a_limit_of_its_own_a_run_goes_on_with_what_a_judge_still_says(config, warm_cli, tmp_path, server):
+    def lossy(n: int, body: Any) -> Any:
+        return GARBAGE if n > 5 and n % 4 == 0 else None
+
+    server.instead = lossy
+    keys = {"oracle.retries": 0, "iterations": 1, "max_failed_labels": 0.5, "schedule.stream": True}
+    done = warm_cli("run", config(**keys))
+    assert done.returncode == 0, done.message
+    run = tmp_path / "runs/toy"
+    assert 0.1 < figure(run, "oracle_replies_failed", 1, phase="label", kind="all")["value"] < 0.5
+    with RunDirectory.open(run) as store:
+        assert len(store.read(1, "verdicts")) == PROMPTS
+        assert store.read(1, "pairs")
 
 
 def test_a_judge_that_always_names_the_first_teaches_nothing(config, warm_cli, tmp_path, server):

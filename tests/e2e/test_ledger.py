@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("aiohttp")
 
-from judges import JudgeServer, judging
+from judges import GARBAGE, JudgeServer, judging
 from older import as_before_the_ledger
 from preference_rows import taste, write_rows
 from toy_runs import COUNTED, HELDOUT, PROMPTS, events, everything, pairs, weights
@@ -227,6 +227,38 @@ def test_another_oracle_judges_what_was_sampled_and_goes_on_where_it_was_killed(
     assert len(agreement["oracle_versions"]) == 2
     assert [row["labels"] for row in found["costs"] if row["phase"] == "relabel"] == [PROMPTS, PROMPTS]
     assert ledger(warm_cli, run, "--oracle", "judge")["agreement"] == []
+
+
+def test_a_judge_that_loses_its_replies_stops_relabel_which_goes_on_when_it_is_repaired(toy_config, warm_cli, tmp_path, server):
+    assert warm_cli("run", toy_config(tmp_path, {"iterations": 1, "metrics.prometheus": False})).returncode == 0
+    run = tmp_path / "runs/toy"
+    command = (
+        "relabel",
+        run,
+        "oracle.name=judge_pair",
+        f"oracle.base_url={server.url}/v1",
+        "oracle.model=judge",
+        "oracle.retries=0",
+    )
+    gone: list[str] = []
+
+    def lossy(n: int, body: Any) -> Any:
+        if n <= 5 or n % 3:
+            return None
+        gone.append(body["messages"][0]["content"])
+        return GARBAGE
+
+    server.instead = lossy
+    stopped = warm_cli(*command, "oracle.max_requests=1")
+    assert stopped.returncode == 1, stopped.message
+    assert "replies failed (" in stopped.stderr
+    server.instead = lambda n, body: None
+    done = warm_cli(*command)
+    assert done.returncode == 0, done.message
+    assert "replies failed" not in done.stdout
+    answered = asked(server) - Counter(gone)
+    assert sum(n - 1 for n in answered.values()) <= 1, "but for the one that was under way when it stopped"
+    assert answered.total() >= PROMPTS * 12
 
 
 def test_an_oracle_agrees_with_itself(toy_config, warm_cli, tmp_path):

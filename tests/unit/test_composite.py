@@ -13,7 +13,7 @@ from onlinerl import config as configuration
 from onlinerl.config import component
 from onlinerl.errors import ConfigError, OracleError
 from onlinerl.protocols.oracle import ModelOracle, Oracle, leaves, with_weights
-from onlinerl.types import Cost, Failure, Prompt, Query, Verdict
+from onlinerl.types import Cost, Failure, Prompt, Query, Replies, Verdict
 
 NAN = math.nan
 
@@ -442,11 +442,18 @@ def test_the_form_of_a_response(knobs, scores):
     assert ask(built("format", **knobs), *texts).scores == scores
 
 
-def test_an_expression_that_takes_for_ever_costs_its_deadline():
+def test_a_response_on_which_an_expression_takes_for_ever_is_not_judged():
+    """It costs two deadlines and counts as failed. What has another form still gets 0."""
     oracle = built("format", pattern="(a|aa|a?a)+$", timeout_s=0.2)
-    verdict = ask(oracle, "a" * 5000 + "b", "aaa")
-    assert verdict.scores == (0.0, 1.0)
-    assert verdict.raw == "not searched within 0.2 s: responses [0]"
+    slow = "a" * 5000 + "b"
+    verdict = ask(oracle, slow, "aaa", "x")
+    np.testing.assert_array_equal(verdict.scores, (math.nan, 1.0, 0.0))
+    assert (verdict.unjudged, verdict.replies) == ((0,), Replies(asked=3, failed={"timeout": 1}))
+    assert verdict.raw == "response 0: timeout: not searched within 0.2 s, twice"
+    failure = ask(oracle, slow, "aaa")
+    assert isinstance(failure, Failure), "one response that is left is better than nothing"
+    assert (failure.kind, failure.replies) == ("timeout", Replies(asked=2, failed={"timeout": 1}))
+    assert isinstance(ask(oracle, slow), Failure)
 
 
 def test_what_is_no_expression_is_refused():

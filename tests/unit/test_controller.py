@@ -16,8 +16,9 @@ from onlinerl.controller import evaluation, health, statistics
 from onlinerl.controller.evaluation import Evaluated
 from onlinerl.controller.parts import batched, learning_rates, reference_iteration
 from onlinerl.controller.phases.commit import best_iterate
+from onlinerl.controller.tally import Lost
 from onlinerl.errors import EngineError, OracleError, StoreError
-from onlinerl.types import Failure, Group, Judged, Prompt, Request, Rollout, Sampling, Verdict
+from onlinerl.types import Failure, Group, Judged, Label, Prompt, Replies, Request, Rollout, Sampling, Verdict
 
 # --- schedules ---
 
@@ -172,6 +173,53 @@ def test_the_commonest_failure_is_shown():
     kinds = [Failure(kind="timeout", message="slow"), *[Failure(kind="non_finite", message="is nan")] * 2]
     with pytest.raises(OracleError, match="first non_finite: is nan"):
         health.check_failures(kinds, 4, 0.5)
+
+
+def lost(*replies: Replies, raw: str = "", **more: object) -> Lost:
+    found = Lost()
+    for n, each in enumerate(replies):
+        found.add(Label(prompt_id=f"p{n}", result=replace(verdict(0.0, 1.0), replies=each, raw=raw), **more))
+    return found
+
+
+def test_replies_that_failed_up_to_the_limit_are_tolerated():
+    """The share is of all replies that are to be expected: at the beginning of a phase few are there."""
+    one = Replies(asked=12, failed={"timeout": 2, "parse_fail": 1})
+    health.check_replies(Lost(), 0, 0.0)
+    health.check_replies(lost(Replies(asked=12)), 1, 0.0)
+    health.check_replies(lost(one), 4, 0.1)
+    health.check_replies(lost(one), 1, 0.25)
+    raw = "0 before 1: 0.5\n0 before 2: parse_fail: no verdict: 'hm'\n1 before 2: timeout: no answer within 9 s"
+    with pytest.raises(OracleError) as error:
+        health.check_replies(lost(one, one, raw=raw), 4, 0.1)
+    said = "6 of 24 replies failed (4 timeout, 2 parse_fail); first timeout: prompt 'p0', 1 before 2: timeout: no answer within 9 s"
+    assert said in str(error.value)
+    assert "max_failed_labels" in str(error.value)
+    assert error.value.field == "oracle"
+
+
+def test_replies_of_labels_that_were_not_asked_for_and_of_failures():
+    """What another run has lost this one cannot repair; what a group has lost that failed as a whole counts."""
+    one = Replies(asked=12, failed={"timeout": 12})
+    health.check_replies(lost(one, one, reused_from="runs/a/0001/verdicts"), 2, 0.0)
+    found = lost(Replies(asked=12))
+    found.add(Label(prompt_id="q", result=Failure(kind="timeout", message="12 of 12; first timeout: late", replies=one)))
+    with pytest.raises(OracleError, match=r"12 of 24 replies failed .* prompt 'q', 12 of 12; first timeout: late"):
+        health.check_replies(found, 2, 0.4)
+
+
+def test_of_a_group_that_was_asked_about_again_the_latest_counts():
+    found = Lost()
+    for replies in (Replies(asked=4, failed={"timeout": 3}), Replies(asked=4, failed={"refused": 1}), Replies(asked=4)):
+        found.add(Label(prompt_id="p", result=replace(verdict(0.0), replies=replies)))
+        assert (found.groups, found.replies) == (1, replies)
+    assert found.kinds == {"timeout", "refused"}, "whose shares are 0 now, and were not"
+
+
+@pytest.mark.parametrize("wrong", [Replies(asked=1, failed={"error": 2}), Replies(asked=9, failed={"lost": 1}), 3])
+def test_replies_that_cannot_be_are_no_verdict(wrong):
+    assert replace(verdict(1.0), replies=Replies(asked=2, failed={"error": 2})).problem(1) is None
+    assert replace(verdict(1.0), replies=wrong).problem(1) is not None
 
 
 def learnable(*groups: Judged, items: bool = True, within_groups: bool = True, **dropped: int) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -188,7 +189,11 @@ def modules(tmp_path, monkeypatch):
             "NameError: name 'LIMIT' is not defined\n  in {folder}/mine_undefined.py, line 1: limit = LIMIT",
             "correct",
         ),
-        ("unfinished", '{folder}/mine_unfinished.py", line 1', "correct the error"),
+        (
+            "unfinished",
+            "SyntaxError: invalid syntax\n  in {folder}/mine_unfinished.py, line 1: class Mine(",
+            "correct the error",
+        ),
         ("constructor", "has an `__init__`", "set other state in `open`"),
     ],
 )
@@ -204,6 +209,46 @@ def test_state_that_is_no_knob(modules):
     with pytest.raises(OracleError, match=r"Mine sets `self\.client`, which is no knob") as error:
         oracle.open()
     assert "`_client: Any = PrivateAttr(None)`" in error.value.fix
+
+
+def imports(folder: Path, **files: str) -> OracleError:
+    """What is said of `brevity.py:judge` among these files."""
+    for name, code in files.items():
+        (folder / f"{name}.py").write_text(code)
+    oracle = registry.load("oracles", "python", Oracle)(function=f"{folder}/brevity.py:judge")
+    with pytest.raises(OracleError) as error:
+        oracle.open()
+    assert error.value.field == "oracle.function"
+    return error.value
+
+
+def test_a_file_that_cannot_be_imported_is_shown_with_the_lines_to_blame(tmp_path):
+    found = imports(tmp_path, brevity="import math\n\nLIMIT = math.sqroot(4)\n\ndef judge(groups):\n    return []\n")
+    file = tmp_path / "brevity.py"
+    said = "AttributeError: module 'math' has no attribute 'sqroot'"
+    assert found.cause == f"cannot import '{file}': {said}\n  in {file}, line 3: LIMIT = math.sqroot(4)"
+    found = imports(tmp_path, brevity="def judge(groups:\n    return []\n")
+    assert found.cause.startswith(f"cannot import '{file}': SyntaxError: ")
+    assert found.cause.splitlines()[1:] == [f"  in {file}, line 1: def judge(groups:"]
+
+
+def test_a_traceback_has_three_lines_at_most(tmp_path):
+    """It begins in the file that was named, and ends at the statement that raised."""
+    helper = "def half(n):\n    return 1 / n if n == 0 else half(n - 1)\n"
+    found = imports(tmp_path, brevity="import brevity_helper\nHALF = brevity_helper.half(5)\n", brevity_helper=helper)
+    first, *trace = found.cause.splitlines()
+    assert first == f"cannot import '{tmp_path}/brevity.py': ZeroDivisionError: division by zero"
+    statement = "return 1 / n if n == 0 else half(n - 1)"
+    assert trace == [
+        f"  in {tmp_path}/brevity.py, line 2: HALF = brevity_helper.half(5)",
+        f"  in {tmp_path}/brevity_helper.py, line 2: {statement}",
+        f"  in {tmp_path}/brevity_helper.py, line 2: {statement}",
+    ]
+    found = imports(tmp_path, brevity="import brevity_broken\n", brevity_broken="x = = 1\n")
+    assert found.cause.splitlines()[1:] == [
+        f"  in {tmp_path}/brevity.py, line 1: import brevity_broken",
+        f"  in {tmp_path}/brevity_broken.py, line 1: x = = 1",
+    ]
 
 
 def test_a_module_that_is_not_there_takes_one_line():

@@ -28,7 +28,7 @@ from onlinerl.errors import BudgetError, ConfigError, OracleError
 from onlinerl.oracles._judge import endpoint, kept, plans, templates
 from onlinerl.oracles._judge.base import Judge
 from onlinerl.protocols.oracle import Oracle
-from onlinerl.types import Cost, Failure, Message, Prompt, Query, Verdict
+from onlinerl.types import Cost, Failure, Message, Prompt, Query, Replies, Verdict
 
 RESPONSES = ("a good 72", "a bad 71", "a dull film", "egg")
 
@@ -466,15 +466,21 @@ def test_a_failure_is_never_a_score(judge, server, fault, kind, calls):
     assert verdict.matrix()[0].tolist() == [0.5, 0.0, 1.0], "from the order in which x is shown second"
     assert verdict.cost.calls == 4 + 2 * calls
     assert kind in verdict.raw
+    assert verdict.replies == Replies(asked=6, failed={kind: 2}), (
+        "each once that stayed without a verdict, however often it was tried"
+    )
     faulty(server, fault, times=100, about="<prompt>")
     failure = one(oracle, "x", "yg")
     assert isinstance(failure, Failure)
     assert failure.kind == kind
     assert failure.cost.calls == 2 * calls
     assert "2 of 2 replies are no verdict" in failure.message
+    assert failure.replies == Replies(asked=2, failed={kind: 2})
     scoring = judge("judge_score", read_from="text", response_format="text", **patience)
     faulty(server, fault, times=100, about="<response>\nx\n")
-    assert np.isnan(one(scoring, "x", "yg", "zb").scores).tolist() == [True, False, False]
+    scored = one(scoring, "x", "yg", "zb")
+    assert np.isnan(scored.scores).tolist() == [True, False, False]
+    assert scored.replies == Replies(asked=3, failed={kind: 1})
     failure = one(scoring, "x", "yg")
     assert isinstance(failure, Failure), "one usable response is nobody's better"
     assert failure.kind == kind
@@ -606,6 +612,22 @@ def test_a_reply_that_is_cut_is_no_verdict(judge, server):
 # --- what is kept ---
 
 
+@pytest.mark.parametrize("schema", [True, False])
+def test_the_judge_s_words_are_kept_word_for_word(judge, schema):
+    with judging(schema=schema) as server:
+        server.words = (
+            "First, both answer.\n\n" + " ".join(f"Point {n}: the one is better." for n in range(500)) + "\nThat is all."
+        )
+        verdict = one(judge(at=server), "x", "yg")
+        for which in ("0 before 1: ", "1 before 0: "):
+            (begun,) = (part for part in re.split(r"\n(?! )", verdict.raw) if part.startswith(which))
+            assert begun.split(": ", 2)[2].replace("\n  ", "\n") == server.words
+        server.instead = lambda n, body: (200, completion(server.words), {})
+        failure = one(judge("judge_score", at=server, read_from="text", response_format="text"), "x", "yg")
+        assert "That is all." in failure.message
+        assert len(failure.message) < 500
+
+
 def test_killed_within_a_group_a_resume_asks_only_for_what_has_no_answer(judge, server, tmp_path):
     knobs = {"max_requests": 1, "request_timeout_s": 60.0}
     first = judge(**knobs)
@@ -730,6 +752,28 @@ def test_what_a_failure_has_cost_is_said_once(judge, server, tmp_path):
     again.remember(tmp_path)
     assert one(again, "x", "y").cost.calls == 1
     assert len(server.asked) == 3
+
+
+def test_a_verdict_with_replies_that_failed_is_asked_for_again_at_the_price_of_those_alone(judge, server, tmp_path):
+    faulty(server, GARBAGE, times=100, about="<response_a>\nx\n")
+    first = judge(read_from="text")
+    first.remember(tmp_path)
+    partly = one(first, "x", "yg", "zb")
+    assert (partly.replies.asked, partly.replies.lost) == (6, 2)
+    first.recorded([(query("x", "yg", "zb"), partly)])
+    first.close()
+    server.instead = lambda n, body: None
+    before = len(server.asked)
+    again = judge(read_from="text")
+    again.open()
+    again.remember(tmp_path)
+    opening = len(server.asked) - before
+    whole = one(again, "x", "yg", "zb")
+    assert len(server.asked) - before - opening == 2
+    assert (whole.cost.calls, whole.replies) == (2, Replies(asked=6)), "what was paid with the first verdict is not said again"
+    again.recorded([(query("x", "yg", "zb"), whole)])
+    assert again.unlabelled(tmp_path).calls == 0
+    assert whole.raw == one(judge(read_from="text"), "x", "yg", "zb").raw
 
 
 def test_a_full_disk_stops_and_says_so(judge, server, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from onlinerl.oracles.math_verifier import MathVerifier
 from onlinerl.oracles.python import PythonFunction
 from onlinerl.oracles.reward_model import RewardModel
 from onlinerl.oracles.sentiment import Sentiment
-from onlinerl.types import Failure, Message, Prompt, Query, Verdict
+from onlinerl.types import Failure, Message, Prompt, Query, Replies, Verdict
 
 
 def query(*responses: str, text: str = "The film was", answer: str | None = None, messages: tuple[Message, ...] = ()) -> Query:
@@ -126,6 +126,19 @@ class TestSentiment:
         assert Sentiment().judge([chat])[0].scores == Sentiment().judge([plain])[0].scores
 
 
+class Stopped(MathVerifier):
+    """Its processes stand still as soon as they could answer."""
+
+    started: int = 0
+
+    def open(self):
+        before = self._worker
+        super().open()
+        if self._worker is not before:
+            self.__dict__["started"] += 1
+            self._worker.send_signal(signal.SIGSTOP)
+
+
 class TestMathVerifier:
     @pytest.fixture(scope="class")
     def oracle(self):
@@ -183,28 +196,64 @@ class TestMathVerifier:
         finally:
             oracle.close()
 
-    def test_what_cannot_be_compared_in_time(self):
-        slow = query("It is $9^{9^{9^{9}}}$", "4", answer="4")
-        oracle = MathVerifier(timeout_s=2, uncomparable_score=None)
-        oracle.open()
+    def test_what_cannot_be_compared_is_not_judged(self):
+        slow = ("It is $9^{9^{9^{9}}}$", "4", "5")
+        oracle = MathVerifier(timeout_s=3)
         try:
-            oracle._worker.send_signal(signal.SIGSTOP)  # it takes no request that is longer than the pipe
-            (failure,) = oracle.judge([query("4" * 2**20, answer="4")])
-            assert (failure.kind, oracle._worker) == ("timeout", None)
-            (failure,) = oracle.judge([slow])
-            assert isinstance(failure, Failure)
-            assert failure.kind in ("timeout", "error")  # out of time, or out of memory before that
-            assert "response 0" in failure.message
+            (verdict,) = oracle.judge([query(*slow, answer="4")])
+            np.testing.assert_array_equal(verdict.scores, (math.nan, 1.0, 0.0))
+            (kind,) = verdict.replies.failed  # out of time, or out of memory before that
+            assert kind in ("timeout", "error")
+            assert (verdict.unjudged, verdict.replies.asked, verdict.replies.lost) == ((0,), 3, 1)
+            assert verdict.raw.startswith(f"response 0: {kind}: ")
+            (failure,) = oracle.judge([query(*slow[:2], answer="4")])
+            assert isinstance(failure, Failure), "one response that is left is better than nothing"
+            assert (failure.kind, failure.replies.lost, failure.cost.calls) == (kind, 1, 2)
         finally:
             oracle.close()
-        oracle = MathVerifier(timeout_s=2)
+
+    def test_what_a_dying_process_was_asked_is_not_judged_and_never_0(self):
+        """The response is right; the process is killed while it compares, as by a machine without memory."""
+        oracle = MathVerifier(timeout_s=60, uncomparable_score=0.0)
         oracle.open()
+        first = oracle._worker
+        first.send_signal(signal.SIGSTOP)
+        threading.Timer(1.0, first.kill).start()
         try:
-            (verdict,) = oracle.judge([slow])
-            assert verdict.scores == (0.0, 1.0), "what cannot be compared scores as its knob says, the others as they are"
-            assert "response 0" in verdict.raw
+            (verdict,) = oracle.judge([query("It is 4.", "4", "5", answer="4")])
         finally:
             oracle.close()
+        np.testing.assert_array_equal(verdict.scores, (math.nan, 1.0, 0.0))
+        assert verdict.replies == Replies(asked=3, failed={"error": 1})
+        assert "response 0: error: the process that compares answers died" in verdict.raw
+
+    def test_what_is_late_once_is_judged_in_a_fresh_process(self):
+        oracle = MathVerifier(timeout_s=10)
+        oracle.open()
+        oracle._worker.send_signal(signal.SIGSTOP)  # and it takes no request that is longer than the pipe
+        try:
+            (verdict,) = oracle.judge([query("so it is not " * 2**17 + "4", "5", answer="4")])
+        finally:
+            oracle.close()
+        assert (verdict.scores, verdict.replies, verdict.raw) == ((1.0, 0.0), Replies(asked=2), None)
+
+    def test_who_is_sure_of_the_machine_may_score_what_is_late(self):
+        oracle = Stopped(timeout_s=0.5, uncomparable_score=0.0)
+        try:
+            (verdict,) = oracle.judge([query("4", answer="4")])
+        finally:
+            oracle.close()
+        assert (verdict.scores, verdict.replies.lost) == ((0.0,), 0)
+        oracle = Stopped(timeout_s=0.5)
+        try:
+            (failure,) = oracle.judge([query("4", answer="4")])
+        finally:
+            oracle.close()
+        assert failure.kind == "timeout"
+        assert failure.message == "1 of 1 responses could not be judged; first timeout: not compared within 0.5 s, twice"
+        assert oracle.started == 2, "the second try is in a process of its own"
+
+    def test_a_dead_process_is_replaced_and_long_answers_arrive_whole(self):
         oracle = MathVerifier(timeout_s=30)
         oracle.open()
         oracle._worker.kill()

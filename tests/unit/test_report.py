@@ -17,7 +17,7 @@ from onlinerl.controller.fleet import FleetReporter
 from onlinerl.controller.parts import Built
 from onlinerl.controller.report import Reporter
 from onlinerl.controller.statistics import bootstrap, divergence, wilson
-from onlinerl.controller.tally import Paid, Sampled
+from onlinerl.controller.tally import Lost, Paid, Sampled
 from onlinerl.metrics.catalogue import CATALOGUE
 from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import per_step
@@ -29,8 +29,10 @@ from onlinerl.types import (
     Cost,
     Group,
     Interval,
+    Label,
     Metric,
     Prompt,
+    Replies,
     Rollout,
     Sampling,
     SyncReport,
@@ -81,6 +83,8 @@ def group(number: int, responses: int = 2) -> Group:
 
 VERDICT = Verdict(annotator="a", oracle_version="1", scores=(0.0, 1.0))
 GROUPS = [group(n) for n in range(3)]
+LOST = Lost()
+LOST.add(Label(prompt_id="0", result=replace(VERDICT, replies=Replies(asked=8, failed={"timeout": 1, "refused": 1}), raw="")))
 LOGPROBS = [np.array([-1.0, -2.0]), np.array([-1.5])]
 SAMPLED_BY = {4: 3, 3: 1}
 ITEMS = tuple(
@@ -137,6 +141,7 @@ def everything(report: Reporter, learner: dict[str, float], figures: dict[str, f
     report.reused(1, {"1": 2, "2": 1}, 40)
     report.labelled(1, ok=2, failed=1, spreads=[0.5, 0.5], uncertainties=[0.1, 0.3])
     report.asked(1, "label", 1, 3)
+    report.replies(1, "label", LOST)
     report.paid(1, "label", Paid(cost=Cost(calls=3, seconds=2.0, usd=0.5, tokens=10, tokens_out=4), saved=Cost(calls=7)))
     report.budget(1, Account(Limits(calls=4, tokens=100, usd=2.0), Cost(calls=3, tokens=10, usd=0.5)))
     cells = ((math.nan, 0.9, 0.9), (0.8, math.nan, 0.9), (0.1, 0.1, math.nan))
@@ -200,6 +205,16 @@ def test_staleness_counts_versions_from_the_one_that_training_starts_from():
     Reporter(FanoutTracker([recorder])).trained(5, steps(), BUILT, None, 0, {})
     found = {r.labels["stat"]: (r.value, r.n) for r in recorder.records if r.name == "staleness"}
     assert found == {"mean": (0.25, 4), "p95": (pytest.approx(0.85), 4), "max": (1.0, 4)}
+
+
+def test_failed_replies_are_shares_of_all_that_were_asked_for_by_kind():
+    recorder = Recorder()
+    report = Reporter(FanoutTracker([recorder]))
+    report.replies(3, "label", Lost())
+    assert not recorder.records, "an oracle whose groups are one question each has no replies"
+    report.replies(3, "label", LOST)
+    found = {(r.labels["phase"], r.labels["kind"]): (r.value, r.n) for r in recorder.records}
+    assert found == {("label", "all"): (0.25, 8), ("label", "timeout"): (0.125, 8), ("label", "refused"): (0.125, 8)}
 
 
 def of(origin: str, catalogue: Catalogue = CATALOGUE) -> dict[str, float]:

@@ -46,6 +46,7 @@ from onlinerl.types import (
     Pair,
     Prompt,
     RejectReason,
+    Replies,
     Rollout,
     Sampling,
     Step,
@@ -122,6 +123,7 @@ def verdicts(draw):
         temperature=draw(st.floats(0.01, 10)),
         raw=draw(st.none() | texts),
         cost=draw(costs),
+        replies=draw(replies),
     )
 
 
@@ -134,7 +136,8 @@ costs = st.builds(
     tokens_out=st.integers(0, 99),
 )
 kinds = st.sampled_from(("error", "timeout", "refused", "parse_fail", "budget"))
-failures = st.builds(Failure, kind=kinds, message=texts, cost=costs)
+replies = st.builds(Replies, asked=st.integers(9, 99), failed=st.dictionaries(kinds, st.integers(1, 3), max_size=3))
+failures = st.builds(Failure, kind=kinds, message=texts, cost=costs, replies=replies)
 
 
 def through_disk(values, codec):

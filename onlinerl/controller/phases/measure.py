@@ -92,13 +92,14 @@ def _comparisons(iterate: int) -> str:
 def _oracle_versions(it: Iteration) -> tuple[Counter[str], Paid]:
     """Verdicts and comparisons of this iterate by the version of the oracle that gave them, and what they and the failures have cost."""
     tables = (EVALUATION_VERDICTS, *(_comparisons(iterate) for iterate in sorted({0, max(0, it.number - 1)})))
-    versions: Counter[str] = Counter()
+    said: dict[tuple[str, str], str] = {}
     paid = Paid()
-    for label in (label for table in tables for label in it.parts.store.labels(it.number, table)):
-        paid = paid.plus(label)
-        if isinstance(label.result, Verdict):
-            versions[label.result.oracle_version] += 1
-    return versions, paid
+    for table in tables:
+        for label in it.parts.store.labels(it.number, table):
+            paid = paid.plus(label)
+            if isinstance(label.result, Verdict):  # the latest: one of which replies had failed may have been asked for again
+                said[table, label.prompt_id] = label.result.oracle_version
+    return Counter(said.values()), paid
 
 
 def _judged(it: Iteration, groups: Sequence[Group], table: str) -> tuple[int, dict[str, Verdict | Failure]]:

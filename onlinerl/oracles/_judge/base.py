@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -27,10 +28,10 @@ from onlinerl.oracles._judge.questions import Price, Question, Said
 from onlinerl.oracles._judge.reading import Form
 from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.oracle import Oracle
-from onlinerl.types import Cost, Failure, Message, Prompt, Query, Verdict, derive_seed
+from onlinerl.types import Cost, Failure, Message, Prompt, Query, Replies, Verdict, derive_seed
 
 SHOWN = 300
-"""Characters of each rationale that are kept."""
+"""Characters of a reply that the message of a failure shows."""
 SHORT_ANSWER = 16
 """Tokens that a verdict without rationale may take."""
 CHARACTERS_PER_TOKEN = 3
@@ -59,7 +60,7 @@ class Judge(Oracle):
     votes: int = Field(1, ge=1)
     """How often each question is asked; the mean counts. More than one needs a temperature."""
     rationale: bool = True
-    """Whether the judge gives reasons before its verdict. They are kept, shortened."""
+    """Whether the judge gives reasons before its verdict. They are kept with the verdict, word for word."""
     rubric: str | None = None
     """What to judge by: a text, or a file. The default is `COMPARE` or `RUBRICS` in onlinerl/oracles/_judge/templates.py."""
     template: str | None = None
@@ -249,11 +250,12 @@ class Judge(Oracle):
         return kept.paid(folder)
 
     def recorded(self, answers: Sequence[tuple[Query, Verdict | Failure]]) -> None:
-        """Their replies need not be kept; those of a failure are, and have been paid for."""
+        """Their replies need not be kept. Those of a failure are, and of a verdict of which some are missing, and have been paid for."""
         for query, result in answers:
             keys = self._keys.pop((query.prompt.id, query.responses), [])
             if self._kept is not None:
-                (self._kept.done if isinstance(result, Verdict) else self._kept.counted)(keys)
+                whole = isinstance(result, Verdict) and not result.replies.lost
+                (self._kept.done if whole else self._kept.counted)(keys)
 
     @property
     def version(self) -> str:
@@ -341,24 +343,24 @@ class Judge(Oracle):
         said = {about: [task.result() for task in asked] for about, asked in tasks.items()}
         cost = reduce(Cost.plus, (task.result().cost for task in everything), Cost())
         given = [one.key for votes in said.values() for one in votes if one.status == "ok"]
+        lost = Counter(task.result().status for task in everything if task.result().status != "ok")
+        replies = Replies(asked=len(everything), failed=dict(lost))
         self._keys[query.prompt.id, query.responses] = given
         verdict = self._verdict(query, said)
         if verdict is None:
-            return self._nothing(query, said, cost)
+            return replace(self._nothing(query, said), cost=cost, replies=replies)
         raw = "\n".join(_line(about, one) for about, votes in said.items() for one in votes)
-        return replace(verdict, cost=cost, raw=raw or None, oracle_version=self.version)
+        return replace(verdict, cost=cost, replies=replies, raw=raw or None, oracle_version=self.version)
 
-    def _nothing(self, query: Query, said: Mapping[Any, Sequence[Said]], cost: Cost) -> Failure:
+    def _nothing(self, query: Query, said: Mapping[Any, Sequence[Said]]) -> Failure:
         """Of a group of which too little was judged."""
         every = [one for votes in said.values() for one in votes]
         failed = [one for one in every if one.status != "ok"]
         kinds = [one.status for one in failed]
         kind: Any = max(sorted(set(kinds)), key=kinds.count)
         first = next(one for one in failed if one.status == kind)
-        message = (
-            f"prompt {query.prompt.id!r}: {len(failed)} of {len(every)} replies are no verdict; first {kind}: {first.words}"
-        )
-        return Failure(kind=kind, message=message, cost=cost)
+        message = f"prompt {query.prompt.id!r}: {len(failed)} of {len(every)} replies are no verdict; first {kind}: {_shortened(first.words)}"
+        return Failure(kind=kind, message=message)
 
     async def _ask(self, question: Question, k: int) -> Said:
         body = self._body(question, k)
@@ -372,11 +374,11 @@ class Judge(Oracle):
         found = None if reply.cut and not self._may_be_cut else question.read(reply)
         if found is None:
             why = "cut at max_tokens" if reply.cut else "no verdict"
-            return Said(status="parse_fail", words=f"{why}: {reply.text[-SHOWN:]!r}", cost=reply.cost)
+            return Said(status="parse_fail", words=f"{why}: {reply.text!r}", cost=reply.cost)
         if fresh and self._kept is not None:
             await self._kept.put(key, reading.pruned(question.form, reply))
         values, log_odds, words = found
-        return Said(status="ok", values=values, log_odds=log_odds, words=words[:SHOWN], cost=reply.cost, key=key)
+        return Said(status="ok", values=values, log_odds=log_odds, words=words, cost=reply.cost, key=key)
 
     def _body(self, question: Question, k: int) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -429,4 +431,10 @@ def _line(about: Any, said: Said) -> str:
     """For people: what was asked, and what came of it."""
     what = " before ".join(str(i) for i in about) if isinstance(about, tuple) else str(about)
     found = " ".join(f"{value:g}" for value in said.values) if said.status == "ok" else said.status
-    return f"{what}: {found}" + (f": {' '.join(said.words.split())}" if said.words else "")
+    words = said.words.strip().replace("\n", "\n  ")
+    return f"{what}: {found}" + (f": {words}" if words else "")
+
+
+def _shortened(words: str) -> str:
+    """The beginning, which says what is wrong, and the end, where the verdict should be."""
+    return words if len(words) <= SHOWN else f"{words[: SHOWN // 3]} ... {words[-2 * SHOWN // 3 :]}"
