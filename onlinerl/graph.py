@@ -35,7 +35,7 @@ iterations up to the one whose weights sample, and what the ones before have sam
 
     select t             as sample t                   -            -                             selection t
 
-Where the oracle's reward model is trained further between iterations, that is a phase too; commit t waits for it, and whoever asks the oracle
+Where the oracle gets other weights between iterations, by a training or because the policy judges itself, that is a phase too; commit t waits for it, and whoever asks the oracle
 for iteration t+1, label and examine (the latter with lag for t+2: what samples beside the training waits for it):
 
     refresh t            measure t                     -            oracle                        refresh_labels t, weights of the oracle
@@ -106,7 +106,7 @@ def phases(
         mixture_samples: the learner samples too; the same holds.
         anchors: the oracle is examined by pairs whose better response is known.
         select: a selector chooses what is sampled, before anything is.
-        refresh: the oracle's reward model is trained further.
+        refresh: the oracle gets other weights between iterations.
     """
     sampled_from = ("sync" if evaluate_beside else "commit", 1 + max_lag)
     lagging = max_lag > 0

@@ -19,7 +19,7 @@ from onlinerl.controller import health
 from onlinerl.controller.asking import Asker
 from onlinerl.controller.tally import Lost, is_final
 from onlinerl.errors import ConfigError, OnlineRLError, StoreError
-from onlinerl.protocols.oracle import Oracle, with_weights
+from onlinerl.protocols.oracle import Oracle, leaves, with_weights
 from onlinerl.protocols.store import ROLLOUTS, VERDICTS
 from onlinerl.stores import labels
 from onlinerl.stores.directory import RunDirectory
@@ -50,6 +50,7 @@ def relabel(directory: Path, overrides: Sequence[str], console: Console, *, iter
             raise StoreError(f"{directory} keeps no prompts", field="prompts", fix="an oracle needs them: resume the run first")
         chosen = _chosen(store, iteration)
         oracle = configuration.oracle(config)
+        _require_fixed(oracle)
         _require_answers(oracle, kept.train)
         folder = directory / labels.KEPT
         if oracle.inner():  # what such a one keeps of itself is not to be taken for what that of the run keeps
@@ -82,6 +83,16 @@ def _config(directory: Path, overrides: Sequence[str]) -> RunConfig:
     if other is not None:
         raise ConfigError("is not read here", field=other.partition("=")[0], fix="give keys of oracle and ledger only")
     return configuration.settled(resuming.stored_config(directory, overrides))
+
+
+def _require_fixed(oracle: Oracle) -> None:
+    """One that moves with a policy has other weights in each iteration, and this is no iteration."""
+    if any(each.following is not None for each in leaves(oracle).values()):
+        raise ConfigError(
+            "moves with the policy of a run",
+            field="oracle.name",
+            fix="choose one iterate: oracle.judge_version=initial oracle.path=RUN/exports/NNNN of self_judge, oracle.policy=... of implicit",
+        )
 
 
 def _require_answers(oracle: Oracle, prompts: Sequence[Prompt]) -> None:

@@ -215,9 +215,11 @@ def in_process(checked: Checked, store: RunDirectory, account: Account, tracker:
 
 
 def _take_on(checked: Checked, store: RunDirectory) -> None:
-    """The oracle goes on with the weights that the run has trained for it."""
+    """The oracle goes on with the weights that the run has trained for it, or with the iterate that it had."""
     plan, trainer = checked.oracle.refreshing, _trainer(checked, store)
-    taken = refreshing.in_use(store, max(store.iterations(), default=0) + 1)
+    newest = max(store.iterations(), default=0) + 1
+    refreshing.follow(checked.oracle, store, newest)
+    taken = refreshing.in_use(store, newest)
     if plan is not None and trainer is not None and taken:
         plan.model.reload(str(trainer.path(taken[0])))
 
@@ -276,7 +278,7 @@ def _wire(
             mixture_samples=checked.algorithm.needs.mixture_samples > 0,
             anchors=checked.config.anchors is not None,
             select=checked.config.selection.chooses,
-            refresh=plan is not None,
+            refresh=plan is not None or asker.oracle.following is not None,
         ),
         config=checked.config,
         algorithm=checked.algorithm,

@@ -14,6 +14,7 @@ from ray.exceptions import RayTaskError
 from onlinerl.cluster.runtime import Cluster, get
 from onlinerl.errors import OracleError
 from onlinerl.protocols.oracle import ModelOracle, Oracle
+from onlinerl.protocols.refreshing import Reloads
 from onlinerl.types import Failure, Query, Verdict
 
 
@@ -70,6 +71,7 @@ class PlacedOracle(Oracle):
     _opened: dict[str, Any] = PrivateAttr(default_factory=dict)
     _free: queue.SimpleQueue[str] = PrivateAttr(default_factory=queue.SimpleQueue)
     _start_timeout_s: float = PrivateAttr(0.0)
+    _follows: bool = PrivateAttr(False)
 
     @classmethod
     def start(cls, cluster: Cluster, first: int, oracle: ModelOracle) -> PlacedOracle:
@@ -85,6 +87,7 @@ class PlacedOracle(Oracle):
         device = "cuda" if cluster.placements[first].gpus else "cpu"
         local = oracle.model_copy(update={"device": device})
         placed._start_timeout_s = oracle.start_timeout_s
+        placed._follows = oracle.following is not None
         for i in range(oracle.replicas):
             options = cluster.options(first + i, {"TOKENIZERS_PARALLELISM": "false"})
             placed._actors[f"oracle {i}"] = OracleActor.options(**options).remote()  # type: ignore[attr-defined]
@@ -108,6 +111,11 @@ class PlacedOracle(Oracle):
         """
         self._opened = {name: actor.reload.remote(path) for name, actor in self._actors.items()}
         self.open()
+
+    @property
+    def following(self) -> Reloads | None:
+        """Itself, if the oracle inside takes on the weights of the iterate that each iteration samples from."""
+        return self if self._follows else None
 
     @property
     def version(self) -> str:

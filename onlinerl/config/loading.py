@@ -136,9 +136,9 @@ def algorithm(config: RunConfig) -> Algorithm:
 
 
 def oracle(config: RunConfig) -> Oracle:
-    """The configured oracle."""
+    """The configured oracle, in a run of this policy."""
     built: Oracle = build(config.oracle, "oracle")
-    return built
+    return built.of_policy(config.model)
 
 
 def pair_builder(config: RunConfig) -> PairBuilder:

@@ -6,7 +6,9 @@ All of it follows from the records and tables on the disk, so a resume knows the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
+from onlinerl.protocols.oracle import Oracle
 from onlinerl.protocols.refreshing import Labelled
 from onlinerl.protocols.store import REFRESH_LABELS, ROLLOUTS, Store
 from onlinerl.types import Prompt, RefreshRecord, Verdict
@@ -22,6 +24,18 @@ def in_use(store: Store, before: int) -> list[str]:
     """The weights that were taken before an iteration was refreshed, those in use first; none where the oracle has those that the run
     began with."""
     return [record["weights"] for _, record in records(store, before) if record["weights"] is not None]
+
+
+def follow(oracle: Oracle, store: Store, before: int) -> None:
+    """An oracle that follows the policy takes on the iterate that it had before an iteration was refreshed; none where it has the model that the
+    run began with.
+
+    Raises:
+        StoreError: if the export is not there, or damaged.
+    """
+    taken = in_use(store, before)
+    if oracle.following is not None and taken:
+        oracle.following.reload(str(store.require("exports", int(Path(taken[0]).name))))
 
 
 def last_training(store: Store, before: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, PrivateAttr
@@ -21,12 +21,17 @@ from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.oracle import ModelOracle
 from onlinerl.types import Cost, Failure, Message, Query, Verdict
 
+if TYPE_CHECKING:
+    from onlinerl.protocols.refreshing import Reloads
+
 
 class Row(NamedTuple):
     """One text for one model."""
 
     context: tuple[int, ...]
-    scored: tuple[int, ...]
+    scored: tuple[int, ...] = ()
+    choices: tuple[int, ...] = ()
+    """Tokens that may follow the context, in a row without scored ones: the log-prob of each is asked for."""
 
 
 class LogProbs(ModelOracle):
@@ -45,12 +50,25 @@ class LogProbs(ModelOracle):
 
     _loaded: dict[str, tuple[Any, Any]] = PrivateAttr(default_factory=dict)
     _version: str = PrivateAttr("")
+    _policy: str | None = PrivateAttr(None)
+    """The model that the run begins with."""
+    _reloaded: str | None = PrivateAttr(None)
+    """Directory of the iterate that has taken its place."""
 
     # --- what a subclass says for itself ---
 
     def _models(self) -> dict[str, str]:
         """Directories or hub ids, by the key that names each."""
         raise NotImplementedError
+
+    def _asked(self, query: Query) -> list[list[tuple[str, Row]]]:
+        """What is asked about a group: lists of which model, by its key, and about which text; here one list for each response."""
+        return [self._rows(query, response) for response in query.responses]
+
+    def _verdict(self, query: Query, said: Sequence[Sequence[np.ndarray]], cost: Cost) -> Verdict | Failure:
+        """What the log-probs f64[tokens] of the rows of `_asked` mean; here a score for each response."""
+        scores = [self._score(each) for each in said]
+        return _verdicts.from_scores(scores, len(scores), annotator=self._annotator, oracle_version=self.version, cost=cost)
 
     def _rows(self, query: Query, response: str) -> list[tuple[str, Row]]:
         """What is asked about a response: which model, by its key, and about which text."""
@@ -60,9 +78,51 @@ class LogProbs(ModelOracle):
         """The score of a response from the log-probs f64[tokens] of its rows, in the order of `_rows`."""
         raise NotImplementedError
 
+    @property
+    def _annotator(self) -> str:
+        return f"{type(self).__module__.rpartition('.')[2]}:{Path(next(iter(self._models().values()))).name}"
+
+    @property
+    def _moves(self) -> bool:
+        """Whether one of its models is the iterate that an iteration samples from."""
+        return False
+
     def _identity(self) -> Mapping[str, Any]:
         """What else could change a verdict."""
         raise NotImplementedError
+
+    # --- which weights ---
+
+    def of_policy(self, model: str) -> Self:
+        """The same for a run that begins with this model."""
+        found = self.model_copy()
+        found._policy = model
+        return found
+
+    @property
+    def following(self) -> Reloads | None:
+        """Itself, if one of its models is the iterate that an iteration samples from."""
+        return self if self._moves else None
+
+    def reload(self, path: str) -> None:
+        """Take this iterate for that; it is read when it is needed. The version is another one."""
+        self.close()
+        self._reloaded, self._version = path, ""
+
+    def _own(self, path: str | None, key: str) -> str:
+        """A path; where none is given, the model of the run.
+
+        Raises:
+            OracleError: if there is no run.
+        """
+        found = path or self._policy
+        if found is None:
+            raise OracleError(
+                "is the model of the run by default, and there is no run here",
+                field=f"oracle.{key}",
+                fix="give a directory or hub id",
+            )
+        return found
 
     # --- loading ---
 
@@ -166,56 +226,36 @@ class LogProbs(ModelOracle):
     def _row(self, key: str, query: Query, context: str, text: str, *, ends: bool) -> Row:
         """Tokens of both; the text, where it `ends`, with the end-of-sequence token."""
         tokenizer = self._loaded[key][1]
-        # A chat template has written what a sequence begins with.
-        before = tokenizer(context, add_special_tokens=not query.prompt.messages)["input_ids"]
-        while (
-            not query.prompt.messages
-            and before
-            and before[-1] == tokenizer.eos_token_id
-            and tokenizer.eos_token_id != tokenizer.bos_token_id
-        ):
-            before = before[:-1]  # some tokenizers end everything
+        before = begun(tokenizer, context, templated=bool(query.prompt.messages))
         scored = tokenizer(text, add_special_tokens=False)["input_ids"]
         if ends and tokenizer.eos_token_id is not None:
             scored = [*scored, tokenizer.eos_token_id]
-        if not before:  # the first token of a sequence has no log-prob
-            first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-            before = [0 if first is None else first]
         return Row(tuple(before), tuple(scored))
 
     # --- judging ---
 
     def judge(self, queries: Sequence[Query]) -> list[Verdict | Failure]:
-        """One Verdict with K scores per query, in order; a Failure where a text is too long.
+        """One Verdict per query, in order; a Failure where a text is too long.
 
         Raises:
             OracleError: if a chat prompt meets a model without chat template, or (on_truncate: error) one is too long.
         """
         self.open()
         started = time.perf_counter()
-        asked = [[self._rows(query, response) for response in query.responses] for query in queries]
+        asked = [self._asked(query) for query in queries]
         too_long = [self._too_long(query, rows) for query, rows in zip(queries, asked, strict=True)]
         judged = [rows for rows, failure in zip(asked, too_long, strict=True) if failure is None]
         logprobs = self._all(pair for rows in judged for each in rows for pair in each)
         seconds = (time.perf_counter() - started) / max(1, len(judged))
         results: list[Verdict | Failure] = []
-        for rows, failure in zip(asked, too_long, strict=True):
+        for query, rows, failure in zip(queries, asked, too_long, strict=True):
             if failure is not None:
                 results.append(failure)
                 continue
-            scores = [self._score([next(logprobs) for _ in each]) for each in rows]
+            said = [[next(logprobs) for _ in each] for each in rows]
             pairs = [pair for each in rows for pair in each]
-            results.append(
-                _verdicts.from_scores(
-                    scores,
-                    len(rows),
-                    annotator=f"{type(self).__module__.rpartition('.')[2]}:{Path(next(iter(self._models().values()))).name}",
-                    oracle_version=self.version,
-                    cost=Cost(
-                        calls=len(pairs), seconds=seconds, tokens=sum(len(row.context) + len(row.scored) for _, row in pairs)
-                    ),
-                )
-            )
+            tokens = sum(len(row.context) + len(row.scored) for _, row in pairs)
+            results.append(self._verdict(query, said, Cost(calls=len(pairs), seconds=seconds, tokens=tokens)))
         return results
 
     def _too_long(self, query: Query, rows: Sequence[Sequence[tuple[str, Row]]]) -> Failure | None:
@@ -263,8 +303,29 @@ class LogProbs(ModelOracle):
             ).logits
             found = []
             for i, row in enumerate(rows):  # one at a time: a table of all in float32 is large
+                if row.choices:
+                    found.append(logits[i, -1].double().log_softmax(dim=0)[list(row.choices)].cpu().numpy())
+                    continue
                 n = len(row.scored)
                 own = logits[i, -n - 1 : -1].float() if n else logits[i, :0].float()
                 chosen = own.gather(1, torch.tensor(row.scored, device=device, dtype=torch.int64)[:, None])[:, 0]
                 found.append((chosen - own.logsumexp(dim=1)).double().cpu().numpy())
         return found
+
+
+def begun(tokenizer: Any, context: str, *, templated: bool) -> list[int]:
+    """Tokens of what stands before something whose log-prob is asked for, one at least: the first token of a sequence has none.
+
+    Args:
+        tokenizer: of the model.
+        context: the text.
+        templated: whether a chat template has written it, and so what a sequence begins with.
+    """
+    before: list[int] = tokenizer(context, add_special_tokens=not templated)["input_ids"]
+    end = tokenizer.eos_token_id
+    while not templated and before and before[-1] == end and end != tokenizer.bos_token_id:
+        before = before[:-1]  # some tokenizers end everything
+    if not before:
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
+        before = [0 if first is None else first]
+    return before

@@ -7,24 +7,27 @@ Language Models with Self-generated Preference Data" (SPA, arXiv 2406.04412), eq
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
+from onlinerl.errors import ConfigError
 from onlinerl.oracles._log_probs import LogProbs, Row
 from onlinerl.oracles._model_files import absolute
 from onlinerl.types import Query
 
 
 class Implicit(LogProbs):
-    """Scores beta * (log policy(y | x) - log reference(y | x)). Both models are frozen: iterates or checkpoints of a run that is finished,
-    such as `runs/first/exports/0002` and the model that it began with."""
+    """Scores beta * (log policy(y | x) - log reference(y | x)). With both paths the models are frozen: iterates or checkpoints of a run that is
+    finished, such as `runs/first/exports/0002` and the model that it began with. Without `policy` it is the iterate that each iteration
+    samples from, another one in each iteration, as in SPA."""
 
-    policy: str
-    """Directory or hub id of the model that preferences were trained into."""
-    reference: str
-    """That of the model it was trained from."""
+    policy: str | None = None
+    """Directory or hub id of the model that preferences were trained into; by default the iterate that the iteration samples from. Then the
+    run's `model` itself must have been trained on preferences, from `reference`: else all scores of the first iteration are 0."""
+    reference: str | None = None
+    """That of the model it was trained from; the run's `model` by default."""
     beta: float = Field(0.1, gt=0)
     """As in that training: score differences are log-odds then."""
     length_norm: bool = False
@@ -32,11 +35,33 @@ class Implicit(LogProbs):
 
     @field_validator("policy", "reference")
     @classmethod
-    def _absolute(cls, path: str, info: ValidationInfo) -> str:
-        return absolute(path, str(info.field_name))
+    def _absolute(cls, path: str | None, info: ValidationInfo) -> str | None:
+        return None if path is None else absolute(path, str(info.field_name))
+
+    @property
+    def _moves(self) -> bool:
+        return self.policy is None
+
+    def of_policy(self, model: str) -> Self:
+        """The same for a run that begins with this model.
+
+        Raises:
+            ConfigError: if it would compare this model with itself.
+        """
+        if self.policy is None and absolute(self.reference or model, "reference") == absolute(model, "reference"):
+            raise ConfigError(
+                f"is {model}, with which the run begins, and oracle.policy is left out: in the first iteration it would be compared with itself, and "
+                "all scores would be 0",
+                field="oracle.reference",
+                fix="give the model that the run's own was trained from on preferences; or give oracle.policy, a model that stays",
+            )
+        return super().of_policy(model)
 
     def _models(self) -> dict[str, str]:
-        return {"policy": self.policy, "reference": self.reference}
+        return {
+            "policy": self._reloaded or self._own(self.policy, "policy"),
+            "reference": self._own(self.reference, "reference"),
+        }
 
     def _identity(self) -> Mapping[str, Any]:
         return self.model_dump(include={"beta", "length_norm"})

@@ -17,7 +17,7 @@ from onlinerl.protocols.keys import CustomResources, Resumable, Seconds
 from onlinerl.types import Cost, Failure, Query, Verdict
 
 if TYPE_CHECKING:
-    from onlinerl.protocols.refreshing import Refreshing
+    from onlinerl.protocols.refreshing import Refreshing, Reloads
 
 
 class Figure(NamedTuple):
@@ -78,6 +78,25 @@ class Oracle(Component):
     def located(self, folders: Sequence[Path]) -> Self:
         """The same, so that it means the same in every working directory: relative paths are looked for in these folders, in order."""
         return self
+
+    def of_policy(self, model: str) -> Self:
+        """The same in a run that begins with this model (directory or hub id): keys that mean the policy itself where they are left out mean it
+        from now on."""
+        asked = ((key, each, each.of_policy(model)) for key, each in self.inner().items())
+        changed = {key: found for key, each, found in asked if found is not each}
+        return self.with_inner(changed) if changed else self
+
+    @property
+    def starts(self) -> str | None:
+        """What `open` starts on this machine, in words, where that is too much for a check that nobody follows by a run; None if nothing."""
+        return None
+
+    def inspect(self) -> None:
+        """Find out what is wrong without opening anything.
+
+        Raises:
+            OracleError: naming field, cause and fix.
+        """
 
     def open(self) -> None:
         """Load models, open connections. Called once in the process that will judge, but not in the thread that `judge` runs in."""
@@ -143,6 +162,11 @@ class Oracle(Component):
     @property
     def refreshing(self) -> Refreshing | None:
         """How its reward model is trained further between iterations; None where it stays as it is."""
+        return None
+
+    @property
+    def following(self) -> Reloads | None:
+        """What takes on the weights of the iterate that each iteration samples from; None where they stay."""
         return None
 
     @property

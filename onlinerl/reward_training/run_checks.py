@@ -1,4 +1,4 @@
-"""Whether the reward model of a run can be trained further between its iterations, and what that takes."""
+"""Whether the oracle of a run can get other weights between its iterations, by training or from the policy, and what that takes."""
 
 from __future__ import annotations
 
@@ -31,15 +31,17 @@ def check(config: RunConfig, algorithm: Algorithm, oracle: Oracle, prompts: Sequ
     """
     if (nested := next(_nested(oracle, "oracle"), None)) is not None:
         raise ConfigError(
-            "is trained between iterations, and another oracle asks it: only the oracle of the run itself can be",
+            "gets other weights between iterations, and another oracle asks it: only the oracle of the run itself can",
             field=f"{nested}.name",
-            fix="write it as the oracle itself, oracle.name=refreshed, or put the oracle that it has as `base` in its place",
+            fix="write it as the oracle itself; or, of `refreshed`, put its `base` in its place; or, of `self_judge`, set judge_version=initial",
         )
+    if oracle.following is not None:
+        return _following(config, algorithm)
     plan = oracle.refreshing
     if plan is None:
         return []
     _check_place(config)
-    _check_schedule(config, algorithm)
+    _check_schedule(config, algorithm, "choose the oracle that oracle.base is")
     notes = [_turns(config, algorithm, plan)]
     if (told := oracle_requests.of_refresh(config, algorithm, oracle, prompts)) is not None:
         notes += [told.text, *told.beyond(config.ledger)]
@@ -52,11 +54,32 @@ def check(config: RunConfig, algorithm: Algorithm, oracle: Oracle, prompts: Sequ
 
 
 def _nested(oracle: Oracle, section: str) -> Iterator[str]:
-    """Sections of oracles inside others that would be trained."""
+    """Sections of oracles inside others that would get other weights."""
     for key, each in oracle.inner().items():
-        if each.refreshing is not None:
+        if each.refreshing is not None or each.following is not None:
             yield f"{section}.{key}"
         yield from _nested(each, f"{section}.{key}")
+
+
+def _following(config: RunConfig, algorithm: Algorithm) -> list[str]:
+    """What to know about an oracle that is the iterate which an iteration samples from.
+
+    Raises:
+        ConfigError: if nothing that stays watches it, or it would wait for itself.
+    """
+    if config.anchors is None:
+        raise ConfigError(
+            f"is left out, and the judge of {config.oracle['name']} as configured moves with the policy: nothing that stays as it is would show "
+            "where it goes",
+            field="anchors",
+            fix="give anchors.data, pairs whose better response is known, and anchors.min_accuracy; or choose weights that stay: "
+            "oracle.judge_version=initial of self_judge, oracle.policy of implicit",
+        )
+    _check_schedule(config, algorithm, "choose weights that stay (oracle.judge_version=initial, oracle.policy)")
+    return [
+        "the oracle takes on the weights of the iterate that each iteration samples from: one version in an iteration, another one in the next. "
+        "Before each iteration it is examined by the pairs of `anchors`"
+    ]
 
 
 def _check_place(config: RunConfig) -> None:
@@ -75,7 +98,7 @@ def _check_place(config: RunConfig) -> None:
         )
 
 
-def _check_schedule(config: RunConfig, algorithm: Algorithm) -> None:
+def _check_schedule(config: RunConfig, algorithm: Algorithm, fix: str) -> None:
     """What would wait for itself, or mix what two versions have said."""
     if samples_dynamically(config, algorithm) and config.schedule.max_lag:
         raise ConfigError(
@@ -86,11 +109,10 @@ def _check_schedule(config: RunConfig, algorithm: Algorithm) -> None:
         )
     if algorithm.needs.replay:
         raise ConfigError(
-            f"{config.algorithm['name']} as configured trains items of earlier iterations once more, with what an older version of the reward model "
+            f"{config.algorithm['name']} as configured trains items of earlier iterations once more, with what an older version of the oracle "
             "has said of them",
             field="oracle.name",
-            fix="choose the oracle that oracle.base is"
-            + ", or set algorithm.replay=0" * ("replay" in type(algorithm).model_fields),
+            fix=fix + ", or set algorithm.replay=0" * ("replay" in type(algorithm).model_fields),
         )
 
 

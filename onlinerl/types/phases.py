@@ -107,9 +107,9 @@ class RefreshRecord(PhaseRecord):
     """Groups that the oracle was asked about which the reward model learns from."""
     failures: int
     trained: bool
-    """Whether there was a training; where there was none `reason` says why."""
+    """Whether there was a training; where there was none `reason` says why, but for an oracle that follows the policy."""
     taken: bool
-    """Whether its weights are those of the oracle from now on."""
+    """Whether the oracle has other weights from now on."""
     reason: str | None
     """Why not; None where they are taken, or it was not their turn."""
     weights: str | None

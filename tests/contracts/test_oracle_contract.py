@@ -20,6 +20,7 @@ from onlinerl.types import Cost, Failure, Prompt, Query, Verdict
 
 REFERENCE = "assert good() == 72\n#### 72"
 """An answer in GSM8K's form, and the tests of a program."""
+SHORT = "{prompt} {response_a} {response_b} {form} {rubric}"
 RESPONSES = ("a good 72", "a bad 71", "a dull film", "a good 72", "not good: 72")
 
 
@@ -101,6 +102,7 @@ def oracle(request, tmp_path_factory, judge_server):
         },
         "implicit": lambda: {"policy": language_model(), "reference": language_model(1), "device": "cpu"},
         "ref_embedding": lambda: {"path": language_model(), "device": "cpu"},
+        "self_judge": lambda: {"path": language_model(), "labels": ["good", "bad"], "template": SHORT, "device": "cpu"},
         "followup": lambda: {"path": language_model(), "positive": ["good"], "negative": ["bad", "dull"], "device": "cpu"},
         "composite": lambda: {"members": plain, "weights": {"tone": 3.0}},
         "ensemble": lambda: {"members": plain, "combine": "lcb", "lcb_coef": 1.0, "stds": {"lengths": 4.0}},

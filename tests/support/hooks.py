@@ -218,8 +218,9 @@ def _watch_pushes(sync):
 
 
 def _watch_refresh():
-    """An event at each thing that a training of the reward model between iterations does; `turned`: it learns the opposite from then on."""
+    """An event at each thing that renewing the oracle's weights between iterations does; `turned`: it learns the opposite from then on."""
     from onlinerl.learners._group import RankGroup
+    from onlinerl.oracles._log_probs import LogProbs
     from onlinerl.oracles.reward_model import RewardModel
     from onlinerl.reward_training import in_a_run, steps
 
@@ -254,6 +255,11 @@ def _watch_refresh():
             data = data._replace(train=[replace(c, chosen=c.rejected, rejected=c.chosen) for c in data.train])
         return data, new
 
+    def followed(self, path, original=LogProbs.reload):
+        original(self, path)
+        event("reload")
+
+    LogProbs.reload = followed
     RankGroup.update, RewardModel.reload, in_a_run.Trainer._chosen = update, reload, chosen
     steps.save, steps.export, in_a_run._rights, in_a_run.documents.write = save, export, rights, write
 

@@ -23,6 +23,7 @@ from onlinerl.engines.openai import OpenAI, client
 from onlinerl.engines.openai.replica import OpenAIReplica
 from onlinerl.engines.openai.server import options
 from onlinerl.errors import ConfigError, EngineError
+from onlinerl.serving import arguments as serving_options
 from onlinerl.types import Prompt, Request, Sampling
 
 REQUEST = Request(prompt=Prompt(id="p", text="", token_ids=(5, 6, 7)), seeds=(11, 12))
@@ -347,7 +348,9 @@ def test_vllms_command_line_knows_every_option_that_a_server_is_started_with(tin
         settings = ReplicaSettings(device=device, colocated=False, max_model_len=64, transport=Disk(), seed=3)
         chosen = config(None, tensor_parallel_size=2, dtype="float32")
         wanted = _vllm.arguments(str(tiny_model), chosen, settings)
-        parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(options(str(tiny_model), chosen, settings, "/s"))
+        parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(
+            serving_options({**options(str(tiny_model), chosen, settings), "uds": "/s"})
+        )
         assert (parsed.uds, parsed.served_model_name, parsed.uvicorn_log_level) == ("/s", ["policy"], "warning")
         arguments = AsyncEngineArgs.from_cli_args(parsed)
         assert {name: getattr(arguments, name) for name in wanted} == wanted

@@ -1,4 +1,4 @@
-"""The reward model learns from what another oracle says of the responses of the policy."""
+"""The oracle gets other weights: its reward model learns from what another oracle says, or the policy that judges itself goes on to the next iterate."""
 
 from __future__ import annotations
 
@@ -9,12 +9,45 @@ from onlinerl.controller.feed import Feed
 from onlinerl.controller.iteration import Iteration
 from onlinerl.controller.statistics import Estimate, bootstrap
 from onlinerl.controller.tally import Paid
+from onlinerl.graph import sampling_version
 from onlinerl.protocols.refreshing import Refreshed, Refreshing, RewardTrainer
 from onlinerl.protocols.store import EVALUATION, EVALUATION_VERDICTS, REFRESH_LABELS, REFRESHED_VERDICTS
 from onlinerl.types import Failure, Group, Interval, RefreshRecord, Verdict, derive_seed
 
 
 def refresh(it: Iteration) -> RefreshRecord:
+    """Renew the weights of the oracle, in the way that it asks for."""
+    return _learned(it) if it.parts.asker.oracle.following is None else _followed(it)
+
+
+def _followed(it: Iteration) -> RefreshRecord:
+    """Take on the iterate that the next iteration samples from.
+
+    As for a training, the record is what decides: killed before it is there, a resume begins with the weights before and takes these on again.
+    """
+    oracle, store = it.parts.asker.oracle, it.parts.store
+    before, iterate = oracle.version, sampling_version(it.number + 1, it.parts.config.schedule.max_lag)
+    if iterate > 0:  # with lag the second iteration samples from the model that the run began with, too
+        assert oracle.following is not None
+        oracle.following.reload(str(store.require("exports", iterate)))
+        it.parts.asker.renewed()
+    return {
+        "asked": 0,
+        "failures": 0,
+        "trained": False,
+        "taken": iterate > 0,
+        "reason": None,
+        "weights": f"exports/{iterate:04d}" if iterate > 0 else None,
+        "oracle_versions": [before, oracle.version],
+        "comparisons": {"trained": 0, "heldout": 0},
+        "before": None,
+        "after": None,
+        "change": None,
+        "reward_shift": None,
+    }
+
+
+def _learned(it: Iteration) -> RefreshRecord:
     """Ask the other oracle about some of the responses; when it is its turn, train on all that it has said so far and take the new weights,
     unless they are worse.
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from onlinerl import serving
 from onlinerl.engines import _fit, _vllm
 from onlinerl.processes import die_with_parent
 from onlinerl.protocols.engine import Place, ReplicaSettings
@@ -20,13 +15,10 @@ if TYPE_CHECKING:
 
 MODEL = "policy"
 """What the server calls its model."""
-END_S = 15.0
 
 
-class OwnServer:
-    """A process that listens on a socket in a folder that only this user can look into.
-
-    Not on a port: whoever can reach the endpoints that change weights can change them, and vLLM asks for no key there.
+class OwnServer(serving.Server):
+    """That of one replica.
 
     Args:
         model: directory of the base model.
@@ -39,44 +31,12 @@ class OwnServer:
     def __init__(self, model: str, config: OpenAI, places: Sequence[Place], index: int, settings: ReplicaSettings) -> None:
         if settings.device == "cpu":
             _vllm.bind(_fit.share_cores(places, index, config))
-        self._folder = Path(tempfile.mkdtemp(prefix="onlinerl-"))
-        self.socket = str(self._folder / "socket")
-        command = [sys.executable, "-m", __name__, *options(model, config, settings, self.socket)]
-        self._process = subprocess.Popen(command)
-
-    def gone(self) -> str | None:
-        """How it ended, if it has."""
-        code = self._process.poll()
-        return None if code is None else f"the server of this replica ended with exit code {code}"
-
-    def end(self) -> None:
-        """End it, and what it has started."""
-        self._process.terminate()
-        try:
-            self._process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        super().__init__(options(model, config, settings))
 
 
-def options(model: str, config: OpenAI, settings: ReplicaSettings, socket: str) -> list[str]:
-    """What the server is given on its command line: all that a replica's process would be, and where to listen."""
-    of_engine = _vllm.arguments(model, config, settings)
-    of_server = {
-        "uds": socket,
-        "served_model_name": MODEL,
-        "disable_uvicorn_access_log": True,
-        "uvicorn_log_level": "warning",
-    }
-    written = []
-    for name, value in {**of_engine, **of_server}.items():
-        key = name.replace("_", "-")
-        if isinstance(value, bool):
-            written.append(f"--{key}" if value else f"--no-{key}")
-        else:
-            written.append(f"--{key}={json.dumps(value) if isinstance(value, Mapping) else value}")
-    return written
+def options(model: str, config: OpenAI, settings: ReplicaSettings) -> dict[str, Any]:
+    """What the server is told: all that a replica's process would be."""
+    return {**_vllm.arguments(model, config, settings), "served_model_name": MODEL}
 
 
 def main() -> None:
