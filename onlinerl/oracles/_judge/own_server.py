@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib.util
 import json
 import os
@@ -13,11 +14,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from onlinerl import hardware, serving
+from onlinerl import hardware, serving, weight_files
 from onlinerl.config import at_home
 from onlinerl.errors import ConfigError, OracleError
 from onlinerl.http_client import Connection, Unanswered
-from onlinerl.oracles._model_files import digest
 from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.oracle import Oracle
 
@@ -83,7 +83,8 @@ class Served(Oracle):
     def _of_weights(self) -> str:
         """A hash of the files of a server of its own, and of how they are computed with."""
         if not self._weights:
-            self._weights = digest({"model": self.model}, {"dtype": _dtype(self), "max_model_len": _longest(self)})
+            said = [*weight_files.checksums(Path(self.model)).values(), _dtype(self), _longest(self)]
+            self._weights = hashlib.sha256(repr(said).encode()).hexdigest()
         return self._weights
 
 
