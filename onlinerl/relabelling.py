@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from onlinerl import app, ledger_checks, preflight, resuming
+from onlinerl import app, ledger_checks, preflight, resuming, trials
 from onlinerl import config as configuration
 from onlinerl.budget import Account
 from onlinerl.config import RunConfig
@@ -123,7 +123,7 @@ def _tried(config: RunConfig, oracle: Oracle, account: Account, prompt: Prompt) 
     """A first question, which the account pays for."""
     for each in with_weights(oracle).values():
         each.inspect()
-    verdict = app.tried(oracle, account, lambda: preflight.probe_oracle(oracle, prompt))
+    verdict = trials.tried(oracle, account, lambda: preflight.probe_oracle(oracle, prompt))
     ledger_checks.check_limits(config, oracle, verdict.cost)
     return verdict
 

@@ -11,9 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from onlinerl import app, preflight, resuming
+from onlinerl import app, preflight, resuming, trials
 from onlinerl import config as configuration
-from onlinerl.app import Asked
 from onlinerl.budget import Account
 from onlinerl.config import RunConfig
 from onlinerl.errors import ConfigError, Interrupted, OnlineRLError, PromptError, StoreError
@@ -137,17 +136,17 @@ def check(sweep: Sweep, console: Console) -> dict[str, str]:
     return refused
 
 
-def _once() -> Callable[[Checked, Account | None], Asked]:
-    """`app.asked`, but each oracle once, also one that does not work: a question may cost money."""
-    known: list[tuple[dict[str, Any], Asked]] = []
+def _once() -> Callable[[Checked, Account | None], trials.Asked]:
+    """`trials.asked`, but each oracle once, also one that does not work: a question may cost money."""
+    known: list[tuple[dict[str, Any], trials.Asked]] = []
 
-    def ask(checked: Checked, account: Account | None) -> Asked:
+    def ask(checked: Checked, account: Account | None) -> trials.Asked:
         oracle = checked.config.oracle
         for other, said in known:
             if other == oracle:
                 return said
-        known.append((oracle, Asked()))
-        known[-1] = (oracle, app.asked(checked, account))
+        known.append((oracle, trials.Asked()))
+        known[-1] = (oracle, trials.asked(checked, account))
         return known[-1][1]
 
     return ask
