@@ -65,8 +65,8 @@ def test_without_filters_is_dpo_against_the_previous_policy():
     ("knobs", "kept", "counted"),
     [
         ({"floor": 5.0}, [0.9, 0.8], {"floor": 1}),  # the winner of the third pair scores 4
-        ({"margin": 2.0}, [0.9, 0.7], {"gap": 1}),  # gaps are 3, 1 and 2
-        ({"floor": 5.0, "margin": 2.0}, [0.9], {"floor": 1, "gap": 1}),
+        ({"margin": 4.0}, [0.9, 0.7], {"gap": 1}),  # gaps are 3, 1 and 2, and of a student half is asked
+        ({"floor": 5.0, "margin": 4.0}, [0.9], {"floor": 1, "gap": 1}),
         ({"floor": 5.5}, [], {"floor": 3}),
     ],
 )
@@ -77,7 +77,7 @@ def test_filters_by_the_oracles_scores_and_counts(knobs, kept, counted):
 
 def test_filters_by_win_rates_where_the_oracle_gives_no_scores():
     even = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.1), (0.5, 0.9, 0.5))
-    items, _ = DnoPrct(margin=0.2).items(judged([1, 2, 3], preferences=even), PAIRS)
+    items, _ = DnoPrct(margin=0.4).items(judged([1, 2, 3], preferences=even), PAIRS)
     assert [i.prob for i in items] == [0.8]  # win rates 0.5, 0.3667 and 0.6333
 
 
@@ -167,8 +167,8 @@ def test_what_is_degenerate(knobs, degenerate):
 
 
 def test_shares_of_earlier_pairs_fall_with_their_age():
-    assert DnoPrct(replay=0.3).needs.replay == (0.3, 0.15, 0.075)
-    assert DnoPrct().needs.replay == ()
+    assert DnoPrct().needs.replay == (0.3, 0.15, 0.075)
+    assert DnoPrct(replay=0.0).needs.replay == ()
     assert (DnoPrct().needs.answers, DnoPrct(teacher=True).needs.beside_samples) == (False, ("teacher",))
 
 
