@@ -107,7 +107,7 @@ def test_the_optimizer_s_state_is_kept_or_reset_between_iterations(toy_config, w
 def test_every_algorithm_learns(toy_config, warm_cli, tmp_path, counting_model, algorithm):
     # Policy gradients clip their steps, and what imitates the best pushes nothing down: they take theirs more often.
     needs = registry.load("algorithms", algorithm, Algorithm)().needs
-    epochs = 2 if needs.sampling_temperature or not (needs.reference or needs.pairs) else 1
+    epochs = 2 if needs.sampling_temperature else 1 if needs.reference or needs.pairs else 3
     budget = {"algorithm.name": algorithm, "iterations": 4, "oracle.include_prompt": False, "training.epochs": epochs}
     budget |= {"schedule.stream": True, "prompts.reuse": True} if needs.dynamic_sampling else {}
     # The toy sees no prompt: what it learns for one goal it unlearns for another.

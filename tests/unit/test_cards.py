@@ -94,8 +94,8 @@ def test_at_most_two_knobs_differ_from_the_papers_each_with_its_reason(name):
     assert all(f"{knob.paper} in the paper)" in page for knob in one.departures)
 
 
-def said(value: str, why: str = "of all that there are, none.", knob: str = "a") -> str:
-    return f"Not the paper's: `{knob}`, {value} there; {why}"
+def said(value: str, why: str = "of all that there are, none.", knob: str = "a", where: str = "there") -> str:
+    return f"Not the paper's: `{knob}`, {value} {where}; {why}"
 
 
 def test_more_than_two_or_the_papers_own_value_would_be_noticed():
@@ -105,7 +105,7 @@ def test_more_than_two_or_the_papers_own_value_would_be_noticed():
         knobs = tuple(cards.Knob(name=name, default=0.1, takes="", about="", **one) for name, one in found.items())
         return replace(plain, name="of my own", about=about, knobs=knobs)
 
-    assert faults(card(said("0.2"), said("0.3 (of 6)", knob="b"))) == []
+    assert faults(card(said("0.2"), said("0.3", knob="b", where="there (of 6)"))) == []
     assert faults(card(said("0.2"), said("0.2", knob="b"), said("0.2", knob="c"))) == ["too many"]
     assert faults(card(said("0.1"))) == ["a is the paper's"]
     assert faults(card(said("0.2", "so."))) == ["a: no reason"]

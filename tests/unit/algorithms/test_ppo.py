@@ -269,7 +269,7 @@ def test_in_the_warm_up_only_the_critic_learns():
     one = {"responses": 1.0, "score_mean": 0.0, "score_std": 1.0}
     for past, weight in (([], 0.0), ([one], 0.0), ([one, {}], 0.0), ([one, one], 1.0)):  # {}: an iteration without a step
         items = [single(p) for p in prepared(algorithm, s, past=past)]
-        _, gradient, value_gradient, _, _ = loss_of(algorithm, items, [-0.4], [[0.0, 0.0]], entropy_BT=entropy)
+        _, gradient, value_gradient, _, _ = loss_of(algorithm, items, [-0.4], [[0.9, 1.9]], entropy_BT=entropy)
         assert items[0].sequences[0].policy_weight == weight
         assert bool(gradient.abs().max() > 0) == bool(weight)
         assert value_gradient.abs().max() > 0
