@@ -6,13 +6,10 @@ algorithm declares what only it has in its own file, as `metrics`. `python tools
 
 from __future__ import annotations
 
-from typing import get_args
-
 from onlinerl.metrics.collection import Catalogue
 from onlinerl.metrics.definition import Column, Definition, Series
 from onlinerl.metrics.judging import COMPONENTS, HELDOUT, JUDGING, ORACLE
 from onlinerl.metrics.training import PAIRS, POLICY_GRADIENT, TRAINING
-from onlinerl.types.labels import FailureKind
 
 _KL = "KL divergence of the policy from an earlier one, per sequence"
 EVALUATION = (
@@ -258,17 +255,6 @@ DATA = (
         n_of="groups",
         labels={"phase": ()},
         series=(Series(name="onlinerl_oracle_failed_ratio", labels={"phase": None}),),
-    ),
-    Definition(
-        name="oracle_replies_failed",
-        help="Share of the replies of a judge, or of the responses of a verifier, of which there is no usable one, by why: late, refused, no "
-        "verdict to be read in it; the groups they belong to are judged by the others",
-        unit="ratio",
-        section=ORACLE,
-        title="Replies of the oracle that failed",
-        n_of="replies",
-        labels={"phase": (), "kind": ("all", *get_args(FailureKind))},
-        series=(Series(name="onlinerl_oracle_replies_failed_ratio", labels={"phase": None, "kind": None}),),
     ),
     *JUDGING,
     Definition(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from onlinerl.metrics.definition import Definition, Series
+from onlinerl.types.labels import FailureKind
 
 HELDOUT, ORACLE = "Held-out evaluation", "Oracle and training data"
 COMPONENTS = (
@@ -37,6 +40,17 @@ COMPONENTS = (
 )
 """Of the scores that an oracle keeps by name."""
 JUDGING = (
+    Definition(
+        name="oracle_replies_failed",
+        help="Share of the replies of a judge, or of the responses of a verifier, of which there is no usable one, by why: late, refused, no "
+        "verdict to be read in it; the groups they belong to are judged by the others",
+        unit="ratio",
+        section=ORACLE,
+        title="Replies of the oracle that failed",
+        n_of="replies",
+        labels={"phase": (), "kind": ("all", *get_args(FailureKind))},
+        series=(Series(name="onlinerl_oracle_replies_failed_ratio", labels={"phase": None, "kind": None}),),
+    ),
     Definition(
         name="oracle_requests",
         help="Questions that the oracle has put to a model or a service, those that failed and were asked again included",
