@@ -171,6 +171,16 @@ class Human(Chooser):
         return pairs if self.per_iteration is None else min(pairs, self.per_iteration)
 
     @property
+    def asks_as_needed(self) -> bool:
+        """`ai` is asked where people do not judge, or before them."""
+        return self.ai is not None
+
+    def requests(self, responses: int) -> int | None:
+        """Of `ai`, and the answers of people, each a call, if both judge a group; None without `ai`: `people` says how many are asked for."""
+        by_ai = super().requests(responses)
+        return None if by_ai is None else by_ai + self.people(1, responses) * self.n_annotators
+
+    @property
     def remarks(self) -> Sequence[str]:
         """How it goes on without people, and how many questions are open."""
         otherwise = "its group counts as failed, and a resume asks again" if self.ai is None else "`ai` judges"
