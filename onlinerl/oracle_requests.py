@@ -121,12 +121,13 @@ def foretold(plan: Planned, oracle: Oracle, tried: Cost, prompts: Iterable[Promp
     each = per_group * plan.label[0]
     begun = oracle.opening_cost.plus(tried)
     start += begun.calls
-    most = "at most " if plan.more else ""
+    bound = "at most " if oracle.asks_as_needed else ""
+    most = "at most " if plan.more else bound
     total = start + label + evaluation + anchors
     known = f", {anchors} for pairs whose better response is known" if anchors else ""
     text = (
-        f"oracle: {per_group} requests for {plan.label[1]} responses to a prompt, {most}{each} an iteration; "
-        f"with {evaluation} for evaluation{known} and {start} at this start {most}{total} for the whole run, and more where some fail"
+        f"oracle: {bound}{per_group} requests for {plan.label[1]} responses to a prompt, {most}{each} an iteration; "
+        f"with {bound}{evaluation} for evaluation{known} and {start} at this start {most}{total} for the whole run, and more where some fail"
     )
     tokens = fmean(len(prompt.token_ids) for prompt in prompts)
     prices = [oracle.most_usd(tokens, max_new_tokens, k) for _, k in plan.groups()]

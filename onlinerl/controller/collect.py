@@ -122,18 +122,7 @@ def judge(
     """
     tracker, asker, limit = it.parts.tracker, asker or it.parts.asker, it.parts.config.max_failed_labels
     labels = it.parts.store.labels(it.number, table)
-    complete = labels.sealed
-    judged: set[str] = set()
-    paid, lost = Paid(), Lost()
-    again: set[str] = set()
-    for label in labels:
-        paid = paid.plus(label)
-        if complete or is_final(label):
-            judged.add(label.prompt_id)
-            lost.add(label)
-        else:
-            again.add(label.prompt_id)
-            lost.kinds |= label.result.replies.failed.keys()
+    paid, lost, judged, again = _stored(labels)
     expected = max(expected, len(judged))
     tracker.phase_started(it.number, phase, expected, "groups")
     tracker.phase_advanced(it.number, phase, len(judged))
@@ -172,6 +161,21 @@ def judge(
     if feed is not None:
         feed.put(held)
     return len(judged), paid
+
+
+def _stored(labels: Table[Label]) -> tuple[Paid, Lost, set[str], set[str]]:
+    """What the labels of a table have cost and lost, which prompts need not be asked about any more, and which are asked about again."""
+    paid, lost, judged, again = Paid(), Lost(), set[str](), set[str]()
+    complete = labels.sealed
+    for label in labels:
+        paid = paid.plus(label)
+        if complete or is_final(label):
+            judged.add(label.prompt_id)
+            lost.add(label)
+        else:
+            again.add(label.prompt_id)
+            lost.kinds |= label.result.replies.failed.keys()
+    return paid, lost, judged, again
 
 
 def _may_change(label: Label) -> bool:

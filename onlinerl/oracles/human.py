@@ -28,7 +28,7 @@ from onlinerl.people.agreement import figures
 from onlinerl.people.queue import Answer, Question, Queue, identity
 from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.oracle import Figure
-from onlinerl.types import Cost, Failure, Query, Replies, Verdict, derive_seed
+from onlinerl.types import Cost, Failure, Query, Verdict, derive_seed
 
 LOOK_S = 0.25
 """How often the answers are looked at while the run waits."""
@@ -169,6 +169,16 @@ class Human(Chooser):
         if heldout:
             return pairs if self._heldout == "people" else 0
         return pairs if self.per_iteration is None else min(pairs, self.per_iteration)
+
+    @property
+    def asks_as_needed(self) -> bool:
+        """`ai` is asked where people do not judge, or before them."""
+        return self.ai is not None
+
+    def requests(self, responses: int) -> int | None:
+        """Of `ai`, and the answers of people, each a call, if both judge a group; None without `ai`: `people` says how many are asked for."""
+        by_ai = super().requests(responses)
+        return None if by_ai is None else by_ai + self.people(1, responses) * self.n_annotators
 
     @property
     def remarks(self) -> Sequence[str]:
@@ -377,8 +387,7 @@ class Human(Chooser):
         if not answers or (self.ai is not None and all(answer.choice == "skip" for answer in answers)):
             return None
         assert self._queue is not None
-        probs: dict[tuple[str, str], list[float]] = {}
-        strengths: dict[tuple[str, str], list[float]] = {}
+        probs, strengths = dict[tuple[str, str], list[float]](), dict[tuple[str, str], list[float]]()
         for answer in answers:
             if answer.choice != "skip":
                 shown = self._queue.question(answer.question)
@@ -395,7 +404,6 @@ class Human(Chooser):
             strength=as_cells(query.responses, strengths, equal=0.0) if self.answers == "strength" else None,
             raw=json.dumps({"by": "people", "answers": said}),
             cost=cost if asked is None else cost.plus(asked.cost),
-            replies=Replies() if asked is None else asked.replies,
         )
 
     def _prob(self, answer: Answer) -> float:
@@ -425,12 +433,11 @@ def _strength(answer: Answer) -> float:
 
 def _by_ai(said: Result, why: str, version: str) -> Verdict:
     assert isinstance(said, Verdict)
-    note = json.dumps({"by": "ai", "because": why})
     return replace(
         as_preferences(said),
         annotator=f"human:ai:{said.annotator}",
         oracle_version=version,
-        raw="\n".join(filter(None, (note, said.raw))),
+        raw="\n".join(filter(None, (json.dumps({"by": "ai", "because": why}), said.raw))),
     )
 
 

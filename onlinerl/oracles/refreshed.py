@@ -109,6 +109,11 @@ class Refreshed(OnBase):
         """That of `base`, which is another one after each training: nothing else changes a verdict."""
         return self.base.version
 
+    @property
+    def asks_as_needed(self) -> bool:
+        """As `base`."""
+        return self.base.asks_as_needed
+
     def requests(self, responses: int) -> int | None:
         """Of `base` alone: what `labels` is asked comes on top (see `oracle_requests.of_refresh`)."""
         return self.base.requests(responses)

@@ -64,6 +64,25 @@ class Router(Chooser):
         """Hash of both versions and of the rule. Budgets are no part of it: each verdict says who gave it."""
         return self._version(**self.model_dump(include={"expensive_below", "audit", "seed"}))
 
+    @property
+    def asks_as_needed(self) -> bool:
+        """Unless `expensive` is asked always, or never."""
+        always = self.expensive_below == 1 and self.budget_groups is None and self.budget_usd is None
+        return not (always or self._cheap_alone(2)) or super().asks_as_needed
+
+    def _cheap_alone(self, responses: int) -> bool:
+        """Whether `expensive` is never asked about so many responses: one has nothing to be compared with."""
+        return responses < 2 or (self.expensive_below == 0 and self.audit == 0)
+
+    def requests(self, responses: int) -> int | None:
+        """Of both, if `expensive` may be asked."""
+        return self.cheap.requests(responses) if self._cheap_alone(responses) else super().requests(responses)
+
+    def most_usd(self, prompt_tokens: float, response_tokens: float, responses: int) -> float | None:
+        """Of both, if `expensive` may be asked."""
+        about = (prompt_tokens, response_tokens, responses)
+        return self.cheap.most_usd(*about) if self._cheap_alone(responses) else super().most_usd(*about)
+
     def remember(self, folder: Path) -> None:
         """Keep there what was spent, so that a resume goes on with what is left.
 

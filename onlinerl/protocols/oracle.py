@@ -112,8 +112,13 @@ class Oracle(Component):
         """Where an earlier attempt of the run has kept what `open` would find out again; called before `open`, when a run is resumed."""
 
     def requests(self, responses: int) -> int | None:
-        """How many questions one group of so many responses costs if nothing fails; None where that is nobody's concern."""
+        """How many questions one group of so many responses costs, if nothing fails; None where that is nobody's concern."""
         return None
+
+    @property
+    def asks_as_needed(self) -> bool:
+        """Whether `requests` is an upper bound, because what a group needs shows when it is judged."""
+        return any(each.asks_as_needed for each in self.inner().values())
 
     @property
     def opening_cost(self) -> Cost:

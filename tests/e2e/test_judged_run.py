@@ -253,6 +253,7 @@ def test_a_judge_that_loses_its_replies_stops_the_run_which_goes_on_when_it_is_r
     found = warm_cli("labels", run, "--json")
     costs = json.loads(found.stdout)["costs"]
     assert sum(row["failed_replies"] for row in costs) == lost
+    assert f"{lost} of {sum(row['questions'] for row in costs)} replies failed" in warm_cli("labels", run).stdout
 
 
 def test_with_a_limit_of_its_own_a_run_goes_on_with_what_a_judge_still_says(config, warm_cli, tmp_path, server):

@@ -122,6 +122,60 @@ def test_calls_and_money_of_oracles_that_ask_others_are_foretold_too(toy_config,
     assert total(ledger(warm_cli, run), "calls") == len(server.asked) > before
 
 
+def counted(warm_cli: Any, run: Path) -> int:
+    """Questions that a run has put, and those that it did not need to because they were known."""
+    found = ledger(warm_cli, run)
+    return int(total(found, "calls")) + sum(row["saved_calls"] for row in found["costs"])
+
+
+@pytest.mark.parametrize(
+    ("knobs", "bound"),
+    [
+        ({"expensive_below": 1.0}, ""),
+        ({"expensive_below": 0.0, "audit": 0.0}, ""),
+        ({"expensive_below": 0.8}, "at most "),
+        ({"expensive_below": 1.0, "budget_groups": 7}, "at most "),
+    ],
+)
+def test_calls_of_an_oracle_that_asks_another_as_needed_are_foretold_as_a_bound(
+    toy_config, warm_cli, tmp_path, server, knobs, bound
+):
+    """It is exact where the other one is always asked, or never."""
+    judge = {"base_url": f"{server.url}/v1", "model": "judge", "price_per_request": 0.25}
+    cheap = {"name": "judge_score", "preference_temperature": 0.2, **judge}
+    oracle = {"name": "router", "cheap": cheap, "expensive": {"name": "judge_pair", **judge}, **knobs}
+    keys = {f"oracle.{key}": value for key, value in oracle.items()}
+    file, run = toy_config(tmp_path, {**keys, "iterations": 2, "metrics.prometheus": False}), tmp_path / "runs/toy"
+    said = warm_cli("check", file)
+    foretold = re.search(
+        rf"oracle: {bound}\d+ requests .* {bound}(\d+) for the whole run.*about \$(\d+\.\d\d) at most", said.stdout
+    )
+    assert foretold is not None, said.message
+    assert ("oracle: at most" in said.stdout) == bool(bound)
+    server.asked.clear()
+    done = warm_cli("run", file)
+    assert done.returncode == 0, done.message
+    found, most = counted(warm_cli, run), int(foretold[1])
+    assert len(server.asked) <= found
+    assert found < most if bound else found == most, (found, most)
+    assert found / 4 <= float(foretold[2])
+
+
+def test_calls_of_people_and_the_oracle_beside_them_are_foretold_as_a_bound(toy_config, warm_cli, tmp_path, server):
+    """Nobody answers here, so the other oracle judges everything; people might have answered as well."""
+    ai = {"name": "judge_pair", "base_url": f"{server.url}/v1", "model": "judge"}
+    keys = {"oracle.name": "human", "oracle.ai": ai, "oracle.pairs_per_group": 2, "iterations": 2, "metrics.prometheus": False}
+    file, run = toy_config(tmp_path, keys), tmp_path / "runs/toy"
+    said = warm_cli("check", file)
+    foretold = re.search(r"oracle: at most 14 requests for 4 responses .* at most (\d+) for the whole run", said.stdout)
+    assert foretold is not None, said.message
+    server.asked.clear()
+    done = warm_cli("run", file)
+    assert done.returncode == 0, done.message
+    found = counted(warm_cli, run)
+    assert found == int(foretold[1]) - 2 * PROMPTS * 2 - 3 * HELDOUT - 1, "but for what people did not say"
+
+
 def test_a_run_stops_before_the_question_that_is_too_much_and_goes_on_with_more(config, warm_cli, tmp_path, server):
     assert warm_cli("run", config()).returncode == 0
     whole, uninterrupted = asked(server), everything(tmp_path / "runs/toy", 2)
@@ -255,7 +309,7 @@ def test_a_judge_that_loses_its_replies_stops_relabel_which_goes_on_when_it_is_r
     server.instead = lambda n, body: None
     done = warm_cli(*command)
     assert done.returncode == 0, done.message
-    assert "replies failed" not in done.stdout
+    assert "replies failed (" not in done.stdout
     answered = asked(server) - Counter(gone)
     assert sum(n - 1 for n in answered.values()) <= 1, "but for the one that was under way when it stopped"
     assert answered.total() >= PROMPTS * 12

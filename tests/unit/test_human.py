@@ -436,6 +436,17 @@ def test_answers_are_calls_of_the_budget(tmp_path):
 # --- what it says and refuses ---
 
 
+def test_what_people_and_the_other_oracle_are_asked_is_an_upper_bound():
+    judge = {"name": "judge_pair", "base_url": "http://127.0.0.1:9/v1", "model": "m"}
+    both: Human = component(
+        {"name": "human", "ai": judge, "pairs_per_group": 3, "n_annotators": 2}, "oracle", "oracles", Oracle
+    )
+    assert both.asks_as_needed
+    assert [both.requests(k) for k in (1, 2, 4)] == [0, 2 + 2, 12 + 6]
+    alone = human(None, max_wait_s=60)
+    assert (alone.asks_as_needed, alone.requests(4)) == (False, None)
+
+
 def test_it_says_how_many_comparisons_people_are_asked_for():
     assert human(None, max_wait_s=60).people(8, 4) == 8
     assert human(None, max_wait_s=60, pairs_per_group=9).people(8, 4) == 48

@@ -130,6 +130,17 @@ def test_always_and_never_are_one_of_the_two():
             np.testing.assert_allclose(one.matrix(), verdict.matrix())
 
 
+def test_how_much_is_asked_is_known_only_where_both_are_asked_always_or_one_never():
+    once = {"name": f"{__name__}.Priced", "place": 0}
+    known = {"expensive_below": 1.0}, {"expensive_below": 0.0, "audit": 0.0}
+    unknown = {"expensive_below": 0.3}, {"expensive_below": 0.0}, {"expensive_below": 1.0, "budget_groups": 3}
+    asked = [router(cheap=once, expensive=PRICED, **{"audit": 0.01, **knobs}) for knobs in (*known, *unknown)]
+    assert [one.asks_as_needed for one in asked] == [False, False, True, True, True]
+    assert [one.requests(4) for one in asked] == [2, 1, 2, 2, 2]
+    assert {one.requests(1) for one in asked} == {1}, "a single response is compared with nothing"
+    assert built("swapped", base={"name": "router", "cheap": once, "expensive": PRICED}).asks_as_needed
+
+
 def test_each_keeps_its_own_temperature():
     oracle = router(expensive_below=1.0, expensive=digits(1, preference_temperature=4.0), preference_temperature=9.0)
     (verdict,) = oracle.ask([query("0 5", "0 1")])
