@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from onlinerl import config as configuration
-from onlinerl import ledger_checks, oracle_checks, oracle_requests, preflight, prompt_checks, resuming, wiring
+from onlinerl import ledger_checks, oracle_checks, oracle_requests, preflight, resuming, wiring
 from onlinerl.budget import Account
 from onlinerl.config import RunConfig
 from onlinerl.controller import loop, time_limit
@@ -107,6 +107,8 @@ def asked(checked: Checked, account: Account | None = None) -> Asked:
     """
     notes, paid = _leaves_tried(checked, account)
     verdict: Verdict | None = None
+    if account is None and any(leaf.starts for leaf in leaves(checked.oracle).values()):
+        return Asked(of_leaves=paid, notes=notes)
     if with_weights(checked.oracle):
         if account is not None:
             account.reserve(one := Cost(calls=1))
@@ -118,7 +120,7 @@ def asked(checked: Checked, account: Account | None = None) -> Asked:
 
 def _with_answers(checked: Checked, config: RunConfig, said: Asked, console: Console) -> Checked:
     """With what the oracle has said. Refuses what reads something that it does not give."""
-    verdict, paid = said.verdict, said.of_leaves
+    verdict, paid, foretold = said.verdict, said.of_leaves, list[str]()
     for note in said.notes:
         console.print(note, highlight=False, soft_wrap=True)
     if with_weights(checked.oracle):
@@ -130,19 +132,14 @@ def _with_answers(checked: Checked, config: RunConfig, said: Asked, console: Con
     elif verdict is not None:
         oracle_checks.check_verdict(config, checked.algorithm, verdict)
         checked = checked.tried(verdict, paid)
-        plan = oracle_requests.planned(
-            checked.config,
-            checked.algorithm,
-            len(checked.heldout),
-            scores=checked.oracle_scores,
-            anchors=len(checked.anchors),
-            most_sampled=prompt_checks.most_sampled(config, checked.algorithm, list(checked.train or ())),
-        )
-        limit = checked.config.sampling.max_new_tokens
-        told = oracle_requests.foretold(plan, checked.oracle, paid or Cost(), checked.train or (), limit)
-        notes = [] if told is None else [told.text, *told.beyond(config.ledger)]
-        for note in (*notes, *checked.oracle.remarks):
-            console.print(note, highlight=False, soft_wrap=True)
+        foretold = preflight.foretold(checked, paid)
+    elif checked.train is not None:  # what it starts was not started
+        if checked.oracle.compares:
+            oracle_checks.check_comparable(config, checked.algorithm)
+            oracle_checks.check_scored(config, given=False)
+        foretold = preflight.foretold(replace(checked, oracle_scores=not checked.oracle.compares), paid)
+    for note in foretold:
+        console.print(note, highlight=False, soft_wrap=True)
     plan = oracle_requests.planned(
         config, checked.algorithm, len(checked.heldout), scores=not checked.oracle.compares, anchors=len(checked.anchors)
     )
@@ -166,7 +163,10 @@ def _leaves_tried(checked: Checked, account: Account | None) -> tuple[list[str],
     for section, leaf in leaves(checked.oracle).items():
         try:
             if not isinstance(leaf, ModelOracle):
-                if leaf is not checked.oracle and checked.train is not None:
+                leaf.inspect()
+                if account is None and leaf.starts is not None:
+                    notes.append(leaf.starts)
+                elif leaf is not checked.oracle and checked.train is not None:
                     verdict = tried(leaf, account, partial(preflight.probe_oracle, leaf, checked.heldout[0]))
                     paid = (paid or Cost()).plus(verdict.cost)
             elif (absent := leaf.absent()) is None:

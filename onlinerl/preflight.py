@@ -12,14 +12,14 @@ from math import ceil
 from pathlib import Path
 
 from onlinerl import config as configuration
-from onlinerl import hardware, hub, memory_checks, placement, weight_files
+from onlinerl import hardware, hub, memory_checks, oracle_requests, placement, weight_files
 from onlinerl.algorithm_checks import check_algorithm, check_sections, most_items, most_steps
 from onlinerl.config import RunConfig, at_home
 from onlinerl.controller.asking import answers
 from onlinerl.errors import ConfigError, OracleError, StoreError
 from onlinerl.lora_checks import adapter_parameters, check_lora
 from onlinerl.model_checks import check_critic, check_description, check_tensors, check_weights, tokenizer
-from onlinerl.prompt_checks import read_prompts
+from onlinerl.prompt_checks import most_sampled, read_prompts
 from onlinerl.prompts._kept import Kept
 from onlinerl.prompts._source import ShuffledPrompts
 from onlinerl.protocols.algorithm import Algorithm
@@ -195,6 +195,21 @@ def probe_oracle(oracle: Oracle, prompt: Prompt) -> Verdict:
     if isinstance(result, Failure):
         raise OracleError(f"failed on a trial query ({result.kind}): {result.message}", field="oracle", fix="repair the oracle")
     return result
+
+
+def foretold(checked: Checked, paid: Cost | None) -> list[str]:
+    """How many requests the oracle will get, and what else there is to know of it; `paid`: for trials of those that it asks."""
+    config, prompts = checked.config, list(checked.train or ())
+    plan = oracle_requests.planned(
+        config,
+        checked.algorithm,
+        len(checked.heldout),
+        scores=checked.oracle_scores,
+        anchors=len(checked.anchors),
+        most_sampled=most_sampled(config, checked.algorithm, prompts),
+    )
+    told = oracle_requests.foretold(plan, checked.oracle, paid or Cost(), prompts, config.sampling.max_new_tokens)
+    return [*([] if told is None else [told.text, *told.beyond(config.ledger)]), *checked.oracle.remarks]
 
 
 def derived(config: RunConfig, algorithm: Algorithm) -> str:

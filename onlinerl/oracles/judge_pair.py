@@ -37,6 +37,11 @@ class JudgePair(Judge):
     """Whether the judge may call a tie; not asked where log-probs are read, which say how close it is."""
 
     @property
+    def compares(self) -> bool:
+        """It gives no scores."""
+        return True
+
+    @property
     def _places(self) -> tuple[str, ...]:
         return ("response_a", "response_b")
 
@@ -104,7 +109,7 @@ class JudgePair(Judge):
             else:
                 preferences[cell] = np.mean([one.values[0] for one in given])
         verdict = Verdict(
-            annotator=f"judge_pair:{self.model}",
+            annotator=f"judge_pair:{self._named}",
             oracle_version=self.version,
             preferences=_rows(preferences),
             log_odds=_rows(odds) if self._can.logprobs else None,

@@ -46,6 +46,11 @@ class JudgeScore(Judge):
         return self
 
     @property
+    def compares(self) -> bool:
+        """It scores."""
+        return False
+
+    @property
     def _places(self) -> tuple[str, ...]:
         return ("responses",) if self.listwise else ("response",)
 
@@ -146,5 +151,5 @@ class JudgeScore(Judge):
         unjudged = tuple(i for i, values in enumerate(given) if not values)
         if k - len(unjudged) < min(2, k):
             return None
-        annotator = f"judge_score:{self.model}"
+        annotator = f"judge_score:{self._named}"
         return Verdict(annotator=annotator, oracle_version=self.version, scores=scores, unjudged=unjudged)

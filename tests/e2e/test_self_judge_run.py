@@ -94,7 +94,9 @@ def test_each_iteration_is_judged_by_the_iterate_that_it_samples_from(straight, 
     wanted = [{snapshot(path).version} for path in snapshots]
     assert len(set.union(*wanted)) == ITERATIONS
     assert versions(run, "verdicts") == versions(run, "comparisons_0000") == wanted
-    assert versions(run, "anchor_verdicts", first=0) == [wanted[0], set(), *wanted[1:]], "each version once, before it judges anything"
+    assert versions(run, "anchor_verdicts", first=0) == [wanted[0], set(), *wanted[1:]], (
+        "each version once, before it judges anything"
+    )
     with RunDirectory.open(run) as opened:
         found = [opened.phases(t)["refresh"] for t in range(1, ITERATIONS + 1)]
     assert [one["weights"] for one in found] == ["exports/0001", "exports/0002", "exports/0003"]

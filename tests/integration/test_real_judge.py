@@ -116,3 +116,46 @@ def test_a_score_is_an_expectation(served: str) -> None:
     assert isinstance(verdict, Verdict), verdict
     assert all(1 < score < 5 for score in verdict.scores)
     assert any(score != round(score) for score in verdict.scores)
+
+
+# --- a server of its own ---
+
+
+@pytest.fixture(scope="module")
+def own() -> Iterator[Judge]:
+    spec = {"name": "judge_pair", "model": str(MODEL), "max_model_len": 1024, "dtype": "float32", "rationale": False}
+    oracle = component({**spec, "request_timeout_s": 300.0, "max_requests": 4, "retries": 2}, "oracle", "oracles", Oracle)
+    oracle.open()
+    yield oracle
+    oracle.close()
+
+
+def test_a_server_of_its_own_says_what_one_that_is_there_says(own: Judge, served: str) -> None:
+    query = Query(prompt=PROMPT, responses=RESPONSES)
+    there = opened(served, "judge_pair")
+    (verdict,), (same,) = own.ask([query]), there.ask([query])
+    there.close()
+    assert isinstance(verdict, Verdict), verdict
+    assert isinstance(same, Verdict), same
+    np.testing.assert_allclose(verdict.log_odds, same.log_odds, atol=0.02)
+    assert verdict.annotator == "judge_pair:SmolLM2-135M-Instruct"
+
+
+def test_a_server_that_is_killed_is_started_again_and_leaves_no_process(own: Judge) -> None:
+    import psutil
+
+    assert own._own is not None
+    server = own._own._server
+    before = psutil.Process(server._process.pid)
+    family = [before, *before.children(recursive=True)]
+    before.kill()
+    (verdict,) = own.ask([Query(prompt=PROMPT, responses=RESPONSES[:2])])
+    assert isinstance(verdict, Verdict), verdict
+    assert server._process.pid != before.pid
+    _, left = psutil.wait_procs(family, timeout=30)
+    assert not left, "what a killed server had started"
+    family = [psutil.Process(server._process.pid), *psutil.Process(server._process.pid).children(recursive=True)]
+    own.close()
+    _, left = psutil.wait_procs(family, timeout=30)
+    assert not left
+    assert not Path(server.socket).parent.exists()

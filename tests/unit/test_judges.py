@@ -710,6 +710,7 @@ def test_a_resume_may_change_where_the_judge_is_and_not_how_it_judges(toy_config
     spec = {"oracle.name": "judge_pair", "oracle.base_url": "http://127.0.0.1:1/v1", "oracle.model": "m"}
     free = {key for key in resumable(load(toy_config(tmp_path, spec))) if key.startswith("oracle.")}
     where = {"base_url", "api_key_env", "request_timeout_s", "max_requests", "price_per_million_tokens", "price_per_request"}
+    where |= {"kv_cache_gib", "threads", "start_timeout_s"}
     shared = {"groups_per_call", "max_concurrent", "call_timeout_s", "retries"}
     assert free == {f"oracle.{key}" for key in where | shared}
 

@@ -18,15 +18,15 @@ from pydantic import Field, PrivateAttr, model_validator
 from onlinerl import http_client
 from onlinerl.budget import Account
 from onlinerl.errors import BudgetError, ConfigError, OracleError
-from onlinerl.oracles._judge import abilities, kept, reading, templates
+from onlinerl.oracles._judge import abilities, kept, own_server, reading, templates
 from onlinerl.oracles._judge.abilities import Abilities
 from onlinerl.oracles._judge.endpoint import Endpoint, digest
 from onlinerl.oracles._judge.kept import Kept
 from onlinerl.oracles._judge.loop_thread import LoopThread
+from onlinerl.oracles._judge.own_server import OwnServer, Served
 from onlinerl.oracles._judge.questions import Price, Question, Said
 from onlinerl.oracles._judge.reading import Form
 from onlinerl.protocols.keys import Resumable, Seconds
-from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Cost, Failure, Message, Prompt, Query, Verdict, derive_seed
 
 SHOWN = 300
@@ -40,19 +40,11 @@ TRIAL = Prompt(id="trial", text="", token_ids=(), messages=(Message(role="user",
 _TEXTS = ("template", "rubric", "constitution")
 
 
-class Judge(Oracle):
+class Judge(Served):
     """Knobs and machinery of every LLM judge."""
 
     max_concurrent: Resumable[int] = Field(8, ge=1)
     call_timeout_s: Resumable[Seconds] = 3600.0  # each request has a deadline of its own
-    base_url: Resumable[str] = Field(
-        pattern=r"^https?://[^/]+(/.*)?$", description="http://HOST:PORT/v1", examples=["http://127.0.0.1:8000/v1"]
-    )
-    """Address of the server, usually ending in /v1."""
-    model: str
-    """What the server calls the model."""
-    api_key_env: Resumable[str | None] = None
-    """Name of the environment variable that holds the server's key."""
     temperature: float = Field(0.0, ge=0, le=2)
     max_tokens: int = Field(1024, ge=1)
     """Longest reply. A reply that is cut is a failure."""
@@ -78,13 +70,12 @@ class Judge(Oracle):
     """What else each request says, e.g. {chat_template_kwargs: {enable_thinking: false}}."""
     request_timeout_s: Resumable[Seconds] = 120.0
     """Longest wait for one answer of the server; `retries` is how often a request that failed is sent again."""
-    max_requests: Resumable[int] = Field(16, ge=1)
-    """Requests under way at the same time, of all groups together."""
     price_per_million_tokens: Resumable[Price | None] = None
     """In dollars, {input: 0.15, output: 0.6}."""
     price_per_request: Resumable[float] = Field(0.0, ge=0)
     """In dollars, beside the tokens or instead of them. What the server does not answer is free."""
 
+    _own: OwnServer | None = PrivateAttr(None)
     _thread: Any = PrivateAttr(None)
     _endpoint: Any = PrivateAttr(None)
     _abilities: Abilities | None = PrivateAttr(None)
@@ -183,6 +174,8 @@ class Judge(Oracle):
                 return
             self._start()
             try:
+                if self._own is not None:
+                    self._thread.call(self._own.up())
                 finding = abilities.found(self._endpoint, self._reads, self.response_format, self._first_question)
                 self._abilities, paid = self._thread.call(finding)
                 self._opening_cost = self._opening_cost.plus(paid)
@@ -198,14 +191,16 @@ class Judge(Oracle):
         self._thread = LoopThread()
         price = self.price_per_million_tokens or Price()
         try:
+            self._own = OwnServer(self) if self.base_url is None else None
             self._endpoint = Endpoint(
-                self.base_url,
+                self.base_url or own_server.ROOT,
                 self.api_key_env,
                 timeout_s=self.request_timeout_s,
                 retries=self.retries,
                 at_once=self.max_requests,
                 price=(price.input, price.output, self.price_per_request),
                 account=self._account,
+                own=self._own,
             )
         except BaseException:
             self.close()
@@ -214,10 +209,12 @@ class Judge(Oracle):
     def close(self) -> None:
         """End all connections, and whatever is still asked."""
         with self._opening:
-            thread, endpoint, replies = self._thread, self._endpoint, self._kept
-            self._thread = self._endpoint = self._abilities = self._kept = None
+            thread, endpoint, replies, own = self._thread, self._endpoint, self._kept, self._own
+            self._thread = self._endpoint = self._abilities = self._kept = self._own = None
         if thread is not None:
             thread.end(endpoint.close if endpoint is not None else None)
+        if own is not None:
+            own.end()
         if replies is not None:
             replies.close()
 
@@ -266,7 +263,9 @@ class Judge(Oracle):
             "abilities": [self._can.schema, self._can.logprobs],
             **self._identity(),
         }
-        return f"{self.model}-{hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]}"
+        if self.base_url is None:
+            said["weights"] = self._of_weights
+        return f"{self._named}-{hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]}"
 
     @property
     def _can(self) -> Abilities:

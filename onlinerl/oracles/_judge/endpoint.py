@@ -17,6 +17,7 @@ from typing import Any, Literal
 from onlinerl.budget import LOOK_S, Account
 from onlinerl.errors import OracleError
 from onlinerl.http_client import Connection, Unanswered, pause
+from onlinerl.oracles._judge.own_server import OwnServer
 from onlinerl.types import Cost
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S, JITTER = 1.0, 60.0, 0.25
@@ -64,6 +65,7 @@ class Endpoint:
         at_once: questions under way at the same time.
         price: dollars for tokens in and out, each per million, and for a request.
         account: which is asked before each attempt.
+        own: a server that was started for the judge; `base_url` is then only a name. One that has ended is started again before a question is.
 
     Raises:
         OracleError: if there is no such variable.
@@ -79,6 +81,7 @@ class Endpoint:
         at_once: int,
         price: tuple[float, float, float],
         account: Account,
+        own: OwnServer | None = None,
     ) -> None:
         headers = {}
         if api_key_env is not None:
@@ -89,7 +92,9 @@ class Endpoint:
                     fix="export it before the run is started",
                 )
             headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
-        self._connection = Connection(base_url.rstrip("/"), headers=headers, timeout_s=timeout_s)
+        self._own = own
+        socket = None if own is None else own.socket
+        self._connection = Connection(base_url.rstrip("/"), socket=socket, headers=headers, timeout_s=timeout_s)
         self._timeout_s, self._retries, self._price = timeout_s, retries, price
         self._slots = asyncio.Semaphore(at_once)
         self.account = account
@@ -98,7 +103,7 @@ class Endpoint:
         """The reply to a chat request; never raises for what concerns this question alone.
 
         Raises:
-            OracleError: if the server would refuse any question: 401, 403, 404.
+            OracleError: if the server would refuse any question: 401, 403, 404; if it was started for the judge, and has ended too often.
             BudgetError: if the account cannot pay for it.
         """
         most = self._most(body)
@@ -115,6 +120,8 @@ class Endpoint:
                 raise OracleError(f"{self.root} answered {trouble.status}: {trouble.said}", field=where, fix=fix)
             if not trouble.may_pass or tries > self._retries:
                 return self._failed(trouble, paid)
+            if self._own is not None and trouble.kind == "connection":
+                await self._own.up()
             spread = JITTER * chance.random()
             await asyncio.sleep(pause(tries, trouble.wait_s, first_s=FIRST_PAUSE_S, longest_s=LONGEST_PAUSE_S, jitter=spread))
         raise AssertionError("the last attempt returns or raises")
