@@ -31,7 +31,7 @@ def at_reference(items):
 
 
 def stops_gradients(algorithm):
-    """d has none."""
+    """d."""
     return True
 
 

@@ -26,7 +26,7 @@ KNOBS = CLIP_KNOBS | IMPORTANCE_KNOBS | {"kl_coef": [({}, 0.5)]}
 
 
 def stops_gradients(algorithm):
-    """The ratio of the response is a constant in that of each token."""
+    """The ratio of a whole response, in that of each token."""
     return True
 
 

@@ -26,7 +26,7 @@ def at_reference(items):
 
 
 def stops_gradients(algorithm):
-    """z has none."""
+    """z."""
     return True
 
 
