@@ -99,7 +99,7 @@ def test_gradient_by_finite_differences():
     assert torch.allclose(gradient, finite_differences(algorithm, items, LOGPROBS), atol=1e-7)
 
 
-def test_agrees_with_trl():
+def test_of_given_advantages_agrees_with_trl():
     rng, lengths = np.random.default_rng(1), (5, 2, 3)
     algorithm = Gspo(kl_coef=0.3, clip_range_low=0.02, clip_range_high=0.03)
     drawn = {name: [-1.0 + 0.1 * rng.standard_normal(n) for n in lengths] for name in ("old_logprobs", "reference_logprobs")}
