@@ -5,6 +5,9 @@ python benchmarks/vocabulary_memory.py --tokens 8000 --vocabulary 150000 --out m
 Each figure is of a process of its own on the CPU: the highest resident memory of forward and backward, above what was there before. Side by
 side the two forms are measured with as large a vocabulary as memory allows (`--beside`; by default what fits into half of what is free):
 tables of all logits grow with it, and 8,000 tokens of 150,000 need 5 GB each. The form in pieces is measured with the whole vocabulary too.
+
+It ends with exit code 1 if the form in pieces takes more memory than `TABLES` of one piece, or if values or gradients of the two forms are
+further apart than `APART` of the largest one of the plain form.
 """
 
 from __future__ import annotations
@@ -24,6 +27,13 @@ CASES: dict[str, tuple[str, ...]] = {
 }
 TABLES_AT_ONCE = 6
 """So many tables of all logits the plain computation is expected to need at most: two models, log-probs, probabilities, gradients."""
+
+
+TABLES = 3.0
+"""So many tables of the logits of one piece the form in pieces may need at most, the gradient of the output matrix included. Torch's allocator
+counts 2.3 of them (tests/unit/test_token_terms.py); resident memory has what it has not given back besides."""
+APART = 1e-5
+"""Of the largest value, and of the largest number in a gradient: single precision rounds the sum over a vocabulary by no less."""
 
 
 def main() -> None:
@@ -66,16 +76,35 @@ def main() -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=2) + "\n")
+    if wrong := [f"{result['name']}: {what}" for result in results for what in beyond(result)]:
+        raise SystemExit("\n".join(wrong))
+
+
+def piece(result: dict[str, Any]) -> int:
+    """Bytes of the logits of as many tokens as exist at a time."""
+    from onlinerl.learners._policy import CHUNK
+
+    return CHUNK * int(result["vocabulary"]) * 4
+
+
+def beyond(result: dict[str, Any]) -> list[str]:
+    """What of a result is out of its bound, in words."""
+    tables = result["pieces_bytes"] / piece(result)
+    found = [f"{tables:.1f} tables of a piece, more than {TABLES:g}"] if tables > TABLES else []
+    for what in ("value", "gradient"):
+        gap = result[f"{what}_gap"]
+        if not gap <= APART:  # nor NaN
+            found.append(f"{what}s differ by {gap:.1e} of the largest, more than {APART:g}")
+    return found
 
 
 def line(result: dict[str, Any]) -> str:
     table = result["tokens"] * result["beside"] * 4
-    piece = 1024 * result["vocabulary"] * 4
     return (
         f"{result['name']}, {result['tokens']:,} tokens: vocabulary {result['beside']:,} at once {result['at_once_bytes'] / GIB:.2f} GiB "
         f"({result['at_once_bytes'] / table:.1f} tables of all logits), in pieces {result['pieces_beside_bytes'] / GIB:.2f} GiB: "
         f"{result['ratio']:.1f} times less, CPU time x {result['seconds_ratio']:.2f}; vocabulary {result['vocabulary']:,} in pieces "
-        f"{result['pieces_bytes'] / GIB:.2f} GiB ({result['pieces_bytes'] / piece:.1f} tables of 1,024 tokens); on {result['compared']:,} "
+        f"{result['pieces_bytes'] / GIB:.2f} GiB ({result['pieces_bytes'] / piece(result):.1f} tables of 1,024 tokens); on {result['compared']:,} "
         f"tokens values differ by {result['value_gap']:.1e} of the largest, gradients by {result['gradient_gap']:.1e}"
     )
 

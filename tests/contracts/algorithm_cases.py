@@ -6,6 +6,9 @@ import copy
 import dataclasses
 import importlib
 import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +21,7 @@ from torch.nn.functional import pad
 from onlinerl import registry
 from onlinerl.batch import Batch, Outputs
 from onlinerl.learners._whole_step import first_pass, state_metrics
+from onlinerl.ops import whole_step
 from onlinerl.ops.batching import collate
 from onlinerl.ops.whole_step import WholeStep
 from onlinerl.protocols.algorithm import Algorithm, Needs
@@ -36,7 +40,7 @@ def golden(name: str) -> ModuleType:
     test_value_by_hand    the loss of a few tokens
     at_reference(items)   the mean loss where policy, old policy, reference and engine agree, with the first of the variants
     VARIANTS              knobs that the contracts are tried with
-    stops_gradients       optional: whether a term of this loss has another gradient than its value on purpose
+    stops_gradients       optional: whether this loss holds a term constant on purpose; its docstring names the term, for the table in docs/
     KNOBS                 by knob: which others are set with it, and a value that must change something
     """
     file = GOLDEN / f"test_{name}.py"
@@ -49,6 +53,12 @@ def golden(name: str) -> ModuleType:
 def variants(name: str) -> list[dict]:
     """What the contracts are tried with: of an algorithm without a golden test, which is a failure of its own, the defaults."""
     return golden(name).VARIANTS if (GOLDEN / f"test_{name}.py").is_file() else [{}]
+
+
+def holds_constants(name: str, algorithm: Algorithm) -> bool:
+    """Whether its golden test says that it does, with these knobs."""
+    own = golden(name) if (GOLDEN / f"test_{name}.py").is_file() else None
+    return own is not None and hasattr(own, "stops_gradients") and own.stops_gradients(algorithm)
 
 
 def sources(algorithm: Algorithm) -> tuple[str, ...]:
@@ -250,6 +260,42 @@ class Policy:
         gradients = torch.autograd.grad(total / units, self.leaves, allow_unused=True)
         flat = torch.cat([torch.zeros_like(x) if g is None else g for g, x in zip(gradients, self.leaves, strict=True)])
         return (total / units).item(), flat, metrics
+
+
+class Constants:
+    """What a loss holds constant: every result of `Tensor.detach` while it is computed.
+
+    They are recorded the first time, and each later evaluation gets them back in the same order, wherever its own point is. So values of
+    the loss move as its gradient says: those of z of `kto` or of the other response's ratio of `p3o` stay where they were.
+
+    Not those of `ops/whole_step.py`, which detaches to carry numbers from one pass to the next: what is made of them has a gradient.
+    A loss that holds something constant in another way (`no_grad`, `item` of what was not detached) gives values that move.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[Tensor] | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While this is open, a loss gets the constants of the first time it was."""
+        plain: Callable[[Tensor], Tensor] = Tensor.detach
+        recorded: list[Tensor] = []
+        left = None if self._found is None else iter(self._found)
+
+        def detach(tensor: Tensor) -> Tensor:
+            if sys._getframe(1).f_code.co_filename == whole_step.__file__:
+                return plain(tensor)
+            constant = plain(tensor).clone() if left is None else next(left)
+            assert constant.shape == tensor.shape, "the loss does not take the same steps wherever it is computed"
+            recorded.append(constant)
+            return constant
+
+        Tensor.detach = detach  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            Tensor.detach = plain  # type: ignore[method-assign]
+        self._found = recorded
 
 
 def widen(batch: Batch, extra: int) -> Batch:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from algorithm_cases import (
+    Constants,
     Policy,
     annotated_items,
     build,
     golden,
+    holds_constants,
     pairs_of,
     refereed,
     selected,
@@ -26,7 +29,9 @@ from algorithm_cases import (
 from onlinerl import registry
 from onlinerl.batch import LossOutput, Mean, Outputs
 from onlinerl.errors import LearnerError
+from onlinerl.learners import _whole_step
 from onlinerl.metrics.catalogue import CATALOGUE, PAIRS, POLICY_GRADIENT
+from onlinerl.ops import whole_step
 from onlinerl.ops.batching import collate, plan_step
 from onlinerl.ops.pair_modifiers import weighed
 from onlinerl.protocols.algorithm import Algorithm
@@ -149,18 +154,98 @@ def test_weights_have_mean_1_whatever_micro_batches_and_ranks_they_are_cut_into(
     assert torch.allclose(policy.gradient(algorithm, [doubled])[1], 2 * whole[1], rtol=1e-5, atol=1e-7)
 
 
+def holding(name: str) -> list[Algorithm]:
+    """Its variants that hold something constant, as its golden test says."""
+    return [algorithm for algorithm in (build(name, knobs) for knobs in variants(name)) if holds_constants(name, algorithm)]
+
+
+HOLDING = [name for name in NAMES if holding(name)]
+
+
+def slopes(algorithm: Algorithm, *, held: bool) -> tuple[float, float]:
+    """Of the loss in a random direction: by its values, in central differences, and by its gradient. `held`: with what it holds constant
+    kept where it was."""
+    items = training_items(algorithm)
+    policy, constants = Policy(items), Constants()
+
+    def at(point: Policy) -> tuple[float, torch.Tensor]:
+        with constants.held() if held else nullcontext():
+            return point.gradient(algorithm, [items])[:2]
+
+    _, gradient = at(policy)
+    direction = torch.from_numpy(np.random.default_rng(1).standard_normal(len(gradient)))
+    ahead, behind = (at(policy.moved(step * direction))[0] for step in (1e-5, -1e-5))
+    return (ahead - behind) / 2e-5, (gradient @ direction).item()
+
+
+def check_slope(algorithm: Algorithm, *, held: bool) -> None:
+    by_values, by_gradient = slopes(algorithm, held=held)
+    assert by_values == pytest.approx(by_gradient, rel=1e-5, abs=1e-7)
+
+
 @pytest.mark.parametrize(("name", "knobs"), CASES)
 def test_the_gradient_is_the_slope_of_the_loss(name, knobs):
-    """By finite differences in fp64, in a random direction. Where a formula stops a gradient on purpose, its golden test says so."""
+    """By finite differences in fp64, in a random direction, of every algorithm.
+
+    Where a formula stops a gradient on purpose, which its golden test says (`stops_gradients`), values are taken with those terms held at
+    the point itself. This sees every wrong gradient of what is not held. That such a formula holds the right terms it cannot see: if it
+    detaches one more, values do not move with that either. The slopes in its golden test, worked out by hand, show it. A loss that
+    does not say it stops a gradient may detach nothing that its value depends on.
+    """
     algorithm = build(name, knobs)
-    if hasattr(golden(name), "stops_gradients") and golden(name).stops_gradients(algorithm):
-        pytest.skip("a term's value and gradient are those of two estimators")
-    items = training_items(algorithm)
-    policy = Policy(items)
-    _, gradient, _ = policy.gradient(algorithm, [items])
-    direction = torch.from_numpy(np.random.default_rng(1).standard_normal(len(gradient)))
-    ahead, behind = (policy.moved(step * direction).gradient(algorithm, [items])[0] for step in (1e-5, -1e-5))
-    assert (ahead - behind) / 2e-5 == pytest.approx((gradient @ direction).item(), rel=1e-5, abs=1e-7)
+    check_slope(algorithm, held=holds_constants(name, algorithm))
+
+
+@pytest.mark.parametrize("name", HOLDING)
+def test_what_is_said_to_stop_a_gradient_does(name):
+    """Else its slope would be checked less strictly than it could be, for nothing."""
+    found = [slopes(algorithm, held=False) for algorithm in holding(name)]
+    assert any(by_values != pytest.approx(by_gradient, rel=1e-5, abs=1e-7) for by_values, by_gradient in found)
+    assert golden(name).stops_gradients.__doc__, "name what is held; the table in docs/algorithms.md says it"
+
+
+class Steeper(registry.load("algorithms", "dpo", Algorithm)):
+    """The right value, and twice its gradient."""
+
+    def loss(self, outputs, batch):
+        out = super().loss(outputs, batch)
+        return dataclasses.replace(out, total=2 * out.total - out.total.detach())
+
+
+@pytest.mark.parametrize("name", HOLDING)
+def test_a_wrong_gradient_would_be_noticed_although_something_is_held(name, monkeypatch):
+    """The fault of a backward pass that is wrong by a factor: with and without constants."""
+    algorithm = holding(name)[0]
+    plain = type(algorithm).loss
+
+    def steeper(self, outputs, batch):
+        out = plain(self, outputs, batch)
+        out.total.register_hook(lambda slope: 1.01 * slope)
+        return out
+
+    monkeypatch.setattr(type(algorithm), "loss", steeper)
+    with pytest.raises(AssertionError):
+        check_slope(algorithm, held=True)
+
+
+def test_a_constant_that_nobody_said_would_be_noticed():
+    with pytest.raises(AssertionError):
+        check_slope(Steeper(), held=False)
+
+
+def test_what_the_whole_step_makes_of_its_rows_is_part_of_the_slope(monkeypatch):
+    """The fault of slopes that are wrong by a factor, where two passes carry numbers in between."""
+    plain = whole_step.differentiated
+
+    def wrong(algorithm, rows):
+        loss, slopes_N = plain(algorithm, rows)
+        return loss, 1.01 * slopes_N
+
+    monkeypatch.setattr(_whole_step, "differentiated", wrong)
+    for name in ("kto", "bco", "re_po", "aot"):
+        algorithm = build(name, {})
+        with pytest.raises(AssertionError):
+            check_slope(algorithm, held=holds_constants(name, algorithm))
 
 
 @pytest.mark.parametrize(("name", "knobs"), CASES)

@@ -85,7 +85,8 @@ def lora(ranks: Ranks, job: dict[str, Any], case: dict[str, Any]) -> dict[str, A
     found["gradients", "again"] = learner.gradients(ranks.mine(loss["items"], 60), len(loss["items"]))
     learner.algorithm, learner.needs = job["algorithm"], job["algorithm"].needs
 
-    here = Path(job["directory"]) / f"{ranks.world_size}-{case['stage']}-{case['dtype']}"
+    rows = "packed" if case.get("padding_free") else "padded"
+    here = Path(job["directory"]) / f"{ranks.world_size}-{case['stage']}-{case['dtype']}-{rows}"
     export, older, newer = (str(here / name) for name in ("export", "older", "newer"))
     for folder in (export, older, newer, here / "checkpoint"):
         Path(folder).mkdir(parents=True, exist_ok=True)

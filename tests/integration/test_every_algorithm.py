@@ -1,77 +1,90 @@
-"""Every algorithm on vLLM and DeepSpeed, two iterations each, in one sweep that is stopped in the middle and goes on: `make test-algorithms`."""
+"""Every algorithm on vLLM and DeepSpeed: one iteration, and a second one in a run that is resumed, in sweeps whose engines stay up.
+
+One of each kind in `make test`; all of them in `make test-algorithms`, where the sweep is stopped in the middle, too.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from every import ITERATIONS, write_sweep
+from every import FAMILIES, ITERATIONS, phases, resumed_once, run_of, start, write_sweep
 
 from onlinerl import registry
 from onlinerl.stores.summary import summarise
 
 NAMES = registry.names("algorithms")
-REQUEUE = 75
+STOPPED = NAMES[1]
+"""In whose second iteration the sweep over all is stopped."""
 
 
-def start(folder: Path, sweep: Path, log: Path, *options: str) -> subprocess.Popen[bytes]:
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
-    command = [sys.executable, "-m", "onlinerl.cli", "sweep", str(sweep), *options]
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, stdout=file, stderr=file, start_new_session=True
-        )
+@dataclass(frozen=True)
+class Swept:
+    """A sweep that has ended."""
+
+    made: Path
+    """Its folder."""
+    left: dict[str, dict[str, Any]]
+    """By algorithm, what the phases of iteration 1 had recorded before the run was resumed."""
+    resumes: Callable[[str], int]
+    """How often a run of it was resumed."""
 
 
 def test_the_sweep_is_accepted(tiny_llama: Path, tmp_path: Path) -> None:
     """All of it, so that what is run seldom does not go out of date."""
-    process = start(tmp_path, write_sweep(tmp_path, tiny_llama), tmp_path / "log", "--check")
+    process = start(tmp_path, write_sweep(tmp_path, tiny_llama, NAMES), "--check")
     assert process.wait() == 0, (tmp_path / "log").read_text()
     assert f"every: {len(NAMES)} runs" in (tmp_path / "log").read_text()
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of the sweep, which was stopped in the second iteration of its second run."""
+def families(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    """One of each kind."""
+    folder = tmp_path_factory.mktemp("families")
+    return Swept(folder / "runs/every", resumed_once(folder, tiny_llama, list(FAMILIES)), lambda name: 1)
+
+
+@pytest.fixture(scope="module")
+def every(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    """All of them."""
     folder = tmp_path_factory.mktemp("every")
-    sweep, log = write_sweep(folder, tiny_llama), folder / "log"
-    made = folder / "runs" / "every"
-    process = start(folder, sweep, log)
-    try:
-        second = made / NAMES[1] / "iterations" / "0002"
-        while process.poll() is None and not second.exists():
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait() == REQUEUE, log.read_text()[-3000:]
-        process = start(folder, sweep, log)
-        assert process.wait() in (0, 1), log.read_text()[-3000:]  # 1: a run has failed, which its own test says
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    yield made
-    print(log.read_text()[-3000:])
+    left = resumed_once(folder, tiny_llama, NAMES, stopped=STOPPED)
+    return Swept(folder / "runs/every", left, lambda name: 2 if name == STOPPED else 1)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_of_each_kind_runs_on_real_parts(families: Swept, name: str) -> None:
+    check(families, name)
 
 
 @pytest.mark.engine
 @pytest.mark.algorithms
 @pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("name", NAMES)
-def test_it_runs_on_real_parts(runs: Path, name: str) -> None:
-    record: dict[str, Any] = json.loads((runs / "sweep.json").read_text())
-    [made] = [each for each in record["runs"] if each.partition("-")[0] == name]  # knobs follow the name
-    assert made not in record.get("failed", {}), record["failed"][made]
-    run = runs / made
+def test_it_runs_on_real_parts(every: Swept, name: str) -> None:
+    check(every, name)
+
+
+def check(swept: Swept, name: str) -> None:
+    """Both iterations have trained and were pushed, and the second one goes on from the first, which nobody has done again."""
+    run = run_of(swept.made, name)
+    failed = json.loads((swept.made / "sweep.json").read_text()).get("failed", {})
+    assert run.name not in failed, failed[run.name]
     rows = summarise(run)["iterations"]
     assert [row["iteration"] for row in rows] == list(range(ITERATIONS + 1))
     assert all(row["sync"]["proved"] for row in rows)
-    trained = [json.loads((run / f"iterations/{t:04d}/manifest.json").read_text())["phases"]["train"] for t in (1, 2)]
-    assert all(each["steps"] > 0 and each["skipped"] == 0 for each in trained), trained
+    assert json.loads((run / "manifest.json").read_text())["attempt"] == swept.resumes(name)
+    assert phases(run, 1) == swept.left[name]
+    for t in (1, 2):
+        trained = phases(run, t)["train"]
+        assert trained["steps"] > 0, trained
+        assert trained["skipped"] == 0, trained
+        assert trained["policy_version"] == t - 1, trained
+        assert t - 1 in trained["sampled_by"], trained  # some also train on what an older one has sampled
+    assert {"sample", "label", "train", "checkpoint", "sync"} <= swept.left[name].keys()
     assert rows[-1]["kl_ref"] != 0, "no step moved the weights"

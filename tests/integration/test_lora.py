@@ -21,11 +21,15 @@ from onlinerl.algorithms.inpo import Inpo
 from onlinerl.algorithms.kto import Kto
 from onlinerl.algorithms.lipo_lambda import LipoLambda
 from onlinerl.algorithms.ppo import Ppo
+from onlinerl.algorithms.re_po import RePo
+from onlinerl.algorithms.sppo import Sppo
 from onlinerl.algorithms.tdpo2 import Tdpo2
+from onlinerl.algorithms.weighted_sft import WeightedSft
 from onlinerl.batch import Outputs
 from onlinerl.learners._policy import Policy
 from onlinerl.learners._vocabulary import FrozenStates
 from onlinerl.ops.batching import collate
+from onlinerl.ops.whole_step import WholeStep
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Draw, Sampling, TrainItem, TrainSequence
 
@@ -61,6 +65,12 @@ def samples(count: int, seed: int) -> list[TrainItem]:
     return [TrainItem(prompt_id=str(i), sequences=(one,)) for i, one in enumerate(made)]
 
 
+def won(count: int, seed: int) -> list[TrainItem]:
+    """Pairs of which every response has a win rate."""
+    rates = lambda item: tuple(s.with_(win_rate=r) for s, r in zip(item.sequences, (0.75, 0.25), strict=True))  # noqa: E731
+    return [replace(item, sequences=rates(item)) for item in pairs(count, seed)]
+
+
 def lists(count: int, seed: int) -> list[TrainItem]:
     rng = np.random.default_rng(seed)
     made = lambda: (sequence(rng, reference_logprobs=-5.5).with_(win_rate=rate) for rate in (0.9, 0.5, 0.1))  # noqa: E731
@@ -74,6 +84,7 @@ def anchored(items: list[TrainItem]) -> list[TrainItem]:
 
 
 ITEMS = pairs(7, seed=1)
+WEIGHED = WeightedSft()
 LOSSES: dict[str, tuple[Algorithm, list[TrainItem]]] = {
     "pairs": (Dpo(), ITEMS),
     "fewer items than ranks": (Dpo(), pairs(1, seed=2)),
@@ -81,6 +92,9 @@ LOSSES: dict[str, tuple[Algorithm, list[TrainItem]]] = {
     "lists": (LipoLambda(beta=0.5), lists(6, seed=6)),
     "two references": (Inpo(eta=0.5), anchored(pairs(7, seed=7))),
     "the whole step at once": (Kto(threshold=0.0), samples(8, seed=3)),
+    "pairs, the whole step at once": (RePo(beta=0.5), pairs(7, seed=8)),
+    "two responses as one": (Sppo(), won(7, seed=9)),
+    "weighed likelihood": (WEIGHED, list(WEIGHED.prepare(samples(8, seed=10)))),
 }
 BESIDE = Tdpo2(alpha=2.0)
 CRITIC: tuple[Algorithm, list[TrainItem]] = (
@@ -92,6 +106,8 @@ CASES = {
     **{("critic", s): {"kind": "critic", "stage": s, "dtype": "float32"} for s in (0, 2, 3, "torch")},
 }
 CASES["lora", 1, "float32"]["padding_free"] = True  # both at once
+PACKED: list[tuple[Any, ...]] = [("lora", stage, "float32", "packed") for stage in (0, 2, 3, "torch")]
+CASES |= {case: {**CASES[case[:3]], "padding_free": True} for case in PACKED}
 QUICK = {(1, ("lora", "torch", "float32")), (2, ("lora", 3, "float32")), (2, ("lora", 1, "float32"))}
 """Of all cases for a number of ranks; the others are `long`."""
 Answers = Callable[..., dict[str, Any]]
@@ -99,15 +115,18 @@ Answers = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def answers(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    """`answers(ranks, case)`: what the ranks computed. The quick cases of a number of ranks run together, and so do the others."""
-    done: dict[tuple[int, bool], dict[Any, Any]] = {}
+    """`answers(ranks, case)`: what the ranks computed. The quick cases of a number of ranks run together, the packed ones, and the others."""
+    done: dict[tuple[int, str], dict[Any, Any]] = {}
+
+    def together(ranks: int, case: tuple[Any, ...]) -> str:
+        return "quick" if (ranks, case) in QUICK else "packed" if case in PACKED else "others"
 
     def ask(ranks: int, case: tuple[Any, ...]) -> dict[str, Any]:
-        quick = (ranks, case) in QUICK
-        if (ranks, quick) not in done:
-            cases = [each for each in CASES if ((ranks, each) in QUICK) == quick]
-            done[ranks, quick] = asked(ranks, cases, tiny_llama, tmp_path_factory.mktemp(f"lora-{ranks}"))
-        answer: dict[str, Any] = done[ranks, quick][case]
+        group = together(ranks, case)
+        if (ranks, group) not in done:
+            cases = [each for each in CASES if together(ranks, each) == group]
+            done[ranks, group] = asked(ranks, cases, tiny_llama, tmp_path_factory.mktemp(f"lora-{ranks}"))
+        answer: dict[str, Any] = done[ranks, group][case]
         if "error" in answer:
             pytest.fail(str(answer["error"]))
         return answer
@@ -140,7 +159,10 @@ def cases(kind: str, *more: Sequence[Any]) -> list[object]:
     return [pytest.param(*one, marks=[] if one in QUICK else [pytest.mark.long], id=f"{one[0]}-{one[1]}") for one in named]
 
 
-lora = pytest.mark.parametrize(("ranks", "case"), cases("lora", (0, 1, 2, 3, "torch"), tuple(BOUND)))
+packed = [
+    pytest.param(ranks, case, marks=pytest.mark.long, id=f"{ranks}-packed-{case[1]}") for ranks, case in product((1, 2), PACKED)
+]
+lora = pytest.mark.parametrize(("ranks", "case"), [*cases("lora", (0, 1, 2, 3, "torch"), tuple(BOUND)), *packed])
 
 
 # --- what it should be ---
@@ -188,7 +210,7 @@ def gradients(
         )
         return found
 
-    if isinstance(algorithm, Kto):
+    if isinstance(algorithm, WholeStep):
         from onlinerl.learners._whole_step import first_pass
 
         (batch,), _ = first_pass(algorithm, [batch], lambda _: forward(), lambda own: ([own], 0), None)

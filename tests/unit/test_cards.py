@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -135,8 +137,36 @@ def test_a_name_that_there_is_not_is_refused_with_the_one_that_was_meant():
     assert "simpo" in str(error.value.fix)
 
 
-def test_the_page_is_what_the_tool_writes():
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    """tools/algorithm_docs.py."""
     spec = importlib.util.spec_from_file_location("algorithm_docs", ROOT / "tools/algorithm_docs.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+def test_the_page_is_what_the_tool_writes(tool):
     assert (ROOT / "docs/algorithms.md").read_text() == tool.document(), "run python tools/algorithm_docs.py"
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("def test_agrees_with_trl(): assert dpo_loss()", "TRL"),
+        ("def test_hard_labels_agree_with_trl_which_sums(): assert dpo_loss()", "TRL (hard labels)"),
+        ("def test_agrees_with_trl(): pass", None),  # a name alone
+        ("def test_value_by_hand(): assert dpo_loss()", None),
+    ],
+)
+def test_an_agreement_is_a_test_that_calls_the_other_implementation(tool, source, said):
+    assert tool._agreement(ast.parse(source).body[0]) == said
+
+
+def test_a_page_that_says_of_all_what_a_test_leaves_out_is_not_written(tool, tmp_path, monkeypatch):
+    """The fault of a test of every algorithm that skips some, or has gone."""
+    monkeypatch.setattr(tool, "TESTS", tmp_path)
+    for number, source in enumerate(("def test_all():\n    pytest.skip()", "def test_others(): pass")):
+        (tmp_path / f"{number}.py").write_text(source)
+        with pytest.raises(ValueError, match="without exceptions"):
+            tool._test(f"{number}.py", "test_all")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -189,3 +190,20 @@ def test_the_plain_computation_takes_more() -> None:
     it = case(**LARGE)
     peak = peak_bytes(lambda: at_once(it).logprobs.sum().backward())
     assert peak > 10 * TABLES * 4 * PIECE * LARGE["vocabulary"]
+
+
+def test_the_benchmark_fails_beyond_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a piece, or of what single precision rounds; a gap that is no number is one, too."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import vocabulary_memory as benchmark
+
+    job = {"tokens": 40, "vocabulary": 300, "width": 8, "name": "log-probs, entropy"}
+    measured = {**job, "pieces_bytes": int(2.3 * 1024 * 300 * 4), **benchmark.compare(job)}
+    assert benchmark.beyond(measured) == []
+    assert benchmark.beyond(measured | {"pieces_bytes": 4 * 1024 * 300 * 4}) == ["4.0 tables of a piece, more than 3"]
+    for gap in (2e-5, float("nan")):
+        (said,) = benchmark.beyond(measured | {"gradient_gap": gap})
+        assert said.startswith("gradients differ by")
+    plain = _policy.LogProbHead.forward
+    monkeypatch.setattr(_policy.LogProbHead, "forward", lambda self, hidden, *a, **k: plain(self, hidden * 1.001, *a, **k))
+    assert len(benchmark.beyond(measured | benchmark.compare(job))) == 2

@@ -31,7 +31,7 @@ def at_reference(items):
 
 
 def stops_gradients(algorithm):
-    """d has none."""
+    """d."""
     return True
 
 
@@ -107,7 +107,7 @@ def test_the_loss_takes_the_baseline_after_its_own_step():
     assert Bco(beta=1.0).step_loss(rows).item() == pytest.approx(0.018150 + math.log(2), abs=1e-6)
 
 
-def test_agrees_with_trl():
+def test_with_a_given_d_agrees_with_trl():
     """TRL's loss of this name has d = 0, and takes pairs: with d in the reference and twice the mean over responses it is ours."""
     torch.manual_seed(0)
     lengths, beta = [4, 1, 3, 2, 6, 3], 0.3

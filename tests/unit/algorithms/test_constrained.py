@@ -56,7 +56,7 @@ def at_reference(items):
 
 
 def stops_gradients(algorithm):
-    """The ratio of gspo has the value of one thing and the gradient of another."""
+    """The ratio of a whole response, with `base: gspo`."""
     return algorithm.base == "gspo"
 
 

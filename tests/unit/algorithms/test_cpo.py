@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from algorithm_batches import F_PLUS, ITEM, MARGIN_KNOBS, ROWS, WITH_REFERENCE, evaluate, pair
-from trl_losses import assert_agrees, cpo_loss
+from trl_losses import assert_agrees, cpo_loss, whole_cpo_loss
 
 from onlinerl.algorithms.cpo import Cpo
 from onlinerl.algorithms.dpo import Dpo
@@ -36,5 +36,10 @@ def test_without_the_likelihood_it_is_dpo_with_a_reference_of_zero():
     assert evaluate(Cpo(nll_coef=0.0), [ITEM], ROWS)[0] == evaluate(Dpo(), [zero], ROWS)[0]
 
 
-def test_agrees_with_trl():
+def test_of_one_pair_agrees_with_trl():
+    """TRL's likelihood is the mean over the tokens of the batch."""
+    assert_agrees(Cpo(), lambda logprobs, _, mask: whole_cpo_loss(logprobs, mask, beta=0.1, nll_coef=1.0), 1)
+
+
+def test_without_likelihood_agrees_with_trl():
     assert_agrees(Cpo(nll_coef=0.0), lambda logprobs, _, mask: cpo_loss(logprobs, mask, beta=0.1))

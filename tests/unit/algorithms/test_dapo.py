@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from algorithm_batches import CLIP_KNOBS, IMPORTANCE_KNOBS, evaluate, judged, sequence, single, trained
+import torch
+from algorithm_batches import CLIP_KNOBS, IMPORTANCE_KNOBS, evaluate, judged, sequence, single, spread, trained, values
 from pydantic import ValidationError
+from trl_losses import grpo_loss
 
 from onlinerl.algorithms.dapo import Dapo
 from onlinerl.algorithms.grpo import Grpo
@@ -101,3 +103,25 @@ def test_a_penalty_that_no_response_is_long_enough_for_is_refused():
     assert found.field == "algorithm.max_length"
     assert "only responses of more than 16384 tokens are penalised" in found.cause
     assert found.fix == "set it to 16384"
+
+
+def test_of_given_advantages_agrees_with_trl():
+    """Ratios far enough from 1 for both clips and for the bound of negative advantages."""
+    rng, lengths, algorithm = np.random.default_rng(1), (5, 2, 3), Dapo(dual_clip=1.3)
+    old = [-1.0 + 0.4 * rng.standard_normal(n) for n in lengths]
+    items = trained(algorithm, [judged(lengths, scores=(1.0, -0.5, 0.25))], old_logprobs=old, behavior_logprobs=old)
+    rows = [-1.0 + 0.4 * rng.standard_normal(n) for n in lengths]
+    loss, gradient, out, batch = evaluate(algorithm, items, rows)
+    assert values(out)["clip_high"] > 0
+    logprobs = spread(rows, batch).nan_to_num().requires_grad_()
+    expected = grpo_loss(
+        logprobs,
+        batch.old_logprobs_BT.double(),
+        batch.advantages_BT[:, 0].double(),
+        batch.mask_BT,
+        agg="dapo",
+        clip_range_high=0.28,
+        dual_clip=1.3,
+    )
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.allclose(gradient, torch.autograd.grad(expected, logprobs)[0], atol=1e-7)

@@ -26,7 +26,7 @@ KNOBS = MARGIN_KNOBS
 
 
 def stops_gradients(algorithm):
-    """Weights of `wpo` follow the policy, and so do those of the samples of a KL."""
+    """Weights of pairs with `pair_weights: wpo`, and those of samples with `online_kl`."""
     return algorithm.pair_weights == "wpo" or algorithm.online_kl > 0
 
 

@@ -29,6 +29,6 @@ def test_without_the_likelihood_it_is_dpo_and_with_it_the_rejected_side_gets_the
     assert torch.equal(with_it[1][1], dpo[1][1])
 
 
-def test_agrees_with_trl():
+def test_of_one_pair_agrees_with_trl():
     """For one pair: TRL's likelihood is the mean over the tokens of the batch."""
     assert_agrees_with_dpo(DpoNll(nll_coef=0.7), {"sigmoid": 1.0, "sft": 0.7}, 1, beta=0.1)

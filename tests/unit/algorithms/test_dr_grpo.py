@@ -87,7 +87,7 @@ def test_a_constant_that_is_not_the_longest_response_is_said():
     assert DrGrpo(max_length=48).remarks(Plan(iterations=1, references=(None,), max_new_tokens=48)) == []
 
 
-def test_agrees_with_trl():
+def test_of_given_advantages_agrees_with_trl():
     rng, lengths = np.random.default_rng(1), (5, 2, 3)
     algorithm = DrGrpo(max_length=7, kl_coef=0.3, clip_range_high=0.28)
     names = ("old_logprobs", "reference_logprobs", "behavior_logprobs")

@@ -30,7 +30,7 @@ def at_reference(items):
 
 
 def stops_gradients(algorithm):
-    """The KL in the loss has the value of k3 and the gradient of k2."""
+    """What is between the value of k3 and the gradient of k2, with a KL in the loss."""
     return algorithm.kl_coef > 0 and algorithm.kl_in == "loss"
 
 

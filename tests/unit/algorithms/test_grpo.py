@@ -228,7 +228,7 @@ def test_truncated_weights_give_the_gradient_of_the_policy_that_training_starts_
 
 @pytest.mark.parametrize("agg", AGGREGATIONS)
 @pytest.mark.parametrize("kl", [0.0, 0.3])
-def test_agrees_with_trl(agg, kl):
+def test_of_given_advantages_agrees_with_trl(agg, kl):
     rng, lengths = np.random.default_rng(1), (5, 2, 3)
 
     def draw(n):

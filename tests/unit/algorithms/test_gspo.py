@@ -26,7 +26,7 @@ KNOBS = CLIP_KNOBS | IMPORTANCE_KNOBS | {"kl_coef": [({}, 0.5)]}
 
 
 def stops_gradients(algorithm):
-    """The ratio of the response is a constant in that of each token."""
+    """The ratio of a whole response, in that of each token."""
     return True
 
 
@@ -99,7 +99,7 @@ def test_gradient_by_finite_differences():
     assert torch.allclose(gradient, finite_differences(algorithm, items, LOGPROBS), atol=1e-7)
 
 
-def test_agrees_with_trl():
+def test_of_given_advantages_agrees_with_trl():
     rng, lengths = np.random.default_rng(1), (5, 2, 3)
     algorithm = Gspo(kl_coef=0.3, clip_range_low=0.02, clip_range_high=0.03)
     drawn = {name: [-1.0 + 0.1 * rng.standard_normal(n) for n in lengths] for name in ("old_logprobs", "reference_logprobs")}

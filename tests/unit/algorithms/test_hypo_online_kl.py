@@ -20,7 +20,7 @@ def at_reference(items):
 
 
 def stops_gradients(algorithm):
-    """The KL's weights have none."""
+    """Weights of the samples of its KL."""
     return True
 
 

@@ -43,7 +43,7 @@ def test_by_length_with_tau_by_the_length_has_the_optimum_of_the_sum():
     assert evaluate(Ipo(length_norm=True, tau=0.4), [item], rows)[1].abs().max() == pytest.approx(0.0, abs=1e-12)
 
 
-def test_agrees_with_trl():
+def test_of_log_ratios_per_token_agrees_with_trl():
     assert_agrees_with_dpo(Ipo(length_norm=True, tau=0.3), {"ipo": 1.0}, beta=0.3)
 
 

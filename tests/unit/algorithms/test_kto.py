@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from algorithm_batches import evaluate, items_of, judged, sequence, single, values
+from algorithm_batches import evaluate, items_of, judged, sequence, single, spread, values
+from trl_losses import kto_loss
 
 from onlinerl.algorithms.kto import Kto
 
@@ -26,7 +27,7 @@ def at_reference(items):
 
 
 def stops_gradients(algorithm):
-    """z has none."""
+    """z."""
     return True
 
 
@@ -123,3 +124,20 @@ def test_without_a_threshold_responses_that_win_half_are_left_out_and_counted():
 def test_one_response_is_enough_with_a_threshold():
     assert (Kto().needs.min_samples, Kto(threshold=0.0).needs.min_samples) == (2, 1)
     assert (Kto().needs.preferences, Kto(threshold=0.0).needs.preferences) == (True, False)
+
+
+@pytest.mark.parametrize("far", [0.0, 1.0])
+def test_with_z_of_the_same_responses_agrees_with_trl(far):
+    """Where TRL is given the same responses to estimate the KL from. With `far` its mean is negative, which counts as none."""
+    torch.manual_seed(0)
+    lengths, weights = [4, 1, 3, 2, 6], {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.7}
+    items = [
+        single(sequence(n, 10 * i, reference_logprobs=far - 2 * torch.rand(n), win_rate=0.9 * (i < 3)))
+        for i, n in enumerate(lengths)
+    ]
+    rows = [-torch.rand(n, dtype=torch.float64) for n in lengths]
+    loss, gradient, _, batch = evaluate(Kto(**weights), items, rows)
+    logprobs = spread(rows, batch).nan_to_num().requires_grad_()
+    expected = kto_loss(logprobs, batch.reference_logprobs_BT.double(), batch.win_rates_B > 0.5, batch.mask_BT, **weights)
+    assert loss == pytest.approx(expected.item(), rel=1e-7)
+    assert torch.allclose(gradient, torch.autograd.grad(expected, logprobs)[0], rtol=1e-6, atol=1e-8)

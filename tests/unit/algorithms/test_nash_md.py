@@ -21,7 +21,7 @@ def at_reference(items):
 
 
 def stops_gradients(algorithm):
-    """D has none; see the test by finite differences below."""
+    """D."""
     return True
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from algorithm_batches import ITEM, MARGIN_KNOBS, MODIFIER_KNOBS, ROWS, evaluate, judged, pair, sequence
-from trl_losses import assert_agrees, odds_ratio_loss
+from trl_losses import assert_agrees, odds_ratio_loss, whole_orpo_loss
 
 from onlinerl.algorithms._modified import PairFilter
 from onlinerl.algorithms.orpo import Orpo
@@ -92,5 +92,10 @@ def test_reads_no_reference():
     assert Orpo().reference == "none"
 
 
-def test_agrees_with_trl():
+def test_of_one_pair_agrees_with_trl():
+    """TRL's likelihood is the mean over the tokens of the batch."""
+    assert_agrees(Orpo(), lambda logprobs, _, mask: whole_orpo_loss(logprobs, mask, lam=0.1), 1)
+
+
+def test_without_likelihood_agrees_with_trl():
     assert_agrees(Orpo(nll_coef=0.0, lam=0.7), lambda logprobs, _, mask: odds_ratio_loss(logprobs, mask, lam=0.7))

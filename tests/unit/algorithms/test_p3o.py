@@ -44,7 +44,7 @@ SAMPLED = {"old_logprobs": LOGPROBS, "behavior_logprobs": LOGPROBS}
 
 
 def stops_gradients(algorithm):
-    """The ratio of the other response is a constant."""
+    """The ratio of the other response."""
     return True
 
 

@@ -52,7 +52,7 @@ KNOBS = (
 
 
 def stops_gradients(algorithm):
-    """The KL in the loss has the value of k3 and the gradient of k2."""
+    """What is between the value of k3 and the gradient of k2, with a KL in the loss."""
     return algorithm.kl_in == "loss" and algorithm.kl_coef > 0
 
 

@@ -40,7 +40,7 @@ def at_reference(items):
 
 
 def stops_gradients(algorithm):
-    """w has none."""
+    """w."""
     return True
 
 

@@ -115,7 +115,7 @@ def test_gradient_by_finite_differences():
     assert torch.allclose(gradient, finite_differences(algorithm, items, LOGPROBS), atol=1e-7)
 
 
-def test_agrees_with_trl():
+def test_of_given_advantages_agrees_with_trl():
     """The loss; TRL has no such advantages."""
     rng = np.random.default_rng(1)
     old = [-1.0 + 0.4 * rng.standard_normal(n) for n in LENGTHS]

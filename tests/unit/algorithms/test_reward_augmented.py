@@ -35,7 +35,7 @@ PAIRS = [Pair(chosen=0, rejected=2, prob=0.9), Pair(chosen=0, rejected=1, prob=0
 
 
 def stops_gradients(algorithm):
-    """The weights of a KL on samples."""
+    """Weights of samples with `online_kl`."""
     return algorithm.online_kl > 0
 
 

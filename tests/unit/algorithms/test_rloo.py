@@ -163,7 +163,7 @@ def test_gradient_by_finite_differences():
     assert torch.allclose(gradient, finite_differences(Rloo(kl_coef=0.0), items, LOGPROBS), atol=1e-7)
 
 
-def test_agrees_with_trl():
+def test_of_given_advantages_agrees_with_trl():
     """The loss; TRL makes advantages where it samples, which cannot be called alone."""
     rng, lengths = np.random.default_rng(2), (5, 2, 3)
     algorithm = Rloo(kl_coef=0.0, clip_range_low=0.05, clip_range_high=0.05)

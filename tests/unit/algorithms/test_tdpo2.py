@@ -21,7 +21,7 @@ def at_reference(items):
 
 
 def stops_gradients(algorithm):
-    """At the KL of the preferred response."""
+    """The KL of the preferred response."""
     return algorithm.alpha > 0
 
 

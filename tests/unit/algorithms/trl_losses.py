@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from algorithm_batches import evaluate, pair, sequence
 from torch import Tensor
+from torch.nn.functional import pad
 
 from onlinerl.protocols.algorithm import Algorithm
 
@@ -113,6 +115,86 @@ def odds_ratio_loss(logprobs_BT: Tensor, mask_BT: Tensor, *, lam: float) -> Tens
     return -trainer.odds_ratio_loss(stand_in, *means.chunk(2))[0].mean()  # what TRL calls losses is subtracted there
 
 
+def spelled_out(logprobs_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits of two tokens that give these log-probs to the first one, and a batch of prompts of one token whose responses are made of it."""
+    logprobs = logprobs_BT.masked_fill(~mask_BT, -1.0)
+    logits = torch.stack([logprobs, torch.log(-torch.expm1(logprobs))], dim=-1)
+    attended = torch.cat([torch.ones_like(mask_BT[:, :1]), mask_BT], dim=1)
+    batch = {
+        "concatenated_input_ids": torch.zeros(attended.shape, dtype=torch.int64),
+        "concatenated_attention_mask": attended.long(),
+        "concatenated_labels": torch.where(torch.cat([torch.zeros_like(mask_BT[:, :1]), mask_BT], dim=1), 0, -100),
+        "chosen_labels": torch.zeros(len(mask_BT) // 2, 1),
+    }
+    return pad(logits, (0, 0, 0, 1)), batch  # what is said behind the last token predicts nothing
+
+
+def with_likelihood(trainer: type, logprobs_BT: Tensor, mask_BT: Tensor, **options: object) -> Tensor:
+    """The whole loss of TRL's CPO or ORPO trainer over pairs, rows as above, from logits on; its likelihood is the mean over all chosen tokens."""
+    logits, batch = spelled_out(logprobs_BT, mask_BT)
+    stand_in = SimpleNamespace(
+        accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x),
+        is_encoder_decoder=False,
+        pad_token_id=1,
+        padding_value=1,
+        aux_loss_enabled=False,
+        get_batch_logps=trainer.get_batch_logps,
+        concatenated_inputs=lambda batch, **_: batch,
+        **options,
+    )
+    stand_in.concatenated_forward = partial(trainer.concatenated_forward, stand_in)
+    for name in ("cpo_loss", "odds_ratio_loss"):
+        if hasattr(trainer, name):
+            setattr(stand_in, name, partial(getattr(trainer, name), stand_in))
+    return trainer.get_batch_loss_metrics(stand_in, lambda *_, **__: SimpleNamespace(logits=logits), batch)[0]
+
+
+def whole_cpo_loss(logprobs_BT: Tensor, mask_BT: Tensor, *, beta: float, nll_coef: float) -> Tensor:
+    """With its likelihood."""
+    trainer = pytest.importorskip("trl.experimental.cpo.cpo_trainer", reason="trl is not installed").CPOTrainer
+    kind = {"loss_type": "sigmoid", "label_smoothing": 0.0, "alpha": 0.0, "simpo_gamma": 0.0}
+    return with_likelihood(trainer, logprobs_BT, mask_BT, beta=beta, cpo_alpha=nll_coef, **kind)
+
+
+def whole_orpo_loss(logprobs_BT: Tensor, mask_BT: Tensor, *, lam: float) -> Tensor:
+    """With its likelihood, of prompts of one token, which is not predicted."""
+    trainer = pytest.importorskip("trl.experimental.orpo.orpo_trainer", reason="trl is not installed").ORPOTrainer
+    return with_likelihood(trainer, logprobs_BT, mask_BT, beta=lam)
+
+
+def kto_loss(
+    logprobs_BT: Tensor, reference_logprobs_BT: Tensor, desirable_B: Tensor, mask_BT: Tensor, **weights: float
+) -> Tensor:
+    """Mean over responses, whose KL is estimated from these same responses. `weights`: beta, desirable_weight, undesirable_weight."""
+    trainer = pytest.importorskip("trl.trainer.kto_trainer", reason="trl is not installed").KTOTrainer
+    logprobs, reference = logprobs_BT.masked_fill(~mask_BT, 0.0), reference_logprobs_BT.masked_fill(~mask_BT, 0.0)
+    first = torch.ones_like(mask_BT[:, :1])
+    ids = torch.zeros(mask_BT.shape[0], mask_BT.shape[1] + 1, dtype=torch.int64)
+    completion, attended = torch.cat([~first, mask_BT], dim=1).long(), torch.cat([first, mask_BT], dim=1).long()
+    inputs = {
+        "label": desirable_B,
+        "ref_logps": reference.sum(dim=1),
+        "ref_KL_logps": reference.sum(dim=1),
+        **{f"{part}input_ids": ids for part in ("", "KL_")},
+        **{f"{part}attention_mask": attended for part in ("", "KL_")},
+        **{f"{part}completion_mask": completion for part in ("", "KL_")},
+    }
+    stand_in = SimpleNamespace(
+        model=SimpleNamespace(training=False),
+        accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x),
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        calculate_KL=True,
+        loss_type="kto",
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        **weights,
+    )
+    stand_in._compute_kl_logps = partial(trainer._compute_kl_logps, stand_in)
+    outputs = SimpleNamespace(log_probs=logprobs, entropy=logprobs, mean_logits=logprobs)
+    return trainer._compute_loss(stand_in, lambda **_: outputs, inputs, return_outputs=False)
+
+
 def grpo_loss(
     logprobs_BT: Tensor,
     old_logprobs_BT: Tensor,
@@ -127,8 +209,9 @@ def grpo_loss(
     sampler_weight_BT: Tensor | None = None,
     level: str = "token",
     max_length: int | None = None,
+    dual_clip: float | None = None,
 ) -> Tensor:
-    """`agg`: seq_mean_token_mean, token_mean or seq_mean_token_sum_norm (over `max_length`). `advantages`: [B], or [B, T]. `level`: whose
+    """`agg`: seq_mean_token_mean, token_mean, its form in DAPO, or seq_mean_token_sum_norm (over `max_length`). `advantages`: [B], or [B, T]. `level`: whose
     ratio it is, that of a token or of the sequence."""
     trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="trl is not installed").GRPOTrainer
     logprobs = logprobs_BT.masked_fill(~mask_BT, 0.0)
@@ -141,17 +224,19 @@ def grpo_loss(
         "old_per_token_logps": old_logprobs_BT,
         "ref_per_token_logps": reference_logprobs_BT,
         "importance_sampling_ratio": torch.ones_like(logprobs) if sampler_weight_BT is None else sampler_weight_BT,
+        "num_items_in_batch": mask_BT.sum(),
     }
+    forms = {"seq_mean_token_mean": "grpo", "token_mean": "bnpo", "dapo": "dapo", "seq_mean_token_sum_norm": "dr_grpo"}
     stand_in = SimpleNamespace(
         model=SimpleNamespace(training=False),
-        accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x),
-        args=SimpleNamespace(delta=None, use_bias_correction_kl=False),
+        accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1),
+        args=SimpleNamespace(delta=dual_clip, use_bias_correction_kl=False),
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
         importance_sampling_level=level,
         beta=kl,
-        loss_type={"seq_mean_token_mean": "grpo", "token_mean": "bnpo", "seq_mean_token_sum_norm": "dr_grpo"}[agg],
+        loss_type=forms[agg],
         max_completion_length=max_length,
         epsilon_low=clip_range_low,
         epsilon_high=clip_range_high,

@@ -12,7 +12,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_nash import ANSWERS, CYCLE, NASH, START, gap, regularized
+from test_nash import ANSWERS, CYCLE, LADDER, NASH, START, gap, regularized
 
 from onlinerl.algorithms.nash_md import NashMd
 from onlinerl.batch import Outputs
@@ -22,7 +22,7 @@ from onlinerl.types import Group, Judged, Prompt, Rollout, Sampling, Verdict
 TAU = 0.2
 
 
-def fight(own: int, other: int) -> Judged:
+def fight(own: int, other: int, game: np.ndarray) -> Judged:
     """A response of the policy against one of the mixture."""
     rollouts = tuple(
         Rollout(
@@ -37,7 +37,7 @@ def fight(own: int, other: int) -> Judged:
         )
         for seed, (place, source) in enumerate([(own, "policy"), (other, "mixture")])
     )
-    won = CYCLE[own, other]
+    won = game[own, other]
     verdict = Verdict(annotator="t", oracle_version="1", preferences=((math.nan, won), (1.0 - won, math.nan)))
     return Judged(group=Group(prompt=Prompt(id="p", text="", token_ids=(7,)), rollouts=rollouts), verdict=verdict)
 
@@ -47,10 +47,10 @@ def mixed(policy: np.ndarray, weight: float) -> np.ndarray:
     return weights / weights.sum()
 
 
-def play(algorithm: NashMd, steps: int = 1500, rate: float = 1.0) -> np.ndarray:
+def play(algorithm: NashMd, steps: int = 1500, rate: float = 1.0, game: np.ndarray = CYCLE) -> np.ndarray:
     """The policy after so many steps along the expected gradient of its logits."""
     places = [(own, other) for own in range(3) for other in range(3)]
-    items = [item for own, other in places for item in algorithm.items(fight(own, other), [])[0]]
+    items = [item for own, other in places for item in algorithm.items(fight(own, other, game), [])[0]]
     reference = [np.float32([math.log(START[own])]) for own, _ in places]
     filled = [
         dataclasses.replace(i, sequences=(i.sequences[0].with_(reference_logprobs=r),))
@@ -92,6 +92,13 @@ def test_the_cheaper_the_kl_the_nearer_nash():
     near, far = (mixed(play(NashMd(mixture_coef=0.125, tau=tau), steps=4000), 0.125) for tau in (0.05, 0.4))
     assert gap(near) < gap(far)
     assert abs(near - NASH).max() < abs(far - NASH).max()
+
+
+def test_where_one_answer_beats_all_others_it_gets_most_of_the_mass():
+    """With a Bradley-Terry oracle it has the same winner as those of `test_nash.py`."""
+    opponent = mixed(play(NashMd(mixture_coef=0.125, tau=0.05), steps=4000, game=LADDER), 0.125)
+    assert opponent == pytest.approx(regularized(LADDER, 0.05 / 0.875), abs=5e-3)  # it gets there slowly
+    assert opponent[0] > 0.98
 
 
 def test_an_opponent_that_is_not_the_mixture_would_be_noticed(monkeypatch):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,15 +28,18 @@ from onlinerl.algorithms.ipo import Ipo
 from onlinerl.algorithms.nbpo import Nbpo
 from onlinerl.algorithms.nca_pair import NcaPair
 from onlinerl.algorithms.slic import Slic
+from onlinerl.algorithms.spin import Spin
 from onlinerl.algorithms.sppo_hard import SppoHard
-from onlinerl.types import TrainSequence
+from onlinerl.algorithms.tdpo1 import Tdpo1
+from onlinerl.types import Judged, TrainItem, TrainSequence
 
 A, B = (1, 9), (2, 8, 9)
 LENGTHS = np.array([2.0, 3.0])
 SCORES = (1.3, 0.2)
 DOUBT = ((0.0, math.log(2) / 4), (math.log(2) / 4, 0.0))
+SPIN_ITEMS = Spin.items
 ANCHORED = "anchor_logprobs" in {field.name for field in dataclasses.fields(TrainSequence)}
-NAMES = [name for name in registry.names("algorithms") if build(name, {}).needs.pairs]
+NAMES = [name for name in registry.names("algorithms") if build(name, {}).unit == "pair" or build(name, {}).needs.pairs]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,20 @@ OPTIMA: dict[str, list[Optimum]] = {
     # a has a token less than b: z = 0.5 h - 0.2, whichever of the two is chosen.
     "length_dpo": [Optimum(lambda p: (logit(p) + 0.2) / 0.5, {"beta": 0.5, "length_penalty": 0.2})],
     "rso": [LOGIT],
+    # Pairs of other responses, and terms that are switched off here.
+    "ipo_md": [Optimum(lambda p: (2 * p - 1) / (2 * 0.4), {"tau": 0.4})],
+    "xpo": [LOGIT._replace(knobs={"beta": 0.5, "optimism": 0.0})],
+    "selm": [LOGIT._replace(knobs={"beta": 0.5, "optimism": 0.0})],
+    # The KL of the next token after the prompt is the same for both, and they have no other.
+    "tdpo1": [LOGIT],
+    "tdpo2": [LOGIT._replace(knobs={"beta": 0.5, "alpha": 0.0})],
+    # Every label is right.
+    "re_po": [LOGIT._replace(knobs={"beta": 0.5, "eta0": 1.0})],
+    # Where the stored answer is a with probability p, and both are sampled equally often.
+    "spin": [LOGIT],
+    # Of one pair there is nothing to sort.
+    "aot": [Optimum(lambda p: logit(0.9) / 0.5, {"beta": 0.5, "label_smoothing": 0.1}, once=True)],
+    "aot_unpaired": [Optimum(lambda p: logit(0.9) / 0.5, {"beta": 0.5, "label_smoothing": 0.1}, once=True)],
     # Labels of uncertainty B are turned round with probability B / (2 log 2): here an eighth of them.
     "upo": [Optimum(lambda p: logit(0.875 * p + 0.125 * (1 - p)) / 0.5, {"beta": 0.5, "nll_coef": 0.0, "mu": 0.0})],
     "cdpo": [Optimum(lambda p: logit(0.9 * p + 0.1 * (1 - p)) / 0.5, {"beta": 0.5, "label_smoothing": 0.1})],
@@ -151,18 +168,11 @@ OPTIMA: dict[str, list[Optimum]] = {
     ],
 }
 WITHOUT = {
-    "aot": "it compares distributions of margins over a step; of one pair it is dpo, and two labels of one pair are two ranks",
-    "aot_unpaired": "it compares distributions over a step",
     "apo_zero": "it falls without end in r_a - r_b while a is likelier to win; see the test of its slope",
     "apo_down": "it falls without end in both rewards; see the test of its slope",
-    "ipo_md": "it is ipo, on pairs of responses of the mixture only",
-    "re_po": "how far it trusts a label follows the policy, so it has an optimum for every estimate of the share of right labels",
+    "p3o": "a policy gradient: of its loss only the slope at the policy that sampled says anything",
     "reward_augmented": "it trains both labels of a pair, each where the prompt asks for it; of each prompt by itself it is its base",
     "optune": "it weighs the two labels by gaps of scores, which a share of labels does not fix; of equal gaps it is dpo",
-    "xpo": "its exploration bonus has no closed form; without it, it is dpo",
-    "selm": "its exploration bonus has no closed form; without it, it is dpo",
-    "tdpo1": "its KL is of whole distributions, not of the margin",
-    "tdpo2": "its KL is of whole distributions, not of the margin; without it, it is dpo",
 }
 """Why there is no closed form."""
 
@@ -185,7 +195,9 @@ def losses(name: str, optimum: Optimum, p: float) -> tuple[Callable[[Tensor], Te
         return {r: torch.cat([S[n : n + 1], torch.zeros(len(r) - 1, dtype=S.dtype)]) for n, r in enumerate((A, B))}
 
     verdict = judged([A, B], scores=SCORES, preferences=((math.nan, p), (1 - p, math.nan)), uncertainty=DOUBT)
-    made = items_of(algorithm, [(verdict, 1.0)])
+    group = from_sources(verdict, algorithm.needs.beside_samples)
+    answered = algorithm.needs.answers
+    made = items_of(algorithm, [(answering(group, A), p), (answering(group, B), 1 - p)] if answered else [(group, 1.0)])
     if optimum.once:
         made = Weighted(made.items[:1], [1.0])
     tables = {"reference_logprobs": rows(reference)} | ({"anchor_logprobs": rows(anchor)} if ANCHORED else {})
@@ -201,7 +213,27 @@ def losses(name: str, optimum: Optimum, p: float) -> tuple[Callable[[Tensor], Te
         assert S.exp().sum() < 1 + 1e-9, "no policy gives both answers so often"
         return Best(S.numpy(), (S - reference).numpy(), (S - anchor).numpy())
 
-    return lambda x: loss(rows(policy(x))), best, 1 + optimum.free
+    def columns(S: Tensor) -> dict[str, dict[Response, Tensor]]:
+        """The KL of the first token of both answers; what comes after is certain."""
+        if not algorithm.needs.reference_kl:
+            return {}
+        kl = (reference.exp() * (reference - S)).sum()
+        return {"reference_kl_BT": {r: torch.stack([kl, *[torch.zeros_like(kl)] * (len(r) - 1)]) for r in (A, B)}}
+
+    return lambda x: loss(rows(policy(x)), **columns(policy(x))), best, 1 + optimum.free
+
+
+def from_sources(group: Judged, sources: Sequence[str]) -> Judged:
+    """The group with its last responses from those."""
+    own = ["policy", "policy", *sources][-2:]
+    rollouts = tuple(dataclasses.replace(r, source=s) for r, s in zip(group.group.rollouts, own, strict=True))
+    return dataclasses.replace(group, group=dataclasses.replace(group.group, rollouts=rollouts))
+
+
+def answering(group: Judged, answer: Response) -> Judged:
+    """The group with a stored answer to its prompt."""
+    prompt = dataclasses.replace(group.group.prompt, answer_ids=answer)
+    return dataclasses.replace(group, group=dataclasses.replace(group.group, prompt=prompt))
 
 
 def slope(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -254,6 +286,11 @@ def check(name: str, optimum: Optimum, p: float) -> None:
 CASES = [pytest.param(name, optimum, id=f"{name}-{n}") for name in NAMES for n, optimum in enumerate(OPTIMA.get(name, []))]
 
 
+def test_losses_on_pairs_that_choose_their_own_pairs_are_among_them():
+    """They ask for no pair builder."""
+    assert {"spin", "p3o"} <= set(NAMES)
+
+
 def test_every_loss_on_pairs_has_a_known_optimum_or_a_reason_why_not():
     assert set(OPTIMA).isdisjoint(WITHOUT)
     assert set(NAMES) <= {*OPTIMA, *WITHOUT}, "say in OPTIMA where the loss is smallest, or in WITHOUT why nobody knows"
@@ -275,6 +312,11 @@ def test_where_nothing_holds_a_reward_back_there_is_no_optimum(name):
         assert (of_won < 0) == (name == "apo_zero")
 
 
+def swapped(made: tuple[list[TrainItem], object]) -> tuple[list[TrainItem], object]:
+    """The answer as the worse one."""
+    return [dataclasses.replace(item, sequences=item.sequences[::-1]) for item in made[0]], made[1]
+
+
 @pytest.mark.parametrize(
     ("name", "algorithm", "method", "faulty"),
     [
@@ -286,6 +328,8 @@ def test_where_nothing_holds_a_reward_back_there_is_no_optimum(name):
         ("exo_pair", ExoPair, "phi", lambda self, z: -0.99 * logsigmoid(z) - 0.01 * logsigmoid(-z)),  # the other KL
         ("nca_pair", NcaPair, "of_rewards", lambda self, won, lost: -logsigmoid(won) - 0.5 * logsigmoid(-lost)),  # a term less
         ("sppo_hard", SppoHard, "of_rewards", lambda self, won, lost: (won - 1).square() + (lost + 1).square()),
+        ("tdpo1", Tdpo1, "correction", lambda self, preferred, other: preferred + other),  # which do not cancel
+        ("spin", Spin, "items", lambda self, judged, pairs: swapped(SPIN_ITEMS(self, judged, pairs))),
     ],
 )
 def test_a_fault_in_the_loss_would_be_noticed(monkeypatch, name, algorithm, method, faulty):
