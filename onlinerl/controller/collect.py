@@ -139,20 +139,16 @@ def judge(
                 paid = paid.plus(label)
                 lost.add(label)
             if feed is not None:
-                changing = {label.prompt_id for _, label in arrived if _may_change(label)} if not it.dynamic else set()
-                held += changing
-                feed.put(query.prompt.id for query, _ in arrived if query.prompt.id not in changing)
+                held += _handed_on(feed, arrived, hold=not it.dynamic)
             tracker.phase_advanced(it.number, phase, len(arrived))
             expected = max(expected, len(judged))
             new = [label.result for _, label in arrived if isinstance(label.result, Failure)]
             failures += new
             if new:
                 it.report.asked(it.number, phase, len(failures), expected)
-            health.check_failures(failures, expected, limit)
-            health.check_replies(lost, expected, limit)
+            _require_answers(failures, expected, lost, expected, limit)
         # There may have been fewer than expected. Once the table is complete nothing could be asked again.
-        health.check_failures(failures, len(judged), limit)
-        health.check_replies(lost, lost.groups, limit)
+        _require_answers(failures, len(judged), lost, lost.groups, limit)
     finally:
         it.report.replies(it.number, phase, lost)
     if not failures:
@@ -176,6 +172,19 @@ def _stored(labels: Table[Label]) -> tuple[Paid, Lost, set[str], set[str]]:
             again.add(label.prompt_id)
             lost.kinds |= label.result.replies.failed.keys()
     return paid, lost, judged, again
+
+
+def _require_answers(failures: Sequence[Failure], groups: int, lost: Lost, with_replies: int, limit: float) -> None:
+    """Stop where too many groups, or replies about them, have failed."""
+    health.check_failures(failures, groups, limit)
+    health.check_replies(lost, with_replies, limit)
+
+
+def _handed_on(feed: Feed[str], arrived: Sequence[tuple[Query, Label]], *, hold: bool) -> set[str]:
+    """Hand on what was dealt with; returns what is held back, because it can still change."""
+    held = {label.prompt_id for _, label in arrived if _may_change(label)} if hold else set()
+    feed.put(query.prompt.id for query, _ in arrived if query.prompt.id not in held)
+    return held
 
 
 def _may_change(label: Label) -> bool:
