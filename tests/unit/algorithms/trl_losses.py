@@ -156,12 +156,6 @@ def whole_cpo_loss(logprobs_BT: Tensor, mask_BT: Tensor, *, beta: float, nll_coe
     return with_likelihood(trainer, logprobs_BT, mask_BT, beta=beta, cpo_alpha=nll_coef, **kind)
 
 
-def whole_orpo_loss(logprobs_BT: Tensor, mask_BT: Tensor, *, lam: float) -> Tensor:
-    """With its likelihood, of prompts of one token, which is not predicted."""
-    trainer = pytest.importorskip("trl.experimental.orpo.orpo_trainer", reason="trl is not installed").ORPOTrainer
-    return with_likelihood(trainer, logprobs_BT, mask_BT, beta=lam)
-
-
 def kto_loss(
     logprobs_BT: Tensor, reference_logprobs_BT: Tensor, desirable_B: Tensor, mask_BT: Tensor, **weights: float
 ) -> Tensor:
