@@ -128,8 +128,7 @@ def judge(
     tracker.phase_advanced(it.number, phase, len(judged))
     about = partial(Query, iteration=it.number, heldout=table not in (VERDICTS, REFRESH_LABELS))
     unjudged = _Unjudged(groups, frozenset(judged), wanted, feed, about)
-    failures: list[Failure] = []
-    held: list[str] = []
+    failures, held = list[Failure](), list[str]()
     try:
         for arrived in asker.labels(unjudged, it.stop, anew=lambda query: anew or query.prompt.id in again):
             labels.append([label for _, label in arrived])
@@ -150,7 +149,7 @@ def judge(
                 it.report.asked(it.number, phase, len(failures), expected)
             health.check_failures(failures, expected, limit)
             health.check_replies(lost, expected, limit)
-        # There may have been fewer than expected. Once the table is complete nothing could be asked again.
+        # Fewer may have come than expected, and nothing is asked again once the table is complete.
         health.check_failures(failures, len(judged), limit)
         health.check_replies(lost, lost.groups, limit)
     finally:
