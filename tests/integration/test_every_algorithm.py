@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from every import FAMILIES, ITERATIONS, phases, resumed_once, run_of, start, write_sweep
+from every import FAMILIES, ITERATIONS, asking_for, phases, resumed_once, run_of, start, write_sweep
 
 from onlinerl import registry
 from onlinerl.stores.summary import summarise
@@ -34,9 +34,11 @@ class Swept:
     """How often a run of it was resumed."""
 
 
-def test_the_sweep_is_accepted(tiny_llama: Path, tmp_path: Path) -> None:
-    """All of it, so that what is run seldom does not go out of date."""
-    process = start(tmp_path, write_sweep(tmp_path, tiny_llama, NAMES), "--check")
+@pytest.mark.parametrize("iterations", [1, ITERATIONS])
+def test_the_sweep_is_accepted(tiny_llama: Path, tmp_path: Path, iterations: int) -> None:
+    """All of it, before and after the resume, so that what is run seldom does not go out of date."""
+    write_sweep(tmp_path, tiny_llama, NAMES)
+    process = start(tmp_path, asking_for(iterations, tmp_path, NAMES), "--check")
     assert process.wait() == 0, (tmp_path / "log").read_text()
     assert f"every: {len(NAMES)} runs" in (tmp_path / "log").read_text()
 

@@ -42,8 +42,12 @@ def said(scores):
 """Two members, because some weigh pairs by how far they disagree."""
 
 
-KNOBS = {"dr_po": {"missing_eos_score": None}}
-"""Other than the defaults: a model of random weights hardly ever ends a response, and scores that are all the same train nothing."""
+KNOBS: dict[str, dict[str, Any]] = {
+    "dr_po": {"missing_eos_score": None},
+    **{name: {"kl_coef": 0.0} for name in ("p3o", "reinforce_pp", "rloo")},
+}
+"""Other than the defaults: a model of random weights hardly ever ends a response, and scores that are all the same train nothing; a price of the KL
+inside the reward is refused in a run of one iteration, in which it is always 0."""
 
 
 def write_sweep(folder: Path, model: Path, names: Sequence[str]) -> Path:
