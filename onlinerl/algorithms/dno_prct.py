@@ -145,8 +145,7 @@ class DnoPrct(Dpo):
 
     def rejects(self, winner: TrainSequence, loser: TrainSequence, *, forced: bool = False) -> str | None:
         """Why a pair does not pass: `gap` (below the margin), `floor` (the winner is too bad); None if it passes. `forced`: no gap is asked of it."""
-        half = None if self.margin is None else self.margin / 2
-        of_student = half if self.margin_student is None else self.margin_student
+        of_student = (self.margin and self.margin / 2) if self.margin_student is None else self.margin_student
         margin = self.margin if winner.source == "teacher" else of_student
         if not forced and margin is not None and winner.score - loser.score < margin:
             return "gap"

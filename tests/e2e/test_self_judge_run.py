@@ -28,6 +28,7 @@ KEYS: dict[str, object] = {
     "oracle.name": "self_judge",
     **{f"oracle.{key}": value for key, value in JUDGE.items()},
     "oracle.groups_per_call": 4,
+    "pairing.tie_within": 0.0,  # of a model of random weights any two answers are nearly tied
     "metrics.prometheus": False,
     "sampling.max_new_tokens": 5,
 }

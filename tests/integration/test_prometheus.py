@@ -59,6 +59,7 @@ def iteration(number: int) -> list[Metric]:
         one("weight_sync_bytes", 5e8),
         one("weight_sync_ok", 1.0),
         one("oracle_failed", 1 / 64, phase="label"),
+        one("oracle_replies_failed", 1 / 640, phase="label", kind="all"),
         one("skipped_steps", 0.0),
         one("weight_sync_canary", 1e-4),
         one("reward", 0.5, (0.4, 0.6), oracle="proxy"),

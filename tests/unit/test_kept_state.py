@@ -10,6 +10,7 @@ import torch
 from onlinerl.algorithms.bco import Bco
 from onlinerl.algorithms.kto import Kto
 from onlinerl.batch import Outputs
+from onlinerl.config.sections import TrainingConfig
 from onlinerl.errors import LearnerError
 from onlinerl.learners import _rank
 from onlinerl.learners._rank import Rank
@@ -38,7 +39,7 @@ class Stub(Rank):
         self.algorithm, self.device = Bco(beta=1.0), torch.device("cpu")
         self.needs, self.training, self.rank, self.world_size, self.said, self.norm = (
             self.algorithm.needs,
-            None,
+            TrainingConfig(),
             0,
             1,
             0.0,

@@ -11,6 +11,7 @@ import torch
 from onlinerl.algorithms.bco import Bco
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.batch import Batch, Outputs
+from onlinerl.config.sections import TrainingConfig
 from onlinerl.learners import _rank
 from onlinerl.learners._loss import kl_old
 from onlinerl.learners._rank import Rank
@@ -75,7 +76,12 @@ class Stub(Rank):
     """A rank that needs no model: every token of the policy has `said` nats; another rank has `others`, a sum and a count."""
 
     def __init__(self, algorithm, said: float, others: tuple[float, float] | None = None) -> None:
-        self.algorithm, self.device, self.needs, self.training = algorithm, torch.device("cpu"), algorithm.needs, None
+        self.algorithm, self.device, self.needs, self.training = (
+            algorithm,
+            torch.device("cpu"),
+            algorithm.needs,
+            TrainingConfig(),
+        )
         self.rank, self.world_size, self.said, self.others = 0, 1 if others is None else 2, said, others
         self.counts: list[float] = []
         self._state = self._next_state = _rank.initial_state(algorithm)

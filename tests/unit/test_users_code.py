@@ -9,6 +9,7 @@ import torch
 
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.batch import Batch, LossOutput, Outputs
+from onlinerl.config.sections import TrainingConfig
 from onlinerl.errors import LearnerError
 from onlinerl.learners._rank import Rank
 from onlinerl.ops.whole_step import WholeStep
@@ -25,7 +26,7 @@ def rank_with(loss):
             return loss(outputs)
 
     rank = Rank.__new__(Rank)
-    rank.algorithm, rank.device = Mine(), torch.device("cpu")
+    rank.algorithm, rank.device, rank.training = Mine(), torch.device("cpu"), TrainingConfig()
     rank._forward = lambda batch: Outputs(logprobs_BT=torch.zeros(batch.mask_BT.shape, requires_grad=True))
     rank._accumulate = lambda total, count: total.backward()
     return rank
