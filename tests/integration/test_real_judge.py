@@ -141,6 +141,7 @@ def test_a_server_of_its_own_says_what_one_that_is_there_says(own: Judge, served
     assert verdict.annotator == "judge_pair:SmolLM2-135M-Instruct"
 
 
+@pytest.mark.long
 def test_a_server_that_is_killed_is_started_again_and_leaves_no_process(own: Judge) -> None:
     import psutil
 
