@@ -34,7 +34,7 @@ test-long: install-dev  ## whole runs on real parts that `make test` has no time
 test-families: install-dev  ## every model family through engine and push, and in rows without padding (about 7 minutes)
 	$(BIN)/python -m pytest tests/integration/test_families.py tests/unit/test_packing.py
 
-test-algorithms: install-dev  ## every algorithm: a run on toys that learns, and one on real parts, stopped and resumed (about 40 minutes)
+test-algorithms: install-dev  ## every algorithm: a run on toys that learns, and one on real parts, each stopped and resumed (about half an hour)
 	$(BIN)/python -m pytest tests -m algorithms
 
 realdata: install fetch-model  ## GSM8K and HH dialogues, tensor parallel 2, ZeRO-3 (about an hour; needs the data, DATA=...)
