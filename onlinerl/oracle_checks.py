@@ -34,6 +34,33 @@ def check_uncertainty(config: RunConfig, algorithm: Algorithm, given: bool | Non
         )
 
 
+def check_directions(config: RunConfig, algorithm: Algorithm, oracle: Oracle) -> None:
+    """Refuse an oracle that judges in a direction which no prompt could say.
+
+    Raises:
+        ConfigError: if it is one of several that are asked, or prompts say something else already.
+    """
+    hidden = [section for section, each in _all(oracle, "oracle") if each.directions is not None and oracle.directions is None]
+    if hidden:
+        raise ConfigError(
+            f"judges each prompt in a direction of its own, and {config.oracle['name']} asks others too, who know of none",
+            field=f"{hidden[-1]}.combine",
+            fix="name this composite as `oracle` itself, or inside of swapped, noisy or calibrated alone, or choose combine=sum",
+        )
+    if oracle.directions is not None and algorithm.needs.goals is not None:
+        raise ConfigError(
+            f"{config.algorithm['name']} puts the score that is wanted into prompts, and the oracle a direction",
+            field="oracle.combine",
+            fix="choose combine=sum, or another algorithm",
+        )
+
+
+def _all(oracle: Oracle, section: str) -> list[tuple[str, Oracle]]:
+    """The oracle and all that are asked for it, by their section."""
+    inner = [found for key, each in oracle.inner().items() for found in _all(each, f"{section}.{key}")]
+    return [(section, oracle), *inner]
+
+
 def check_verdict(config: RunConfig, algorithm: Algorithm, verdict: Verdict) -> None:
     """Refuse what reads something that the answer to a trial question lacks.
 

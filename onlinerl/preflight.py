@@ -20,6 +20,7 @@ from onlinerl.errors import ConfigError, OracleError, StoreError
 from onlinerl.families import check_experts
 from onlinerl.lora_checks import adapter_parameters, check_lora
 from onlinerl.model_checks import check_critic, check_description, check_tensors, check_weights, tokenizer
+from onlinerl.oracle_checks import check_directions
 from onlinerl.prompt_checks import read_prompts
 from onlinerl.prompts._kept import Kept
 from onlinerl.prompts._source import ShuffledPrompts
@@ -123,6 +124,7 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
         configuration.oracle(config),
         configuration.pair_builder(config),
     )
+    check_directions(config, algorithm, oracle)
     if kept is None:  # what a run was started with by an older version, it may go on with
         check_sections(config, algorithm)
     notes = [
@@ -145,7 +147,7 @@ def check(config: RunConfig, kept: Kept | None = None) -> Checked:
         check_weights(local)
     _check_merging(config, local)
     _check_experts(config, local)
-    prompts = read_prompts(config, algorithm, local, kept, needs_answers=oracle.needs_reference_answer)
+    prompts = read_prompts(config, algorithm, oracle, local, kept)
     notes += prompts.remarks
     critic, folder = _critic(config, algorithm, local, parameters)
     adapters = _adapters(config, [local, folder or local] if critic else [local])

@@ -14,6 +14,7 @@ from onlinerl.prompts import _anchors
 from onlinerl.prompts._kept import Kept
 from onlinerl.prompts._source import ShuffledPrompts, check_answers, check_overlap, load_prompts
 from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.oracle import Oracle
 from onlinerl.types import Group, Prompt, RawPrompt, SelectionPlan
 
 
@@ -35,30 +36,27 @@ class Read:
     """How they were read, and what was left out."""
 
 
-def read_prompts(
-    config: RunConfig, algorithm: Algorithm, local: Path | None, kept: Kept | None, *, needs_answers: bool
-) -> Read:
+def read_prompts(config: RunConfig, algorithm: Algorithm, oracle: Oracle, local: Path | None, kept: Kept | None) -> Read:
     """Read the prompts of a run, and see that there are enough.
 
     Args:
         config: of the run.
-        algorithm: that is configured.
+        algorithm, oracle: that are configured.
         local: the model's directory; None if it is not on this machine.
         kept: the prompts of a run that is resumed.
-        needs_answers: whether the oracle needs reference answers.
 
     Raises:
         PromptError, ConfigError: naming field, cause and fix.
     """
     if local is None:
-        found = _untokenised(config, algorithm, needs_answers)
+        found = _untokenised(config, algorithm, oracle)
     elif kept is not None:
         leaves_out = config.prompts.filter_overlong_prompts
         train = ShuffledPrompts(kept.train, seed=config.seed, reuse=config.prompts.reuse)
         remarks = kept.changes(config, tokenizer(config.model) if leaves_out else None)
         found = Read(train=train, heldout=kept.heldout, anchors=kept.anchors, total=len(train), remarks=remarks)
     else:
-        found = _tokenised(config, algorithm, local, needs_answers)
+        found = _tokenised(config, algorithm, oracle, local)
     rounds = config.sampling.max_rounds if samples_dynamically(config, algorithm) else 1
     _check_enough(config, found.total, resumed=kept is not None, rounds=rounds)
     remarks = _check_selected(config, found.raw if found.train is None else list(found.train), rounds=rounds)
@@ -66,9 +64,9 @@ def read_prompts(
     return replace(found, heldout=found.heldout[: config.evaluation.prompts], remarks=[*found.remarks, *remarks])
 
 
-def _tokenised(config: RunConfig, algorithm: Algorithm, local: Path, needs_answers: bool) -> Read:
+def _tokenised(config: RunConfig, algorithm: Algorithm, oracle: Oracle, local: Path) -> Read:
     """All of both files, as the model reads them."""
-    reads = tokenizer(config.model)
+    reads, needs_answers = tokenizer(config.model), oracle.needs_reference_answer
     train, heldout, remarks = load_prompts(
         config.prompts,
         reads,
@@ -76,6 +74,7 @@ def _tokenised(config: RunConfig, algorithm: Algorithm, local: Path, needs_answe
         needs_answers=needs_answers,
         longest_answer=config.sampling.max_new_tokens if algorithm.needs.answers else None,
         goals=algorithm.needs.goals,
+        directions=oracle.directions,
     )
     check_vocabulary(local, reads, (p.token_ids + p.answer_ids + sum(p.goal_ids, ()) for p in (*train, *heldout)))
     anchors: list[Group] = []
@@ -85,11 +84,11 @@ def _tokenised(config: RunConfig, algorithm: Algorithm, local: Path, needs_answe
     return Read(train=train, heldout=heldout, anchors=anchors, total=len(train), remarks=remarks)
 
 
-def _untokenised(config: RunConfig, algorithm: Algorithm, needs_answers: bool) -> Read:
+def _untokenised(config: RunConfig, algorithm: Algorithm, oracle: Oracle) -> Read:
     """What can be said of both files while the model is not on this machine."""
     train, heldout = config.prompts.raw("train"), config.prompts.raw("heldout")
     check_overlap(train, heldout)
-    if needs_answers:
+    if oracle.needs_reference_answer:
         check_answers(train)
     if algorithm.needs.answers:
         check_answers(train, needed_by="algorithm")

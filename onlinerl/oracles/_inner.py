@@ -23,6 +23,7 @@ from onlinerl.oracle_calls import Caller
 from onlinerl.protocols.keys import Resumable, Seconds
 from onlinerl.protocols.oracle import Oracle, moved
 from onlinerl.types import Cost, Failure, Query, Replies, Verdict
+from onlinerl.types.directions import Directions
 from onlinerl.types.labels import COMPONENT, RESERVED
 
 Result = Verdict | Failure
@@ -215,6 +216,11 @@ class OnBase(Container):
     def gives_uncertainty(self) -> bool | None:
         """As `base`."""
         return self.base.gives_uncertainty
+
+    @property
+    def directions(self) -> Directions | None:
+        """Those of `base`."""
+        return self.base.directions
 
 
 class Chooser(Container):

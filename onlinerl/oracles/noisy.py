@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from onlinerl.errors import ConfigError
 from onlinerl.oracles._inner import Container, Inner, failed
 from onlinerl.types import Failure, Query, Verdict, derive_seed
+from onlinerl.types.directions import Directions
 
 _OF_PAIRS = ("flip_rate", "choice_temperature", "sampled", "position_bias", "length_bias", "tie_band")
 
@@ -75,6 +76,11 @@ class Noisy(Container):
     def gives_uncertainty(self) -> bool:
         """Never: it would be that of `base`, without noise."""
         return False
+
+    @property
+    def directions(self) -> Directions | None:
+        """Those of `base`."""
+        return self.base.directions
 
     @property
     def version(self) -> str:

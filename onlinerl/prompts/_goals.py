@@ -1,6 +1,7 @@
-"""Prompts that tell the model which score its response shall have.
+"""Prompts that tell the model which score its response shall have, or how it will be judged.
 
-Source: "Reward-Augmented Data Enhances Direct Preference Alignment of LLMs" (arXiv 2410.08067).
+Sources: "Reward-Augmented Data Enhances Direct Preference Alignment of LLMs" (arXiv 2410.08067); "Directional Preference Alignment" (arXiv
+2402.18571).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from onlinerl.errors import PromptError
 from onlinerl.prompts._rendering import render
 from onlinerl.types import Message, Prompt, RawPrompt
+from onlinerl.types.directions import Directions
 from onlinerl.types.goals import Goals
 
 
@@ -57,8 +59,35 @@ def with_goals(
     return conditioned
 
 
+def with_directions(
+    prompts: Sequence[Prompt], raw: Sequence[RawPrompt], tokenizer: Any, directions: Directions, max_tokens: int, field: str
+) -> list[Prompt]:
+    """Prompts whose tokens hold the direction in which their responses will be judged. Texts and messages, which oracles read, stay as they are.
+
+    Args:
+        prompts: rendered, in the order of `raw`.
+        raw: what they were made of.
+        tokenizer: the policy's.
+        directions: how a direction is drawn and said.
+        max_tokens: longest prompt accepted, its direction included.
+        field: the configuration key that named the file, for messages.
+
+    Raises:
+        PromptError: if a prompt is too long with its direction, or the chat template leaves the direction out.
+    """
+    told = render([_conditioned(one, directions.said(one.id), directions.place) for one in raw], tokenizer, max_tokens, field)
+    for prompt, one in zip(prompts, told, strict=True):
+        if one.token_ids == prompt.token_ids:
+            raise PromptError(
+                f"prompt {prompt.id!r} has the same tokens with its direction and without",
+                field=field,
+                fix="the chat template leaves the system turn out: set oracle.direction_place=user",
+            )
+    return [replace(prompt, token_ids=one.token_ids) for prompt, one in zip(prompts, told, strict=True)]
+
+
 def _conditioned(raw: RawPrompt, said: str, place: str) -> RawPrompt:
-    """The prompt as somebody would have written it who knows the goal."""
+    """The prompt as somebody would have written it who knows the goal, or the direction."""
     if not raw.messages:
         return replace(raw, text=f"{said}\n\n{raw.text}")
     turns = list(raw.messages)

@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from onlinerl.errors import PromptError
-from onlinerl.prompts._goals import with_goals
+from onlinerl.prompts._goals import with_directions, with_goals
 from onlinerl.prompts._rendering import render
 from onlinerl.prompts._rows import question
 from onlinerl.protocols.prompts import PromptsConfig
 from onlinerl.types import Prompt, RawPrompt, derive_seed
+from onlinerl.types.directions import Directions
 from onlinerl.types.goals import Goals
 
 
@@ -33,6 +34,7 @@ def load_prompts(
     needs_answers: bool = False,
     longest_answer: int | None = None,
     goals: Goals | None = None,
+    directions: Directions | None = None,
 ) -> Loaded:
     """All that a run needs.
 
@@ -43,6 +45,7 @@ def load_prompts(
         needs_answers: whether the oracle needs reference answers.
         longest_answer: in tokens, where the algorithm trains on the reference answers of the training prompts; None: it does not.
         goals: how prompts tell the model which score its response shall have; None: they do not.
+        directions: how prompts tell it by which weights its response will be judged; None: they do not.
 
     Raises:
         PromptError: for everything that is wrong with either file, before anything expensive starts.
@@ -64,8 +67,11 @@ def load_prompts(
             )
     if longest_answer is not None:
         rendered = with_answers(rendered, _those(train, rendered), tokenizer, longest_answer)
+    told = _those(train, rendered), _those(heldout, asked)
+    if directions is not None:
+        rendered = with_directions(rendered, told[0], tokenizer, directions, config.max_tokens, "prompts.train")
+        asked = with_directions(asked, told[1], tokenizer, directions, config.max_tokens, "prompts.heldout")
     if goals is not None:
-        told = _those(train, rendered), _those(heldout, asked)
         rendered = with_goals(rendered, told[0], tokenizer, goals, config.max_tokens, "prompts.train", trained=True)
         asked = with_goals(asked, told[1], tokenizer, goals, config.max_tokens, "prompts.heldout", trained=False)
     return Loaded(ShuffledPrompts(rendered, seed=seed, reuse=config.reuse), asked, remarks)

@@ -18,6 +18,7 @@ from onlinerl.types import Cost, Failure, Query, Verdict
 
 if TYPE_CHECKING:
     from onlinerl.protocols.refreshing import Refreshing, Reloads
+    from onlinerl.types.directions import Directions
 
 
 class Figure(NamedTuple):
@@ -163,6 +164,11 @@ class Oracle(Component):
     def needs_reference_answer(self) -> bool:
         """True if prompts must carry a reference answer."""
         return False
+
+    @property
+    def directions(self) -> Directions | None:
+        """What each prompt must say of how its responses are judged; None where all are judged alike."""
+        return None
 
     @property
     def refreshing(self) -> Refreshing | None:

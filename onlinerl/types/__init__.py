@@ -6,7 +6,7 @@
 from importlib import import_module
 from typing import Any
 
-_FILES = "training prompts goals rollouts labels numbers plan records selection seeds tables phases".split()  # noqa: SIM905  (a line, which every loss pulls in, instead of thirteen)
+_FILES = "training prompts goals directions rollouts labels numbers plan records selection seeds tables phases".split()  # noqa: SIM905  (a line, which every loss pulls in, instead of fourteen)
 
 
 def __getattr__(name: str) -> Any:

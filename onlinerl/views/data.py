@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from onlinerl.config import RunConfig, algorithm
+from onlinerl.config import RunConfig, algorithm, oracle
 from onlinerl.prompts._rendering import tokenized
 from onlinerl.prompts._rows import question
 from onlinerl.protocols.prompts import Which
@@ -35,22 +35,27 @@ def inspect(config: RunConfig, reads: Any, limit: int) -> dict[str, Any]:
     return {
         "model": config.model,
         "tokenized": reads is not None,
-        "remarks": [*config.prompts.remarks(), *_goals(config)],
+        "remarks": [*config.prompts.remarks(), *_told(config, raw["train"][0].id if raw["train"] else "")],
         "overlap": sum(question(each) in asked for each in raw["heldout"]),
         "train": _one(config, "train", raw["train"], reads, limit),
         "heldout": _one(config, "heldout", raw["heldout"], reads, limit),
     }
 
 
-def _goals(config: RunConfig) -> list[str]:
-    """What an algorithm adds to prompts."""
-    goals = algorithm(config).needs.goals
-    if goals is None:
-        return []
-    said = goals.said(goals.scale)
-    return [
-        f"{config.algorithm['name']} puts {said!r} before the prompts below ({goals.place} turn), with other scores while it trains"
-    ]
+def _told(config: RunConfig, example: str) -> list[str]:
+    """What algorithm and oracle add to prompts. `example`: id of the first one."""
+    goals, directions = algorithm(config).needs.goals, oracle(config).directions
+    told: list[str] = []
+    if goals is not None:
+        said = goals.said(goals.scale)
+        told.append(
+            f"{config.algorithm['name']} puts {said!r} before the prompts below ({goals.place} turn), with other scores while it trains"
+        )
+    if directions is not None:
+        told.append(
+            f"{config.oracle['name']} puts a direction before each of the prompts below ({directions.place} turn), {directions.said(example)!r} before the first"
+        )
+    return told
 
 
 def _one(config: RunConfig, which: Which, raw: Sequence[RawPrompt], reads: Any, limit: int) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 
+import numpy as np
 import pytest
 from toy_runs import COUNTED, PROBE, events, everything
 
+from onlinerl import config as configuration
 from onlinerl.stores.directory import RunDirectory
 from onlinerl.stores.summary import summarise
 from onlinerl.trackers.jsonl import read_metrics
@@ -154,3 +156,55 @@ def test_a_budget_holds_over_a_kill(toy_config, warm_cli, tmp_path):
     with RunDirectory.open(tmp_path / "runs/toy") as run:
         by = [row["annotator"].split(":")[1] for t in (1, 2, 3) for row in run.read(t, "verdicts")]
     assert {"cheap", "expensive"} == set(by)
+
+
+DIRECTED = {**TOGETHER, "oracle.combine": "direction", "oracle.weights": None, "prompts.max_tokens": 32, "iterations": 2}
+
+
+def test_each_prompt_is_told_its_direction_and_judged_in_it_whatever_happens(toy_config, warm_cli_in, tmp_path):
+    """And read by people: `data` shows it, `check` and `run` say that the model expects one."""
+    for name in ("straight", "killed"):
+        (tmp_path / name).mkdir()
+    run, killed = (warm_cli_in(tmp_path / name) for name in ("straight", "killed"))
+    done = run("run", toy_config(tmp_path / "straight", DIRECTED), log=tmp_path / "log")
+    assert done.returncode == 0, done.message
+    assert "an exported model expects one too, e.g. 'You are a helpful assistant." in done.stdout
+    told = configuration.oracle(configuration.load(tmp_path / "straight/toy.yaml", [])).directions
+    with RunDirectory.open(tmp_path / "straight/runs/toy") as opened:
+        prompts = {prompt.id: prompt for prompt in (*opened.prompts("train"), *opened.prompts("heldout"))}
+        for table, asked in (("verdicts", "rollouts"), ("evaluation_verdicts", "evaluation")):
+            assert all(tuple(row["prompt_token_ids"]) == prompts[row["prompt_id"]].token_ids for row in opened.read(1, asked))
+            for row in opened.read(1, table):
+                weights = told.of(row["prompt_id"])
+                scores = {each["name"]: each["scores"] for each in row["components"]}
+                assert row["scores"] == pytest.approx(sum(weights[name] * np.asarray(scores[name]) for name in weights))
+                assert row["raw"].startswith(f"direction: {told.words(row['prompt_id'])}")
+    config = toy_config(tmp_path / "killed", DIRECTED)
+    assert killed("run", config, log=tmp_path / "log", kill=["judge", 5]).returncode == KILLED
+    done = killed("resume", "runs/toy", log=tmp_path / "log2")
+    assert done.returncode == 0, done.message
+    assert everything(tmp_path / "killed/runs/toy", 2) == everything(tmp_path / "straight/runs/toy", 2)
+    shown = run("data", tmp_path / "straight/toy.yaml")
+    assert "composite puts a direction before each of the prompts below (system turn)" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            {
+                "oracle": {
+                    "name": "composite",
+                    "members": {"all": {"name": "composite", "members": MEMBERS, "combine": "direction"}},
+                }
+            },
+            "oracle.members.all.combine: judges each prompt in a direction of its own",
+        ),
+        ({"algorithm.name": "reward_augmented"}, "reward_augmented puts the score that is wanted into prompts"),
+    ],
+)
+def test_a_direction_that_no_prompt_could_say_is_refused(toy_config, warm_cli, tmp_path, overrides, said):
+    base = {key: value for key, value in DIRECTED.items() if "oracle" not in overrides or not key.startswith("oracle")}
+    done = warm_cli("check", toy_config(tmp_path, {**base, **overrides}), log=tmp_path / "log")
+    assert done.returncode == 2, done.message
+    assert said in done.stderr

@@ -104,3 +104,5 @@ def test_runs_whose_prompts_say_another_goal_ask_the_base_model_anew():
     assert base("algorithm.name=dpo") != base(*told)
     assert base(*told) == base(*told, "algorithm.beta=0.3")
     assert base(*told) != base(*told, "algorithm.goal_scale=5")
+    members = "oracle={name: composite, members: {a: {name: sentiment}, b: {name: format, pattern: .*}}, combine: direction}"
+    assert base(members) != base(members, "oracle.direction_seed=1")

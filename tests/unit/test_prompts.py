@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from onlinerl.prompts._source import ShuffledPrompts, check_answers, check_overl
 from onlinerl.prompts.jsonl import Jsonl, read_prompts
 from onlinerl.protocols.prompts import PromptsConfig
 from onlinerl.types import Prompt
+from onlinerl.types.directions import Directions
 from onlinerl.types.goals import Goals
 
 
@@ -272,6 +274,40 @@ class Telling(WordTokenizer):
 
     def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
         return " ".join(["<bos>", *(m["content"] for m in messages)])
+
+
+class TestDirections:
+    """Prompts that say how their responses will be judged."""
+
+    ONE = Directions(bounds={"a": (0.0, 1.0), "b": (-1.0, 1.0)}, text="a {direction}")
+
+    def rendered(self, folder, tokenizer, told=ONE, limit=12):
+        rows = {"train": [{"text": "one", "id": "plain"}, {**CHAT, "id": "chat"}], "heldout": [{"text": "three", "id": "held"}]}
+        paths = {name: write(folder, *own, name=f"{name}.jsonl") for name, own in rows.items()}
+        source, heldout, _ = load_prompts(Jsonl(**paths, max_tokens=limit), tokenizer, seed=0, directions=told)
+        return {prompt.id: prompt for prompt in (*source, *heldout)}
+
+    def test_tokens_hold_the_direction_and_texts_do_not(self, tmp_path):
+        plain, told = self.rendered(tmp_path, Telling(), None), self.rendered(tmp_path, Telling())
+        for name, prompt in told.items():
+            said = tuple(Telling()(self.ONE.said(name), add_special_tokens=False)["input_ids"])
+            bos, *rest = plain[name].token_ids
+            assert prompt.token_ids == (bos, *said, *rest)
+            assert replace(prompt, token_ids=()) == replace(plain[name], token_ids=())
+
+    def test_a_template_that_leaves_it_out_is_refused(self, tmp_path):
+        class Deaf(Telling):
+            def apply_chat_template(self, messages, **how):
+                return super().apply_chat_template(messages[-1:], **how)
+
+        with pytest.raises(PromptError, match="with its direction and without") as error:
+            self.rendered(tmp_path, Deaf())
+        assert error.value.fix.endswith("set oracle.direction_place=user")
+        assert self.rendered(tmp_path, Deaf(), replace(self.ONE, place="user"))
+
+    def test_it_counts_as_a_part_of_the_prompt(self, tmp_path):
+        with pytest.raises(PromptError, match="1 of 2 prompts are longer than 8 tokens"):
+            self.rendered(tmp_path, Telling(), limit=8)
 
 
 class TestAnswers:
