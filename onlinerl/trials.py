@@ -57,21 +57,17 @@ def with_answers(checked: Checked, config: RunConfig, said: Asked, console: Cons
     verdict, paid = said.verdict, said.of_leaves
     for note in said.notes:
         console.print(note, highlight=False, soft_wrap=True)
-    if with_weights(checked.oracle):
-        checked = replace(checked, trial=paid)
+    if verdict is not None:
+        oracle_checks.check_verdict(config, checked.algorithm, verdict)
+        checked = checked.tried(verdict, paid)
+    elif with_weights(checked.oracle) or checked.train is not None:  # what it loads or starts was not there to be asked
         oracle_checks.check_uncertainty(config, checked.algorithm, checked.oracle.gives_uncertainty)
         if checked.oracle.compares:
             oracle_checks.check_comparable(config, checked.algorithm)
             oracle_checks.check_scored(config, given=False)
-    elif verdict is not None:
-        oracle_checks.check_verdict(config, checked.algorithm, verdict)
-        checked = checked.tried(verdict, paid)
+        checked = replace(checked, trial=paid, oracle_scores=not checked.oracle.compares)
+    if checked.train is not None:
         _foretell(checked, paid, console)
-    elif checked.train is not None:  # what it starts was not started
-        if checked.oracle.compares:
-            oracle_checks.check_comparable(config, checked.algorithm)
-            oracle_checks.check_scored(config, given=False)
-        _foretell(replace(checked, oracle_scores=not checked.oracle.compares), paid, console)
     plan = oracle_requests.planned(
         config, checked.algorithm, len(checked.heldout), scores=not checked.oracle.compares, anchors=len(checked.anchors)
     )

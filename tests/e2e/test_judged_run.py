@@ -56,6 +56,24 @@ def figure(run: Any, name: str, iteration: int, **labels: str) -> dict[str, Any]
     return record
 
 
+def test_requests_are_foretold_where_a_model_judges_beside_the_judge(config, warm_cli, tmp_path, server, tiny_model):
+    """Its weights are not loaded for that."""
+    judge = {"name": "judge_score", "base_url": f"{server.url}/v1", "model": "judge"}
+    likely = {"name": "followup", "path": str(tiny_model), "device": "cpu"}
+    keys = {"oracle.base_url": None, "oracle.model": None, "oracle.retries": None, "iterations": 1}
+    file = config("composite", **keys, **{"oracle.members": {"said": judge, "likely": likely}})
+    said = warm_cli("check", file)
+    assert said.returncode == 0, said.message
+    foretold = re.search(r"oracle: 4 requests for 4 responses .* (\d+) for the whole run", said.stdout)
+    assert foretold is not None, said.stdout
+    server.asked.clear()
+    done = warm_cli("run", file)
+    assert done.returncode == 0, done.message
+    assert foretold[0] in done.stdout
+    saved = sum(r["value"] for r in read_metrics(tmp_path / "runs/toy/metrics.jsonl") if r["name"] == "oracle_requests_saved")
+    assert int(foretold[1]) == len(server.asked) + saved
+
+
 @pytest.mark.parametrize(
     ("name", "knobs", "per_group"),
     [
