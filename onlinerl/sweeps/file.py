@@ -64,10 +64,10 @@ class SweepFile(BaseModel):
     exclude: list[dict[str, Any]] = Field(default_factory=list)
     """Combinations that are left out: all that have these values on these axes."""
     token_budget: int | None = Field(None, ge=1)
-    """Tokens that a run may draw from its policy to train on: prompts x `sampling.samples_per_prompt` x `sampling.max_new_tokens` an iteration. Each
-    run gets as many iterations as stay within it even if every response is that long; then `iterations` is not read. Not counted are responses that
-    an algorithm has beside those samples (of the base model, of a mixture, greedy ones), what dynamic sampling draws anew, and answers to held-out
-    prompts."""
+    """Tokens that a run may sample to train on: prompts x `sampling.samples_per_prompt` x `sampling.max_new_tokens` an iteration. Each run gets as
+    many iterations as stay within it even if every response is that long; then `iterations` is not read. An algorithm that samples more to each
+    prompt (the base model, a mixture, a greedy response) gets as many iterations with fewer prompts. Not counted are what dynamic sampling draws
+    anew and answers to held-out prompts."""
     exclude_refused: bool = False
     """Leave out what `check` refuses, and say why, instead of refusing the whole sweep."""
 
@@ -261,15 +261,35 @@ def _config(
     config = configuration.parse(tree)
     if file.token_budget is None:
         return config
-    most = config.prompts.per_iteration * config.sampling.samples_per_prompt * config.sampling.max_new_tokens
-    if most > file.token_budget:
+    return _within(file.token_budget, config)
+
+
+def _within(budget: int, config: RunConfig) -> RunConfig:
+    """With as many iterations, and where the algorithm samples more than others as many prompts, as stay within the budget.
+
+    Raises:
+        ConfigError: if not one does.
+    """
+    prompts, samples, tokens = config.prompts, config.sampling.samples_per_prompt, config.sampling.max_new_tokens
+    most = prompts.per_iteration * samples * tokens
+    if most > budget:
         raise ConfigError(
-            f"is {file.token_budget}, and one iteration may sample {most} tokens: {config.prompts.per_iteration} prompts x "
-            f"{config.sampling.samples_per_prompt} samples x {config.sampling.max_new_tokens} tokens",
+            f"is {budget}, and one iteration may sample {most} tokens: {prompts.per_iteration} prompts x {samples} samples x {tokens} tokens",
             field="token_budget",
             fix=f"set it to {most} or more, or lower prompts.per_iteration",
         )
-    return config.model_copy(update={"iterations": file.token_budget // most})
+    iterations = budget // most
+    beside = configuration.algorithm(config).needs.sampled_beside
+    fewer = budget // (iterations * (samples + beside) * tokens)
+    if fewer < 1:
+        raise ConfigError(
+            f"is {budget}, and {config.algorithm['name']} samples {samples + beside} responses to a prompt: not one prompt an iteration is within it",
+            field="token_budget",
+            fix=f"set it to {iterations * (samples + beside) * tokens} or more",
+        )
+    if fewer < prompts.per_iteration:
+        prompts = prompts.model_copy(update={"per_iteration": fewer})
+    return config.model_copy(update={"iterations": iterations, "prompts": prompts})
 
 
 def _section(axis: str, value: Any) -> Any:

@@ -24,7 +24,7 @@ from onlinerl.stores.sweeps import SweepRecord
 from onlinerl.sweeps.file import Combination, Sweep, all_at_once
 from onlinerl.views import sweep as view
 
-UNREAD_BY_THE_BASE = ("name", "algorithm.", "pairing.", "reference.", "training.")
+UNREAD_BY_THE_BASE = ("name", "prompts.per_iteration", "algorithm.", "pairing.", "reference.", "training.")
 """Keys on which nothing depends that the base model answers, or that is said about it."""
 
 
@@ -174,7 +174,8 @@ def _prompts(combination: Combination) -> tuple[object, ...]:
 def _amount(combination: Combination) -> str:
     """How much a run samples."""
     config = combination.config
-    prompts, k, most = config.prompts.per_iteration, config.sampling.samples_per_prompt, config.sampling.max_new_tokens
+    beside = configuration.algorithm(config).needs.sampled_beside
+    prompts, k, most = config.prompts.per_iteration, config.sampling.samples_per_prompt + beside, config.sampling.max_new_tokens
     return (
         f"{config.iterations} iterations x {prompts} prompts x {k} samples of at most {most} tokens: at most "
         f"{config.iterations * prompts * k * most} sampled tokens a run"

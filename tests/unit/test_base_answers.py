@@ -100,7 +100,7 @@ def test_runs_whose_prompts_say_another_goal_ask_the_base_model_anew():
         return _base(configuration.load(quickstart, list(overrides)))
 
     told = ["algorithm.name=reward_augmented"]
-    assert base("algorithm.name=dpo") == base("algorithm.name=ipo")
+    assert base("algorithm.name=dpo") == base("algorithm.name=ipo") == base("prompts.per_iteration=3")
     assert base("algorithm.name=dpo") != base(*told)
     assert base(*told) == base(*told, "algorithm.beta=0.3")
     assert base(*told) != base(*told, "algorithm.goal_scale=5")

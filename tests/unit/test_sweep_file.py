@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from onlinerl import config as configuration
 from onlinerl import registry
 from onlinerl.errors import ConfigError
 from onlinerl.sweeps import file as sweeps
@@ -124,6 +125,15 @@ def test_a_budget_of_tokens_gives_as_many_iterations_as_stay_within_it(load):
     assert "is 383, and one iteration may sample 384 tokens" in refused(load, token_budget=383)
 
 
+def test_an_algorithm_that_samples_more_gets_fewer_prompts_of_the_same_budget(load):
+    """`xpo` a response of the base model to each prompt, `ipo_md` two of the mixture, `optune` none, and `spin` a stored one."""
+    sweep = load(axes={"algorithm": ["dpo", "xpo", "ipo_md", "spin"]}, token_budget=800)
+    found = {c.name: (c.config.iterations, c.config.prompts.per_iteration) for c in sweep.combinations}
+    assert found == {"dpo": (2, 8), "xpo": (2, 6), "ipo_md": (2, 5), "spin": (2, 8)}  # 800 / 2 / 12 are 33 responses
+    lone = {"prompts.per_iteration": 1, "sampling.samples_per_prompt": 2}
+    assert "not one prompt an iteration" in refused(load, axes={"algorithm": ["xpo"]}, token_budget=24, set=lone)
+
+
 # --- what is wrong with one ---
 
 
@@ -178,7 +188,9 @@ def test_those_in_configs_are_sweeps_on_one_budget(path, monkeypatch):
     sweep = sweeps.load(path)
     assert sweep.name == path.stem
     assert names(sweep) == registry.names("algorithms"), "no algorithm needs a knob that has no default"
-    sizes = {
-        (c.config.iterations, c.config.prompts.per_iteration, c.config.sampling.samples_per_prompt) for c in sweep.combinations
-    }
-    assert sizes == {(2, 32, 4)}
+    for one in sweep.combinations:
+        config = one.config
+        samples = config.sampling.samples_per_prompt + configuration.algorithm(config).needs.sampled_beside
+        sampled = 2 * config.prompts.per_iteration * samples * config.sampling.max_new_tokens
+        assert (config.iterations, config.sampling.samples_per_prompt) == (2, 4), one.name
+        assert 12288 * 0.95 < sampled <= 12288, one.name
