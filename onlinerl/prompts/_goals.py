@@ -26,6 +26,7 @@ def with_goals(
     field: str,
     *,
     trained: bool,
+    leave_out_long: bool = False,
 ) -> list[Prompt]:
     """Prompts whose tokens hold the highest goal, which is the one that is asked for. Texts and messages, which oracles read, stay as they are.
 
@@ -37,18 +38,21 @@ def with_goals(
         max_tokens: longest prompt accepted, its goal included.
         field: the configuration key that named the file, for messages.
         trained: whether each goal is trained on, so that all of them are kept.
+        leave_out_long: leave out those that are too long with one of the goals.
 
     Raises:
         PromptError: if a prompt is too long with its goal, or the chat template leaves the goal out.
     """
     asked = range(1, goals.scale + 1) if trained else (1, goals.scale)
     columns = [
-        render([_conditioned(one, goals.said(goal), goals.place) for one in raw], tokenizer, max_tokens, field)
+        _told([_conditioned(one, goals.said(goal), goals.place) for one in raw], tokenizer, max_tokens, field, leave_out_long)
         for goal in asked
     ]
     conditioned = []
-    for prompt, *told in zip(prompts, *columns, strict=True):
-        ids = tuple(one.token_ids for one in told)
+    for prompt in prompts:
+        ids = tuple(column[prompt.id] for column in columns if prompt.id in column)
+        if len(ids) < len(columns):
+            continue
         if len({*ids}) < len(ids):
             raise PromptError(
                 f"prompt {prompt.id!r} has the same tokens with different goals",
@@ -60,7 +64,14 @@ def with_goals(
 
 
 def with_directions(
-    prompts: Sequence[Prompt], raw: Sequence[RawPrompt], tokenizer: Any, directions: Directions, max_tokens: int, field: str
+    prompts: Sequence[Prompt],
+    raw: Sequence[RawPrompt],
+    tokenizer: Any,
+    directions: Directions,
+    max_tokens: int,
+    field: str,
+    *,
+    leave_out_long: bool = False,
 ) -> list[Prompt]:
     """Prompts whose tokens hold the direction in which their responses will be judged. Texts and messages, which oracles read, stay as they are.
 
@@ -71,19 +82,28 @@ def with_directions(
         directions: how a direction is drawn and said.
         max_tokens: longest prompt accepted, its direction included.
         field: the configuration key that named the file, for messages.
+        leave_out_long: leave out those that are too long with their direction.
 
     Raises:
         PromptError: if a prompt is too long with its direction, or the chat template leaves the direction out.
     """
-    told = render([_conditioned(one, directions.said(one.id), directions.place) for one in raw], tokenizer, max_tokens, field)
-    for prompt, one in zip(prompts, told, strict=True):
-        if one.token_ids == prompt.token_ids:
+    said = [_conditioned(one, directions.said(one.id), directions.place) for one in raw]
+    told = _told(said, tokenizer, max_tokens, field, leave_out_long)
+    for prompt in prompts:
+        if told.get(prompt.id) == prompt.token_ids:
             raise PromptError(
                 f"prompt {prompt.id!r} has the same tokens with its direction and without",
                 field=field,
                 fix="the chat template leaves the system turn out: set oracle.direction_place=user",
             )
-    return [replace(prompt, token_ids=one.token_ids) for prompt, one in zip(prompts, told, strict=True)]
+    return [replace(prompt, token_ids=told[prompt.id]) for prompt in prompts if prompt.id in told]
+
+
+def _told(
+    raw: Sequence[RawPrompt], tokenizer: Any, max_tokens: int, field: str, leave_out_long: bool
+) -> dict[str, tuple[int, ...]]:
+    """What the model sees, by the prompt's id."""
+    return {one.id: one.token_ids for one in render(raw, tokenizer, max_tokens, field, leave_out_long=leave_out_long)}
 
 
 def _conditioned(raw: RawPrompt, said: str, place: str) -> RawPrompt:

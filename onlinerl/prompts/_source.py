@@ -57,23 +57,22 @@ def load_prompts(
         check_answers(heldout, "prompts.heldout")
     if longest_answer is not None:
         check_answers(train, needed_by="algorithm")
-    leave_out, remarks = config.filter_overlong_prompts, config.remarks()
-    rendered = render(train, tokenizer, config.max_tokens, "prompts.train", leave_out_long=leave_out)
-    asked = render(heldout, tokenizer, config.max_tokens, "prompts.heldout", leave_out_long=leave_out)
-    for field, before, after in (("prompts.train", train, rendered), ("prompts.heldout", heldout, asked)):
-        if len(after) < len(before):
-            remarks.append(
-                f"{field}: {len(before) - len(after):,} of {len(before):,} left out, longer than {config.max_tokens} tokens"
-            )
+    shortened, remarks = {"leave_out_long": config.filter_overlong_prompts}, config.remarks()
+    limit = config.max_tokens
+    rendered = render(train, tokenizer, limit, "prompts.train", **shortened)
+    asked = render(heldout, tokenizer, limit, "prompts.heldout", **shortened)
     if longest_answer is not None:
         rendered = with_answers(rendered, _those(train, rendered), tokenizer, longest_answer)
     told = _those(train, rendered), _those(heldout, asked)
     if directions is not None:
-        rendered = with_directions(rendered, told[0], tokenizer, directions, config.max_tokens, "prompts.train")
-        asked = with_directions(asked, told[1], tokenizer, directions, config.max_tokens, "prompts.heldout")
+        rendered = with_directions(rendered, told[0], tokenizer, directions, limit, "prompts.train", **shortened)
+        asked = with_directions(asked, told[1], tokenizer, directions, limit, "prompts.heldout", **shortened)
     if goals is not None:
-        rendered = with_goals(rendered, told[0], tokenizer, goals, config.max_tokens, "prompts.train", trained=True)
-        asked = with_goals(asked, told[1], tokenizer, goals, config.max_tokens, "prompts.heldout", trained=False)
+        rendered = with_goals(rendered, told[0], tokenizer, goals, limit, "prompts.train", trained=True, **shortened)
+        asked = with_goals(asked, told[1], tokenizer, goals, limit, "prompts.heldout", trained=False, **shortened)
+    for field, before, after in (("prompts.train", train, rendered), ("prompts.heldout", heldout, asked)):
+        if len(after) < len(before):
+            remarks.append(f"{field}: {len(before) - len(after):,} of {len(before):,} left out, longer than {limit} tokens")
     return Loaded(ShuffledPrompts(rendered, seed=seed, reuse=config.reuse), asked, remarks)
 
 

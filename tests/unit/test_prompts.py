@@ -264,6 +264,16 @@ class TestGoals:
         with pytest.raises(PromptError, match="2 of 2 prompts are longer than 12 tokens"):
             self.rendered(tmp_path, Telling(), long)
 
+    def test_those_that_are_too_long_with_a_goal_are_left_out_if_that_is_asked_for(self, tmp_path):
+        paths = {
+            "train": write(tmp_path, {"text": "one", "id": "plain"}, {**CHAT, "id": "chat"}, name="train.jsonl"),
+            "heldout": write(tmp_path, {"text": "three"}, name="heldout.jsonl"),
+        }
+        config = Jsonl(**paths, max_tokens=8, filter_overlong_prompts=True)
+        source, heldout, remarks = load_prompts(config, Telling(), seed=0, goals=self.GOALS)
+        assert ([prompt.id for prompt in source], len(heldout)) == (["plain"], 1)
+        assert remarks == ["prompts.train: 1 of 2 left out, longer than 8 tokens"]
+
 
 class Telling(WordTokenizer):
     """Numbers are tokens of their own; the chat template says all turns."""
@@ -281,10 +291,11 @@ class TestDirections:
 
     ONE = Directions(bounds={"a": (0.0, 1.0), "b": (-1.0, 1.0)}, text="a {direction}")
 
-    def rendered(self, folder, tokenizer, told=ONE, limit=12):
+    def rendered(self, folder, tokenizer, told=ONE, limit=12, leave_out=False):
         rows = {"train": [{"text": "one", "id": "plain"}, {**CHAT, "id": "chat"}], "heldout": [{"text": "three", "id": "held"}]}
         paths = {name: write(folder, *own, name=f"{name}.jsonl") for name, own in rows.items()}
-        source, heldout, _ = load_prompts(Jsonl(**paths, max_tokens=limit), tokenizer, seed=0, directions=told)
+        config = Jsonl(**paths, max_tokens=limit, filter_overlong_prompts=leave_out)
+        source, heldout, _ = load_prompts(config, tokenizer, seed=0, directions=told)
         return {prompt.id: prompt for prompt in (*source, *heldout)}
 
     def test_tokens_hold_the_direction_and_texts_do_not(self, tmp_path):
@@ -308,6 +319,7 @@ class TestDirections:
     def test_it_counts_as_a_part_of_the_prompt(self, tmp_path):
         with pytest.raises(PromptError, match="1 of 2 prompts are longer than 8 tokens"):
             self.rendered(tmp_path, Telling(), limit=8)
+        assert set(self.rendered(tmp_path, Telling(), limit=8, leave_out=True)) == {"plain", "held"}
 
 
 class TestAnswers:
