@@ -18,32 +18,28 @@ from onlinerl.types.training import TrainItem
 
 if TYPE_CHECKING:
     from onlinerl.types.labels import Judged, Pair
-    from onlinerl.types.plan import Plan
 
 
 class Xpo(Optimistic):
-    """f(z) + optimism * S(x): each pair is one response of the policy and one of the base model, and x is the latter."""
+    """f(z) + optimism * S(x): each pair is one response of the policy and one of the base model, and x is the latter. Of several samples each is
+    paired with it (`pairing.name: all_pairs` by default); the paper has one.
+    """
 
     optimism: float = Field(5e-6, ge=0)
 
     @by_knobs
     def needs(self) -> Needs:
         """Of a pair loss, with a response of the base model."""
-        return super().needs.model_copy(update={"reference_samples": 1})
+        return super().needs.model_copy(update={"reference_samples": 1, "pairing": "all_pairs"})
 
     @by_knobs
     def loss_at_reference(self) -> float | None:
         """Known only without optimism."""
         return None if self.optimism else super().loss_at_reference
 
-    def remarks(self, plan: Plan) -> list[str]:
-        """What becomes of more than one sample."""
-        if plan.samples_per_prompt in (None, 1):
-            return []
-        return [
-            "a pair is one response of the policy and one of the base model; a pair builder that is given several samples may choose two of "
-            "the policy, which are left out (`same_source`): set sampling.samples_per_prompt=1, or pairing.name=all_pairs"
-        ]
+    def most_items(self, samples: int, pairs: int) -> int:
+        """Each response of the policy with that of the base model."""
+        return min(pairs, samples - 1)
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
         """The pairs of a response of the policy and one of the base model; others are left out (`same_source`)."""

@@ -111,11 +111,6 @@ class Needs(BaseModel):
     """That of the reference."""
 
     @property
-    def sampled_beside(self) -> int:
-        """How many responses to each prompt are sampled beside those that `sampling.samples_per_prompt` counts."""
-        return self.greedy + self.reference_samples + self.mixture_samples
-
-    @property
     def beside_samples(self) -> tuple[str, ...]:
         """Sources of the responses of a group beside those that `sampling.samples_per_prompt` counts."""
         beside = ("greedy",) * self.greedy + ("reference",) * self.reference_samples

@@ -264,6 +264,12 @@ def _config(
     return _within(file.token_budget, config)
 
 
+def sampled_beside(config: RunConfig) -> int:
+    """How many responses to each prompt an algorithm has sampled beside those that `sampling.samples_per_prompt` counts."""
+    sources = configuration.algorithm(config).needs.beside_samples
+    return len(sources) - sources.count("teacher") - sources.count("carried")
+
+
 def _within(budget: int, config: RunConfig) -> RunConfig:
     """With as many iterations, and where the algorithm samples more than others as many prompts, as stay within the budget.
 
@@ -279,7 +285,7 @@ def _within(budget: int, config: RunConfig) -> RunConfig:
             fix=f"set it to {most} or more, or lower prompts.per_iteration",
         )
     iterations = budget // most
-    beside = configuration.algorithm(config).needs.sampled_beside
+    beside = sampled_beside(config)
     fewer = budget // (iterations * (samples + beside) * tokens)
     if fewer < 1:
         raise ConfigError(

@@ -21,7 +21,7 @@ from onlinerl.standing import Standing
 from onlinerl.stores import _files, base_answers, summary, sweeps
 from onlinerl.stores._lock import Lock
 from onlinerl.stores.sweeps import SweepRecord
-from onlinerl.sweeps.file import Combination, Sweep, all_at_once
+from onlinerl.sweeps.file import Combination, Sweep, all_at_once, sampled_beside
 from onlinerl.views import sweep as view
 
 UNREAD_BY_THE_BASE = ("name", "prompts.per_iteration", "algorithm.", "pairing.", "reference.", "training.")
@@ -174,7 +174,7 @@ def _prompts(combination: Combination) -> tuple[object, ...]:
 def _amount(combination: Combination) -> str:
     """How much a run samples."""
     config = combination.config
-    beside = configuration.algorithm(config).needs.sampled_beside
+    beside = sampled_beside(config)
     prompts, k, most = config.prompts.per_iteration, config.sampling.samples_per_prompt + beside, config.sampling.max_new_tokens
     return (
         f"{config.iterations} iterations x {prompts} prompts x {k} samples of at most {most} tokens: at most "

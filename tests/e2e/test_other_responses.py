@@ -251,10 +251,8 @@ def test_killed_while_the_engine_holds_the_base_model(explored, toy_config, warm
 
 def test_of_several_samples_pairs_with_the_base_model_are_kept(toy_config, warm_cli, tmp_path):
     config = toy_config(tmp_path, XPO, iterations=1)
-    several = ["sampling.samples_per_prompt=3", "pairing.name=all_pairs"]
-    done = warm_cli("run", config, *several, log=tmp_path / "log")
+    done = warm_cli("run", config, "sampling.samples_per_prompt=3", log=tmp_path / "log")
     assert done.returncode == 0, done.message
-    assert "same_source" in done.stdout, "said beforehand"
     with RunDirectory.open(tmp_path / "runs/toy") as run:
         record = run.phases(1)["train"]
     assert record["items"] > 0

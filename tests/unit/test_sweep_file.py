@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from onlinerl import config as configuration
 from onlinerl import registry
 from onlinerl.errors import ConfigError
 from onlinerl.sweeps import file as sweeps
@@ -190,7 +189,7 @@ def test_those_in_configs_are_sweeps_on_one_budget(path, monkeypatch):
     assert names(sweep) == registry.names("algorithms"), "no algorithm needs a knob that has no default"
     for one in sweep.combinations:
         config = one.config
-        samples = config.sampling.samples_per_prompt + configuration.algorithm(config).needs.sampled_beside
+        samples = config.sampling.samples_per_prompt + sweeps.sampled_beside(config)
         sampled = 2 * config.prompts.per_iteration * samples * config.sampling.max_new_tokens
         assert (config.iterations, config.sampling.samples_per_prompt) == (2, 4), one.name
         assert 12288 * 0.95 < sampled <= 12288, one.name

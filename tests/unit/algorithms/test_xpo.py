@@ -9,7 +9,9 @@ from algorithm_batches import F_PLUS, ITEM, LIST, LIST_ROWS, MARGIN_KNOBS, ROWS,
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.algorithms.selm import Selm
 from onlinerl.algorithms.xpo import Xpo
-from onlinerl.types import Pair, Plan
+from onlinerl.config import component
+from onlinerl.protocols.pairing import PairBuilder
+from onlinerl.types import Pair
 
 VARIANTS = [
     {},
@@ -73,8 +75,11 @@ def test_what_it_needs():
     assert Xpo(optimism=0.0).loss_at_reference == pytest.approx(math.log(2))
 
 
-def test_more_than_one_sample_is_explained():
-    plan = {"iterations": 2, "references": (0, 0)}
-    assert Xpo().remarks(Plan(**plan, samples_per_prompt=1)) == []
-    (remark,) = Xpo().remarks(Plan(**plan, samples_per_prompt=2))
-    assert "same_source" in remark
+def test_each_of_several_samples_is_paired_with_the_base_model():
+    assert Xpo().needs.pairing == "all_pairs"
+    assert (Xpo().most_items(2, 1), Xpo().most_items(5, 10)) == (1, 4)
+    group = judged([1, 2, 3, 4], {3: "reference"}, scores=(0.0, 1.0, 3.0, 2.0))
+    pairs, _ = component({"name": "all_pairs"}, "pairing", "pairing", PairBuilder).build(group)
+    items, dropped = Xpo().items(group, pairs)
+    assert sorted(tuple(len(s.response_ids) for s in item.sequences) for item in items) == [(3, 4), (4, 1), (4, 2)]
+    assert dropped == {"same_source": 3}
