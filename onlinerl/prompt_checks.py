@@ -53,7 +53,8 @@ def read_prompts(config: RunConfig, algorithm: Algorithm, oracle: Oracle, local:
     elif kept is not None:
         leaves_out = config.prompts.filter_overlong_prompts
         train = ShuffledPrompts(kept.train, seed=config.seed, reuse=config.prompts.reuse)
-        remarks = kept.changes(config, tokenizer(config.model) if leaves_out else None)
+        reads = tokenizer(config.model) if leaves_out else None
+        remarks = kept.changes(config, reads, algorithm.needs.goals, oracle.directions)
         found = Read(train=train, heldout=kept.heldout, anchors=kept.anchors, total=len(train), remarks=remarks)
     else:
         found = _tokenised(config, algorithm, oracle, local)

@@ -6,7 +6,7 @@ Sources: "Reward-Augmented Data Enhances Direct Preference Alignment of LLMs" (a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,7 +45,7 @@ def with_goals(
     """
     asked = range(1, goals.scale + 1) if trained else (1, goals.scale)
     columns = [
-        _told([_conditioned(one, goals.said(goal), goals.place) for one in raw], tokenizer, max_tokens, field, leave_out_long)
+        _ids([_conditioned(one, goals.said(goal), goals.place) for one in raw], tokenizer, max_tokens, field, leave_out_long)
         for goal in asked
     ]
     conditioned = []
@@ -88,22 +88,31 @@ def with_directions(
         PromptError: if a prompt is too long with its direction, or the chat template leaves the direction out.
     """
     said = [_conditioned(one, directions.said(one.id), directions.place) for one in raw]
-    told = _told(said, tokenizer, max_tokens, field, leave_out_long)
+    ids = _ids(said, tokenizer, max_tokens, field, leave_out_long)
     for prompt in prompts:
-        if told.get(prompt.id) == prompt.token_ids:
+        if ids.get(prompt.id) == prompt.token_ids:
             raise PromptError(
                 f"prompt {prompt.id!r} has the same tokens with its direction and without",
                 field=field,
                 fix="the chat template leaves the system turn out: set oracle.direction_place=user",
             )
-    return [replace(prompt, token_ids=told[prompt.id]) for prompt in prompts if prompt.id in told]
+    return [replace(prompt, token_ids=ids[prompt.id]) for prompt in prompts if prompt.id in ids]
 
 
-def _told(
+def _ids(
     raw: Sequence[RawPrompt], tokenizer: Any, max_tokens: int, field: str, leave_out_long: bool
 ) -> dict[str, tuple[int, ...]]:
     """What the model sees, by the prompt's id."""
     return {one.id: one.token_ids for one in render(raw, tokenizer, max_tokens, field, leave_out_long=leave_out_long)}
+
+
+def told(raw: RawPrompt, goals: Goals | None, directions: Directions | None) -> Iterator[RawPrompt]:
+    """A prompt as it is, and as somebody would have written it who knows what else it tells the model."""
+    yield raw
+    if directions is not None:
+        yield _conditioned(raw, directions.said(raw.id), directions.place)
+    if goals is not None:
+        yield from (_conditioned(raw, goals.said(goal), goals.place) for goal in range(1, goals.scale + 1))
 
 
 def _conditioned(raw: RawPrompt, said: str, place: str) -> RawPrompt:

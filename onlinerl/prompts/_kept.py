@@ -8,9 +8,12 @@ from typing import Any
 
 from onlinerl.config import RunConfig
 from onlinerl.errors import PromptError
+from onlinerl.prompts._goals import told
 from onlinerl.prompts._rendering import tokenized
 from onlinerl.protocols.prompts import Which
 from onlinerl.types import Group, Prompt, RawPrompt
+from onlinerl.types.directions import Directions
+from onlinerl.types.goals import Goals
 
 SHOWN = 3
 
@@ -25,12 +28,15 @@ class Kept:
     anchors: Sequence[Group] = ()
     """Pairs whose better response is known."""
 
-    def changes(self, config: RunConfig, tokenizer: Any = None) -> list[str]:
+    def changes(
+        self, config: RunConfig, tokenizer: Any = None, goals: Goals | None = None, directions: Directions | None = None
+    ) -> list[str]:
         """One sentence for each file that is not what it was.
 
         Args:
             config: of the run.
             tokenizer: of its model, where prompts that are too long are left out: they are no addition.
+            goals, directions: what its prompts tell the model, which counts for their length.
         """
         sentences = []
         kept: tuple[tuple[Which, Sequence[Prompt], int | None], ...] = (
@@ -42,7 +48,7 @@ class Kept:
                 found = list(config.prompts.raw(which))
                 if tokenizer is not None:
                     ids, most = {prompt.id for prompt in prompts}, config.prompts.max_tokens
-                    found = [p for p in found if p.id in ids or len(tokenized(p, tokenizer, "").token_ids) <= most]
+                    found = [p for p in found if p.id in ids or _longest(p, tokenizer, goals, directions) <= most]
                 said = changes(prompts, found[:limit])
             except PromptError as error:
                 said = f"it cannot be read any more: {error.cause}"
@@ -51,6 +57,11 @@ class Kept:
                     f"prompts.{which} has changed since the run started: {said}; the run goes on with the prompts that it keeps"
                 )
         return sentences
+
+
+def _longest(prompt: RawPrompt, tokenizer: Any, goals: Goals | None, directions: Directions | None) -> int:
+    """Tokens of a prompt with the longest of what it may tell the model."""
+    return max(len(tokenized(one, tokenizer, "").token_ids) for one in told(prompt, goals, directions))
 
 
 def changes(kept: Sequence[Prompt], found: Sequence[RawPrompt]) -> str | None:

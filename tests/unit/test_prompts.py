@@ -6,13 +6,14 @@ import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from word_tokenizer import WordTokenizer
 
 from onlinerl import registry
 from onlinerl.errors import PromptError
-from onlinerl.prompts._kept import changes
+from onlinerl.prompts._kept import Kept, changes
 from onlinerl.prompts._source import ShuffledPrompts, check_answers, check_overlap, load_prompts, render, with_answers
 from onlinerl.prompts.jsonl import Jsonl, read_prompts
 from onlinerl.protocols.prompts import PromptsConfig
@@ -319,7 +320,14 @@ class TestDirections:
     def test_it_counts_as_a_part_of_the_prompt(self, tmp_path):
         with pytest.raises(PromptError, match="1 of 2 prompts are longer than 8 tokens"):
             self.rendered(tmp_path, Telling(), limit=8)
-        assert set(self.rendered(tmp_path, Telling(), limit=8, leave_out=True)) == {"plain", "held"}
+        found = self.rendered(tmp_path, Telling(), limit=8, leave_out=True)
+        assert set(found) == {"plain", "held"}
+        kept = Kept(train=[found["plain"]], heldout=[found["held"]])
+        prompts = Jsonl(train=str(tmp_path / "train.jsonl"), heldout=str(tmp_path / "heldout.jsonl"), max_tokens=8)
+        config = SimpleNamespace(prompts=prompts, evaluation=SimpleNamespace(prompts=None))
+        assert kept.changes(config, Telling(), directions=self.ONE) == [], "what was left out is no addition"
+        assert kept.changes(config, Telling(), goals=TestGoals.GOALS) == []
+        assert len(kept.changes(config, Telling())) == 1
 
 
 class TestAnswers:
