@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "configs"
 INTERVAL = r"-?\d+\.\d{3} \[-?\d+\.\d{3}, -?\d+\.\d{3}\]"
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 
 def write(path: Path, tree: dict) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "zero3_memory.py"
 

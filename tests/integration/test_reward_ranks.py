@@ -49,7 +49,7 @@ def test_ranks_make_the_same_model(tiny_model, tmp_path, alone, learner):
         assert np.abs(weight - alone[name]).mean() < 3e-4, name
 
 
-@pytest.mark.parametrize("learner", ["torch", "zero 3"])
+@pytest.mark.parametrize("learner", [pytest.param("torch", marks=pytest.mark.long), "zero 3"])
 def test_stopped_and_called_again_it_is_the_same_model(tiny_model, tmp_path, monkeypatch, learner):
     keys = {**LEARNERS[learner], "cpus": 0}
     whole = trained(write_config(tmp_path / "whole", tiny_model, taste(60), learner=keys))

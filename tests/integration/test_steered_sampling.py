@@ -88,6 +88,7 @@ def rollouts(run: Path, iteration: int) -> list[dict[str, Any]]:
         return rows
 
 
+@pytest.mark.long
 def test_the_mixture_is_that_of_the_policy_which_vllm_samples_and_the_base_model(tiny_llama: Path, tmp_path: Path) -> None:
     run = run_of(tmp_path, tiny_llama, "nash_md")
     base, policy = loaded(tiny_llama), loaded(run / "exports/0001")
