@@ -7,10 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from onlinerl.config import RunConfig, algorithm, oracle
+from onlinerl.prompts._goals import told
 from onlinerl.prompts._rendering import tokenized
 from onlinerl.prompts._rows import question
 from onlinerl.protocols.prompts import Which
 from onlinerl.types import RawPrompt
+from onlinerl.types.directions import Directions
+from onlinerl.types.goals import Goals
 
 BOUNDARY = "│"
 """Between two tokens."""
@@ -32,33 +35,30 @@ def inspect(config: RunConfig, reads: Any, limit: int) -> dict[str, Any]:
     """
     raw = {which: list(config.prompts.raw(which)) for which in ("train", "heldout")}
     asked = {question(each) for each in raw["train"]}
+    goals, directions = algorithm(config).needs.goals, oracle(config).directions
+    seen = {which: [list(told(each, goals, directions))[-1] for each in prompts] for which, prompts in raw.items()}
     return {
         "model": config.model,
         "tokenized": reads is not None,
-        "remarks": [*config.prompts.remarks(), *_told(config, raw["train"][0].id if raw["train"] else "")],
+        "remarks": [*config.prompts.remarks(), *_said(config, goals, directions)],
         "overlap": sum(question(each) in asked for each in raw["heldout"]),
-        "train": _one(config, "train", raw["train"], reads, limit),
-        "heldout": _one(config, "heldout", raw["heldout"], reads, limit),
+        "train": _one(config, "train", seen["train"], reads, limit),
+        "heldout": _one(config, "heldout", seen["heldout"], reads, limit),
     }
 
 
-def _told(config: RunConfig, example: str) -> list[str]:
-    """What algorithm and oracle add to prompts. `example`: id of the first one."""
-    goals, directions = algorithm(config).needs.goals, oracle(config).directions
-    told: list[str] = []
+def _said(config: RunConfig, goals: Goals | None, directions: Directions | None) -> Iterator[str]:
+    """What algorithm and oracle put into prompts."""
     if goals is not None:
-        said = goals.said(goals.scale)
-        told.append(
-            f"{config.algorithm['name']} puts {said!r} before the prompts below ({goals.place} turn), with other scores while it trains"
+        yield (
+            f"{config.algorithm['name']} puts {goals.said(goals.scale)!r} before these prompts ({goals.place} turn), with other scores while it trains"
         )
     if directions is not None:
-        told.append(
-            f"{config.oracle['name']} puts a direction before each of the prompts below ({directions.place} turn), {directions.said(example)!r} before the first"
-        )
-    return told
+        yield f"{config.oracle['name']} puts a direction of its own before each of these prompts ({directions.place} turn)"
 
 
 def _one(config: RunConfig, which: Which, raw: Sequence[RawPrompt], reads: Any, limit: int) -> dict[str, Any]:
+    """Of one file, whose prompts say already what algorithm and oracle put into them."""
     rendered = [tokenized(each, reads, f"prompts.{which}") for each in raw] if reads is not None else []
     lengths = sorted(len(prompt.token_ids) for prompt in rendered)
     shown: list[dict[str, Any]] = [

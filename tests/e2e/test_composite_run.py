@@ -185,7 +185,9 @@ def test_each_prompt_is_told_its_direction_and_judged_in_it_whatever_happens(toy
     assert done.returncode == 0, done.message
     assert everything(tmp_path / "killed/runs/toy", 2) == everything(tmp_path / "straight/runs/toy", 2)
     shown = run("data", tmp_path / "straight/toy.yaml")
-    assert "composite puts a direction before each of the prompts below (system turn)" in shown.stdout
+    assert "composite puts a direction of its own before each of these prompts (system turn)" in shown.stdout
+    first, *_ = (line for line in shown.stdout.splitlines() if line.startswith("  p"))
+    assert len(prompts[first.split()[0]].token_ids) == shown.stdout.split(first)[1].splitlines()[1].count("│") + 1
 
 
 @pytest.mark.parametrize(
