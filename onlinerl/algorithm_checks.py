@@ -9,7 +9,8 @@ from onlinerl.controller.parts import reference_iteration, samples_dynamically
 from onlinerl.errors import ConfigError
 from onlinerl.label_checks import check_labels
 from onlinerl.metrics.catalogue import CATALOGUE
-from onlinerl.protocols.algorithm import Algorithm, Needs
+from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.needs import Needs
 from onlinerl.repeat_checks import check_repeats
 from onlinerl.types import Plan
 

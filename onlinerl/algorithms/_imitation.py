@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from onlinerl.batch import Batch, LossOutput, Mean, Outputs
+from onlinerl.loss import LossOutput, Mean
 from onlinerl.ops.logprobs import lengths, masked
-from onlinerl.protocols.algorithm import Algorithm, Needs, Reported, by_knobs
-from onlinerl.types.training import Unit
+from onlinerl.protocols.algorithm import Algorithm, by_knobs
+from onlinerl.protocols.needs import Needs
+from onlinerl.protocols.reported import Reported
+
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
+    from onlinerl.types.training import Unit
 
 
 class Imitation(Algorithm):

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from onlinerl.batch import Batch, LossOutput, Mean, Outputs
+from onlinerl.loss import LossOutput, Mean
 from onlinerl.ops.items import judged_sequences, sample_items
 from onlinerl.ops.likelihood import with_nll
 from onlinerl.ops.preference import log_ratios
 from onlinerl.ops.whole_step import Rows, WholeStep
-from onlinerl.protocols.algorithm import Needs, Reported, by_knobs
-from onlinerl.types.training import TrainItem
+from onlinerl.protocols.algorithm import by_knobs
+from onlinerl.protocols.needs import Needs
+from onlinerl.protocols.reported import Reported
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
     from onlinerl.types.labels import Judged, Pair
+    from onlinerl.types.training import TrainItem
 
 
 class Labelled(WholeStep):
@@ -53,7 +57,7 @@ class Labelled(WholeStep):
         """Without a threshold, responses to compare with."""
         compares = self.threshold is None
         plain = Needs(reference=True, min_samples=2 if compares else 1, preferences=compares, off_policy="valid")
-        return plain.model_copy(update={"collision": self.response_weights == "wpo"})
+        return replace(plain, collision=self.response_weights == "wpo")
 
     @by_knobs
     def loss_at_reference(self) -> float | None:

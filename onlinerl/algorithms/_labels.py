@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from onlinerl.algorithms._pairwise import Pairwise
-from onlinerl.batch import Batch
 from onlinerl.ops.preference import smoothed
-from onlinerl.protocols.algorithm import Needs, by_knobs
+from onlinerl.protocols.algorithm import by_knobs
+
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch
+    from onlinerl.protocols.needs import Needs
 
 
 class UncertainLabels(Pairwise):
@@ -36,7 +42,7 @@ class UncertainLabels(Pairwise):
     def needs(self) -> Needs:
         """Of a pair loss; probabilities if labels are soft."""
         pairs = super().needs
-        return pairs.model_copy(update={"preferences": self.soft_labels or pairs.preferences})
+        return replace(pairs, preferences=self.soft_labels or pairs.preferences)
 
     def label_probs(self, batch: Batch) -> Tensor:
         """p[P]: how far each label is trusted. It may leave [0, 1] with a flip rate."""

@@ -11,14 +11,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from onlinerl.batch import Batch, LossOutput, Mean, Outputs
+from onlinerl.loss import LossOutput, Mean
 from onlinerl.ops.items import judged_sequences
 from onlinerl.ops.likelihood import with_nll
 from onlinerl.ops.logprobs import lengths
-from onlinerl.protocols.algorithm import Algorithm, Needs, Reference, Reported, by_knobs
+from onlinerl.protocols.algorithm import Algorithm, Reference, by_knobs
+from onlinerl.protocols.needs import Needs
+from onlinerl.protocols.reported import Reported
 from onlinerl.types.training import TrainItem
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
     from onlinerl.types.labels import Judged, Pair
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
@@ -11,11 +12,15 @@ from torch import Tensor
 
 from onlinerl.algorithms._labels import UncertainLabels
 from onlinerl.algorithms._modified import Modified
-from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.ops.logprobs import lengths, masked, token_log_ratios
 from onlinerl.ops.preference import by_pair
-from onlinerl.protocols.algorithm import Needs, Reference, by_knobs
-from onlinerl.types.training import TrainItem
+from onlinerl.protocols.algorithm import Reference, by_knobs
+
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
+    from onlinerl.loss import Mean
+    from onlinerl.protocols.needs import Needs
+    from onlinerl.types.training import TrainItem
 
 
 class Margin(UncertainLabels, Modified):
@@ -64,7 +69,7 @@ class Margin(UncertainLabels, Modified):
     @by_knobs
     def needs(self) -> Needs:
         """Of a pair loss; the reference unless it is free of it."""
-        return super().needs.model_copy(update={"reference": not self.reference_free})
+        return replace(super().needs, reference=not self.reference_free)
 
     @by_knobs
     def reference(self) -> Reference:
@@ -113,15 +118,13 @@ class Margin(UncertainLabels, Modified):
         chosen, rejected = by_pair(values_B / lengths(batch) if self.length_norm else values_B, batch)
         alike = self.beta_rejected in (None, self.beta)
         z_P = self.beta * (chosen - rejected) if alike else self.beta * chosen - (self.beta_rejected or 0.0) * rejected
-        if self.gamma_beta_ratio:
-            z_P = z_P - self.beta * self.gamma_beta_ratio
+        z_P = z_P - self.beta * self.gamma_beta_ratio
         if self.score_margin:
             better, worse = by_pair(batch.scores_B, batch)
             gap_P, most = self.score_margin * (better - worse), self.score_margin_max
             z_P = z_P - (gap_P if most is None else gap_P.clamp(0.0, most))
         if self.dpop_lambda:
             z_P = z_P - self.beta * self.dpop_lambda * torch.relu(-chosen)
-        if self.length_penalty:
-            longer, shorter = by_pair(lengths(batch), batch)
-            z_P = z_P + self.length_penalty * (longer - shorter)
+        longer, shorter = by_pair(lengths(batch), batch)
+        z_P = z_P + self.length_penalty * (longer - shorter)
         return z_P if self.margin_cap is None else z_P.clamp(max=self.margin_cap)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 from torch import Tensor
 
 from onlinerl.algorithms.dpo import Dpo
-from onlinerl.batch import Batch, LossOutput, Mean, Outputs
+from onlinerl.loss import LossOutput, Mean
 from onlinerl.ops.preference import sequence_logprobs
-from onlinerl.protocols.algorithm import Reported
+from onlinerl.protocols.reported import Reported
+
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
 
 
 class Optimistic(Dpo):

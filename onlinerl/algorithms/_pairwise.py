@@ -5,26 +5,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.ops.logprobs import lengths
-from onlinerl.ops.pairs import pair_items
-from onlinerl.ops.preference import pair_metrics, sequence_logprobs
-from onlinerl.protocols.algorithm import Algorithm, Needs, OffPolicy, Reference, by_knobs
-from onlinerl.types.training import TrainItem
+from onlinerl.loss import LossOutput, Mean
+from onlinerl.ops.preference import pair_metrics
+from onlinerl.protocols.algorithm import Algorithm, by_knobs
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
+    from onlinerl.protocols.algorithm import Reference
+    from onlinerl.protocols.needs import Needs
     from onlinerl.types.labels import Judged, Pair
+    from onlinerl.types.training import TrainItem
 
 
 class Pairwise(Algorithm):
     """Mean over pairs of weight * (`pair_loss` + nll_coef * NLL(`nll_target`)). An item is a pair, the chosen response first."""
 
     unit = "pair"
+    reference: ClassVar[Reference] = "fixed"
     weighable = False
 
     pair_weights: Literal["equal", "score_gap", "certainty", "strength", "dcg", "per_prompt", "age", "source", "wpo"] = "equal"
@@ -56,18 +58,15 @@ class Pairwise(Algorithm):
 
         A preference holds whoever wrote the two, but where the reference is the previous iterate, they are meant to be its responses.
         """
-        off_policy: OffPolicy = "approximate" if self.reference == "previous" else "valid"
-        plain = Needs(pairs=True, reference=True, min_samples=2, off_policy=off_policy, answers=self.nll_target != "chosen")
         ranked, close = self.pair_weights in ("certainty", "dcg"), self.pair_weights == "wpo"
-        return plain.model_copy(update={"preferences": ranked, "collision": close})
-
-    @by_knobs
-    def reference(self) -> Reference:
-        """The base model."""
-        return "fixed"
+        plain = replace(super().needs, pairs=True, reference=True, min_samples=2, preferences=ranked, collision=close)
+        stale = self.reference == "previous"
+        return replace(plain, answers=self.nll_target != "chosen", off_policy="approximate" if stale else "valid")
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
         """The pairs, without those of identical or unjudged responses."""
+        from onlinerl.ops.pairs import pair_items
+
         made, dropped = pair_items(judged, pairs)
         return self.completed(judged, made), dropped
 
@@ -82,24 +81,19 @@ class Pairwise(Algorithm):
     def prepare(self, items: Sequence[TrainItem], past: Sequence[Mapping[str, float]] = ()) -> Iterable[TrainItem]:
         """The pairs with their weights, whose mean is 1; those of `wpo` are the policy's of the moment, and come in the loss."""
         pools = self.nll_coef > 0 and self.nll_norm == "batch_tokens"
-        if self.pair_weights in ("equal", "wpo") and not pools:
+        weighs = self.pair_weights not in ("equal", "wpo")
+        if not weighs and not pools:
             return items
         from onlinerl.ops import pair_modifiers
 
-        weighed = items if self.pair_weights in ("equal", "wpo") else self._weighed(items)
+        weighed = pair_modifiers.weighed_pairs(items, self.raw_weights(items), self.pair_weight_clip) if weighs else items
         return pair_modifiers.pooled(items, weighed) if pools else weighed
 
-    def _weighed(self, items: Sequence[TrainItem]) -> Iterable[TrainItem]:
-        from onlinerl.ops import pair_modifiers
+    def raw_weights(self, items: Sequence[TrainItem]) -> Iterable[float]:
+        """What pairs count by `pair_weights`, not yet divided by its mean."""
+        from onlinerl.ops.pair_modifiers import raw_weights
 
-        if self.pair_weights == "age":
-            weights: Iterable[float] = pair_modifiers.by_age(items, self.pair_age_decay)
-        elif self.pair_weights == "source":
-            weights = pair_modifiers.by_source(items, self.source_weights)
-        else:
-            weights = pair_modifiers.by_prompt(items) if self.pair_weights == "per_prompt" else map(self._weight, items)
-        scaled = pair_modifiers.normalized(weights, self.pair_weight_clip)
-        return (replace(item, weight=weight) for item, weight in zip(items, scaled, strict=True))
+        return raw_weights(items, self.pair_weights, self.strength_thresholds, self.pair_age_decay, self.source_weights)
 
     def pair_loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Mean]]:
         """Loss and margin z of each pair, [P] each, and metrics of its own."""
@@ -112,26 +106,19 @@ class Pairwise(Algorithm):
             ValueError: if something is missing that it needs.
         """
         loss_P, z_P, metrics = self.pair_loss(outputs, batch)
-        metrics = (
-            pair_metrics(outputs, batch, z_P, reference=self.needs.reference_logprobs)
-            | {"preference_loss": Mean.of(loss_P)}
-            | metrics
-        )
         weight_P, weighed = self._weights(outputs, batch)
-        loss = LossOutput(total=(loss_P * weight_P).sum(), metrics=metrics | weighed)
-        return self.with_terms(loss, outputs, batch)
+        common = pair_metrics(outputs, batch, z_P, reference=self.needs.reference_logprobs)
+        metrics = common | {"preference_loss": Mean.of(loss_P)} | metrics | weighed
+        return self.with_terms(LossOutput(total=(loss_P * weight_P).sum(), metrics=metrics), outputs, batch)
 
     def with_terms(self, loss: LossOutput, outputs: Outputs, batch: Batch) -> LossOutput:
         """With weight * nll_coef * NLL(target) of each pair."""
         if not self.nll_coef:
             return loss
-        nll_B, of_chosen = -sequence_logprobs(outputs, batch), self.nll_target == "chosen"
-        rows_P = batch.pairs_P2[:, 0] if of_chosen and batch.nll_P is None else batch.need("nll_P")
-        mean_P = (nll_B / lengths(batch))[rows_P]
-        nll_P = mean_P if self.nll_norm == "per_token" else nll_B[rows_P]
-        nll_P = self.nll_coef * (nll_P / batch.need("nll_tokens_G") if self.nll_norm == "batch_tokens" else nll_P)
-        metrics = loss.metrics | {"chosen_nll" if of_chosen else "answer_nll": Mean.of(mean_P)}
-        return LossOutput(total=loss.total + (nll_P * self._weights(outputs, batch)[0]).sum(), metrics=metrics)
+        from onlinerl.ops.likelihood import with_pair_nll
+
+        weight_P, of_chosen = self._weights(outputs, batch)[0], self.nll_target == "chosen"
+        return with_pair_nll(loss, outputs, batch, self.nll_coef * weight_P, self.nll_norm, of_chosen=of_chosen)
 
     def _weights(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Mean]]:
         """Of each pair, [P], and what is reported about them."""
@@ -145,10 +132,3 @@ class Pairwise(Algorithm):
     def unless_modified(self, loss: float) -> float | None:
         """What the loss is where policy and reference agree; None if weights or the likelihood of the chosen response change it."""
         return loss if self.pair_weights == "equal" and not self.nll_coef else None
-
-    def _weight(self, item: TrainItem) -> float:
-        gap = item.sequences[0].score - item.sequences[1].score
-        if self.pair_weights == "strength":
-            return 1.0 + sum(gap >= least for least in self.strength_thresholds)
-        kinds = {"score_gap": gap, "certainty": 2 * item.prob - 1, "dcg": item.weight}
-        return max(0.0, kinds[self.pair_weights])

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from onlinerl.batch import Batch, LossOutput, Mean, Outputs
+from onlinerl.loss import LossOutput, Mean
 from onlinerl.ops.logprobs import lengths, masked, token_log_ratios
 from onlinerl.ops.ratios import MAX_LOG_RATIO, Mode, bounded_exp, clipped_surrogate, importance_weights, k3
-from onlinerl.protocols.algorithm import Algorithm, Needs, OffPolicy, Reference, by_knobs
+from onlinerl.protocols.algorithm import Algorithm, Reference, by_knobs
+from onlinerl.protocols.needs import Needs
+
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
 
 Ratio = Literal["token", "response", "response_mean", "none"]
 """That of a token, of its response, or its geometric mean over it (with the token's gradient); `none`: the log-prob, as in REINFORCE."""
@@ -56,10 +60,16 @@ class PolicyGradient(Algorithm):
     @by_knobs
     def needs(self) -> Needs:
         """Old log-probs; the reference if the KL has a price."""
-        stale: OffPolicy = "refused" if self.importance_sampling_cap is None else "corrected"
-        ours = {"kl_in_reward": self.kl_in_reward and self.kl_coef > 0, "min_samples": self.least, "answers": self.p_reset > 0}
-        common = Needs(old_logprobs=True, sampling_temperature=True, off_policy=stale, prefix=self.p_reset)
-        return common.model_copy(update={"reference": self.kl_coef > 0 or self.online_kl > 0, **ours})
+        return Needs(
+            old_logprobs=True,
+            sampling_temperature=True,
+            off_policy="refused" if self.importance_sampling_cap is None else "corrected",
+            reference=self.kl_coef > 0 or self.online_kl > 0,
+            kl_in_reward=self.kl_in_reward and self.kl_coef > 0,
+            min_samples=self.least,
+            answers=self.p_reset > 0,
+            prefix=self.p_reset,
+        )
 
     @by_knobs
     def reference(self) -> Reference:
@@ -68,10 +78,10 @@ class PolicyGradient(Algorithm):
 
     def with_terms(self, loss: LossOutput, outputs: Outputs, batch: Batch, share: float = 1.0) -> LossOutput:
         """The loss with the price of the KL of whole responses, each of which counts `share`, and the likelihood of better ones."""
-        from onlinerl.ops import terms  # not with the class: few ask for any
+        from onlinerl.ops import online_kl, terms  # not with the class: few ask for any
 
         if self.online_kl:
-            loss = terms.online_kl(loss, outputs, batch, self.online_kl, self.importance_sampling_cap, share)
+            loss = online_kl.of_rows(loss, outputs, batch, self.online_kl, self.importance_sampling_cap, share)
         if not self.nll_coef:
             return loss
         better_BT = batch.need("advantages_BT") > 0

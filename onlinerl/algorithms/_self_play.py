@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from torch import Tensor
 
-from onlinerl.batch import Batch, LossOutput, Mean, Outputs
+from onlinerl.loss import LossOutput, Mean
 from onlinerl.ops.items import judged_sequences, sample_items, train_sequences
 from onlinerl.ops.preference import log_ratios, pair_metrics
-from onlinerl.protocols.algorithm import Algorithm, Needs, Reported
-from onlinerl.types.training import TrainItem, TrainSequence
+from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.needs import Needs
+from onlinerl.protocols.reported import Reported
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
     from onlinerl.types.labels import Judged, Pair
+    from onlinerl.types.training import TrainItem, TrainSequence
 
 
 class SelfPlay(Algorithm):
@@ -62,6 +65,8 @@ class SelfPlay(Algorithm):
 
     def items(self, judged: Judged, pairs: Sequence[Pair]) -> tuple[list[TrainItem], Counter[str]]:
         """Best and worst of the judged responses as one item, or each judged response by itself."""
+        from onlinerl.types.training import TrainItem
+
         sequences, dropped = judged_sequences(judged, at_least=2)
         if not sequences:
             return [], dropped

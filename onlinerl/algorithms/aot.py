@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 from torch import Tensor
 
-from onlinerl.batch import Batch, LossOutput, Mean, Outputs
 from onlinerl.ops.likelihood import with_nll
 from onlinerl.ops.logprobs import masked
+from onlinerl.ops.margins import logistic, margin
 from onlinerl.ops.pairs import pair_items
-from onlinerl.ops.preference import logistic, margin, pair_metrics, sequence_logprobs
+from onlinerl.ops.preference import pair_metrics, sequence_logprobs
 from onlinerl.ops.whole_step import Rows, WholeStep
-from onlinerl.protocols.algorithm import Needs, by_knobs
-from onlinerl.types.training import TrainItem
+from onlinerl.protocols.algorithm import by_knobs
+from onlinerl.protocols.needs import Needs
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
+    from onlinerl.loss import LossOutput, Mean
     from onlinerl.types.labels import Judged, Pair
+    from onlinerl.types.training import TrainItem
 
 
 class Aot(WholeStep):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from onlinerl.algorithms.aot import Aot, kept_pairs
-from onlinerl.batch import Batch, Outputs
 from onlinerl.ops.preference import log_ratios
-from onlinerl.ops.whole_step import Rows
+
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
+    from onlinerl.ops.whole_step import Rows
 
 
 class AotUnpaired(Aot):

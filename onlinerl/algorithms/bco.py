@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from onlinerl.algorithms._labelled import Labelled
-from onlinerl.ops.whole_step import Rows, State
-from onlinerl.protocols.algorithm import Reported
+from onlinerl.protocols.reported import Reported
+
+if TYPE_CHECKING:
+    from onlinerl.ops.whole_step import Rows, State
 
 
 class Bco(Labelled):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,17 +15,20 @@ from pydantic import Field, StringConstraints, ValidationError, ValidationInfo, 
 
 from onlinerl.algorithms._paid_kl import PaidKl
 from onlinerl.algorithms._policy_gradient import PolicyGradient
-from onlinerl.batch import Batch, LossOutput, Outputs
 from onlinerl.ops import multipliers
 from onlinerl.ops.advantages import group_advantages
 from onlinerl.ops.items import judged_sequences, sample_items, with_advantages, with_sequence
-from onlinerl.protocols.algorithm import Algorithm, Needs, Reference, Reported, by_knobs
+from onlinerl.protocols.algorithm import Algorithm, Reference, by_knobs
+from onlinerl.protocols.reported import Reported
 from onlinerl.types.plan import Objection
-from onlinerl.types.training import TrainItem, TrainSequence, Unit
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
+    from onlinerl.loss import LossOutput
+    from onlinerl.protocols.needs import Needs
     from onlinerl.types.labels import Judged, Pair
     from onlinerl.types.plan import Plan
+    from onlinerl.types.training import TrainItem, TrainSequence, Unit
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 UNREAD = {
@@ -106,13 +110,13 @@ class Constrained(PaidKl):
     @by_knobs
     def needs(self) -> Needs:
         """Of a policy gradient, the scores by name, and the reference if a KL is an objective or has a price."""
-        more = {
-            "components": tuple(name for name in self._names if name != "score"),
-            "reference": self.kl_coef > 0 or self.online_kl > 0 or self._reads_kl,
-            "kl_in_reward": self.form == "cost" and self.kl_coef > 0,
-            "min_samples": 2,
-        }
-        return super().needs.model_copy(update=more)
+        return replace(
+            super().needs,
+            components=tuple(name for name in self._names if name != "score"),
+            reference=self.kl_coef > 0 or self.online_kl > 0 or self._reads_kl,
+            kl_in_reward=self.form == "cost" and self.kl_coef > 0,
+            min_samples=2,
+        )
 
     @by_knobs
     def reference(self) -> Reference:

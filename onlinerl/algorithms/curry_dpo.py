@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from onlinerl.algorithms.dpo import Dpo
-from onlinerl.protocols.algorithm import Needs, Reference, by_knobs
+from onlinerl.protocols.algorithm import Reference, by_knobs
 from onlinerl.types.plan import Objection, Plan
-from onlinerl.types.training import TrainItem
+
+if TYPE_CHECKING:
+    from onlinerl.protocols.needs import Needs
+    from onlinerl.types.training import TrainItem
 
 
 class CurryDpo(Dpo):
@@ -41,8 +45,8 @@ class CurryDpo(Dpo):
     def needs(self) -> Needs:
         """Of DPO, with its own pairs."""
         moves = self.stage_reference == "previous_stage" and self.stages != 1 and not self.reference_free
-        own = {"pairing": "best_rest", "stage_reference": self.stage_optimizer_state if moves else None}
-        return super().needs.model_copy(update=own)
+        stage = self.stage_optimizer_state if moves else None
+        return replace(super().needs, pairing="best_rest", stage_reference=stage)
 
     def objection(self, plan: Plan) -> Objection | None:
         """Another reference than the policy that training starts from, which only the first stage would have."""

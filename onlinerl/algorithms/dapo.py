@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
 from onlinerl.algorithms.grpo import Grpo
-from onlinerl.protocols.algorithm import Needs, Reported, by_knobs
+from onlinerl.protocols.algorithm import by_knobs
+from onlinerl.protocols.reported import Reported
 from onlinerl.types.plan import Objection
-from onlinerl.types.training import TrainItem, TrainSequence
 
 if TYPE_CHECKING:
+    from onlinerl.protocols.needs import Needs
     from onlinerl.types.plan import Plan
+    from onlinerl.types.training import TrainItem, TrainSequence
 
 
 class Dapo(Grpo):
@@ -59,7 +62,7 @@ class Dapo(Grpo):
     @by_knobs
     def needs(self) -> Needs:
         """Of GRPO, with prompts whose responses differ in their scores."""
-        return super().needs.model_copy(update={"dynamic_sampling": True})
+        return replace(super().needs, dynamic_sampling=True)
 
     def objection(self, plan: Plan) -> Objection | None:
         """A penalty that no response can be long enough for."""

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from onlinerl.algorithms._pairwise import Pairwise
-from onlinerl.batch import Batch, Mean, Outputs
-from onlinerl.ops.preference import by_pair, logistic, margin
-from onlinerl.protocols.algorithm import Needs, Reported, by_knobs
+from onlinerl.loss import Mean
+from onlinerl.ops.margins import logistic, margin
+from onlinerl.ops.preference import by_pair
+from onlinerl.protocols.algorithm import by_knobs
+from onlinerl.protocols.reported import Reported
+
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
+    from onlinerl.protocols.needs import Needs
 
 
 class Dno(Pairwise):
@@ -32,7 +40,7 @@ class Dno(Pairwise):
     @by_knobs
     def needs(self) -> Needs:
         """Of a pair loss, with win rates."""
-        return super().needs.model_copy(update={"preferences": True})
+        return replace(super().needs, preferences=True)
 
     @by_knobs
     def loss_at_reference(self) -> float | None:

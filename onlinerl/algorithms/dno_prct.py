@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 from pydantic import Field, ValidationInfo, field_validator
 
 from onlinerl.algorithms.dpo import Dpo
-from onlinerl.protocols.algorithm import Needs, Reference, Reported, by_knobs
-from onlinerl.types.training import TrainItem, TrainSequence
+from onlinerl.protocols.algorithm import Reference, by_knobs
+from onlinerl.protocols.reported import Reported
 
 if TYPE_CHECKING:
+    from onlinerl.protocols.needs import Needs
     from onlinerl.types.labels import Judged
+    from onlinerl.types.training import TrainItem, TrainSequence
 
 
 class DnoPrct(Dpo):
@@ -92,8 +94,7 @@ class DnoPrct(Dpo):
         """Of DPO, with its own pairs, those of earlier iterations, and the teacher's answers."""
         shares = tuple(self.replay * self.replay_decay**age for age in range(self.replay_max_age) if self.replay)
         plain, taught = super().needs, self.teacher and self.teacher_max_share > 0
-        more = {"pairing": "all_pairs", "replay": shares, "answers": taught or plain.answers, "teacher": taught}
-        return plain.model_copy(update=more)
+        return replace(plain, pairing="all_pairs", replay=shares, answers=taught or plain.answers, teacher=taught)
 
     @by_knobs
     def reference(self) -> Reference:

@@ -10,13 +10,13 @@ from pydantic import Field
 from torch import Tensor
 
 from onlinerl.algorithms._self_play import SelfPlay
-from onlinerl.batch import Batch
 from onlinerl.ops.items import with_advantages
-from onlinerl.protocols.algorithm import Reported
-from onlinerl.types.training import TrainItem, TrainSequence
+from onlinerl.protocols.reported import Reported
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch
     from onlinerl.types.labels import Judged
+    from onlinerl.types.training import TrainItem, TrainSequence
 
 
 class GpoPreference(SelfPlay):

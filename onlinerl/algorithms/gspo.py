@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from onlinerl.algorithms._policy_gradient import Clipped
-from onlinerl.batch import Batch, LossOutput, Outputs
+from onlinerl.loss import LossOutput
 from onlinerl.ops.advantages import group_advantages
 from onlinerl.ops.items import judged_sequences, sample_items, with_advantages
 from onlinerl.ops.logprobs import lengths
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
     from onlinerl.types.labels import Judged, Pair
     from onlinerl.types.training import TrainItem
 

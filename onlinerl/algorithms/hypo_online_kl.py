@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from onlinerl.algorithms._listwise import Lists, WithLikelihood
-from onlinerl.batch import Batch, Outputs
-from onlinerl.ops.preference import log_ratios, online_kl
-from onlinerl.protocols.algorithm import Needs
+from onlinerl.ops.online_kl import online_kl
+from onlinerl.ops.preference import log_ratios
+from onlinerl.protocols.needs import Needs
+
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
 
 
 class HypoOnlineKl(WithLikelihood):

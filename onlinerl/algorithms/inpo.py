@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 from torch import Tensor
 
 from onlinerl.algorithms._pairwise import Pairwise
-from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.ops.logprobs import lengths, masked, token_log_ratios
 from onlinerl.ops.preference import by_pair
-from onlinerl.protocols.algorithm import Needs, by_knobs
+from onlinerl.protocols.algorithm import by_knobs
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
+    from onlinerl.loss import Mean
+    from onlinerl.protocols.needs import Needs
     from onlinerl.types.plan import Plan
 
 
@@ -38,7 +41,7 @@ class Inpo(Pairwise):
     @by_knobs
     def needs(self) -> Needs:
         """Of a pair loss, with the base model beside the reference."""
-        return super().needs.model_copy(update={"anchor": self.anchor_weight > 0})
+        return replace(super().needs, anchor=self.anchor_weight > 0)
 
     @by_knobs
     def loss_at_reference(self) -> float | None:

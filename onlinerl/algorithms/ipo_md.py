@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from math import comb
 from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
 from onlinerl.algorithms.ipo import Ipo
-from onlinerl.protocols.algorithm import Needs, by_knobs
-from onlinerl.types.training import TrainItem
+from onlinerl.protocols.algorithm import by_knobs
 
 if TYPE_CHECKING:
+    from onlinerl.protocols.needs import Needs
     from onlinerl.types.labels import Judged, Pair
     from onlinerl.types.plan import Plan
+    from onlinerl.types.training import TrainItem
 
 
 class IpoMd(Ipo):
@@ -38,8 +40,8 @@ class IpoMd(Ipo):
     @by_knobs
     def needs(self) -> Needs:
         """Of a pair loss, with responses of the mixture."""
-        mixture = {"mixture_samples": self.mixture_samples, "mixture_weight": self.mixture_coef}
-        return super().needs.model_copy(update={"pairing": "all_pairs", **mixture})
+        drawn, weight = self.mixture_samples, self.mixture_coef
+        return replace(super().needs, pairing="all_pairs", mixture_samples=drawn, mixture_weight=weight)
 
     def remarks(self, plan: Plan) -> list[str]:
         """What the samples of the policy are for."""

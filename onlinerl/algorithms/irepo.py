@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from onlinerl.algorithms._pairwise import Pairwise
-from onlinerl.batch import Batch, Mean, Outputs
-from onlinerl.ops.preference import margin
-from onlinerl.protocols.algorithm import Needs, by_knobs
+from onlinerl.ops.margins import margin
+from onlinerl.protocols.algorithm import by_knobs
+
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
+    from onlinerl.loss import Mean
+    from onlinerl.protocols.needs import Needs
 
 
 class Irepo(Pairwise):
@@ -26,7 +33,7 @@ class Irepo(Pairwise):
     @by_knobs
     def needs(self) -> Needs:
         """Of a pair loss, with probabilities."""
-        return super().needs.model_copy(update={"preferences": True})
+        return replace(super().needs, preferences=True)
 
     def pair_loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Mean]]:
         """A square per pair."""

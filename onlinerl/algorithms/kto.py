@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from onlinerl.algorithms._labelled import Labelled
-from onlinerl.ops.whole_step import Rows
+
+if TYPE_CHECKING:
+    from onlinerl.ops.whole_step import Rows
 
 
 class Kto(Labelled):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from onlinerl.algorithms._listwise import Lists, WithLikelihood
-from onlinerl.batch import Batch, Outputs
 from onlinerl.ops.preference import log_ratios
-from onlinerl.protocols.algorithm import Needs
+from onlinerl.protocols.needs import Needs
+
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
 
 
 class LipoLambda(WithLikelihood):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 from torch import Tensor
 
 from onlinerl.algorithms._listwise import Lists, WithLikelihood, logsumexp_of
-from onlinerl.batch import Batch, Outputs
 from onlinerl.ops.preference import log_ratios
+
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
 
 
 class ListMle(WithLikelihood):

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import Field
 
-from onlinerl.batch import Batch, LossOutput, Mean, Outputs
+from onlinerl.loss import LossOutput, Mean
 from onlinerl.ops.items import sample_items, train_sequences
 from onlinerl.ops.logprobs import masked, token_log_ratios
 from onlinerl.ops.ratios import k3
-from onlinerl.protocols.algorithm import Algorithm, Needs, Reported, by_knobs
+from onlinerl.protocols.algorithm import Algorithm, by_knobs
+from onlinerl.protocols.needs import Needs
+from onlinerl.protocols.reported import Reported
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
     from onlinerl.types.labels import Judged, Pair
     from onlinerl.types.training import TrainItem
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 from torch import Tensor
 
 from onlinerl.algorithms._pairwise import Pairwise
-from onlinerl.batch import Batch, Mean, Outputs
-from onlinerl.ops.preference import margin
-from onlinerl.protocols.algorithm import Needs, Reference, by_knobs
+from onlinerl.ops.margins import margin
+from onlinerl.protocols.algorithm import Reference, by_knobs
 from onlinerl.types.plan import Objection
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
+    from onlinerl.loss import Mean
+    from onlinerl.protocols.needs import Needs
     from onlinerl.types.plan import Plan
 
 
@@ -35,9 +38,9 @@ class Onpo(Pairwise):
     @by_knobs
     def needs(self) -> Needs:
         """Of a pair loss; probabilities for soft labels, and for two passes pairs of the policy that is played against next."""
-        one = super().needs
-        two = {"reference": False, "auxiliary": True, "off_policy": "refused"} if self.optimistic else {}
-        return one.model_copy(update={"preferences": self.soft_labels or one.preferences, **two})
+        plain = super().needs
+        one = replace(plain, preferences=self.soft_labels or plain.preferences)
+        return replace(one, reference=False, auxiliary=True, off_policy="refused") if self.optimistic else one
 
     @by_knobs
     def reference(self) -> Reference:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from onlinerl.algorithms.dpo import Dpo
-from onlinerl.types.training import TrainItem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from onlinerl.types.training import TrainItem
 
 Weights = Literal["sigmoid_gap", "equal", "score_gap", "certainty", "strength", "dcg", "per_prompt", "age", "source"]
 
@@ -33,9 +37,11 @@ class Optune(Dpo):
             raise ValueError("only pair_weights=sigmoid_gap reads it")
         return value
 
-    def _weight(self, item: TrainItem) -> float:
-        if self.pair_weights != "sigmoid_gap":
-            return super()._weight(item)
+    def raw_weights(self, items: Sequence[TrainItem]) -> Iterable[float]:
+        """The sigmoid of gaps, or as for other losses on pairs."""
+        return map(self._sigmoid, items) if self.pair_weights == "sigmoid_gap" else super().raw_weights(items)
+
+    def _sigmoid(self, item: TrainItem) -> float:
         chosen, rejected = item.sequences[:2]
         bounded = max(-500.0, min(500.0, self.gap_scale * (chosen.score - rejected.score)))
         return 1.0 / (1.0 + math.exp(-bounded))

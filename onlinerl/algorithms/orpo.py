@@ -11,14 +11,17 @@ from torch import Tensor
 
 from onlinerl.algorithms._labels import UncertainLabels
 from onlinerl.algorithms._modified import Modified
-from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.ops.logprobs import lengths
-from onlinerl.ops.preference import by_pair, logistic, sequence_logprobs
-from onlinerl.protocols.algorithm import Needs, Reference, by_knobs
-from onlinerl.types.training import TrainItem, TrainSequence
+from onlinerl.ops.margins import logistic
+from onlinerl.ops.preference import by_pair, sequence_logprobs
+from onlinerl.protocols.algorithm import Reference, by_knobs
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
+    from onlinerl.loss import Mean
+    from onlinerl.protocols.needs import Needs
     from onlinerl.types.labels import Judged
+    from onlinerl.types.training import TrainItem
 
 CERTAIN = -1e-6
 """Log-prob per token above which odds are infinite in single precision."""
@@ -41,7 +44,7 @@ class Orpo(UncertainLabels, Modified):
     @by_knobs
     def needs(self) -> Needs:
         """Pairs."""
-        return super().needs.model_copy(update={"reference": False})
+        return replace(super().needs, reference=False)
 
     @by_knobs
     def reference(self) -> Reference:
@@ -63,6 +66,8 @@ class Orpo(UncertainLabels, Modified):
 
 def _with_text(item: TrainItem) -> TrainItem:
     """The pair with prompt and response of what is imitated as one response to the first token."""
+    from onlinerl.types.training import TrainSequence
+
     target = item.sequences[item.nll or 0]
     text = (*target.prompt_ids, *target.response_ids)
     whole = TrainSequence(prompt_ids=text[:1], response_ids=text[1:], policy_version=None, source=target.source)

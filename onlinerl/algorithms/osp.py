@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 from onlinerl.algorithms.dpo import Dpo
-from onlinerl.protocols.algorithm import Needs, by_knobs
+from onlinerl.protocols.algorithm import by_knobs
+
+if TYPE_CHECKING:
+    from onlinerl.protocols.needs import Needs
 
 
 class Osp(Dpo):
@@ -18,4 +24,4 @@ class Osp(Dpo):
     @by_knobs
     def needs(self) -> Needs:
         """Of DPO, with its own pairs."""
-        return super().needs.model_copy(update={"pairing": "ranked"})
+        return replace(super().needs, pairing="ranked")

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from onlinerl.algorithms._paid_kl import PaidKl
-from onlinerl.batch import Batch, LossOutput, Outputs
+from onlinerl.loss import LossOutput
 from onlinerl.ops.items import judged_sequences
 from onlinerl.ops.logprobs import lengths, masked
 from onlinerl.ops.ratios import bounded_exp
@@ -20,6 +20,7 @@ from onlinerl.protocols.algorithm import by_knobs
 from onlinerl.types.training import TrainItem, TrainSequence
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
     from onlinerl.types.labels import Judged, Pair
 
 

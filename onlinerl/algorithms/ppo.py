@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -12,18 +13,21 @@ import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
 from onlinerl.algorithms._paid_kl import PaidKl
-from onlinerl.batch import Batch, LossOutput, Mean, Outputs
+from onlinerl.loss import LossOutput, Mean
 from onlinerl.ops.critic import clipped_value_loss, gae
 from onlinerl.ops.items import judged_sequences, need, sample_items, with_sequence
 from onlinerl.ops.logprobs import masked
 from onlinerl.ops.ratios import k3_plus
 from onlinerl.ops.scaling import adapted_kl, normalized
 from onlinerl.ops.whitening import moments, whitening
-from onlinerl.protocols.algorithm import Needs, Reported, by_knobs
-from onlinerl.types.training import TrainItem, TrainSequence
+from onlinerl.protocols.algorithm import by_knobs
+from onlinerl.protocols.reported import Reported
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
+    from onlinerl.protocols.needs import Needs
     from onlinerl.types.labels import Judged, Pair
+    from onlinerl.types.training import TrainItem, TrainSequence
 
 
 class _Targets(NamedTuple):
@@ -136,16 +140,16 @@ class Ppo(PaidKl):
     @by_knobs
     def needs(self) -> Needs:
         """Of a policy gradient; a critic; the entropy if it has a bonus."""
-        more = {
-            "critic": self.critic,
-            "critic_model": self.critic_model,
-            "critic_head": self.critic_model is not None and not self.normalize_scores,
-            "critic_learning_rate": self.critic_learning_rate,
-            "critic_warmup": self.critic_warmup,
-            "kl_in_reward": self._pays_in_reward,
-            "entropy": self.entropy_coef > 0,
-        }
-        return super().needs.model_copy(update=more)
+        return replace(
+            super().needs,
+            critic=self.critic,
+            critic_model=self.critic_model,
+            critic_head=self.critic_model is not None and not self.normalize_scores,
+            critic_learning_rate=self.critic_learning_rate,
+            critic_warmup=self.critic_warmup,
+            kl_in_reward=self._pays_in_reward,
+            entropy=self.entropy_coef > 0,
+        )
 
     @property
     def _pays_in_reward(self) -> bool:

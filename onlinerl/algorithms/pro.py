@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 from torch import Tensor
 
 from onlinerl.algorithms._listwise import Lists, Listwise, logsumexp_of
-from onlinerl.batch import Batch, Outputs
 from onlinerl.ops.logprobs import lengths
 from onlinerl.ops.preference import sequence_logprobs
-from onlinerl.protocols.algorithm import Needs
+from onlinerl.protocols.needs import Needs
+
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
 
 
 class Pro(Listwise):

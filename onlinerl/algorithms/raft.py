@@ -11,7 +11,9 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from onlinerl.algorithms._imitation import Imitation
 from onlinerl.ops.items import judged_sequences, sample_items
-from onlinerl.protocols.algorithm import Needs, Reported, by_knobs
+from onlinerl.protocols.algorithm import by_knobs
+from onlinerl.protocols.needs import Needs
+from onlinerl.protocols.reported import Reported
 from onlinerl.types.seeds import derive_seed
 from onlinerl.types.training import TrainItem, TrainSequence
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from statistics import fmean
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
@@ -13,11 +13,16 @@ from torch import Tensor
 
 from onlinerl.algorithms._base import base_loss
 from onlinerl.algorithms._margin import Margin
-from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.ops.preference import by_pair, logistic, pair_metrics
+from onlinerl.ops.margins import logistic
+from onlinerl.ops.preference import by_pair, pair_metrics
 from onlinerl.ops.whole_step import Rows, State, WholeStep
-from onlinerl.protocols.algorithm import Reported, by_knobs
+from onlinerl.protocols.algorithm import by_knobs
+from onlinerl.protocols.reported import Reported
 from onlinerl.types.plan import Objection, Plan
+
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
+    from onlinerl.loss import LossOutput, Mean
 
 STEPS = "steps"
 

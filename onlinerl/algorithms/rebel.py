@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 from torch import Tensor
 
 from onlinerl.algorithms._pairwise import Pairwise
-from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.ops.logprobs import masked
-from onlinerl.ops.preference import by_pair, margin
-from onlinerl.protocols.algorithm import Needs, by_knobs
+from onlinerl.ops.margins import margin
+from onlinerl.ops.preference import by_pair
+from onlinerl.protocols.algorithm import by_knobs
 from onlinerl.types.plan import Objection, Plan
+
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
+    from onlinerl.loss import Mean
+    from onlinerl.protocols.needs import Needs
 
 
 class Rebel(Pairwise):
@@ -34,7 +42,7 @@ class Rebel(Pairwise):
     @by_knobs
     def needs(self) -> Needs:
         """Of a pair loss, with the base model beside the reference if the distance to it has a price."""
-        return super().needs.model_copy(update={"anchor": self.kl_coef > 0})
+        return replace(super().needs, anchor=self.kl_coef > 0)
 
     def objection(self, plan: Plan) -> Objection | None:
         """A price of something that is always 0."""

@@ -12,11 +12,12 @@ from pydantic import Field
 
 from onlinerl.algorithms._paid_kl import PaidKl
 from onlinerl.algorithms._policy_gradient import Clipped
-from onlinerl.batch import Batch, LossOutput, Outputs
+from onlinerl.loss import LossOutput
 from onlinerl.ops.items import judged_sequences, sample_items, with_sequence
 from onlinerl.ops.whitening import whitening
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
     from onlinerl.types.labels import Judged, Pair
     from onlinerl.types.training import TrainItem, TrainSequence
 

@@ -10,12 +10,13 @@ import numpy as np
 from pydantic import Field
 
 from onlinerl.algorithms._policy_gradient import Clipped
-from onlinerl.batch import Batch, LossOutput, Outputs
+from onlinerl.loss import LossOutput
 from onlinerl.ops.items import judged_sequences, need, sample_items, with_advantages, with_sequence
 from onlinerl.ops.ratios import k2
 from onlinerl.ops.whitening import whitening
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
     from onlinerl.types.labels import Judged, Pair
     from onlinerl.types.training import TrainItem
 

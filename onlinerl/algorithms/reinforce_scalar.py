@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from onlinerl.algorithms._policy_gradient import PolicyGradient
-from onlinerl.batch import Batch, LossOutput, Outputs
+from onlinerl.loss import LossOutput
 from onlinerl.ops.advantages import group_advantages, leave_one_out, unbiased_std
 from onlinerl.ops.items import judged_sequences, need, sample_items, with_advantages, with_sequence
 from onlinerl.ops.logprobs import lengths
-from onlinerl.protocols.algorithm import Reported, by_knobs
+from onlinerl.protocols.algorithm import by_knobs
+from onlinerl.protocols.reported import Reported
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
     from onlinerl.types.labels import Judged, Pair
     from onlinerl.types.training import TrainItem
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from onlinerl.algorithms._base import base_loss
 from onlinerl.algorithms._margin import Margin
 from onlinerl.ops.items import train_sequences
-from onlinerl.protocols.algorithm import Needs, by_knobs
+from onlinerl.protocols.algorithm import by_knobs
 from onlinerl.types.goals import Goals
-from onlinerl.types.plan import Plan
-from onlinerl.types.training import TrainItem, TrainSequence
 
 if TYPE_CHECKING:
+    from onlinerl.protocols.needs import Needs
     from onlinerl.types.labels import Judged
+    from onlinerl.types.plan import Plan
+    from onlinerl.types.training import TrainItem, TrainSequence
 
 
 class RewardAugmented(Margin):
@@ -81,9 +82,7 @@ class RewardAugmented(Margin):
     @by_knobs
     def needs(self) -> Needs:
         """Of a loss of the margin, with goals."""
-        return super().needs.model_copy(
-            update={"goals": Goals(scale=self.goal_scale, text=self.goal_text, place=self.goal_place)}
-        )
+        return replace(super().needs, goals=Goals(scale=self.goal_scale, text=self.goal_text, place=self.goal_place))
 
     def remarks(self, plan: Plan) -> list[str]:
         """What whoever uses the model must know."""

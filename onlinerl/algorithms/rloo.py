@@ -12,12 +12,13 @@ from pydantic import Field
 
 from onlinerl.algorithms._paid_kl import PaidKl
 from onlinerl.algorithms._policy_gradient import Clipped
-from onlinerl.batch import Batch, LossOutput, Outputs
+from onlinerl.loss import LossOutput
 from onlinerl.ops.advantages import leave_one_out
 from onlinerl.ops.items import judged_sequences, need, sample_items, with_advantages, with_sequence
 from onlinerl.ops.logprobs import lengths
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
     from onlinerl.types.labels import Judged, Pair
     from onlinerl.types.training import TrainItem
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
@@ -10,7 +11,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from onlinerl.algorithms._margin import Margin
-from onlinerl.protocols.algorithm import Needs, by_knobs
+from onlinerl.protocols.algorithm import by_knobs
+
+if TYPE_CHECKING:
+    from onlinerl.protocols.needs import Needs
 
 
 class Rso(Margin):
@@ -28,7 +32,7 @@ class Rso(Margin):
     @by_knobs
     def needs(self) -> Needs:
         """Of a margin loss, with its own pairs."""
-        return super().needs.model_copy(update={"pairing": "rso"})
+        return replace(super().needs, pairing="rso")
 
     def phi(self, z_P: Tensor) -> Tensor:
         """Slope sigmoid(z) - 1, or -1 below 1 and 0 above."""

@@ -11,14 +11,15 @@ from pydantic import Field
 from torch import Tensor
 
 from onlinerl.algorithms._optimism import Optimistic
-from onlinerl.batch import Batch, Outputs
 from onlinerl.ops.items import train_sequences
 from onlinerl.ops.preference import log_ratios, sequence_logprobs
-from onlinerl.protocols.algorithm import Needs, Reference, by_knobs
-from onlinerl.types.training import TrainItem, TrainSequence
+from onlinerl.protocols.algorithm import Reference, by_knobs
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
+    from onlinerl.protocols.needs import Needs
     from onlinerl.types.labels import Judged, Pair
+    from onlinerl.types.training import TrainItem, TrainSequence
 
 
 class Selm(Optimistic):
@@ -39,7 +40,7 @@ class Selm(Optimistic):
     @by_knobs
     def needs(self) -> Needs:
         """Of a pair loss, with the greedy response."""
-        return super().needs.model_copy(update={"greedy": True, "carried": self.carry_over})
+        return replace(super().needs, greedy=True, carried=self.carry_over)
 
     @by_knobs
     def reference(self) -> Reference:

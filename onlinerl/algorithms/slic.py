@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from onlinerl.algorithms._margin import Margin
-from onlinerl.batch import Batch, Mean, Outputs
-from onlinerl.protocols.algorithm import Reported
+from onlinerl.loss import Mean
+from onlinerl.protocols.reported import Reported
+
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
 
 
 class Slic(Margin):

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from onlinerl.batch import Batch, LossOutput, Outputs
+from onlinerl.loss import LossOutput
 from onlinerl.ops.items import judged_sequences
 from onlinerl.ops.likelihood import with_nll
-from onlinerl.ops.preference import logistic, margin, pair_metrics
-from onlinerl.protocols.algorithm import Algorithm, Needs, by_knobs
+from onlinerl.ops.margins import logistic, margin
+from onlinerl.ops.preference import pair_metrics
+from onlinerl.protocols.algorithm import Algorithm, by_knobs
+from onlinerl.protocols.needs import Needs
 from onlinerl.types.training import TrainItem, TrainSequence
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
     from onlinerl.types.labels import Judged, Pair
 
 

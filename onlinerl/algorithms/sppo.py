@@ -9,11 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from onlinerl.algorithms._self_play import SelfPlay
-from onlinerl.batch import Batch
-from onlinerl.types.training import TrainSequence
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch
     from onlinerl.types.labels import Judged
+    from onlinerl.types.training import TrainSequence
 
 
 class Sppo(SelfPlay):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 from torch import Tensor
 
 from onlinerl.algorithms._pairwise import Pairwise
-from onlinerl.batch import Batch, Mean, Outputs
 from onlinerl.ops.preference import by_pair, log_ratios
-from onlinerl.protocols.algorithm import Needs, by_knobs
+from onlinerl.protocols.algorithm import by_knobs
+
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
+    from onlinerl.loss import Mean
+    from onlinerl.protocols.needs import Needs
 
 
 class SppoSingle(Pairwise):
@@ -22,7 +29,7 @@ class SppoSingle(Pairwise):
     @by_knobs
     def needs(self) -> Needs:
         """Of a pair loss, with probabilities."""
-        return super().needs.model_copy(update={"preferences": True})
+        return replace(super().needs, preferences=True)
 
     def pair_loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Mean]]:
         """Half the sum of two squares; z is the margin in units of eta."""

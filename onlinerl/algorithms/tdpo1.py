@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from onlinerl.algorithms._labels import UncertainLabels
-from onlinerl.batch import Batch, Mean, Outputs
+from onlinerl.loss import Mean
 from onlinerl.ops.logprobs import masked
-from onlinerl.ops.preference import by_pair, margin
-from onlinerl.protocols.algorithm import Needs, Reported, by_knobs
+from onlinerl.ops.margins import margin
+from onlinerl.ops.preference import by_pair
+from onlinerl.protocols.algorithm import by_knobs
+from onlinerl.protocols.reported import Reported
+
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
+    from onlinerl.protocols.needs import Needs
 
 
 class Tdpo1(UncertainLabels):
@@ -33,7 +41,7 @@ class Tdpo1(UncertainLabels):
     @by_knobs
     def needs(self) -> Needs:
         """Of a pair loss, with the KL."""
-        return super().needs.model_copy(update={"reference_kl": True})
+        return replace(super().needs, reference_kl=True)
 
     @by_knobs
     def loss_at_reference(self) -> float | None:

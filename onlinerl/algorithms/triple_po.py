@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from onlinerl.algorithms._listwise import Lists, WithLikelihood
-from onlinerl.batch import Batch, Outputs
 from onlinerl.ops.preference import sequence_logprobs
-from onlinerl.protocols.algorithm import Needs
-from onlinerl.types.training import TrainItem
+from onlinerl.protocols.needs import Needs
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
     from onlinerl.types.labels import Judged, Pair
+    from onlinerl.types.training import TrainItem
 
 
 class TriplePo(WithLikelihood):

@@ -12,13 +12,14 @@ from pydantic import Field
 from torch import Tensor
 
 from onlinerl.algorithms.dpo import Dpo
-from onlinerl.batch import Batch
 from onlinerl.ops.preference import smoothed
-from onlinerl.protocols.algorithm import Needs, Reference, by_knobs
-from onlinerl.types.training import TrainItem
+from onlinerl.protocols.algorithm import Reference, by_knobs
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch
+    from onlinerl.protocols.needs import Needs
     from onlinerl.types.labels import Judged, Pair
+    from onlinerl.types.training import TrainItem
 
 
 class Upo(Dpo):
@@ -39,7 +40,7 @@ class Upo(Dpo):
     @by_knobs
     def needs(self) -> Needs:
         """Of DPO, with uncertainties and its own pairs."""
-        return super().needs.model_copy(update={"uncertainty": True, "pairing": "halves"})
+        return replace(super().needs, uncertainty=True, pairing="halves")
 
     @by_knobs
     def reference(self) -> Reference:

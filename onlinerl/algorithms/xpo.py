@@ -11,13 +11,14 @@ from pydantic import Field
 from torch import Tensor
 
 from onlinerl.algorithms._optimism import Optimistic
-from onlinerl.batch import Batch, Outputs
 from onlinerl.ops.preference import sequence_logprobs
-from onlinerl.protocols.algorithm import Needs, by_knobs
-from onlinerl.types.training import TrainItem
+from onlinerl.protocols.algorithm import by_knobs
 
 if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
+    from onlinerl.protocols.needs import Needs
     from onlinerl.types.labels import Judged, Pair
+    from onlinerl.types.training import TrainItem
 
 
 class Xpo(Optimistic):
@@ -30,7 +31,7 @@ class Xpo(Optimistic):
     @by_knobs
     def needs(self) -> Needs:
         """Of a pair loss, with a response of the base model."""
-        return super().needs.model_copy(update={"reference_samples": 1, "pairing": "all_pairs"})
+        return replace(super().needs, reference_samples=1, pairing="all_pairs")
 
     @by_knobs
     def loss_at_reference(self) -> float | None:

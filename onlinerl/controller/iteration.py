@@ -14,7 +14,7 @@ from onlinerl.controller.feed import Feed, Loading, Stopped
 from onlinerl.controller.parts import Built, Parts, reference_iteration, samples_dynamically
 from onlinerl.controller.report import Reporter
 from onlinerl.errors import StoreError, SyncError
-from onlinerl.protocols.algorithm import Needs
+from onlinerl.protocols.needs import Needs
 from onlinerl.protocols.store import MIXTURE_ROLLOUTS, REFERENCE_ROLLOUTS, ROLLOUTS, VERDICTS, Kind, Scratch, Table
 from onlinerl.types import (
     Failure,

@@ -15,7 +15,7 @@ from onlinerl.learners._policy import Policy
 from onlinerl.learners._reward import RewardNetwork
 from onlinerl.learners._vocabulary import FrozenStates
 from onlinerl.preference_models import RewardHead
-from onlinerl.protocols.algorithm import Needs
+from onlinerl.protocols.needs import Needs
 
 CAUSAL, REWARD = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 """What transformers calls a policy and a reward model."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from onlinerl import users_code
-from onlinerl.batch import Batch, LossOutput, Mean, Outputs
+from onlinerl.batch import Batch, Outputs
 from onlinerl.errors import LearnerError
+from onlinerl.loss import LossOutput, Mean
 from onlinerl.ops.logprobs import masked
 from onlinerl.ops.ratios import k3
 from onlinerl.protocols.algorithm import Algorithm

@@ -21,8 +21,8 @@ from onlinerl.learners._policy import Policy
 from onlinerl.learners._reward import RewardNetwork
 from onlinerl.learners._vocabulary import FrozenStates
 from onlinerl.learners._weights import PolicySource
-from onlinerl.protocols.algorithm import Needs
 from onlinerl.protocols.learner import LearnerConfig, WeightSource
+from onlinerl.protocols.needs import Needs
 
 
 class Models:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from onlinerl.batch import Batch, Mean, Outputs
+from onlinerl.batch import Batch, Outputs
 from onlinerl.errors import LearnerError
 from onlinerl.families import check_experts
 from onlinerl.learners._collectives import bound_collectives, every, mean_of_ranks, means
@@ -36,6 +36,7 @@ from onlinerl.learners._plain import load_generators, save_generators
 from onlinerl.learners._self_test import Sums, compare
 from onlinerl.learners._weights import Switched
 from onlinerl.learners._whole_step import first_pass, initial_state, load_state, save_state, state_metrics
+from onlinerl.loss import Mean
 from onlinerl.network import choose_interface
 from onlinerl.ops.batching import collate
 from onlinerl.ops.whole_step import Rows, State, WholeStep

@@ -8,11 +8,15 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.ops.preference import by_pair, logistic, smoothed
+from onlinerl.batch import Batch, Outputs
+from onlinerl.loss import LossOutput, Mean
+from onlinerl.ops.margins import logistic
+from onlinerl.ops.preference import by_pair, smoothed
 from onlinerl.preference_models import RewardHead, single
-from onlinerl.protocols.algorithm import Needs, Reported, by_knobs
+from onlinerl.protocols.algorithm import by_knobs
+from onlinerl.protocols.needs import Needs
 from onlinerl.protocols.objective import Objective
+from onlinerl.protocols.reported import Reported
 from onlinerl.types.preferences import Comparison
 from onlinerl.types.prompts import RawPrompt
 from onlinerl.types.training import TrainItem, TrainSequence

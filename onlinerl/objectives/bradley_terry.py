@@ -8,7 +8,8 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from onlinerl.batch import Batch, LossOutput, Outputs
+from onlinerl.batch import Batch, Outputs
+from onlinerl.loss import LossOutput
 from onlinerl.objectives._comparisons import Comparisons
 from onlinerl.ops.preference import by_pair
 from onlinerl.preference_models import BRADLEY_TERRY, RewardHead

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 from onlinerl.batch import Batch
 from onlinerl.ops.schedule import schedule
 from onlinerl.types import TrainItem, TrainSequence
-from onlinerl.types.training import Unit
+
+if TYPE_CHECKING:
+    from onlinerl.types.training import Unit
 
 __all__ = ["annotator_number", "collate", "packed_tokens", "padded_tokens", "plan_step", "schedule", "step_units"]
 

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onlinerl.types.training import TrainItem, TrainSequence
-
 if TYPE_CHECKING:
     from onlinerl.types.labels import Judged
+    from onlinerl.types.training import TrainItem, TrainSequence
 
 
 def train_sequences(judged: Judged, only: Collection[int] | None = None) -> dict[int, TrainSequence]:
     """The judged responses of a group, or `only` these, by their index in it, with score, win rate and the engine's log-probs. The score is
     the oracle's own; an oracle that only compares gives none, and then the win rate stands in for it. A response that nobody judged has
     neither, and is left out."""
+    from onlinerl.types.training import TrainSequence  # not with the module: a loss makes none
+
     win_rates = judged.verdict.win_rates()
     scores = win_rates if judged.verdict.scores is None else judged.verdict.scores
     components = judged.verdict.components or {}
@@ -56,6 +57,8 @@ def judged_sequences(judged: Judged, at_least: int = 1) -> tuple[list[TrainSeque
 
 def sample_items(judged: Judged, sequences: Iterable[TrainSequence]) -> list[TrainItem]:
     """Each response by itself."""
+    from onlinerl.types.training import TrainItem
+
     return [TrainItem(prompt_id=judged.group.prompt.id, sequences=(sequence,)) for sequence in sequences]
 
 

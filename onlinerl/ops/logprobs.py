@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from onlinerl.batch import Batch, Outputs
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
 
 
 def masked(values_BT: Tensor, mask_BT: Tensor) -> Tensor:

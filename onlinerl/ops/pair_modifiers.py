@@ -67,6 +67,28 @@ def _gap(item: TrainItem, kind: str) -> float:
     return max(values) - min(values)
 
 
+def weighed_pairs(items: Sequence[TrainItem], raw: Iterable[float], clip: Sequence[float] | None) -> Iterator[TrainItem]:
+    """Pairs with their weights, divided by their mean, see `normalized`."""
+    return (replace(item, weight=weight) for item, weight in zip(items, normalized(raw, clip), strict=True))
+
+
+def raw_weights(
+    items: Sequence[TrainItem], kind: str, thresholds: Sequence[float], age_decay: float, source_weights: Mapping[str, float]
+) -> list[float]:
+    """What pairs of an iteration count, one for each, as the algorithms' `pair_weights` says; `dcg` has put it into the items."""
+    if kind == "age":
+        return by_age(items, age_decay)
+    if kind == "source":
+        return by_source(items, source_weights)
+    if kind == "per_prompt":
+        return by_prompt(items)
+    gaps = [item.sequences[0].score - item.sequences[1].score for item in items]
+    if kind == "strength":
+        return [1.0 + sum(gap >= least for least in thresholds) for gap in gaps]
+    kinds = {"score_gap": gaps, "certainty": [2 * item.prob - 1 for item in items], "dcg": [item.weight for item in items]}
+    return [max(0.0, weight) for weight in kinds[kind]]
+
+
 def by_age(items: Iterable[TrainItem], decay: float) -> list[float]:
     """decay^a, a by how many iterations an item is older than the newest ones."""
     sampled = [item.iteration for item in items]

@@ -7,10 +7,10 @@ from math import fsum
 from typing import TYPE_CHECKING
 
 from onlinerl.ops.items import train_sequences
-from onlinerl.types.training import TrainSequence
 
 if TYPE_CHECKING:
     from onlinerl.types.labels import Judged, Step
+    from onlinerl.types.training import TrainSequence
 
 
 def step_sequence(judged: Judged, step: Step) -> TrainSequence | None:

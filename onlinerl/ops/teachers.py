@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onlinerl.ops.items import need
 from onlinerl.types.seeds import derive_seed
-from onlinerl.types.training import TrainItem, TrainSequence
+
+if TYPE_CHECKING:
+    from onlinerl.types.training import TrainItem, TrainSequence
 
 
 def guarded(

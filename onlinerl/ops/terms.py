@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from onlinerl.batch import Batch, LossOutput, Mean, Outputs
-from onlinerl.ops.logprobs import lengths, masked, token_log_ratios
+from onlinerl.loss import LossOutput, Mean
+from onlinerl.ops.logprobs import lengths, masked
 from onlinerl.ops.preference import by_pair
 from onlinerl.ops.ratios import bounded_exp
+
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
 
 
 def closeness(outputs: Outputs, batch: Batch) -> Tensor:
@@ -54,26 +59,6 @@ def reweighed(logprobs_BT: Tensor, old_BT: Tensor, alpha: float) -> Tensor:
     """
     now_BT = logprobs_BT.detach()
     return now_BT + (1.0 - alpha + alpha * old_BT.exp()) * (logprobs_BT - now_BT)
-
-
-def online_kl(loss: LossOutput, outputs: Outputs, batch: Batch, coef: float, cap: float | None, share: float) -> LossOutput:
-    """The loss plus coef times sg[min(rho, cap) D] D of each response, which counts `share`; D is its log-ratio to the reference, rho its ratio
-    to the weights that training starts from.
-
-    That is the gradient of KL(policy || reference): "The Importance of Online Data: Understanding Preference Fine-tuning via Coverage" (arXiv
-    2406.01462), equation 5, without its baseline.
-
-    Raises:
-        ValueError: if reference or old log-probs are missing.
-    """
-    ratios_B, mask_BT = token_log_ratios(outputs, batch).sum(dim=1), batch.mask_BT
-    moved_BT = masked(outputs.logprobs_BT, mask_BT) - masked(batch.need("old_logprobs_BT"), mask_BT)
-    counts_B = bounded_exp(moved_BT.sum(dim=1)).detach()
-    if cap is not None:
-        counts_B = counts_B.clamp(max=cap)
-    kl_B = share * coef * counts_B * ratios_B.detach() * ratios_B
-    total = loss.total + (kl_B * batch.weight_B * batch.policy_weight_B).sum()
-    return LossOutput(total=total, metrics=loss.metrics | {"online_kl": Mean.of(ratios_B, mask_BT.any(dim=1))})
 
 
 def positive_nll(

@@ -12,12 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from onlinerl.batch import Batch, LossOutput, Mean, Outputs
+from onlinerl.loss import LossOutput, Mean
 from onlinerl.protocols.algorithm import Algorithm
+
+if TYPE_CHECKING:
+    from onlinerl.batch import Batch, Outputs
 
 State = Mapping[str, float]
 """What a loss keeps from one step to the next, by name: finite numbers, kept in fp64."""

@@ -15,7 +15,8 @@ from typing import Any
 
 from onlinerl import registry
 from onlinerl.explain import allowed
-from onlinerl.protocols.algorithm import Algorithm, Needs
+from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.needs import Needs
 
 OFF_POLICY = {
     "valid": "responses of an older policy (schedule.max_lag) are as good as new ones",
@@ -159,7 +160,7 @@ def _value(value: object) -> str:
 
 def _needs(needs: Needs) -> Iterator[str]:
     """What is switched on, in the words of its declaration."""
-    docs, on = _docs(Needs), needs.model_dump()
+    docs, on = _docs(Needs), asdict(needs)
     yield f"{needs.min_samples} responses per prompt or more"
     for field in ("pairs", "reference", "old_logprobs", "entropy", "preferences", "anchor", "auxiliary", "answers", "greedy"):
         if on[field]:

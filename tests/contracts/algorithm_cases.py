@@ -24,7 +24,8 @@ from onlinerl.learners._whole_step import first_pass, state_metrics
 from onlinerl.ops import whole_step
 from onlinerl.ops.batching import collate
 from onlinerl.ops.whole_step import WholeStep
-from onlinerl.protocols.algorithm import Algorithm, Needs
+from onlinerl.protocols.algorithm import Algorithm
+from onlinerl.protocols.needs import Needs
 from onlinerl.types import Group, Judged, Pair, Prompt, Query, Rollout, Sampling, TrainItem, TrainSequence, Verdict
 
 GOLDEN = Path(__file__).parents[1] / "unit" / "algorithms"

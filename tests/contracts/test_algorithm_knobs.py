@@ -9,7 +9,7 @@ import pytest
 from algorithm_cases import GOLDEN, Policy, annotated_items, build, golden, group, pairs_of, selected, sources
 
 from onlinerl import registry
-from onlinerl.protocols.algorithm import Needs
+from onlinerl.protocols.needs import Needs
 
 PAST = [{"responses": 20.0, "score_mean": 2.0, "score_std": 3.0, "kl_rollouts": 9.0, "kl_coef": 0.05}]
 

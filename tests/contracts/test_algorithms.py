@@ -27,9 +27,10 @@ from algorithm_cases import (
 )
 
 from onlinerl import registry
-from onlinerl.batch import LossOutput, Mean, Outputs
+from onlinerl.batch import Outputs
 from onlinerl.errors import LearnerError
 from onlinerl.learners import _whole_step
+from onlinerl.loss import LossOutput, Mean
 from onlinerl.metrics.catalogue import CATALOGUE, PAIRS, POLICY_GRADIENT
 from onlinerl.ops import whole_step
 from onlinerl.ops.batching import collate, plan_step

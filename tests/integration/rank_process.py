@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from onlinerl.algorithms.dpo import Dpo
-from onlinerl.batch import Batch, LossOutput, Outputs
+from onlinerl.batch import Batch, Outputs
 from onlinerl.config import TrainingConfig
 from onlinerl.errors import LearnerError
 from onlinerl.learners._loading import ModelReader
@@ -33,6 +33,7 @@ from onlinerl.learners._rank import Rank
 from onlinerl.learners._self_test import combine
 from onlinerl.learners.deepspeed import DeepSpeed
 from onlinerl.learners.torch import Torch
+from onlinerl.loss import LossOutput
 from onlinerl.ops.batching import plan_step
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.protocols.learner import RankSettings

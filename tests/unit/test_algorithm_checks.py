@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from onlinerl.algorithms.tdpo1 import Tdpo1
 from onlinerl.errors import ConfigError
 from onlinerl.oracle_checks import check_components, check_uncertainty, check_verdict, implied_preferences
 from onlinerl.preflight import derived
-from onlinerl.protocols.algorithm import Reported, by_knobs
+from onlinerl.protocols.algorithm import by_knobs
+from onlinerl.protocols.reported import Reported
 from onlinerl.types import Verdict
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
@@ -298,7 +300,7 @@ def test_responses_beside_the_samples_count_for_what_an_algorithm_needs(monkeypa
     with pytest.raises(ConfigError, match="needs at least 2 per prompt, got 1"):
         notes("algorithm.name=dpo", *one)
     kind = type(configuration.algorithm(configuration.load(QUICKSTART, ["algorithm.name=ppo"])))
-    needs = kind().needs.model_copy(update={"greedy": True})
+    needs = replace(kind().needs, greedy=True)
     monkeypatch.setattr(kind, "needs", property(lambda self: needs))
     with pytest.raises(ConfigError, match="asks for responses that were not drawn from the policy"):
         notes()
@@ -308,7 +310,7 @@ def test_a_kl_to_no_reference_is_refused():
     class Lost(Tdpo1):
         @by_knobs
         def needs(self):
-            return super().needs.model_copy(update={"reference": False})
+            return replace(super().needs, reference=False)
 
     config = configuration.load(QUICKSTART, ["algorithm.name=tdpo1"])
     assert check_algorithm(config, Tdpo1()) == []
@@ -323,7 +325,7 @@ def test_a_kl_to_no_reference_is_refused():
 def test_a_reference_of_each_stage_that_nothing_could_be_compared_with_is_refused(monkeypatch, name, changes, said):
     config = configuration.load(QUICKSTART, [f"algorithm.name={name}"])
     algorithm = configuration.algorithm(config)
-    monkeypatch.setattr(type(algorithm), "needs", algorithm.needs.model_copy(update={"stage_reference": "keep", **changes}))
+    monkeypatch.setattr(type(algorithm), "needs", replace(algorithm.needs, stage_reference="keep", **changes))
     with pytest.raises(ConfigError, match=f"declares `stage_reference`.*{said}") as caught:
         check_algorithm(config, algorithm)
     assert caught.value.field == "algorithm.name"
@@ -366,7 +368,7 @@ def test_a_learner_that_cannot_lend_the_base_model_is_refused(override, field, c
 
 @pytest.mark.parametrize(("more", "said"), [({"reference": True}, "a `reference`"), ({"critic": "shared"}, "a `critic`")])
 def test_auxiliary_weights_beside_what_they_are_in_the_place_of_are_refused(monkeypatch, more, said):
-    needs = Onpo().needs.model_copy(update=more)
+    needs = replace(Onpo().needs, **more)
     monkeypatch.setattr(Onpo, "needs", property(lambda self: needs))
     with pytest.raises(ConfigError, match=said) as caught:
         notes("algorithm.name=onpo")
@@ -386,7 +388,7 @@ def test_with_two_passes_twice_as_many_steps_are_announced():
 def test_a_teacher_without_answers_is_refused(monkeypatch):
     config = configuration.load(QUICKSTART, ["algorithm.name=dpo"])
     dpo = configuration.algorithm(config)
-    monkeypatch.setattr(type(dpo), "needs", dpo.needs.model_copy(update={"teacher": True}))
+    monkeypatch.setattr(type(dpo), "needs", replace(dpo.needs, teacher=True))
     with pytest.raises(ConfigError, match="declares `teacher` and no `answers`") as caught:
         check_algorithm(config, dpo)
     assert caught.value.field == "algorithm.name"
@@ -481,7 +483,7 @@ def test_a_reward_model_which_is_not_asked_says_what_it_gives():
 def test_algorithms_that_declare_half_of_what_they_need_are_refused(monkeypatch):
     kind = type(configuration.algorithm(configuration.load(QUICKSTART, ["algorithm.name=grpo"])))
     for more, said in (({"prefix": 0.5}, "declares `prefix` and no `answers`"), ({"mixture_samples": 1}, "and no `reference`")):
-        needs = kind().needs.model_copy(update=more)
+        needs = replace(kind().needs, **more)
         monkeypatch.setattr(kind, "needs", property(lambda self, needs=needs: needs))
         with pytest.raises(ConfigError, match=said):
             notes("algorithm.name=grpo", "sampling.samples_per_prompt=4")

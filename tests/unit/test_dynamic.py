@@ -10,7 +10,7 @@ import pytest
 from onlinerl.controller.dynamic import Rounds
 from onlinerl.controller.feed import Feed
 from onlinerl.controller.tally import Sampled
-from onlinerl.protocols.algorithm import Needs
+from onlinerl.protocols.needs import Needs
 from onlinerl.types import Failure, Label, Prompt, Verdict
 
 PROMPTS = [Prompt(id=f"p{n}", text="", token_ids=(1,)) for n in range(5)]

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from onlinerl.ops.advantages import group_advantages, leave_one_out, unbiased_std
 from onlinerl.ops.critic import clipped_value_loss, gae
 from onlinerl.ops.logprobs import masked
-from onlinerl.ops.preference import logistic, smoothed
+from onlinerl.ops.margins import logistic
+from onlinerl.ops.preference import smoothed
 from onlinerl.ops.ratios import bounded_exp, clipped_surrogate, k2, k3, k3_plus
 from onlinerl.ops.scaling import adapted_kl, normalized
 from onlinerl.ops.whitening import moments, whitening

@@ -19,7 +19,7 @@ from onlinerl.controller.reuse import Reused
 from onlinerl.errors import ConfigError, PromptError, StoreError
 from onlinerl.oracle_checks import check_scored
 from onlinerl.prompts._source import ShuffledPrompts
-from onlinerl.protocols.algorithm import Needs
+from onlinerl.protocols.needs import Needs
 from onlinerl.protocols.selection import Selector
 from onlinerl.protocols.store import ROLLOUTS, VERDICTS
 from onlinerl.stores._tables import TableFiles

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from onlinerl.algorithms.dpo import Dpo
-from onlinerl.batch import Batch, LossOutput, Outputs
+from onlinerl.batch import Batch, Outputs
 from onlinerl.config.sections import TrainingConfig
 from onlinerl.errors import LearnerError
 from onlinerl.learners._rank import Rank
+from onlinerl.loss import LossOutput
 from onlinerl.ops.whole_step import WholeStep
 from onlinerl.types import TrainItem, TrainSequence
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from onlinerl.learners._loading import CAUSAL, ModelReader
 from onlinerl.learners._policy import LogProbHead, Policy
 from onlinerl.learners._reward import RewardNetwork
-from onlinerl.protocols.algorithm import Needs
+from onlinerl.protocols.needs import Needs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from onlinerl.algorithms._modified import PairFilter
-from onlinerl.batch import Batch, LossOutput, Outputs
+from onlinerl.batch import Batch, Outputs
+from onlinerl.loss import LossOutput
 from onlinerl.ops.batching import collate
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Group, Judged, Pair, Prompt, Rollout, Sampling, TrainItem, TrainSequence, Verdict

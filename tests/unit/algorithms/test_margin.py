@@ -139,7 +139,7 @@ PAIRWISE = [n for n in registry.names("algorithms") if issubclass(registry.load(
 def test_every_loss_on_pairs_can_be_weighed_like_that(name):
     plain, weighed = (registry.load("algorithms", name, Algorithm)(pair_weights=how) for how in ("equal", "wpo"))
     assert (plain.needs.collision, weighed.needs.collision) == (False, True)
-    assert weighed.needs == plain.needs.model_copy(update={"collision": True})
+    assert weighed.needs == replace(plain.needs, collision=True)
     assert weighed.loss_at_reference is None
     assert list(weighed.prepare([ITEM])) == [ITEM]
 

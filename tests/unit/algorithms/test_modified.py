@@ -23,7 +23,7 @@ from onlinerl.batch import Outputs
 from onlinerl.errors import ConfigError
 from onlinerl.label_checks import check_labels
 from onlinerl.ops.batching import collate
-from onlinerl.ops.preference import online_kl
+from onlinerl.ops.online_kl import online_kl
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Pair
 

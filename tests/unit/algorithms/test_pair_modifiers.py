@@ -255,7 +255,7 @@ def test_a_batch_without_it_is_refused():
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_every_loss_on_pairs_may_imitate_the_answer(name):
     algorithm = ALL[name](**GOLD)
-    assert algorithm.needs == ALL[name](nll_coef=2.0).needs.model_copy(update={"answers": True})
+    assert algorithm.needs == replace(ALL[name](nll_coef=2.0).needs, answers=True)
     assert algorithm.loss_at_reference is None
 
 

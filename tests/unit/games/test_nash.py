@@ -22,8 +22,9 @@ from torch import Tensor
 from onlinerl import registry
 from onlinerl.algorithms.dno import Dno
 from onlinerl.algorithms.sppo import Sppo
-from onlinerl.batch import Batch, LossOutput, Outputs
-from onlinerl.ops.preference import logistic, margin
+from onlinerl.batch import Batch, Outputs
+from onlinerl.loss import LossOutput
+from onlinerl.ops.margins import logistic, margin
 from onlinerl.protocols.algorithm import Algorithm
 from onlinerl.types import Verdict
 
