@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from onlinerl.types.goals import Goals
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from onlinerl.types.goals import Goals
 
 OffPolicy = Literal["valid", "corrected", "approximate", "refused"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Needs:
     """What an algorithm must be given: all that loop, learner and checks read of it. Nothing is computed that nobody asked for."""
 

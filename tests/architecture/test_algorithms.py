@@ -20,9 +20,11 @@ from onlinerl.protocols.algorithm import Algorithm
 ROOT = Path(__file__).parents[2]
 NAMES = registry.names("algorithms")
 
-LIMIT = 700
+LIMIT = 740
 """Lines of our own that importing an algorithm may run through beside its own file, blank ones and comments included. What it needs only to make
 items of labels, or only where a knob says so, it imports when it does."""
+DPO = 700
+"""And dpo with its own."""
 FAMILY = 260
 """As many more where a loss is on lists, whole steps or how responses fare against each other: what such losses share."""
 MORE = 160
@@ -75,8 +77,8 @@ def test_importing_a_loss_pulls_in_little(counted, name):
     assert sum(pulled.values()) <= limit, dict(sorted(pulled.items(), key=lambda each: -each[1]))
 
 
-def test_dpo_is_within_the_limit_with_its_own_file(counted):
-    assert sum(counted["dpo"].values()) <= LIMIT
+def test_importing_dpo_pulls_in_no_more_than_is_promised(counted):
+    assert sum(counted["dpo"].values()) <= DPO
 
 
 def test_what_a_loss_does_not_need_would_be_noticed(tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from onlinerl import config as configuration
 from onlinerl.algorithm_checks import check_algorithm, check_sections, most_items
@@ -17,7 +18,8 @@ from onlinerl.algorithms.tdpo1 import Tdpo1
 from onlinerl.errors import ConfigError
 from onlinerl.oracle_checks import check_components, check_uncertainty, check_verdict, implied_preferences
 from onlinerl.preflight import derived
-from onlinerl.protocols.algorithm import by_knobs
+from onlinerl.protocols.algorithm import Algorithm, by_knobs
+from onlinerl.protocols.needs import Needs
 from onlinerl.protocols.reported import Reported
 from onlinerl.types import Verdict
 
@@ -304,6 +306,22 @@ def test_responses_beside_the_samples_count_for_what_an_algorithm_needs(monkeypa
     monkeypatch.setattr(kind, "needs", property(lambda self: needs))
     with pytest.raises(ConfigError, match="asks for responses that were not drawn from the policy"):
         notes()
+
+
+@pytest.mark.parametrize("wrong", [{"paris": True}, {"off_policy": "never"}, {"min_samples": "few"}, {"goals": "high"}])
+def test_needs_that_there_are_not_are_refused_where_they_are_declared(wrong):
+    field = next(iter(wrong))
+    with pytest.raises(ValidationError, match=field):
+        Needs(**wrong)
+    with pytest.raises((ValidationError, TypeError), match=field):
+        replace(Onpo().needs, **wrong)
+
+
+def test_an_algorithm_that_declares_no_needs_has_none():
+    class Plain(Algorithm):
+        unit = "sequence"
+
+    assert Plain().needs == Needs()
 
 
 def test_a_kl_to_no_reference_is_refused():
