@@ -118,13 +118,15 @@ class Margin(UncertainLabels, Modified):
         chosen, rejected = by_pair(values_B / lengths(batch) if self.length_norm else values_B, batch)
         alike = self.beta_rejected in (None, self.beta)
         z_P = self.beta * (chosen - rejected) if alike else self.beta * chosen - (self.beta_rejected or 0.0) * rejected
-        z_P = z_P - self.beta * self.gamma_beta_ratio
+        if self.gamma_beta_ratio:
+            z_P = z_P - self.beta * self.gamma_beta_ratio
         if self.score_margin:
             better, worse = by_pair(batch.scores_B, batch)
             gap_P, most = self.score_margin * (better - worse), self.score_margin_max
             z_P = z_P - (gap_P if most is None else gap_P.clamp(0.0, most))
         if self.dpop_lambda:
             z_P = z_P - self.beta * self.dpop_lambda * torch.relu(-chosen)
-        longer, shorter = by_pair(lengths(batch), batch)
-        z_P = z_P + self.length_penalty * (longer - shorter)
+        if self.length_penalty:
+            longer, shorter = by_pair(lengths(batch), batch)
+            z_P = z_P + self.length_penalty * (longer - shorter)
         return z_P if self.margin_cap is None else z_P.clamp(max=self.margin_cap)

@@ -58,8 +58,10 @@ class Pairwise(Algorithm):
 
         A preference holds whoever wrote the two, but where the reference is the previous iterate, they are meant to be its responses.
         """
+        from onlinerl.protocols.needs import Needs  # not with the class: it is asked for later
+
         ranked, close = self.pair_weights in ("certainty", "dcg"), self.pair_weights == "wpo"
-        plain = replace(super().needs, pairs=True, reference=True, min_samples=2, preferences=ranked, collision=close)
+        plain = Needs(pairs=True, reference=True, min_samples=2, preferences=ranked, collision=close)
         stale = self.reference == "previous"
         return replace(plain, answers=self.nll_target != "chosen", off_policy="approximate" if stale else "valid")
 
@@ -91,9 +93,10 @@ class Pairwise(Algorithm):
 
     def raw_weights(self, items: Sequence[TrainItem]) -> Iterable[float]:
         """What pairs count by `pair_weights`, not yet divided by its mean."""
-        from onlinerl.ops.pair_modifiers import raw_weights
+        from onlinerl.ops import pair_modifiers
 
-        return raw_weights(items, self.pair_weights, self.strength_thresholds, self.pair_age_decay, self.source_weights)
+        strength, decay = self.strength_thresholds, self.pair_age_decay
+        return pair_modifiers.raw_weights(items, self.pair_weights, strength, decay, self.source_weights)
 
     def pair_loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Mean]]:
         """Loss and margin z of each pair, [P] each, and metrics of its own."""
@@ -118,7 +121,7 @@ class Pairwise(Algorithm):
         from onlinerl.ops.likelihood import with_pair_nll
 
         weight_P, of_chosen = self._weights(outputs, batch)[0], self.nll_target == "chosen"
-        return with_pair_nll(loss, outputs, batch, self.nll_coef * weight_P, self.nll_norm, of_chosen=of_chosen)
+        return with_pair_nll(loss, outputs, batch, self.nll_coef, weight_P, self.nll_norm, of_chosen=of_chosen)
 
     def _weights(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Mean]]:
         """Of each pair, [P], and what is reported about them."""

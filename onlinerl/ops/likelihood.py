@@ -27,17 +27,19 @@ def with_pair_nll(
     loss: LossOutput,
     outputs: Outputs,
     batch: Batch,
+    coef: float,
     weight_P: Tensor,
     norm: Literal["per_token", "batch_tokens", "sum"],
     *,
     of_chosen: bool,
 ) -> LossOutput:
-    """The loss plus the sum over pairs of weight * -log prob of what is imitated beside each.
+    """The loss plus the sum over pairs of weight * coef * -log prob of what is imitated beside each.
 
     Args:
         loss: of the micro-batch, a sum.
         outputs: of the policy.
         batch: the micro-batch.
+        coef: price of a nat.
         weight_P: of each pair.
         norm: whether a log-prob is divided by its number of tokens, by that of the iteration, or not at all.
         of_chosen: whether the chosen response is imitated; else the stored answer.
@@ -49,6 +51,6 @@ def with_pair_nll(
     rows_P = batch.pairs_P2[:, 0] if of_chosen and batch.nll_P is None else batch.need("nll_P")
     mean_P = (nll_B / lengths(batch))[rows_P]
     nll_P = mean_P if norm == "per_token" else nll_B[rows_P]
-    nll_P = nll_P / batch.need("nll_tokens_G") if norm == "batch_tokens" else nll_P
+    nll_P = coef * (nll_P / batch.need("nll_tokens_G") if norm == "batch_tokens" else nll_P)
     metrics = loss.metrics | {"chosen_nll" if of_chosen else "answer_nll": Mean.of(mean_P)}
     return LossOutput(total=loss.total + (nll_P * weight_P).sum(), metrics=metrics)

@@ -34,14 +34,19 @@ def by_scores(items: Sequence[TrainItem], margin: float | None, floor: float | N
 
 
 def by_learner(
-    items: Sequence[TrainItem], places: Sequence[int], most: float | None, ches_share: float, *, normalized: bool
+    items: Sequence[TrainItem],
+    places: Sequence[int],
+    max_reference_margin: float | None,
+    ches_share: float,
+    *,
+    normalized: bool,
 ) -> tuple[Sequence[int], Mapping[str, int]]:
     """Those of `places` whose pairs pass by what the learner says of them, and how many do not by reason.
 
     Args:
         items: of the iteration.
         places: of those that are meant.
-        most: by how many nats the reference may rank a pair wrong; None lets all pass.
+        max_reference_margin: by how many nats the reference may rank a pair wrong; None lets all pass.
         ches_share: share of the others, those with the highest CHES, that are left out too.
         normalized: whether that is of means over a response, else of sums.
 
@@ -49,8 +54,8 @@ def by_learner(
         ValueError: if a pair lacks what it is judged by.
     """
     kept, dropped = places, dict[str, int]()
-    if most is not None:
-        kept = [place for place in places if not _wrong_by(items[place]) > most]
+    if max_reference_margin is not None:
+        kept = [place for place in places if not _wrong_by(items[place]) > max_reference_margin]
         dropped["reference_margin"] = len(places) - len(kept)
     left_out = int(ches_share * len(kept))
     if left_out:

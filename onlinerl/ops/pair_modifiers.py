@@ -68,7 +68,7 @@ def _gap(item: TrainItem, kind: str) -> float:
 
 
 def weighed_pairs(items: Sequence[TrainItem], raw: Iterable[float], clip: Sequence[float] | None) -> Iterator[TrainItem]:
-    """Pairs with their weights, divided by their mean, see `normalized`."""
+    """Pairs with these weights, divided by their mean (see `normalized`), in the place of what they count so far."""
     return (replace(item, weight=weight) for item, weight in zip(items, normalized(raw, clip), strict=True))
 
 
@@ -82,11 +82,15 @@ def raw_weights(
         return by_source(items, source_weights)
     if kind == "per_prompt":
         return by_prompt(items)
-    gaps = [item.sequences[0].score - item.sequences[1].score for item in items]
     if kind == "strength":
-        return [1.0 + sum(gap >= least for least in thresholds) for gap in gaps]
-    kinds = {"score_gap": gaps, "certainty": [2 * item.prob - 1 for item in items], "dcg": [item.weight for item in items]}
-    return [max(0.0, weight) for weight in kinds[kind]]
+        return [1.0 + sum(_score_gap(item) >= least for least in thresholds) for item in items]
+    if kind == "score_gap":
+        return [max(0.0, _score_gap(item)) for item in items]
+    return [max(0.0, 2 * item.prob - 1 if kind == "certainty" else item.weight) for item in items]
+
+
+def _score_gap(pair: TrainItem) -> float:
+    return pair.sequences[0].score - pair.sequences[1].score
 
 
 def by_age(items: Iterable[TrainItem], decay: float) -> list[float]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from onlinerl.protocols.component import Component
 
-if TYPE_CHECKING:  # torch stays out of everything that only passes batches along, and labels out of losses
+if TYPE_CHECKING:  # torch stays out of everything that only passes batches along, and what a loss does not read out of losses
     from onlinerl.batch import Batch, Outputs
     from onlinerl.loss import LossOutput
     from onlinerl.protocols.needs import Needs
@@ -26,12 +26,6 @@ def by_knobs(of: Callable[[Any], Value]) -> Value:
     return property(of)  # type: ignore[return-value]
 
 
-def _nothing(algorithm: Algorithm) -> Needs:
-    from onlinerl.protocols.needs import Needs  # not with the class: a loss reads none of it
-
-    return Needs()
-
-
 class Algorithm(Component):
     """An algorithm is its hyper-parameters plus a pure loss. It is stateless and frozen: the configuration is the algorithm.
 
@@ -43,8 +37,8 @@ class Algorithm(Component):
     """What its loss and `figures` report and the catalogue (onlinerl/metrics) does not have."""
     unit: ClassVar[Unit]
     """What the summed loss is divided by the global count of."""
-    needs: ClassVar[Needs] = by_knobs(_nothing)
-    """What must be computed before `loss` can run; nothing unless it says so."""
+    needs: ClassVar[Needs]
+    """What must be computed before `loss` can run."""
     reference: ClassVar[Reference]
     """The reference schedule that its paper uses."""
     loss_at_reference: ClassVar[float | None] = None

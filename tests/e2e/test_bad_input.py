@@ -1042,7 +1042,7 @@ WRONG_LOSS = " instead of a LossOutput whose `total` is a tensor without axes"
 )
 def test_an_algorithm_of_the_users_own_that_fails(toy_config, warm_cli, tmp_path, method, body, cause):
     """Its error is theirs, with the file and line, and the run can go on when it is corrected."""
-    head = "from onlinerl.algorithms.dpo import Dpo\nfrom onlinerl.batch import LossOutput\n\n\nclass Mine(Dpo):\n"
+    head = "from onlinerl.algorithms.dpo import Dpo\nfrom onlinerl.loss import LossOutput\n\n\nclass Mine(Dpo):\n"
     head += "    loss_at_reference = None\n"
     (tmp_path / "mine.py").write_text(f"{head}    def {LINES[method]}:\n        {body}\n")
     config = toy_config(tmp_path, {"algorithm.name": "mine.Mine", "iterations": 1})

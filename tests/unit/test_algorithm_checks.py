@@ -18,7 +18,7 @@ from onlinerl.algorithms.tdpo1 import Tdpo1
 from onlinerl.errors import ConfigError
 from onlinerl.oracle_checks import check_components, check_uncertainty, check_verdict, implied_preferences
 from onlinerl.preflight import derived
-from onlinerl.protocols.algorithm import Algorithm, by_knobs
+from onlinerl.protocols.algorithm import by_knobs
 from onlinerl.protocols.needs import Needs
 from onlinerl.protocols.reported import Reported
 from onlinerl.types import Verdict
@@ -315,13 +315,6 @@ def test_needs_that_there_are_not_are_refused_where_they_are_declared(wrong):
         Needs(**wrong)
     with pytest.raises((ValidationError, TypeError), match=field):
         replace(Onpo().needs, **wrong)
-
-
-def test_an_algorithm_that_declares_no_needs_has_none():
-    class Plain(Algorithm):
-        unit = "sequence"
-
-    assert Plain().needs == Needs()
 
 
 def test_a_kl_to_no_reference_is_refused():
