@@ -53,9 +53,17 @@ class VllmConfig(EngineConfig):
         }
 
 
-def bind(cores: Sequence[Sequence[int]]) -> None:
-    """Give each worker of the replica that this process will start its cores, on CPU. vLLM hands them on to its workers."""
+NO_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
+"""For a small function behind its log-probs vLLM calls the compiler on CPU even where graphs are not captured, and the first answer waits a
+quarter of a minute for it."""
+
+
+def prepare_cpu(config: VllmConfig, cores: Sequence[Sequence[int]]) -> None:
+    """Set what the workers of a replica on CPU find in their environment, whom this process will start: the cores of each, and that nothing is
+    compiled, unless the configuration asks for it."""
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, worker)) for worker in cores)
+    if config.enforce_eager is not False:
+        os.environ.update(NO_COMPILER)
 
 
 def arguments(model: str, config: VllmConfig, settings: ReplicaSettings) -> dict[str, Any]:

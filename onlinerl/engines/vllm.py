@@ -68,7 +68,7 @@ class VLLM(VllmConfig):
     async def replica(self, model: str, places: Sequence[Place], index: int, settings: ReplicaSettings) -> VLLMReplica:
         """Load the model; takes tens of seconds."""
         if settings.device == "cpu":
-            _vllm.bind(_fit.share_cores(places, index, self))
+            _vllm.prepare_cpu(self, _fit.share_cores(places, index, self))
         return VLLMReplica(model, self, settings)
 
 

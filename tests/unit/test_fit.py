@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from onlinerl import config as configuration
 from onlinerl import preflight
-from onlinerl.engines import _fit
+from onlinerl.engines import _fit, _vllm
 from onlinerl.engines.vllm import VLLM
 from onlinerl.errors import ConfigError
 from onlinerl.protocols.engine import Place
@@ -24,6 +25,17 @@ def place(host: str, *cores: int) -> Place:
 
 def shares(places: list[Place], **engine: int) -> list[list[list[int]]]:
     return [_fit.share_cores(places, i, VLLM(**engine)) for i in range(len(places))]
+
+
+@pytest.mark.parametrize(
+    ("engine", "compiles"), [({}, False), ({"enforce_eager": True}, False), ({"enforce_eager": False}, True)]
+)
+def test_nothing_is_compiled_on_cpu_unless_it_is_asked_for(monkeypatch, engine, compiles):
+    """The first log-probs of a replica would wait a quarter of a minute for a compiler."""
+    monkeypatch.setattr(os, "environ", {})
+    _vllm.prepare_cpu(VLLM(**engine), [[0, 1], [2]])
+    assert os.environ.pop("TORCHDYNAMO_DISABLE", None) == (None if compiles else "1")
+    assert os.environ == {"VLLM_CPU_OMP_THREADS_BIND": "0,1|2"}
 
 
 # --- cores ---

@@ -134,6 +134,7 @@ def test_what_it_is_started_with(judge, tiny_model):
     assert (options["kv_cache_memory_bytes"], options["max_num_seqs"], options["dtype"]) == (2**28, 3, "float32")
     assert options["max_model_len"] == 128
     assert len(variables["VLLM_CPU_OMP_THREADS_BIND"].split(",")) == 1
+    assert variables["TORCHDYNAMO_DISABLE"] == "1", "nothing waits for a compiler"
     usual = judge(max_model_len=None)
     assert own_server.options(usual)["max_model_len"] == 128, "the model's own limit"
     assert len(own_server.environment(usual)["VLLM_CPU_OMP_THREADS_BIND"].split(",")) == max(

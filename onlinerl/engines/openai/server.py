@@ -30,7 +30,7 @@ class OwnServer(serving.Server):
 
     def __init__(self, model: str, config: OpenAI, places: Sequence[Place], index: int, settings: ReplicaSettings) -> None:
         if settings.device == "cpu":
-            _vllm.bind(_fit.share_cores(places, index, config))
+            _vllm.prepare_cpu(config, _fit.share_cores(places, index, config))
         super().__init__(options(model, config, settings))
 
 

@@ -244,6 +244,7 @@ def environment(judge: Served) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "TORCHDYNAMO_DISABLE": "1",  # or the first reply with log-probs waits for a compiler
         "ONLINERL_DIE_WITH_PARENT": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
