@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
+from onlinerl import hardware
 from onlinerl.engines import _fit
 from onlinerl.errors import ConfigError
 from onlinerl.protocols.engine import EngineConfig, ReplicaSettings
@@ -59,9 +60,10 @@ quarter of a minute for it."""
 
 
 def prepare_cpu(config: VllmConfig, cores: Sequence[Sequence[int]]) -> None:
-    """Set what the workers of a replica on CPU find in their environment, whom this process will start: the cores of each, and that nothing is
-    compiled, unless the configuration asks for it."""
+    """Set what the workers of a replica on CPU find in their environment, whom this process will start: the cores of each, that memory is kept,
+    and that nothing is compiled, unless the configuration asks for it."""
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, worker)) for worker in cores)
+    os.environ.update(hardware.keeping_memory())
     if config.enforce_eager is not False:
         os.environ.update(NO_COMPILER)
 

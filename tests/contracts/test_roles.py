@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from onlinerl import registry
+from onlinerl import hardware, registry
 from onlinerl.algorithms.dpo import Dpo
 from onlinerl.config.roles import ROLES, build
 from onlinerl.engines.toy import ToyEngine
@@ -75,11 +75,14 @@ def test_memory_of_a_learner_grows_with_the_model_and_its_critic(name):
 
 
 @pytest.mark.parametrize("name", [*ENGINES, *LEARNERS])
-def test_processes_end_with_the_controller(name):
+def test_what_processes_are_started_with(name):
     section = "engine" if name in ENGINES else "learner"
     part = build({"name": name}, section)
     if part.in_process:
         return
     env = part.environment() if isinstance(part, EngineConfig) else part.environment("cpu", 3)
     assert env["ONLINERL_DIE_WITH_PARENT"] == "1"
-    assert isinstance(part, EngineConfig) or env["OMP_NUM_THREADS"] == "3"
+    if not isinstance(part, EngineConfig):
+        on_cpu = {"OMP_NUM_THREADS": "3", **hardware.keeping_memory()}
+        assert env.items() >= on_cpu.items()
+        assert not part.environment("cuda", 3).keys() & on_cpu.keys()

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import yaml
 
+from onlinerl import hardware
 from onlinerl.graph import NAMES
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -86,6 +87,8 @@ class Controller:
             )
         self.seen: dict[tuple[int, float], psutil.Process] = {}
         self.vllm: set[int] = set()
+        self.keeping: set[str] = set()
+        """Kinds of processes that were started to keep their memory."""
 
     def look(self) -> None:
         """All descendants now come on the list of those that must not survive."""
@@ -96,8 +99,11 @@ class Controller:
         for each in found:
             try:
                 self.seen.setdefault((each.pid, each.create_time()), each)
-                if "VLLM" in " ".join(each.cmdline()):
+                name = " ".join(each.cmdline())
+                if "VLLM" in name:
                     self.vllm.add(each.pid)
+                if each.environ().items() >= hardware.keeping_memory().items():
+                    self.keeping |= {kind for kind in ("VLLM::Worker", "RankActor") if kind in name}
             except psutil.NoSuchProcess:
                 continue
 
@@ -286,6 +292,7 @@ def test_two_replicas_and_two_ranks(
 
     assert controller.wait() == 0, controller.text
     controller.assert_nothing_survives()
+    assert controller.keeping == {"VLLM::Worker", "RankActor"}
     assert_finished(run, 8 * 4, algorithm="mine.Mine")
     for row in rows(run, 1, "rollouts"):
         assert len({tuple(tokens) for tokens in row["token_ids"]}) == 4

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from onlinerl import config as configuration
-from onlinerl import preflight
+from onlinerl import hardware, preflight
 from onlinerl.engines import _fit, _vllm
 from onlinerl.engines.vllm import VLLM
 from onlinerl.errors import ConfigError
@@ -35,7 +35,7 @@ def test_nothing_is_compiled_on_cpu_unless_it_is_asked_for(monkeypatch, engine, 
     monkeypatch.setattr(os, "environ", {})
     _vllm.prepare_cpu(VLLM(**engine), [[0, 1], [2]])
     assert os.environ.pop("TORCHDYNAMO_DISABLE", None) == (None if compiles else "1")
-    assert os.environ == {"VLLM_CPU_OMP_THREADS_BIND": "0,1|2"}
+    assert os.environ == {"VLLM_CPU_OMP_THREADS_BIND": "0,1|2", **hardware.keeping_memory()}
 
 
 # --- cores ---

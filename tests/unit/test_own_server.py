@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from onlinerl import app, serving
+from onlinerl import app, hardware, serving
 from onlinerl import config as configuration
 from onlinerl.config import component
 from onlinerl.errors import ConfigError, OracleError
@@ -135,6 +135,7 @@ def test_what_it_is_started_with(judge, tiny_model):
     assert options["max_model_len"] == 128
     assert len(variables["VLLM_CPU_OMP_THREADS_BIND"].split(",")) == 1
     assert variables["TORCHDYNAMO_DISABLE"] == "1", "nothing waits for a compiler"
+    assert variables.items() >= hardware.keeping_memory().items()
     usual = judge(max_model_len=None)
     assert own_server.options(usual)["max_model_len"] == 128, "the model's own limit"
     assert len(own_server.environment(usual)["VLLM_CPU_OMP_THREADS_BIND"].split(",")) == max(

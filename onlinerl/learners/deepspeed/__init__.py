@@ -6,7 +6,7 @@ import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from onlinerl import releases
+from onlinerl import hardware, releases
 from onlinerl.errors import ConfigError
 from onlinerl.learners.deepspeed.memory import learner_rank
 from onlinerl.protocols.learner import LearnerConfig, RankSettings
@@ -57,7 +57,8 @@ class DeepSpeed(LearnerConfig):
             "VLLM_LOGGING_LEVEL": "WARNING",
             "ONLINERL_DIE_WITH_PARENT": "1",
         }
-        return env | ({"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)} if device == "cpu" else {})
+        on_cpu = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads), **hardware.keeping_memory()}
+        return env | (on_cpu if device == "cpu" else {})
 
     def rank(self, settings: RankSettings, *, rank: int, store: torch.distributed.TCPStore, address: str) -> DeepSpeedRank:
         """Load the model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from onlinerl import hardware
 from onlinerl.protocols.learner import LearnerConfig, RankSettings
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Torch(LearnerConfig):
     def environment(self, device: str, threads: int) -> dict[str, str]:
         """Environment variables that a rank's process must start with."""
         env = {"TOKENIZERS_PARALLELISM": "false", "VLLM_LOGGING_LEVEL": "WARNING", "ONLINERL_DIE_WITH_PARENT": "1"}
-        return env | ({"OMP_NUM_THREADS": str(threads)} if device == "cpu" else {})
+        return env | ({"OMP_NUM_THREADS": str(threads), **hardware.keeping_memory()} if device == "cpu" else {})
 
     def rank(self, settings: RankSettings, *, rank: int, store: torch.distributed.TCPStore, address: str) -> TorchRank:
         """Load the model."""

@@ -247,6 +247,7 @@ def environment(judge: Served) -> dict[str, str]:
         "TORCHDYNAMO_DISABLE": "1",  # or the first reply with log-probs waits for a compiler
         "ONLINERL_DIE_WITH_PARENT": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        **hardware.keeping_memory(),
     }
 
 
