@@ -372,7 +372,14 @@ def test_a_reference_that_is_an_average_and_a_model_beyond_the_last_iterate(
     from transformers import AutoModelForCausalLM
 
     config = write_config(tmp_path, tiny_llama, engine={"replicas": 1})
-    keys = ("learner.name=torch", "learner.ranks=1", "iterations=2", "reference.schedule=ema", "reference.mixup_alpha=0.25")
+    keys = (
+        "learner.name=torch",
+        "learner.ranks=1",
+        "iterations=2",
+        "prompts.reuse=true",
+        "reference.schedule=ema",
+        "reference.mixup_alpha=0.25",
+    )
     killed = start("run", config, *keys, log=str(tmp_path / "events"), parts="real", kill=["before 2 train", 1])
     assert killed.wait() == -signal.SIGKILL, killed.text
     killed.assert_nothing_survives()
