@@ -51,12 +51,11 @@ def computes_bfloat16(cpuinfo: str | None = None) -> bool:
     return bool(lines) and all(BFLOAT16 & set(line.split()) for line in lines)
 
 
-KEPT_BYTES = 2**30
-
-
 def keeping_memory() -> dict[str, str]:
-    """Environment variables of a process that computes on CPU, with which glibc keeps up to 1 GiB of what is freed. Left to itself it gives every
-    large array back and asks for the next one, whose pages the kernel clears: a tenth of a forward pass. What the environment says already stays.
+    """Environment variables of a process that computes on CPU, with which glibc keeps the memory that is freed. Left to itself it gives each array
+    of more than 32 MiB back and asks for the next one, whose pages the kernel clears: a tenth of a forward pass. None where the environment of
+    this process says one of them already.
     """
-    names = "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"
-    return {name: os.environ.get(name, str(KEPT_BYTES)) for name in names}
+    # No array has a mapping of its own, and of the end of the heap 1 GiB may be free before it goes back.
+    variables = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+    return {} if variables.keys() & os.environ.keys() else variables

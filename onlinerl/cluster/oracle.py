@@ -11,6 +11,7 @@ import ray
 from pydantic import PrivateAttr
 from ray.exceptions import RayTaskError
 
+from onlinerl import hardware
 from onlinerl.cluster.runtime import Cluster, get
 from onlinerl.errors import OracleError
 from onlinerl.protocols.oracle import ModelOracle, Oracle
@@ -86,10 +87,11 @@ class PlacedOracle(Oracle):
         # What `auto` means was decided when the room was reserved.
         device = "cuda" if cluster.placements[first].gpus else "cpu"
         local = oracle.model_copy(update={"device": device})
+        env = {"TOKENIZERS_PARALLELISM": "false", **(hardware.keeping_memory() if device == "cpu" else {})}
         placed._start_timeout_s = oracle.start_timeout_s
         placed._follows = oracle.following is not None
         for i in range(oracle.replicas):
-            options = cluster.options(first + i, {"TOKENIZERS_PARALLELISM": "false"})
+            options = cluster.options(first + i, env)
             placed._actors[f"oracle {i}"] = OracleActor.options(**options).remote()  # type: ignore[attr-defined]
             placed._free.put(f"oracle {i}")
         placed._opened = {name: actor.open.remote(local) for name, actor in placed._actors.items()}

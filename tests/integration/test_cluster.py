@@ -76,6 +76,7 @@ class Controller:
         command = [str(HOOKS), json.dumps(hooks)] if hooks else ["-m", "onlinerl.cli"]
         path = os.pathsep.join(filter(None, [".", os.environ.get("PYTHONPATH", "")]))
         env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""}
+        env["SPT_NOENV"] = "1"  # or a process that gives itself a longer name writes it over its environment
         with self.log.open("w") as out:
             self.process = subprocess.Popen(
                 [sys.executable, *command, *map(str, arguments)],

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 from pydantic import PrivateAttr
 
 from onlinerl import config as configuration
-from onlinerl import placement
+from onlinerl import hardware, placement
 from onlinerl.controller.asking import answers
 from onlinerl.errors import OracleError
 from onlinerl.protocols.oracle import ModelOracle
@@ -129,6 +130,8 @@ def test_both_replicas_judge(placed):
     processes = [result.annotator for result in results]
     assert len(set(processes)) == 2
     assert os.getpid() not in map(int, processes), "not in the controller"
+    kept = hardware.keeping_memory().items()
+    assert all(psutil.Process(int(process)).environ().items() >= kept for process in processes)
     assert processes[0:3] == [processes[0]] * 3, "a call stays together"
     assert processes[3:6] == [processes[3]] * 3
     assert placed.version == "1"

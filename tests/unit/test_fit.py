@@ -33,9 +33,10 @@ def shares(places: list[Place], **engine: int) -> list[list[list[int]]]:
 def test_nothing_is_compiled_on_cpu_unless_it_is_asked_for(monkeypatch, engine, compiles):
     """The first log-probs of a replica would wait a quarter of a minute for a compiler."""
     monkeypatch.setattr(os, "environ", {})
+    kept = hardware.keeping_memory()
     _vllm.prepare_cpu(VLLM(**engine), [[0, 1], [2]])
     assert os.environ.pop("TORCHDYNAMO_DISABLE", None) == (None if compiles else "1")
-    assert os.environ == {"VLLM_CPU_OMP_THREADS_BIND": "0,1|2", **hardware.keeping_memory()}
+    assert os.environ == {"VLLM_CPU_OMP_THREADS_BIND": "0,1|2", **kept}
 
 
 # --- cores ---
