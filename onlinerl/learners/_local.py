@@ -38,7 +38,11 @@ class LocalGroup(RankGroup):
             torch.set_num_threads(threads)
         timeout = timedelta(seconds=config.start_timeout_s)
         self._store = TCPStore(HOST, 0, is_master=True, timeout=timeout, wait_for_workers=False)
-        self._rank: LearnerRank = config.rank(settings, rank=0, store=self._store, address=HOST)
+        try:
+            self._rank: LearnerRank = config.rank(settings, rank=0, store=self._store, address=HOST)
+        except BaseException:
+            self._restore()
+            raise
 
     @property
     def ranks(self) -> int:
@@ -54,6 +58,9 @@ class LocalGroup(RankGroup):
     def shutdown(self) -> None:
         """Leave the process group, and the process as it was found: whatever else computes in it goes on as before."""
         self._rank.shutdown()
+        self._restore()
+
+    def _restore(self) -> None:
         environment, threads = self._found
         for key in os.environ.keys() - environment.keys():
             del os.environ[key]
