@@ -34,11 +34,11 @@ class LocalGroup(RankGroup):
         self._found = dict(os.environ), torch.get_num_threads()
         threads = config.threads or len(os.sched_getaffinity(0))
         os.environ.update(config.environment(settings.device, threads))
-        if settings.device == "cpu":
-            torch.set_num_threads(threads)
-        timeout = timedelta(seconds=config.start_timeout_s)
-        self._store = TCPStore(HOST, 0, is_master=True, timeout=timeout, wait_for_workers=False)
         try:
+            if settings.device == "cpu":
+                torch.set_num_threads(threads)
+            timeout = timedelta(seconds=config.start_timeout_s)
+            self._store = TCPStore(HOST, 0, is_master=True, timeout=timeout, wait_for_workers=False)
             self._rank: LearnerRank = config.rank(settings, rank=0, store=self._store, address=HOST)
         except BaseException:
             self._restore()

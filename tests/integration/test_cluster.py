@@ -105,7 +105,7 @@ class Controller:
                     self.vllm.add(each.pid)
                 if each.environ().items() >= hardware.keeping_memory().items():
                     self.keeping |= {kind for kind in ("VLLM::Worker", "RankActor") if kind in name}
-            except psutil.NoSuchProcess:
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
 
     def wait(self, timeout_s: float = 400) -> int:
